@@ -1,0 +1,97 @@
+"""Errors that a person can act on: one line a fault, an exit code each, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOUND_LIMIT = 60  # characters of a found value that a message shows
+
+
+class UserError(ValueError):
+    """A fault of the recipe, the data or the machine; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class Place(NamedTuple):
+    """Where a value was written."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with a recipe; `key` is dotted, list positions count from 0."""
+
+    key: str
+    what: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        return ": ".join(str(part) for part in (self.place, self.key, self.what) if part)
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe, or with what it names."""
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Iterable[Fault], *, recipe: Path | None = None):
+        if isinstance(faults, str):
+            faults = [Fault("", faults)]
+        self.faults = tuple(sorted(faults, key=lambda fault: fault.place or Place("", 0)))
+        lines = [str(fault) for fault in self.faults]
+        if recipe is not None:
+            count = len(lines)
+            lines.append(
+                f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started"
+            )
+        super().__init__("\n".join(lines))
+
+
+class WeightError(RecipeError):
+    """A model folder that cannot be read, or does not fit its config."""
+
+
+class DataError(UserError):
+    """A record, file or data set that cannot be trained on."""
+
+    exit_code = 3
+
+
+class MemoryFitError(UserError):
+    """The run does not fit the device's memory."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient norm is not finite."""
+
+    exit_code = 5
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or trusted."""
+
+
+def shown(value: Any) -> str:
+    """A found value as a message shows it."""
+    text = str(value) if isinstance(value, int | float) else repr(value)
+    return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with at most three near names, or nothing."""
+    near = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """The legal values on both sides of one that does not divide."""
+    below, above = value // step * step, -(-value // step) * step
+    return f"{below} or {above}" if below else str(above)

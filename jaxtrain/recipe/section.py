@@ -1,0 +1,116 @@
+"""What every section of a recipe is: a frozen model that refuses unknown keys and reads human numbers."""
+
+import math
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12} | {
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40
+}  # fmt: skip
+PLAIN = r"[-+]?(?:\d[\d_]*)?(?:\.\d*)?"
+HUMAN = re.compile(rf"({PLAIN})\s*(K|M|B|T|Ki|Mi|Gi|Ti|%)?")
+POWER = re.compile(rf"({PLAIN})\^({PLAIN})")
+
+
+def human_number(text: str) -> int | float:
+    """The value of `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`; ValueError for anything else."""
+    text = text.strip()
+    if match := POWER.fullmatch(text):
+        value = _plain(match[1]) ** _plain(match[2])
+    elif match := HUMAN.fullmatch(text):
+        value = _plain(match[1])
+        if match[2] == "%":
+            value = value / 100
+        elif match[2]:
+            value = value * SUFFIXES[match[2]]
+    else:
+        value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _plain(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The plain types that an annotation admits: `int | None` gives (int, NoneType)."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return tuple(t for a in get_args(annotation) for t in _alternatives(a))
+    return (annotation,)
+
+
+def as_written(value: Any, annotation: Any) -> Any:
+    """`value` with human numbers read where `annotation` asks for numbers; booleans are never numbers."""
+    kinds = _alternatives(annotation)
+    if isinstance(value, list | tuple):
+        items = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list)]
+        return [as_written(item, items[0][0]) for item in value] if items else value
+    numeric = int in kinds or float in kinds
+    if isinstance(value, bool):
+        if numeric and bool not in kinds:
+            raise ValueError(f"must be a number, found {str(value).lower()}")
+        if str in kinds and bool not in kinds:
+            raise ValueError("must be text; YAML reads yes, no, on and off as booleans: add quotes")
+        return value
+    if bool in kinds and not numeric and str not in kinds and value is not None and value != []:
+        raise ValueError(f"must be true or false, found {value!r}")
+    if numeric and isinstance(value, str) and str not in kinds:
+        try:
+            value = human_number(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"must be a number, found {value!r}") from None
+    if numeric and isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"must be a finite number, found {value}")
+        if float not in kinds and not value.is_integer():
+            raise ValueError(f"must be a whole number, found {value}")
+    return value
+
+
+class Section(BaseModel):
+    """A part of a recipe. Subclass it to add keys; they are checked like the built-in ones."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        validate_default=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_human_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_written(value, cls.model_fields[str(info.field_name)].annotation)
+
+
+class TypedSection(Section):
+    """A section whose `type` names the factory that reads it, and so decides which keys there are."""
+
+    type: str = ""
+    """Registered name; the trainer's first allowed one when left out."""
+
+
+def _input_path(value: Any, info: ValidationInfo) -> Any:
+    """Absolute if it exists beside the recipe or in the current directory; else as written."""
+    if not isinstance(value, str) or not value or "://" in value:
+        return value
+    written = Path(value).expanduser()
+    for folder in ((info.context or {}).get("folder"), Path.cwd()):
+        if folder is not None and (folder / written).exists():
+            return str((folder / written).resolve())
+    return value
+
+
+InputPath = Annotated[str, BeforeValidator(_input_path)]
+"""A file or folder that is read: looked up beside the recipe, then in the current directory."""
