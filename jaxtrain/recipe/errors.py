@@ -81,6 +81,8 @@ class CheckpointError(UserError):
 
 def shown(value: Any) -> str:
     """A found value as a message shows it."""
+    if isinstance(value, bool):
+        return str(value).lower()
     text = str(value) if isinstance(value, int | float) else repr(value)
     return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
 
