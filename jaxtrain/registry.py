@@ -7,7 +7,6 @@ Classes of the user register when they are made.
 import importlib
 import inspect
 import typing
-from collections.abc import Callable
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple
 
@@ -119,6 +118,16 @@ class Registered:
             register(cls)
 
 
+class Factory(Registered, kind=""):
+    """What a recipe section with a `type` names: made with its section and the trainer that asks for it."""
+
+    config: Any
+
+    def __init__(self, config: Any, trainer: Any = None):
+        self.config = config
+        self.trainer = trainer
+
+
 def register(cls: type | None = None, *, force: bool = False) -> Any:
     """Make a subclass of a jaxtrain base known by its `name`; `force` replaces an existing one.
 
@@ -130,7 +139,7 @@ def register(cls: type | None = None, *, force: bool = False) -> Any:
         raise ValueError(f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one")
     name = cls.__dict__.get("name")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{cls.__qualname__} needs a line `name = \"...\"` in its class body")
+        raise ValueError(f'{cls.__qualname__} needs a line `name = "..."` in its class body')
     built_in = BUILT_IN[cls.kind].get(name)
     if built_in is not None and built_in.path.split(":")[0].split(".")[0] == cls.__module__.split(".")[0]:
         return cls
@@ -195,6 +204,3 @@ def allowed(trainer: str, section: str) -> tuple[str, ...]:
     hint = typing.get_type_hints(find("trainer", trainer))[SECTIONS[section]]
     union = typing.get_origin(hint) in (typing.Union, UnionType)
     return tuple(cls.name for cls in (typing.get_args(hint) if union else (hint,)))
-
-
-Decorator = Callable[[type], type]

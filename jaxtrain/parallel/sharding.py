@@ -94,9 +94,7 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     if uneven:
         common = math.gcd(*split_by_tensor.values())
         legal = [n for n in range(1, common + 1) if common % n == 0]
-        raise RecipeError(
-            f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}"
-        )
+        raise RecipeError(f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}")
     return shardings
 
 

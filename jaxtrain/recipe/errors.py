@@ -47,9 +47,7 @@ class RecipeError(UserError):
         lines = [str(fault) for fault in self.faults]
         if recipe is not None:
             count = len(lines)
-            lines.append(
-                f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started"
-            )
+            lines.append(f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started")
         super().__init__("\n".join(lines))
 
 

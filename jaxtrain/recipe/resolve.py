@@ -50,7 +50,9 @@ class _Resolver:
                 self.tree[section] = self.typed(section, trainer, self.tree.get(section), (section,))
         entries = self.tree.get("checkpoint") or []
         self.tree["checkpoint"] = [
-            self.typed("checkpoint", trainer, entry, ("checkpoint", i) if entry is not entries else ("checkpoint",))
+            self.typed(
+                "checkpoint", trainer, entry, ("checkpoint", i) if entry is not entries else ("checkpoint",)
+            )
             for i, entry in enumerate(entries if isinstance(entries, list) else [entries])
         ]
         return self.whole(registry.config_class("trainer", trainer))
