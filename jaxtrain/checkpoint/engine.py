@@ -104,11 +104,10 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         for step in set(steps) - self.retained(steps):
             shutil.rmtree(self.path(step))
 
-    def refuse_foreign(self) -> None:
-        """RecipeError if the folder holds checkpoints that this run is not to continue."""
-        if self.config.auto_resume or not self.config.enabled or not self.steps():
-            return
-        raise RecipeError(
-            f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of another run; "
-            "use another folder, remove it, or set auto_resume on an `orbax` entry"
-        )
+    def refuse_foreign(self, *, may_resume: bool) -> None:
+        """RecipeError if the folder holds checkpoints and this run does not continue any."""
+        if self.config.enabled and self.steps() and not may_resume:
+            raise RecipeError(
+                f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of another run; "
+                "use another folder, remove it, or set auto_resume on an `orbax` entry"
+            )

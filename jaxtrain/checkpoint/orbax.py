@@ -1,5 +1,6 @@
 """Full state through Orbax: parameters, optimizer, step and data position, restored onto any mesh."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.engine import PREFIX, CheckpointEngine
 from jaxtrain.recipe.checkpoint import OrbaxConfig
-from jaxtrain.recipe.errors import CheckpointError
+from jaxtrain.recipe.errors import CheckpointError, Fault, RecipeError, shown
 
 
 @dataclass
@@ -47,7 +48,7 @@ class OrbaxEngine(CheckpointEngine):
         """Write the trainer's state; in the background unless the recipe says otherwise."""
         trainer = self.trainer
         step = trainer.global_step
-        about = {"step": step, "shapes": _described(trainer.state), "run": trainer.fingerprint}
+        about = {"step": step, "shapes": _described(trainer.state), "lineage": trainer.lineage}
         parts = {"state": trainer.state._asdict(), "about": about}
         if self.config.async_save:
             self.checkpointer().save_checkpointables_async(step, parts)
@@ -61,6 +62,7 @@ class OrbaxEngine(CheckpointEngine):
         """
         step = self.steps()[-1]
         about = self.about(step)
+        self._refuse_other_lineage(about["lineage"])
         wanted, saved = _described(model), about["shapes"]
         differing = sorted(k for k in wanted.keys() | saved.keys() if wanted.get(k) != saved.get(k))
         if differing:
@@ -74,6 +76,17 @@ class OrbaxEngine(CheckpointEngine):
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{self.path(step)} cannot be read: {error}") from error
         return type(model)(**parts["state"])
+
+    def _refuse_other_lineage(self, saved: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps(self.trainer.lineage))
+        differing = sorted(k for k in wanted.keys() | saved.keys() if wanted.get(k) != saved.get(k))
+        if differing:
+            faults = [
+                Fault(key, f"is {shown(wanted.get(key))}, the run in {self.directory} has "
+                      f"{shown(saved.get(key))}; a run cannot be continued with another")
+                for key in differing
+            ]  # fmt: skip
+            raise RecipeError(faults)
 
     def about(self, step: int) -> dict[str, Any]:
         """What was written beside the arrays: step, shapes, fingerprint of the run."""

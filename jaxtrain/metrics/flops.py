@@ -1,9 +1,11 @@
 """Model FLOPs and the share of a chip's peak that they are."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxtrain.batch import Batch
 
@@ -33,7 +35,7 @@ def peak_flops(device_kind: str) -> float | None:
 def matmul_parameters(params: Any) -> int:
     """Parameters that a token is multiplied with: all but norms and biases, and an embedding only where it
     is the head too. Each costs 2 FLOPs a token forward and 4 backward (Kaplan et al. 2020,
-    arXiv:2001.08361)."""
+    arXiv:2001.08361); a pair of query and key costs 4 and 8 times query heads times head size."""
     count = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -43,14 +45,18 @@ def matmul_parameters(params: Any) -> int:
     return count
 
 
-def attention_pairs(batch: Batch, window: int | None = None) -> int:
-    """Pairs of a query and a key that it sees, over the documents of a host batch: len * (len + 1) / 2 for
-    each, less with a window."""
-    visible = np.where(batch.segments > 0, batch.positions + 1, 0)
-    return int(np.minimum(visible, window or visible).sum(dtype=np.int64))
+def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
+    """Tokens, trained tokens, and pairs of a query and a key that it sees, summed over the layers.
 
-
-def training_flops(*, matmul_parameters: int, tokens: int, pairs: int, attention_width: int) -> float:
-    """FLOPs of forward and backward, recomputation not counted. `pairs` is summed over layers and
-    `attention_width` is query heads times head size: two products of it for each pair."""
-    return 6.0 * matmul_parameters * tokens + 12.0 * pairs * attention_width
+    `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a window.
+    """
+    visible = jnp.where(batch.segments > 0, batch.positions + 1, 0)
+    pairs = jnp.float32(0)
+    for window, layers in Counter(windows).items():
+        seen = visible if window is None else jnp.minimum(visible, window)
+        pairs += layers * jnp.sum(seen, dtype=jnp.float32)
+    return {
+        "tokens": jnp.sum(batch.segments > 0, dtype=jnp.int32),
+        "trained_tokens": jnp.sum(batch.loss_weights > 0, dtype=jnp.int32),
+        "pairs": pairs,
+    }

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from jaxtrain import registry
+from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
 from jaxtrain.recipe.load import Key, Recipe, load
 from jaxtrain.recipe.trainer import CHECKS, TrainerConfig
@@ -30,6 +31,9 @@ def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = (
     config = resolver.resolve()
     if resolver.faults or config is None:
         raise RecipeError(resolver.faults, recipe=recipe.file)
+    if config.run_dir is None:
+        name = recipe.file.stem if recipe.file else "run"
+        config = config.model_copy(update={"run_dir": f"runs/{name}-{recipe_hash(config)}"})
     return config
 
 

@@ -32,6 +32,8 @@ class StepSpec(NamedTuple):
     max_grad_norm: float
     """0 is off"""
     seed: int
+    counts: Callable[[Batch], Metrics]
+    """what else to report of a batch: its tokens"""
     param_shardings: PyTree
     """where parameters live, and so their gradients"""
     whole_batch: bool
@@ -61,12 +63,15 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     state = TrainState(
         state.step + 1, keep(params, state.params), state.frozen, keep(opt_state, state.opt_state)
     )
-    metrics = means(loss) | {
-        "weight": loss.weight,
-        "grad_norm": norm,
-        "lr_share": share,
-        "applied": applied.astype(jnp.float32),
-    }
+    metrics = (
+        spec.counts(batch)
+        | means(loss)
+        | {
+            "grad_norm": norm,
+            "lr_share": share,
+            "applied": applied.astype(jnp.float32),
+        }
+    )
     return state, metrics
 
 
