@@ -51,10 +51,8 @@ _Loader.add_implicit_resolver(
 
 def load(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, or take a dict, and apply `a.b=value` overrides; RecipeError names every fault."""
-    if isinstance(source, dict):
-        recipe = Recipe(_copied(source), {}, None)
-    else:
-        recipe = _read(Path(source))
+    is_dict = isinstance(source, dict)
+    recipe = Recipe(_copied(source), {}, None) if is_dict else _read(Path(source))
     faults = [fault for text in overrides if (fault := _override(recipe, text))]
     if faults:
         raise RecipeError(faults)

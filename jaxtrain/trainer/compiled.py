@@ -5,21 +5,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.metrics.console import Console
+from jaxtrain.trainer.report import Report
 
 
 class Compiled:
     """A jitted function that is traced under its mesh and says how long its compilation took."""
 
-    def __init__(self, name: str, jitted: Any, mesh: Mesh, console: Console):
-        self.name, self.mesh, self.console = name, mesh, console
+    def __init__(self, name: str, jitted: Any, mesh: Mesh, report: Report):
+        self.name, self.mesh, self.report = name, mesh, report
         self._jitted = jitted
 
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self.mesh):
             if self.num_compilations:
                 return self._jitted(*args)
-            with self.console.phase(f"compiling {self.name}"):
+            with self.report.phase(f"compiling {self.name}", key="compile_time"):
                 return self._jitted(*args)
 
     def lower(self, *shapes: Any) -> Any:

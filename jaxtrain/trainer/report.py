@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -33,6 +33,7 @@ class Report:
         self.num_evaluations = 0
         self.last_loss = float("nan")
         self._held: tuple[int, dict[str, jax.Array]] | None = None
+        self._phases: dict[str, float] = {}
 
     def update(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of an update that was just dispatched; report the one before it."""
@@ -48,7 +49,8 @@ class Report:
         rates = self.meter.row(values, updates_left=self.last_step - step)
         applied, share = values.pop("applied"), values.pop("lr_share")
         row = {"iter": step, "epoch": step / self.steps_per_epoch, "lr": share * self.peak_lr}
-        row |= values | rates
+        row |= values | rates | self._phases
+        self._phases = {}
         self.last_loss = values["loss"]
         self.folder.write(row)
         self.console.progress(row, self.last_step)
@@ -87,10 +89,12 @@ class Report:
             yield batch
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Something that takes a while and is no training."""
+    def phase(self, name: str, *, key: str) -> Iterator[None]:
+        """Something that takes a while and is no training; the next row has its seconds under `key`."""
+        began = time.perf_counter()
         with self.console.phase(name):
             yield
+        self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - began
         self.meter.restart()
 
     def close(self) -> None:

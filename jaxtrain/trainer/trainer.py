@@ -88,8 +88,6 @@ class Trainer(registry.Registered, kind="trainer"):
         self.state_shapes = with_shardings(
             jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes), self.shardings
         )
-        self._compile()
-
         self.run_folder = RunFolder(config)
         self.report = Report(
             self.console,
@@ -99,6 +97,7 @@ class Trainer(registry.Registered, kind="trainer"):
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
         )
+        self._compile()
         self.global_step = 0
         self.eval_metrics: dict[str, float] = {}
         """of the evaluation after the newest update, empty when there was none"""
@@ -192,7 +191,7 @@ class Trainer(registry.Registered, kind="trainer"):
             if engine.is_due(moment):
                 self.report.flush()
                 engine.note_score(moment.step, self.eval_metrics)
-                with self.report.phase(f"saving {engine.path(moment.step)}"):
+                with self.report.phase(f"saving {engine.path(moment.step)}", key="save_time"):
                     engine.save(self)
 
     def save_model(self, folder: Path | str) -> None:
@@ -285,7 +284,7 @@ class Trainer(registry.Registered, kind="trainer"):
         wanted = self.config.eval_samples
         if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
             return
-        with self.report.phase("sampling"), jax.set_mesh(self.mesh):
+        with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
             answers = self.model.answers(self.state.params, self.tokenizer, wanted, seed=self.config.seed)
         self.report.samples(self.global_step, wanted.prompts, answers)
 
@@ -309,8 +308,8 @@ class Trainer(registry.Registered, kind="trainer"):
         placed = (self.shardings, self.geometry.batch_sharding)
         step = jax.jit(self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None))
         loss = jax.jit(self.loss, in_shardings=(*placed, None))
-        self.step = Compiled("train step", step, self.mesh, self.console)  # type: ignore[method-assign]
-        self.loss = Compiled("evaluation", loss, self.mesh, self.console)  # type: ignore[method-assign]
+        self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
+        self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]
 
     def _refuse_foreign_folders(self) -> None:
         """RecipeError where this run would write into the files of another."""
