@@ -97,6 +97,8 @@ class _Builder:
         if self.nodes > MAX_NODES or id(node) in self.open:
             why = "an alias that contains itself" if id(node) in self.open else "aliases that grow too far"
             raise RecipeError([Fault(_dotted(key), why, place)])
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
+            raise RecipeError([Fault(_dotted(key), f"not plain YAML: tag {node.tag}", place)])
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, key)
         self.open.add(id(node))
