@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # no second start of the command line
+os.environ.setdefault(
+    "GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"
+)  # no second start of the command line
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),

@@ -5,7 +5,8 @@ from typing import Any
 
 
 class Meter:
-    """`row` is called once an update, when its metrics have arrived; it divides the time since `restart`."""
+    """`row` is called once an update, when its metrics have arrived; it divides the time since
+    `restart`."""
 
     def __init__(self, *, flops_per_token: float, flops_per_pair: float, peak_flops: float | None):
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
@@ -15,7 +16,8 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin to count here: what came before (a compilation, an evaluation, a save) was no training."""
+        """Begin to count here: what came before (a compilation, an evaluation, a save) was no
+        training."""
         self._since = time.perf_counter()
         self._data_s = 0.0
 

@@ -26,11 +26,15 @@ def checked(loss: Any, where: str) -> Loss:
     parts = {"total": loss.total, "weight": loss.weight}
     for name, pair in loss.metrics.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"{where}: metric {name!r} must be a pair (sum, weight), found {pair!r}")
+            raise TypeError(
+                f"{where}: metric {name!r} must be a pair (sum, weight), found {pair!r}"
+            )
         parts |= {f"metrics[{name!r}][{i}]": part for i, part in enumerate(pair)}
     for name, part in parts.items():
         if jnp.shape(part) != ():
-            raise TypeError(f"{where}: {name} must be a scalar, found shape {jnp.shape(part)}; {right}")
+            raise TypeError(
+                f"{where}: {name} must be a scalar, found shape {jnp.shape(part)}; {right}"
+            )
     for name in ("total", "weight"):
         if not jnp.issubdtype(jnp.result_type(parts[name]), jnp.floating):
             kind = jnp.result_type(parts[name])

@@ -1,7 +1,7 @@
 """The training step: a pure function from (state, batch) to (state, metrics).
 
-Batches arrive as M microbatches of B rows, cut on the host: leaves [M, B, T]. The loss, its weight and the
-gradient of the loss are summed over them and divided once.
+Batches arrive as M microbatches of B rows, cut on the host: leaves [M, B, T]. The loss, its weight
+and the gradient of the loss are summed over them and divided once.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ class StepSpec(NamedTuple):
 def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One optimizer update.
 
-    A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves parameters
-    and optimizer state as they are; `metrics["applied"]` is 0 then.
+    A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves
+    parameters and optimizer state as they are; `metrics["applied"]` is 0 then.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
     loss, grads = loss_and_grads(spec, state.params, batch, key)
@@ -77,10 +77,14 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
 
 def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
     """The summed loss of a batch, without a gradient."""
-    return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key))
+    return _over_microbatches(
+        spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key)
+    )
 
 
-def loss_and_grads(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
+def loss_and_grads(
+    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
+) -> tuple[Loss, PyTree]:
     """The summed loss of a batch and the gradient of its total."""
 
     def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:

@@ -1,7 +1,9 @@
-"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the host.
+"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the
+host.
 
-Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch, key)`.
-A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and checkpoints stay.
+Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch,
+key)`. A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and
+checkpoints stay.
 """
 
 import math
@@ -49,10 +51,11 @@ class TrainOutput(NamedTuple):
 
 
 class Trainer(registry.Registered, kind="trainer"):
-    """One run of one objective. Annotations say which factories a recipe may name; the first is the default.
+    """One run of one objective. Annotations say which factories a recipe may name; the first is the
+    default.
 
-    Raises RecipeError or DataError for what the recipe asks and cannot have. Nothing is written before
-    `train`.
+    Raises RecipeError or DataError for what the recipe asks and cannot have. Nothing is written
+    before `train`.
     """
 
     config: TrainerConfig
@@ -86,7 +89,8 @@ class Trainer(registry.Registered, kind="trainer"):
 
         self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
         self.state_shapes = with_shardings(
-            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes), self.shardings
+            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes),
+            self.shardings,
         )
         self.run_folder = RunFolder(config)
         self.report = Report(
@@ -108,10 +112,12 @@ class Trainer(registry.Registered, kind="trainer"):
     def loss_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """The objective, summed over a batch. Pure; traced; override it.
 
-        `model(batch)` gives logits, `model.hidden(batch)` hidden states, `model.token_log_probs(batch)` the
-        log-probability of each token.
+        `model(batch)` gives logits, `model.hidden(batch)` hidden states,
+        `model.token_log_probs(batch)` the log-probability of each token.
         """
-        raise NotImplementedError(f"{type(self).__qualname__} defines no loss_fn(model, batch, key)")
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no loss_fn(model, batch, key)"
+        )
 
     def eval_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """What an evaluation sums; the objective unless overridden."""
@@ -158,7 +164,8 @@ class Trainer(registry.Registered, kind="trainer"):
         for batch in self.train_batches:
             self.state, metrics = self.step(self.state, batch)
             self.global_step += 1
-            # The device is busy with this update, so reading the metrics of the one before costs nothing.
+            # The device is busy with this update, so reading the metrics of the one before costs
+            # nothing.
             self.report.update(self.global_step, metrics)
             self.eval_metrics = {}
             if self._evaluation_is_due:
@@ -168,7 +175,9 @@ class Trainer(registry.Registered, kind="trainer"):
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics over all evaluation rows: sums over the whole set, divided once."""
         if not self.data.eval_rows:
-            raise RecipeError("no evaluation data; add `data.eval_sources` or `data.train_eval_split`")
+            raise RecipeError(
+                "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
+            )
         self.report.flush()
         key = jax.random.key(self.config.seed)
         losses = (self.loss(self.state, batch, key) for batch in self.eval_batches)
@@ -186,7 +195,9 @@ class Trainer(registry.Registered, kind="trainer"):
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
         epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
-        moment = Moment(self.global_step, 0 if within else epoch, self.global_step == self.last_step)
+        moment = Moment(
+            self.global_step, 0 if within else epoch, self.global_step == self.last_step
+        )
         for engine in self.checkpoint_engines:
             if engine.is_due(moment):
                 self.report.flush()
@@ -285,7 +296,9 @@ class Trainer(registry.Registered, kind="trainer"):
         if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
             return
         with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
-            answers = self.model.answers(self.state.params, self.tokenizer, wanted, seed=self.config.seed)
+            answers = self.model.answers(
+                self.state.params, self.tokenizer, wanted, seed=self.config.seed
+            )
         self.report.samples(self.global_step, wanted.prompts, answers)
 
     def _made(self, section: str, config: Any) -> Any:
@@ -306,7 +319,9 @@ class Trainer(registry.Registered, kind="trainer"):
             whole_batch=self.geometry.whole_batch,
         )
         placed = (self.shardings, self.geometry.batch_sharding)
-        step = jax.jit(self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None))
+        step = jax.jit(
+            self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
+        )
         loss = jax.jit(self.loss, in_shardings=(*placed, None))
         self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
         self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]
