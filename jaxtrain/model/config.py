@@ -63,7 +63,7 @@ class Execution:
     attention: str = "reference"
     """Implementation of the attention kernel."""
     remat: Literal["full", "dots", "none"] = "full"
-    """What the backward pass finds: the input of each layer, its matrix products too, or everything."""
+    """What the backward pass finds: inputs of layers, their matrix products too, or everything."""
     stages: int = 1
     """Pieces into which the stack is cut over the `pipeline` axis."""
     microbatches: int = 1

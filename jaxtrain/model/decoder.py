@@ -107,7 +107,9 @@ class Decoder(nnx.Module):
 
     def view(self, batch: Batch) -> View:
         places = Places(batch.segments, batch.positions)
-        return View(places, places, *rotation(self.config.rope, self.config.head_size, places.positions))
+        return View(
+            places, places, *rotation(self.config.rope, self.config.head_size, places.positions)
+        )
 
     def embedded(self, tokens_BT: Array) -> Array:
         x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)
@@ -116,7 +118,7 @@ class Decoder(nnx.Module):
     def stack(
         self, x_BTD: Array, view: View, caches: Caches | None = None
     ) -> tuple[Array, Caches | None]:
-        """All layers; with caches, each also returns the cache it was given with these tokens in it."""
+        """All layers; with caches, also the caches with these tokens in them."""
         filled = {}
         for name in self.layers:
             graph, params = split(self.layers[name])
@@ -151,7 +153,7 @@ def run_group(
     remat: str = "full",
     caches: Mapping[str, Cache] | None = None,
 ) -> tuple[Array, Mapping[str, Cache] | None]:
-    """x after the repeats of a group whose stacked parameters are given: all of them, or any slice."""
+    """x after those layers of a group whose stacked parameters are given: all, or any slice."""
 
     def repeat(x_BTD: Array, scanned):
         params, caches = scanned

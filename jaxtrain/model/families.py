@@ -48,19 +48,28 @@ def _layer(name: str, dims: str, ours: str) -> Tensor:
 ROWS = (
     Row("embed/embedding", (Tensor("model.embed_tokens.weight", "V D", "V D"),)),
     Row("attention_norm", (_layer("input_layernorm.weight", "D", "D"),)),
-    Row("attention/qkv", _attention("weight", ("D K G H", "D K 1 H", "D K 1 H"), ("KGH D", "KH D")), 2),
+    Row(
+        "attention/qkv",
+        _attention("weight", ("D K G H", "D K 1 H", "D K 1 H"), ("KGH D", "KH D")),
+        2,
+    ),
     Row("attention/out", (_layer("self_attn.o_proj.weight", "D KGH", "K G H D"),)),
     Row("mlp_norm", (_layer("post_attention_layernorm.weight", "D", "D"),)),
     Row(
         "mlp/gate_up",
-        (_layer("mlp.gate_proj.weight", "F D", "D 1 F"), _layer("mlp.up_proj.weight", "F D", "D 1 F")),
+        (
+            _layer("mlp.gate_proj.weight", "F D", "D 1 F"),
+            _layer("mlp.up_proj.weight", "F D", "D 1 F"),
+        ),
         1,
     ),
     Row("mlp/down", (_layer("mlp.down_proj.weight", "D F", "F D"),)),
     Row("norm", (Tensor("model.norm.weight", "D", "D"),)),
     Row("head", (Tensor("lm_head.weight", "V D", "D V"),)),
 )
-QKV_BIAS = Row("attention/qkv_bias", _attention("bias", ("K G H", "K 1 H", "K 1 H"), ("KGH", "KH")), 1)
+QKV_BIAS = Row(
+    "attention/qkv_bias", _attention("bias", ("K G H", "K 1 H", "K 1 H"), ("KGH", "KH")), 1
+)
 OUT_BIAS = Row("attention/out_bias", (_layer("self_attn.o_proj.bias", "D", "D"),))
 QK_NORM = (
     Row("attention/q_norm", (_layer("self_attn.q_norm.weight", "H", "H"),)),
@@ -70,10 +79,10 @@ QK_NORM = (
 HARMLESS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 """Tensors of old files that nobody needs: they are computed from the config."""
 
-NO_EFFECT = frozenset(
-    "architectures auto_map bos_token_id dtype eos_token_id model_type name_or_path pad_token_id "
-    "pretraining_tp torch_dtype transformers_version use_cache _name_or_path".split()
-)
+NO_EFFECT = frozenset({
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id",
+    "pretraining_tp", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
 """Fields of config.json that change nothing that is computed here."""
 
 
@@ -93,8 +102,10 @@ class Family:
     """The switches of `DecoderConfig` that this family sets."""
 
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""Fields without which a config.json describes no model; transformers would take those of a 7B one."""
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+"""Fields without which there is no model; transformers would take those of a 7B one."""
 
 _DEFAULTS = {
     "num_key_value_heads": None,

@@ -3,7 +3,6 @@
 The tokenizer in the file is read elsewhere.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,13 @@ PER_LAYER = {
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
-    """config.json of the model, rebuilt from the file's metadata; WeightError for other than Llama models."""
+    """config.json, rebuilt from the file's metadata; WeightError for a model that is no Llama."""
     reader = _open(path)
     kv = {name: field.contents() for name, field in reader.fields.items()}
     architecture = kv.get("general.architecture")
     if architecture != "llama":
-        raise WeightError([Fault(str(path), f"must be of architecture llama, found {shown(architecture)}")])
+        what = f"must be of architecture llama, found {shown(architecture)}"
+        raise WeightError([Fault(str(path), what)])
     scaling = kv.get("llama.rope.scaling.type", "none")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -96,9 +96,8 @@ def _read(path: Path, tensor: Any, shape: tuple[int, ...], rotated_heads: int | 
         value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     except NotImplementedError:
         kind = tensor.tensor_type.name
-        raise WeightError([
-            Fault(str(path), f"tensor {tensor.name} has type {kind}, which the gguf package cannot read")
-        ]) from None  # fmt: skip
+        what = f"tensor {tensor.name} has type {kind}, which the gguf package cannot read"
+        raise WeightError([Fault(str(path), what)]) from None
     value = value.reshape(shape)
     return value if rotated_heads is None else _unpermuted(value, rotated_heads)
 
@@ -117,9 +116,8 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise WeightError([
-            Fault(str(path), "GGUF files need the gguf package; pip install 'jaxtrain[demo]'")
-        ]) from None  # fmt: skip
+        what = "GGUF files need the gguf package; pip install 'jaxtrain[demo]'"
+        raise WeightError([Fault(str(path), what)]) from None
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:

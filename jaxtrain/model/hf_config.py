@@ -83,9 +83,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
             faults[field] = f"must be {allowed}, found {shown(hf[field])}, which is not built in"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
-        faults["num_key_value_heads"] = (
-            f"must divide the {heads} attention heads, found {kv_heads}"
-        )
+        faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
     if hf["head_dim"] is None and hf["hidden_size"] % heads:
         faults["hidden_size"] = (
             f"must be a multiple of the {heads} attention heads where there is no head_dim, "
@@ -100,7 +98,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
 def overridden(
     hf: Mapping[str, Any], kwargs: Mapping[str, Any], where: str = "config.json"
 ) -> dict[str, Any]:
-    """config.json with fields replaced by `hf_config_kwargs`; RecipeError for fields no one reads."""
+    """config.json with fields replaced; RecipeError for those that the family does not have."""
     if not kwargs:
         return dict(hf)
     family = family_of({**hf, **{k: v for k, v in kwargs.items() if k == "architectures"}}, where)
@@ -119,7 +117,7 @@ def overridden(
 
 
 def _without_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope may stand in either of two styles; what the recipe says in one must not lose to the other."""
+    """What a recipe says of rope in one style must not lose to what the file says in the other."""
     kept = dict(hf)
     replaced = [field for field in rope.FIELDS if field in kwargs]
     if "rope_parameters" in replaced:

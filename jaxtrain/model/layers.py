@@ -3,8 +3,8 @@
 A module is built with a leading dimension L on every parameter, and called with one layer of it, as
 `lax.scan` cuts it: the graph of a module does not know shapes, so merging it with either is legal.
 
-B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to a
-key/value head, H head size, F feed-forward, V vocabulary, L layers.
+B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
+a key/value head, H head size, F feed-forward, V vocabulary, L layers.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Cache(NamedTuple):
 def dense(x: Array, w: Array, *, contract: int = 1, out_dtype=None) -> Array:
     """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
 
-    Every matrix product with a weight goes through here. w keeps its layout: it is never transposed.
+    Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
     dims = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
     return lax.dot_general(
@@ -57,7 +57,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 class Initial:
-    """Draws the first value of each parameter, always in float32, so that a dtype is only a rounding."""
+    """First values of parameters; drawn in float32, so that another dtype is only a rounding."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: str):
         self._std, self._rngs, self._dtype = config.initializer_range, rngs, dtype
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
     ):
         D, K, H = config.width, config.num_kv_heads, config.head_size
         G = config.num_heads // K
-        # For each key/value head its queries, its key, its value: one product, split by `tensor` on K.
+        # For each key/value head its queries, its key, its value: one product, split over K.
         self.qkv = initial.normal(L, D, K, G + 2, H)
         self.qkv_bias = initial.zeros(L, K, G + 2, H) if config.qkv_bias else None
         self.out = initial.normal(L, K, G, H, D)

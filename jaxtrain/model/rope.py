@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864): its config fields, its frequencies, its use.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864): its config, frequencies and use.
 
 B batch, T tokens, H head size, R = H / 2 rotated pairs.
 """
@@ -16,7 +16,7 @@ from jaxtrain.recipe.errors import shown
 
 DEFAULT_THETA = 10_000.0
 FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-"""Where config.json keeps it: `rope_theta` and `rope_scaling` up to transformers 4, then one map."""
+"""Where config.json keeps it: the first two up to transformers 4, the third from 5."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class Rope:
 
 
 def read_rope(hf: Mapping[str, Any]) -> Rope:
-    """The rope of a config.json of either style; ValueError names a kind or field that is not built in."""
+    """The rope of a config.json of either style; ValueError for what is not built in."""
     fields = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = float(fields.pop("rope_theta", None) or hf.get("rope_theta") or DEFAULT_THETA)
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)  # some files carry both spellings
     if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError("partial_rotary_factor must be 1.0; rotating a part of a head is not built in")
+        raise ValueError(
+            "partial_rotary_factor must be 1.0; rotating part of a head is not built in"
+        )
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
@@ -58,7 +60,8 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         names = ("factor", "low_freq_factor", "high_freq_factor")
         fields.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
         original = int(_number(fields, kind, "original_max_position_embeddings"))
-        return Rope(theta, Llama3(*(_number(fields, kind, name) for name in names), original))
+        factor, low, high = (_number(fields, kind, name) for name in names)
+        return Rope(theta, Llama3(factor, low, high, original))
     raise ValueError(f"rope type must be one of default, linear, llama3, found {shown(kind)}")
 
 
@@ -94,6 +97,6 @@ def rotation(rope: Rope, head_size: int, positions_BT: jax.Array) -> tuple[jax.A
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, T, K, G, H] turned by its positions; the pairs are (h, h + H/2), as Hugging Face stores them."""
+    """x [B, T, K, G, H] turned by its positions; pairs are (h, h + H/2), as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -22,6 +22,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 
@@ -35,7 +36,7 @@ class Stored(NamedTuple):
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a Hugging Face folder; WeightError names all files and tensors that are broken."""
+    """Every tensor of a Hugging Face folder; WeightError names all broken files."""
     paths = _files(folder)
     tensors: dict[str, Stored] = {}
     faults: list[Fault] = []
@@ -54,18 +55,20 @@ def _files(folder: Path) -> list[Path]:
         try:
             named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightError([Fault(str(index), f"no `weight_map` of names to files: {error}")]) from None
+            what = f"has no `weight_map` of names to files: {error}"
+            raise WeightError([Fault(str(index), what)]) from None
         absent = [name for name in named if not (folder / name).is_file()]
         if absent:
-            raise WeightError([Fault(str(index), f"names {name}, which is not there") for name in absent])
+            what = "names {}, which is not there"
+            raise WeightError([Fault(str(index), what.format(name)) for name in absent])
         return [folder / name for name in named]
     if (single := folder / SINGLE).is_file():
         return [single]
-    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-    found = f"found {', '.join(others)}" if others else "found no weights at all"
-    pickled = any(not name.endswith(".safetensors") for name in others)
-    help = "; files of pickles are never read: save the model again with safetensors" if pickled else ""
-    raise WeightError([Fault(str(folder), f"needs {SINGLE} or {INDEX}, {found}{help}")])
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
+    what = f"needs {SINGLE} or {INDEX}, found {', '.join(others) or 'no weights at all'}"
+    if any(not name.endswith(".safetensors") for name in others):
+        what += "; pickled weights are never read: save the model again with safetensors"
+    raise WeightError([Fault(str(folder), what)])
 
 
 def read_file(path: Path) -> dict[str, Stored]:
@@ -125,7 +128,7 @@ class ToWrite(NamedTuple):
 def write_folder(
     folder: Path, tensors: Mapping[str, ToWrite], dtype: np.dtype, max_shard_bytes: float
 ) -> None:
-    """One file, or several and their index; no tensor is cut, so a file may be one tensor too large."""
+    """One file, or several and their index; a tensor larger than the limit has a file of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():

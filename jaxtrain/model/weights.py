@@ -60,7 +60,8 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
 
 def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
-    rows = {row.path: row for family in FAMILIES if family.name == config.family for row in family.rows}
+    family = next(family for family in FAMILIES if family.name == config.family)
+    rows = {row.path: row for row in family.rows}
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         row = rows[match[3]]
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
@@ -68,7 +69,9 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     return list(_row_pieces(config, rows[path], None, None))
 
 
-def _row_pieces(config: DecoderConfig, row: Row, at: int | None, number: int | None) -> Iterator[Piece]:
+def _row_pieces(
+    config: DecoderConfig, row: Row, at: int | None, number: int | None
+) -> Iterator[Piece]:
     size = sizes(config)
     ours = [[size[letter] for letter in tensor.ours.split()] for tensor in row.tensors]
     ends = list(accumulate(shape[row.joined or 0] for shape in ours))
@@ -114,11 +117,12 @@ def load_params(
 
 def _reader(
     parts: list[Piece], stored: Mapping[str, Stored], shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
     """Reads one slice of a parameter; a slice that several devices share is read once."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds not in known:
             known[bounds] = _assembled(parts, stored, bounds, dtype)
@@ -170,8 +174,10 @@ def _check(
     faults += _listed(
         path,
         reshaped,
-        lambda name: f"tensor {name} must be {list(wanted[name])} by config.json, "
-        f"found {list(stored[name].shape)}",
+        lambda name: (
+            f"tensor {name} must be {list(wanted[name])} by config.json, "
+            f"found {list(stored[name].shape)}"
+        ),
     )
     harmless = re.compile("|".join(HARMLESS + ((r"lm_head\.weight",) if config.tied else ())))
     unknown = [name for name in stored if name not in wanted and not harmless.fullmatch(name)]
