@@ -24,7 +24,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import Places
 from jaxtrain.kernels.cross_entropy import token_log_probs, weighted_nll
 from jaxtrain.model.config import DecoderConfig, Execution
-from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, dense, rms_norm
+from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, rms_norm
 from jaxtrain.model.rope import rotation
 from jaxtrain.parallel.sharding import constrain
 
@@ -133,11 +133,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTD: Array) -> Array:
         if self.head is not None:
-            return dense(hidden_BTD, self.head[...], out_dtype=jnp.float32)
-        embedding_VD = self.embed.embedding[...].astype(hidden_BTD.dtype)
-        return jnp.einsum(
-            "btd,vd->btv", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32
-        )
+            return _dot("btd,dv->btv", hidden_BTD, self.head[...])
+        return _dot("btd,vd->btv", hidden_BTD, self.embed.embedding[...])
 
     def head_weight(self) -> Array:
         """[D, V], or the embedding [V, D] when tied, in the dtype of the parameters."""
@@ -216,3 +213,7 @@ def _is_predicted(segments_BT: Array) -> Array:
     """True where a token has one before it in its document."""
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
     return (segments_BT == before_BT) & (segments_BT != 0)
+
+
+def _dot(spec: str, x: Array, w: Array) -> Array:
+    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32)

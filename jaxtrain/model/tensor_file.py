@@ -128,7 +128,7 @@ class ToWrite(NamedTuple):
 def write_folder(
     folder: Path, tensors: Mapping[str, ToWrite], dtype: np.dtype, max_shard_bytes: float
 ) -> None:
-    """One file, or several and their index; a tensor larger than the limit has a file of its own."""
+    """One file, or several and their index; one larger than the limit is alone in its file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
