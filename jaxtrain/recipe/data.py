@@ -1,18 +1,72 @@
 """The `data` section and its sources."""
 
-from typing import Any, Literal
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.section import InputPath, TypedSection
+
+
+FORMATS = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".csv": "csv", ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+"""Suffix of a local file → the source type that reads it."""
+COMPRESSED = (".gz", ".zst")
+SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\])?)")
+
+
+def file_format(path: str) -> str | None:
+    """The source type for a file name, compressed or not; None when the suffix says nothing."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def split_suffix(text: str) -> tuple[str, str]:
+    """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
+    that exists and has a colon in it."""
+    match = None if Path(text).exists() else SPLIT_SUFFIX.fullmatch(text)
+    return (match["name"], match["split"]) if match else (text, "")
+
+
+def source_from_text(text: str, *, registered: Collection[str], default: str) -> dict[str, Any]:
+    """The map that a source written as a string stands for: a registered name, else a local file,
+    else what the factory's `default` source makes of it."""
+    name, split = split_suffix(text)
+    given = {"split": split} if split else {}
+    if name in registered:
+        return {"type": name, **given}
+    kind = file_format(name)
+    if kind and (Path(name).is_file() or "://" not in name):
+        return {"type": kind, "path": name, **given}
+    return {"type": default, "name_or_path": text}
+
+
+def _input_pattern(value: Any, info: ValidationInfo) -> Any:
+    """A glob goes by the recipe's folder first, as plain paths do."""
+    if not isinstance(value, str) or not set("*?[") & set(value):
+        return value
+    folder = (info.context or {}).get("folder")
+    if folder is not None and any(Path(folder).glob(value)):
+        return str(Path(folder).resolve() / value)
+    return value
+
+
+InputPattern = Annotated[InputPath, BeforeValidator(_input_pattern)]
 
 
 class DataSourceConfig(TypedSection):
     """Keys of every source."""
 
     split: str = ""
-    """Split name, slices allowed (`train[:100]`); `train` when left out, `eval` under `eval_sources`."""
+    """Split name, slices allowed (`train[:100]`); `train` when left out, `eval` under
+    `eval_sources`."""
     sample_ratio: float | None = Field(default=None, gt=0, le=1)
     """Random share of the rows."""
     sample_count: int | None = Field(default=None, gt=0)
@@ -35,7 +89,15 @@ class RowsConfig(DataSourceConfig):
     """Role → column, or role → `array.field.value`, in which each turn of `array` with that field's
     value has the role; turns keep their order."""
     content_key: str | None = None
-    """Field that holds the text in the three-part form; `content`, `text`, `message` or `value` else."""
+    """Field of the text in the three-part form; `content`, `text`, `message` or `value` else."""
+
+    @model_validator(mode="after")
+    def _content_key_has_its_place(self) -> "RowsConfig":
+        if "content_key" in self.role_mapping:
+            raise ValueError(
+                "role_mapping holds roles; content_key stands beside it, as a key of the source"
+            )
+        return self
 
 
 class HFDataSourceConfig(RowsConfig):
@@ -54,13 +116,36 @@ class HFDataSourceConfig(RowsConfig):
             raise ValueError("kwargs.trust_remote_code is refused: code comes only from `code:`")
         return self
 
+    @model_validator(mode="after")
+    def _one_split(self) -> "HFDataSourceConfig":
+        _, split = split_suffix(self.name_or_path)
+        if split and self.split and split != self.split:
+            raise ValueError(
+                f"name_or_path asks for split {split!r} and split for {self.split!r}; remove one"
+            )
+        return self
+
 
 class LocalDataSourceConfig(RowsConfig):
-    """Local files: json, jsonl, parquet, csv or text, by path, list of paths, folder or glob."""
+    """Local files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too."""
 
-    path: InputPath | tuple[InputPath, ...]
+    path: InputPattern | tuple[InputPattern, ...]
+    columns: dict[str, str] = {}
+    """Column → the name it goes by from here on."""
+
+
+class TextDataSourceConfig(LocalDataSourceConfig):
     column: str = "text"
-    """Column of text rows."""
+    """Name of the one column."""
+    per_line: bool = False
+    """A row per line, not per file."""
+
+
+class AnyLocalDataSourceConfig(TextDataSourceConfig):
+    """Local files of any format."""
+
+    format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = "auto"
+    """What all files are; `auto` goes by the suffix of each."""
 
 
 class DataConfig(TypedSection):

@@ -27,8 +27,8 @@ class AdamWConfig(OptimizerConfig):
 
 
 class SchedulerConfig(TypedSection):
-    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Share of the run's updates over which the rate rises."""
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of the run's updates over which the rate rises; 0.1 when neither key is written."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """The same in updates."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -36,7 +36,7 @@ class SchedulerConfig(TypedSection):
 
     @model_validator(mode="after")
     def _one_warmup_key(self) -> "SchedulerConfig":
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
         return self
 

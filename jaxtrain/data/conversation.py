@@ -1,0 +1,249 @@
+"""From a row of columns to a conversation: a list of `{role, content}` turns in their order.
+
+Faults are `DataError`s that name the field; whoever knows the row puts its place in front.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtrain.data.rows import missing_column
+from jaxtrain.recipe.errors import DataError, did_you_mean, shown
+
+Message = dict[str, Any]
+Row = Mapping[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+SHARED_NAMES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool", "function_response": "tool", "function_call": "assistant",
+}  # fmt: skip
+"""Value of `from` in a `conversations` row → role."""
+CONTENT_KEYS = ("content", "text", "message", "value")
+ACCEPTED = (
+    "messages; conversations; prompt and response or completion; instruction and output; "
+    "user and assistant"
+)
+
+
+class Conversation(NamedTuple):
+    messages: list[Message]
+    tools: list[Any] | None = None
+    """What the template shows as callable, in the data set's own JSON."""
+
+
+class MappedRoles:
+    """A row read by `role_mapping`: columns first, then the turns of each array as they stand."""
+
+    def __init__(self, mapping: Mapping[str, str], content_key: str | None = None):
+        self._columns: list[tuple[str, str]] = []
+        self._arrays: dict[tuple[str, str], dict[str, str]] = {}
+        self._content_key = content_key
+        for role, source in mapping.items():
+            parts = source.split(".")
+            if len(parts) == 3:
+                self._arrays.setdefault((parts[0], parts[1]), {})[parts[2]] = role
+            else:
+                self._columns.append((role, source))
+        # A map in a recipe has no order that a person means; a conversation has.
+        place = {"system": 0, "developer": 0, "user": 1, "assistant": 3}
+        self._columns.sort(key=lambda pair: place.get(pair[0], 2))
+
+    def __call__(self, row: Row) -> dict[str, Any]:
+        turns = [turn for role, column in self._columns for turn in _column(row, role, column)]
+        for (array, field), roles in self._arrays.items():
+            turns += self._turns(row, array, field, roles)
+        if not turns:
+            raise DataError(f"role_mapping found no turn; columns are {', '.join(row)}")
+        return {**row, "messages": turns}
+
+    def _turns(self, row: Row, array: str, field: str, roles: dict[str, str]) -> list[Message]:
+        turns = []
+        for index, turn in enumerate(_list(row, array)):
+            place = f"{array}[{index}]"
+            value = _field(turn, field, place)
+            if value not in roles:
+                raise DataError(
+                    f"{place}.{field}: {shown(value)} has no role in role_mapping, which knows "
+                    f"{', '.join(roles)}{did_you_mean(str(value), roles)}"
+                )
+            key = self._content_key or next((k for k in CONTENT_KEYS if turn.get(k)), None)
+            key = key or next((k for k in CONTENT_KEYS if k in turn), CONTENT_KEYS[0])
+            rest = {k: v for k, v in turn.items() if k not in (field, key, "role")}
+            turns.append({"role": roles[value], "content": _field(turn, key, place), **rest})
+        return turns
+
+
+def to_conversation(row: Row) -> Conversation:
+    """The turns of a row in any of the accepted forms; DataError names the field at fault."""
+    for columns, read in FORMS:
+        if all(column in row for column in columns):
+            messages = [_checked(m, f"messages[{i}]") for i, m in enumerate(read(row))]
+            break
+    else:
+        raise DataError(
+            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}"
+        )
+    if not messages:
+        raise DataError("messages: empty conversation")
+    return Conversation(messages, _tools(row))
+
+
+def _messages(row: Row) -> list[Message]:
+    return _list(row, "messages")
+
+
+def _shared(row: Row) -> list[Message]:
+    """ShareGPT's form: `conversations` of `{from, value}`, or of `{role, content}`."""
+    messages = _system(row)
+    for index, turn in enumerate(_list(row, "conversations")):
+        place = f"conversations[{index}]"
+        if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
+            messages.append(dict(turn))
+            continue
+        sender = _field(turn, "from", place)
+        role = SHARED_NAMES.get(sender) if isinstance(sender, str) else None
+        if role is None:
+            raise DataError(
+                f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHARED_NAMES)}"
+                f"{did_you_mean(str(sender), SHARED_NAMES)}"
+            )
+        value = _field(turn, "value", place)
+        if sender == "function_call":
+            messages.append(_call(value, f"{place}.value"))
+        else:
+            messages.append({"role": role, "content": value})
+    return messages
+
+
+def _call(value: Any, place: str) -> Message:
+    """A turn that is a call: JSON of name and arguments, or a list of such."""
+    calls = _json(value, place)
+    functions = calls if isinstance(calls, list) else [calls]
+    for function in functions:
+        if not isinstance(function, dict) or "name" not in function:
+            raise DataError(f"{place}: a call has a name and arguments, found {shown(function)}")
+    wrapped = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": "", "tool_calls": wrapped}
+
+
+def _prompt(reply: str) -> Callable[[Row], list[Message]]:
+    """Both sides are text, or lists of turns."""
+
+    def read(row: Row) -> list[Message]:
+        messages = _system(row)
+        for role, column in (("user", "prompt"), ("assistant", reply)):
+            value = row[column]
+            messages += value if isinstance(value, list) else _column(row, role, column)
+        return messages
+
+    return read
+
+
+def _instruction(row: Row) -> list[Message]:
+    (turn,) = _column(row, "user", "instruction")
+    if given := row.get("input"):
+        if not isinstance(given, str):
+            raise DataError(f"input: must be text, found {shown(given)}")
+        turn["content"] += f"\n{given}"
+    return [*_system(row), turn, *_column(row, "assistant", "output")]
+
+
+def _two_columns(row: Row) -> list[Message]:
+    return MappedRoles({"user": "user", "assistant": "assistant"})(row)["messages"]
+
+
+def _system(row: Row) -> list[Message]:
+    return _column(row, "system", "system") if row.get("system") else []
+
+
+FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (
+    (("messages",), _messages),
+    (("conversations",), _shared),
+    (("prompt", "response"), _prompt("response")),
+    (("prompt", "completion"), _prompt("completion")),
+    (("instruction", "output"), _instruction),
+    (("user", "assistant"), _two_columns),
+)
+"""Columns that a form needs → its reader; the first that a row has all columns of counts."""
+
+
+def _column(row: Row, role: str, column: str) -> list[Message]:
+    """One turn; none for a system column that this row leaves empty."""
+    if column not in row:
+        raise missing_column(column, row)
+    value = row[column]
+    if role == "system" and not value:
+        return []
+    if not isinstance(value, str):
+        raise DataError(f"{column}: must be text, found {shown(value)}")
+    return [{"role": role, "content": value}]
+
+
+def _list(row: Row, column: str) -> list[Any]:
+    if column not in row:
+        raise missing_column(column, row)
+    if not isinstance(row[column], list):
+        raise DataError(f"{column}: must be a list of turns, found {shown(row[column])}")
+    return row[column]
+
+
+def _field(turn: Any, field: str, place: str) -> Any:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{place}: must be a map, found {shown(turn)}")
+    if field not in turn:
+        near = did_you_mean(field, turn)
+        raise DataError(f"{place}: no field {shown(field)}, found {', '.join(turn)}{near}")
+    return turn[field]
+
+
+def _checked(message: Any, place: str) -> Message:
+    """A turn as templates want it: a known role, text content, no fields that are null."""
+    role = _field(message, "role", place)
+    if role not in ROLES:
+        raise DataError(
+            f"{place}.role: unknown role {shown(role)}; known are {', '.join(ROLES)}"
+            f"{did_you_mean(str(role), ROLES)}"
+        )
+    # A typed table fills a field that one turn has with null in all others.
+    kept = {key: value for key, value in message.items() if value is not None}
+    if "content" not in kept and kept.get("tool_calls"):
+        kept["content"] = ""
+    content = kept["content"] if "content" in kept else _field(message, "content", place)
+    kept["content"] = _text(content, f"{place}.content")
+    return kept
+
+
+def _text(content: Any, place: str) -> str:
+    """Content written as a list of text parts is their text joined."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(f"{place}: must be text, found {shown(content)}")
+    parts = []
+    for index, part in enumerate(content):
+        text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type", "text") != "text":
+            raise DataError(f"{place}[{index}]: must be a text part, found {shown(part)}")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _tools(row: Row) -> list[Any] | None:
+    tools = row.get("tools")
+    if not tools:
+        return None
+    tools = _json(tools, "tools")
+    if not isinstance(tools, list):
+        raise DataError(f"tools: must be a list, found {shown(tools)}")
+    return tools or None
+
+
+def _json(value: Any, place: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as fault:
+        raise DataError(f"{place}: must be JSON ({fault.msg}), found {shown(value)}") from None

@@ -1,0 +1,78 @@
+"""Tokenised documents in flat arrays on disk, mapped into memory: a row costs no Python object."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("end", np.int64),  # where the document ends in the flat arrays
+        ("source", np.int32),
+        ("row", np.int64),  # number of the row in its source
+        ("trained", np.int32),  # tokens with a weight
+        ("digest", np.uint64),  # of the tokens: equal for equal documents
+    ]
+)
+FILES = ("tokens.bin", "weights.bin", "index.bin")
+
+
+class Documents(NamedTuple):
+    """Document d is `tokens[offsets[d]:offsets[d + 1]]`, and its weights likewise."""
+
+    tokens: np.ndarray
+    """int32 [sum of lengths]"""
+    weights: np.ndarray
+    """uint8 or float32 [sum of lengths]"""
+    offsets: np.ndarray
+    """int64 [documents + 1]"""
+    index: np.ndarray
+    """INDEX_DTYPE [documents]: where each came from, and its counts"""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def open(cls, folder: Path, weights: type = np.uint8) -> "Documents":
+        """What a `DocumentWriter` has closed; the maps outlive the files' names."""
+        tokens, weight, index = (folder / name for name in FILES)
+        records = _mapped(index, INDEX_DTYPE)
+        offsets = np.zeros(len(records) + 1, dtype=np.int64)
+        offsets[1:] = records["end"]
+        return cls(_mapped(tokens, np.int32), _mapped(weight, weights), offsets, records)
+
+
+class DocumentWriter:
+    """Appends documents to the files of a folder; a context manager."""
+
+    def __init__(self, folder: Path, weights: type = np.uint8):
+        self._files = [(folder / name).open("wb", buffering=1 << 20) for name in FILES]
+        self._weights = weights
+        self._end = 0
+        self.count = 0
+
+    def append(self, tokens: np.ndarray, weights: np.ndarray, *, source: int, row: int) -> None:
+        tokens = np.ascontiguousarray(tokens, dtype=np.int32)
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+        self._end += len(tokens)
+        self.count += 1
+        trained = int(np.count_nonzero(weights))
+        record = (self._end, source, row, trained, int.from_bytes(digest, "little"))
+        parts = (tokens, weights.astype(self._weights), np.array([record], dtype=INDEX_DTYPE))
+        for file, part in zip(self._files, parts, strict=True):
+            file.write(part.tobytes())
+
+    def __enter__(self) -> "DocumentWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _mapped(path: Path, dtype: np.dtype | type) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,149 @@
+"""Conversations to tokens with loss weights: one tokenisation of the rendered text, by offsets."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxtrain.data.conversation import Conversation
+from jaxtrain.data.render import Renderer, Span
+from jaxtrain.recipe.errors import DataError
+
+OVERLONG = "longer than max_length"
+UNTRAINED = "no assistant text to train on"
+CUT_AWAY = "no assistant text left after truncation"
+NOTHING = "renders to nothing"
+
+
+class Encoded(NamedTuple):
+    """A document."""
+
+    tokens: np.ndarray
+    """int32 [n]"""
+    weights: np.ndarray
+    """uint8 [n]: weight of the prediction of token t; 0 for the first"""
+    turns: int
+    """Assistant turns that are trained, and those of them whose last token ends a turn."""
+    ended: int
+    truncated: bool
+
+
+class Dropped(NamedTuple):
+    reason: str
+    length: int
+
+
+class Fault(NamedTuple):
+    """What is wrong with a row, as text, since it may come from another process."""
+
+    what: str
+
+
+Outcome = Encoded | Dropped | Fault
+
+
+class ConversationEncoder:
+    """Holds all that decides a document's tokens and weights, and nothing else; can be pickled."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        overlong: Literal["drop", "truncate", "error"],
+        mask_inputs: bool = True,
+    ):
+        self._tokenizer = tokenizer
+        self._renderer = Renderer(tokenizer)
+        self._max_length = max_length
+        self._overlong = overlong
+        self._mask_inputs = mask_inputs
+        self._markup = frozenset(tokenizer.added_tokens_decoder)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
+        """One outcome a conversation, in order; no outcome depends on the others."""
+        outcomes: list[Outcome] = [Dropped(NOTHING, 0)] * len(conversations)
+        texts: dict[int, str] = {}
+        for index, conversation in enumerate(conversations):
+            try:
+                texts[index] = self._renderer.text(conversation)
+            except DataError as fault:
+                outcomes[index] = Fault(str(fault))
+        texts = {index: text for index, text in texts.items() if text}
+        if not texts:
+            return outcomes
+        # The template has written BOS already where it belongs.
+        encoding = self._tokenizer(
+            list(texts.values()),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        for (index, text), (ids, offsets) in zip(texts.items(), encoded, strict=True):
+            try:
+                outcomes[index] = self._outcome(conversations[index], text, ids, offsets)
+            except DataError as fault:
+                outcomes[index] = Fault(str(fault))
+        return outcomes
+
+    def _outcome(
+        self, conversation: Conversation, text: str, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> Outcome:
+        length = len(ids)
+        if length == 0:
+            return Dropped(NOTHING, 0)
+        if length > self._max_length:
+            if self._overlong == "error":
+                raise DataError(
+                    f"{length} tokens, but max_length is {self._max_length}; "
+                    f"set data.overlong to drop or truncate, or raise data.max_length"
+                )
+            if self._overlong == "drop":
+                return Dropped(OVERLONG, length)
+        tokens = np.array(ids[: self._max_length], dtype=np.int32)
+        if self._mask_inputs:
+            spans = self._renderer.assistant_spans(conversation, text)
+            weights, turns, ended = self._weights(tokens, offsets[: self._max_length], text, spans)
+        else:
+            weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
+        weights[0] = 0  # nothing stands before it that could predict it
+        if not weights.any():
+            return Dropped(CUT_AWAY if length > self._max_length else UNTRAINED, length)
+        return Encoded(tokens, weights, turns, ended, length > self._max_length)
+
+    def _weights(
+        self, tokens: np.ndarray, offsets: list[tuple[int, int]], text: str, spans: Sequence[Span]
+    ) -> tuple[np.ndarray, int, int]:
+        """uint8 [n], the number of trained turns, and how many of them end in an end-of-turn."""
+        weights = np.zeros(len(tokens), dtype=np.uint8)
+        starts, ends = np.array(offsets, dtype=np.int64).T
+        turns = ended = 0
+        for span in spans:
+            first, last = self._token_range(tokens, starts, ends, text, span)
+            if first < last:
+                weights[first:last] = 1
+                turns += 1
+                ended += int(tokens[last - 1]) in self._markup
+        return weights, turns, ended
+
+    def _token_range(
+        self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str, span: Span
+    ) -> tuple[int, int]:
+        """The tokens [first, last) of a span.
+
+        A token over the edge counts if only white space of it lies outside: many tokenizers bind
+        a blank to the word behind it. White space after the end-of-turn token does not count: the
+        model is stopped there."""
+        first = int(np.searchsorted(ends, span.start, side="right"))
+        last = int(np.searchsorted(starts, span.end, side="left"))
+        if first < last and text[starts[first] : span.start].strip():
+            first += 1
+        if first < last and text[span.end : ends[last - 1]].strip():
+            last -= 1
+        markup = [i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup][:1]
+        for index in markup:
+            if not text[ends[index] : span.end].strip():
+                last = index + 1
+        return first, last

@@ -1,0 +1,95 @@
+"""What every data factory is, and what it makes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtrain.batch import Batch
+from jaxtrain.data.ledger import Ledger
+from jaxtrain.data.loader import iterate
+from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.rows import Rows
+from jaxtrain.data.source import DataSource
+from jaxtrain.recipe.data import DataConfig
+
+
+class LoadedSource:
+    """A source's rows beside the name that messages and counts call it by."""
+
+    def __init__(self, label: str, rows: Rows):
+        self.label = label
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All batches of a run, for training and for each evaluation set."""
+
+    train: BatchPlan
+    evals: Mapping[str, BatchPlan]
+    """Name of the set → its batches; the one set of a plain list is `eval`."""
+    ledger: Ledger
+    threads: int
+    process_index: int = 0
+    process_count: int = 1
+
+    @property
+    def row_tokens(self) -> int:
+        """T of every batch."""
+        return self.train.row_tokens
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train.steps_per_epoch
+
+    def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """This process's batches from update `start` on, over as many epochs as are asked for."""
+        return self._iterate(self.train, start, stop)
+
+    def eval_batches(self, name: str = "eval") -> Iterator[Batch]:
+        """Every row of the set once, in order."""
+        plan = self.evals[name]
+        return self._iterate(plan, 0, plan.steps_per_epoch)
+
+    def _iterate(self, plan: BatchPlan, start: int, stop: int | None) -> Iterator[Batch]:
+        def batch(step: int) -> Batch:
+            return plan.batch(step, self.process_index, self.process_count)
+
+        return iterate(batch, start=start, stop=stop, threads=self.threads)
+
+
+class DataFactory:
+    """Rows of sources to batches. A subclass has a `name`, a `config` annotation and the methods
+    below; `prepare` calls them in this order."""
+
+    name: ClassVar[str]
+    config: DataConfig
+
+    def __init__(self, config: DataConfig, tokenizer: Any, max_length: int):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def load(self, sources: Sequence[DataSource], split: str) -> list[LoadedSource]:
+        """The rows of every source; `split` for those whose recipe names none."""
+        return [LoadedSource(source.label, source.read(split)) for source in sources]
+
+    def process(self, loaded: Sequence[LoadedSource]) -> Any:
+        """Rows to documents."""
+        raise NotImplementedError(f"{type(self).__name__} must define process(loaded)")
+
+    def split_data(self, documents: Any) -> tuple[Any, Any]:
+        """Numbers of the documents for training and for evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} must define split_data(documents)")
+
+    def prepare(
+        self,
+        sources: Sequence[DataSource],
+        eval_sources: Mapping[str, Sequence[DataSource]],
+        shape: BatchShape,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> TrainingData:
+        """Everything from rows to batches; `DataError` when nothing is left to train on."""
+        raise NotImplementedError(f"{type(self).__name__} must define prepare")

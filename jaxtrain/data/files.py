@@ -1,0 +1,355 @@
+"""Local files as rows: an index of byte offsets over a memory map, and parsing when a row is read.
+
+Arrow's own readers would give every row the columns and fields of all others, filled with null, and
+would name no line. Memory holds two integers a row.
+"""
+
+import csv
+import io
+import json
+import mmap
+import re
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.assets import cache_folder
+from jaxtrain.data.rows import ConcatenatedRows, Rows
+from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
+from jaxtrain.recipe.errors import DataError, RecipeError, shown
+
+BOM = b"\xef\xbb\xbf"
+LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
+# A JSON text down to what nests it; a quote that opens no string whole is a match of its own.
+STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|"|[{}\[\],]', re.DOTALL)
+NOT_BLANK = re.compile(rb"\s*(\S)")
+BLOCK_BYTES = 1 << 22
+ARROW_BLOCK_ROWS = 256
+
+
+def temporary_file() -> Any:
+    """An open file without a name, in the user's cache: gone with the process, whatever ends it."""
+    folder = cache_folder() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
+
+
+def data_files(paths: str | Sequence[str]) -> list[Path]:
+    """Files, globs and folders as a sorted list of files; RecipeError for one that is not there."""
+    found: list[Path] = []
+    for written in [paths] if isinstance(paths, str) else paths:
+        path = Path(written).expanduser()
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.is_file() and file_format(f.name))
+            if not files:
+                raise RecipeError(f"folder {path} holds no file of {', '.join(FORMATS)}")
+            found += files
+        elif set("*?[") & set(written):
+            base = Path(path.anchor) if path.is_absolute() else Path()
+            pattern = str(path.relative_to(base) if path.is_absolute() else path)
+            files = sorted(f for f in base.glob(pattern) if f.is_file())
+            if not files:
+                raise RecipeError(f"no file matches {shown(written)}")
+            found += files
+        else:
+            raise RecipeError(f"no file or folder {written}")
+    return found
+
+
+def open_files(
+    paths: Sequence[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
+) -> Rows:
+    """All rows of `paths`; `kind` is a source type, or `auto` to go by each suffix."""
+    parts: list[Rows] = []
+    for path in paths:
+        form = file_format(path.name) if kind == "auto" else kind
+        if form == "text":
+            parts.append((TextLines if per_line else TextFile)(path, column))
+        elif form in READERS:
+            parts.append(READERS[form](path))
+        else:
+            raise RecipeError(f"{path}: the suffix says no format; known are {', '.join(FORMATS)}")
+    return parts[0] if len(parts) == 1 else ConcatenatedRows(parts)
+
+
+class _Records:
+    """Byte ranges of one file, each of which is parsed to a row on access."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap | None = None):
+        self.path = path
+        self._bytes = _mapped(path) if mapped is None else mapped
+        bounds = array("q", (bound for pair in self._ranges() for bound in pair))
+        self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
+        if len(self._bounds) == 0:
+            raise DataError(f"{path}: no rows")
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        raise NotImplementedError
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = map(int, self._bounds[index])
+        return self._parse(self._decoded(start, end), start)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._line(int(self._bounds[index][0]))}"
+
+    def _decoded(self, start: int, end: int) -> str:
+        try:
+            return self._bytes[start:end].decode("utf-8")
+        except UnicodeDecodeError as fault:
+            line = self._line(start + fault.start)
+            byte = fault.object[fault.start]
+            raise DataError(
+                f"{self.path}:{line}: not UTF-8, found byte 0x{byte:02x}; save the file as UTF-8"
+            ) from None
+
+    def _line(self, offset: int) -> int:
+        """Counted only for messages."""
+        blocks = range(0, offset, BLOCK_BYTES)
+        return 1 + sum(self._bytes[b : min(b + BLOCK_BYTES, offset)].count(b"\n") for b in blocks)
+
+    def _start(self) -> int:
+        return len(BOM) if self._bytes[: len(BOM)] == BOM else 0
+
+    def _parse_json(self, text: str, start: int) -> dict[str, Any]:
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as fault:
+            line = self._line(start) + fault.lineno - 1
+            raise DataError(
+                f"{self.path}:{line}: not JSON: {fault.msg} at column {fault.colno}, "
+                f"found {shown(text[fault.pos :])}"
+            ) from None
+        except RecursionError:
+            raise DataError(f"{self.path}:{self._line(start)}: JSON nested too deeply") from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{self.path}:{self._line(start)}: a row must be an object, found {shown(row)}"
+            )
+        return row
+
+
+class JsonLines(_Records):
+    """One object a line; blank lines are skipped."""
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        for match in LINE.finditer(self._bytes, self._start()):
+            yield match.span(1)
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        return self._parse_json(text, start)
+
+
+class JsonArray(_Records):
+    """The objects of one list."""
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        opening = NOT_BLANK.match(self._bytes, self._start())
+        if opening is None or opening[1] != b"[":
+            found = self._decoded(self._start(), min(len(self._bytes), 64))
+            raise DataError(
+                f"{self.path}:1: must be a list of objects, or one object a line, "
+                f"found {shown(found)}"
+            )
+        depth, start, is_first = 1, opening.end(), True
+        for match in STRUCTURE.finditer(self._bytes, start):
+            mark = match[0]
+            if mark == b'"' or (mark == b"}" and depth == 1):
+                line = self._line(match.start())
+                raise DataError(f"{self.path}:{line}: not JSON: {mark.decode()} without its pair")
+            if depth == 1 and mark in (b",", b"]"):
+                first = NOT_BLANK.match(self._bytes, start)
+                start = min(first.start(1), match.start()) if first else match.start()
+                if not (is_first and mark == b"]" and start == match.start()):
+                    yield start, match.start()
+                start, is_first = match.end(), False
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
+            if depth == 0:
+                return self._nothing_after(match.end())
+        raise DataError(f"{self.path}: ends before its list does; is the file cut off?")
+
+    def _nothing_after(self, offset: int) -> None:
+        if (rest := NOT_BLANK.match(self._bytes, offset)) is not None:
+            line = self._line(rest.start(1))
+            raise DataError(f"{self.path}:{line}: text after the end of the list")
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        return self._parse_json(text, start)
+
+
+class Csv(_Records):
+    """A header and a row of text values a record; quoted values may hold line breaks."""
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        csv.field_size_limit(sys.maxsize)  # the default refuses texts of 128 KiB
+        self._position = self._start()
+        records = csv.reader(self._lines(), strict=True)
+        try:
+            self._header = next(records)
+            start = self._position
+            for record in records:
+                if record:
+                    self._check_width(record, start)
+                    yield start, self._position
+                start = self._position
+        except csv.Error as fault:
+            line = self._line(self._position)
+            raise DataError(f"{self.path}:{line}: not CSV: {fault}") from None
+
+    def _lines(self) -> Iterator[str]:
+        """The reader asks for lines only until its record is whole, so the position is its end."""
+        while self._position < len(self._bytes):
+            end = self._bytes.find(b"\n", self._position) + 1 or len(self._bytes)
+            line = self._decoded(self._position, end)
+            self._position = end
+            yield line
+
+    def _check_width(self, record: list[str], start: int) -> None:
+        if len(record) != len(self._header):
+            raise DataError(
+                f"{self.path}:{self._line(start)}: {len(record)} values, but the header has "
+                f"{len(self._header)} columns: {', '.join(self._header)}"
+            )
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        (record,) = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return dict(zip(self._header, record, strict=True))
+
+
+class TextLines(_Records):
+    """A row a line."""
+
+    def __init__(self, path: Path, column: str):
+        self._column = column
+        super().__init__(path)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        for match in LINE.finditer(self._bytes, self._start()):
+            yield match.span()
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        return {self._column: text.removesuffix("\r")}
+
+
+class TextFile(TextLines):
+    """The whole file as one row."""
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        if LINE.search(self._bytes):
+            yield self._start(), len(self._bytes)
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
+        return {self._column: text}
+
+
+class ArrowRows:
+    """Rows of a memory-mapped table; a block at a time becomes Python objects."""
+
+    def __init__(self, table: Any, label: str):
+        self._table = table
+        self._label = label
+        self._block: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        block, place = divmod(index, ARROW_BLOCK_ROWS)
+        if self._block[0] != block:
+            part = self._table.slice(block * ARROW_BLOCK_ROWS, ARROW_BLOCK_ROWS)
+            self._block = (block, part.to_pylist())
+        return self._block[1][place]
+
+    def where(self, index: int) -> str:
+        return f"{self._label}: row {index}"
+
+
+def json_rows(path: Path) -> Rows:
+    """A list of objects; files with one object a line often bear this suffix too."""
+    mapped = _mapped(path)
+    start = NOT_BLANK.match(mapped, len(BOM) if mapped[: len(BOM)] == BOM else 0)
+    if start is None or start[1] != b"{":
+        return JsonArray(path, mapped)
+    lines = JsonLines(path, mapped)
+    try:
+        lines[0]
+    except DataError:
+        raise DataError(
+            f"{path}:1: must be a list of objects, or one object a line, found one object over "
+            f"several lines"
+        ) from None
+    return lines
+
+
+def parquet_rows(path: Path) -> Rows:
+    """Copied block by block into an uncompressed file that can be mapped and read at any row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = temporary_file()
+    try:
+        with (
+            pq.ParquetFile(path, memory_map=True) as file,
+            pa.ipc.new_file(sink, file.schema_arrow) as writer,
+        ):
+            for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK_ROWS):
+                writer.write_batch(batch)
+    except pa.ArrowInvalid as fault:
+        raise DataError(f"{path}: not a Parquet file that can be read: {_first(fault)}") from None
+    sink.flush()
+    table = pa.ipc.open_file(pa.py_buffer(mmap.mmap(sink.fileno(), 0, access=mmap.ACCESS_READ)))
+    rows = ArrowRows(table.read_all(), str(path))
+    if len(rows) == 0:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def _first(fault: BaseException) -> str:
+    return str(fault).strip().splitlines()[0]
+
+
+def _mapped(path: Path) -> Any:
+    """The bytes of a file, unpacked if its suffix says so, as a read-only memory map."""
+    with path.open("rb") as file:
+        if path.suffix.lower() not in COMPRESSED:
+            return _map(file, path)
+        import pyarrow as pa
+
+        codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
+        with temporary_file() as unpacked:
+            try:
+                with pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+                    while block := stream.read(BLOCK_BYTES):
+                        unpacked.write(block)
+            except OSError as fault:
+                raise DataError(f"{path}: cannot be unpacked: {_first(fault)}") from None
+            unpacked.flush()
+            return _map(unpacked, path)
+
+
+def _map(file: Any, path: Path) -> Any:
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:  # an empty file cannot be mapped
+        raise DataError(f"{path}: the file is empty") from None
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    "json": json_rows,
+    "jsonl": JsonLines,
+    "csv": Csv,
+    "parquet": parquet_rows,
+}

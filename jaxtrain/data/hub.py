@@ -1,0 +1,131 @@
+"""Data sets of the hub, read through `datasets`, and folders that it saved."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.data.files import data_files, open_files
+from jaxtrain.data.local import whole_split
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split
+from jaxtrain.data.source import ConversationSource
+from jaxtrain.recipe.data import HFDataSourceConfig, split_suffix
+from jaxtrain.recipe.errors import DataError, RecipeError, shown
+
+Row = dict[str, Any]
+
+ACE_MATH = "nvidia/AceMath-Instruct-Training-Data"
+SPLITS = {
+    "HuggingFaceH4/ultrachat_200k": {"train": "train_sft", "test": "test_sft", "eval": "test_sft"},
+    "HuggingFaceH4/ultrafeedback_binarized": {
+        "train": "train_prefs", "test": "test_prefs", "eval": "test_prefs",
+    },
+    ACE_MATH: {"train": "general_sft_stage2"},
+}  # fmt: skip
+"""Data sets whose splits have names of their own."""
+ARGUMENTS = {ACE_MATH: {"verification_mode": "no_checks"}}
+ROLES = {
+    ACE_MATH: {"user": "messages.role.user", "assistant": "messages.role.assistant"},
+    "HuggingFaceH4/ultrachat_200k": {
+        "user": "messages.role.user", "assistant": "messages.role.assistant",
+    },
+    "Open-Orca/OpenOrca": {
+        "system": "system_prompt", "user": "question", "assistant": "response",
+    },
+    "THUDM/LongAlign-10k": {
+        "user": "messages.role.user", "assistant": "messages.role.assistant",
+    },
+    "Yukang/LongAlpaca-12k": {"user": "instruction", "assistant": "output"},
+    "Open-Orca/SlimOrca": {
+        "system": "conversations.from.system", "user": "conversations.from.human",
+        "assistant": "conversations.from.gpt",
+    },
+    "meta-math/MetaMathQA": {"user": "query", "assistant": "response"},
+    "ise-uiuc/Magicoder-OSS-Instruct-75K": {"user": "problem", "assistant": "solution"},
+    "lmsys/lmsys-chat-1m": {
+        "user": "conversation.role.user", "assistant": "conversation.role.assistant",
+    },
+}  # fmt: skip
+"""Data sets whose columns are known; a mapping in the recipe goes first."""
+SAVED_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
+
+
+class HuggingFaceSource(ConversationSource):
+    """Rows as the data set has them."""
+
+    name = "huggingface"
+    config: HFDataSourceConfig
+
+    @property
+    def dataset(self) -> str:
+        return split_suffix(self.config.name_or_path)[0]
+
+    @property
+    def label(self) -> str:
+        return self.config.name or self.dataset
+
+    def load(self, config: HFDataSourceConfig, split: str) -> Rows:
+        _, written = split_suffix(config.name_or_path)
+        split = self._own_split(config, written or split)
+        path = Path(self.dataset)
+        if path.is_dir() and any((path / name).is_file() for name in SAVED_FILES):
+            return take_split(self._named(_saved(path)), split, self.label)
+        if path.exists():
+            return whole_split(open_files(data_files(str(path))), split, self.label)
+        return take_split(self._named(self._downloaded(config)), split, self.label)
+
+    def _own_split(self, config: HFDataSourceConfig, split: str) -> str:
+        name, bracket, rest = split.partition("[")
+        mapping = SPLITS.get(self.dataset, {}) | config.split_mapping
+        return mapping.get(name, name) + bracket + rest
+
+    def _named(self, splits: Any) -> dict[str, Rows]:
+        return {str(name): NamedRows(rows, f"{self.label}:{name}") for name, rows in splits.items()}
+
+    def _downloaded(self, config: HFDataSourceConfig) -> Any:
+        import datasets  # a second of imports, which local files do without
+
+        arguments = ARGUMENTS.get(self.dataset, {}) | config.kwargs
+        arguments.pop("split", None)
+        try:
+            return datasets.load_dataset(self.dataset, **arguments)
+        except (OSError, ValueError) as fault:  # not found, offline, no such config
+            first = str(fault).strip().splitlines()[0]
+            raise RecipeError(
+                f"data set {shown(self.dataset)} is no local file or folder, and could not be "
+                f"read from {datasets.config.HF_DATASETS_CACHE} or the hub: {first}"
+            ) from None
+
+
+class HuggingFaceInstructSource(HuggingFaceSource):
+    """Rows as conversations: the columns of well-known data sets are mapped without a word."""
+
+    name = "huggingface_instruct"
+
+    def role_mapping(self) -> dict[str, str]:
+        return self.config.role_mapping or ROLES.get(self.dataset, {})
+
+    def read(self, default_split: str) -> Rows:
+        rows = super().read(default_split)
+        if self.dataset == ACE_MATH and not self.config.role_mapping:
+            return MappedRows(rows, _with_answer)
+        return rows
+
+
+def _with_answer(row: Row) -> Row:
+    """AceMath keeps the last reply beside the conversation."""
+    if not isinstance(answer := row.get("answer"), str):
+        raise DataError(f"answer: must be text, found {shown(answer)}")
+    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+
+
+def _saved(path: Path) -> Any:
+    """The splits of a folder; one without splits has its rows under both names."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as fault:
+        first = str(fault).strip().splitlines()[0]
+        raise DataError(f"{path}: not a folder that datasets can read: {first}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        return saved
+    return {"train": saved, "eval": saved}

@@ -1,0 +1,127 @@
+"""What became of every row: the counts that a person looks at before trusting a run."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxtrain.data.encode import Dropped, Encoded
+from jaxtrain.data.plan import BatchPlan
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass
+class SourceCounts:
+    """One source, before rows are packed."""
+
+    label: str
+    rows: int = 0
+    """Rows read."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason → rows."""
+    truncated: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    turns: int = 0
+    """Assistant turns that are trained."""
+    ended_turns: int = 0
+    """Those of them whose end-of-turn token is trained."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of a document at PERCENTILES."""
+
+    def add(self, outcome: Encoded | Dropped) -> None:
+        self.rows += 1
+        if isinstance(outcome, Dropped):
+            self.dropped[outcome.reason] += 1
+            return
+        self.documents += 1
+        self.tokens += len(outcome.tokens)
+        self.trained_tokens += int(np.count_nonzero(outcome.weights))
+        self.truncated += outcome.truncated
+        self.turns += outcome.turns
+        self.ended_turns += outcome.ended
+
+    def lines(self) -> list[str]:
+        rows = (
+            f"{self.label}: {_count(self.rows, 'row')} read, {_count(self.documents, 'document')}"
+        )
+        if self.truncated:
+            rows += f", {self.truncated} truncated"
+        lines = [rows]
+        lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
+        if not self.documents:
+            return lines
+        lines.append(f"  {_tokens(self.tokens, self.trained_tokens)}")
+        steps = (f"{value} at {p}%" for p, value in zip(PERCENTILES, self.lengths, strict=True))
+        lines.append(f"  document lengths: {', '.join(steps)}")
+        if self.turns:
+            share = self.ended_turns / self.turns
+            lines.append(f"  end of turn trained in {share:.1%} of {self.turns} assistant turns")
+        if self.turns and not self.ended_turns:
+            lines.append("  warning: no turn ends in a special token; the model may never stop")
+        return lines
+
+
+@dataclass(frozen=True)
+class SetCounts:
+    """One set of rows that is trained or evaluated on."""
+
+    label: str
+    documents: int
+    tokens: int
+    trained_tokens: int
+    rows: int
+    row_tokens: int
+    steps: int
+    """Updates of an epoch, or batches of one evaluation."""
+
+    @classmethod
+    def of(cls, label: str, plan: BatchPlan) -> "SetCounts":
+        chosen = np.unique(plan.rows.documents)
+        return cls(
+            label=label,
+            documents=len(chosen),
+            tokens=int(plan.rows.lengths.sum()),
+            trained_tokens=int(plan.documents.index["trained"][chosen].sum()),
+            rows=plan.rows.num_rows,
+            row_tokens=plan.row_tokens,
+            steps=plan.steps_per_epoch,
+        )
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that is no padding."""
+        return self.tokens / (self.rows * self.row_tokens) if self.rows else 0.0
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.label}: {_count(self.documents, 'document')} in {_count(self.rows, 'row')} of "
+            f"{self.row_tokens} tokens, filled {self.fill:.1%}; {_count(self.steps, 'step')}",
+            f"  {_tokens(self.tokens, self.trained_tokens)}",
+        ]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    sources: tuple[SourceCounts, ...]
+    sets: tuple[SetCounts, ...]
+
+    def lines(self) -> list[str]:
+        """For the log: what was read, then what came of it."""
+        return [line for part in (*self.sources, *self.sets) for line in part.lines()]
+
+
+def length_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
+    if not len(lengths):
+        return ()
+    return tuple(int(v) for v in np.percentile(lengths, PERCENTILES, method="higher"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _tokens(tokens: int, trained: int) -> str:
+    return f"{tokens} tokens, {trained} trained ({trained / max(tokens, 1):.1%})"

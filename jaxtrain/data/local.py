@@ -1,0 +1,64 @@
+"""Sources of local files, one for each format and one for any."""
+
+from jaxtrain.data.files import data_files, open_files
+from jaxtrain.data.rows import Rows, renamed, take_split
+from jaxtrain.data.source import ConversationSource
+from jaxtrain.recipe.data import (
+    AnyLocalDataSourceConfig,
+    LocalDataSourceConfig,
+    TextDataSourceConfig,
+)
+
+
+def whole_split(rows: Rows, split: str, label: str) -> Rows:
+    """Files have one split, which is for training or for evaluation, as the recipe uses them."""
+    return take_split({"train": rows, "eval": rows}, split, label)
+
+
+class _LocalSource(ConversationSource):
+    config: LocalDataSourceConfig
+
+    @property
+    def label(self) -> str:
+        path = self.config.path
+        return self.config.name or (path if isinstance(path, str) else ", ".join(path))
+
+    def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
+        rows = open_files(data_files(config.path), self.name)
+        return whole_split(renamed(rows, config.columns), split, self.label)
+
+
+class JsonSource(_LocalSource):
+    name = "json"
+
+
+class JsonLinesSource(_LocalSource):
+    name = "jsonl"
+
+
+class CsvSource(_LocalSource):
+    name = "csv"
+
+
+class ParquetSource(_LocalSource):
+    name = "parquet"
+
+
+class TextSource(_LocalSource):
+    name = "text"
+    config: TextDataSourceConfig
+
+    def load(self, config: TextDataSourceConfig, split: str) -> Rows:
+        files = data_files(config.path)
+        rows = open_files(files, self.name, column=config.column, per_line=config.per_line)
+        return whole_split(renamed(rows, config.columns), split, self.label)
+
+
+class LocalSource(_LocalSource):
+    name = "local"
+    config: AnyLocalDataSourceConfig
+
+    def load(self, config: AnyLocalDataSourceConfig, split: str) -> Rows:
+        files = data_files(config.path)
+        rows = open_files(files, config.format, column=config.column, per_line=config.per_line)
+        return whole_split(renamed(rows, config.columns), split, self.label)

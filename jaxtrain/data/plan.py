@@ -1,0 +1,121 @@
+"""Batches as a pure function of the update's number: nothing is remembered from batch to batch.
+
+M microbatches of an update, B rows of a microbatch over all shards, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtrain.batch import Batch
+from jaxtrain.data.documents import Documents
+from jaxtrain.data.order import permutation
+from jaxtrain.data.packing import RowPlan
+
+EPOCH = 2  # keeps the order of an epoch apart from other orders under the same seed
+
+
+class BatchShape(NamedTuple):
+    """What an update works on, over all processes."""
+
+    microbatches: int
+    rows: int
+    """Rows of one microbatch over all shards."""
+
+    @property
+    def update_rows(self) -> int:
+        return self.microbatches * self.rows
+
+
+class Origin(NamedTuple):
+    """Where a document of a row was read."""
+
+    source: int
+    row: int
+
+
+@lru_cache(maxsize=4)  # an epoch's border needs two; training and evaluation sets alternate
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(count, EPOCH, seed, epoch)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batches of every update. An epoch is complete: its last update is filled up with rows
+    that have no token."""
+
+    documents: Documents
+    rows: RowPlan
+    shape: BatchShape
+    row_tokens: int
+    """T, the same for every batch of a run, so that the step compiles once."""
+    seed: int | None
+    """None takes the rows in their order, in every epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows.num_rows // self.shape.update_rows)
+
+    def row_numbers(self, step: int) -> np.ndarray:
+        """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.shape.update_rows
+        taken = np.full(size, -1, dtype=np.int64)
+        part = slice(place * size, min((place + 1) * size, self.rows.num_rows))
+        if self.seed is None:
+            found = np.arange(part.start, part.stop)
+        else:
+            found = _epoch_order(self.rows.num_rows, self.seed, epoch)[part]
+        taken[: len(found)] = found
+        return taken.reshape(self.shape.microbatches, self.shape.rows)
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """One process's columns of the update: leaves [M, B / processes, T], rows [M, B / p]."""
+        own, rest = divmod(self.shape.rows, process_count)
+        if rest:
+            raise ValueError(
+                f"{self.shape.rows} rows of a microbatch do not divide by {process_count} processes"
+            )
+        numbers = self.row_numbers(step)
+        return self.fill(numbers[:, process_index * own : (process_index + 1) * own])
+
+    def fill(self, rows: np.ndarray) -> Batch:
+        """The given rows as a batch of the same leading dimensions."""
+        shape = (*rows.shape, self.row_tokens)
+        tokens, positions, segments = (np.zeros(shape, dtype=np.int32) for _ in range(3))
+        loss_weights = np.zeros(shape, dtype=np.float32)
+        batch = Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
+        for place in np.ndindex(rows.shape):
+            if rows[place] >= 0:
+                self._fill_row(int(rows[place]), *(leaf[place] for leaf in batch[:4]))
+        return batch
+
+    def _fill_row(
+        self,
+        row: int,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        segments: np.ndarray,
+        loss_weights: np.ndarray,
+    ) -> None:
+        end = 0
+        for segment, piece in enumerate(self._pieces(row), start=1):
+            length = int(self.rows.lengths[piece])
+            source = int(self.documents.offsets[self.rows.documents[piece]])
+            source += int(self.rows.starts[piece])
+            start, end = end, end + length
+            tokens[start:end] = self.documents.tokens[source : source + length]
+            positions[start:end] = np.arange(length)
+            segments[start:end] = segment
+            loss_weights[start:end] = self.documents.weights[source : source + length]
+            loss_weights[start] = 0  # what stands before it is another document
+
+    def _pieces(self, row: int) -> range:
+        return range(int(self.rows.offsets[row]), int(self.rows.offsets[row + 1]))
+
+    def origins(self, row: int) -> list[Origin]:
+        """Source and row of every document of a packed row, in the order of its segments."""
+        records = self.documents.index[self.rows.documents[self._pieces(row)]]
+        return [Origin(int(record["source"]), int(record["row"])) for record in records]

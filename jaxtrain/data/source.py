@@ -1,0 +1,64 @@
+"""What every source of rows is."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from jaxtrain.data.conversation import MappedRoles
+from jaxtrain.data.order import sample
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows
+from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
+from jaxtrain.recipe.errors import DataError
+
+SAMPLE = 1  # keeps the draw of a sample apart from other orders under the same seed
+
+
+class DataSource:
+    """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
+
+    name: ClassVar[str]
+    config: DataSourceConfig
+
+    def __init__(self, config: DataSourceConfig):
+        self.config = config
+
+    @property
+    def label(self) -> str:
+        """What logs and messages call this source."""
+        return self.config.name or self.config.type or self.name
+
+    def load(self, config: Any, split: str) -> Rows | Sequence[dict[str, Any]]:
+        """All rows of `split`; a plain list of dicts will do."""
+        raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
+
+    def read(self, default_split: str) -> Rows:
+        """The rows to train on: the recipe's split, then its sample; DataError when there are
+        none."""
+        loaded = self.load(self.config, self.config.split or default_split)
+        rows = loaded if isinstance(loaded, Rows) else NamedRows(loaded, self.label)
+        if len(rows) == 0:
+            raise DataError(f"{self.label}: no rows")
+        return self._sampled(rows)
+
+    def _sampled(self, rows: Rows) -> Rows:
+        count = self.config.sample_count
+        if self.config.sample_ratio is not None:
+            count = max(1, round(self.config.sample_ratio * len(rows)))
+        if count is None or count >= len(rows):
+            return rows
+        return SelectedRows(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
+
+
+class ConversationSource(DataSource):
+    """Rows whose columns the recipe maps to roles."""
+
+    config: RowsConfig
+
+    def role_mapping(self) -> dict[str, str]:
+        """Role → column or `array.field.value`; empty leaves rows as they are."""
+        return self.config.role_mapping
+
+    def read(self, default_split: str) -> Rows:
+        rows = super().read(default_split)
+        if not (mapping := self.role_mapping()):
+            return rows
+        return MappedRows(rows, MappedRoles(mapping, self.config.content_key))

@@ -1,0 +1,143 @@
+"""A byte-level BPE tokenizer rebuilt from the metadata of a GGUF file.
+
+The file stores tokens, merges and the *name* of a pre-tokenizer; the regex behind the name is not
+in it. A name that is not known here is refused, because a near guess gives wrong ids on few texts
+only, and nobody would notice.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from jaxtrain.recipe.errors import RecipeError, did_you_mean
+
+CONTROL, USER_DEFINED = 3, 4  # token types of the format
+
+# Contractions, words, digits in groups of at most {digits}, punctuation, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PreTokenizer(NamedTuple):
+    """How text is cut before merging."""
+
+    regex: str | None
+    """None is GPT-2's own, which the byte-level step has built in."""
+    single_digits: bool = False
+    ignore_merges: bool = False
+    """A cut that is a token as a whole is taken as one, whatever the merges say."""
+    nfc: bool = False
+
+
+GPT2 = PreTokenizer(None)
+LLAMA3 = PreTokenizer(WORDS.format(digits="{1,3}"), ignore_merges=True)
+QWEN2 = PreTokenizer(WORDS.format(digits=""), nfc=True)
+PRE_TOKENIZERS = {
+    "default": GPT2, "gpt-2": GPT2, "gpt2": GPT2,
+    "smollm": PreTokenizer(None, single_digits=True),
+    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3,
+    "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2,
+}  # fmt: skip
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the file, with its chat template; RecipeError for a kind not known here."""
+    fields = _metadata(path)
+    model = fields.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise RecipeError(
+            f"{path}: tokenizer.ggml.model is {model!r}; only byte-level BPE (gpt2) can be "
+            f"rebuilt from GGUF; name a Hugging Face tokenizer in tokenizer.name_or_path"
+        )
+    name = fields.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise RecipeError(
+            f"{path}: tokenizer.ggml.pre is {name!r}, known are {', '.join(PRE_TOKENIZERS)}"
+            f"{did_you_mean(name, PRE_TOKENIZERS)}; name a Hugging Face tokenizer in "
+            f"tokenizer.name_or_path"
+        )
+    tokens = fields["tokenizer.ggml.tokens"]
+    backend = _backend(fields, PRE_TOKENIZERS[name])
+    named = {
+        f"{role}_token": tokens[fields[key]]
+        for role, key in {
+            "bos": "tokenizer.ggml.bos_token_id",
+            "eos": "tokenizer.ggml.eos_token_id",
+            "pad": "tokenizer.ggml.padding_token_id",
+            "unk": "tokenizer.ggml.unknown_token_id",
+        }.items()
+        if key in fields
+    }
+    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in named:
+        bos = named["bos_token"]
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, fields["tokenizer.ggml.bos_token_id"])],
+        )
+    architecture = fields.get("general.architecture", "")
+    context = fields.get(f"{architecture}.context_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **({"model_max_length": context} if context else {}),
+        **named,
+    )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise RecipeError(
+            f"{path}: reading GGUF needs gguf: pip install 'jaxtrain[demo]'"
+        ) from None
+    try:
+        reader = GGUFReader(path)
+    except ValueError as fault:
+        raise RecipeError(f"{path}: not a GGUF file that can be read: {fault}") from None
+    wanted = ("tokenizer.", "general.architecture")
+    return {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(wanted) or name.endswith(".context_length")
+    }
+
+
+def _backend(fields: dict[str, Any], pre: PreTokenizer) -> Tokenizer:
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: id for id, token in enumerate(tokens)},
+            merges=merges,
+            fuse_unk=False,
+            byte_fallback=False,
+            ignore_merges=pre.ignore_merges,
+        )
+    )
+    cuts: list[Any] = []
+    if pre.single_digits:
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.regex is not None:
+        cuts.append(pre_tokenizers.Split(Regex(pre.regex), behavior="isolated"))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.regex is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
+        add(
+            [
+                AddedToken(token, special=kind == CONTROL, normalized=False)
+                for token, found in zip(tokens, types, strict=True)
+                if found == kind
+            ]
+        )
+    return backend
