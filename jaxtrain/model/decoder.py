@@ -108,17 +108,13 @@ class Decoder(nnx.Module):
 
     def view(self, batch: Batch) -> View:
         places = Places(batch.segments, batch.positions)
-        return View(
-            places, places, *rotation(self.config.rope, self.config.head_size, places.positions)
-        )
+        return View(places, places, *rotation(self.config.rope, self.config.head_size, places.positions))
 
     def embedded(self, tokens_BT: Array) -> Array:
         x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)
         return constrain(x_BTD, "batch", None, None)
 
-    def stack(
-        self, x_BTD: Array, view: View, caches: Caches | None = None
-    ) -> tuple[Array, Caches | None]:
+    def stack(self, x_BTD: Array, view: View, caches: Caches | None = None) -> tuple[Array, Caches | None]:
         """All layers; with caches, also the caches with these tokens in them."""
         if self.execution.stages > 1 and caches is None:
             return self._staged(x_BTD, view), None
