@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.batch import Batch
-from jaxtrain.trainer.loss import Loss, checked
+from jaxtrain.trainer.loss import Loss, checked, means
 from jaxtrain.trainer.state import PyTree, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -98,12 +98,6 @@ def loss_and_grads(
         return loss, jax.lax.with_sharding_constraint(grads, spec.param_shardings)
 
     return _over_microbatches(spec, batch, key, one)
-
-
-def means(loss: Loss) -> Metrics:
-    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
-    values = {"loss": (loss.total, loss.weight), **loss.metrics}
-    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
 
 
 def _call(spec: StepSpec, params: PyTree, rows: Batch, key: jax.Array) -> Loss:
