@@ -18,4 +18,4 @@ class Batch(NamedTuple):
     """float32 [B, T]: weight of the prediction *of* token t; 0 on padding, on masked roles and on
     the first token of every document"""
     rows: Array
-    """int32 [B]: number of the packed row in its data set, -1 for a filler row; traces a loss back to its text"""
+    """int32 [B]: number of the packed row in its data set, -1 for a filler row"""

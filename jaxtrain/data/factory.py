@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.ledger import Ledger
@@ -11,6 +11,7 @@ from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import Rows
 from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.data import DataConfig
+from jaxtrain.registry import Factory
 
 
 class LoadedSource:
@@ -58,15 +59,14 @@ class TrainingData:
         return iterate(batch, start=start, stop=stop, threads=self.threads)
 
 
-class DataFactory:
+class DataFactory(Factory, kind="data"):
     """Rows of sources to batches. A subclass has a `name`, a `config` annotation and the methods
     below; `prepare` calls them in this order."""
 
-    name: ClassVar[str]
     config: DataConfig
 
-    def __init__(self, config: DataConfig, tokenizer: Any, max_length: int):
-        self.config = config
+    def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
+        super().__init__(config, trainer)
         self.tokenizer = tokenizer
         self.max_length = max_length
 

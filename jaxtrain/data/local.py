@@ -15,7 +15,7 @@ def whole_split(rows: Rows, split: str, label: str) -> Rows:
     return take_split({"train": rows, "eval": rows}, split, label)
 
 
-class _LocalSource(ConversationSource):
+class _LocalSource(ConversationSource, abstract=True):
     config: LocalDataSourceConfig
 
     @property

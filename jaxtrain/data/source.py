@@ -1,25 +1,22 @@
 """What every source of rows is."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtrain.data.conversation import MappedRoles
 from jaxtrain.data.order import sample
 from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows
 from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
 from jaxtrain.recipe.errors import DataError
+from jaxtrain.registry import Factory
 
 SAMPLE = 1  # keeps the draw of a sample apart from other orders under the same seed
 
 
-class DataSource:
+class DataSource(Factory, kind="data_source"):
     """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
 
-    name: ClassVar[str]
     config: DataSourceConfig
-
-    def __init__(self, config: DataSourceConfig):
-        self.config = config
 
     @property
     def label(self) -> str:
@@ -48,7 +45,7 @@ class DataSource:
         return SelectedRows(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
 
 
-class ConversationSource(DataSource):
+class ConversationSource(DataSource, abstract=True):
     """Rows whose columns the recipe maps to roles."""
 
     config: RowsConfig

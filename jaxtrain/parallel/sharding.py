@@ -1,5 +1,7 @@
-"""Where arrays live: one table from parameter paths to logical axes, one from those to mesh axes."""
+"""Where arrays live: one table from parameter paths to logical axes, one from those to mesh
+axes."""
 
+import math
 import re
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.mesh import BATCH_AXES
 
 MESH_AXES = {
@@ -31,7 +34,16 @@ PARAMETERS = (
     (r"layers/.*/(attention_norm|mlp_norm)", ("layers", None)),
     (r"norm", (None,)),
 )
-"""Parameter path → logical axis of each of its dimensions; the first row that matches whole counts."""
+"""Parameter path → logical axis of each of its dimensions; the first row that matches whole
+counts."""
+
+
+TITLES = {
+    "vocab": "tokens of the vocabulary",
+    "kv_heads": "key/value heads",
+    "ffn": "feed-forward channels",
+}
+"""What the dimensions that `tensor` splits are called in a message."""
 
 
 def spec(logical_axes: tuple[str | None, ...]) -> P:
@@ -62,14 +74,57 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """The sharding of every parameter; ValueError for one that no row of the table names."""
+    """The sharding of every parameter, from the two tables.
+
+    RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
+    for a parameter that no row names.
+    """
+    split_by_tensor: dict[str, int] = {}
 
     def one(path, leaf) -> NamedSharding:
         name = path_name(path)
-        for pattern, axes in PARAMETERS:
-            if re.fullmatch(pattern, name):
-                assert len(axes) == len(leaf.shape), (name, axes, leaf.shape)
-                return NamedSharding(mesh, spec(axes))
-        raise ValueError(f"no sharding rule names the parameter {name!r}; add a row to PARAMETERS")
+        axes = next((axes for row, axes in PARAMETERS if re.fullmatch(row, name)), None)
+        if axes is None:
+            raise ValueError(
+                f"no sharding rule names the parameter {name!r}; add a row to PARAMETERS"
+            )
+        assert len(axes) == len(leaf.shape), (name, axes, leaf.shape)
+        split_by_tensor.update(
+            (axis, size)
+            for axis, size in zip(axes, leaf.shape, strict=True)
+            if axis and "tensor" in MESH_AXES[axis]
+        )
+        return NamedSharding(mesh, P(*_mesh_axes(axes, leaf.shape, mesh)))
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    shardings = jax.tree_util.tree_map_with_path(one, shapes)
+    tensor = mesh.shape["tensor"]
+    uneven = [f"{size} {TITLES[axis]}" for axis, size in split_by_tensor.items() if size % tensor]
+    if uneven:
+        common = math.gcd(*split_by_tensor.values())
+        legal = [n for n in range(1, common + 1) if common % n == 0]
+        raise RecipeError(
+            f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}"
+        )
+    return shardings
+
+
+def _mesh_axes(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+) -> list[tuple[str, ...] | None]:
+    """Mesh axes of each dimension. What does not divide its own dimension moves to another that it
+    does divide, so that parameters stay sharded; `tensor` never moves."""
+    placed = [list(MESH_AXES[axis]) if axis else [] for axis in axes]
+
+    def parts(dimension: int) -> int:
+        return math.prod(mesh.shape[axis] for axis in placed[dimension])
+
+    for dimension, axis in enumerate(axes):
+        if axis in ("embed", "layers") and shape[dimension] % parts(dimension):
+            moved, placed[dimension] = placed[dimension], []
+            size = math.prod(mesh.shape[a] for a in moved)
+            for other in sorted(range(len(shape)), key=lambda i: -shape[i]):
+                named = axes[other] is not None and other != dimension
+                if named and shape[other] % (parts(other) * size) == 0:
+                    placed[other] += moved
+                    break
+    return [tuple(dimension) or None for dimension in placed]

@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.section import InputPath, TypedSection
 
-
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".csv": "csv", ".txt": "text", ".text": "text", ".md": "text",

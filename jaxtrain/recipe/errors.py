@@ -9,7 +9,8 @@ FOUND_LIMIT = 60  # characters of a found value that a message shows
 
 
 class UserError(ValueError):
-    """A fault of the recipe, the data or the machine; the command line prints it without a traceback."""
+    """A fault of the recipe, the data or the machine; the command line prints it without a
+    traceback."""
 
     exit_code = 1
 
@@ -47,9 +48,7 @@ class RecipeError(UserError):
         lines = [str(fault) for fault in self.faults]
         if recipe is not None:
             count = len(lines)
-            lines.append(
-                f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started"
-            )
+            lines.append(f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started")
         super().__init__("\n".join(lines))
 
 
@@ -81,6 +80,8 @@ class CheckpointError(UserError):
 
 def shown(value: Any) -> str:
     """A found value as a message shows it."""
+    if isinstance(value, bool):
+        return str(value).lower()
     text = str(value) if isinstance(value, int | float) else repr(value)
     return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
 

@@ -8,7 +8,9 @@ from jaxtrain.recipe.section import TypedSection
 
 
 class OptimizerConfig(TypedSection):
-    learning_rate: float = Field(default=5e-4, ge=0, validation_alias=AliasChoices("learning_rate", "lr"))
+    learning_rate: float = Field(
+        default=5e-4, ge=0, validation_alias=AliasChoices("learning_rate", "lr")
+    )
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; not on norms and biases."""
@@ -27,8 +29,8 @@ class AdamWConfig(OptimizerConfig):
 
 
 class SchedulerConfig(TypedSection):
-    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Share of the run's updates over which the rate rises."""
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of the run's updates over which the rate rises; 0.1 when neither key is written."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """The same in updates."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -36,13 +38,15 @@ class SchedulerConfig(TypedSection):
 
     @model_validator(mode="after")
     def _one_warmup_key(self) -> "SchedulerConfig":
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
         return self
 
 
 class HFSchedulerConfig(SchedulerConfig):
-    name: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = "linear"
+    name: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = (
+        "linear"
+    )
     """Shape of the schedule, as `transformers` names it."""
     scheduler_specific_kwargs: dict[str, Any] = {}
     """Further keys of the shape: `num_cycles` of cosine; `num_decay_steps`, `num_stable_steps`,

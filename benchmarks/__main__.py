@@ -1,0 +1,14 @@
+"""`python -m benchmarks` runs every comparison that this machine can run, one after the other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+here = Path(__file__).parent
+has_gpu = any(device.platform == "gpu" for device in jax.devices())
+commands = [["cpu_step.py", "--preset", "llama-1.2b" if has_gpu else "smollm2-135m"]]
+for command in commands:
+    print(f"== {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, str(here / command[0]), *command[1:]], check=True)

@@ -1,0 +1,207 @@
+"""A full fine-tuning step, jaxtrain beside transformers + torch, in turn on the same machine.
+
+    python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512 tokens,
+    float32, CPU python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096
+    tokens, bfloat16, GPU
+
+Each side is a process of its own, started as its user starts it: `python -m jaxtrain recipe.yaml`,
+and a plain loop over `LlamaForCausalLM` with AdamW. Forward, backward, clipping and update, random
+weights, the first two steps left out. Prints tokens a second, peak memory of the process, and the
+ratios.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PRESETS = {
+    "smollm2-135m": {
+        "config": {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        },
+        "rows": 2, "tokens": 512, "dtype": "float32", "remat": "dots", "device": "cpu",
+    },
+    "llama-1.2b": {
+        "config": {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+            "rope_theta": 500000.0, "tie_word_embeddings": True,
+        },
+        "rows": 4, "tokens": 4096, "dtype": "bfloat16", "remat": "full", "device": "cuda",
+    },
+}  # fmt: skip
+COMMON = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+SKIPPED = 2
+
+
+def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
+    """A model folder without weights, rows of text, and the recipe."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{i}" for i in range(2000)]
+    specials = ["<unk>", "<|end|>", "<|user|>", "<|assistant|>"]
+    vocabulary = {word: i for i, word in enumerate([*specials, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(COMMON | preset["config"]))
+
+    rng = random.Random(0)
+    say = lambda n: " ".join(rng.choices(words, k=n))
+    rows = preset["rows"] * steps + 1
+    with (folder / "rows.jsonl").open("w") as stream:
+        for _ in range(rows):
+            turns = [("user", say(64)), ("assistant", say(preset["tokens"] - 64 - 4))]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    recipe = {
+        "model": {
+            "name_or_path": str(folder), "from_scratch": True, "dtype": preset["dtype"],
+            "remat": preset["remat"],
+        },
+        "data": {
+            "sources": [str(folder / "rows.jsonl")], "max_length": preset["tokens"], "pad_to": "max_length",
+            "pack_samples": True,
+        },
+        "micro_batch_size": preset["rows"],
+        "train_iters": steps,
+    }  # fmt: skip
+    file = folder / "recipe.json"  # JSON is YAML
+    file.write_text(json.dumps(recipe))
+    return file
+
+
+def torch_steps(preset: dict, steps: int) -> list[float]:
+    """Seconds of each step of the plain torch loop."""
+    import time
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = torch.device(preset["device"])
+    model = LlamaForCausalLM(LlamaConfig(**(COMMON | preset["config"]))).to(device)
+    if preset["remat"] == "full":
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=preset["dtype"] == "bfloat16")
+    shape = (preset["rows"], preset["tokens"])
+    seconds = []
+    for _ in range(steps):
+        ids = torch.randint(0, 2000, shape, device=device)
+        began = time.perf_counter()
+        with autocast:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def run_jaxtrain(preset_name: str, steps: int) -> tuple[list[float], float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe = write_inputs(folder, PRESETS[preset_name], steps)
+        command = [sys.executable, "-m", "jaxtrain", str(recipe), f"run_dir={folder / 'run'}"]
+        peak = run(
+            command, {"JAX_PLATFORMS": "cpu"} if PRESETS[preset_name]["device"] == "cpu" else {}
+        )
+        rows = [json.loads(line) for line in (folder / "run/train-log-metrics.jsonl").open()]
+        return [row["step_time"] for row in rows if "step_time" in row], peak
+
+
+def run_torch(preset_name: str, steps: int) -> tuple[list[float], float]:
+    with tempfile.NamedTemporaryFile() as file:
+        command = [
+            sys.executable,
+            __file__,
+            "--torch",
+            file.name,
+            "--preset",
+            preset_name,
+            "--steps",
+            str(steps),
+        ]
+        peak = run(command, {})
+        return json.loads(Path(file.name).read_text()), peak
+
+
+def run(command: list[str], environment: dict[str, str]) -> float:
+    """Run to the end; peak resident memory in GB."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{output.read()[-3000:]}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    if args.torch:
+        args.torch.write_text(json.dumps(torch_steps(preset, args.steps)))
+        return
+    tokens = preset["rows"] * preset["tokens"]
+    sides = {"jaxtrain": run_jaxtrain, "torch": run_torch}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(args.rounds):
+        for name, side in sides.items():
+            seconds, peak = side(args.preset, args.steps)
+            rates[name].append(tokens / statistics.median(seconds[SKIPPED:]))
+            peaks[name].append(peak)
+            print(
+                f"round {round_ + 1}  {name:9} {rates[name][-1]:10,.1f} tokens/s  peak {peak:.2f} GB",
+                flush=True,
+            )
+    ratios = [a / b for a, b in zip(rates["jaxtrain"], rates["torch"], strict=True)]
+    figures = {
+        "preset": args.preset,
+        "tokens_per_sec": {name: statistics.median(values) for name, values in rates.items()},
+        "ratio": statistics.median(ratios),
+        "peak_gb": {name: max(values) for name, values in peaks.items()},
+        "peak_ratio": max(peaks["jaxtrain"]) / max(peaks["torch"]),
+    }
+    print(f"ratio jaxtrain / torch: speed {figures['ratio']:.2f} (rounds: "
+          f"{', '.join(f'{r:.2f}' for r in ratios)}), peak memory {figures['peak_ratio']:.2f}")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""`python -m jaxtrain`."""
+
+from jaxtrain.cli import main
+
+if __name__ == "__main__":
+    main()

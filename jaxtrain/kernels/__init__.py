@@ -1,0 +1,1 @@
+"""Operations worth more than one implementation. Each takes its implementation by name."""

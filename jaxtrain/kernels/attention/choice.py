@@ -1,0 +1,37 @@
+"""Which implementation of attention a platform gets."""
+
+from typing import Literal, NamedTuple
+
+from jaxtrain.kernels.attention.splash import splash_fault
+
+Wanted = Literal["auto", "pallas", "reference"]
+
+
+class Choice(NamedTuple):
+    name: str
+    """what `attention` takes as its implementation"""
+    reason: str
+    """one sentence for the log"""
+
+
+def choose(platform: str, *, wanted: Wanted, head_size: int, tokens: int) -> Choice:
+    """The implementation for rows of `tokens` on the mesh's platform; ValueError if a forced one
+    cannot run there."""
+    if wanted not in ("auto", "pallas", "reference"):
+        raise ValueError(f"unknown attention {wanted!r}; use 'auto', 'pallas' or 'reference'")
+    if wanted == "reference":
+        return Choice("reference", "attention: plain jnp, as the recipe asks")
+    fault = _pallas_fault(platform, head_size)
+    if fault is None:
+        return Choice("splash", "attention: splash, the Pallas kernel for TPU")
+    if wanted == "pallas":
+        raise ValueError(f"attention 'pallas' cannot run: {fault}; use 'auto' or 'reference'")
+    return Choice("reference", f"attention: plain jnp in blocks of queries, since {fault}")
+
+
+def _pallas_fault(platform: str, head_size: int) -> str | None:
+    if platform == "tpu":
+        return splash_fault(head_size=head_size)
+    if platform in ("gpu", "cuda", "rocm"):
+        return "there is no kernel for packed rows on a GPU yet"
+    return f"there is no Pallas kernel for platform {platform!r}"

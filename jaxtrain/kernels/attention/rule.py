@@ -1,0 +1,30 @@
+"""Who may look at whom: the places of tokens, and the settings that every implementation shares."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+
+class Places(NamedTuple):
+    """Where each token of a row stands."""
+
+    segments: Array
+    """int32 [B, T]: the document, counted from 1; 0 is padding"""
+    positions: Array
+    """int32 [B, T]: place inside the document"""
+
+
+class Rule(NamedTuple):
+    """The static part of an attention; hashable, so that it can steer tracing."""
+
+    window: int | None
+    softcap: float | None
+    scale: float
+
+
+def sees(q_places: Places, kv_places: Places, window: int | None) -> Array:
+    """Bool [B, T, S]: the definition of what a query sees. All false for a padding query."""
+    q_segments, kv_segments = q_places.segments[:, :, None], kv_places.segments[:, None, :]
+    distance = q_places.positions[:, :, None] - kv_places.positions[:, None, :]
+    seen = (q_segments == kv_segments) & (q_segments != 0) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)

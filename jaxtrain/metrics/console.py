@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+
+class Console:
+    """Writes to the terminal of process 0; other processes are silent."""
+
+    def __init__(self, *, is_writer: bool = True):
+        self._console = RichConsole(quiet=not is_writer, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+
+    def header(self, facts: dict[str, str]) -> None:
+        width = max(map(len, facts))
+        for name, fact in facts.items():
+            self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", fact))
+
+    def line(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say what is being done and, when it is done, how long it took."""
+        start = time.perf_counter()
+        if self._console.is_terminal and self._live is None:
+            with self._console.status(name):
+                yield
+        else:
+            yield
+        self.line(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    def progress(self, row: dict[str, Any], total: int) -> None:
+        """One update: replaces the line of the one before, if the terminal can."""
+        text = Text(progress_line(row, total))
+        if not self._console.is_terminal:
+            self._console.print(text)
+            return
+        if self._live is None:
+            self._live = Live(text, console=self._console, refresh_per_second=8)
+            self._live.start()
+        done = int(24 * row["iter"] / max(total, 1))
+        bar = Text.assemble(("━" * done, "green"), ("━" * (24 - done), "dim"), " ")
+        self._live.update(Text.assemble(bar, text))
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def progress_line(row: dict[str, Any], total: int) -> str:
+    parts = [
+        f"step {row['iter']}/{total}",
+        f"loss {row['loss']:.4f}",
+        f"grad norm {row['grad_norm']:.3g}",
+        f"lr {row['lr']:.2e}",
+    ]
+    if row.get("tokens_per_sec"):
+        parts.append(f"{row['tokens_per_sec']:,.0f} tokens/s")
+        parts.append(f"{row['trained_tokens_per_sec']:,.0f} trained/s")
+        parts.append(f"data wait {row['data_share']:.0%}")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if row.get("eta") is not None:
+        parts.append(f"ETA {duration(row['eta'])}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

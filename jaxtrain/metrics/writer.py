@@ -1,0 +1,63 @@
+"""Metrics as JSON lines, and the loss as a picture."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """One JSON object a line. On resume, rows behind the restored step are cut, so steps only
+    rise."""
+
+    def __init__(self, file: Path, *, resumed_at: int):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            kept = [row for row in read_rows(file) if row.get("iter", 0) <= resumed_at]
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(partial, file)
+        self._stream = file.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_loss(rows: list[dict[str, Any]], file: Path) -> None:
+    """Training and evaluation loss over updates, as PNG. ImportError without matplotlib."""
+    import matplotlib  # lazy: an extra, and slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    for key, style in (("loss", {"linewidth": 1.2}), ("eval/loss", {"marker": "o"})):
+        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key, **style)
+    axes.set_xlabel("update")
+    axes.set_ylabel("nats a trained token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)

@@ -1,0 +1,219 @@
+"""The decoder: embedding, a scanned stack of layers, norm, head.
+
+Outside this folder its parameters are a plain nested dict:
+
+    embed/embedding [V, D]                     head [D, V], absent when tied            norm [D]
+    layers/<group>/<member>/ attention_norm, mlp_norm [L, D]
+        attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
+                   out_bias [L, D], q_norm, k_norm [L, H]
+        mlp/       gate_up [L, D, 2, F], down [L, F, D]
+
+B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
+V vocabulary, L layers of one member of a group.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxtrain.batch import Batch
+from jaxtrain.kernels.attention import Places
+from jaxtrain.kernels.cross_entropy import token_log_probs, weighted_nll
+from jaxtrain.model.config import DecoderConfig, Execution
+from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, rms_norm
+from jaxtrain.model.rope import rotation
+from jaxtrain.parallel.sharding import constrain
+
+Params = dict[str, Any]
+Caches = Mapping[str, Mapping[str, Cache]]
+"""Group → member → its cache, stacked over L."""
+
+_keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_keep_attention = jax.checkpoint_policies.save_only_these_names("attention")
+REMAT: Mapping[str, Callable] = {
+    "none": lambda block: block,
+    "full": lambda block: jax.checkpoint(block, prevent_cse=False),
+    "dots": lambda block: jax.checkpoint(
+        block,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(_keep_dots, _keep_attention),
+    ),
+}
+
+
+class Decoder(nnx.Module):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        execution: Execution,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: str = "float32",
+    ):
+        initial = Initial(config, rngs, param_dtype)
+        self.config = config
+        self.execution = execution
+        self.embed = Embed(config, initial)
+        self.layers = nnx.Dict({
+            str(g): nnx.Dict({
+                str(m): Block(config, spec, execution, initial, group.repeats)
+                for m, spec in enumerate(group.layers)
+            })
+            for g, group in enumerate(config.groups)
+        })  # fmt: skip
+        self.norm = initial.ones(config.width)
+        self.head = None if config.tied else initial.normal(config.width, config.vocab_size)
+
+    def __call__(self, batch: Batch) -> Array:
+        """Logits of the token after each, float32 [B, T, V]."""
+        return self.logits(self.hidden(batch))
+
+    def hidden(self, batch: Batch) -> Array:
+        """[B, T, D] after the final norm, in the compute dtype."""
+        x_BTD, _ = self.stack(self.embedded(batch.tokens), self.view(batch))
+        return self.normed(x_BTD)
+
+    def token_log_probs(self, batch: Batch) -> Array:
+        """Log-probability of each token given those before it, float32 [B, T].
+
+        0 on padding and on the first token of every document. Never builds [B, T, V].
+        """
+        logps_BT = token_log_probs(self.hidden(batch), self.head_weight(), _next(batch.tokens))
+        # Position t - 1 predicts token t; what the last position predicts comes round to t = 0.
+        return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
+
+    def weighted_nll(
+        self, batch: Batch, weights_BT: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ):
+        """Weighted sum of -log p of each token given those before it, gradients made on the way.
+
+        weights_BT[b, t] weighs the prediction of token t; first tokens and padding count 0.
+        """
+        weights_BT = jnp.where(_is_predicted(batch.segments), weights_BT, 0.0)
+        return weighted_nll(
+            self.hidden(batch),
+            self.head_weight(),
+            _next(batch.tokens),
+            _next(weights_BT),
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )
+
+    # The parts of a forward pass, apart, for pipelines and for generation.
+
+    def view(self, batch: Batch) -> View:
+        places = Places(batch.segments, batch.positions)
+        return View(
+            places, places, *rotation(self.config.rope, self.config.head_size, places.positions)
+        )
+
+    def embedded(self, tokens_BT: Array) -> Array:
+        x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)
+        return constrain(x_BTD, "batch", None, None)
+
+    def stack(
+        self, x_BTD: Array, view: View, caches: Caches | None = None
+    ) -> tuple[Array, Caches | None]:
+        """All layers; with caches, also the caches with these tokens in them."""
+        filled = {}
+        for name in self.layers:
+            graph, params = split(self.layers[name])
+            x_BTD, filled[name] = run_group(
+                graph, params, x_BTD, view,
+                remat=self.execution.remat, caches=None if caches is None else caches[name],
+            )  # fmt: skip
+        return x_BTD, (None if caches is None else filled)
+
+    def normed(self, x_BTD: Array) -> Array:
+        return rms_norm(x_BTD, self.norm[...], self.config.rms_eps)
+
+    def logits(self, hidden_BTD: Array) -> Array:
+        if self.head is not None:
+            return _dot("btd,dv->btv", hidden_BTD, self.head[...])
+        return _dot("btd,vd->btv", hidden_BTD, self.embed.embedding[...])
+
+    def head_weight(self) -> Array:
+        """[D, V], or the embedding [V, D] when tied, in the dtype of the parameters."""
+        return self.embed.embedding[...] if self.head is None else self.head[...]
+
+
+def run_group(
+    graph: nnx.GraphDef,
+    params: Params,
+    x_BTD: Array,
+    view: View,
+    *,
+    remat: str = "full",
+    caches: Mapping[str, Cache] | None = None,
+) -> tuple[Array, Mapping[str, Cache] | None]:
+    """x after those layers of a group whose stacked parameters are given: all, or any slice."""
+
+    def repeat(x_BTD: Array, scanned):
+        params, caches = scanned
+        members = nnx.merge(graph, params)
+        filled = {}
+        for name in members:
+            block_graph, block_params = split(members[name])
+
+            @REMAT[remat]
+            def block(x_BTD, params, cache, graph=block_graph):
+                return nnx.merge(graph, params)(x_BTD, view, cache)
+
+            x_BTD, filled[name] = block(x_BTD, block_params, caches and caches[name])
+        return x_BTD, (caches and filled)
+
+    return lax.scan(repeat, x_BTD, (params, caches))
+
+
+class Model(NamedTuple):
+    """A decoder without arrays: its static graph, and the shape of every parameter."""
+
+    graph: nnx.GraphDef
+    shapes: Params
+
+
+def abstract(config: DecoderConfig, execution: Execution, *, param_dtype: str = "float32") -> Model:
+    """The decoder that `init_params` or `load_params` fills; nothing is allocated."""
+
+    def make() -> Decoder:
+        rngs = nnx.Rngs(params=jax.random.key(0))
+        return Decoder(config, execution, rngs=rngs, param_dtype=param_dtype)
+
+    return Model(*split(nnx.eval_shape(make)))
+
+
+def init_params(
+    config: DecoderConfig, execution: Execution, key: Array, *, param_dtype: str = "float32"
+) -> Params:
+    """Random parameters; pure, so that jit with `out_shardings` makes each where it belongs."""
+    rngs = nnx.Rngs(params=key)
+    return split(Decoder(config, execution, rngs=rngs, param_dtype=param_dtype))[1]
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> Decoder:
+    return nnx.merge(graph, params)
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The static graph of a module, and its parameters as plain dicts."""
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def _next(x_BT: Array) -> Array:
+    """At t what stands at t + 1; the last place gets what stands at 0, which is never predicted."""
+    return jnp.roll(x_BT, -1, axis=1)
+
+
+def _is_predicted(segments_BT: Array) -> Array:
+    """True where a token has one before it in its document."""
+    before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
+    return (segments_BT == before_BT) & (segments_BT != 0)
+
+
+def _dot(spec: str, x: Array, w: Array) -> Array:
+    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,132 @@
+"""config.json in the words of transformers, read into a DecoderConfig."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.model import rope
+from jaxtrain.model.config import DecoderConfig, LayerSpec, grouped
+from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
+from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, shown
+
+
+def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family that a config.json names; RecipeError lists those there are."""
+    named = (hf.get("architectures") or [None])[0]
+    for family in FAMILIES:
+        if named == family.architecture or (named is None and hf.get("model_type") == family.name):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    found = f"found {shown(named or hf.get('model_type'))}"
+    raise RecipeError(
+        [Fault(f"{where}: architectures", f"unsupported architecture, {found}; use one of {known}")]
+    )
+
+
+def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """What a config.json describes; RecipeError names every field that is wrong or not built in."""
+    family = family_of(hf, where)
+    hf = {**family.defaults, **hf}
+    faults = _number_faults(hf) or _field_faults(hf, family)
+    try:
+        position = rope.read_rope(hf)
+    except ValueError as error:
+        faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
+    try:
+        windows = family.windows(hf) if not faults else []
+    except ValueError as error:
+        faults["layer_types"] = str(error)
+    if faults:
+        raise RecipeError([Fault(f"{where}: {field}", what) for field, what in faults.items()])
+    return DecoderConfig(
+        family=family.name,
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
+        head_size=hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"],
+        ffn_width=hf["intermediate_size"],
+        groups=grouped(tuple(LayerSpec(window=window) for window in windows)),
+        rope=position,
+        rms_eps=hf["rms_norm_eps"],
+        max_positions=hf["max_position_embeddings"],
+        tied=hf["tie_word_embeddings"],
+        initializer_range=hf["initializer_range"],
+        **family.traits(hf),
+    )
+
+
+def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
+    """Sizes that are missing or no sizes."""
+    faults = {}
+    for field in (*REQUIRED, "max_position_embeddings"):
+        if not _is_size(hf.get(field)):
+            faults[field] = f"must be a positive whole number, found {shown(hf.get(field))}"
+    for field in ("num_key_value_heads", "head_dim", "sliding_window"):
+        if hf.get(field) is not None and not _is_size(hf[field]):
+            faults[field] = f"must be a positive whole number or null, found {shown(hf[field])}"
+    for field in ("rms_norm_eps", "initializer_range"):
+        if isinstance(hf[field], bool) or not isinstance(hf[field], int | float) or hf[field] < 0:
+            faults[field] = f"must be a number from 0 up, found {shown(hf[field])}"
+    return faults
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
+    """Values that are not built in, and sizes that do not fit together."""
+    faults = {}
+    for field, values in family.only.items():
+        if field in hf and hf[field] not in values:
+            allowed = " or ".join(shown(value) for value in values)
+            faults[field] = f"must be {allowed}, found {shown(hf[field])}, which is not built in"
+    heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
+    if kv_heads is not None and heads % kv_heads:
+        faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
+    if hf["head_dim"] is None and hf["hidden_size"] % heads:
+        faults["hidden_size"] = (
+            f"must be a multiple of the {heads} attention heads where there is no head_dim, "
+            f"found {hf['hidden_size']}"
+        )
+    elif (hf["head_dim"] or hf["hidden_size"] // heads) % 2:
+        size = hf["head_dim"] or hf["hidden_size"] // heads
+        faults["head_dim"] = f"must be even, since heads are rotated in pairs, found {size}"
+    return faults
+
+
+def overridden(
+    hf: Mapping[str, Any], kwargs: Mapping[str, Any], where: str = "config.json"
+) -> dict[str, Any]:
+    """config.json with fields replaced; RecipeError for those that the family does not have."""
+    if not kwargs:
+        return dict(hf)
+    family = family_of({**hf, **{k: v for k, v in kwargs.items() if k == "architectures"}}, where)
+    known = {*family.defaults, *family.only, *REQUIRED, *rope.FIELDS, *NO_EFFECT}
+    faults = [
+        Fault(
+            f"model.hf_config_kwargs.{field}",
+            f"not a field of {family.name} (found {shown(value)}){did_you_mean(field, known)}",
+        )
+        for field, value in kwargs.items()
+        if field not in known
+    ]
+    if faults:
+        raise RecipeError(faults)
+    return {**_without_replaced_rope(hf, kwargs), **kwargs}
+
+
+def _without_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of rope in one style must not lose to what the file says in the other."""
+    kept = dict(hf)
+    replaced = [field for field in rope.FIELDS if field in kwargs]
+    if "rope_parameters" in replaced:
+        kept.pop("rope_theta", None)
+        kept.pop("rope_scaling", None)
+    elif replaced and (parameters := kept.pop("rope_parameters", None)):
+        parameters = dict(parameters)
+        kept["rope_theta"] = parameters.pop("rope_theta", kept.get("rope_theta"))
+        kept["rope_scaling"] = parameters
+    if "rope_theta" in replaced and kept.get("rope_scaling"):
+        kept["rope_scaling"] = {k: v for k, v in kept["rope_scaling"].items() if k != "rope_theta"}
+    return kept

@@ -1,0 +1,102 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864): its config, frequencies and use.
+
+B batch, T tokens, H head size, R = H / 2 rotated pairs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.recipe.errors import shown
+
+DEFAULT_THETA = 10_000.0
+FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+"""Where config.json keeps it: the first two up to transformers 4, the third from 5."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Positions divided by a factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Only the slow frequencies divided, as in Llama 3.1."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    theta: float
+    scaling: Linear | Llama3 | None = None
+
+
+def read_rope(hf: Mapping[str, Any]) -> Rope:
+    """The rope of a config.json of either style; ValueError for what is not built in."""
+    fields = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    theta = float(fields.pop("rope_theta", None) or hf.get("rope_theta") or DEFAULT_THETA)
+    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    fields.pop("type", None)  # some files carry both spellings
+    if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(
+            "partial_rotary_factor must be 1.0; rotating part of a head is not built in"
+        )
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, Linear(_number(fields, kind, "factor")))
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        fields.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+        original = int(_number(fields, kind, "original_max_position_embeddings"))
+        factor, low, high = (_number(fields, kind, name) for name in names)
+        return Rope(theta, Llama3(factor, low, high, original))
+    raise ValueError(f"rope type must be one of default, linear, llama3, found {shown(kind)}")
+
+
+def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"rope type {kind} needs a positive {name}, found {shown(value)}")
+    return float(value)
+
+
+def frequencies(rope: Rope, head_size: int) -> np.ndarray:
+    """Radians a position of each rotated pair, float32 [H / 2]."""
+    exponents_R = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+    freqs_R = 1.0 / np.float32(rope.theta) ** exponents_R
+    scaling = rope.scaling
+    if isinstance(scaling, Linear):
+        freqs_R = freqs_R / scaling.factor
+    elif isinstance(scaling, Llama3):
+        wavelengths_R = 2 * math.pi / freqs_R
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        # 0 where the original context holds fewer than `low` turns, 1 from `high` turns on.
+        turns_R = scaling.original_max_positions / wavelengths_R
+        keep_R = np.clip((turns_R - low) / (high - low), 0.0, 1.0)
+        freqs_R = keep_R * freqs_R + (1 - keep_R) * freqs_R / scaling.factor
+    return freqs_R.astype(np.float32)
+
+
+def rotation(rope: Rope, head_size: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every angle, float32 [B, T, 1, 1, R]: the heads of a token share them."""
+    freqs_R = jnp.asarray(frequencies(rope, head_size))
+    angles_BT11R = positions_BT.astype(jnp.float32)[:, :, None, None, None] * freqs_R
+    return jnp.cos(angles_BT11R), jnp.sin(angles_BT11R)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, K, G, H] turned by its positions; pairs are (h, h + H/2), as in Hugging Face."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,29 @@
+"""What every optimizer factory gives back."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxtrain.registry import Factory
+
+
+class OptimizerFactory(Factory, kind="optimizer"):
+    def create_optimizer(self, model: Any, optimizer_config: Any) -> optax.GradientTransformation:
+        """An optax transformation at the peak rate; the step multiplies its updates by the
+        schedule.
+
+        `model` is the tree of the trained parameters' shapes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no create_optimizer(model, optimizer_config)"
+        )
+
+
+def decayed(params: Any) -> Any:
+    """True for each parameter that weight decay acts on: all but norms and biases."""
+
+    def one(path: tuple[Any, ...], _: Any) -> bool:
+        return not str(path[-1].key).endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(one, params)

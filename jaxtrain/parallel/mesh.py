@@ -1,0 +1,31 @@
+"""The device mesh of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """All six axes over these devices, each `Auto`: the compiler places what the rules leave
+    open."""
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Number of groups of devices that work on different rows."""
+    shards = 1
+    for axis in BATCH_AXES:
+        shards *= mesh.shape[axis]
+    return shards
+
+
+def platform(mesh: Mesh) -> str:
+    """`cpu`, `gpu` or `tpu`; what kernels are chosen by, also for devices that are not there."""
+    return mesh.devices.flat[0].platform

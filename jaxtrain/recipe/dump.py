@@ -1,0 +1,42 @@
+"""The effective recipe: every default filled in, fit to be run again."""
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+
+from jaxtrain.recipe.trainer import TrainerConfig
+
+
+def effective(config: TrainerConfig) -> dict[str, Any]:
+    """Plain data of a config; keys that were left out and have no default stay out."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def to_yaml(config: TrainerConfig) -> str:
+    return yaml.safe_dump(effective(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_hash(config: TrainerConfig) -> str:
+    """Eight hex digits that differ between recipes that differ in any key but `run_dir`."""
+    tree = {key: value for key, value in effective(config).items() if key != "run_dir"}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
+    """What must be equal for one run to continue another's state: the model, the rows and their
+    order, the kind of optimizer."""
+    tree = effective(config)
+    data = {key: v for key, v in tree["data"].items() if key not in ("num_proc", "dl_num_workers")}
+    return {
+        "type": tree["type"],
+        "model.name_or_path": tree["model"]["name_or_path"],
+        "model.hf_config_kwargs": tree["model"]["hf_config_kwargs"],
+        "model.param_dtype": tree["model"]["param_dtype"],
+        "tokenizer": tree["tokenizer"],
+        **{f"data.{key}": value for key, value in data.items()},
+        "optimizer.type": tree["optimizer"]["type"],
+        "seed": tree["seed"],
+        "rows an update (micro_batch_size x gradient_accumulation_steps x batch shards)": global_batch,
+    }

@@ -1,0 +1,226 @@
+"""Look-up of factories and trainers by kind and name.
+
+Built-in classes are known by import path, so a recipe is checked without importing what it names.
+Classes of the user register when they are made.
+"""
+
+import importlib
+import inspect
+import typing
+from types import UnionType
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtrain.recipe.errors import did_you_mean
+
+
+class Entry(NamedTuple):
+    """One registered class and the recipe section that it reads, both as `module:Class`."""
+
+    path: str
+    config: str
+
+    def load(self) -> type:
+        return imported(self.path)
+
+    def load_config(self) -> type:
+        return imported(self.config)
+
+
+def imported(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _source(path: str, config: str) -> Entry:
+    return Entry(f"jaxtrain.data.{path}", f"jaxtrain.recipe.data:{config}")
+
+
+BUILT_IN: dict[str, dict[str, Entry]] = {
+    "trainer": {
+        "sft": Entry("jaxtrain.trainer.sft:SFTTrainer", "jaxtrain.recipe.trainer:TrainerConfig"),
+    },
+    "model": {
+        "huggingface": Entry("jaxtrain.model:HFModelFactory", "jaxtrain.recipe.model:ModelConfig"),
+    },
+    "tokenizer": {
+        "huggingface": Entry(
+            "jaxtrain.tokenizer:HFTokenizerFactory", "jaxtrain.recipe.model:TokenizerConfig"
+        ),
+    },
+    "data": {
+        "sft": Entry("jaxtrain.data.sft:SFTDataFactory", "jaxtrain.recipe.data:SFTDataConfig"),
+    },
+    "data_source": {
+        "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
+        "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
+        "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
+        "json": _source("local:JsonSource", "LocalDataSourceConfig"),
+        "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
+        "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
+        "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
+        "text": _source("local:TextSource", "TextDataSourceConfig"),
+    },
+    "optimizer": {
+        "adamw": Entry("jaxtrain.optimizer:AdamWFactory", "jaxtrain.recipe.optimizer:AdamWConfig"),
+    },
+    "scheduler": {
+        "huggingface": Entry(
+            "jaxtrain.scheduler:HFSchedulerFactory", "jaxtrain.recipe.optimizer:HFSchedulerConfig"
+        ),
+        "wsd": Entry(
+            "jaxtrain.scheduler:WSDSchedulerFactory", "jaxtrain.recipe.optimizer:WSDSchedulerConfig"
+        ),
+    },
+    "checkpoint": {
+        "orbax": Entry("jaxtrain.checkpoint:OrbaxEngine", "jaxtrain.recipe.checkpoint:OrbaxConfig"),
+        "huggingface": Entry(
+            "jaxtrain.checkpoint:HFCheckpointEngine",
+            "jaxtrain.recipe.checkpoint:HFCheckpointConfig",
+        ),
+    },
+}
+
+ALIASES = {
+    ("model", "liger"): "huggingface",
+    ("optimizer", "fused_adam"): "adamw",
+    ("optimizer", "fused_adam_moe"): "adamw",
+    ("optimizer", "cpu_adam"): "adamw",
+    ("optimizer", "cpu_adam_moe"): "adamw",
+    ("scheduler", "wds"): "wsd",
+    ("checkpoint", "deepspeed"): "orbax",
+}
+"""Names of the shared format for classes that have another name here."""
+
+SECTIONS = {
+    "model": "model_factory",
+    "tokenizer": "tokenizer_factory",
+    "data": "data_factory",
+    "optimizer": "optimizer_factory",
+    "scheduler": "scheduler_factory",
+    "checkpoint": "checkpoint_engine",
+}
+"""Recipe section with a `type` → the attribute of a trainer whose annotation says what is
+allowed."""
+
+ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
+    "sft": {
+        "model": ("huggingface",),
+        "tokenizer": ("huggingface",),
+        "data": ("sft",),
+        "optimizer": ("adamw",),
+        "scheduler": ("huggingface", "wsd"),
+        "checkpoint": ("orbax", "huggingface"),
+    }
+}
+"""The annotations of the built-in trainers, first is the default; a test holds the two together."""
+
+_user: dict[tuple[str, str], type] = {}
+
+
+class Registered:
+    """A base of which every subclass registers under its `name` when the class is made."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str | None = None, abstract: bool = False, **options: Any):
+        """`kind` makes a base of its own; `abstract` a class that only others derive from."""
+        super().__init_subclass__(**options)
+        if kind is not None:
+            cls.kind = kind
+        elif not abstract:
+            register(cls)
+
+
+class Factory(Registered, abstract=True):
+    """What a recipe section with a `type` names: made with its section and the trainer that asks
+    for it."""
+
+    config: Any
+
+    def __init__(self, config: Any, trainer: Any = None):
+        self.config = config
+        self.trainer = trainer
+
+
+def register(cls: type | None = None, *, force: bool = False) -> Any:
+    """Make a subclass of a jaxtrain base known by its `name`; `force` replaces an existing one.
+
+    Raises ValueError when the name is missing, inherited, or taken by a class made elsewhere.
+    """
+    if cls is None:
+        return lambda cls: register(cls, force=force)
+    if not issubclass(cls, Registered):
+        raise ValueError(
+            f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one"
+        )
+    name = cls.__dict__.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{cls.__qualname__} needs a line `name = "..."` in its class body')
+    built_in = BUILT_IN[cls.kind].get(name)
+    if (
+        built_in is not None
+        and built_in.path.split(":")[0].split(".")[0] == cls.__module__.split(".")[0]
+    ):
+        return cls
+    known = _user.get((cls.kind, name))
+    taken = built_in.path if built_in else known and _where(known)
+    if taken and taken != _where(cls) and not force:
+        raise ValueError(
+            f"the {cls.kind} name {name!r} is taken by {taken}; rename {_where(cls)}, "
+            "or replace the other with @register(force=True)"
+        )
+    _user[cls.kind, name] = cls
+    return cls
+
+
+def _where(cls: type) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{cls.__qualname__}"
+    except (TypeError, OSError):
+        return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def names(kind: str) -> list[str]:
+    """Every registered name of a kind, built-in ones first."""
+    return [*BUILT_IN[kind], *(name for k, name in _user if k == kind and name not in BUILT_IN[k])]
+
+
+def canonical(kind: str, name: str) -> str:
+    """The name under which a class is registered, for one of the shared format's names."""
+    return ALIASES.get((kind, name), name)
+
+
+def find(kind: str, name: str) -> type:
+    """The class of that kind and name, imported; ValueError that lists the known names."""
+    name = canonical(kind, name)
+    if (kind, name) in _user:
+        return _user[kind, name]
+    if name in BUILT_IN[kind]:
+        return BUILT_IN[kind][name].load()
+    raise ValueError(unknown(kind, name, names(kind)))
+
+
+def config_class(kind: str, name: str) -> type:
+    """The recipe section of a class, without importing a built-in one; ValueError as `find`."""
+    name = canonical(kind, name)
+    if (kind, name) in _user:
+        return typing.get_type_hints(_user[kind, name])["config"]
+    if name in BUILT_IN[kind]:
+        return BUILT_IN[kind][name].load_config()
+    raise ValueError(unknown(kind, name, names(kind)))
+
+
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The message for a name that no class of this kind has."""
+    what = kind.replace("_", " ")
+    return f"unknown {what} type {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+
+
+def allowed(trainer: str, section: str) -> tuple[str, ...]:
+    """Names that a trainer's annotation admits for a section, the default first."""
+    if ("trainer", trainer) not in _user:
+        return ALLOWED[trainer][section]
+    hint = typing.get_type_hints(find("trainer", trainer))[SECTIONS[section]]
+    union = typing.get_origin(hint) in (typing.Union, UnionType)
+    return tuple(cls.name for cls in (typing.get_args(hint) if union else (hint,)))

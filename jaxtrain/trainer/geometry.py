@@ -1,0 +1,65 @@
+"""How the rows of an update are cut: over devices, and into microbatches."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.batch import Batch
+from jaxtrain.parallel.mesh import num_batch_shards
+from jaxtrain.parallel.sharding import MESH_AXES
+from jaxtrain.recipe.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """An update works on `num_microbatches` times `microbatch_rows` rows, over all devices."""
+
+    mesh: Mesh
+    stages: int
+    num_microbatches: int
+    microbatch_rows: int
+
+    @classmethod
+    def of(cls, config: TrainerConfig, mesh: Mesh) -> "Geometry":
+        """RecipeError when the pipeline's microbatches do not divide the rows."""
+        shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
+        rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
+        num_microbatches = accumulation
+        if stages > 1:
+            num_microbatches = config.pipeline.num_microbatches(
+                stages=stages, micro_batch_size=rows, accumulation=accumulation
+            )
+        return cls(mesh, stages, num_microbatches, rows * accumulation * shards // num_microbatches)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows an update."""
+        return self.num_microbatches * self.microbatch_rows
+
+    @property
+    def whole_batch(self) -> bool:
+        """A pipeline takes all microbatches at once and cuts them up itself."""
+        return self.stages > 1
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Of leaves [M, rows, ...]: rows are split, microbatches and tokens are not."""
+        return NamedSharding(self.mesh, P(None, MESH_AXES["batch"]))
+
+    def on_devices(self, batch: Batch) -> Batch:
+        """This process's rows of a host batch, as global arrays."""
+        place = jax.make_array_from_process_local_data
+        return jax.tree.map(lambda a: place(self.batch_sharding, np.asarray(a)), batch)
+
+    def batch_shapes(self, row_tokens: int) -> Batch:
+        """Shapes and shardings of a batch, for compiling without data."""
+        lead = (self.num_microbatches, self.microbatch_rows)
+
+        def of(dtype: str, *tail: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.batch_sharding)
+
+        tokens = of("int32", row_tokens)
+        return Batch(tokens, tokens, tokens, of("float32", row_tokens), of("int32"))

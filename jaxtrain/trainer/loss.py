@@ -1,0 +1,42 @@
+"""What a loss function returns: sums, never means."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Loss(NamedTuple):
+    """Sums over the trained tokens (or pairs) of a batch. The step adds them up over microbatches,
+    devices and hosts and divides once, so a loss does not depend on how a batch was cut."""
+
+    total: jax.Array
+    """float32 []: in nats"""
+    weight: jax.Array
+    """float32 []: what to divide by"""
+    metrics: dict[str, tuple[jax.Array, jax.Array]] = {}
+    """name → (sum, weight), each float32 []"""
+
+
+def checked(loss: Any, where: str) -> Loss:
+    """`loss` if it is a `Loss` of scalars; TypeError that says what to return."""
+    right = "return Loss(total, weight, metrics): sums over the batch, float32 scalars"
+    if not isinstance(loss, Loss):
+        raise TypeError(f"{where} returned {type(loss).__name__}; {right}")
+    parts = {"total": loss.total, "weight": loss.weight}
+    for name, pair in loss.metrics.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(
+                f"{where}: metric {name!r} must be a pair (sum, weight), found {pair!r}"
+            )
+        parts |= {f"metrics[{name!r}][{i}]": part for i, part in enumerate(pair)}
+    for name, part in parts.items():
+        if jnp.shape(part) != ():
+            raise TypeError(
+                f"{where}: {name} must be a scalar, found shape {jnp.shape(part)}; {right}"
+            )
+    for name in ("total", "weight"):
+        if not jnp.issubdtype(jnp.result_type(parts[name]), jnp.floating):
+            kind = jnp.result_type(parts[name])
+            raise TypeError(f"{where}: {name} must be float32, found {kind}; {right}")
+    return jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), loss)

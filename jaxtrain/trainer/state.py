@@ -1,0 +1,56 @@
+"""What a step reads and replaces: parameters, optimizer state, update count."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.parallel.sharding import parameter_shardings
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    step: jax.Array
+    """int32 []: updates done; the label of every checkpoint and log line"""
+    params: PyTree
+    """what is trained"""
+    frozen: PyTree
+    """what is not: the base of an adapter, a reference model; empty in full training"""
+    opt_state: PyTree
+
+
+def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+
+
+def state_shardings(
+    mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A sharding for every leaf of the state; moments live where their parameter does.
+
+    `params` are shapes. RecipeError if the mesh does not divide the model.
+    """
+    replicated = NamedSharding(mesh, P())
+    param_shardings = parameter_shardings(mesh, params)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        param_shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(replicated, param_shardings, {}, opt_state)
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes that also say where each array lives; what a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

@@ -1,0 +1,135 @@
+"""The training step: a pure function from (state, batch) to (state, metrics).
+
+Batches arrive as M microbatches of B rows, cut on the host: leaves [M, B, T]. The loss, its weight
+and the gradient of the loss are summed over them and divided once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.batch import Batch
+from jaxtrain.trainer.loss import Loss, checked
+from jaxtrain.trainer.state import PyTree, TrainState
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch, jax.Array], Loss]
+
+
+class StepSpec(NamedTuple):
+    """What is fixed while a run is stepping."""
+
+    merge: Callable[[PyTree], Any]
+    """parameters → the model that `loss_fn` is given"""
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+    """updates at the peak rate"""
+    schedule: Callable[[jax.Array], jax.Array]
+    """update number → share of the peak rate"""
+    max_grad_norm: float
+    """0 is off"""
+    seed: int
+    counts: Callable[[Batch], Metrics]
+    """what else to report of a batch: its tokens"""
+    param_shardings: PyTree
+    """where parameters live, and so their gradients"""
+    whole_batch: bool
+    """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
+
+
+def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimizer update.
+
+    A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves
+    parameters and optimizer state as they are; `metrics["applied"]` is 0 then.
+    """
+    key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+    loss, grads = loss_and_grads(spec, state.params, batch, key)
+
+    per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
+    norm = optax.global_norm(grads) * per_weight
+    clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
+    grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
+
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    share = spec.schedule(state.step)
+    params = jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), state.params, updates)
+
+    applied = (loss.weight > 0) & jnp.isfinite(loss.total) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+    state = TrainState(
+        state.step + 1, keep(params, state.params), state.frozen, keep(opt_state, state.opt_state)
+    )
+    metrics = (
+        spec.counts(batch)
+        | means(loss)
+        | {
+            "grad_norm": norm,
+            "lr_share": share,
+            "applied": applied.astype(jnp.float32),
+        }
+    )
+    return state, metrics
+
+
+def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
+    """The summed loss of a batch, without a gradient."""
+    return _over_microbatches(
+        spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key)
+    )
+
+
+def loss_and_grads(
+    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
+) -> tuple[Loss, PyTree]:
+    """The summed loss of a batch and the gradient of its total."""
+
+    def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
+        def total(params: PyTree) -> tuple[jax.Array, Loss]:
+            loss = _call(spec, params, rows, key)
+            return loss.total, loss
+
+        (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        # Said here, since the compiler may else gather the gradients of all shards on every device.
+        return loss, jax.lax.with_sharding_constraint(grads, spec.param_shardings)
+
+    return _over_microbatches(spec, batch, key, one)
+
+
+def means(loss: Loss) -> Metrics:
+    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
+    values = {"loss": (loss.total, loss.weight), **loss.metrics}
+    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
+
+
+def _call(spec: StepSpec, params: PyTree, rows: Batch, key: jax.Array) -> Loss:
+    name = getattr(spec.loss_fn, "__qualname__", "loss_fn")
+    return checked(spec.loss_fn(spec.merge(params), rows, key), name)
+
+
+def _over_microbatches(
+    spec: StepSpec, batch: Batch, key: jax.Array, one: Callable[[Batch, jax.Array], Any]
+) -> Any:
+    """The sum of `one(rows, key)` over the microbatches of a batch."""
+    num_microbatches = batch.tokens.shape[0]
+    if spec.whole_batch:
+        return one(jax.tree.map(_rows_first, batch), key)
+    if num_microbatches == 1:
+        return one(jax.tree.map(lambda a: a[0], batch), key)
+
+    def body(total: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*x)), None
+
+    keys = jax.random.split(key, num_microbatches)
+    first = jax.tree.map(lambda a: a[0], batch)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, keys[0]))
+    return jax.lax.scan(body, zeros, (batch, keys))[0]
+
+
+def _rows_first(a: jax.Array) -> jax.Array:
+    """[M, B, ...] → [B * M, ...]. Rows lead, so that each device keeps its own rows."""
+    return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])

@@ -1,0 +1,334 @@
+"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the
+host.
+
+Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch,
+key)`. A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and
+checkpoints stay.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtrain import registry
+from jaxtrain.batch import Batch
+from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
+from jaxtrain.checkpoint.engine import Moment
+from jaxtrain.data import SFTDataFactory
+from jaxtrain.metrics.console import Console, duration
+from jaxtrain.metrics.flops import counts
+from jaxtrain.metrics.meter import Meter
+from jaxtrain.model import HFModelFactory
+from jaxtrain.optimizer import AdamWFactory
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipe.dump import lineage
+from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
+from jaxtrain.tokenizer import HFTokenizerFactory
+from jaxtrain.trainer import step as pure
+from jaxtrain.trainer.compiled import Compiled
+from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.header import header
+from jaxtrain.trainer.loss import Loss
+from jaxtrain.trainer.report import Report
+from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
+
+
+class TrainOutput(NamedTuple):
+    global_step: int
+    training_loss: float
+    """of the last update, in nats a trained token"""
+    metrics: dict[str, float]
+    """of the last evaluation, and `train_runtime` in seconds"""
+
+
+class Trainer(registry.Registered, kind="trainer"):
+    """One run of one objective. Annotations say which factories a recipe may name; the first is the
+    default.
+
+    Raises RecipeError or DataError for what the recipe asks and cannot have. Nothing is written
+    before `train`.
+    """
+
+    config: TrainerConfig
+    model_factory: HFModelFactory
+    tokenizer_factory: HFTokenizerFactory
+    data_factory: SFTDataFactory
+    optimizer_factory: AdamWFactory
+    scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
+    checkpoint_engine: OrbaxEngine | HFCheckpointEngine
+
+    def __init__(self, config: TrainerConfig):
+        self.config = config
+        self.console = Console(is_writer=jax.process_index() == 0)
+        self.mesh = make_mesh(config.mesh, jax.devices())
+        self.geometry = Geometry.of(config, self.mesh)
+
+        # Data comes before weights: a recipe that trains nothing is found in seconds.
+        model_factory = self._made("model", config.model)
+        self.model_config = model_factory.create_config()
+        self.tokenizer = self._made("tokenizer", config.tokenizer).create_tokenizer()
+        self.data = self._made("data", config.data).create_data()
+
+        self.model = model_factory.create_model(self.model_config)
+        self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
+            self.model.shapes, config.optimizer
+        )
+        self.schedule = self._made("scheduler", config.scheduler).create_scheduler(config.optimizer)
+        self.checkpoint_engines: list[CheckpointEngine] = [
+            self._made("checkpoint", entry) for entry in config.checkpoint
+        ]
+
+        self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
+        self.state_shapes = with_shardings(
+            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes),
+            self.shardings,
+        )
+        self.run_folder = RunFolder(config)
+        self.report = Report(
+            self.console,
+            self.run_folder,
+            Meter.of(self.model, self.mesh),
+            peak_lr=config.optimizer.learning_rate,
+            last_step=self.last_step,
+            steps_per_epoch=self.data.steps_per_epoch,
+        )
+        self._compile()
+        self.global_step = 0
+        self.eval_metrics: dict[str, float] = {}
+        """of the evaluation after the newest update, empty when there was none"""
+        self._state: TrainState | None = None
+
+    # The objective: pure functions.
+
+    def loss_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
+        """The objective, summed over a batch. Pure; traced; override it.
+
+        `model(batch)` gives logits, `model.hidden(batch)` hidden states,
+        `model.token_log_probs(batch)` the log-probability of each token.
+        """
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no loss_fn(model, batch, key)"
+        )
+
+    def eval_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
+        """What an evaluation sums; the objective unless overridden."""
+        return self.loss_fn(model, batch, key)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, pure.Metrics]:
+        """One update. Jitted; `state` is donated, use the one that comes back."""
+        return pure.step(self._spec, state, batch)
+
+    def loss(self, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
+        """The summed evaluation loss of a batch. Jitted."""
+        return pure.loss(self._spec._replace(loss_fn=self.eval_fn), state, batch, key)
+
+    # The run: a loop on the host.
+
+    def train(self) -> TrainOutput:
+        """Run the recipe from its start, or from its newest checkpoint, to its end."""
+        began = time.perf_counter()
+        self._refuse_foreign_folders()
+        self.start()
+        if self.global_step < self.last_step:
+            self.run_folder.open(resumed_at=self.global_step)
+            self.console.header(header(self))
+            try:
+                if self.config.eval_at_start and self.global_step == 0:
+                    self.evaluate()
+                while self.global_step < self.last_step:
+                    self.epoch()
+                self.report.flush()
+                for engine in self.checkpoint_engines:
+                    engine.wait()
+            finally:
+                self.report.close()
+        runtime = time.perf_counter() - began
+        self.console.line(
+            f"finished: {self.global_step} updates done, {duration(runtime)}, {self.run_folder.path}"
+        )
+        return TrainOutput(
+            self.global_step, self.report.last_loss, {**self.eval_metrics, "train_runtime": runtime}
+        )
+
+    def epoch(self) -> None:
+        """The updates from here to the end of the epoch, or of the run."""
+        for batch in self.train_batches:
+            self.state, metrics = self.step(self.state, batch)
+            self.global_step += 1
+            # The device is busy with this update, so reading the metrics of the one before costs
+            # nothing.
+            self.report.update(self.global_step, metrics)
+            self.eval_metrics = {}
+            if self._evaluation_is_due:
+                self.evaluate()
+            self.checkpoint()
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics over all evaluation rows: sums over the whole set, divided once."""
+        if not self.data.eval_rows:
+            raise RecipeError(
+                "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
+            )
+        self.report.flush()
+        key = jax.random.key(self.config.seed)
+        losses = (self.loss(self.state, batch, key) for batch in self.eval_batches)
+        total = next(losses)
+        for loss in losses:
+            total = jax.tree.map(lambda a, b: a + b, total, loss)
+        metrics = {f"eval/{name}": float(mean) for name, mean in pure.means(total).items()}
+        metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
+        metrics["eval/tokens"] = float(total.weight)
+        self.eval_metrics = metrics
+        self.report.evaluation(self.global_step, metrics)
+        self._sample()
+        return metrics
+
+    def checkpoint(self) -> None:
+        """Save with every engine that is due after this update."""
+        epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
+        moment = Moment(
+            self.global_step, 0 if within else epoch, self.global_step == self.last_step
+        )
+        for engine in self.checkpoint_engines:
+            if engine.is_due(moment):
+                self.report.flush()
+                engine.note_score(moment.step, self.eval_metrics)
+                with self.report.phase(f"saving {engine.path(moment.step)}", key="save_time"):
+                    engine.save(self)
+
+    def save_model(self, folder: Path | str) -> None:
+        """Export the weights to a folder that `transformers` loads."""
+        self.model.save(Path(folder), self.state.params, self.tokenizer)
+
+    def start(self) -> None:
+        """Read the weights, or restore the newest checkpoint; once."""
+        if self._state is not None:
+            return
+        engine = next((e for e in self.checkpoint_engines if e.config.auto_resume), None)
+        if engine is not None and engine.steps():
+            self.global_step = engine.steps()[-1]
+            with self.console.phase(f"restoring {engine.path(self.global_step)}"):
+                self._state = engine.load(self.state_shapes)
+            return
+        if engine is not None:
+            self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
+        with self.console.phase("reading the weights"), jax.set_mesh(self.mesh):
+            params = self.model.load(self.shardings.params, seed=self.config.seed)
+            make = partial(new_state, optimizer=self.optimizer)
+            self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+
+    # What the loop asks.
+
+    @property
+    def state(self) -> TrainState:
+        """Present parameters and optimizer state; read or restored at first use."""
+        self.start()
+        assert self._state is not None
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+
+    @property
+    def train_batches(self) -> Iterator[Batch]:
+        """On the devices, from here to the end of the epoch, or of the run."""
+        of_epoch = self.data.steps_per_epoch
+        end = min((self.global_step // of_epoch + 1) * of_epoch, self.last_step)
+        for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
+            yield self.geometry.on_devices(batch)
+
+    @property
+    def eval_batches(self) -> Iterator[Batch]:
+        """On the devices: every evaluation row once, up to `max_eval_batches` batches."""
+        for batch in islice(self.data.eval_batches(), self.config.max_eval_batches or None):
+            yield self.geometry.on_devices(batch)
+
+    @property
+    def training_horizon(self) -> int:
+        """Updates that the recipe plans, which is the length of the schedule."""
+        config = self.config
+        epochs = 1 if config.epochs is None and not config.train_iters else config.epochs
+        limits = [config.train_iters] if config.train_iters else []
+        if epochs is not None:
+            limits.append(epochs * self.data.steps_per_epoch)
+        return min(limits)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates over which the rate rises."""
+        scheduler = self.config.scheduler
+        if scheduler.warmup_steps is not None:
+            return scheduler.warmup_steps
+        ratio = 0.1 if scheduler.warmup_ratio is None else scheduler.warmup_ratio
+        return int(ratio * self.training_horizon)
+
+    @property
+    def last_step(self) -> int:
+        """The update after which this run ends."""
+        return min(self.training_horizon, self.config.exit_iteration or self.training_horizon)
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What a checkpoint and a run that continues it must agree in."""
+        return lineage(self.config, global_batch=self.geometry.global_batch)
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        if not self.data.eval_rows:
+            return False
+        interval = self.config.eval_interval
+        at_end = self.global_step == self.last_step and self.config.eval_at_end is not False
+        return at_end or bool(interval and self.global_step % interval == 0)
+
+    def _sample(self) -> None:
+        """Answers to the recipe's prompts, with the present weights."""
+        wanted = self.config.eval_samples
+        if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
+            return
+        with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
+            answers = self.model.answers(
+                self.state.params, self.tokenizer, wanted, seed=self.config.seed
+            )
+        self.report.samples(self.global_step, wanted.prompts, answers)
+
+    def _made(self, section: str, config: Any) -> Any:
+        """The factory that a section of the recipe names."""
+        return registry.find(section, config.type)(config, self)
+
+    def _compile(self) -> None:
+        """Turn `step` and `loss` into jitted functions on the mesh."""
+        self._spec = pure.StepSpec(
+            merge=self.model.merge,
+            loss_fn=self.loss_fn,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            max_grad_norm=self.config.max_grad_norm,
+            seed=self.config.seed,
+            counts=partial(counts, windows=self.model.windows),
+            param_shardings=self.shardings.params,
+            whole_batch=self.geometry.whole_batch,
+        )
+        placed = (self.shardings, self.geometry.batch_sharding)
+        step = jax.jit(
+            self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
+        )
+        loss = jax.jit(self.loss, in_shardings=(*placed, None))
+        self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
+        self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]
+
+    def _refuse_foreign_folders(self) -> None:
+        """RecipeError where this run would write into the files of another."""
+        resumes = [engine for engine in self.checkpoint_engines if engine.config.auto_resume]
+        for engine in self.checkpoint_engines:
+            engine.refuse_foreign(may_resume=bool(resumes))
+        self.run_folder.refuse_foreign(may_resume=bool(resumes))

@@ -1,0 +1,298 @@
+"""One set of properties for every implementation of attention that runs on this machine."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.kernels.attention import Places, attention, choose
+
+IMPLEMENTATIONS = ["reference", "splash_interpret"]
+N, K, H = 4, 2, 64
+RULES = {
+    "plain": {},
+    "window": {"window": 9},
+    "softcap": {"softcap": 3.0},
+    "both": {"window": 9, "softcap": 3.0, "scale": 0.3},
+}
+
+
+def naive_attention(q, k, v, q_places, kv_places, *, window=None, softcap=None, scale=None):
+    """All scores at once, gradients by autodiff."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    distance = q_places.positions[:, :, None] - kv_places.positions[:, None]
+    seen = (q_places.segments[:, :, None] == kv_places.segments[:, None]) & (distance >= 0)
+    seen &= (q_places.segments != 0)[:, :, None]
+    if window:
+        seen &= distance < window
+    seen = seen[:, None]
+    weights = jax.nn.softmax(scores, axis=-1, where=seen)
+    return jnp.einsum("bnts,bsnh->btnh", jnp.where(seen, weights, 0), v)
+
+
+def packed(*rows: tuple[int, ...], tokens: int) -> Places:
+    """Rows of documents of the given lengths, filled up with padding."""
+    segments, positions = np.zeros((2, len(rows), tokens), np.int32)
+    for b, lengths in enumerate(rows):
+        start = 0
+        for i, length in enumerate(lengths):
+            segments[b, start : start + length] = i + 1
+            positions[b, start : start + length] = np.arange(length)
+            start += length
+    return Places(jnp.asarray(segments), jnp.asarray(positions))
+
+
+def random_qkv(B, T, S=None, *, heads=(N, K), dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(B * 1000 + T), 3)
+    shapes = [(B, T, heads[0], H), (B, S or T, heads[1], H), (B, S or T, heads[1], H)]
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def attend(implementation, q_places, kv_places=None, **rule):
+    """The attention to test, or the naive one, as a function of q, k and v."""
+    kv_places = q_places if kv_places is None else kv_places
+    if implementation == "naive":
+        return partial(naive_attention, q_places=q_places, kv_places=kv_places, **rule)
+    return partial(
+        attention,
+        q_places=q_places,
+        kv_places=kv_places,
+        implementation=implementation,
+        **rule,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def pull(implementation, rule, places, kv_places, q, k, v, d_out):
+    """Output, and gradients of q, k and v for the given gradient of the output."""
+    out, back = jax.vjp(attend(implementation, places, kv_places, **dict(rule)), q, k, v)
+    return out, *back(d_out)
+
+
+def check(implementation, places, qkv, *, kv_places=None, rule=(), atol=1e-5):
+    """Output and gradients agree with the naive definition; returns them."""
+    d_out = jax.random.normal(jax.random.key(9), qkv[0].shape, qkv[0].dtype)
+    kv_places = places if kv_places is None else kv_places
+    found = pull(implementation, rule, places, kv_places, *qkv, d_out)
+    exact = [x.astype(jnp.float32) for x in (*qkv, d_out)]
+    for x, y in zip(found, pull("naive", rule, places, kv_places, *exact), strict=True):
+        assert x.dtype == qkv[0].dtype
+        np.testing.assert_allclose(np.asarray(x, np.float32), y, atol=atol, rtol=atol)
+    return found
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_packed_row_equals_each_document_alone(implementation, rule):
+    rule, lengths, T = tuple(rule.items()), (70, 1, 129), 210
+    places = packed(lengths, tokens=T)
+    qkv = random_qkv(1, T)
+    d_out = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    together = pull(implementation, rule, places, places, *qkv, d_out)
+    start = 0
+    for length in lengths:
+        cut = slice(start, start + length)
+        alone_places = packed((length,), tokens=length)
+        x = [x[:, cut] for x in (*qkv, d_out)]
+        alone = pull("naive", rule, alone_places, alone_places, *x)
+        for one, all_ in zip(alone, together, strict=True):
+            np.testing.assert_allclose(all_[:, cut], one, atol=1e-5)
+        start += length
+    for x in together:  # the padding at the end
+        assert not np.any(x[:, start:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)])
+def test_heads_share_keys_in_groups(implementation, heads):
+    places = packed((40,), (13, 20), tokens=40)
+    check(implementation, places, random_qkv(2, 40, heads=heads))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_stays_near_float32(implementation):
+    places = packed((100, 31), tokens=140)
+    check(implementation, places, random_qkv(1, 140, dtype=jnp.bfloat16), atol=4e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_of_padding_alone_is_zero(implementation):
+    places = packed((), (20,), tokens=20)
+    found = check(implementation, places, random_qkv(2, 20))
+    for x in found:
+        assert not np.any(x[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_gradient_from_later_tokens_or_other_documents(implementation):
+    places, t = packed((60, 80), tokens=140), 100
+    q, k, v = random_qkv(1, 140)
+    d_out = jnp.zeros_like(q).at[:, t].set(1.0)
+    _, *grads = pull(implementation, (), places, places, q, k, v, d_out)
+    for grad in grads:
+        assert not np.any(grad[:, t + 1 :])
+        assert not np.any(grad[:, :60])
+        assert np.any(grad[:, t])
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 300])
+def test_reference_takes_any_length(tokens):
+    places = packed((tokens // 3, tokens - tokens // 3), tokens=tokens)
+    check("reference", places, random_qkv(1, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", [(), (("window", 200),)])
+def test_long_rows_agree_where_blocks_are_looped_over(implementation, rule):
+    tokens = 1300  # eleven blocks in six bands for the reference
+    places = packed((500, 90, 700), tokens=tokens)
+    check(implementation, places, random_qkv(1, tokens, heads=(2, 1)), rule=rule)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 140])
+def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
+    """Slots of a cache are shuffled, some are empty; the queries are the last tokens."""
+    slots, filled = 190, 170
+    order = np.random.default_rng(0).permutation(slots)
+    segments = np.where(np.arange(slots) < filled, 1, 0)[order]
+    kv_places = Places(jnp.asarray(segments)[None], jnp.asarray(order)[None])
+    positions = np.arange(filled - queries, filled)
+    q_places = Places(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
+    qkv = random_qkv(1, queries, slots)
+    for rule in ((), (("window", 20), ("softcap", 3.0))):
+        check("reference", q_places, qkv, kv_places=kv_places, rule=rule)
+
+
+def test_splash_refuses_a_cache():
+    places, kv_places = packed((3,), tokens=3), packed((9,), tokens=9)
+    with pytest.raises(NotImplementedError, match="3 queries and 9 keys"):
+        attend("splash_interpret", places, kv_places)(*random_qkv(1, 3, 9))
+
+
+def test_a_policy_that_saves_attention_runs_the_forward_once():
+    places = packed((200,), tokens=200)
+    qkv = random_qkv(1, 200)
+    layer = attend("reference", places)
+
+    def scanned(policy, qkv):
+        q, k, v = qkv
+        step = jax.checkpoint(lambda q, _: (layer(q, k, v), None), policy=policy)
+        return jax.lax.scan(step, q, None, length=2)[0].sum()
+
+    def exponentials(policy):
+        return str(jax.make_jaxpr(jax.grad(partial(scanned, policy)))(qkv)).count(" exp ")
+
+    policies = jax.checkpoint_policies
+    saving = policies.save_only_these_names("attention")
+    assert exponentials(saving) < exponentials(policies.nothing_saveable)
+    plain = jax.jit(jax.grad(partial(scanned, policies.everything_saveable)))(qkv)
+    for x, y in zip(jax.jit(jax.grad(partial(scanned, saving)))(qkv), plain, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
+
+
+def mesh_of(**sizes: int):
+    shape = tuple(sizes.get(a, 1) for a in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def sharded(mesh, places, qkv):
+    heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor", None))
+    rows = NamedSharding(mesh, P(("data", "fsdp"), None))
+    return jax.device_put(places, rows), jax.device_put(qkv, heads)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "pipeline": 2}], ids=str)
+def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
+    places = packed(*[(9, 20), (33,), (5, 5, 5), ()] * 2, tokens=33)
+    qkv = random_qkv(8, 33)
+    d_out = jnp.ones_like(qkv[0])
+    truth = pull("naive", (), places, places, *qkv, d_out)
+    mesh = mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        places, (*qkv, d_out) = sharded(mesh, places, (*qkv, d_out))
+        compiled = pull.lower(implementation, (), places, places, *qkv, d_out).compile()
+        found = compiled(places, places, *qkv, d_out)
+    assert "all-gather" not in compiled.as_text()
+    for x, y in zip(found, truth, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
+    """With tensor 4 there are fewer key/value heads than devices on the axis."""
+    places = packed(*[(9, 20), (33,)] * 2, tokens=33)
+    qkv = random_qkv(4, 33)
+    mesh = mesh_of(pipeline=2, tensor=tensor)
+    layer = attend(implementation, places)
+
+    def stage(q, k, v):
+        return jax.lax.ppermute(layer(q[0], k[0], v[0])[None], "pipeline", [(0, 1), (1, 0)])
+
+    def total(qkv):
+        stages = jax.shard_map(
+            stage,
+            in_specs=(P("pipeline"),) * 3,
+            out_specs=P("pipeline"),
+            axis_names={"pipeline"},
+            check_vma=False,
+        )
+        out = stages(*(jnp.stack([x, x / 2]) for x in qkv))
+        return jnp.sum(out[0] ** 2) + jnp.sum(out[1])
+
+    def expected(qkv):
+        naive = attend("naive", places)
+        return jnp.sum(naive(*(x / 2 for x in qkv)) ** 2) + jnp.sum(naive(*qkv))
+
+    truth = jax.jit(jax.grad(expected))(qkv)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(total))(qkv)
+    for x, y in zip(found, truth, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_splash_lowers_to_a_tpu_kernel_forward_and_backward():
+    places = packed((100, 28), tokens=130)
+    qkv = random_qkv(1, 130)
+    d_out = jnp.ones_like(qkv[0])
+    traced = pull.trace("splash", (), places, places, *qkv, d_out)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, gradient of q, gradient of k and v
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "cuda", "tpu"])
+def test_choice_is_pinned_per_platform(platform):
+    shape = {"head_size": 64, "tokens": 512}
+    expected = "splash" if platform == "tpu" else "reference"
+    assert choose(platform, wanted="auto", **shape).name == expected
+    assert choose(platform, wanted="reference", **shape).name == "reference"
+
+
+def test_a_forced_kernel_that_cannot_run_is_an_error():
+    assert choose("tpu", wanted="pallas", head_size=128, tokens=512).name == "splash"
+    for platform, head_size in (("cpu", 64), ("gpu", 64), ("tpu", 80)):
+        with pytest.raises(ValueError, match="'pallas' cannot run"):
+            choose(platform, wanted="pallas", head_size=head_size, tokens=512)
+    assert "80" in choose("tpu", wanted="auto", head_size=80, tokens=512).reason
+    with pytest.raises(ValueError, match="'flash'"):
+        choose("tpu", wanted="flash", head_size=64, tokens=512)  # pyright: ignore
+
+
+def test_unknown_implementation_and_ungrouped_heads_are_errors():
+    places = packed((4,), tokens=4)
+    with pytest.raises(ValueError, match="'flash'"):
+        attend("flash", places)(*random_qkv(1, 4))
+    with pytest.raises(ValueError, match="3 query heads"):
+        attend("reference", places)(*random_qkv(1, 4, heads=(3, 2)))

@@ -1,0 +1,112 @@
+"""The floors of the package: a file imports only from lower floors, and some packages only in
+their folder."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxtrain
+
+PACKAGE = Path(jaxtrain.__file__).parent
+FLOORS = (
+    {"recipe", "registry", "batch", "assets"},
+    {"kernels", "parallel"},
+    {"tokenizer", "data", "model", "optimizer", "scheduler"},
+    {"checkpoint", "metrics"},
+    {"trainer"},
+    {"cli", "__main__", "__init__"},
+)
+MAY_KNOW_SIBLINGS = {0, 4, 5}
+HOMES = {
+    "jax": {
+        "kernels",
+        "parallel",
+        "model",
+        "optimizer",
+        "scheduler",
+        "checkpoint",
+        "metrics",
+        "trainer",
+    },
+    "flax": {"model"},
+    "orbax": {"checkpoint"},
+    "optax": {"optimizer", "trainer"},
+    "transformers": {"tokenizer", "data"},
+    "torch": set(),
+}
+"""Package → the folders that may import it."""
+
+
+def floor_of(part: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if part in floor)
+
+
+def violations(package: Path) -> list[str]:
+    """`file:line: what` for every import that goes up, sideways, or out of its home."""
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        part = file.relative_to(package).parts[0].removesuffix(".py")
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            for name in imported_names(node):
+                where = f"{file.relative_to(package.parent)}:{node.lineno}"
+                root, *rest = name.split(".")
+                if root in HOMES and part not in HOMES[root]:
+                    found.append(f"{where}: {root} belongs in {sorted(HOMES[root])}")
+                if root != "jaxtrain" or not rest or rest[0] == part:
+                    continue
+                own, other = floor_of(part), floor_of(rest[0])
+                if other > own or (other == own and own not in MAY_KNOW_SIBLINGS):
+                    found.append(f"{where}: {part} may not import {rest[0]}")
+    return found
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return (
+            [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module == "jaxtrain"
+            else [node.module]
+        )
+    return []
+
+
+def test_every_import_goes_down():
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "expected"),
+    [
+        ("recipe/bad.py", "from jaxtrain.trainer import step", "recipe may not import trainer"),
+        ("model/bad.py", "from jaxtrain.data.plan import BatchPlan", "model may not import data"),
+        ("data/bad.py", "import jax.numpy as jnp", "jax belongs in"),
+        ("trainer/bad.py", "from flax import nnx", "flax belongs in"),
+        ("metrics/bad.py", "import torch", "torch belongs in"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, file, line, expected):
+    bad = tmp_path / "jaxtrain" / file
+    bad.parent.mkdir(parents=True)
+    bad.write_text(f"import os\n{line}\n")
+    (found,) = violations(tmp_path / "jaxtrain")
+    assert found.startswith(f"jaxtrain/{file}:2: ") and expected in found
+
+
+def test_help_and_check_of_a_recipe_import_no_jax():
+    program = (
+        "import sys\n"
+        "from jaxtrain import cli\n"
+        "from jaxtrain.recipe.resolve import get_config\n"
+        "get_config({'model': {'name_or_path': 'm'}, 'data': {'sources': ['a/b']}})\n"
+        "print(sorted({'jax', 'numpy', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
