@@ -38,11 +38,12 @@ class Piece(NamedTuple):
     """Transposes `split` into our order; a 1 that the file lacks is already last in `split`"""
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """A view, so that a slice of it reads only that slice of the file."""
+        """A view in our order, so that a slice of it reads only that slice of the file."""
         return theirs.reshape(self.split).transpose(self.order)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return ours[self.place].transpose(np.argsort(self.order)).reshape(self.shape)
+        """The tensor, from what stands at its place in our parameter."""
+        return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
@@ -69,9 +70,7 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     return list(_row_pieces(config, rows[path], None, None))
 
 
-def _row_pieces(
-    config: DecoderConfig, row: Row, at: int | None, number: int | None
-) -> Iterator[Piece]:
+def _row_pieces(config: DecoderConfig, row: Row, at: int | None, number: int | None) -> Iterator[Piece]:
     size = sizes(config)
     ours = [[size[letter] for letter in tensor.ours.split()] for tensor in row.tensors]
     ends = list(accumulate(shape[row.joined or 0] for shape in ours))
@@ -151,12 +150,8 @@ def _assembled(
         ]
         if any(begin >= end for begin, end in overlaps):
             continue
-        here = tuple(
-            slice(a - begin, b - begin) for (a, b), (begin, _) in zip(overlaps, inner, strict=True)
-        )
-        there = tuple(
-            slice(a - p.start, b - p.start) for (a, b), p in zip(overlaps, part.place, strict=True)
-        )
+        here = tuple(slice(a - begin, b - begin) for (a, b), (begin, _) in zip(overlaps, inner, strict=True))
+        there = tuple(slice(a - p.start, b - p.start) for (a, b), p in zip(overlaps, part.place, strict=True))
         target[here] = part.to_ours(stored[part.name].read())[there]
     return out
 
@@ -175,8 +170,7 @@ def _check(
         path,
         reshaped,
         lambda name: (
-            f"tensor {name} must be {list(wanted[name])} by config.json, "
-            f"found {list(stored[name].shape)}"
+            f"tensor {name} must be {list(wanted[name])} by config.json, found {list(stored[name].shape)}"
         ),
     )
     harmless = re.compile("|".join(HARMLESS + ((r"lm_head\.weight",) if config.tied else ())))

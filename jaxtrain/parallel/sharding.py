@@ -28,7 +28,7 @@ PARAMETERS = (
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
     (r"layers/.*/attention/out", ("layers", "kv_heads", None, None, "embed")),
-    (r"layers/.*/attention/(q_norm|k_norm)", ("layers", None)),
+    (r"layers/.*/attention/(out_bias|q_norm|k_norm)", ("layers", None)),
     (r"layers/.*/mlp/gate_up", ("layers", "embed", None, "ffn")),
     (r"layers/.*/mlp/down", ("layers", "ffn", "embed")),
     (r"layers/.*/(attention_norm|mlp_norm)", ("layers", None)),

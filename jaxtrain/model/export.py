@@ -1,0 +1,91 @@
+"""A Hugging Face folder of trained parameters, written a tensor at a time and never seen half done."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.model.config import DecoderConfig
+from jaxtrain.model.hf_config import family_of
+from jaxtrain.model.tensor_file import ToWrite, write_folder
+from jaxtrain.model.weights import Piece, pieces
+from jaxtrain.parallel.sharding import path_name
+
+
+def save_pretrained(
+    folder: Path,
+    params: Any,
+    config: DecoderConfig,
+    hf_config: Mapping[str, Any],
+    *,
+    dtype: str,
+    max_shard_bytes: float = 4e9,
+    generation_config: Mapping[str, Any] | None = None,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Replaces `folder` by one that transformers loads: weights, config.json, generation_config.json.
+
+    `add_files` is called with the unfinished folder, to put the tokenizer in. Nothing stands under
+    the name `folder` before all is written.
+    """
+    with _replaced(folder) as unfinished:
+        tensors = to_hf_tensors(params, config, dtype)
+        write_folder(unfinished, tensors, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
+        _write_json(unfinished / "config.json", exported_config(hf_config, dtype))
+        if generation_config is not None:
+            _write_json(unfinished / "generation_config.json", generation_config)
+        add_files(unfinished)
+
+
+def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, ToWrite]:
+    """Every tensor by its Hugging Face name, in the order of the file; made when it is asked for."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tensors = [(piece, leaf) for path, leaf in leaves for piece in pieces(config, path_name(path))]
+    tensors.sort(key=lambda tensor: (tensor[0].layer is None, tensor[0].name))
+    return {piece.name: ToWrite(piece.shape, partial(_make, piece, leaf, dtype)) for piece, leaf in tensors}
+
+
+def _make(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
+    """One tensor on the host: only its own layer leaves the devices, already in the dtype asked for."""
+    ours = leaf if piece.layer is None else leaf[piece.layer]
+    return piece.to_theirs(np.asarray(ours[piece.place].astype(dtype)))
+
+
+def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json as it was read, rope in the style in which it came, with the dtype of the weights."""
+    config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
+    family = family_of(hf_config)
+    config |= {"architectures": [family.architecture], "model_type": family.name}
+    # transformers 5 writes `dtype` and still reads `torch_dtype`, which is all that 4 knows.
+    return {**config, "torch_dtype": dtype}
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place at the end; removed if writing fails."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
+    try:
+        yield unfinished
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            folder.rename(old)  # over an empty folder, in one move
+            unfinished.rename(folder)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

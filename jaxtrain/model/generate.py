@@ -1,0 +1,201 @@
+"""Continuations of prompts, through the layers of the decoder and a cache of keys and values.
+
+B prompts, P tokens of the longest, N new tokens, S = P + N slots of the cache, T tokens, D width,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from jaxtrain.kernels.attention import Places
+from jaxtrain.model.decoder import Caches, Decoder, Params, merge
+from jaxtrain.model.layers import Cache, View
+from jaxtrain.model.rope import rotation
+
+PROMPT_MULTIPLE = 32
+"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+
+
+class Sampling(NamedTuple):
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+
+
+class Progress(NamedTuple):
+    """What one new token changes."""
+
+    count: Array
+    """int32 []: tokens generated so far"""
+    tokens_BN: Array
+    """int32 [B, new tokens]"""
+    is_done_B: Array
+    logits_BV: Array
+    caches: Caches
+    segments_BS: Array
+    """int32: 1 where the slot holds a token, of the prompt or generated"""
+    positions_BS: Array
+    key: Array
+
+
+def generate(
+    graph: nnx.GraphDef,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The new tokens of each prompt, with the end token if it came; greedy at temperature 0.
+
+    With `top_p` below 1 only the likeliest tokens that together reach it are drawn from.
+    """
+    if not prompts or not all(prompts) or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "generate needs prompts of at least one token, max_new_tokens >= 1, temperature >= 0 "
+            f"and 0 < top_p <= 1; found prompts of {[len(p) for p in prompts]} tokens, "
+            f"{max_new_tokens}, {temperature} and {top_p}"
+        )
+    longest = max(map(len, prompts))
+    P = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens_BP = np.zeros((len(prompts), P), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BP[row, : len(prompt)] = prompt
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    sampling = Sampling(max_new_tokens, tuple(eos_ids), temperature, top_p)
+    tokens_BN = _run(graph, sampling, params, tokens_BP, lengths_B, jax.random.key(seed))
+    return [_until_end(row, sampling.eos_ids) for row in np.asarray(tokens_BN).tolist()]
+
+
+def _until_end(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    return tokens[: end + 1]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    graph: nnx.GraphDef,
+    sampling: Sampling,
+    params: Params,
+    tokens_BP: Array,
+    lengths_B: Array,
+    key: Array,
+) -> Array:
+    model = merge(graph, params)
+    progress = _prefilled(model, sampling, tokens_BP, lengths_B, key)
+
+    def unfinished(progress: Progress) -> Array:
+        return (progress.count < sampling.max_new_tokens) & ~progress.is_done_B.all()
+
+    step = partial(_one_token, model, sampling, tokens_BP.shape[1], lengths_B)
+    return lax.while_loop(unfinished, step, progress).tokens_BN
+
+
+def _prefilled(
+    model: Decoder, sampling: Sampling, tokens_BP: Array, lengths_B: Array, key: Array
+) -> Progress:
+    B, P = tokens_BP.shape
+    slots_S = jnp.arange(P + sampling.max_new_tokens, dtype=jnp.int32)
+    segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
+    positions_BS = jnp.broadcast_to(slots_S, segments_BS.shape)
+    hidden_BPD, caches = _forward(
+        model,
+        tokens_BP,
+        Places(segments_BS[:, :P], positions_BS[:, :P]),
+        Places(segments_BS, positions_BS),
+        jnp.int32(0),
+        _empty_caches(model, B, len(slots_S)),
+    )
+    last_BD = jnp.take_along_axis(hidden_BPD, lengths_B[:, None, None] - 1, axis=1)
+    return Progress(
+        count=jnp.int32(0),
+        tokens_BN=jnp.zeros((B, sampling.max_new_tokens), jnp.int32),
+        is_done_B=jnp.zeros(B, bool),
+        logits_BV=model.logits(last_BD)[:, 0],
+        caches=caches,
+        segments_BS=segments_BS,
+        positions_BS=positions_BS,
+        key=key,
+    )
+
+
+def _one_token(model: Decoder, sampling: Sampling, P: int, lengths_B: Array, progress: Progress) -> Progress:
+    """Chooses a token from the logits at hand, and computes those of the next."""
+    key, draw = jax.random.split(progress.key)
+    token_B = _chosen(progress.logits_BV, sampling, draw)
+    is_end_B = jnp.isin(token_B, jnp.array(sampling.eos_ids, jnp.int32))
+    # Prompts are padded at their end, and every row puts its next token in the same slot: attention
+    # goes by the positions, not by the order of the slots.
+    slot = P + progress.count
+    segments_BS = progress.segments_BS.at[:, slot].set(1)
+    positions_BS = progress.positions_BS.at[:, slot].set(lengths_B + progress.count)
+    here = Places(segments_BS[:, slot, None], positions_BS[:, slot, None])
+    hidden_B1D, caches = _forward(
+        model, token_B[:, None], here, Places(segments_BS, positions_BS), slot, progress.caches
+    )
+    return Progress(
+        count=progress.count + 1,
+        tokens_BN=progress.tokens_BN.at[:, progress.count].set(token_B),
+        is_done_B=progress.is_done_B | is_end_B,
+        logits_BV=model.logits(hidden_B1D)[:, 0],
+        caches=caches,
+        segments_BS=segments_BS,
+        positions_BS=positions_BS,
+        key=key,
+    )
+
+
+def _forward(
+    model: Decoder,
+    tokens_BT: Array,
+    places: Places,
+    kv_places: Places,
+    slot: Array,
+    caches: Caches,
+) -> tuple[Array, Caches]:
+    config = model.config
+    cos, sin = rotation(config.rope, config.head_size, places.positions)
+    view = View(places, kv_places, cos, sin, slot)
+    x_BTD, filled = model.stack(model.embedded(tokens_BT), view, caches)
+    assert filled is not None
+    return model.normed(x_BTD), filled
+
+
+def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
+    config = model.config
+    dtype = model.execution.compute_dtype
+    return {
+        str(g): {
+            str(m): Cache(*(
+                jnp.zeros((group.repeats, B, S, config.num_kv_heads, config.head_size), dtype)
+                for _ in Cache._fields
+            ))
+            for m in range(len(group.layers))
+        }
+        for g, group in enumerate(config.groups)
+    }  # fmt: skip
+
+
+def _chosen(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # A token stays if those before it do not yet reach top_p; so the likeliest always stays.
+        is_kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < sampling.top_p
+        lowest_B1 = jnp.where(is_kept_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)

@@ -1,0 +1,127 @@
+"""Every family against transformers: logits, weights in and out, bit for bit."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from tiny_models import (
+    FAMILIES,
+    batch_of,
+    described,
+    hf_model,
+    loaded,
+    on_one_device,
+    random_tokens,
+    saved,
+    torch,
+    transformers,
+)
+
+from jaxtrain.model.decoder import merge
+from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.tensor_file import read_folder
+from jaxtrain.model.weights import load_params
+from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.mesh import AXES
+
+LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hf")
+    return {name: saved(name, root / name) for name in FAMILIES}
+
+
+def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    _, _, model, params = loaded(folder)
+    forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
+    return np.asarray(forward(params, batch_of(tokens)))
+
+
+def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_those_of_transformers(name, folders):
+    tokens = random_tokens(2, 40)
+    np.testing.assert_allclose(
+        logits_of(folders[name], tokens), hf_logits(hf_model(name), tokens), atol=LOGITS_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
+    config, hf, _, params = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    assert_same_tensors(folders[name], tmp_path / "out")
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    theirs, ours = read_folder(a), read_folder(b)
+    assert sorted(theirs) == sorted(ours)
+    for name in theirs:
+        x, y = theirs[name].read(), ours[name].read()
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape and x.tobytes() == y.tobytes(), name
+
+
+@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "qwen3"])
+def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, tmp_path):
+    config, hf, _, params = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    tokens = random_tokens(1, 40)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(hf_logits(model, tokens), hf_logits(hf_model(name), tokens))
+    assert model.config.rope_parameters == hf_model(name).config.rope_parameters
+
+
+def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):
+    folder = saved("qwen3", tmp_path / "in", "bfloat16", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    config, hf, _, params = loaded(folder)
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="bfloat16", max_shard_bytes=20e3)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert_same_tensors(folder, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+
+
+def test_param_dtype_is_the_dtype_of_every_parameter(folders):
+    *_, params = loaded(folders["biased"], param_dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def test_a_tied_model_has_no_head_here_and_none_in_the_export(folders, tmp_path):
+    config, hf, _, params = loaded(folders["smollm2"])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    assert "head" not in params
+    assert "lm_head.weight" not in read_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "biased", "qwen2-alternating", "qwen3"])
+def test_a_sharded_load_equals_one_device_and_leaves_no_matrix_whole(name, folders):
+    config, _, model = described(folders[name])
+    mesh = jax.make_mesh((1, 4, 1, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shardings = parameter_shardings(mesh, model.shapes)
+    sharded = load_params(folders[name], config, model.shapes, shardings)
+    whole = load_params(folders[name], config, model.shapes, on_one_device(model.shapes))
+    for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sharded):
+        if leaf.ndim > 2 or path[0].key in ("embed", "head"):
+            assert leaf.addressable_shards[0].data.size <= leaf.size // 2, path
+
+
+def test_the_config_may_be_of_transformers_4(folders, tmp_path):
+    new = json.loads((folders["llama31"] / "config.json").read_text())
+    scaling = dict(new.pop("rope_parameters"))
+    old = {**new, "rope_theta": scaling.pop("rope_theta")}
+    old["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert described(tmp_path)[0] == described(folders["llama31"])[0]
