@@ -59,7 +59,7 @@ TABLE = {
         CHATML, chat("x\nassistant\ny", "x\nassistant\ny"), ["x\nassistant\ny<|im_end|>"],
     ),
     "headers, stripped": (HEADERS, chat(" yes ", "\n yes \n", "b", "no"), ["yes<|eot|>", "no<|eot|>"]),
-    "headers, many turns": (HEADERS, chat(*" a b c d".split(" ") * 2), ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"]),
+    "headers, many turns": (HEADERS, chat(*["", "a", "b", "c", "d"] * 2), ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"]),
     "inst": (INST, chat("yes", "yes", "b", "no"), [" yes</s>", " no</s>"]),
     "inst, many turns": (INST, chat(*["yes"] * 8), [" yes</s>"] * 4),
     "plain": (PLAIN, chat("yes", "yes", "b", "no"), [" yes\n", " no\n"]),
