@@ -43,6 +43,20 @@ class TrainingData:
     def steps_per_epoch(self) -> int:
         return self.train.steps_per_epoch
 
+    @property
+    def train_rows(self) -> int:
+        return self.train.rows.num_rows
+
+    @property
+    def eval_rows(self) -> int:
+        """Of all evaluation sets."""
+        return sum(plan.rows.num_rows for plan in self.evals.values())
+
+    @property
+    def trained_share(self) -> float:
+        """Of the training tokens, those that have a weight."""
+        return self.ledger.sets[0].trained_tokens / self.ledger.sets[0].tokens
+
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""
         return self._iterate(self.train, start, stop)

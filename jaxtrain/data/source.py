@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtrain.data.conversation import MappedRoles
 from jaxtrain.data.order import sample
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows, take_split
 from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
 from jaxtrain.recipe.errors import DataError
 from jaxtrain.registry import Factory
@@ -26,6 +26,12 @@ class DataSource(Factory, kind="data_source"):
     def load(self, config: Any, split: str) -> Rows | Sequence[dict[str, Any]]:
         """All rows of `split`; a plain list of dicts will do."""
         raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
+
+    def only_split(self, rows: Rows | Sequence[dict[str, Any]], split: str) -> Rows:
+        """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a
+        slice such as `train[:100]`; DataError for any other name."""
+        rows = rows if isinstance(rows, Rows) else NamedRows(rows, self.label)
+        return take_split({"train": rows, "eval": rows}, split, self.label)
 
     def read(self, default_split: str) -> Rows:
         """The rows to train on: the recipe's split, then its sample; DataError when there are
