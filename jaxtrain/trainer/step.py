@@ -50,7 +50,7 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     loss, grads = loss_and_grads(spec, state.params, batch, key)
 
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
-    norm = optax.global_norm(grads) * per_weight
+    norm = optax.tree.norm(grads) * per_weight
     clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
     grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
 

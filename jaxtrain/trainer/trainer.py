@@ -7,7 +7,7 @@ checkpoints stay.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
@@ -66,10 +66,11 @@ class Trainer(registry.Registered, kind="trainer"):
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
-    def __init__(self, config: TrainerConfig):
+    def __init__(self, config: TrainerConfig, *, devices: Sequence[jax.Device] | None = None):
+        """`devices` make up the mesh; all there are when left out."""
         self.config = config
         self.console = Console(is_writer=jax.process_index() == 0)
-        self.mesh = make_mesh(config.mesh, jax.devices())
+        self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
 
         # Data comes before weights: a recipe that trains nothing is found in seconds.
