@@ -1,4 +1,5 @@
 from jaxtrain.data.factory import DataFactory as DataFactory
+from jaxtrain.data.factory import DataShape as DataShape
 from jaxtrain.data.factory import TrainingData as TrainingData
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
 from jaxtrain.data.hub import HuggingFaceSource as HuggingFaceSource

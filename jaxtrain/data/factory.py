@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.ledger import Ledger
@@ -20,6 +20,13 @@ class LoadedSource:
     def __init__(self, label: str, rows: Rows):
         self.label = label
         self.rows = rows
+
+
+class DataShape(NamedTuple):
+    """What is known of the data where a step is compiled and nothing is read."""
+
+    row_tokens: int
+    steps_per_epoch: int = 1
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import Places
-from jaxtrain.kernels.cross_entropy import token_log_probs, weighted_nll
+from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, weighted_nll
 from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, rms_norm
 from jaxtrain.model.rope import rotation
@@ -87,14 +87,14 @@ class Decoder(nnx.Module):
             self.hidden(batch),
             self.head_weight(),
             _next(batch.tokens),
-            head_layout="VD" if self.head is None else "DV",
+            head_layout=self.head_layout,
         )
         # Position t - 1 predicts token t; what the last position predicts comes round to t = 0.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
     def weighted_nll(
         self, batch: Batch, weights_BT: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
-    ):
+    ) -> NLL:
         """Weighted sum of -log p of each token given those before it, gradients made on the way.
 
         weights_BT[b, t] weighs the prediction of token t; first tokens and padding count 0.
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
             self.head_weight(),
             _next(batch.tokens),
             _next(weights_BT),
-            head_layout="VD" if self.head is None else "DV",
+            head_layout=self.head_layout,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
         )
@@ -159,9 +159,13 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.norm[...], self.config.rms_eps)
 
     def logits(self, hidden_BTD: Array) -> Array:
-        if self.head is not None:
-            return _dot("btd,dv->btv", hidden_BTD, self.head[...])
-        return _dot("btd,vd->btv", hidden_BTD, self.embed.embedding[...])
+        head = self.head_weight().astype(hidden_BTD.dtype)
+        form = "btd,dv->btv" if self.head_layout == "DV" else "btd,vd->btv"
+        return jnp.einsum(form, hidden_BTD, head, preferred_element_type=jnp.float32)
+
+    @property
+    def head_layout(self) -> HeadLayout:
+        return "VD" if self.head is None else "DV"
 
     def head_weight(self) -> Array:
         """[D, V], or the embedding [V, D] when tied, in the dtype of the parameters."""
@@ -254,6 +258,3 @@ def _is_predicted(segments_BT: Array) -> Array:
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
     return (segments_BT == before_BT) & (segments_BT != 0)
 
-
-def _dot(spec: str, x: Array, w: Array) -> Array:
-    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32)

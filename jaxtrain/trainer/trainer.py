@@ -8,7 +8,7 @@ checkpoints stay.
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from jaxtrain import registry
 from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
-from jaxtrain.data import BatchShape, SFTDataFactory, TrainingData
+from jaxtrain.data import BatchShape, DataShape, SFTDataFactory, TrainingData
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -66,8 +66,15 @@ class Trainer(registry.Registered, kind="trainer"):
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
-    def __init__(self, config: TrainerConfig, *, devices: Sequence[jax.Device] | None = None):
-        """`devices` make up the mesh; all there are when left out."""
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        data: TrainingData | DataShape | None = None,
+    ):
+        """`devices` make up the mesh, all there are when left out; they need not be present to lower
+        the step. `data` stands in for the recipe's."""
         self.config = config
         self.console = Console(is_writer=jax.process_index() == 0)
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
@@ -76,11 +83,7 @@ class Trainer(registry.Registered, kind="trainer"):
         # Data comes before weights: a recipe that trains nothing is found in seconds.
         model_factory = self._made("model", config.model)
         self.model_config = model_factory.create_config()
-        self.tokenizer = self._made(
-            "tokenizer", config.tokenizer, self.model_config.path
-        ).create_tokenizer()
-        self.data = self._prepared_data()
-
+        self.data = data or self._prepared_data()
         self.model = model_factory.create_model(self.model_config)
         self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
             self.model.shapes, config.optimizer
@@ -91,9 +94,9 @@ class Trainer(registry.Registered, kind="trainer"):
         ]
 
         self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
+        make_state = partial(new_state, optimizer=self.optimizer)
         self.state_shapes = with_shardings(
-            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes),
-            self.shardings,
+            jax.eval_shape(make_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(config)
         self.report = Report(
@@ -231,6 +234,12 @@ class Trainer(registry.Registered, kind="trainer"):
             self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
 
     # What the loop asks.
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The recipe's tokenizer, with its chat template."""
+        path = self.model_config.path
+        return self._made("tokenizer", self.config.tokenizer, path).create_tokenizer()
 
     @property
     def state(self) -> TrainState:
