@@ -76,17 +76,21 @@ class HuggingFaceSource(ConversationSource):
 
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without
+        from datasets.config import HF_DATASETS_CACHE
+        from datasets.exceptions import DatasetsError
 
-        arguments = ARGUMENTS.get(config.name_or_path, {}) | config.kwargs
-        arguments.pop("split", None)
+        arguments: dict[str, Any] = {**ARGUMENTS.get(config.name_or_path, {}), **config.kwargs}
         try:
             return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             first = str(fault).strip().splitlines()[0]
             raise RecipeError(
                 f"data set {shown(config.name_or_path)} is no local file, and could not be "
-                f"read from {datasets.config.HF_DATASETS_CACHE} or the hub: {first}"
+                f"read from {HF_DATASETS_CACHE} or the hub: {first}"
             ) from None
+        except DatasetsError as fault:
+            first = str(fault.__cause__ or fault).strip().splitlines()[0]
+            raise DataError(f"data set {shown(config.name_or_path)}: {first}") from None
 
 
 class HuggingFaceInstructSource(HuggingFaceSource):

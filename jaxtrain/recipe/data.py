@@ -112,9 +112,13 @@ class HFDataSourceConfig(RowsConfig):
     """Standard split name → the data set's own."""
 
     @model_validator(mode="after")
-    def _no_remote_code(self) -> "HFDataSourceConfig":
+    def _kwargs_are_for_reading(self) -> "HFDataSourceConfig":
         if self.kwargs.get("trust_remote_code"):
             raise ValueError("kwargs.trust_remote_code is refused: code comes only from `code:`")
+        if "split" in self.kwargs:
+            raise ValueError("kwargs.split is refused: split stands beside kwargs")
+        if self.kwargs.get("streaming"):
+            raise ValueError("kwargs.streaming is refused: rows are looked up by number")
         return self
 
     @model_validator(mode="before")
