@@ -22,7 +22,7 @@ class LoadedSource:
         self.rows = rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingData:
     """All batches of a run, for training and for each evaluation set."""
 

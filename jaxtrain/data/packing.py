@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 BLOCK_BITS = 1024
 
 
