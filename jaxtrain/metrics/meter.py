@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from jaxtrain.metrics.flops import matmul_parameters, peak_flops
+
 
 class Meter:
     """`row` is called once an update, when its metrics have arrived; it divides the time since
@@ -14,6 +16,17 @@ class Meter:
         self.tokens_seen = 0
         self._updates, self._training_s = 0, 0.0
         self.restart()
+
+    @classmethod
+    def of(cls, model: Any, device_kind: str, num_devices: int) -> "Meter":
+        """For a language model; `model` has `shapes` and `described.config`."""
+        config = model.described.config
+        peak = peak_flops(device_kind)
+        return cls(
+            flops_per_token=6.0 * matmul_parameters(model.shapes),
+            flops_per_pair=12.0 * config.num_heads * config.head_size,
+            peak_flops=peak and peak * num_devices,
+        )
 
     def restart(self) -> None:
         """Begin to count here: what came before (a compilation, an evaluation, a save) was no

@@ -83,7 +83,12 @@ class Decoder(nnx.Module):
 
         0 on padding and on the first token of every document. Never builds [B, T, V].
         """
-        logps_BT = token_log_probs(self.hidden(batch), self.head_weight(), _next(batch.tokens))
+        logps_BT = token_log_probs(
+            self.hidden(batch),
+            self.head_weight(),
+            _next(batch.tokens),
+            head_layout="VD" if self.head is None else "DV",
+        )
         # Position t - 1 predicts token t; what the last position predicts comes round to t = 0.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
@@ -100,6 +105,7 @@ class Decoder(nnx.Module):
             self.head_weight(),
             _next(batch.tokens),
             _next(weights_BT),
+            head_layout="VD" if self.head is None else "DV",
             z_loss=z_loss,
             label_smoothing=label_smoothing,
         )

@@ -33,7 +33,7 @@ def locate(config: ModelConfig) -> Path:
     if is_asset(name):
         return fetch(name)
     path = Path(name).expanduser()
-    if path.is_dir() or path.suffix == ".gguf" and path.is_file():
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_file():
         raise _fault(f"must be a folder, a .gguf file or a hub name, found the file {shown(name)}")
@@ -45,23 +45,21 @@ def locate(config: ModelConfig) -> Path:
 
 def _from_hub(name: str, *, with_weights: bool) -> Path:
     wanted = [*DESCRIPTION, *(["*.safetensors"] if with_weights else [])]
-    cached = None
-    try:
-        cached = _snapshot(name, wanted, local_files_only=True)
-        if _is_complete(cached, with_weights=with_weights):
-            return cached
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass  # not in the cache, or no hub name at all: the next lines say which
-    try:
-        return _snapshot(name, wanted, local_files_only=False)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cache = huggingface_hub.constants.HF_HUB_CACHE
-        reason = str(error).strip().splitlines()[0]
-        in_cache = f"incomplete in the cache at {cached}" if cached else f"not in the cache {cache}"
-        raise _fault(
-            f"cannot find {shown(name)}: no such folder under {Path.cwd()}, {in_cache}, "
-            f"not to be had from the hub: {reason}"
-        ) from None
+    looked = f"no such folder under {Path.cwd()}"
+    for local_files_only in (True, False):
+        try:
+            folder = _snapshot(name, wanted, local_files_only=local_files_only)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            cache = huggingface_hub.constants.HF_HUB_CACHE
+            looked += f", not in {cache}" if local_files_only else f", nor on the hub: {reason}"
+            continue
+        if _is_complete(folder, with_weights=with_weights):
+            return folder
+        # Offline, a snapshot is what happens to be in the cache: perhaps the tokenizer alone.
+        if not local_files_only:
+            looked += f", no config.json and whole safetensors weights in {folder}"
+    raise _fault(f"cannot find {shown(name)}: {looked}")
 
 
 def _snapshot(name: str, wanted: list[str], *, local_files_only: bool) -> Path:

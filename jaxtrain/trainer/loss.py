@@ -1,5 +1,6 @@
 """What a loss function returns: sums, never means."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,24 @@ class Loss(NamedTuple):
     """float32 []: what to divide by"""
     metrics: dict[str, tuple[jax.Array, jax.Array]] = {}
     """name → (sum, weight), each float32 []"""
+
+
+def added(a: Loss, b: Loss) -> Loss:
+    """The loss of two batches together."""
+    return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def means(loss: Loss) -> dict[str, jax.Array]:
+    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
+    values = {"loss": (loss.total, loss.weight), **loss.metrics}
+    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
+
+
+def evaluated(prefix: str, loss: Loss) -> dict[str, float]:
+    """What an evaluation reports: means, perplexity, and the weight that they are means over."""
+    metrics = {f"{prefix}/{name}": float(mean) for name, mean in means(loss).items()}
+    perplexity = math.exp(min(metrics[f"{prefix}/loss"], 700.0))
+    return metrics | {f"{prefix}/perplexity": perplexity, f"{prefix}/tokens": float(loss.weight)}
 
 
 def checked(loss: Any, where: str) -> Loss:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.batch import Batch
-from jaxtrain.trainer.loss import Loss, checked
+from jaxtrain.trainer.loss import Loss, checked, means
 from jaxtrain.trainer.state import PyTree, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -50,7 +50,7 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     loss, grads = loss_and_grads(spec, state.params, batch, key)
 
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
-    norm = optax.global_norm(grads) * per_weight
+    norm = optax.tree.norm(grads) * per_weight
     clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
     grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
 
@@ -98,12 +98,6 @@ def loss_and_grads(
         return loss, jax.lax.with_sharding_constraint(grads, spec.param_shardings)
 
     return _over_microbatches(spec, batch, key, one)
-
-
-def means(loss: Loss) -> Metrics:
-    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
-    values = {"loss": (loss.total, loss.weight), **loss.metrics}
-    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
 
 
 def _call(spec: StepSpec, params: PyTree, rows: Batch, key: jax.Array) -> Loss:

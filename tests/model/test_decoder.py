@@ -1,0 +1,214 @@
+"""What a decoder must do whatever its weights: isolation of documents, causality, equal remat."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import batch_of, random_tokens
+
+from jaxtrain.batch import Batch
+from jaxtrain.model.config import DecoderConfig, Execution, LayerSpec, grouped
+from jaxtrain.model.decoder import Model, abstract, init_params, merge, run_group, split
+from jaxtrain.model.rope import Llama3, Rope
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.mesh import MeshConfig
+
+CONFIG = DecoderConfig(
+    family="qwen3",
+    vocab_size=96,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    ffn_width=48,
+    groups=grouped((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
+    rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
+    rms_eps=1e-6,
+    max_positions=64,
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    initializer_range=0.1,
+)
+
+
+PLAIN = Execution()
+
+
+@cache
+def made(execution: Execution = PLAIN) -> tuple[Model, dict]:
+    model = abstract(CONFIG, execution)
+    return model, jax.jit(partial(init_params, CONFIG, execution))(jax.random.key(0))
+
+
+def packed_rows(*lengths: int) -> tuple[Batch, list[np.ndarray]]:
+    """Documents of these lengths and three tokens of padding in one row; and each alone."""
+    count = len(lengths)
+    segments = np.repeat([*range(1, count + 1), 0], [*lengths, 3])[None]
+    tokens = random_tokens(1, segments.size)
+    return batch_of(tokens, segments), [tokens[:, segments[0] == s + 1] for s in range(count)]
+
+
+def test_a_document_in_a_packed_row_equals_the_document_alone():
+    model, params = made()
+    packed, documents = packed_rows(9, 1, 11)
+
+    @jax.jit
+    def outputs(params, batch):
+        decoder = merge(model.graph, params)
+        return decoder(batch), decoder.token_log_probs(batch)
+
+    logits, logps = outputs(params, packed)
+    start = 0
+    for document in documents:
+        alone_logits, alone_logps = outputs(params, batch_of(document))
+        end = start + document.shape[1]
+        np.testing.assert_allclose(logits[:, start:end], alone_logits, atol=2e-5)
+        np.testing.assert_allclose(logps[:, start:end], alone_logps, atol=2e-5)
+        start = end
+    assert np.isfinite(logits).all()
+
+
+def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents():
+    model, params = made()
+    packed, documents = packed_rows(11, 11)
+
+    @jax.jit
+    def gradient(params, batch):
+        return jax.grad(lambda p: merge(model.graph, p).token_log_probs(batch).sum())(params)
+
+    apart = [gradient(params, batch_of(document)) for document in documents]
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *apart)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), gradient(params, packed), summed)
+
+
+def test_no_gradient_flows_back_in_time():
+    model, params = made()
+    batch = batch_of(random_tokens(1, 16))
+    decoder = merge(model.graph, params)
+    x_BTD = decoder.embedded(batch.tokens)
+
+    @jax.jit
+    def gradient(x_BTD, t):
+        out = lambda x_BTD: decoder.stack(x_BTD, decoder.view(batch))[0][0, t].sum()
+        return jax.grad(out)(x_BTD)[0]
+
+    for t in (0, 7, 14):
+        by_token = np.abs(gradient(x_BTD, t)).sum(-1)
+        assert (by_token[t + 1 :] == 0).all() and (by_token[: t + 1] > 0).any()
+
+
+def test_token_log_probs_are_those_of_the_logits():
+    model, params = made()
+    batch, _ = packed_rows(9, 1, 11)
+    decoder = merge(model.graph, params)
+    logps = jax.nn.log_softmax(decoder(batch))
+    expected = np.take_along_axis(np.asarray(logps)[:, :-1], batch.tokens[:, 1:, None], 2)[..., 0]
+    is_first = batch.positions[:, 1:] == 0
+    expected = np.where(is_first | (batch.segments[:, 1:] == 0), 0, expected)
+    found = decoder.token_log_probs(batch)
+    np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
+    assert found[0, 0] == 0
+
+
+def test_the_weighted_sum_is_that_of_the_log_probs():
+    model, params = made()
+    batch, _ = packed_rows(9, 1, 11)
+    weights = np.random.default_rng(0).random(batch.tokens.shape, np.float32)
+    summed = lambda p: merge(model.graph, p).weighted_nll(batch, weights)[0]
+    by_token = lambda p: -(merge(model.graph, p).token_log_probs(batch) * weights).sum()
+    found, expected = (jax.jit(jax.value_and_grad(loss))(params) for loss in (summed, by_token))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_remat_changes_neither_loss_nor_gradient():
+    batch, _ = packed_rows(9, 1, 11)
+
+    def loss_and_gradient(remat):
+        model, params = made(Execution(remat=remat))
+        loss = lambda p: merge(model.graph, p).token_log_probs(batch).sum()
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = loss_and_gradient("none")
+    for remat in ("full", "dots"):
+        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        jax.tree.map(close, loss_and_gradient(remat), plain)
+
+
+def test_dots_keeps_every_product_of_a_layer():
+    def backward_products(remat):
+        model, params = made(Execution(remat=remat))
+        batch, _ = packed_rows(9, 1, 11)
+        loss = lambda p: merge(model.graph, p).hidden(batch).sum()
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        return text.count("dot_general")
+
+    assert backward_products("none") == backward_products("dots") < backward_products("full")
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+    batch, _ = packed_rows(9, 1, 11)
+    params = made()[1]
+
+    @partial(jax.jit, static_argnums=0)
+    def outputs(graph, params):
+        hidden = merge(graph, params).hidden(batch)
+        return hidden, merge(graph, params).logits(hidden)
+
+    hidden, logits = outputs(made(Execution(compute_dtype="bfloat16"))[0].graph, params)
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    _, exact = outputs(made()[0].graph, params)
+    np.testing.assert_allclose(logits, exact, atol=0.1)
+
+
+def test_a_group_may_be_run_in_slices():
+    model, params = made()
+    batch, _ = packed_rows(9, 1, 11)
+    decoder = merge(model.graph, params)
+    x_BTD, view = decoder.embedded(batch.tokens), decoder.view(batch)
+    graph, layers = split(decoder.layers["0"])
+    whole, _ = run_group(graph, layers, x_BTD, view)
+    for i in range(2):
+        x_BTD, _ = run_group(graph, jax.tree.map(lambda p, i=i: p[i : i + 1], layers), x_BTD, view)
+    np.testing.assert_allclose(x_BTD, whole, atol=1e-6)
+
+
+def test_random_parameters_do_not_depend_on_the_mesh():
+    model, params = made()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
+    shardings = parameter_shardings(mesh, model.shapes)
+    init = jax.jit(partial(init_params, CONFIG, Execution()), out_shardings=shardings)
+    jax.tree.map(np.testing.assert_array_equal, init(jax.random.key(0)), params)
+
+
+def test_a_sharded_forward_and_backward_equal_those_of_one_device():
+    model, params = made()
+    batch = batch_of(random_tokens(4, 24))
+    loss = lambda p, b: -merge(model.graph, p).token_log_probs(b).sum()
+    whole = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(mesh, model.shapes))
+        sharded = jax.jit(jax.value_and_grad(loss))(placed, batch)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b)), sharded, whole)
+
+
+@pytest.mark.parametrize(
+    ("windows", "groups"),
+    [
+        ([None] * 5, [(1, 5)]),
+        ([None, None, 4], [(1, 2), (1, 1)]),
+        ([4, None] * 3, [(2, 3)]),
+        ([4, 4, None] * 2 + [4, 4], [(3, 2), (1, 2)]),
+        ([None, 4, 5], [(1, 1), (1, 1), (1, 1)]),
+    ],
+)
+def test_layers_are_grouped_by_what_repeats(windows, groups):
+    layers = tuple(LayerSpec(window=window) for window in windows)
+    found = grouped(layers)
+    assert [(len(group.layers), group.repeats) for group in found] == groups
+    assert tuple(layer for group in found for layer in group.layers * group.repeats) == layers

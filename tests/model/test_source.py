@@ -1,0 +1,244 @@
+"""What is wrong with a model's folder or config is named, all at once, with what would be right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import LLAMA3, SIZES, described, loaded, saved
+
+from jaxtrain.model import rope
+from jaxtrain.model.hf_config import decoder_config
+from jaxtrain.model.source import locate, read_generation_config
+from jaxtrain.model.tensor_file import SINGLE, read_folder
+from jaxtrain.recipe.errors import RecipeError, WeightError
+from jaxtrain.recipe.model import ModelConfig
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **SIZES}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    return saved("llama3", tmp_path_factory.mktemp("hf") / "llama3")
+
+
+@pytest.fixture
+def folder(good, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    for file in good.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def faults(error: pytest.ExceptionInfo) -> list[str]:
+    return str(error.value).splitlines()
+
+
+def test_missing_reshaped_and_unknown_tensors_are_named_together(folder):
+    tensors = load_file(folder / SINGLE)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 31), np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)  # harmless
+    tensors["model.layers.0.adapter.weight"] = np.zeros(4, np.float32)
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(WeightError) as error:
+        loaded(folder)
+    missing, reshaped, unknown = faults(error)
+    assert "model.norm.weight [32] is missing" in missing
+    assert "up_proj.weight must be [48, 32]" in reshaped and "found [48, 31]" in reshaped
+    assert "adapter.weight [4] has no place" in unknown
+
+
+def test_many_missing_tensors_are_counted(folder):
+    save_file({"model.norm.weight": np.zeros(32, np.float32)}, folder / SINGLE)
+    with pytest.raises(WeightError, match="and 9 more of this kind"):
+        loaded(folder)
+
+
+def test_a_folder_without_weights_says_what_it_looked_for(folder):
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(WeightError, match=r"found pytorch_model.bin; pickled weights are never read"):
+        loaded(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(WeightError, match="no weights at all"):
+        loaded(folder)
+
+
+def test_an_index_names_each_file_that_is_not_there(folder):
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(WeightError) as error:
+        loaded(folder)
+    assert [name in line for name, line in zip(names.values(), faults(error), strict=True)]
+
+
+def truncated(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def with_a_long_header(data: bytes) -> bytes:
+    return (10**12).to_bytes(8, "little") + data[8:]
+
+
+def with_broken_json(data: bytes) -> bytes:
+    return data[:8] + b"?" + data[9:]
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, with_a_long_header, with_broken_json, lambda data: b"", lambda data: b"\0" * 8]
+)
+def test_a_broken_safetensors_file_is_a_weight_error(folder, damage):
+    file = folder / SINGLE
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(WeightError, match="not a safetensors file"):
+        loaded(folder)
+
+
+def test_a_dtype_that_is_not_read_is_named(folder):
+    save_file({"model.norm.weight": np.zeros(32, np.int64)}, folder / SINGLE)
+    with pytest.raises(WeightError, match=r"dtype 'I64'; use one of F32, F16, BF16"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("architectures", ["GPT2LMHeadModel"], "use one of LlamaForCausalLM, Mistral"),
+        ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
+        ("mlp_bias", True, "must be false, found true"),
+        ("attention_dropout", 0.1, "must be 0 or None, found 0.1"),
+        ("quantization_config", {"bits": 4}, "must be None"),
+        ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
+        ("head_dim", 7, "must be even"),
+        ("hidden_size", None, "must be a positive whole number, found None"),
+        ("rms_norm_eps", "1e-5", "must be a number from 0 up"),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
+        ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
+        ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+    ],
+)
+def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expected):
+    with pytest.raises(RecipeError) as error:
+        decoder_config({**CONFIG, field: value})
+    (line,) = faults(error)
+    assert f"config.json: {field}: " in line and expected in line
+
+
+def test_all_wrong_fields_come_together():
+    with pytest.raises(RecipeError) as error:
+        decoder_config({**CONFIG, "hidden_act": "gelu", "mlp_bias": True, "head_dim": 5})
+    assert len(faults(error)) == 3
+
+
+def test_layer_types_must_fit_the_layers():
+    qwen = {**CONFIG, "architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]}
+    with pytest.raises(RecipeError, match="for each of the 3 layers, found 1: full_attention"):
+        decoder_config(qwen)
+
+
+def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
+    scaled = rope.read_rope({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}})
+    plain = rope.frequencies(rope.Rope(1000.0), 64)
+    ratio = plain / rope.frequencies(scaled, 64)
+    assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()
+
+
+def test_replaced_fields_of_the_config_are_used_and_exported(good):
+    config, hf, _ = described(good, hf_config_kwargs={"rms_norm_eps": 0.5, "rope_theta": 7.0})
+    assert config.rms_eps == 0.5 and config.rope.theta == 7.0
+    assert decoder_config(hf) == config
+
+
+def test_an_unknown_field_is_refused_with_the_nearest(good):
+    with pytest.raises(RecipeError, match=r"not a field of llama.*did you mean `rms_norm_eps`"):
+        described(good, hf_config_kwargs={"rms_norm_epsilon": 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_hidden_layers": 2}, "model.layers.2.self_attn.o_proj.weight from [32, 32] to none"),
+        ({"intermediate_size": 64}, "model.layers.0.mlp.down_proj.weight from [32, 48] to [32, 64]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight from [96, 32] to none"),
+    ],
+)
+def test_a_change_of_shapes_needs_from_scratch(good, fields, expected):
+    with pytest.raises(RecipeError) as error:
+        described(good, hf_config_kwargs=fields)
+    assert expected in str(error.value) and "model.from_scratch" in str(error.value)
+    config, hf, _ = described(good, hf_config_kwargs=fields, from_scratch=True)
+    assert {name: hf[name] for name in fields} == fields
+    assert config.num_layers == hf["num_hidden_layers"]
+
+
+def test_from_scratch_needs_no_more_than_the_config(folder):
+    (folder / SINGLE).unlink()
+    assert described(folder, from_scratch=True)[0].num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "some-owner/a-model",
+            r"cannot find 'some-owner/a-model': no such folder under .*, not in .*, nor on",
+        ),
+        ("./models/tiny", "no such folder or file: './models/tiny'"),
+        ("not a hub name//", "cannot find"),
+    ],
+)
+def test_a_model_that_is_nowhere_names_the_places(name, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RecipeError, match=expected) as error:
+        locate(ModelConfig(name_or_path=name))
+    assert len(faults(error)) == 1 and "model.name_or_path" in str(error.value)
+
+
+@pytest.fixture
+def cached(good, tmp_path, monkeypatch) -> Path:
+    """A hub cache that holds `owner/tiny`, and no way to the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(good, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_a_model_in_the_hub_cache_is_taken_from_there(cached):
+    assert locate(ModelConfig(name_or_path="owner/tiny")) == cached
+
+
+def test_a_cache_with_the_config_alone_serves_only_from_scratch(cached):
+    (cached / SINGLE).unlink()
+    with pytest.raises(RecipeError, match=r"no config.json and whole safetensors weights in"):
+        locate(ModelConfig(name_or_path="owner/tiny"))
+    assert locate(ModelConfig(name_or_path="owner/tiny", from_scratch=True)) == cached
+
+
+def test_a_folder_is_found_where_it_is(good, tmp_path):
+    assert locate(ModelConfig(name_or_path=str(good))) == good
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(RecipeError, match=r"must be a folder, a .gguf file or a hub name"):
+        locate(ModelConfig(name_or_path=str(tmp_path / "weights.bin")))
+
+
+def test_config_that_is_no_json_is_named(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"config.json: not JSON"):
+        described(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(RecipeError, match="no such file"):
+        described(folder)
+
+
+def test_the_generation_config_is_read_if_it_is_there(folder):
+    assert (read_generation_config(folder) or {})["eos_token_id"] == 2
+    (folder / "generation_config.json").unlink()
+    assert read_generation_config(folder) is None
