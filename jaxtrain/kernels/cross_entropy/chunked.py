@@ -9,13 +9,25 @@ V vocabulary.
 """
 
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxtrain.kernels.cross_entropy.plan import NLL, HeadLayout, Plan, make_plan
+
+
+class Scores(NamedTuple):
+    """The logits of a chunk and what the loss needs of them."""
+
+    logits_IbCV: Array
+    top_IbC: Array
+    lse_IbC: Array
+    is_target_IbCV: Array
+    target_IbC: Array
+    """the target's logit"""
 
 
 def weighted_nll(
@@ -46,39 +58,48 @@ def weighted_nll(
         chunk_tokens=chunk_tokens,
     )
     weights_BT = lax.stop_gradient(weights_BT.astype(jnp.float32))
-    nll = _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT)
+    nll: NLL = _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT)
     return NLL(nll.total, lax.stop_gradient(nll.z_total), lax.stop_gradient(nll.correct))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_nll(plan: Plan, hidden_BTD, head, targets_BT, weights_BT) -> NLL:
+def _weighted_nll(
+    plan: Plan, hidden_BTD: Array, head: Array, targets_BT: Array, weights_BT: Array
+) -> NLL:
     head = _ready_head(plan, head, hidden_BTD.dtype)
 
     def step(sums: NLL, chunk):
-        nll, _ = _chunk_nll(plan, head, *chunk, with_gradient=False)
-        return NLL(*(x + y for x, y in zip(sums, nll, strict=True))), ()
+        x_IbCD, y_IbC, w_IbC = chunk
+        scores = _scores(plan, head, _cleaned(x_IbCD, w_IbC), y_IbC)
+        return jax.tree.map(jnp.add, sums, _chunk_nll(plan, scores, w_IbC)), ()
 
     xs = _chunks(plan, hidden_BTD, targets_BT, weights_BT)
-    return lax.scan(step, NLL(*jnp.zeros(3)), xs)[0]
+    return _over_shards(lax.scan(step, _nll_sums(plan), xs)[0])
 
 
-def _weighted_nll_fwd(plan: Plan, hidden_BTD, head, targets_BT, weights_BT):
+def _weighted_nll_fwd(
+    plan: Plan, hidden_BTD: Array, head: Array, targets_BT: Array, weights_BT: Array
+):
     ready = _ready_head(plan, head, hidden_BTD.dtype)
 
     def step(sums, chunk):
-        nll, d_logits_IbCV = _chunk_nll(plan, ready, *chunk, with_gradient=True)
-        x_IbCD = _cleaned(chunk[0], chunk[2])
+        x_IbCD, y_IbC, w_IbC = chunk
+        x_IbCD = _cleaned(x_IbCD, w_IbC)
+        scores = _scores(plan, ready, x_IbCD, y_IbC)
+        d_logits_IbCV = _d_total(plan, scores, w_IbC)
         d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_logits_IbCV)
+        nll = _chunk_nll(plan, scores, w_IbC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden
 
     xs = _chunks(plan, hidden_BTD, targets_BT, weights_BT)
-    sums = NLL(*jnp.zeros(3)), _head_sums(plan, head)
+    sums = _nll_sums(plan), _head_sums(plan, head)
     (nll, d_head), d_hidden = lax.scan(step, sums, xs)
-    saved = _joined(d_hidden, hidden_BTD), _head_gradient(plan, d_head), jnp.zeros((), head.dtype)
-    return nll, saved
+    like = jnp.zeros((), head.dtype)
+    return _over_shards(nll), (_joined(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like)
 
 
 def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
+    del plan
     d_hidden_BTD, d_head, like = saved
     d_hidden_BTD = (d_hidden_BTD * d_nll.total).astype(d_hidden_BTD.dtype)
     return d_hidden_BTD, (d_head * d_nll.total).astype(like.dtype), None, None
@@ -87,25 +108,34 @@ def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
 _weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
 
 
-def _chunk_nll(plan: Plan, head, x_IbCD, y_IbC, w_IbC, *, with_gradient: bool):
-    """Sums of a chunk, and the gradient of its total by the products of hidden and head."""
-    s, z = plan.label_smoothing, plan.z_loss
-    logits_IbCV = _logits(plan, head, _cleaned(x_IbCD, w_IbC))
-    top_IbC, lse_IbC, is_target_IbCV, target_IbC = _statistics(logits_IbCV, y_IbC)
-    loss_IbC = lse_IbC - (1 - s) * target_IbC
-    if s:
-        loss_IbC -= s * logits_IbCV.mean(-1)
-    z_total = z * jnp.sum(w_IbC * lse_IbC**2)
-    total = jnp.sum(w_IbC * loss_IbC) + z_total
-    nll = NLL(total, z_total, jnp.sum(w_IbC * (target_IbC == top_IbC)))
-    if not with_gradient:
-        return nll, None
-    d_lse_IbC = (w_IbC * (1 + 2 * z * lse_IbC))[..., None]
-    d_IbCV = jnp.exp(logits_IbCV - lse_IbC[..., None]) * d_lse_IbC
-    d_IbCV -= jnp.where(is_target_IbCV, (1 - s) * w_IbC[..., None], 0)
-    if s:
-        d_IbCV -= s / logits_IbCV.shape[-1] * w_IbC[..., None]
-    return nll, _uncapped(plan, d_IbCV, logits_IbCV).astype(x_IbCD.dtype)
+def _chunk_nll(plan: Plan, scores: Scores, w_IbC: Array) -> NLL:
+    """Sums of a chunk, float32 [I]."""
+    smoothing = plan.label_smoothing
+    loss_IbC = scores.lse_IbC - (1 - smoothing) * scores.target_IbC
+    if smoothing:
+        loss_IbC -= smoothing * scores.logits_IbCV.mean(-1)
+    z_IbC = plan.z_loss * scores.lse_IbC**2
+    correct_IbC = scores.target_IbC == scores.top_IbC
+    return NLL(*(jnp.sum(w_IbC * x, (1, 2)) for x in (loss_IbC + z_IbC, z_IbC, correct_IbC)))
+
+
+def _nll_sums(plan: Plan) -> NLL:
+    return NLL(*jnp.zeros((3, plan.shards)))
+
+
+def _over_shards(nll: NLL) -> NLL:
+    return NLL(*(x.sum() for x in nll))
+
+
+def _d_total(plan: Plan, scores: Scores, w_IbC: Array) -> Array:
+    """Gradient of a chunk's total by the products of hidden and head, float32 [I, b, C, V]."""
+    smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], scores.lse_IbC[..., None]
+    d_lse_IbC1 = w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
+    d_IbCV = jnp.exp(scores.logits_IbCV - lse_IbC1) * d_lse_IbC1
+    d_IbCV -= jnp.where(scores.is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
+    if smoothing:
+        d_IbCV -= smoothing / d_IbCV.shape[-1] * w_IbC1
+    return _uncapped(plan, d_IbCV, scores.logits_IbCV)
 
 
 def token_log_probs(
@@ -144,8 +174,8 @@ def _log_probs_fwd(plan: Plan, hidden_BTD, head, targets_BT):
 
     def step(_, chunk):
         x_IbCD, y_IbC = chunk
-        _, lse_IbC, _, target_IbC = _statistics(_logits(plan, ready, x_IbCD), y_IbC)
-        return (), (target_IbC - lse_IbC, lse_IbC)
+        scores = _scores(plan, ready, x_IbCD, y_IbC)
+        return (), (scores.target_IbC - scores.lse_IbC, scores.lse_IbC)
 
     _, (log_probs, lse) = lax.scan(step, (), _chunks(plan, hidden_BTD, targets_BT))
     lse_BT = _joined(lse, targets_BT)
@@ -162,7 +192,7 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
         logits_IbCV = _logits(plan, ready, x_IbCD)
         one_IbCV = jnp.where(_is_target(logits_IbCV, y_IbC), 1.0, 0.0)
         d_IbCV = (one_IbCV - jnp.exp(logits_IbCV - lse_IbC[..., None])) * g_IbC[..., None]
-        d_IbCV = _uncapped(plan, d_IbCV, logits_IbCV).astype(x_IbCD.dtype)
+        d_IbCV = _uncapped(plan, d_IbCV, logits_IbCV)
         d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_IbCV)
         return d_head_sum + d_head, d_hidden
 
@@ -182,7 +212,9 @@ def _cleaned(x_IbCD: Array, w_IbC: Array) -> Array:
 
 def _logits(plan: Plan, head: Array, x_IbCD: Array) -> Array:
     logits_IbCV = _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
-    return logits_IbCV if plan.softcap is None else plan.softcap * jnp.tanh(logits_IbCV / plan.softcap)
+    return (
+        logits_IbCV if plan.softcap is None else plan.softcap * jnp.tanh(logits_IbCV / plan.softcap)
+    )
 
 
 def _dot(spec: str, x: Array, y: Array) -> Array:
@@ -198,21 +230,19 @@ def _is_target(logits_IbCV: Array, y_IbC: Array) -> Array:
     return lax.broadcasted_iota(jnp.int32, logits_IbCV.shape, 3) == y_IbC[..., None]
 
 
-def _statistics(logits_IbCV: Array, y_IbC: Array):
-    """Largest logit, log-sum-exp, where the target is, and its logit.
-
-    The target is found by comparing, not by indexing: with the vocabulary split over devices an
-    index would gather the logits.
-    """
+def _scores(plan: Plan, head: Array, x_IbCD: Array, y_IbC: Array) -> Scores:
+    """The target is found by comparing: with the vocabulary split, an index would gather it."""
+    logits_IbCV = _logits(plan, head, x_IbCD)
     top_IbC = logits_IbCV.max(-1)
     lse_IbC = top_IbC + jnp.log(jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1))
     is_target_IbCV = _is_target(logits_IbCV, y_IbC)
     target_IbC = jnp.where(is_target_IbCV, logits_IbCV, 0).sum(-1)
-    return top_IbC, lse_IbC, is_target_IbCV, target_IbC
+    return Scores(logits_IbCV, top_IbC, lse_IbC, is_target_IbCV, target_IbC)
 
 
 def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_logits_IbCV: Array):
     """Gradients of a chunk's hidden states and, a shard each, of the head in its layout."""
+    d_logits_IbCV = d_logits_IbCV.astype(x_IbCD.dtype)
     d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_logits_IbCV, head)
     d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_logits_IbCV)
     d_head_IDV = plan.place(d_head_IDV, plan.batch_axes, None, plan.vocabulary_axis)
@@ -235,10 +265,12 @@ def _head_gradient(plan: Plan, sums_IDV: Array) -> Array:
     return d_head_DV if plan.head_layout == "DV" else d_head_DV.T
 
 
-def _ready_head(plan: Plan, head: Array, dtype: Any) -> Array:
+def _ready_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
     """The head as the products want it: cast, then gathered over all but the vocabulary, once."""
     split = plan.vocabulary_axis
-    return plan.place(head.astype(dtype), *((None, split) if plan.head_layout == "DV" else (split,)))
+    return plan.place(
+        head.astype(dtype), *((None, split) if plan.head_layout == "DV" else (split,))
+    )
 
 
 def _chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:

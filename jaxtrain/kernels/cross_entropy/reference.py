@@ -15,9 +15,7 @@ def logits(
 ) -> Array:
     """float32 [B, T, V]"""
     head_DV = head if head_layout == "DV" else head.T
-    logits_BTV = jnp.einsum(
-        "btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32
-    )
+    logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
 
 
