@@ -214,8 +214,9 @@ class SFTDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _lengths_divide(self) -> "SFTDataConfig":
-        written = "div_length" in self.model_fields_set
-        if self.pad_to == "max_length" and written and self.max_length:
+        # The effective recipe has every default written down, and has to run again.
+        is_own = self.div_length != SFTDataConfig.model_fields["div_length"].default
+        if self.pad_to == "max_length" and is_own and self.max_length:
             if self.max_length % self.div_length:
                 raise ValueError(
                     f"max_length {self.max_length} is not a multiple of div_length "
