@@ -29,7 +29,7 @@ class DataShape(NamedTuple):
     steps_per_epoch: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingData:
     """All batches of a run, for training and for each evaluation set."""
 
@@ -91,7 +91,7 @@ class DataFactory(Factory, kind="data"):
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def load(self, sources: Sequence[DataSource], split: str) -> list[LoadedSource]:
+    def load(self, sources: Sequence[DataSource], split: str = "train") -> list[LoadedSource]:
         """The rows of every source; `split` for those whose recipe names none."""
         return [LoadedSource(source.label, source.read(split)) for source in sources]
 

@@ -21,17 +21,19 @@ SPLITS = {
 }  # fmt: skip
 """Data sets whose splits have names of their own."""
 ARGUMENTS = {ACE_MATH: {"verification_mode": "no_checks"}}
+
+
+def _by_role(array: str) -> dict[str, str]:
+    return {role: f"{array}.role.{role}" for role in ("system", "user", "assistant")}
+
+
 ROLES = {
-    ACE_MATH: {"user": "messages.role.user", "assistant": "messages.role.assistant"},
-    "HuggingFaceH4/ultrachat_200k": {
-        "user": "messages.role.user", "assistant": "messages.role.assistant",
-    },
+    ACE_MATH: _by_role("messages"),
+    "HuggingFaceH4/ultrachat_200k": _by_role("messages"),
     "Open-Orca/OpenOrca": {
         "system": "system_prompt", "user": "question", "assistant": "response",
     },
-    "THUDM/LongAlign-10k": {
-        "user": "messages.role.user", "assistant": "messages.role.assistant",
-    },
+    "THUDM/LongAlign-10k": _by_role("messages"),
     "Yukang/LongAlpaca-12k": {"user": "instruction", "assistant": "output"},
     "Open-Orca/SlimOrca": {
         "system": "conversations.from.system", "user": "conversations.from.human",
@@ -39,9 +41,7 @@ ROLES = {
     },
     "meta-math/MetaMathQA": {"user": "query", "assistant": "response"},
     "ise-uiuc/Magicoder-OSS-Instruct-75K": {"user": "problem", "assistant": "solution"},
-    "lmsys/lmsys-chat-1m": {
-        "user": "conversation.role.user", "assistant": "conversation.role.assistant",
-    },
+    "lmsys/lmsys-chat-1m": _by_role("conversation"),
 }  # fmt: skip
 """Data sets whose columns are known; a mapping in the recipe goes first."""
 SAVED_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -76,17 +76,21 @@ class HuggingFaceSource(ConversationSource):
 
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without
+        from datasets.config import HF_DATASETS_CACHE
+        from datasets.exceptions import DatasetsError
 
-        arguments = ARGUMENTS.get(config.name_or_path, {}) | config.kwargs
-        arguments.pop("split", None)
+        arguments: dict[str, Any] = {**ARGUMENTS.get(config.name_or_path, {}), **config.kwargs}
         try:
             return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             first = str(fault).strip().splitlines()[0]
             raise RecipeError(
                 f"data set {shown(config.name_or_path)} is no local file, and could not be "
-                f"read from {datasets.config.HF_DATASETS_CACHE} or the hub: {first}"
+                f"read from {HF_DATASETS_CACHE} or the hub: {first}"
             ) from None
+        except DatasetsError as fault:
+            first = str(fault.__cause__ or fault).strip().splitlines()[0]
+            raise DataError(f"data set {shown(config.name_or_path)}: {first}") from None
 
 
 class HuggingFaceInstructSource(HuggingFaceSource):

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+BLOCK_BITS = 1024
+
 
 class RowPlan(NamedTuple):
     """Row r holds the pieces `offsets[r]:offsets[r + 1]`, each a run of tokens of one document."""
@@ -34,25 +36,57 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     room for it."""
     rows = np.zeros(len(lengths), dtype=np.int64)
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit s is set while some row has s tokens of room: the tightest fit is the lowest bit from
-    # the document's length on, found in a few machine instructions a word.
-    rooms, num_rows = 0, 0
+    rooms, num_rows = _Rooms(capacity), 0
     order = np.argsort(-lengths, kind="stable")
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                rooms &= ~(1 << room)
-        else:
+        room = rooms.tightest(length)
+        if room is None:
             row, room = num_rows, capacity
             num_rows += 1
+        else:
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                rooms.remove(room)
         rows[document] = row
         if room > length:
             rows_with[room - length].append(row)
-            rooms |= 1 << (room - length)
+            rooms.add(room - length)
     return rows
+
+
+class _Rooms:
+    """A set of numbers that finds its least member from some number on in a few instructions: a
+    bit a number in blocks, and a bit a block in `_used`."""
+
+    def __init__(self, largest: int):
+        self._blocks = [0] * (largest // BLOCK_BITS + 1)
+        self._used = 0
+
+    def add(self, room: int) -> None:
+        block, bit = divmod(room, BLOCK_BITS)
+        self._blocks[block] |= 1 << bit
+        self._used |= 1 << block
+
+    def remove(self, room: int) -> None:
+        block, bit = divmod(room, BLOCK_BITS)
+        self._blocks[block] &= ~(1 << bit)
+        if not self._blocks[block]:
+            self._used &= ~(1 << block)
+
+    def tightest(self, length: int) -> int | None:
+        block, bit = divmod(length, BLOCK_BITS)
+        found = self._blocks[block] >> bit << bit
+        if not found:
+            later = self._used >> (block + 1) << (block + 1)
+            if not later:
+                return None
+            block = _lowest_bit(later)
+            found = self._blocks[block]
+        return block * BLOCK_BITS + _lowest_bit(found)
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, EPOCH, seed, epoch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The batches of every update. An epoch is complete: its last update is filled up with rows
     that have no token."""

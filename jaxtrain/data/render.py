@@ -77,7 +77,7 @@ class Renderer:
         )
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")
-        return [Span(start, end) for start, end in spans]
+        return [Span(int(start), int(end)) for start, end in spans]
 
 
 def _without_tools(conversation: Conversation) -> list[tuple[str, Conversation]]:

@@ -112,9 +112,13 @@ class HFDataSourceConfig(RowsConfig):
     """Standard split name → the data set's own."""
 
     @model_validator(mode="after")
-    def _no_remote_code(self) -> "HFDataSourceConfig":
+    def _kwargs_are_for_reading(self) -> "HFDataSourceConfig":
         if self.kwargs.get("trust_remote_code"):
             raise ValueError("kwargs.trust_remote_code is refused: code comes only from `code:`")
+        if "split" in self.kwargs:
+            raise ValueError("kwargs.split is refused: split stands beside kwargs")
+        if self.kwargs.get("streaming"):
+            raise ValueError("kwargs.streaming is refused: rows are looked up by number")
         return self
 
     @model_validator(mode="before")
@@ -210,8 +214,9 @@ class SFTDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _lengths_divide(self) -> "SFTDataConfig":
-        written = "div_length" in self.model_fields_set
-        if self.pad_to == "max_length" and written and self.max_length:
+        # The effective recipe has every default written down, and has to run again.
+        is_own = self.div_length != SFTDataConfig.model_fields["div_length"].default
+        if self.pad_to == "max_length" and is_own and self.max_length:
             if self.max_length % self.div_length:
                 raise ValueError(
                     f"max_length {self.max_length} is not a multiple of div_length "

@@ -13,8 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
+from jaxtrain.tokenizer.metadata import read_metadata
 
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
+REQUIRED = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 
 # Contractions, words, digits in groups of at most {digits}, punctuation, white space.
 WORDS = (
@@ -47,7 +49,7 @@ PRE_TOKENIZERS = {
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of the file, with its chat template; RecipeError for a kind not known here."""
-    fields = _metadata(path)
+    fields = read_metadata(path)
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise RecipeError(
@@ -61,6 +63,8 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"{did_you_mean(name, PRE_TOKENIZERS)}; name a Hugging Face tokenizer in "
             f"tokenizer.name_or_path"
         )
+    if missing := [key for key in REQUIRED if key not in fields]:
+        raise RecipeError(f"{path}: the metadata lacks {', '.join(missing)}")
     tokens = fields["tokenizer.ggml.tokens"]
     backend = _backend(fields, PRE_TOKENIZERS[name])
     named = {
@@ -89,25 +93,6 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         **({"model_max_length": context} if context else {}),
         **named,
     )
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise RecipeError(
-            f"{path}: reading GGUF needs gguf: pip install 'jaxtrain[demo]'"
-        ) from None
-    try:
-        reader = GGUFReader(path)
-    except ValueError as fault:
-        raise RecipeError(f"{path}: not a GGUF file that can be read: {fault}") from None
-    wanted = ("tokenizer.", "general.architecture")
-    return {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.startswith(wanted) or name.endswith(".context_length")
-    }
 
 
 def _backend(fields: dict[str, Any], pre: PreTokenizer) -> Tokenizer:

@@ -58,8 +58,9 @@ def test_neighbours_are_merged_and_short_chats_left_out(chitchat, tmp_path):
     system, *turns = rows[0]["messages"]
     assert system["role"] == "system"
     assert [(m["role"], m["content"]) for m in turns] == [
-        ("user", "hi there"), ("assistant", "yes ?"),
-    ] * 3  # fmt: skip
+        ("user", "hi there"),
+        ("assistant", "yes ?"),
+    ] * 3
 
 
 @pytest.mark.network

@@ -11,15 +11,25 @@ def turns(row):
 
 SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 FORMS = {
-    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "messages": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    },
     "conversations": {"conversations": SHARED},
     "response": {"prompt": "a", "response": "b"},
     "completion": {"prompt": "a", "completion": "b"},
-    "lists": {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    "lists": {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    },
     "instruction": {"instruction": "a", "output": "b", "input": ""},
     "columns": {"user": "a", "assistant": "b"},
-    "text parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
-}  # fmt: skip
+    "text parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+}
 
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
@@ -61,21 +71,38 @@ def test_nulls_of_a_typed_table_are_no_fields():
 def test_mapped_columns_have_the_order_of_a_conversation():
     mapping = {"assistant": "y", "user": "x", "system": "s"}
     assert turns(MappedRoles(mapping)({"x": "a", "y": "b", "s": "c"})) == [
-        ("system", "c"), ("user", "a"), ("assistant", "b"),
-    ]  # fmt: skip
+        ("system", "c"),
+        ("user", "a"),
+        ("assistant", "b"),
+    ]
 
 
 def test_mapped_turns_keep_their_order_and_none_is_cut():
     mapping = {
-        "user": "c.from.human", "assistant": "c.from.gpt", "system": "c.from.system",
+        "user": "c.from.human",
+        "assistant": "c.from.gpt",
+        "system": "c.from.system",
         "tool": "c.from.tool",
-    }  # fmt: skip
-    said = [("system", "0"), ("human", "1"), ("human", "2"), ("gpt", "3"), ("tool", "4"), ("gpt", "5"), ("human", "6")]  # fmt: skip
+    }
+    said = [
+        ("system", "0"),
+        ("human", "1"),
+        ("human", "2"),
+        ("gpt", "3"),
+        ("tool", "4"),
+        ("gpt", "5"),
+        ("human", "6"),
+    ]
     row = {"c": [{"from": name, "value": text} for name, text in said]}
     assert turns(MappedRoles(mapping)(row)) == [
-        ("system", "0"), ("user", "1"), ("user", "2"), ("assistant", "3"), ("tool", "4"),
-        ("assistant", "5"), ("user", "6"),
-    ]  # fmt: skip
+        ("system", "0"),
+        ("user", "1"),
+        ("user", "2"),
+        ("assistant", "3"),
+        ("tool", "4"),
+        ("assistant", "5"),
+        ("user", "6"),
+    ]
 
 
 def test_the_content_key_is_found_or_said():
@@ -87,24 +114,56 @@ def test_the_content_key_is_found_or_said():
 
 
 BAD = {
-    "no form": ({"text": "x"}, "columns text hold no conversation; one of: messages; conversations; prompt and response or completion; instruction and output; user and assistant"),
+    "no form": (
+        {"text": "x"},
+        "columns text hold no conversation; one of: messages; conversations; prompt and response "
+        "or completion; instruction and output; user and assistant",
+    ),
     "no columns": ({}, "columns none hold no conversation"),
     "empty": ({"messages": []}, "messages: empty conversation"),
     "no list": ({"messages": "x"}, "messages: must be a list of turns, found 'x'"),
     "no map": ({"messages": ["x"]}, "messages[0]: must be a map, found 'x'"),
-    "no role": ({"messages": [{"rol": "user", "content": "a"}]}, "messages[0]: no field 'role', found rol, content"),
-    "role": ({"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "a"}]}, "messages[1].role: unknown role 'asistant'; known are system, developer, user, assistant, tool, function, ipython; did you mean `assistant`?"),
+    "no role": (
+        {"messages": [{"rol": "user", "content": "a"}]},
+        "messages[0]: no field 'role', found rol, content",
+    ),
+    "role": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "a"}]},
+        "messages[1].role: unknown role 'asistant'; known are system, developer, user, assistant, "
+        "tool, function, ipython; did you mean `assistant`?",
+    ),
     "no content": ({"messages": [{"role": "user"}]}, "messages[0]: no field 'content', found role"),
-    "null": ({"messages": [{"role": "user", "content": None}]}, "messages[0].content: must be text, found None"),
-    "number": ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be text, found 5"),
-    "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]: must be a text part, found {'type': 'image'}"),
-    "from": ({"conversations": [{"from": "humon", "value": "a"}]}, "conversations[0].from: unknown role 'humon'; known are human, "),
-    "value": ({"conversations": [{"from": "human"}]}, "conversations[0]: no field 'value', found from"),
+    "null": (
+        {"messages": [{"role": "user", "content": None}]},
+        "messages[0].content: must be text, found None",
+    ),
+    "number": (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content: must be text, found 5",
+    ),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "messages[0].content[0]: must be a text part, found {'type': 'image'}",
+    ),
+    "from": (
+        {"conversations": [{"from": "humon", "value": "a"}]},
+        "conversations[0].from: unknown role 'humon'; known are human, ",
+    ),
+    "value": (
+        {"conversations": [{"from": "human"}]},
+        "conversations[0]: no field 'value', found from",
+    ),
     "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text, found 3"),
     "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
-    "call": ({"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0].value: must be JSON"),
-    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": "{}"}, "tools: must be a list, found {}"),
-}  # fmt: skip
+    "call": (
+        {"conversations": [{"from": "function_call", "value": "{"}]},
+        "conversations[0].value: must be JSON",
+    ),
+    "tools": (
+        {"messages": [{"role": "user", "content": "a"}], "tools": "{}"},
+        "tools: must be a list, found {}",
+    ),
+}
 
 
 @pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)

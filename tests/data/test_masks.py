@@ -52,26 +52,48 @@ TABLE = {
     "chatml, empty reply": (CHATML, chat("a", "", "b", "no"), [END, "no<|im_end|>"]),
     "chatml, spaces kept": (CHATML, chat("a", " \nno \n"), [" \nno \n<|im_end|>"]),
     "chatml, user last": (CHATML, chat("a", "no", "b"), ["no<|im_end|>"]),
-    "chatml, assistant first": (CHATML, chat("a", "no", "b", "yes")[1:], ["no<|im_end|>", "yes<|im_end|>"]),
-    "chatml, two users": (CHATML, [*chat("a"), *chat("b", "no")], ["no<|im_end|>"]),
-    "chatml, two replies": (CHATML, [*chat("a", "no"), chat("", "yes")[1]], ["no<|im_end|>", "yes<|im_end|>"]),
-    "chatml, reply quotes the header": (
-        CHATML, chat("x\nassistant\ny", "x\nassistant\ny"), ["x\nassistant\ny<|im_end|>"],
+    "chatml, assistant first": (
+        CHATML,
+        chat("a", "no", "b", "yes")[1:],
+        ["no<|im_end|>", "yes<|im_end|>"],
     ),
-    "headers, stripped": (HEADERS, chat(" yes ", "\n yes \n", "b", "no"), ["yes<|eot|>", "no<|eot|>"]),
-    "headers, many turns": (HEADERS, chat(*["", "a", "b", "c", "d"] * 2), ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"]),
+    "chatml, two users": (CHATML, [*chat("a"), *chat("b", "no")], ["no<|im_end|>"]),
+    "chatml, two replies": (
+        CHATML,
+        [*chat("a", "no"), chat("", "yes")[1]],
+        ["no<|im_end|>", "yes<|im_end|>"],
+    ),
+    "chatml, reply quotes the header": (
+        CHATML,
+        chat("x\nassistant\ny", "x\nassistant\ny"),
+        ["x\nassistant\ny<|im_end|>"],
+    ),
+    "headers, stripped": (
+        HEADERS,
+        chat(" yes ", "\n yes \n", "b", "no"),
+        ["yes<|eot|>", "no<|eot|>"],
+    ),
+    "headers, many turns": (
+        HEADERS,
+        chat(*["", "a", "b", "c", "d"] * 2),
+        ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"],
+    ),
     "inst": (INST, chat("yes", "yes", "b", "no"), [" yes</s>", " no</s>"]),
     "inst, many turns": (INST, chat(*["yes"] * 8), [" yes</s>"] * 4),
     "plain": (PLAIN, chat("yes", "yes", "b", "no"), [" yes\n", " no\n"]),
     "think, one turn": (THINK, chat("a", THOUGHT), [THOUGHT + END]),
     "think, earlier thoughts are gone": (
-        THINK, chat("a", THOUGHT, "fine", "fine", "b", THOUGHT), ["fine<|im_end|>", "fine<|im_end|>", THOUGHT + END],
+        THINK,
+        chat("a", THOUGHT, "fine", "fine", "b", THOUGHT),
+        ["fine<|im_end|>", "fine<|im_end|>", THOUGHT + END],
     ),
     "think, a block for the last reply": (
-        THINK, chat("a", "fine", "b", "fine"), ["fine<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"],
+        THINK,
+        chat("a", "fine", "b", "fine"),
+        ["fine<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"],
     ),
     "generation": (GENERATION, chat("yes", "yes", "b", "no"), ["yes", "no"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("template", "messages", "expected"), TABLE.values(), ids=TABLE)
@@ -115,7 +137,8 @@ def test_tool_calls_that_the_template_hides_are_refused():
 
 TOOLS = CHATML.replace(
     "{{ m.content }}",
-    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>"
+    "{% endfor %}",
 )
 
 
@@ -130,7 +153,7 @@ def test_a_call_is_trained_and_what_the_tool_says_is_not():
 
 
 def test_a_missing_template_names_the_key():
-    with pytest.raises(RecipeError, match="tokenizer.chat_template: the tokenizer has no chat"):
+    with pytest.raises(RecipeError, match=r"tokenizer\.chat_template: the tokenizer has no chat"):
         Renderer(tiny_tokenizer(None))
 
 

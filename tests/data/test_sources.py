@@ -105,9 +105,16 @@ def test_files_globs_lists_and_folders(tmp_path, jsonl):
 
 @pytest.mark.parametrize(
     ("split", "numbers"),
-    [("train", range(10)), ("eval", range(10)), ("train[:3]", range(3)), ("train[8:]", (8, 9)),
-     ("eval[-2:]", (8, 9)), ("train[:20%]", (0, 1)), ("train[50%:70%]", (5, 6))],
-)  # fmt: skip
+    [
+        ("train", range(10)),
+        ("eval", range(10)),
+        ("train[:3]", range(3)),
+        ("train[8:]", (8, 9)),
+        ("eval[-2:]", (8, 9)),
+        ("train[:20%]", (0, 1)),
+        ("train[50%:70%]", (5, 6)),
+    ],
+)
 def test_splits_of_a_file_are_slices(jsonl, split, numbers):
     rows = read(JsonLinesSource, jsonl, split)
     assert [row["id"] for row in all_rows(rows)] == list(numbers)
@@ -123,26 +130,54 @@ def test_samples_are_drawn_once_and_kept_in_order(jsonl):
 
 
 CASES = {
-    "no comma": (JsonSource, '[{"a":1} {"b":2}]', ":1: not JSON: Extra data at column 9, found '{\"b\":2}'"),
-    "comma at the end": (JsonSource, '[{"a":1},]', ":1: not JSON: Expecting value at column 1, found ''"),
+    "no comma": (
+        JsonSource,
+        '[{"a":1} {"b":2}]',
+        ":1: not JSON: Extra data at column 9, found '{\"b\":2}'",
+    ),
+    "comma at the end": (
+        JsonSource,
+        '[{"a":1},]',
+        ":1: not JSON: Expecting value at column 1, found ''",
+    ),
     "cut off": (JsonSource, '[{"a":1}', ": ends before its list does; is the file cut off?"),
     "open text": (JsonSource, '[{"a":\n"x}]', ':2: not JSON: " without its pair'),
     "wrong bracket": (JsonSource, '[{"a":1}}', ":1: not JSON: } without its pair"),
-    "one object": (JsonSource, '{"a":\n1}', ":1: must be a list of objects, or one object a line, found one object over several lines"),
+    "one object": (
+        JsonSource,
+        '{"a":\n1}',
+        ":1: must be a list of objects, or one object a line, found one object over several lines",
+    ),
     "empty list": (JsonSource, "[]", ": no rows"),
     "empty file": (JsonSource, "", ": the file is empty"),
     "a number": (JsonSource, "5", ":1: must be a list of objects, or one object a line, found '5'"),
     "list of numbers": (JsonSource, "[\n1]", ":2: a row must be an object, found 1"),
     "more text": (JsonSource, '[{"a":1}]\nx', ":2: text after the end of the list"),
-    "second object": (JsonSource, '[{"a":1},\n{"a":\n}]', ":3: not JSON: Expecting value at column 1, found '}'"),
-    "line 2": (JsonLinesSource, '{"a":1}\n{"a":\n', ":2: not JSON: Expecting value at column 6, found ''"),
-    "line 3": (JsonLinesSource, '{"a":1}\n\n{a:1}\n', ":3: not JSON: Expecting property name enclosed in double quotes at column 2, found 'a:1}'"),
+    "second object": (
+        JsonSource,
+        '[{"a":1},\n{"a":\n}]',
+        ":3: not JSON: Expecting value at column 1, found '}'",
+    ),
+    "line 2": (
+        JsonLinesSource,
+        '{"a":1}\n{"a":\n',
+        ":2: not JSON: Expecting value at column 6, found ''",
+    ),
+    "line 3": (
+        JsonLinesSource,
+        '{"a":1}\n\n{a:1}\n',
+        ":3: not JSON: Expecting property name enclosed in double quotes at column 2, found 'a:1}'",
+    ),
     "blank": (JsonLinesSource, " \n\n", ": no rows"),
-    "not utf-8": (JsonLinesSource, b'{"a":"b"}\n{"a":"\xff"}', ":2: not UTF-8, found byte 0xff; save the file as UTF-8"),
+    "not utf-8": (
+        JsonLinesSource,
+        b'{"a":"b"}\n{"a":"\xff"}',
+        ":2: not UTF-8, found byte 0xff; save the file as UTF-8",
+    ),
     "width": (CsvSource, "a,b\n1,2,3\n", ":2: 3 values, but the header has 2 columns: a, b"),
     "open quote": (CsvSource, 'a,b\n1,"2\n', ":3: not CSV: unexpected end of data"),
     "header alone": (CsvSource, "a,b\n", ": no rows"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("cls", "content", "message"), CASES.values(), ids=CASES)

@@ -6,6 +6,7 @@ import pytest
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.tokenizer import load_tokenizer, save_tokenizer
+from jaxtrain.tokenizer.metadata import read_metadata
 from tests.tiny import CHATML, HEADERS, chat, tiny_tokenizer
 
 TEXTS = (
@@ -158,4 +159,19 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path):
     path = gguf_file(tmp_path / "b.gguf", model="llama")
     assert failure(path).startswith(f"{path}: tokenizer.ggml.model is 'llama'; only byte-level")
     (tmp_path / "c.gguf").write_bytes(b"no such thing")
-    assert failure(tmp_path / "c.gguf").startswith(f"{tmp_path}/c.gguf: not a GGUF file")
+    assert failure(tmp_path / "c.gguf") == f"{tmp_path}/c.gguf: not a GGUF file"
+
+
+@pytest.mark.parametrize("size", [4, 9, 30, 200, 2000])
+def test_a_file_that_is_cut_off_is_said(tmp_path, size):
+    path = gguf_file(tmp_path / "a.gguf")
+    path.write_bytes(path.read_bytes()[:size])
+    message = f"{path}: the metadata is damaged; is the file cut off?"
+    assert failure(path) == message
+
+
+def test_the_metadata_is_what_the_gguf_package_reads(tmp_path):
+    path = gguf_file(tmp_path / "a.gguf")
+    fields = pytest.importorskip("gguf").GGUFReader(path).fields
+    expected = {k: f.contents() for k, f in fields.items() if not k.startswith("GGUF.")}
+    assert read_metadata(path) == expected
