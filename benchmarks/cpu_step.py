@@ -1,11 +1,13 @@
 """A full fine-tuning step, jaxtrain beside transformers + torch, in turn on the same machine.
 
-    python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512 tokens, float32, CPU
-    python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096 tokens, bfloat16, GPU
+    python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512 tokens,
+    float32, CPU python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096
+    tokens, bfloat16, GPU
 
-Each side is a process of its own, started as its user starts it: `python -m jaxtrain recipe.yaml`, and a
-plain loop over `LlamaForCausalLM` with AdamW. Forward, backward, clipping and update, random weights, the
-first two steps left out. Prints tokens a second, peak memory of the process, and the ratios.
+Each side is a process of its own, started as its user starts it: `python -m jaxtrain recipe.yaml`,
+and a plain loop over `LlamaForCausalLM` with AdamW. Forward, backward, clipping and update, random
+weights, the first two steps left out. Prints tokens a second, peak memory of the process, and the
+ratios.
 """
 
 import argparse
@@ -124,14 +126,25 @@ def run_jaxtrain(preset_name: str, steps: int) -> tuple[list[float], float]:
         folder = Path(name)
         recipe = write_inputs(folder, PRESETS[preset_name], steps)
         command = [sys.executable, "-m", "jaxtrain", str(recipe), f"run_dir={folder / 'run'}"]
-        peak = run(command, {"JAX_PLATFORMS": "cpu"} if PRESETS[preset_name]["device"] == "cpu" else {})
+        peak = run(
+            command, {"JAX_PLATFORMS": "cpu"} if PRESETS[preset_name]["device"] == "cpu" else {}
+        )
         rows = [json.loads(line) for line in (folder / "run/train-log-metrics.jsonl").open()]
         return [row["step_time"] for row in rows if "step_time" in row], peak
 
 
 def run_torch(preset_name: str, steps: int) -> tuple[list[float], float]:
     with tempfile.NamedTemporaryFile() as file:
-        command = [sys.executable, __file__, "--torch", file.name, "--preset", preset_name, "--steps", str(steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--torch",
+            file.name,
+            "--preset",
+            preset_name,
+            "--steps",
+            str(steps),
+        ]
         peak = run(command, {})
         return json.loads(Path(file.name).read_text()), peak
 
@@ -150,7 +163,9 @@ def run(command: list[str], environment: dict[str, str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
@@ -170,7 +185,10 @@ def main() -> None:
             seconds, peak = side(args.preset, args.steps)
             rates[name].append(tokens / statistics.median(seconds[SKIPPED:]))
             peaks[name].append(peak)
-            print(f"round {round_ + 1}  {name:9} {rates[name][-1]:10,.1f} tokens/s  peak {peak:.2f} GB", flush=True)
+            print(
+                f"round {round_ + 1}  {name:9} {rates[name][-1]:10,.1f} tokens/s  peak {peak:.2f} GB",
+                flush=True,
+            )
     ratios = [a / b for a, b in zip(rates["jaxtrain"], rates["torch"], strict=True)]
     figures = {
         "preset": args.preset,

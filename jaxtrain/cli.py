@@ -1,4 +1,5 @@
-"""The command line. Imports of what a command needs stand inside it, so that `--help` answers at once."""
+"""The command line. Imports of what a command needs stand inside it, so that `--help` answers at
+once."""
 
 import os
 import platform
@@ -91,8 +92,8 @@ def main() -> None:
 def use_huge_pages() -> None:
     """Start this process again with an allocator that asks for huge pages, once.
 
-    A training step on CPU takes much new memory; in 4 KiB pages a tenth of it goes into page faults. glibc
-    reads the setting only when a process starts.
+    A training step on CPU takes much new memory; in 4 KiB pages a tenth of it goes into page
+    faults. glibc reads the setting only when a process starts.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb" in tunables:

@@ -31,7 +31,9 @@ def imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-_LOCAL = Entry("jaxtrain.data.sources:LocalDataSource", "jaxtrain.recipe.data:LocalDataSourceConfig")
+def _source(path: str, config: str) -> Entry:
+    return Entry(f"jaxtrain.data.{path}", f"jaxtrain.recipe.data:{config}")
+
 
 BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
@@ -48,7 +50,16 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
     "data": {
         "sft": Entry("jaxtrain.data.sft:SFTDataFactory", "jaxtrain.recipe.data:SFTDataConfig"),
     },
-    "data_source": {},
+    "data_source": {
+        "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
+        "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
+        "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
+        "json": _source("local:JsonSource", "LocalDataSourceConfig"),
+        "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
+        "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
+        "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
+        "text": _source("local:TextSource", "TextDataSourceConfig"),
+    },
     "optimizer": {
         "adamw": Entry("jaxtrain.optimizer:AdamWFactory", "jaxtrain.recipe.optimizer:AdamWConfig"),
     },
@@ -63,7 +74,8 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
     "checkpoint": {
         "orbax": Entry("jaxtrain.checkpoint:OrbaxEngine", "jaxtrain.recipe.checkpoint:OrbaxConfig"),
         "huggingface": Entry(
-            "jaxtrain.checkpoint:HFCheckpointEngine", "jaxtrain.recipe.checkpoint:HFCheckpointConfig"
+            "jaxtrain.checkpoint:HFCheckpointEngine",
+            "jaxtrain.recipe.checkpoint:HFCheckpointConfig",
         ),
     },
 }
@@ -87,7 +99,8 @@ SECTIONS = {
     "scheduler": "scheduler_factory",
     "checkpoint": "checkpoint_engine",
 }
-"""Recipe section with a `type` → the attribute of a trainer whose annotation says what is allowed."""
+"""Recipe section with a `type` → the attribute of a trainer whose annotation says what is
+allowed."""
 
 ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {
@@ -110,16 +123,18 @@ class Registered:
     kind: ClassVar[str]
     name: ClassVar[str]
 
-    def __init_subclass__(cls, *, kind: str | None = None, **options: Any):
+    def __init_subclass__(cls, *, kind: str | None = None, abstract: bool = False, **options: Any):
+        """`kind` makes a base of its own; `abstract` a class that only others derive from."""
         super().__init_subclass__(**options)
         if kind is not None:
             cls.kind = kind
-        else:
+        elif not abstract:
             register(cls)
 
 
-class Factory(Registered, kind=""):
-    """What a recipe section with a `type` names: made with its section and the trainer that asks for it."""
+class Factory(Registered, abstract=True):
+    """What a recipe section with a `type` names: made with its section and the trainer that asks
+    for it."""
 
     config: Any
 
@@ -136,12 +151,17 @@ def register(cls: type | None = None, *, force: bool = False) -> Any:
     if cls is None:
         return lambda cls: register(cls, force=force)
     if not issubclass(cls, Registered):
-        raise ValueError(f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one")
+        raise ValueError(
+            f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one"
+        )
     name = cls.__dict__.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f'{cls.__qualname__} needs a line `name = "..."` in its class body')
     built_in = BUILT_IN[cls.kind].get(name)
-    if built_in is not None and built_in.path.split(":")[0].split(".")[0] == cls.__module__.split(".")[0]:
+    if (
+        built_in is not None
+        and built_in.path.split(":")[0].split(".")[0] == cls.__module__.split(".")[0]
+    ):
         return cls
     known = _user.get((cls.kind, name))
     taken = built_in.path if built_in else known and _where(known)

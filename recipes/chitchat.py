@@ -5,27 +5,27 @@ from itertools import groupby
 from pathlib import Path
 
 from jaxtrain import DataSource, assets
+from jaxtrain.data import Rows
 from jaxtrain.recipe.data import DataSourceConfig
 
-SYSTEM = "You are a friendly person who likes to chat."
+SYSTEM = {"role": "system", "content": "You are a friendly person who likes to chat."}
 FEWEST_TURNS = 6
 
 
 class ChitchatConfig(DataSourceConfig):
     path: str
-    """`dataset.json` of the wheel: a file, or an asset `pypi:...`."""
+    """`dataset.json` of the wheel, as a file or an asset."""
 
 
 class ChitchatSource(DataSource):
     name = "chitchat"
     config: ChitchatConfig
 
-    def load(self, config: ChitchatConfig, split: str) -> list[dict]:
+    def load(self, config: ChitchatConfig, split: str) -> Rows:
         path = assets.fetch(config.path) if assets.is_asset(config.path) else Path(config.path)
-        chats = json.loads(path.read_text(encoding="utf-8")).values()
-        conversations = [conversation(chat["messages"]) for chat in chats]
-        system = {"role": "system", "content": SYSTEM}
-        return [{"messages": [system, *c]} for c in conversations if len(c) >= FEWEST_TURNS]
+        spoken = [conversation(c["messages"]) for c in json.loads(path.read_bytes()).values()]
+        rows = [{"messages": [SYSTEM, *turns]} for turns in spoken if len(turns) >= FEWEST_TURNS]
+        return self.only_split(rows, split)
 
 
 def conversation(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:

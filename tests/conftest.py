@@ -1,10 +1,18 @@
-"""Eight simulated devices, cheap compilation, and no way to a hub, set before jax is imported."""
+"""Eight simulated devices, cheap compilation that is remembered, and no way to a hub.
+
+All of it is set before jax is imported.
+"""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # no second start of the command line
+os.environ.setdefault(
+    "GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"
+)  # no second start of the command line
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jaxtrain-test-xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),

@@ -1,4 +1,5 @@
-"""The floors of the package: a file imports only from lower floors, and some packages only in their folder."""
+"""The floors of the package: a file imports only from lower floors, and some packages only in
+their folder."""
 
 import ast
 import subprocess
@@ -20,7 +21,16 @@ FLOORS = (
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
 HOMES = {
-    "jax": {"kernels", "parallel", "model", "optimizer", "scheduler", "checkpoint", "metrics", "trainer"},
+    "jax": {
+        "kernels",
+        "parallel",
+        "model",
+        "optimizer",
+        "scheduler",
+        "checkpoint",
+        "metrics",
+        "trainer",
+    },
     "flax": {"model"},
     "orbax": {"checkpoint"},
     "optax": {"optimizer", "trainer"},
@@ -58,7 +68,11 @@ def imported_names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.module:
-        return [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "jaxtrain" else [node.module]
+        return (
+            [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module == "jaxtrain"
+            else [node.module]
+        )
     return []
 
 
@@ -92,5 +106,7 @@ def test_help_and_check_of_a_recipe_import_no_jax():
         "get_config({'model': {'name_or_path': 'm'}, 'data': {'sources': ['a/b']}})\n"
         "print(sorted({'jax', 'numpy', 'transformers'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -26,7 +26,8 @@ class Moment(NamedTuple):
 
 
 class CheckpointEngine(Factory, kind="checkpoint"):
-    """Writes `output_dir/global_step_N/` after N updates. A directory has that name only when complete."""
+    """Writes `output_dir/global_step_N/` after N updates. A directory has that name only when
+    complete."""
 
     config: CheckpointConfig
 
@@ -35,7 +36,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         self.directory = Path(config.output_dir).expanduser().absolute()
 
     def save(self, model: Any) -> None:
-        """Write one checkpoint of the trainer's state at `self.path(step)`, complete or not at all."""
+        """Write one checkpoint of the trainer's state at `self.path(step)`, complete or not at
+        all."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no save(model)")
 
     def load(self, model: Any) -> Any:
@@ -79,8 +81,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         return {int(step): float(score) for step, score in json.loads(file.read_text()).items()}
 
     def note_score(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember what the checkpoint of this step is worth; beside the checkpoints, so that it outlives
-        a restart."""
+        """Remember what the checkpoint of this step is worth; beside the checkpoints, so that it
+        outlives a restart."""
         if self.config.metric not in metrics:
             return
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Full state through Orbax: parameters, optimizer, step and data position, restored onto any mesh."""
+"""Full state through Orbax: parameters, optimizer, step and data position, restored onto any
+mesh."""
 
 import json
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ class OrbaxEngine(CheckpointEngine):
     def load(self, model: Any) -> Any:
         """The newest state, each array placed as the leaf of `model` (shapes with shardings) says.
 
-        CheckpointError when tree, shapes or dtypes differ from the saved ones, or when it cannot be read.
+        CheckpointError when tree, shapes or dtypes differ from the saved ones, or when it cannot be
+        read.
         """
         step = self.steps()[-1]
         about = self.about(step)
@@ -101,7 +103,9 @@ class OrbaxEngine(CheckpointEngine):
 
     def steps(self) -> list[int]:
         """Steps saved or being saved, oldest first."""
-        known = {info.step for info in self._checkpointer.checkpoints} if self._checkpointer else set()
+        known = (
+            {info.step for info in self._checkpointer.checkpoints} if self._checkpointer else set()
+        )
         return sorted({*super().steps(), *known})
 
     def delete_surplus(self) -> None:

@@ -8,8 +8,8 @@ Mode = Literal["min", "max"]
 
 
 def ranked(steps: Sequence[int], scores: Mapping[int, float], mode: Mode) -> list[int]:
-    """The steps that have a score, best first. Of equal scores the earlier step is better; NaN is no
-    score; 0.0 is one."""
+    """The steps that have a score, best first. Of equal scores the earlier step is better; NaN is
+    no score; 0.0 is one."""
     sign = 1 if mode == "min" else -1
     scored = [step for step in steps if not math.isnan(scores.get(step, math.nan))]
     return sorted(scored, key=lambda step: (sign * scores[step], step))
@@ -23,7 +23,8 @@ def retained(
     keep_best_n: int,
     mode: Mode,
 ) -> set[int]:
-    """The union of the newest and the best of these steps; all of them when `keep_last_n` is None."""
+    """The union of the newest and the best of these steps; all of them when `keep_last_n` is
+    None."""
     if keep_last_n is None:
         return set(steps)
     return {*sorted(steps)[-keep_last_n:], *ranked(steps, scores, mode)[:keep_best_n]}

@@ -193,8 +193,7 @@ def _field(turn: Any, field: str, place: str) -> Any:
     if not isinstance(turn, Mapping):
         raise DataError(f"{place}: must be a map, found {shown(turn)}")
     if field not in turn:
-        near = did_you_mean(field, turn)
-        raise DataError(f"{place}: no field {shown(field)}, found {', '.join(turn)}{near}")
+        raise DataError(f"{place}: no field {shown(field)}, found {', '.join(turn) or 'none'}")
     return turn[field]
 
 

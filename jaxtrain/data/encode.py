@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxtrain.data.conversation import Conversation
-from jaxtrain.data.render import Renderer, Span
+from jaxtrain.data.render import Renderer
+from jaxtrain.data.spans import Span
 from jaxtrain.recipe.errors import DataError
 
 OVERLONG = "longer than max_length"
@@ -104,7 +105,7 @@ class ConversationEncoder:
                 return Dropped(OVERLONG, length)
         tokens = np.array(ids[: self._max_length], dtype=np.int32)
         if self._mask_inputs:
-            spans = self._renderer.assistant_spans(conversation, text)
+            spans = self._renderer.spans(conversation, text)
             weights, turns, ended = self._weights(tokens, offsets[: self._max_length], text, spans)
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.ledger import Ledger
@@ -11,6 +11,7 @@ from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import Rows
 from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.data import DataConfig
+from jaxtrain.registry import Factory
 
 
 class LoadedSource:
@@ -42,6 +43,20 @@ class TrainingData:
     def steps_per_epoch(self) -> int:
         return self.train.steps_per_epoch
 
+    @property
+    def train_rows(self) -> int:
+        return self.train.rows.num_rows
+
+    @property
+    def eval_rows(self) -> int:
+        """Of all evaluation sets."""
+        return sum(plan.rows.num_rows for plan in self.evals.values())
+
+    @property
+    def trained_share(self) -> float:
+        """Of the training tokens, those that have a weight."""
+        return self.ledger.sets[0].trained_tokens / self.ledger.sets[0].tokens
+
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""
         return self._iterate(self.train, start, stop)
@@ -58,15 +73,14 @@ class TrainingData:
         return iterate(batch, start=start, stop=stop, threads=self.threads)
 
 
-class DataFactory:
+class DataFactory(Factory, kind="data"):
     """Rows of sources to batches. A subclass has a `name`, a `config` annotation and the methods
     below; `prepare` calls them in this order."""
 
-    name: ClassVar[str]
     config: DataConfig
 
-    def __init__(self, config: DataConfig, tokenizer: Any, max_length: int):
-        self.config = config
+    def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
+        super().__init__(config, trainer)
         self.tokenizer = tokenizer
         self.max_length = max_length
 

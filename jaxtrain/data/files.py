@@ -56,7 +56,7 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
             pattern = str(path.relative_to(base) if path.is_absolute() else path)
             files = sorted(f for f in base.glob(pattern) if f.is_file())
             if not files:
-                raise RecipeError(f"no file matches {shown(written)}")
+                raise RecipeError(f"no file matches {written}")
             found += files
         else:
             raise RecipeError(f"no file or folder {written}")

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.files import data_files, open_files
-from jaxtrain.data.local import whole_split
 from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split
 from jaxtrain.data.source import ConversationSource
-from jaxtrain.recipe.data import HFDataSourceConfig, split_suffix
+from jaxtrain.recipe.data import HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
 Row = dict[str, Any]
@@ -55,26 +54,21 @@ class HuggingFaceSource(ConversationSource):
     config: HFDataSourceConfig
 
     @property
-    def dataset(self) -> str:
-        return split_suffix(self.config.name_or_path)[0]
-
-    @property
     def label(self) -> str:
-        return self.config.name or self.dataset
+        return self.config.name or self.config.name_or_path
 
     def load(self, config: HFDataSourceConfig, split: str) -> Rows:
-        _, written = split_suffix(config.name_or_path)
-        split = self._own_split(config, written or split)
-        path = Path(self.dataset)
+        split = self._own_split(config, split)
+        path = Path(config.name_or_path)
         if path.is_dir() and any((path / name).is_file() for name in SAVED_FILES):
             return take_split(self._named(_saved(path)), split, self.label)
         if path.exists():
-            return whole_split(open_files(data_files(str(path))), split, self.label)
+            return self.only_split(open_files(data_files(str(path))), split)
         return take_split(self._named(self._downloaded(config)), split, self.label)
 
     def _own_split(self, config: HFDataSourceConfig, split: str) -> str:
         name, bracket, rest = split.partition("[")
-        mapping = SPLITS.get(self.dataset, {}) | config.split_mapping
+        mapping = SPLITS.get(config.name_or_path, {}) | config.split_mapping
         return mapping.get(name, name) + bracket + rest
 
     def _named(self, splits: Any) -> dict[str, Rows]:
@@ -83,14 +77,14 @@ class HuggingFaceSource(ConversationSource):
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without
 
-        arguments = ARGUMENTS.get(self.dataset, {}) | config.kwargs
+        arguments = ARGUMENTS.get(config.name_or_path, {}) | config.kwargs
         arguments.pop("split", None)
         try:
-            return datasets.load_dataset(self.dataset, **arguments)
+            return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             first = str(fault).strip().splitlines()[0]
             raise RecipeError(
-                f"data set {shown(self.dataset)} is no local file or folder, and could not be "
+                f"data set {shown(config.name_or_path)} is no local file, and could not be "
                 f"read from {datasets.config.HF_DATASETS_CACHE} or the hub: {first}"
             ) from None
 
@@ -101,11 +95,11 @@ class HuggingFaceInstructSource(HuggingFaceSource):
     name = "huggingface_instruct"
 
     def role_mapping(self) -> dict[str, str]:
-        return self.config.role_mapping or ROLES.get(self.dataset, {})
+        return self.config.role_mapping or ROLES.get(self.config.name_or_path, {})
 
     def read(self, default_split: str) -> Rows:
         rows = super().read(default_split)
-        if self.dataset == ACE_MATH and not self.config.role_mapping:
+        if self.config.name_or_path == ACE_MATH and not self.config.role_mapping:
             return MappedRows(rows, _with_answer)
         return rows
 

@@ -1,7 +1,7 @@
 """Sources of local files, one for each format and one for any."""
 
 from jaxtrain.data.files import data_files, open_files
-from jaxtrain.data.rows import Rows, renamed, take_split
+from jaxtrain.data.rows import Rows, renamed
 from jaxtrain.data.source import ConversationSource
 from jaxtrain.recipe.data import (
     AnyLocalDataSourceConfig,
@@ -10,12 +10,7 @@ from jaxtrain.recipe.data import (
 )
 
 
-def whole_split(rows: Rows, split: str, label: str) -> Rows:
-    """Files have one split, which is for training or for evaluation, as the recipe uses them."""
-    return take_split({"train": rows, "eval": rows}, split, label)
-
-
-class _LocalSource(ConversationSource):
+class _LocalSource(ConversationSource, abstract=True):
     config: LocalDataSourceConfig
 
     @property
@@ -25,7 +20,7 @@ class _LocalSource(ConversationSource):
 
     def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
         rows = open_files(data_files(config.path), self.name)
-        return whole_split(renamed(rows, config.columns), split, self.label)
+        return self.only_split(renamed(rows, config.columns), split)
 
 
 class JsonSource(_LocalSource):
@@ -51,7 +46,7 @@ class TextSource(_LocalSource):
     def load(self, config: TextDataSourceConfig, split: str) -> Rows:
         files = data_files(config.path)
         rows = open_files(files, self.name, column=config.column, per_line=config.per_line)
-        return whole_split(renamed(rows, config.columns), split, self.label)
+        return self.only_split(renamed(rows, config.columns), split)
 
 
 class LocalSource(_LocalSource):
@@ -61,4 +56,4 @@ class LocalSource(_LocalSource):
     def load(self, config: AnyLocalDataSourceConfig, split: str) -> Rows:
         files = data_files(config.path)
         rows = open_files(files, config.format, column=config.column, per_line=config.per_line)
-        return whole_split(renamed(rows, config.columns), split, self.label)
+        return self.only_split(renamed(rows, config.columns), split)

@@ -46,7 +46,7 @@ class SFTDataFactory(DataFactory):
             of_source = documents.index["source"] == number
             count.lengths = length_percentiles(documents.lengths[of_source])
         if not len(documents.index):
-            raise DataError(f"nothing left to train on: {_drops(counts)}")
+            raise DataError(f"no row is left: {_drops(counts)}")
         return documents, counts
 
     def split_data(self, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +84,8 @@ class SFTDataFactory(DataFactory):
         if len(held_out):
             planned["eval"] = (documents, self._rows(documents, held_out))
         for name, named in eval_sources.items():
+            if not named:
+                continue
             evaluated, eval_counts = self.process(self.load(named, "eval"))
             planned[name] = (evaluated, self._rows(evaluated, np.arange(len(evaluated.index))))
             counts += eval_counts

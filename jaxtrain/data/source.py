@@ -1,25 +1,22 @@
 """What every source of rows is."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtrain.data.conversation import MappedRoles
 from jaxtrain.data.order import sample
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows, take_split
 from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
 from jaxtrain.recipe.errors import DataError
+from jaxtrain.registry import Factory
 
 SAMPLE = 1  # keeps the draw of a sample apart from other orders under the same seed
 
 
-class DataSource:
+class DataSource(Factory, kind="data_source"):
     """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
 
-    name: ClassVar[str]
     config: DataSourceConfig
-
-    def __init__(self, config: DataSourceConfig):
-        self.config = config
 
     @property
     def label(self) -> str:
@@ -29,6 +26,12 @@ class DataSource:
     def load(self, config: Any, split: str) -> Rows | Sequence[dict[str, Any]]:
         """All rows of `split`; a plain list of dicts will do."""
         raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
+
+    def only_split(self, rows: Rows | Sequence[dict[str, Any]], split: str) -> Rows:
+        """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a
+        slice such as `train[:100]`; DataError for any other name."""
+        rows = rows if isinstance(rows, Rows) else NamedRows(rows, self.label)
+        return take_split({"train": rows, "eval": rows}, split, self.label)
 
     def read(self, default_split: str) -> Rows:
         """The rows to train on: the recipe's split, then its sample; DataError when there are
@@ -48,7 +51,7 @@ class DataSource:
         return SelectedRows(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
 
 
-class ConversationSource(DataSource):
+class ConversationSource(DataSource, abstract=True):
     """Rows whose columns the recipe maps to roles."""
 
     config: RowsConfig

@@ -20,7 +20,10 @@ class Console:
     def header(self, facts: dict[str, str]) -> None:
         width = max(map(len, facts))
         for name, fact in facts.items():
-            self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", fact))
+            first, *more = fact.splitlines()
+            self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", first))
+            for line in more:
+                self._console.print(Text(" " * (width + 2) + line))
 
     def line(self, text: str) -> None:
         self._console.print(Text(text))

@@ -27,14 +27,15 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The longest entry of the table that the kind starts with; None for a chip it does not know."""
+    """The longest entry of the table that the kind starts with; None for a chip it does not
+    know."""
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def matmul_parameters(params: Any) -> int:
-    """Parameters that a token is multiplied with: all but norms and biases, and an embedding only where it
-    is the head too. Each costs 2 FLOPs a token forward and 4 backward (Kaplan et al. 2020,
+    """Parameters that a token is multiplied with: all but norms and biases, and an embedding only
+    where it is the head too. Each costs 2 FLOPs a token forward and 4 backward (Kaplan et al. 2020,
     arXiv:2001.08361); a pair of query and key costs 4 and 8 times query heads times head size."""
     count = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -48,7 +49,8 @@ def matmul_parameters(params: Any) -> int:
 def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
     """Tokens, trained tokens, and pairs of a query and a key that it sees, summed over the layers.
 
-    `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a window.
+    `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a
+    window.
     """
     visible = jnp.where(batch.segments > 0, batch.positions + 1, 0)
     pairs = jnp.float32(0)

@@ -3,9 +3,12 @@
 import time
 from typing import Any
 
+from jaxtrain.metrics.flops import matmul_parameters, peak_flops
+
 
 class Meter:
-    """`row` is called once an update, when its metrics have arrived; it divides the time since `restart`."""
+    """`row` is called once an update, when its metrics have arrived; it divides the time since
+    `restart`."""
 
     def __init__(self, *, flops_per_token: float, flops_per_pair: float, peak_flops: float | None):
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
@@ -14,8 +17,20 @@ class Meter:
         self._updates, self._training_s = 0, 0.0
         self.restart()
 
+    @classmethod
+    def of(cls, model: Any, device_kind: str, num_devices: int) -> "Meter":
+        """For a language model; `model` has `shapes` and `described.config`."""
+        config = model.described.config
+        peak = peak_flops(device_kind)
+        return cls(
+            flops_per_token=6.0 * matmul_parameters(model.shapes),
+            flops_per_pair=12.0 * config.num_heads * config.head_size,
+            peak_flops=peak and peak * num_devices,
+        )
+
     def restart(self) -> None:
-        """Begin to count here: what came before (a compilation, an evaluation, a save) was no training."""
+        """Begin to count here: what came before (a compilation, an evaluation, a save) was no
+        training."""
         self._since = time.perf_counter()
         self._data_s = 0.0
 

@@ -8,7 +8,8 @@ from typing import Any
 
 
 class JsonLines:
-    """One JSON object a line. On resume, rows behind the restored step are cut, so steps only rise."""
+    """One JSON object a line. On resume, rows behind the restored step are cut, so steps only
+    rise."""
 
     def __init__(self, file: Path, *, resumed_at: int):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -20,7 +21,9 @@ class JsonLines:
         self._stream = file.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
 

@@ -1,1 +1,7 @@
 """One decoder, its families as data, and its weights in and out of Hugging Face folders."""
+
+from jaxtrain.model.factory import Described as Described
+from jaxtrain.model.factory import HFModelFactory as HFModelFactory
+from jaxtrain.model.factory import LanguageModel as LanguageModel
+from jaxtrain.model.factory import ModelFactory as ModelFactory
+from jaxtrain.model.factory import language_model as language_model

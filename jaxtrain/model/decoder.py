@@ -26,6 +26,7 @@ from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, wei
 from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, rms_norm
 from jaxtrain.model.rope import rotation
+from jaxtrain.parallel.pipeline import gpipe, padded_stack
 from jaxtrain.parallel.sharding import constrain
 
 Params = dict[str, Any]
@@ -118,6 +119,8 @@ class Decoder(nnx.Module):
 
     def stack(self, x_BTD: Array, view: View, caches: Caches | None = None) -> tuple[Array, Caches | None]:
         """All layers; with caches, also the caches with these tokens in them."""
+        if self.execution.stages > 1 and caches is None:
+            return self._staged(x_BTD, view), None
         filled = {}
         for name in self.layers:
             graph, params = split(self.layers[name])
@@ -126,6 +129,28 @@ class Decoder(nnx.Module):
                 remat=self.execution.remat, caches=None if caches is None else caches[name],
             )  # fmt: skip
         return x_BTD, (None if caches is None else filled)
+
+    def _staged(self, x_BTD: Array, view: View) -> Array:
+        """All layers, cut into stages over the `pipeline` axis, a microbatch of the rows at a time."""
+        stages, num_microbatches = self.execution.stages, self.execution.microbatches
+        (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
+
+        def stage(params: Params, x_BTD: Array, view: View, first_layer: Array) -> Array:
+            remat = self.execution.remat
+            return run_group(
+                graph, params, x_BTD, view, remat=remat, first=first_layer, end=num_layers
+            )[0]
+
+        # Rows lead and microbatches follow, so that every device keeps its own rows.
+        cut = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
+        y_MBTD = gpipe(
+            stage,
+            padded_stack(params, stages=stages),
+            constrain(cut(x_BTD), None, "batch", None, None),
+            jax.tree.map(cut, view),
+            stages=stages,
+        )
+        return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", None, None)
 
     def normed(self, x_BTD: Array) -> Array:
         return rms_norm(x_BTD, self.norm[...], self.config.rms_eps)
@@ -152,10 +177,22 @@ def run_group(
     *,
     remat: str = "full",
     caches: Mapping[str, Cache] | None = None,
+    first: Array | int = 0,
+    end: int | None = None,
 ) -> tuple[Array, Mapping[str, Cache] | None]:
-    """x after those layers of a group whose stacked parameters are given: all, or any slice."""
+    """x after those layers of a group whose stacked parameters are given: all, or any slice.
+
+    Repeats from number `end` on, counted from `first` for the first one here, are padding and leave
+    x as it is.
+    """
 
     def repeat(x_BTD: Array, scanned):
+        i, scanned = scanned
+        if end is None:
+            return whole(x_BTD, scanned)
+        return lax.cond(i < end, whole, lambda x, _: (x, None), x_BTD, scanned)
+
+    def whole(x_BTD: Array, scanned):
         params, caches = scanned
         members = nnx.merge(graph, params)
         filled = {}
@@ -169,7 +206,8 @@ def run_group(
             x_BTD, filled[name] = block(x_BTD, block_params, caches and caches[name])
         return x_BTD, (caches and filled)
 
-    return lax.scan(repeat, x_BTD, (params, caches))
+    numbers = first + jnp.arange(jax.tree.leaves(params)[0].shape[0])
+    return lax.scan(repeat, x_BTD, (numbers, (params, caches)))
 
 
 class Model(NamedTuple):

@@ -1,6 +1,6 @@
-"""The model of a recipe: found, described, loaded onto a mesh, exported."""
+"""The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,30 +10,160 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtrain.kernels import attention
-from jaxtrain.model import decoder, export
+from jaxtrain.kernels.attention import choose
+from jaxtrain.model import decoder
 from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.decoder import Decoder, Params
+from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.source import locate, read_config
+from jaxtrain.model.source import locate, read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.mesh import platform
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.registry import Factory
+
+WANTED_ATTENTION = {"eager": "reference", "reference": "reference", "pallas": "pallas"}
+"""`attn_implementation` → what the kernel is asked for; everything else is automatic."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model before its arrays: what it is and where its weights lie."""
+
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    path: Path
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A decoder on a mesh, without its arrays."""
+    """A decoder as it is computed on a mesh, without its arrays."""
 
-    config: DecoderConfig
-    hf_config: dict[str, Any]
-    source: Path | None
-    """Folder or GGUF file of the weights; None for random ones."""
+    described: Described
     execution: Execution
-    why: str
-    """Why this attention kernel; empty when there is nothing to say."""
+    attention: str
+    """Which attention kernel, and why."""
     graph: nnx.GraphDef
     shapes: Params
+    """Shape and dtype of every parameter."""
     param_dtype: str
-    export_dtype: str
+    from_scratch: bool
+
+    def merge(self, params: Params) -> Decoder:
+        """The module with these parameters: what a loss function is given."""
+        return decoder.merge(self.graph, params)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Attention window of each layer."""
+        groups = self.described.config.groups
+        return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
+
+    def load(self, shardings: Any, *, seed: int) -> Params:
+        """Parameters read from disk, or random ones, each made where it lives."""
+        config = self.described.config
+        if self.from_scratch:
+            make = partial(
+                decoder.init_params, config, self.execution, param_dtype=self.param_dtype
+            )
+            return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+        path = self.described.path
+        return load_params(path, config, self.shapes, shardings, self.param_dtype)
+
+    def save(
+        self, folder: Path, params: Params, *, dtype: str, add_files: Callable[[Path], None]
+    ) -> None:
+        """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it."""
+        save_pretrained(
+            folder,
+            params,
+            self.described.config,
+            self.described.hf_config,
+            dtype=dtype,
+            generation_config=read_generation_config(self.described.path),
+            add_files=add_files,
+        )
+
+    def generate(self, params: Params, prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:
+        """New tokens after each prompt; see `jaxtrain.model.generate`."""
+        return generate(self.graph, params, prompts, **sampling)
+
+
+class ModelFactory(Factory, kind="model"):
+    """Makes the model in two steps, so that data is checked before weights are read."""
+
+    config: ModelConfig
+
+    def create_config(self) -> Described:
+        """What the model is: read from its config, no weights."""
+        raise NotImplementedError(f"{type(self).__qualname__} defines no create_config()")
+
+    def create_model(self, model_config: Described) -> LanguageModel:
+        """The model as the trainer's mesh computes it, without arrays."""
+        raise NotImplementedError(f"{type(self).__qualname__} defines no create_model(config)")
+
+
+class HFModelFactory(ModelFactory):
+    """A Hugging Face folder, hub name or GGUF file of a supported family."""
+
+    name = "huggingface"
+
+    def create_config(self) -> Described:
+        path = locate(self.config)
+        return Described(*read_config(path, self.config), path)
+
+    def create_model(self, model_config: Described) -> LanguageModel:
+        geometry, data = self.trainer.geometry, self.trainer.data
+        return language_model(
+            self.config,
+            model_config,
+            geometry.mesh,
+            row_tokens=data.row_tokens,
+            stages=geometry.stages,
+            microbatches=geometry.num_microbatches,
+        )
+
+
+def language_model(
+    config: ModelConfig,
+    described: Described,
+    mesh: Mesh,
+    *,
+    row_tokens: int,
+    stages: int = 1,
+    microbatches: int = 1,
+) -> LanguageModel:
+    """The model of a recipe on a mesh; RecipeError for what the mesh cannot compute."""
+    on = platform(mesh)
+    try:
+        attention = choose(
+            on,
+            wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
+            head_size=described.config.head_size,
+            tokens=row_tokens,
+        )
+    except ValueError as error:
+        raise RecipeError(f"model.attn_implementation: {error}") from None
+    if stages > 1 and len(described.config.groups) > 1:
+        raise RecipeError(
+            f"mesh.pipeline: {stages} needs a stack of equal layers, found "
+            f"{len(described.config.groups)} kinds of layers in the model"
+        )
+    execution = Execution(
+        compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
+        attention=attention.name,
+        remat=config.remat_policy,
+        stages=stages,
+        microbatches=microbatches,
+    )
+    graph, shapes = decoder.abstract(described.config, execution, param_dtype=config.param_dtype)
+    return LanguageModel(
+        described,
+        execution,
+        attention.reason,
+        graph,
+        shapes,
+        config.param_dtype,
+        config.from_scratch,
+    )

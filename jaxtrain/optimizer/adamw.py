@@ -12,7 +12,9 @@ class AdamWFactory(OptimizerFactory):
     name = "adamw"
     config: AdamWConfig
 
-    def create_optimizer(self, model: Any, optimizer_config: AdamWConfig) -> optax.GradientTransformation:
+    def create_optimizer(
+        self, model: Any, optimizer_config: AdamWConfig
+    ) -> optax.GradientTransformation:
         return optax.adamw(
             optimizer_config.learning_rate,
             *optimizer_config.betas,

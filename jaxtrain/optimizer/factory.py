@@ -10,7 +10,8 @@ from jaxtrain.registry import Factory
 
 class OptimizerFactory(Factory, kind="optimizer"):
     def create_optimizer(self, model: Any, optimizer_config: Any) -> optax.GradientTransformation:
-        """An optax transformation at the peak rate; the step multiplies its updates by the schedule.
+        """An optax transformation at the peak rate; the step multiplies its updates by the
+        schedule.
 
         `model` is the tree of the trained parameters' shapes.
         """

@@ -10,7 +10,8 @@ from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """All six axes over these devices, each `Auto`: the compiler places what the rules leave open."""
+    """All six axes over these devices, each `Auto`: the compiler places what the rules leave
+    open."""
     sizes = config.sizes(len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

@@ -13,7 +13,8 @@ Stage = Callable[[PyTree, jax.Array, PyTree, jax.Array], jax.Array]
 
 
 def padded_stack(params: PyTree, *, stages: int) -> PyTree:
-    """Stacked layers [L, ...], with zero layers behind the last so that every stage holds as many."""
+    """Stacked layers [L, ...], with zero layers behind the last so that every stage holds as
+    many."""
 
     def pad(a: jax.Array) -> jax.Array:
         missing = -a.shape[0] % stages
@@ -23,14 +24,17 @@ def padded_stack(params: PyTree, *, stages: int) -> PyTree:
     return jax.tree.map(pad, params)
 
 
-def gpipe(stage: Stage, params: PyTree, xs_MBTD: jax.Array, rows: PyTree, *, stages: int) -> jax.Array:
-    """Microbatches through all stages, all forward and then, by autodiff, all backward (Huang et al. 2019,
-    arXiv:1811.06965).
+def gpipe(
+    stage: Stage, params: PyTree, xs_MBTD: jax.Array, rows: PyTree, *, stages: int
+) -> jax.Array:
+    """Microbatches through all stages, all forward and then, by autodiff, all backward (Huang et
+    al. 2019, arXiv:1811.06965).
 
-    `stage(params, x_BTD, rows, first_layer)` runs the layers of one stage on one microbatch; `params` are
-    stacked layers [stages * n, ...] and `rows` what belongs to each microbatch, leaves [M, ...]. Returns
-    hidden states [M, B, T, D] as the last stage leaves them. M + stages - 1 ticks, of which a device
-    idles for stages - 1. Traced under a mesh with a `pipeline` axis of size `stages` > 1.
+    `stage(params, x_BTD, rows, first_layer)` runs the layers of one stage on one microbatch;
+    `params` are stacked layers [stages * n, ...] and `rows` what belongs to each microbatch, leaves
+    [M, ...]. Returns hidden states [M, B, T, D] as the last stage leaves them. M + stages - 1
+    ticks, of which a device idles for stages - 1. Traced under a mesh with a `pipeline` axis of
+    size `stages` > 1.
     """
     dtype, num_microbatches = xs_MBTD.dtype, xs_MBTD.shape[0]
     ring = [(i, (i + 1) % stages) for i in range(stages)]

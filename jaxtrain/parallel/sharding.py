@@ -1,4 +1,5 @@
-"""Where arrays live: one table from parameter paths to logical axes, one from those to mesh axes."""
+"""Where arrays live: one table from parameter paths to logical axes, one from those to mesh
+axes."""
 
 import math
 import re
@@ -33,10 +34,15 @@ PARAMETERS = (
     (r"layers/.*/(attention_norm|mlp_norm)", ("layers", None)),
     (r"norm", (None,)),
 )
-"""Parameter path → logical axis of each of its dimensions; the first row that matches whole counts."""
+"""Parameter path → logical axis of each of its dimensions; the first row that matches whole
+counts."""
 
 
-TITLES = {"vocab": "tokens of the vocabulary", "kv_heads": "key/value heads", "ffn": "feed-forward channels"}
+TITLES = {
+    "vocab": "tokens of the vocabulary",
+    "kv_heads": "key/value heads",
+    "ffn": "feed-forward channels",
+}
 """What the dimensions that `tensor` splits are called in a message."""
 
 
@@ -70,8 +76,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     """The sharding of every parameter, from the two tables.
 
-    RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError for a
-    parameter that no row names.
+    RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
+    for a parameter that no row names.
     """
     split_by_tensor: dict[str, int] = {}
 
@@ -79,7 +85,9 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
         name = path_name(path)
         axes = next((axes for row, axes in PARAMETERS if re.fullmatch(row, name)), None)
         if axes is None:
-            raise ValueError(f"no sharding rule names the parameter {name!r}; add a row to PARAMETERS")
+            raise ValueError(
+                f"no sharding rule names the parameter {name!r}; add a row to PARAMETERS"
+            )
         assert len(axes) == len(leaf.shape), (name, axes, leaf.shape)
         split_by_tensor.update(
             (axis, size)
@@ -94,15 +102,17 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     if uneven:
         common = math.gcd(*split_by_tensor.values())
         legal = [n for n in range(1, common + 1) if common % n == 0]
-        raise RecipeError(f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}")
+        raise RecipeError(
+            f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}"
+        )
     return shardings
 
 
 def _mesh_axes(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 ) -> list[tuple[str, ...] | None]:
-    """Mesh axes of each dimension. What does not divide its own dimension moves to another that it does
-    divide, so that parameters stay sharded; `tensor` never moves."""
+    """Mesh axes of each dimension. What does not divide its own dimension moves to another that it
+    does divide, so that parameters stay sharded; `tensor` never moves."""
     placed = [list(MESH_AXES[axis]) if axis else [] for axis in axes]
 
     def parts(dimension: int) -> int:

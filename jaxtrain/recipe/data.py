@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.section import InputPath, TypedSection
 
-
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".csv": "csv", ".txt": "text", ".text": "text", ".md": "text",
@@ -28,10 +27,12 @@ def file_format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def split_suffix(text: str) -> tuple[str, str]:
+def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
     """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
-    that exists and has a colon in it."""
-    match = None if Path(text).exists() else SPLIT_SUFFIX.fullmatch(text)
+    that exists, in `folder` or the current one, and has a colon in it."""
+    if Path(text).exists() or (folder is not None and (folder / text).exists()):
+        return text, ""
+    match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")
 
 
@@ -116,14 +117,21 @@ class HFDataSourceConfig(RowsConfig):
             raise ValueError("kwargs.trust_remote_code is refused: code comes only from `code:`")
         return self
 
-    @model_validator(mode="after")
-    def _one_split(self) -> "HFDataSourceConfig":
-        _, split = split_suffix(self.name_or_path)
-        if split and self.split and split != self.split:
+    @model_validator(mode="before")
+    @classmethod
+    def _split_beside_name(cls, data: Any, info: ValidationInfo) -> Any:
+        """`name:split` is the name and the split, so that the effective recipe says each once."""
+        if not isinstance(data, dict) or not isinstance(data.get("name_or_path"), str):
+            return data
+        name, split = split_suffix(data["name_or_path"], (info.context or {}).get("folder"))
+        if not split:
+            return data
+        given = data.get("split")
+        if given not in (None, "", "train", "eval", split):  # those two are what is filled in
             raise ValueError(
-                f"name_or_path asks for split {split!r} and split for {self.split!r}; remove one"
+                f"name_or_path asks for split {split!r} and split for {given!r}; remove one"
             )
-        return self
+        return {**data, "name_or_path": name, "split": split}
 
 
 class LocalDataSourceConfig(RowsConfig):

@@ -9,7 +9,8 @@ FOUND_LIMIT = 60  # characters of a found value that a message shows
 
 
 class UserError(ValueError):
-    """A fault of the recipe, the data or the machine; the command line prints it without a traceback."""
+    """A fault of the recipe, the data or the machine; the command line prints it without a
+    traceback."""
 
     exit_code = 1
 

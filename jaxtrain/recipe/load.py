@@ -33,11 +33,15 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0].rsplit(":", 1)[-1] not in ("float", "int", "timestamp")]
+    first: [
+        pair for pair in pairs if pair[0].rsplit(":", 1)[-1] not in ("float", "int", "timestamp")
+    ]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$"), list("-+0123456789")
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -50,7 +54,8 @@ _Loader.add_implicit_resolver(
 
 
 def load(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file, or take a dict, and apply `a.b=value` overrides; RecipeError names every fault."""
+    """Read a recipe file, or take a dict, and apply `a.b=value` overrides; RecipeError names
+    every fault."""
     is_dict = isinstance(source, dict)
     recipe = Recipe(_copied(source), {}, None) if is_dict else _read(Path(source))
     faults = [fault for text in overrides if (fault := _override(recipe, text))]
@@ -71,11 +76,15 @@ def _read(file: Path) -> Recipe:
         node = loader.get_single_node()
         tree = _Builder(loader, file, places).build(node, ()) if node else {}
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise RecipeError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
-        raise RecipeError([Fault("", f"not YAML: {error.problem}", Place(str(file), line))]) from None
+        raise RecipeError(
+            [Fault("", f"not YAML: {error.problem}", Place(str(file), line))]
+        ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -95,7 +104,11 @@ class _Builder:
         place = self.places[key] = self.at(node)
         self.nodes += 1
         if self.nodes > MAX_NODES or id(node) in self.open:
-            why = "an alias that contains itself" if id(node) in self.open else "aliases that grow too far"
+            why = (
+                "an alias that contains itself"
+                if id(node) in self.open
+                else "aliases that grow too far"
+            )
             raise RecipeError([Fault(_dotted(key), why, place)])
         if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
             raise RecipeError([Fault(_dotted(key), f"not plain YAML: tag {node.tag}", place)])
@@ -114,7 +127,9 @@ class _Builder:
             return self.loader.construct_object(node)
         except (ValueError, yaml.constructor.ConstructorError) as error:
             problem = getattr(error, "problem", None) or str(error)
-            raise RecipeError([Fault(_dotted(key), f"not plain YAML: {problem}", self.at(node))]) from None
+            raise RecipeError(
+                [Fault(_dotted(key), f"not plain YAML: {problem}", self.at(node))]
+            ) from None
 
     def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
         seen: dict[str, int] = {}

@@ -27,13 +27,15 @@ class ModelConfig(TypedSection):
     name_or_path: InputPath = Field(min_length=1)
     """Hub name, local folder, GGUF file, or `pypi:PACKAGE==VERSION/path/in/wheel#sha256=SUM`."""
     dtype: DType | None = None
-    """Compute dtype; bfloat16 on accelerators and float32 on CPU when left out. Exports use it too."""
+    """Compute dtype; bfloat16 on accelerators and float32 on CPU when left out. Exports use it
+    too."""
     param_dtype: DType = "float32"
     """Dtype of the trained weights."""
     attn_implementation: Literal[
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "pallas", "reference"
     ] = "sdpa"
-    """`sdpa` picks the fastest that hardware and shapes allow; `pallas` and `reference` are taken as said."""
+    """`sdpa` picks the fastest that hardware and shapes allow; `pallas` and `reference` are
+    taken as said."""
     from_scratch: bool = False
     """Random weights from `seed` and the config alone; no weights are read."""
     hf_config_kwargs: dict[str, Any] = {}
@@ -41,8 +43,8 @@ class ModelConfig(TypedSection):
     disable_activation_checkpoint: bool = False
     """Keep every activation for the backward pass; the same as `remat: none`."""
     remat: Literal["full", "dots", "none"] | None = None
-    """What is kept for the backward pass: layer inputs only (`full`, the default), matrix products too
-    (`dots`), everything (`none`)."""
+    """What is kept for the backward pass: layer inputs only (`full`, the default), matrix products
+    too (`dots`), everything (`none`)."""
 
     @model_validator(mode="after")
     def _one_answer_on_remat(self) -> "ModelConfig":

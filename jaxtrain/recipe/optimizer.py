@@ -8,7 +8,9 @@ from jaxtrain.recipe.section import TypedSection
 
 
 class OptimizerConfig(TypedSection):
-    learning_rate: float = Field(default=5e-4, ge=0, validation_alias=AliasChoices("learning_rate", "lr"))
+    learning_rate: float = Field(
+        default=5e-4, ge=0, validation_alias=AliasChoices("learning_rate", "lr")
+    )
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; not on norms and biases."""
@@ -42,7 +44,9 @@ class SchedulerConfig(TypedSection):
 
 
 class HFSchedulerConfig(SchedulerConfig):
-    name: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = "linear"
+    name: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = (
+        "linear"
+    )
     """Shape of the schedule, as `transformers` names it."""
     scheduler_specific_kwargs: dict[str, Any] = {}
     """Further keys of the shape: `num_cycles` of cosine; `num_decay_steps`, `num_stable_steps`,

@@ -11,18 +11,16 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from jaxtrain import registry
+from jaxtrain.recipe.data import source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
 from jaxtrain.recipe.load import Key, Recipe, load
 from jaxtrain.recipe.trainer import CHECKS, TrainerConfig
 
-LOCAL_SUFFIXES = {
-    ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv", ".txt": "text"
-}  # fmt: skip
-
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
-    """The checked config of a recipe file or dict; runs its `code:`, opens no device and writes nothing.
+    """The checked config of a recipe file or dict; runs its `code:`, opens no device and writes
+    nothing.
 
     Raises RecipeError with every fault at once.
     """
@@ -51,11 +49,16 @@ class _Resolver:
             return None
         for section in registry.SECTIONS:
             if section != "checkpoint":
-                self.tree[section] = self.typed(section, trainer, self.tree.get(section), (section,))
+                self.tree[section] = self.typed(
+                    section, trainer, self.tree.get(section), (section,)
+                )
         entries = self.tree.get("checkpoint") or []
         self.tree["checkpoint"] = [
             self.typed(
-                "checkpoint", trainer, entry, ("checkpoint", i) if entry is not entries else ("checkpoint",)
+                "checkpoint",
+                trainer,
+                entry,
+                ("checkpoint", i) if entry is not entries else ("checkpoint",),
             )
             for i, entry in enumerate(entries if isinstance(entries, list) else [entries])
         ]
@@ -141,7 +144,8 @@ class _Resolver:
 
     def source(self, item: Any, key: Key, split: str) -> Any:
         if isinstance(item, str):
-            item = self.shorthand(item)
+            registered = registry.names("data_source")
+            item = source_from_text(item, registered=registered, default="huggingface_instruct")
         if not isinstance(item, dict):
             self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
             return item
@@ -152,17 +156,6 @@ class _Resolver:
             self.fault((*key, "type"), str(error))
             return item
         return self.validated(cls, {"split": split, **item, "type": name}, key)
-
-    def shorthand(self, text: str) -> dict[str, Any]:
-        """A source written as text: a registered source, a local file, or a hub name."""
-        name = text.split(":")[0]
-        if name in registry.names("data_source"):
-            return {"type": name, "name_or_path": text}
-        suffix = Path(text).suffix
-        is_file = any((folder / text).is_file() for folder in (self.recipe.folder, Path.cwd()))
-        if is_file or suffix in LOCAL_SUFFIXES:
-            return {"type": LOCAL_SUFFIXES.get(suffix, "local"), "path": text}
-        return {"type": "huggingface_instruct", "name_or_path": text}
 
     def validated(self, cls: type[BaseModel], value: dict[str, Any], key: Key) -> Any:
         try:
@@ -175,7 +168,9 @@ class _Resolver:
         """The trainer's config, and every check across keys whose own keys are sound."""
         context = {"folder": self.recipe.folder}
         tree, config = dict(self.tree), None
-        for _ in range(2):  # once more without the faulty keys, so that the checks across keys are asked
+        for _ in range(
+            2
+        ):  # once more without the faulty keys, so that the checks across keys are asked
             try:
                 config = cls.model_validate(tree, context=context)
                 break
@@ -229,7 +224,12 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
         return str(context["error"])
     if kind == "literal_error":
         return f"must be one of {context['expected']}, found {shown(found)}"
-    bounds = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    bounds = {
+        "greater_than": ">",
+        "greater_than_equal": ">=",
+        "less_than": "<",
+        "less_than_equal": "<=",
+    }
     if kind in bounds:
         limit = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
         return f"must be {bounds[kind]} {limit}, found {shown(found)}"
@@ -269,7 +269,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def run_user_code(file: Path) -> None:
-    """Import a user's Python file once, with its folder on the path; RecipeError names the failing line."""
+    """Import a user's Python file once, with its folder on the path; RecipeError names the
+    failing line."""
     file = file.resolve()
     name = f"jaxtrain_user_{file.stem}"
     module = sys.modules.get(name)

@@ -1,4 +1,5 @@
-"""What every section of a recipe is: a frozen model that refuses unknown keys and reads human numbers."""
+"""What every section of a recipe is: a frozen model that refuses unknown keys and reads human
+numbers."""
 
 import math
 import re
@@ -17,7 +18,8 @@ POWER = re.compile(rf"({PLAIN})\^({PLAIN})")
 
 
 def human_number(text: str) -> int | float:
-    """The value of `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`; ValueError for anything else."""
+    """The value of `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`; ValueError for anything
+    else."""
     text = text.strip()
     if match := POWER.fullmatch(text):
         value = _plain(match[1]) ** _plain(match[2])
@@ -49,7 +51,8 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def as_written(value: Any, annotation: Any) -> Any:
-    """`value` with human numbers read where `annotation` asks for numbers; booleans are never numbers."""
+    """`value` with human numbers read where `annotation` asks for numbers; booleans are never
+    numbers."""
     kinds = _alternatives(annotation)
     if isinstance(value, list | tuple):
         items = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list)]
@@ -95,7 +98,8 @@ class Section(BaseModel):
 
 
 class TypedSection(Section):
-    """A section whose `type` names the factory that reads it, and so decides which keys there are."""
+    """A section whose `type` names the factory that reads it, and so decides which keys there
+    are."""
 
     type: str = ""
     """Registered name; the trainer's first allowed one when left out."""

@@ -49,7 +49,8 @@ class TrainerConfig(Section):
     epochs: int | None = Field(default=None, ge=0)
     """Passes over the training data; 1 when neither it nor `train_iters` is written."""
     train_iters: int = Field(default=0, ge=0)
-    """Optimizer updates, 0 is off; with `epochs` written too, the first to be reached ends the run."""
+    """Optimizer updates, 0 is off; with `epochs` written too, the first to be reached ends the
+    run."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Rows a batch shard and forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -63,7 +64,8 @@ class TrainerConfig(Section):
     eval_at_start: bool = False
     """Evaluate before the first update."""
     eval_at_end: bool | None = None
-    """Evaluate after the last update, unless it was just done; true with evaluation data when left out."""
+    """Evaluate after the last update, unless it was just done; true with evaluation data when
+    left out."""
     max_eval_batches: int = Field(default=0, ge=0)
     """Limit of batches an evaluation; 0 takes all."""
     eval_samples: SamplesConfig | None = None
@@ -87,13 +89,16 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
     resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume]
     if len(resumes) > 1:
         both = " and ".join(f"checkpoint.{i}" for i in resumes)
-        yield Fault(f"checkpoint.{resumes[1]}.auto_resume", f"only one entry may resume, found {both}")
+        yield Fault(
+            f"checkpoint.{resumes[1]}.auto_resume", f"only one entry may resume, found {both}"
+        )
     folders: dict[str, int] = {}
     for i, entry in enumerate(config.checkpoint):
         first = folders.setdefault(entry.output_dir, i)
         if first != i:
             yield Fault(
-                f"checkpoint.{i}.output_dir", f"{entry.output_dir!r} is checkpoint.{first}'s too; use another"
+                f"checkpoint.{i}.output_dir",
+                f"{entry.output_dir!r} is checkpoint.{first}'s too; use another",
             )
 
 

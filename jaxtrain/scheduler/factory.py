@@ -22,7 +22,9 @@ class SchedulerFactory(Factory, kind="scheduler"):
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
         """A function from the update number (from 0) to a share of the optimizer's own rate."""
-        raise NotImplementedError(f"{type(self).__qualname__} defines no create_scheduler(optimizer)")
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no create_scheduler(optimizer)"
+        )
 
 
 class HFSchedulerFactory(SchedulerFactory):
@@ -57,7 +59,8 @@ class WSDSchedulerFactory(SchedulerFactory):
 
 
 def hf_schedule(config: HFSchedulerConfig, *, horizon: int, warmup: int) -> Schedule:
-    """The schedule of a recipe over `horizon` updates; RecipeError for a key that it does not have."""
+    """The schedule of a recipe over `horizon` updates; RecipeError for a key that it does not
+    have."""
     extra = dict(config.scheduler_specific_kwargs)
     known = SPECIFIC.get(config.name, ())
     if faults := [

@@ -1,7 +1,7 @@
 """Shapes of the learning rate, with the closed forms of `transformers`.
 
-Each makes a function from the update number (from 0) to a share of the peak rate. `horizon` and `warmup`
-count updates; `floor` is the share of the peak at which the decay ends.
+Each makes a function from the update number (from 0) to a share of the peak rate. `horizon` and
+`warmup` count updates; `floor` is the share of the peak at which the decay ends.
 """
 
 from collections.abc import Callable

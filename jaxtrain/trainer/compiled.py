@@ -29,5 +29,6 @@ class Compiled:
 
     @property
     def num_compilations(self) -> int:
-        """Programs made so far: 1 after the first call, more when a shape or sharding has changed."""
+        """Programs made so far: 1 after the first call, more when a shape or sharding has
+        changed."""
         return self._jitted._cache_size()

@@ -12,23 +12,30 @@ if TYPE_CHECKING:
 
 
 def header(trainer: "Trainer") -> dict[str, str]:
-    """Name → fact, in the order in which they are shown."""
-    config, geometry, data = trainer.config, trainer.geometry, trainer.data
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.model.shapes))
-    devices = trainer.mesh.devices.ravel()
-    axes = " × ".join(f"{axis} {trainer.mesh.shape[axis]}" for axis in AXES if trainer.mesh.shape[axis] > 1)
-    execution = trainer.model.execution
-    tokens = geometry.global_batch * data.row_tokens
+    """Name → fact, in the order in which they are shown; a fact may have several lines."""
+    config, model, mesh = trainer.config, trainer.model, trainer.mesh
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
+    axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     return {
-        "model": f"{config.model.name_or_path}, {parameters:,} parameters, {execution.compute_dtype}",
-        "devices": f"{len(devices)} × {devices[0].device_kind}" + (f", mesh {axes}" if axes else ""),
-        "attention": execution.attention + (f" ({trainer.model.why})" if trainer.model.why else ""),
-        "data": f"{data.train_rows:,} rows of {data.row_tokens:,} tokens, "
-        f"{data.trained_share:.0%} of the tokens trained, {data.eval_rows:,} evaluation rows",
-        "batch": f"{geometry.global_batch:,} rows = {tokens:,} tokens a step"
-        + (f", in {geometry.num_microbatches} microbatches" if geometry.num_microbatches > 1 else ""),
-        "steps": f"{trainer.last_step:,} of {data.steps_per_epoch:,} an epoch, "
-        f"warm-up {trainer.warmup_steps:,}"
-        + (f", from step {trainer.global_step}" if trainer.global_step else ""),
+        "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
+        f"{model.execution.compute_dtype}, remat {model.execution.remat}",
+        "kernels": model.attention,
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        + (f", mesh {axes}" if axes else ""),
+        **_rows(trainer),
         "run": str(trainer.run_folder.path),
+    }
+
+
+def _rows(trainer: "Trainer") -> dict[str, str]:
+    geometry, data = trainer.geometry, trainer.data
+    tokens = geometry.global_batch * data.row_tokens
+    cut = f" in {geometry.num_microbatches} microbatches" if geometry.num_microbatches > 1 else ""
+    start = f", from step {trainer.global_step}" if trainer.global_step else ""
+    return {
+        "data": "\n".join(data.ledger.lines()),
+        "batch": f"{geometry.global_batch:,} rows of {data.row_tokens:,} tokens = {tokens:,} "
+        f"tokens a step{cut}",
+        "steps": f"{trainer.last_step:,}, {data.steps_per_epoch:,} an epoch, "
+        f"warm-up {trainer.warmup_steps:,}{start}",
     }

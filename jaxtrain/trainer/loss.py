@@ -1,5 +1,6 @@
 """What a loss function returns: sums, never means."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,24 @@ class Loss(NamedTuple):
     """name → (sum, weight), each float32 []"""
 
 
+def added(a: Loss, b: Loss) -> Loss:
+    """The loss of two batches together."""
+    return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def means(loss: Loss) -> dict[str, jax.Array]:
+    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
+    values = {"loss": (loss.total, loss.weight), **loss.metrics}
+    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
+
+
+def evaluated(prefix: str, loss: Loss) -> dict[str, float]:
+    """What an evaluation reports: means, perplexity, and the weight that they are means over."""
+    metrics = {f"{prefix}/{name}": float(mean) for name, mean in means(loss).items()}
+    perplexity = math.exp(min(metrics[f"{prefix}/loss"], 700.0))
+    return metrics | {f"{prefix}/perplexity": perplexity, f"{prefix}/tokens": float(loss.weight)}
+
+
 def checked(loss: Any, where: str) -> Loss:
     """`loss` if it is a `Loss` of scalars; TypeError that says what to return."""
     right = "return Loss(total, weight, metrics): sums over the batch, float32 scalars"
@@ -26,11 +45,15 @@ def checked(loss: Any, where: str) -> Loss:
     parts = {"total": loss.total, "weight": loss.weight}
     for name, pair in loss.metrics.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"{where}: metric {name!r} must be a pair (sum, weight), found {pair!r}")
+            raise TypeError(
+                f"{where}: metric {name!r} must be a pair (sum, weight), found {pair!r}"
+            )
         parts |= {f"metrics[{name!r}][{i}]": part for i, part in enumerate(pair)}
     for name, part in parts.items():
         if jnp.shape(part) != ():
-            raise TypeError(f"{where}: {name} must be a scalar, found shape {jnp.shape(part)}; {right}")
+            raise TypeError(
+                f"{where}: {name} must be a scalar, found shape {jnp.shape(part)}; {right}"
+            )
     for name in ("total", "weight"):
         if not jnp.issubdtype(jnp.result_type(parts[name]), jnp.floating):
             kind = jnp.result_type(parts[name])

@@ -16,7 +16,8 @@ Item = TypeVar("Item")
 
 
 class Report:
-    """Holds the metrics of one update back until the next is under way, so that nothing waits for them."""
+    """Holds the metrics of one update back until the next is under way, so that nothing waits
+    for them."""
 
     def __init__(
         self,
@@ -90,7 +91,8 @@ class Report:
 
     @contextmanager
     def phase(self, name: str, *, key: str) -> Iterator[None]:
-        """Something that takes a while and is no training; the next row has its seconds under `key`."""
+        """Something that takes a while and is no training; the next row has its seconds under
+        `key`."""
         began = time.perf_counter()
         with self.console.phase(name):
             yield

@@ -14,7 +14,16 @@ from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
-PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain")
+PACKAGES = (
+    "jaxtrain",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "grain",
+)
 
 
 class RunFolder:
@@ -32,9 +41,13 @@ class RunFolder:
         recipe = self.path / "recipe.yaml"
         if not recipe.is_file():
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise RecipeError(f"run_dir: {self.path} is not empty and holds no run; use another")
+                raise RecipeError(
+                    f"run_dir: {self.path} is not empty and holds no run; use another"
+                )
             return
-        differing = _differences(yaml.safe_load(recipe.read_text()), yaml.safe_load(to_yaml(self.config)))
+        differing = _differences(
+            yaml.safe_load(recipe.read_text()), yaml.safe_load(to_yaml(self.config))
+        )
         if differing and not may_resume:
             raise RecipeError(
                 f"run_dir: {self.path} holds the run of another recipe (differs in "

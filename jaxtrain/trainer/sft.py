@@ -12,4 +12,5 @@ class SFTTrainer(Trainer):
 
     def loss_fn(self, model, batch: Batch, key: jax.Array) -> Loss:
         nll = model.weighted_nll(batch, batch.loss_weights)
-        return Loss(nll.total, batch.loss_weights.sum())
+        weight = batch.loss_weights.sum()
+        return Loss(nll.total, weight, {"token_accuracy": (nll.correct, weight)})

@@ -28,7 +28,9 @@ def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
 
 
-def state_shardings(mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(
+    mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation
+) -> TrainState:
     """A sharding for every leaf of the state; moments live where their parameter does.
 
     `params` are shapes. RecipeError if the mesh does not divide the model.
@@ -48,5 +50,7 @@ def state_shardings(mesh: Mesh, params: PyTree, optimizer: optax.GradientTransfo
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
     """Shapes that also say where each array lives; what a checkpoint is restored to."""
     return jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )

@@ -1,7 +1,7 @@
 """The training step: a pure function from (state, batch) to (state, metrics).
 
-Batches arrive as M microbatches of B rows, cut on the host: leaves [M, B, T]. The loss, its weight and the
-gradient of the loss are summed over them and divided once.
+Batches arrive as M microbatches of B rows, cut on the host: leaves [M, B, T]. The loss, its weight
+and the gradient of the loss are summed over them and divided once.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.batch import Batch
-from jaxtrain.trainer.loss import Loss, checked
+from jaxtrain.trainer.loss import Loss, checked, means
 from jaxtrain.trainer.state import PyTree, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -43,14 +43,14 @@ class StepSpec(NamedTuple):
 def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One optimizer update.
 
-    A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves parameters
-    and optimizer state as they are; `metrics["applied"]` is 0 then.
+    A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves
+    parameters and optimizer state as they are; `metrics["applied"]` is 0 then.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
     loss, grads = loss_and_grads(spec, state.params, batch, key)
 
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
-    norm = optax.global_norm(grads) * per_weight
+    norm = optax.tree.norm(grads) * per_weight
     clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
     grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
 
@@ -77,10 +77,14 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
 
 def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
     """The summed loss of a batch, without a gradient."""
-    return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key))
+    return _over_microbatches(
+        spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key)
+    )
 
 
-def loss_and_grads(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
+def loss_and_grads(
+    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
+) -> tuple[Loss, PyTree]:
     """The summed loss of a batch and the gradient of its total."""
 
     def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
@@ -94,12 +98,6 @@ def loss_and_grads(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array)
         return loss, jax.lax.with_sharding_constraint(grads, spec.param_shardings)
 
     return _over_microbatches(spec, batch, key, one)
-
-
-def means(loss: Loss) -> Metrics:
-    """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
-    values = {"loss": (loss.total, loss.weight), **loss.metrics}
-    return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
 
 
 def _call(spec: StepSpec, params: PyTree, rows: Batch, key: jax.Array) -> Loss:

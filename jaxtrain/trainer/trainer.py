@@ -1,13 +1,14 @@
-"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the host.
+"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the
+host.
 
-Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch, key)`.
-A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and checkpoints stay.
+Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch,
+key)`. A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and
+checkpoints stay.
 """
 
-import math
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jaxtrain import registry
 from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
-from jaxtrain.data import SFTDataFactory
+from jaxtrain.data import BatchShape, SFTDataFactory, TrainingData
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -29,12 +30,13 @@ from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
-from jaxtrain.tokenizer import HFTokenizerFactory
+from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
 from jaxtrain.trainer import step as pure
+from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.geometry import Geometry
 from jaxtrain.trainer.header import header
-from jaxtrain.trainer.loss import Loss
+from jaxtrain.trainer.loss import Loss, added, evaluated
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run_folder import RunFolder
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
@@ -49,10 +51,11 @@ class TrainOutput(NamedTuple):
 
 
 class Trainer(registry.Registered, kind="trainer"):
-    """One run of one objective. Annotations say which factories a recipe may name; the first is the default.
+    """One run of one objective. Annotations say which factories a recipe may name; the first is the
+    default.
 
-    Raises RecipeError or DataError for what the recipe asks and cannot have. Nothing is written before
-    `train`.
+    Raises RecipeError or DataError for what the recipe asks and cannot have. Nothing is written
+    before `train`.
     """
 
     config: TrainerConfig
@@ -63,17 +66,20 @@ class Trainer(registry.Registered, kind="trainer"):
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
-    def __init__(self, config: TrainerConfig):
+    def __init__(self, config: TrainerConfig, *, devices: Sequence[jax.Device] | None = None):
+        """`devices` make up the mesh; all there are when left out."""
         self.config = config
         self.console = Console(is_writer=jax.process_index() == 0)
-        self.mesh = make_mesh(config.mesh, jax.devices())
+        self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
 
         # Data comes before weights: a recipe that trains nothing is found in seconds.
         model_factory = self._made("model", config.model)
         self.model_config = model_factory.create_config()
-        self.tokenizer = self._made("tokenizer", config.tokenizer).create_tokenizer()
-        self.data = self._made("data", config.data).create_data()
+        self.tokenizer = self._made(
+            "tokenizer", config.tokenizer, self.model_config.path
+        ).create_tokenizer()
+        self.data = self._prepared_data()
 
         self.model = model_factory.create_model(self.model_config)
         self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
@@ -86,13 +92,14 @@ class Trainer(registry.Registered, kind="trainer"):
 
         self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
         self.state_shapes = with_shardings(
-            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes), self.shardings
+            jax.eval_shape(partial(new_state, optimizer=self.optimizer), self.model.shapes),
+            self.shardings,
         )
         self.run_folder = RunFolder(config)
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.model, self.mesh),
+            Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
             peak_lr=config.optimizer.learning_rate,
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
@@ -108,10 +115,12 @@ class Trainer(registry.Registered, kind="trainer"):
     def loss_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """The objective, summed over a batch. Pure; traced; override it.
 
-        `model(batch)` gives logits, `model.hidden(batch)` hidden states, `model.token_log_probs(batch)` the
-        log-probability of each token.
+        `model(batch)` gives logits, `model.hidden(batch)` hidden states,
+        `model.token_log_probs(batch)` the log-probability of each token.
         """
-        raise NotImplementedError(f"{type(self).__qualname__} defines no loss_fn(model, batch, key)")
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no loss_fn(model, batch, key)"
+        )
 
     def eval_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """What an evaluation sums; the objective unless overridden."""
@@ -158,7 +167,8 @@ class Trainer(registry.Registered, kind="trainer"):
         for batch in self.train_batches:
             self.state, metrics = self.step(self.state, batch)
             self.global_step += 1
-            # The device is busy with this update, so reading the metrics of the one before costs nothing.
+            # The device is busy with this update, so reading the metrics of the one before costs
+            # nothing.
             self.report.update(self.global_step, metrics)
             self.eval_metrics = {}
             if self._evaluation_is_due:
@@ -166,27 +176,27 @@ class Trainer(registry.Registered, kind="trainer"):
             self.checkpoint()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics over all evaluation rows: sums over the whole set, divided once."""
-        if not self.data.eval_rows:
-            raise RecipeError("no evaluation data; add `data.eval_sources` or `data.train_eval_split`")
+        """Loss and metrics over all evaluation rows: sums over a whole set, divided once."""
+        if not self.data.evals:
+            raise RecipeError(
+                "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
+            )
         self.report.flush()
-        key = jax.random.key(self.config.seed)
-        losses = (self.loss(self.state, batch, key) for batch in self.eval_batches)
-        total = next(losses)
-        for loss in losses:
-            total = jax.tree.map(lambda a, b: a + b, total, loss)
-        metrics = {f"eval/{name}": float(mean) for name, mean in pure.means(total).items()}
-        metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
-        metrics["eval/tokens"] = float(total.weight)
-        self.eval_metrics = metrics
-        self.report.evaluation(self.global_step, metrics)
+        sums = {name: self._summed(name) for name in self.data.evals}
+        named = sums if len(sums) > 1 else {}
+        self.eval_metrics = evaluated("eval", reduce(added, sums.values()))
+        for name, loss in named.items():
+            self.eval_metrics |= evaluated(f"eval/{name}", loss)
+        self.report.evaluation(self.global_step, self.eval_metrics)
         self._sample()
-        return metrics
+        return self.eval_metrics
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
         epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
-        moment = Moment(self.global_step, 0 if within else epoch, self.global_step == self.last_step)
+        moment = Moment(
+            self.global_step, 0 if within else epoch, self.global_step == self.last_step
+        )
         for engine in self.checkpoint_engines:
             if engine.is_due(moment):
                 self.report.flush()
@@ -196,7 +206,12 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def save_model(self, folder: Path | str) -> None:
         """Export the weights to a folder that `transformers` loads."""
-        self.model.save(Path(folder), self.state.params, self.tokenizer)
+        self.model.save(
+            Path(folder),
+            self.state.params,
+            dtype=self.config.model.dtype or self.model.execution.compute_dtype,
+            add_files=partial(save_tokenizer, self.tokenizer),
+        )
 
     def start(self) -> None:
         """Read the weights, or restore the newest checkpoint; once."""
@@ -236,11 +251,10 @@ class Trainer(registry.Registered, kind="trainer"):
         for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
             yield self.geometry.on_devices(batch)
 
-    @property
-    def eval_batches(self) -> Iterator[Batch]:
-        """On the devices: every evaluation row once, up to `max_eval_batches` batches."""
-        for batch in islice(self.data.eval_batches(), self.config.max_eval_batches or None):
-            yield self.geometry.on_devices(batch)
+    def eval_batches(self, name: str) -> Iterator[Batch]:
+        """On the devices: every row of an evaluation set once, up to `max_eval_batches` batches."""
+        batches = self.data.eval_batches(name)
+        return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
 
     @property
     def training_horizon(self) -> int:
@@ -273,11 +287,16 @@ class Trainer(registry.Registered, kind="trainer"):
 
     @property
     def _evaluation_is_due(self) -> bool:
-        if not self.data.eval_rows:
+        if not self.data.evals:
             return False
         interval = self.config.eval_interval
         at_end = self.global_step == self.last_step and self.config.eval_at_end is not False
         return at_end or bool(interval and self.global_step % interval == 0)
+
+    def _summed(self, eval_set: str) -> Loss:
+        key = jax.random.key(self.config.seed)
+        batches = self.eval_batches(eval_set)
+        return reduce(added, (self.loss(self.state, batch, key) for batch in batches))
 
     def _sample(self) -> None:
         """Answers to the recipe's prompts, with the present weights."""
@@ -285,12 +304,31 @@ class Trainer(registry.Registered, kind="trainer"):
         if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
             return
         with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
-            answers = self.model.answers(self.state.params, self.tokenizer, wanted, seed=self.config.seed)
-        self.report.samples(self.global_step, wanted.prompts, answers)
+            found = answers(self.model, self.state.params, self.tokenizer, wanted)
+        self.report.samples(self.global_step, wanted.prompts, found)
 
-    def _made(self, section: str, config: Any) -> Any:
+    def _made(self, kind: str, config: Any, *values: Any) -> Any:
         """The factory that a section of the recipe names."""
-        return registry.find(section, config.type)(config, self)
+        return registry.find(kind, config.type)(config, *values, trainer=self)
+
+    def _prepared_data(self) -> TrainingData:
+        """Rows to batches, for training and for every evaluation set."""
+        config, most = self.config.data, self.model_config.config.max_positions
+        if config.max_length is not None and config.max_length > most:
+            raise RecipeError(
+                f"data.max_length: {config.max_length} is longer than the {most} positions of the "
+                "model; write at most that"
+            )
+        factory = self._made("data", config, self.tokenizer, config.max_length or most)
+        sources = [self._made("data_source", source) for source in config.sources]
+        held_out = [self._made("data_source", source) for source in config.eval_sources]
+        return factory.prepare(
+            sources,
+            {"eval": held_out} if held_out else {},
+            BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def _compile(self) -> None:
         """Turn `step` and `loss` into jitted functions on the mesh."""
@@ -306,7 +344,9 @@ class Trainer(registry.Registered, kind="trainer"):
             whole_batch=self.geometry.whole_batch,
         )
         placed = (self.shardings, self.geometry.batch_sharding)
-        step = jax.jit(self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None))
+        step = jax.jit(
+            self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
+        )
         loss = jax.jit(self.loss, in_shardings=(*placed, None))
         self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
         self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]

@@ -11,8 +11,20 @@ def written(tmp_path, text):
 
 
 def test_exponents_are_numbers_and_clock_times_are_text(tmp_path):
-    tree = load(written(tmp_path, "a: 1e-5\nb: 1.5e3\nc: 12:30:45\nd: 2026-01-01\ne: 1_000\nf: 0x10\ng: .5\n")).tree
-    assert tree == {"a": 1e-5, "b": 1500.0, "c": "12:30:45", "d": "2026-01-01", "e": 1000, "f": 16, "g": 0.5}
+    tree = load(
+        written(
+            tmp_path, "a: 1e-5\nb: 1.5e3\nc: 12:30:45\nd: 2026-01-01\ne: 1_000\nf: 0x10\ng: .5\n"
+        )
+    ).tree
+    assert tree == {
+        "a": 1e-5,
+        "b": 1500.0,
+        "c": "12:30:45",
+        "d": "2026-01-01",
+        "e": 1000,
+        "f": 16,
+        "g": 0.5,
+    }
 
 
 def test_every_value_knows_its_line(tmp_path):

@@ -67,7 +67,11 @@ def test_bad_values_are_said_by_key(change, expected):
 
 def test_names_of_the_shared_format_resolve():
     config = get_config(
-        BASE | {"optimizer": {"type": "fused_adam"}, "checkpoint": {"type": "deepspeed", "output_dir": "a"}}
+        BASE
+        | {
+            "optimizer": {"type": "fused_adam"},
+            "checkpoint": {"type": "deepspeed", "output_dir": "a"},
+        }
     )
     assert (config.optimizer.type, config.checkpoint[0].type) == ("adamw", "orbax")
 

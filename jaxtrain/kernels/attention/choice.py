@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from jaxtrain.kernels.attention.splash import splash_fault
+from jaxtrain.kernels.attention.splash import LANES, splash_fault
 
 Wanted = Literal["auto", "pallas", "reference"]
 
@@ -22,6 +22,8 @@ def choose(platform: str, *, wanted: Wanted, head_size: int, tokens: int) -> Cho
     if wanted == "reference":
         return Choice("reference", "attention: plain jnp, as the recipe asks")
     fault = _pallas_fault(platform, head_size)
+    if wanted == "auto" and fault is None and tokens < LANES:
+        fault = f"rows of {tokens} tokens are shorter than the {LANES} that splash works on"
     if fault is None:
         return Choice("splash", "attention: splash, the Pallas kernel for TPU")
     if wanted == "pallas":

@@ -33,8 +33,8 @@ def attention(
     A query sees a key of its own segment at the same or an earlier position, at most `window - 1`
     back. Padding (segment 0) comes out as exactly 0 and gets no gradient. With T == S the row looks
     at itself and must be in order: positions rise with the index inside a segment. With T != S the
-    keys are a cache, in any order; an empty slot of it has segment 0. `scale` is 1/sqrt(H) if None.
-    `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
+    keys are a cache, in any order; an empty slot of it has segment 0 and finite contents. `scale`
+    None is 1/sqrt(H). `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
     cannot do a shape raise NotImplementedError.
     """
     if implementation not in IMPLEMENTATIONS:

@@ -122,10 +122,12 @@ def _local_attention(
     def ready(x_BTNH: Array) -> Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
 
+    # In float32, for a scale rounded to bfloat16 would err by the same share in every score.
+    q_BTNH = (q_BTNH.astype(jnp.float32) * rule.scale).astype(q_BTNH.dtype)
     # Padding forms a segment of its own, so that no row of scores is empty.
     filled_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)))
     out_BNTH = jax.vmap(kernel)(
-        ready(q_BTNH * jnp.asarray(rule.scale, q_BTNH.dtype)),
+        ready(q_BTNH),
         ready(k_BTKH),
         ready(v_BTKH),
         SegmentIds(filled_BT, filled_BT),

@@ -1,0 +1,206 @@
+"""Where the assistant's turns stand in a rendered conversation.
+
+A span is what a turn adds to what the model is given before it: it starts after the generation
+prompt and ends with the turn. It is found from renderings, never by looking for the reply's text,
+which may stand elsewhere too or be changed by the template. Two ways prove it, and agree where both
+apply; where neither does, there is no span and no guess.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtrain.data.conversation import Message
+from jaxtrain.recipe.errors import DataError
+
+Render = Callable[[list[Message], bool], str | None]
+"""Messages, with the generation prompt or without → text; None where the template refuses."""
+
+FEW_TURNS = 2
+"""Up to this many, two renderings a turn are fewer than marking takes."""
+
+
+class Span(NamedTuple):
+    """Characters [start, end)."""
+
+    start: int
+    end: int
+
+
+def assistant_spans(render: Render, messages: list[Message], text: str) -> list[Span]:
+    """One span for each assistant turn of `text`, rising; DataError when they cannot be proven."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    ways = (by_prefixes, by_marks) if len(turns) <= FEW_TURNS else (by_marks, by_prefixes)
+    for way in ways:
+        spans = way(render, messages, turns, text)
+        if spans is not None:
+            return spans
+    raise DataError(
+        "the chat template rewrites turns, and where the assistant's text stands cannot be proven; "
+        "set tokenizer.chat_template to one that keeps turns as they are, or that puts "
+        "{% generation %} around them"
+    )
+
+
+def by_prefixes(
+    render: Render, messages: list[Message], turns: list[int], text: str
+) -> list[Span] | None:
+    """For templates that only append: what comes before a turn, and what comes up to its end, each
+    begin `text`."""
+    spans = []
+    for turn in turns:
+        before = render(messages[:turn], True)
+        through = text if turn + 1 == len(messages) else render(messages[: turn + 1], False)
+        if before is None or through is None:
+            return None
+        if not (through.startswith(before) and text.startswith(through)):
+            return None
+        spans.append(Span(len(before), len(through)))
+    return spans
+
+
+def by_marks(
+    render: Render, messages: list[Message], turns: list[int], text: str
+) -> list[Span] | None:
+    """For templates that write a turn differently once others follow it, and for many turns.
+
+    Markers at the borders of the contents show where these went. Proven for every span: without
+    its markers the marked text is `text`, so that they changed nothing; and what opens and closes
+    the turn stands literally beside a marker."""
+    search = _MarkedSearch(render, messages, turns, text)
+    if not search.is_proven:
+        return None
+    spans: list[Span] = []
+    for turn in turns:
+        start, end = search.start_of(turn), search.end_of(turn)
+        previous = spans[-1].end if spans else 0
+        if start is None or end is None or not previous <= start <= end:
+            return None
+        spans.append(Span(start, end))
+    return spans
+
+
+class _MarkedSearch:
+    """Places of the contents of one conversation, and what is known of the text between them."""
+
+    def __init__(self, render: Render, messages: list[Message], turns: list[int], text: str):
+        self._render = render
+        self._messages = messages
+        self._text = text
+        self._marks = _Marks(text)
+        self._openings: dict[str, str] = {}
+        self._closings: set[str] = set()
+        anchors = {*turns, *(turn - 1 for turn in turns if turn)}
+        self._ended = [
+            self._marks.ended(message, index) if index in anchors else message
+            for index, message in enumerate(messages)
+        ]
+        both = [
+            self._marks.opened(message, index) if index in turns else message
+            for index, message in enumerate(self._ended)
+        ]
+        # A marker in front may hide what a template looks for there, such as <think>.
+        places = self._places_in_text(both) or self._places_in_text(self._ended) or {}
+        self._starts = {index: at for (kind, index), at in places.items() if kind == "s"}
+        self._ends = {index: at for (kind, index), at in places.items() if kind == "e"}
+        self.is_proven = all(turn in self._ends for turn in turns)
+
+    def start_of(self, turn: int) -> int | None:
+        """Behind the generation prompt, or else where the content begins."""
+        before, written = self._ends.get(turn - 1), self._starts.get(turn)
+        if before is None:
+            return written
+        role = self._messages[turn - 1]["role"]
+        known = self._openings.get(role)
+        if known is None or not self._is_directly_before(known, before, written):
+            known = self._opening(turn)
+            if known is None or not self._text.startswith(known, before):
+                return written
+            if self._is_directly_before(known, before, written):
+                self._openings[role] = known
+        start = before + len(known)
+        return start if start <= self._ends[turn] else written
+
+    def _is_directly_before(self, opening: str, before: int, written: int | None) -> bool:
+        """Whether `opening` fills the text from the last content to this one, blanks aside; then
+        it is that of this turn too, and needs no rendering of its own."""
+        if written is None or not self._text.startswith(opening, before):
+            return False
+        start = before + len(opening)
+        return start <= written and not self._text[start:written].strip()
+
+    def _opening(self, turn: int) -> str | None:
+        """From the end of the content before the turn to the end of the generation prompt."""
+        prompt, places = self._unmarked(self._ended[:turn], True)
+        place = places.get(("e", turn - 1))
+        return None if place is None else prompt[place:]
+
+    def end_of(self, turn: int) -> int | None:
+        """Behind what closes the turn, if the template writes that here too."""
+        end = self._ends[turn]
+        if turn + 1 == len(self._messages):
+            return len(self._text)
+        message = self._messages[turn]
+        is_plain = message.keys() == {"role", "content"} and not message["content"][-1:].isspace()
+        if is_plain:
+            for closing in self._closings:
+                if self._text.startswith(closing, end):
+                    return end + len(closing)
+        rendered, places = self._unmarked(self._ended[: turn + 1], False)
+        place = places.get(("e", turn))
+        if place is None:
+            return None
+        closing = rendered[place:]
+        if not self._text.startswith(closing, end):
+            return end
+        if is_plain:
+            self._closings.add(closing)
+        return end + len(closing)
+
+    def _places_in_text(self, marked: list[Message]) -> dict[tuple[str, int], int] | None:
+        plain, places = self._unmarked(marked, False)
+        return places if plain == self._text else None
+
+    def _unmarked(
+        self, marked: list[Message], prompt: bool
+    ) -> tuple[str, dict[tuple[str, int], int]]:
+        rendered = self._render(marked, prompt)
+        return ("", {}) if rendered is None else self._marks.removed(rendered)
+
+
+class _Marks:
+    """Markers that look like a word, so that no template strips, escapes or splits them."""
+
+    def __init__(self, text: str):
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self._stem = f"Mark{digest}n"
+        self._pattern = re.compile(rf"{self._stem}(\d+)([se])")
+
+    def ended(self, message: Message, number: int) -> Message:
+        """Inside of trailing white space, which templates may strip."""
+        content = message["content"]
+        body = content.rstrip()
+        return {**message, "content": f"{body}{self._stem}{number}e{content[len(body) :]}"}
+
+    def opened(self, message: Message, number: int) -> Message:
+        content = message["content"]
+        body = content.lstrip()
+        blank = content[: len(content) - len(body)]
+        return {**message, "content": f"{blank}{self._stem}{number}s{body}"}
+
+    def removed(self, rendered: str) -> tuple[str, dict[tuple[str, int], int]]:
+        """The text without markers, and where those stood in it that occur once."""
+        places: dict[tuple[str, int], int] = {}
+        repeated: set[tuple[str, int]] = set()
+        pieces, cut, length = [], 0, 0
+        for match in self._pattern.finditer(rendered):
+            pieces.append(rendered[cut : match.start()])
+            length += len(pieces[-1])
+            cut = match.end()
+            mark = (match[2], int(match[1]))
+            if mark in places:
+                repeated.add(mark)
+            places[mark] = length
+        pieces.append(rendered[cut:])
+        return "".join(pieces), {m: at for m, at in places.items() if m not in repeated}

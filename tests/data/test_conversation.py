@@ -1,0 +1,121 @@
+import pytest
+
+from jaxtrain.data.conversation import MappedRoles, to_conversation
+from jaxtrain.recipe.data import RowsConfig
+from jaxtrain.recipe.errors import DataError
+
+
+def turns(row):
+    return [(m["role"], m["content"]) for m in to_conversation(row).messages]
+
+
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+FORMS = {
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "conversations": {"conversations": SHARED},
+    "response": {"prompt": "a", "response": "b"},
+    "completion": {"prompt": "a", "completion": "b"},
+    "lists": {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    "instruction": {"instruction": "a", "output": "b", "input": ""},
+    "columns": {"user": "a", "assistant": "b"},
+    "text parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_every_form_gives_the_same_turns(row):
+    assert turns(row) == [("user", "a"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize("name", ["conversations", "response", "instruction"])
+def test_a_system_column_comes_first(name):
+    assert turns({"system": "s", **FORMS[name]})[0] == ("system", "s")
+    assert turns({"system": "", **FORMS[name]})[0] == ("user", "a")
+
+
+def test_an_input_follows_its_instruction():
+    assert turns({"instruction": "a", "input": "c", "output": "b"})[0] == ("user", "a\nc")
+
+
+def test_calls_and_tools_keep_their_structure():
+    row = {
+        "conversations": [
+            *SHARED[:1],
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "1"},
+        ],
+        "tools": '[{"name": "f"}]',
+    }
+    conversation = to_conversation(row)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant", "tool"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert conversation.messages[1]["tool_calls"] == [call]
+    assert conversation.tools == [{"name": "f"}]
+
+
+def test_nulls_of_a_typed_table_are_no_fields():
+    row = {"messages": [{"role": "user", "content": "a", "tool_calls": None, "name": None}]}
+    assert to_conversation(row).messages == [{"role": "user", "content": "a"}]
+
+
+def test_mapped_columns_have_the_order_of_a_conversation():
+    mapping = {"assistant": "y", "user": "x", "system": "s"}
+    assert turns(MappedRoles(mapping)({"x": "a", "y": "b", "s": "c"})) == [
+        ("system", "c"), ("user", "a"), ("assistant", "b"),
+    ]  # fmt: skip
+
+
+def test_mapped_turns_keep_their_order_and_none_is_cut():
+    mapping = {
+        "user": "c.from.human", "assistant": "c.from.gpt", "system": "c.from.system",
+        "tool": "c.from.tool",
+    }  # fmt: skip
+    said = [("system", "0"), ("human", "1"), ("human", "2"), ("gpt", "3"), ("tool", "4"), ("gpt", "5"), ("human", "6")]  # fmt: skip
+    row = {"c": [{"from": name, "value": text} for name, text in said]}
+    assert turns(MappedRoles(mapping)(row)) == [
+        ("system", "0"), ("user", "1"), ("user", "2"), ("assistant", "3"), ("tool", "4"),
+        ("assistant", "5"), ("user", "6"),
+    ]  # fmt: skip
+
+
+def test_the_content_key_is_found_or_said():
+    row = {"c": [{"role": "p", "message": "m", "text": "t"}]}
+    assert turns(MappedRoles({"user": "c.role.p"})(row)) == [("user", "t")]
+    assert turns(MappedRoles({"user": "c.role.p"}, "message")(row)) == [("user", "m")]
+    with pytest.raises(ValueError, match="content_key stands beside it"):
+        RowsConfig(role_mapping={"user": "a", "content_key": "b"})
+
+
+BAD = {
+    "no form": ({"text": "x"}, "columns text hold no conversation; one of: messages; conversations; prompt and response or completion; instruction and output; user and assistant"),
+    "no columns": ({}, "columns none hold no conversation"),
+    "empty": ({"messages": []}, "messages: empty conversation"),
+    "no list": ({"messages": "x"}, "messages: must be a list of turns, found 'x'"),
+    "no map": ({"messages": ["x"]}, "messages[0]: must be a map, found 'x'"),
+    "no role": ({"messages": [{"rol": "user", "content": "a"}]}, "messages[0]: no field 'role', found rol, content"),
+    "role": ({"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "a"}]}, "messages[1].role: unknown role 'asistant'; known are system, developer, user, assistant, tool, function, ipython; did you mean `assistant`?"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages[0]: no field 'content', found role"),
+    "null": ({"messages": [{"role": "user", "content": None}]}, "messages[0].content: must be text, found None"),
+    "number": ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be text, found 5"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]: must be a text part, found {'type': 'image'}"),
+    "from": ({"conversations": [{"from": "humon", "value": "a"}]}, "conversations[0].from: unknown role 'humon'; known are human, "),
+    "value": ({"conversations": [{"from": "human"}]}, "conversations[0]: no field 'value', found from"),
+    "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text, found 3"),
+    "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
+    "call": ({"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0].value: must be JSON"),
+    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": "{}"}, "tools: must be a list, found {}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
+def test_a_bad_record_names_its_field(row, message):
+    with pytest.raises(DataError) as error:
+        to_conversation(row)
+    assert str(error.value).startswith(message)
+
+
+def test_a_value_without_a_role_names_the_turn():
+    row = {"c": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}
+    with pytest.raises(DataError) as error:
+        MappedRoles({"user": "c.from.human"})(row)
+    assert str(error.value) == ("c[1].from: 'bot' has no role in role_mapping, which knows human")

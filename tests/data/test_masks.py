@@ -1,0 +1,178 @@
+"""What is trained, as text: the expected pieces are read off the templates, not off our output."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxtrain.data.conversation import Conversation
+from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
+from jaxtrain.data.render import Renderer
+from jaxtrain.data.spans import by_marks, by_prefixes
+from jaxtrain.recipe.errors import RecipeError
+from tests.tiny import (
+    CHATML,
+    GENERATION,
+    HEADERS,
+    INST,
+    PLAIN,
+    SHUFFLING,
+    THINK,
+    chat,
+    tiny_tokenizer,
+)
+
+
+def outcome(template, messages, tools=None, **options):
+    defaults = {"max_length": 4096, "overlong": "drop"} | options
+    encoder = ConversationEncoder(tiny_tokenizer(template), **defaults)
+    return encoder.encode([Conversation(messages, tools)])[0]
+
+
+def trained(template, messages, **options):
+    """The trained stretches of a conversation, decoded."""
+    found = outcome(template, messages, **options)
+    assert isinstance(found, Encoded), found
+    tokenizer, pieces, run = tiny_tokenizer(template), [], []
+    for token, weight in zip([*found.tokens, 0], [*found.weights, 0], strict=True):
+        if weight:
+            run.append(int(token))
+        elif run:
+            pieces.append(tokenizer.decode(run))
+            run = []
+    return pieces
+
+
+END = "<|im_end|>"
+THOUGHT = "<think>\nso\n</think>\n\nfine"
+TABLE = {
+    "chatml, one turn": (CHATML, chat("hi", "yes"), ["yes<|im_end|>"]),
+    "chatml, equal texts": (CHATML, chat("yes", "yes"), ["yes<|im_end|>"]),
+    "chatml, three equal replies": (CHATML, chat(*["yes"] * 6), ["yes<|im_end|>"] * 3),
+    "chatml, system": (CHATML, chat("a", "b", system="b"), ["b<|im_end|>"]),
+    "chatml, empty reply": (CHATML, chat("a", "", "b", "no"), [END, "no<|im_end|>"]),
+    "chatml, spaces kept": (CHATML, chat("a", " \nno \n"), [" \nno \n<|im_end|>"]),
+    "chatml, user last": (CHATML, chat("a", "no", "b"), ["no<|im_end|>"]),
+    "chatml, assistant first": (CHATML, chat("a", "no", "b", "yes")[1:], ["no<|im_end|>", "yes<|im_end|>"]),
+    "chatml, two users": (CHATML, [*chat("a"), *chat("b", "no")], ["no<|im_end|>"]),
+    "chatml, two replies": (CHATML, [*chat("a", "no"), chat("", "yes")[1]], ["no<|im_end|>", "yes<|im_end|>"]),
+    "chatml, reply quotes the header": (
+        CHATML, chat("x\nassistant\ny", "x\nassistant\ny"), ["x\nassistant\ny<|im_end|>"],
+    ),
+    "headers, stripped": (HEADERS, chat(" yes ", "\n yes \n", "b", "no"), ["yes<|eot|>", "no<|eot|>"]),
+    "headers, many turns": (HEADERS, chat(*["", "a", "b", "c", "d"] * 2), ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"]),
+    "inst": (INST, chat("yes", "yes", "b", "no"), [" yes</s>", " no</s>"]),
+    "inst, many turns": (INST, chat(*["yes"] * 8), [" yes</s>"] * 4),
+    "plain": (PLAIN, chat("yes", "yes", "b", "no"), [" yes\n", " no\n"]),
+    "think, one turn": (THINK, chat("a", THOUGHT), [THOUGHT + END]),
+    "think, earlier thoughts are gone": (
+        THINK, chat("a", THOUGHT, "fine", "fine", "b", THOUGHT), ["fine<|im_end|>", "fine<|im_end|>", THOUGHT + END],
+    ),
+    "think, a block for the last reply": (
+        THINK, chat("a", "fine", "b", "fine"), ["fine<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"],
+    ),
+    "generation": (GENERATION, chat("yes", "yes", "b", "no"), ["yes", "no"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "messages", "expected"), TABLE.values(), ids=TABLE)
+def test_exactly_the_assistant_is_trained(template, messages, expected):
+    assert trained(template, messages) == expected
+
+
+def test_the_tokens_are_those_of_the_whole_text():
+    tokenizer = tiny_tokenizer(HEADERS)
+    messages = chat("The river", "was low", "and", "12 boys")
+    found = outcome(HEADERS, messages)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert found.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_without_masking_all_but_the_first_token_is_trained():
+    found = outcome(CHATML, chat("a", "b"), mask_inputs=False)
+    assert found.weights.tolist() == [0] + [1] * (len(found.tokens) - 1)
+
+
+def test_a_template_that_cannot_be_followed_is_refused_by_name():
+    long = "The river was low that summer"
+    found = outcome(SHUFFLING, chat(long, long, long, long))
+    assert isinstance(found, Fault) and "tokenizer.chat_template" in found.what
+
+
+def test_what_the_template_raises_is_said():
+    found = outcome(INST, chat("a", "b", system="no such role"))
+    assert found == Fault(
+        "the chat template refuses the conversation: roles must alternate user and assistant"
+    )
+
+
+def test_tool_calls_that_the_template_hides_are_refused():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    found = outcome(CHATML, [*chat("a"), call])
+    assert isinstance(found, Fault) and found.what.startswith("tool_calls: the chat template does")
+    found = outcome(CHATML, chat("a", "b"), [{"name": "f"}])
+    assert isinstance(found, Fault) and found.what.startswith("tools: the chat template does not")
+
+
+TOOLS = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}",
+)
+
+
+def test_a_call_is_trained_and_what_the_tool_says_is_not():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
+    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "yes")[1]]
+    assert trained(TOOLS, messages) == ["<call>river</call><|im_end|>", "yes<|im_end|>"]
+    assert trained(TOOLS, [*messages, *chat("b", "no", "c", "no")])[:2] == [
+        "<call>river</call><|im_end|>",
+        "yes<|im_end|>",
+    ]
+
+
+def test_a_missing_template_names_the_key():
+    with pytest.raises(RecipeError, match="tokenizer.chat_template: the tokenizer has no chat"):
+        Renderer(tiny_tokenizer(None))
+
+
+def test_nothing_to_train_is_a_counted_drop():
+    assert outcome(CHATML, chat("a")).reason == "no assistant text to train on"
+
+
+def test_overlong_conversations():
+    messages = chat("The river was low", "that summer, and the boys walked across")
+    length = len(outcome(CHATML, messages).tokens)
+    assert isinstance(outcome(CHATML, messages, max_length=length), Encoded)
+    dropped = outcome(CHATML, messages, max_length=length - 1)
+    assert dropped == Dropped("longer than max_length", length)
+    cut = outcome(CHATML, messages, max_length=length - 3, overlong="truncate")
+    assert cut.truncated and len(cut.tokens) == length - 3 and cut.ended == 0
+    gone = outcome(CHATML, messages, max_length=8, overlong="truncate")
+    assert gone == Dropped("no assistant text left after truncation", length)
+    refused = outcome(CHATML, messages, max_length=length - 1, overlong="error")
+    assert refused.what.startswith(
+        f"{length} tokens, but max_length is {length - 1}; set data.over"
+    )
+
+
+WORDS = st.text(alphabet="ayes \n.12é", max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, min_size=2, max_size=9), st.sampled_from([CHATML, HEADERS, PLAIN]))
+def test_both_proofs_agree_where_both_hold(contents, template):
+    tokenizer = tiny_tokenizer(template)
+    messages = chat(*contents)
+
+    def render(messages, prompt):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    text = render(messages, False)
+    turns = list(range(1, len(messages), 2))
+    assert by_marks(render, messages, turns, text) == by_prefixes(render, messages, turns, text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(WORDS, min_size=2, max_size=8))
+def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
+    replies = contents[1::2]
+    assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]

@@ -1,0 +1,120 @@
+"""Batches are a function of the update's number: of nothing else, and whoever asks."""
+
+import numpy as np
+import pytest
+
+from jaxtrain.data.loader import iterate
+from jaxtrain.data.order import permutation, sample
+from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
+from tests.data.made import documents_of, plan_of
+
+MICROBATCHES, ROWS = 2, 4
+GOLDEN_ORDER = [0, 2, 7, 6, 4, 3, 5, 1]
+GOLDEN_SAMPLE = [1, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> BatchPlan:
+    """20 rows of one or several documents, 8 rows an update: 3 updates an epoch, the last short."""
+    documents = documents_of([5 + n % 7 for n in range(60)], tmp_path_factory.mktemp("documents"))
+    plan = plan_of(documents, capacity=24, shape=BatchShape(MICROBATCHES, ROWS))
+    assert plan.rows.num_rows % 8 and plan.steps_per_epoch == -(-plan.rows.num_rows // 8)
+    return plan
+
+
+def equal(one, other) -> bool:
+    return all((a == b).all() for a, b in zip(one, other, strict=True))
+
+
+def test_orders_never_change():
+    # Written down once: a change here reorders the runs of everyone who resumes.
+    assert permutation(8, 2, 42, 0).tolist() == GOLDEN_ORDER
+    assert sample(10, 3, 1, 42).tolist() == GOLDEN_SAMPLE
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_have_the_batch_of_one(plan, step, processes):
+    parts = [plan.batch(step, index, processes) for index in range(processes)]
+    assert parts[0].tokens.shape == (MICROBATCHES, ROWS // processes, 24)
+    joined = [np.concatenate(leaves, axis=1) for leaves in zip(*parts, strict=True)]
+    assert equal(joined, plan.batch(step))
+
+
+def test_rows_that_do_not_divide_are_refused(plan):
+    with pytest.raises(ValueError, match="4 rows of a microbatch do not divide by 3 processes"):
+        plan.batch(0, 0, 3)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("start", [1, 2, 3, 5])
+def test_starting_at_an_update_gives_the_rest_of_the_unbroken_run(plan, start, threads):
+    unbroken = [plan.batch(step) for step in range(7)]
+    resumed = list(iterate(plan.batch, start=start, stop=7, threads=threads))
+    assert len(resumed) == 7 - start
+    assert all(equal(a, b) for a, b in zip(unbroken[start:], resumed, strict=True))
+
+
+def test_without_an_end_the_batches_go_on(plan):
+    batches = iterate(plan.batch, start=0)
+    seen = [next(batches) for _ in range(10)]
+    assert equal(seen[9], plan.batch(9))
+
+
+def epoch_rows(plan, epoch):
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return np.concatenate([plan.batch(step).rows.ravel() for step in steps])
+
+
+def test_every_epoch_is_complete_and_in_another_order(plan):
+    orders = [epoch_rows(plan, epoch) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order[order >= 0]) == list(range(plan.rows.num_rows))
+        assert (order[plan.rows.num_rows :] == -1).all()  # filler stands behind the last row
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_other_seeds_have_other_orders(plan):
+    other = BatchPlan(plan.documents, plan.rows, plan.shape, plan.row_tokens, seed=7)
+    assert tuple(epoch_rows(other, 0)) != tuple(epoch_rows(plan, 0))
+
+
+def test_without_a_seed_rows_keep_their_order(plan):
+    evaluation = BatchPlan(plan.documents, plan.rows, plan.shape, plan.row_tokens, seed=None)
+    order = epoch_rows(evaluation, 0)
+    assert order[: plan.rows.num_rows].tolist() == list(range(plan.rows.num_rows))
+
+
+def test_an_update_is_cut_into_microbatches_first(plan):
+    batch = plan.batch(0)
+    assert batch.tokens.shape == (MICROBATCHES, ROWS, 24)
+    assert batch.rows.ravel().tolist() == plan.row_numbers(0).ravel().tolist()
+
+
+def test_packed_documents_are_apart(plan):
+    batch = plan.batch(0)
+    for row, tokens, positions, segments, weights in zip(
+        batch.rows.ravel(), *(leaf.reshape(-1, 24) for leaf in batch[:4]), strict=True
+    ):
+        filled = segments > 0
+        starts = np.flatnonzero(np.diff(segments, prepend=0) * filled)
+        assert segments[starts].tolist() == list(range(1, len(starts) + 1))
+        assert (weights[starts] == 0).all()
+        for segment in segments[starts]:
+            own = positions[segments == segment]
+            assert own.tolist() == list(range(len(own)))
+        assert not tokens[~filled].any() and not weights[~filled].any()
+        origins = plan.origins(int(row))
+        assert [Origin(0, tokens[start] - 100) for start in starts] == origins
+
+
+def test_filler_rows_hold_nothing(plan):
+    batch = plan.batch(plan.steps_per_epoch - 1)
+    filler = batch.rows == -1
+    assert filler.any()
+    assert not any(leaf[filler].any() for leaf in batch[:4])
+
+
+def test_leaves_have_the_types_that_the_step_expects(plan):
+    kinds = [leaf.dtype.name for leaf in plan.batch(0)]
+    assert kinds == ["int32", "int32", "int32", "float32", "int32"]

@@ -1,0 +1,225 @@
+"""From files to batches through the factory, as a run does it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
+from jaxtrain.data.documents import Documents, DocumentWriter
+from jaxtrain.data.encode import ConversationEncoder
+from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.rows import NamedRows
+from jaxtrain.data.split import split_by_content
+from jaxtrain.data.tokenise import POOL_ROWS, tokenise, workers_for
+from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
+from jaxtrain.recipe.errors import DataError
+from tests.tiny import TEXTS, chat, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def chats(count, seed=0):
+    words = " ".join(TEXTS).split()
+    random = np.random.default_rng(seed)
+
+    def text():
+        return " ".join(random.choice(words, random.integers(1, 8)))
+
+    return [
+        {"messages": chat(*(text() for _ in range(2 * random.integers(1, 4))))}
+        for _ in range(count)
+    ]
+
+
+def source(folder, rows, name="chats"):
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name))
+
+
+def prepare(sources, evals=(), *, max_length=128, shape=None, **keys):
+    factory = SFTDataFactory(SFTDataConfig(sources=("x",), **keys), tiny_tokenizer(), max_length)
+    return factory.prepare(sources, {"eval": evals}, shape or BatchShape(2, 2))
+
+
+def documents_in(batches):
+    """Token tuples of all documents."""
+    found = []
+    for batch in batches:
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+        for row, segments in zip(tokens, batch.segments.reshape(tokens.shape), strict=True):
+            found += [tuple(row[segments == s].tolist()) for s in range(1, segments.max() + 1)]
+    return found
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "next_fit", None])
+def test_an_epoch_trains_every_conversation_once(tmp_path, packing):
+    rows = chats(60)
+    keys = {"pack_samples": True, "packing": packing} if packing else {}
+    data = prepare([source(tmp_path, rows)], **keys)
+    tokenizer = tiny_tokenizer()
+    expected = [
+        tuple(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows
+    ]
+    expected = [tokens for tokens in expected if len(tokens) <= 128]
+    batches = list(data.train_batches(0, data.steps_per_epoch))
+    assert sorted(documents_in(batches)) == sorted(expected)
+    counts = data.ledger.sources[0]
+    assert counts.documents == len(expected) and counts.rows == 60
+    trained = sum(batch.loss_weights.sum() for batch in batches)
+    assert counts.trained_tokens == data.ledger.sets[0].trained_tokens == trained
+    assert data.train_rows == len({r for batch in batches for r in batch.rows.ravel()} - {-1})
+
+
+def test_nothing_is_left_behind_in_the_cache(tmp_path, cache):
+    data = prepare([source(tmp_path, chats(9))])
+    next(data.train_batches())
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ({"div_length": 16}, 64),
+        ({"div_length": 100}, 100),
+        ({"div_length": 256}, 128),
+        ({"pad_to": "max_length"}, 128),
+        ({"pack_samples": True, "div_length": 16}, 128),
+    ],
+)
+def test_one_length_for_every_row_of_a_run(tmp_path, keys, tokens):
+    rows = [{"messages": chat("a" * 3, "The river was low that summer" * 3)}]
+    evals = [{"messages": chat("a", "b")}]
+    data = prepare([source(tmp_path, rows)], [source(tmp_path, evals, "e")], **keys)
+    assert 48 < len(documents_in(data.train_batches(0, 1))[0]) <= 64
+    assert data.row_tokens == tokens
+    assert {batch.tokens.shape for batch in data.eval_batches()} == {(2, 2, tokens)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_evaluation_sees_every_row_once_in_order(tmp_path, count):
+    evals = [{"messages": chat(f"number {n}", "yes")} for n in range(count)]
+    data = prepare([source(tmp_path, chats(3))], [source(tmp_path, evals, "evals")])
+    batches = list(data.eval_batches())
+    numbers = np.concatenate([batch.rows.ravel() for batch in batches])
+    assert numbers[:count].tolist() == list(range(count)) and (numbers[count:] == -1).all()
+    assert len(documents_in(batches)) == data.eval_rows == count
+
+
+def test_the_split_is_disjoint_by_content_and_by_seed(tmp_path):
+    rows = chats(40) + chats(20)  # twenty of them twice
+    sources = [source(tmp_path, rows)]
+
+    def sides(seed):
+        data = prepare(sources, train_eval_split=(0.8, 0.2), seed=seed, pack_samples=True)
+        train = documents_in(data.train_batches(0, data.steps_per_epoch))
+        return sorted(train), sorted(documents_in(data.eval_batches()))
+
+    train, held_out = sides(1)
+    assert not set(train) & set(held_out)
+    whole = prepare(sources)
+    assert sorted(train + held_out) == sorted(
+        documents_in(whole.train_batches(0, whole.steps_per_epoch))
+    )
+    assert abs(len(held_out) - 0.2 * len(train + held_out)) <= 2
+    assert sides(1) == (train, held_out) and sides(2) != (train, held_out)
+
+
+def test_a_split_needs_two_different_documents():
+    with pytest.raises(DataError, match="needs two different documents, found 1 in 3"):
+        split_by_content(np.zeros(3, np.uint64), 0.5, 0)
+
+
+def test_the_ledger_counts_every_row(tmp_path):
+    rows = [
+        *chats(8),
+        {"messages": chat("no answer")},
+        {"messages": chat("a", "The river was low " * 40)},
+    ]
+    data = prepare([source(tmp_path, rows)], pack_samples=True, max_length=160)
+    counts = data.ledger.sources[0]
+    assert counts.rows == 10 and counts.documents == 8
+    assert counts.dropped == {
+        "no assistant text to train on": 1,
+        "longer than max_length": 1,
+    }
+    lines = data.ledger.lines()
+    assert lines[0] == "chats: 10 rows read, 8 documents"
+    assert "  dropped 1: longer than max_length" in lines
+    assert lines[5].startswith("  end of turn trained in 100.0% of ")
+    assert lines[-2].startswith(f"train: 8 documents in {data.train_rows} rows of 160 tokens, fill")
+    assert sum(len(d) for d in documents_in(data.train_batches(0, 9))) >= counts.tokens
+
+
+def test_truncated_rows_are_counted(tmp_path):
+    rows = [{"messages": chat("a", "The river was low " * 40)}]
+    data = prepare([source(tmp_path, rows)], filter_samples=False)
+    assert data.ledger.sources[0].truncated == 1 and data.row_tokens == 128
+    assert data.ledger.lines()[0] == "chats: 1 row read, 1 document, 1 truncated"
+
+
+def failure(*args, **keys):
+    with pytest.raises(DataError) as error:
+        prepare(*args, **keys)
+    return str(error.value)
+
+
+def test_nothing_to_train_on_at_all(tmp_path):
+    rows = [{"messages": chat("a")}, {"messages": chat("a", "b " * 200)}]
+    assert failure([source(tmp_path, rows)]) == (
+        "no row is left: chats: 2 rows read, 1 dropped as no assistant text to train on, "
+        "1 dropped as longer than max_length"
+    )
+
+
+def test_faults_of_a_row_name_its_place(tmp_path):
+    rows = [*chats(2), {"messages": [{"role": "usr", "content": "a"}]}]
+    place = f"{tmp_path}/chats.jsonl:3"
+    assert failure([source(tmp_path, rows)]).startswith(
+        f"{place}: messages[0].role: unknown role 'usr'; known are"
+    )
+    rows[2] = {"messages": chat("a", "b " * 200)}
+    assert failure([source(tmp_path, rows)], overlong="error").startswith(f"{place}: 221 ")
+    rows[2] = {"text": "a"}
+    assert failure([source(tmp_path, rows)]).startswith(f"{place}: columns text hold no conver")
+
+
+def test_sources_are_told_apart(tmp_path):
+    sources = [source(tmp_path, chats(3), "one"), source(tmp_path, chats(2, seed=1), "two")]
+    data = prepare(sources)
+    origins = [data.train.origins(row)[0] for row in range(5)]
+    assert origins == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [counts.label for counts in data.ledger.sources] == ["one", "two"]
+
+
+def test_processes_change_no_row(tmp_path):
+    rows = NamedRows(chats(300), "rows")
+    encoder = ConversationEncoder(tiny_tokenizer(), max_length=128, overlong="drop")
+    results = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        counts = SourceCounts("rows")
+        with DocumentWriter(folder) as writer:
+            tokenise(rows, encoder, writer, counts, source=0, workers=workers)
+        results.append((Documents.open(folder), counts))
+    (alone, alone_counts), (shared, shared_counts) = results
+    assert all((a == b).all() for a, b in zip(alone, shared, strict=True))
+    assert alone_counts == shared_counts
+
+
+def test_processes_start_only_for_many_rows():
+    assert workers_for(POOL_ROWS - 1, 16) == 0 and workers_for(POOL_ROWS, 1) == 0
+
+
+def test_data_and_tokenizers_import_no_jax():
+    program = "import sys, jaxtrain.data, jaxtrain.tokenizer; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

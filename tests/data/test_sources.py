@@ -1,0 +1,293 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxtrain.data import (
+    CsvSource,
+    HuggingFaceInstructSource,
+    HuggingFaceSource,
+    JsonLinesSource,
+    JsonSource,
+    LocalSource,
+    ParquetSource,
+    TextSource,
+)
+from jaxtrain.data.conversation import to_conversation
+from jaxtrain.recipe.data import (
+    HFDataSourceConfig,
+    LocalDataSourceConfig,
+    source_from_text,
+)
+from jaxtrain.recipe.errors import DataError, RecipeError
+
+ROWS = [{"id": n, "messages": [{"role": "user", "content": f"é{n}"}]} for n in range(10)]
+
+
+def read(cls, path, split="train", **keys):
+    path = [str(p) for p in path] if isinstance(path, list) else str(path)
+    config = cls.__annotations__.get("config") or LocalDataSourceConfig
+    return cls(config(path=path, **keys)).read(split)
+
+
+def all_rows(rows):
+    return [rows[index] for index in range(len(rows))]
+
+
+def failure(cls, path, **keys):
+    with pytest.raises((DataError, RecipeError)) as error:
+        all_rows(read(cls, path, **keys))
+    return type(error.value), str(error.value)
+
+
+def write(path, content):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write(tmp_path / "rows.jsonl", "\n".join(json.dumps(row) for row in ROWS))
+
+
+def test_every_format_gives_the_same_rows(tmp_path, jsonl):
+    array = write(tmp_path / "rows.json", json.dumps(ROWS, indent=1, ensure_ascii=False))
+    lines = write(tmp_path / "lines.json", jsonl.read_bytes())
+    packed = write(tmp_path / "rows.jsonl.gz", gzip.compress(jsonl.read_bytes()))
+    zipped = tmp_path / "rows.jsonl.zst"
+    with pa.CompressedOutputStream(str(zipped), "zstd") as stream:
+        stream.write(jsonl.read_bytes())
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert all_rows(read(JsonLinesSource, jsonl)) == ROWS
+    assert all_rows(read(JsonSource, array)) == ROWS
+    assert all_rows(read(JsonSource, lines)) == ROWS
+    assert all_rows(read(JsonLinesSource, packed)) == ROWS
+    assert all_rows(read(JsonLinesSource, zipped)) == ROWS
+    assert all_rows(read(ParquetSource, tmp_path / "rows.parquet")) == ROWS
+
+
+def test_fields_of_one_turn_are_not_given_to_the_others(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f"}]}, {}]
+    path = write(tmp_path / "rows.json", json.dumps(rows))
+    assert all_rows(read(JsonSource, path)) == rows
+
+
+def test_csv_values_are_text_and_may_hold_line_breaks(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufeffprompt,response\r\n1,"x\ny ""z"""\r\n\r\n007,\r\n')
+    rows = read(CsvSource, path)
+    assert all_rows(rows) == [
+        {"prompt": "1", "response": 'x\ny "z"'},
+        {"prompt": "007", "response": ""},
+    ]
+    assert rows.where(1) == f"{path}:5"
+
+
+def test_text_is_a_row_a_file_or_a_line(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n\ntwo\n")
+    assert all_rows(read(TextSource, path)) == [{"text": "one\n\ntwo\n"}]
+    lines = read(TextSource, path, per_line=True, column="t")
+    assert all_rows(lines) == [{"t": "one"}, {"t": "two"}]
+    assert lines.where(1) == f"{path}:3"
+
+
+def test_files_globs_lists_and_folders(tmp_path, jsonl):
+    (tmp_path / "more").mkdir()
+    other = write(tmp_path / "more" / "b.json", '[{"id": 11}]')
+    write(tmp_path / "more" / "notes.log", "no data")
+    assert len(read(LocalSource, tmp_path)) == 11
+    assert len(read(LocalSource, [jsonl, other])) == 11
+    assert len(read(JsonLinesSource, tmp_path / "*.jsonl")) == 10
+    rows = read(LocalSource, [jsonl, other], columns={"id": "number"})
+    assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1"
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [("train", range(10)), ("eval", range(10)), ("train[:3]", range(3)), ("train[8:]", (8, 9)),
+     ("eval[-2:]", (8, 9)), ("train[:20%]", (0, 1)), ("train[50%:70%]", (5, 6))],
+)  # fmt: skip
+def test_splits_of_a_file_are_slices(jsonl, split, numbers):
+    rows = read(JsonLinesSource, jsonl, split)
+    assert [row["id"] for row in all_rows(rows)] == list(numbers)
+
+
+def test_samples_are_drawn_once_and_kept_in_order(jsonl):
+    drawn = [row["id"] for row in all_rows(read(JsonLinesSource, jsonl, sample_count=4))]
+    assert len(drawn) == 4 and drawn == sorted(drawn)
+    assert all_rows(read(JsonLinesSource, jsonl, sample_ratio=0.4)) == [ROWS[n] for n in drawn]
+    other = read(JsonLinesSource, jsonl, sample_count=4, sample_seed=1)
+    assert [row["id"] for row in all_rows(other)] != drawn
+    assert len(read(JsonLinesSource, jsonl, sample_count=99)) == 10
+
+
+CASES = {
+    "no comma": (JsonSource, '[{"a":1} {"b":2}]', ":1: not JSON: Extra data at column 9, found '{\"b\":2}'"),
+    "comma at the end": (JsonSource, '[{"a":1},]', ":1: not JSON: Expecting value at column 1, found ''"),
+    "cut off": (JsonSource, '[{"a":1}', ": ends before its list does; is the file cut off?"),
+    "open text": (JsonSource, '[{"a":\n"x}]', ':2: not JSON: " without its pair'),
+    "wrong bracket": (JsonSource, '[{"a":1}}', ":1: not JSON: } without its pair"),
+    "one object": (JsonSource, '{"a":\n1}', ":1: must be a list of objects, or one object a line, found one object over several lines"),
+    "empty list": (JsonSource, "[]", ": no rows"),
+    "empty file": (JsonSource, "", ": the file is empty"),
+    "a number": (JsonSource, "5", ":1: must be a list of objects, or one object a line, found '5'"),
+    "list of numbers": (JsonSource, "[\n1]", ":2: a row must be an object, found 1"),
+    "more text": (JsonSource, '[{"a":1}]\nx', ":2: text after the end of the list"),
+    "second object": (JsonSource, '[{"a":1},\n{"a":\n}]', ":3: not JSON: Expecting value at column 1, found '}'"),
+    "line 2": (JsonLinesSource, '{"a":1}\n{"a":\n', ":2: not JSON: Expecting value at column 6, found ''"),
+    "line 3": (JsonLinesSource, '{"a":1}\n\n{a:1}\n', ":3: not JSON: Expecting property name enclosed in double quotes at column 2, found 'a:1}'"),
+    "blank": (JsonLinesSource, " \n\n", ": no rows"),
+    "not utf-8": (JsonLinesSource, b'{"a":"b"}\n{"a":"\xff"}', ":2: not UTF-8, found byte 0xff; save the file as UTF-8"),
+    "width": (CsvSource, "a,b\n1,2,3\n", ":2: 3 values, but the header has 2 columns: a, b"),
+    "open quote": (CsvSource, 'a,b\n1,"2\n', ":3: not CSV: unexpected end of data"),
+    "header alone": (CsvSource, "a,b\n", ": no rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "content", "message"), CASES.values(), ids=CASES)
+def test_a_broken_file_is_named_with_its_line(tmp_path, cls, content, message):
+    path = write(tmp_path / "bad", content)
+    assert failure(cls, path) == (DataError, f"{path}{message}")
+
+
+def test_broken_binary_files(tmp_path):
+    path = write(tmp_path / "a.parquet", "PAR1 and nothing else")
+    kind, message = failure(ParquetSource, path)
+    assert kind is DataError and message.startswith(f"{path}: not a Parquet file that can be read")
+    path = write(tmp_path / "a.jsonl.gz", "not packed")
+    kind, message = failure(JsonLinesSource, path)
+    assert kind is DataError and message.startswith(f"{path}: cannot be unpacked")
+
+
+def test_what_the_recipe_names_and_is_not_there(tmp_path):
+    assert failure(JsonSource, tmp_path / "a.json") == (
+        RecipeError,
+        f"no file or folder {tmp_path}/a.json",
+    )
+    pattern = f"{tmp_path}/*.jsonl"
+    assert failure(JsonLinesSource, pattern) == (RecipeError, f"no file matches {pattern}")
+    assert failure(LocalSource, tmp_path)[1].startswith(f"folder {tmp_path} holds no file of .json")
+    path = write(tmp_path / "a.dat", "x")
+    assert failure(LocalSource, path)[1].startswith(f"{path}: the suffix says no format")
+
+
+def test_a_split_that_is_not_there_lists_those_that_are(jsonl):
+    assert failure(JsonLinesSource, jsonl, split="traim") == (
+        DataError,
+        f"{jsonl}: no split 'traim'; there are train, eval; did you mean `train`?",
+    )
+    assert failure(JsonLinesSource, jsonl, split="train[4:4]")[1].endswith(
+        "split 'train[4:4]' is empty; train has 10 rows"
+    )
+
+
+def test_columns_that_are_not_there(jsonl):
+    assert failure(JsonLinesSource, jsonl, columns={"massages": "messages"}) == (
+        DataError,
+        f"{jsonl}:1: no column 'massages', found id, messages; did you mean `messages`?",
+    )
+    assert failure(JsonLinesSource, jsonl, role_mapping={"user": "ids"}) == (
+        DataError,
+        f"{jsonl}:1: no column 'ids', found id, messages; did you mean `id`?",
+    )
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "many.jsonl"
+    with path.open("w") as file:
+        for n in range(50_000):
+            file.write(f'{{"n": {n}, "text": "{"x" * 100}"}}\n')
+    tracemalloc.start()
+    rows = read(JsonLinesSource, path)
+    total = sum(rows[index]["n"] for index in range(0, len(rows), 10))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == sum(range(0, 50_000, 10))
+    assert peak < 50_000 * 16 * 2  # two integers a row, and room for growing
+
+
+def saved_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"query": f"q{n}", "response": f"r{n}"} for n in range(4)])
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+    rows.save_to_disk(tmp_path / "one:split")
+    return tmp_path
+
+
+def instruct(name, **keys):
+    return HuggingFaceInstructSource(HFDataSourceConfig(name_or_path=str(name), **keys))
+
+
+def test_folders_that_datasets_saved(tmp_path):
+    folder = saved_folder(tmp_path)
+    mapping = {"assistant": "response", "user": "query"}
+    rows = instruct(f"{folder}/saved:train[1:3]", role_mapping=mapping).read("train")
+    assert [turn["content"] for turn in rows[0]["messages"]] == ["q1", "r1"] and len(rows) == 2
+    assert rows.where(0) == f"{folder}/saved:train: row 1"
+    assert len(instruct(f"{folder}/one:split").read("eval")) == 4
+    mapped = instruct(f"{folder}/saved", split_mapping={"eval": "test"})
+    assert len(mapped.read("eval")) == 1
+    with pytest.raises(DataError, match="no split 'eval'; there are train, test"):
+        instruct(f"{folder}/saved").read("eval")
+
+
+def test_local_files_by_the_hubs_source(tmp_path, jsonl):
+    assert len(instruct(f"{jsonl}:train[:2]").read("train")) == 2
+    config = HFDataSourceConfig(
+        name_or_path="json", kwargs={"data_files": str(jsonl), "cache_dir": str(tmp_path / "c")}
+    )
+    assert len(HuggingFaceSource(config).read("train")) == 10
+
+
+def test_a_data_set_that_is_nowhere(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError) as error:
+        instruct("nobody/nothing-of-this-name").read("train")
+    assert str(error.value).startswith(
+        f"data set 'nobody/nothing-of-this-name' is no local file, and could not be read from "
+        f"{datasets.config.HF_DATASETS_CACHE} or the hub: "
+    )
+
+
+def test_known_data_sets_need_no_mapping(monkeypatch):
+    source = instruct("Open-Orca/OpenOrca")
+    monkeypatch.setattr(
+        source,
+        "load",
+        lambda config, split: [{"system_prompt": "", "question": "q", "response": "r"}],
+    )
+    row = source.read("train")[0]
+    assert [turn["role"] for turn in to_conversation(row).messages] == ["user", "assistant"]
+    source = instruct("nvidia/AceMath-Instruct-Training-Data")
+    turns = [{"role": "user", "content": "1+1"}]
+    monkeypatch.setattr(source, "load", lambda *_: [{"messages": turns, "answer": "2"}])
+    assert [turn["content"] for turn in source.read("train")[0]["messages"]] == ["1+1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("chitchat:eval[:5]", {"type": "chitchat", "split": "eval[:5]"}),
+        ("chats.jsonl", {"type": "jsonl", "path": "chats.jsonl"}),
+        (
+            "chats.json.gz:train[:9]",
+            {"type": "json", "path": "chats.json.gz", "split": "train[:9]"},
+        ),
+        ("org/name:train[:9]", {"type": "default", "name_or_path": "org/name:train[:9]"}),
+        ("org/name", {"type": "default", "name_or_path": "org/name"}),
+    ],
+)
+def test_sources_written_as_a_string(text, expected):
+    assert source_from_text(text, registered=["chitchat"], default="default") == expected
+
+
+def test_a_colon_in_a_path_is_no_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a:b.jsonl", "{}")
+    found = source_from_text("a:b.jsonl", registered=[], default="default")
+    assert found == {"type": "jsonl", "path": "a:b.jsonl"}

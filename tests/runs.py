@@ -1,0 +1,79 @@
+"""Small runs for tests: a model folder without weights, conversations of uneven length, a recipe."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain import SFTTrainer, get_config
+from tests.tiny import TEXTS, tiny_tokenizer
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 384, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "attention_bias": False, "mlp_bias": False, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def model_folder(folder: Path, **config: Any) -> Path:
+    """A Hugging Face folder with config and tokenizer, and no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | config))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def conversations(file: Path, count: int, *, seed: int = 0) -> Path:
+    """Rows of `messages` with very different lengths and shares of trained tokens."""
+    rng = random.Random(seed)
+    words = " ".join(TEXTS).split()
+    say = lambda most: " ".join(rng.choices(words, k=rng.randint(1, most)))
+    with file.open("w") as stream:
+        for _ in range(count):
+            turns = [("user", say(12)), ("assistant", say(12))] * rng.randint(1, 2)
+            messages = [{"role": role, "content": text} for role, text in turns]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+def recipe(folder: Path, *, rows: int = 64, **changes: Any) -> dict[str, Any]:
+    """A recipe over files in `folder`; dicts among `changes` are merged into the sections."""
+    model_folder(folder / "model")
+    conversations(folder / "rows.jsonl", rows)
+    base: dict[str, Any] = {
+        "model": {"name_or_path": str(folder / "model"), "from_scratch": True},
+        "data": {
+            "sources": [str(folder / "rows.jsonl")], "max_length": 128, "pack_samples": True,
+            "num_proc": 1,
+        },
+        "optimizer": {"lr": 1e-2},
+        "train_iters": 4,
+        "run_dir": str(folder / "run"),
+    }  # fmt: skip
+    for key, value in changes.items():
+        base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
+    return base
+
+
+def trainer(recipe: dict[str, Any], *, devices: int = 1, cls: type = SFTTrainer) -> Any:
+    return cls(get_config(recipe), devices=jax.devices()[:devices])
+
+
+def losses(trainer: Any, steps: int) -> list[float]:
+    """Loss of each of the first updates."""
+    found = []
+    for batch in trainer.data.train_batches(0, steps):
+        trainer.state, metrics = trainer.step(trainer.state, trainer.geometry.on_devices(batch))
+        found.append(metrics["loss"])
+    return [float(loss) for loss in found]
+
+
+def host(tree: Any) -> dict[str, np.ndarray]:
+    """Path → array on the host."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -1,0 +1,161 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.model import TokenizerConfig
+from jaxtrain.tokenizer import load_tokenizer, save_tokenizer
+from tests.tiny import CHATML, HEADERS, chat, tiny_tokenizer
+
+TEXTS = (
+    "I don't know 12345 rivers, 1,000.50 or 7; it's HERE'S.",
+    "  two  spaces\n\n\tand a tab \r\n",
+    "naïve café ½ 日本語 🙂 e\u0301",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "",
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def load(path, **keys):
+    return load_tokenizer(TokenizerConfig(**keys), path)
+
+
+def failure(path, **keys):
+    with pytest.raises(RecipeError) as error:
+        load(path, **keys)
+    return str(error.value)
+
+
+def test_a_saved_tokenizer_comes_back_the_same(folder):
+    again, original = load(folder), tiny_tokenizer()
+    for text in TEXTS:
+        assert again(text)["input_ids"] == original(text)["input_ids"]
+    messages = chat("a", "b")
+    assert again.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(
+        messages, tokenize=False
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_the_recipes_tokenizer_goes_before_the_models(folder, tmp_path):
+    assert load(tmp_path, name_or_path=str(folder)).vocab_size == 384
+
+
+def test_a_template_as_text_or_as_a_file(folder, tmp_path):
+    (tmp_path / "own.jinja").write_text(HEADERS)
+    for template in (HEADERS, str(tmp_path / "own.jinja")):
+        tokenizer = load(folder, chat_template=template)
+        assert tokenizer.chat_template == HEADERS
+        save_tokenizer(tokenizer, tmp_path / "out")
+        assert load(tmp_path / "out").chat_template == HEADERS
+
+
+def test_bad_templates_are_said(folder, tmp_path):
+    assert failure(folder, chat_template="nowhere.jinja") == (
+        "tokenizer.chat_template: no file 'nowhere.jinja'"
+    )
+    assert failure(folder, chat_template="no template").endswith("and it is no Jinja text")
+    assert failure(folder, chat_template="{% for m in messages %}\n{% end %}").startswith(
+        "tokenizer.chat_template: line 2: "
+    )
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    assert failure(folder, chat_template=str(tmp_path / "latin.jinja")).endswith("is not UTF-8")
+
+
+def test_a_template_may_refuse_the_probe(folder):
+    refusing = "{{ raise_exception('never') }}"
+    assert load(folder, chat_template=refusing).chat_template == refusing
+
+
+def test_pad_falls_back_to_the_end_of_text(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(folder)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+
+
+def test_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert failure(tmp_path / "a.gguf") == f"tokenizer: no file {tmp_path}/a.gguf"
+    (tmp_path / "empty").mkdir()
+    assert failure(tmp_path / "empty") == (
+        f"{tmp_path}/empty holds no tokenizer that can be read; found no file"
+    )
+    assert failure(tmp_path, name_or_path="nobody/nothing") == (
+        "tokenizer 'nobody/nothing' is neither a folder nor in the hub's cache (offline)"
+    )
+
+
+def gguf_file(path, *, pre="gpt-2", model="gpt2", bos=False):
+    """Metadata of the tiny tokenizer, as converters write it, and one small tensor."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = sorted(state["model"]["vocab"].items(), key=lambda item: item[1])
+    special = {token["content"] for token in state["added_tokens"]}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_tokenizer_model(model)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for token, _ in vocab])
+    writer.add_token_types([3 if token in special else 1 for token, _ in vocab])
+    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(bos)
+    writer.add_chat_template(CHATML)
+    writer.add_tensor("token_embd.weight", np.zeros((1, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", None])
+def test_a_gguf_file_gives_the_ids_of_the_tokenizer_it_was_made_of(tmp_path, pre):
+    found, original = load(gguf_file(tmp_path / "a.gguf", pre=pre)), tiny_tokenizer()
+    for text in TEXTS:
+        assert found(text)["input_ids"] == original(text)["input_ids"]
+        assert found.decode(found(text)["input_ids"]) == text
+    assert found.eos_token == found.pad_token == "<|im_end|>" and found.model_max_length == 64
+    assert found.chat_template == CHATML
+
+
+CUTS = {
+    "gpt-2": ["Ġ", "Ġ12345", "!!", "Ċ"],
+    "smollm": ["ĠĠ", "1", "2", "3", "4", "5", "!!", "Ċ"],  # digits are cut off before the rest
+    "llama-bpe": ["Ġ", "Ġ", "123", "45", "!!Ċ"],
+    "qwen2": ["Ġ", "Ġ", "1", "2", "3", "4", "5", "!!Ċ"],
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_pre_tokenizers_cut_as_their_regex_says(tmp_path, pre):
+    backend = load(gguf_file(tmp_path / "a.gguf", pre=pre)).backend_tokenizer
+    cuts = [cut for cut, _ in backend.pre_tokenizer.pre_tokenize_str("Idon't  12345!!\n")]
+    assert cuts == ["Idon", "'t", *CUTS[pre]]
+
+
+def test_bos_is_added_when_the_file_says_so(tmp_path):
+    tokenizer = load(gguf_file(tmp_path / "a.gguf", bos=True))
+    assert tokenizer("yes")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path):
+    path = gguf_file(tmp_path / "a.gguf", pre="qwen3")
+    assert failure(path).startswith(f"{path}: tokenizer.ggml.pre is 'qwen3', known are default, ")
+    path = gguf_file(tmp_path / "b.gguf", model="llama")
+    assert failure(path).startswith(f"{path}: tokenizer.ggml.model is 'llama'; only byte-level")
+    (tmp_path / "c.gguf").write_bytes(b"no such thing")
+    assert failure(tmp_path / "c.gguf").startswith(f"{tmp_path}/c.gguf: not a GGUF file")

@@ -1,0 +1,94 @@
+"""A mesh changes where arrays live and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import Loss, SFTTrainer, TrainerConfig, register
+from jaxtrain.recipe.errors import RecipeError
+from tests.runs import host, losses, model_folder, recipe, trainer
+
+ROWS = 8  # an update, on every mesh
+STEPS = 20
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 4, "data": 2},
+    {"fsdp": 2, "tensor": 4},
+    {"pipeline": 2, "data": 2, "tensor": 2},
+    {"pipeline": 4, "fsdp": 2},  # six layers on four stages
+]
+
+
+class FocalConfig(TrainerConfig):
+    gamma: float = 2.0
+
+
+@register
+class FocalTrainer(SFTTrainer):
+    name = "focal"
+    config: FocalConfig
+
+    def loss_fn(self, model, batch, key):
+        nll = -model.token_log_probs(batch)
+        w = batch.loss_weights
+        return Loss((nll * (1 - jnp.exp(-nll)) ** self.config.gamma * w).sum(), w.sum())
+
+
+def on_mesh(folder, mesh, **changes):
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    devices = int(np.prod(list(mesh.values()) or [1]))
+    written = recipe(folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes)
+    return trainer(written, devices=devices, cls=FocalTrainer if "type" in changes else SFTTrainer)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Initial parameters and losses of one device, by trainer."""
+    found = {}
+    for kind in ("sft", "focal"):
+        run = on_mesh(tmp_path_factory.mktemp(kind), {}, **({"type": "focal"} if kind == "focal" else {}))
+        params = host(run.state.params)
+        found[kind] = (params, losses(run, STEPS))
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items()))
+@pytest.mark.parametrize("kind", ["sft", "focal"])
+def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
+    run = on_mesh(tmp_path, mesh, **({"type": "focal"} if kind == "focal" else {}))
+    params, expected = alone[kind]
+    for name, array in host(run.state.params).items():
+        np.testing.assert_array_equal(array, params[name], err_msg=name)
+    found = losses(run, STEPS)
+    assert np.abs(np.array(found) - expected).max() < 1e-5
+    assert found[-1] < 0.9 * found[0]  # it trains
+
+
+def test_no_parameter_or_moment_is_whole_on_a_device(tmp_path):
+    run = on_mesh(tmp_path, {"fsdp": 8})
+    for name, leaf in jax.tree_util.tree_leaves_with_path((run.state.params, run.state.opt_state)):
+        if leaf.ndim > 2:
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, name
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ({"tensor": 8}, "mesh.tensor: 8 does not divide 4 key/value heads; use one of [1, 2, 4]"),
+        ({"data": 3}, "mesh: data 3 does not fit 8 devices"),
+        ({"data": 16}, "mesh: data 16 does not fit 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_what_would(tmp_path, mesh, expected):
+    with pytest.raises(RecipeError) as error:
+        trainer(recipe(tmp_path, mesh=mesh), devices=8)
+    assert expected in str(error.value)
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_named(tmp_path):
+    written = recipe(tmp_path, mesh={"tensor": 2, "data": 1})
+    model_folder(tmp_path / "model", vocab_size=385)
+    with pytest.raises(RecipeError, match="2 does not divide 385 tokens of the vocabulary"):
+        trainer(written, devices=2)
