@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.hf_config import family_of
+from jaxtrain.model.hf_config import decoder_config, family_of
 from jaxtrain.model.tensor_file import ToWrite, write_folder
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
@@ -35,6 +35,7 @@ def save_pretrained(
     `add_files` is called with the unfinished folder, to put the tokenizer in. Nothing stands under
     the name `folder` before all is written.
     """
+    assert decoder_config(hf_config) == config, "an export would describe another model"
     with _replaced(folder) as unfinished:
         tensors = to_hf_tensors(params, config, dtype)
         write_folder(unfinished, tensors, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)

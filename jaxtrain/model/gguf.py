@@ -32,7 +32,31 @@ PER_LAYER = {
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
     """config.json, rebuilt from the file's metadata; WeightError for a model that is no Llama."""
+    return _config(path, _open(path))
+
+
+def read_gguf_tensors(path: Path) -> dict[str, Stored]:
+    """Hugging Face names and shapes; a tensor is dequantised to float32 each time it is read."""
     reader = _open(path)
+    config = _config(path, reader)
+    heads = {
+        "attn_q.weight": config["num_attention_heads"],
+        "attn_k.weight": config["num_key_value_heads"] or config["num_attention_heads"],
+    }
+    tensors = {}
+    for tensor in reader.tensors:
+        name, rotated_heads = tensor.name, None
+        match name.split(".", 2):
+            case ["blk", layer, kind] if kind in PER_LAYER:
+                name, rotated_heads = f"model.layers.{layer}.{PER_LAYER[kind]}", heads.get(kind)
+            case _:
+                name = FIXED.get(name, name)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[name] = Stored(shape, partial(_read, path, tensor, shape, rotated_heads))
+    return tensors
+
+
+def _config(path: Path, reader: Any) -> dict[str, Any]:
     kv = {name: field.contents() for name, field in reader.fields.items()}
     architecture = kv.get("general.architecture")
     if architecture != "llama":
@@ -66,27 +90,6 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         if (token := kv.get(f"tokenizer.ggml.{field}_token_id")) is not None:
             config[f"{'pad' if field == 'padding' else field}_token_id"] = token
     return config
-
-
-def read_gguf_tensors(path: Path) -> dict[str, Stored]:
-    """Hugging Face names and shapes; a tensor is dequantised to float32 each time it is read."""
-    reader = _open(path)
-    config = read_gguf_config(path)
-    heads = {
-        "attn_q.weight": config["num_attention_heads"],
-        "attn_k.weight": config["num_key_value_heads"] or config["num_attention_heads"],
-    }
-    tensors = {}
-    for tensor in reader.tensors:
-        name, rotated_heads = tensor.name, None
-        match name.split(".", 2):
-            case ["blk", layer, kind] if kind in PER_LAYER:
-                name, rotated_heads = f"model.layers.{layer}.{PER_LAYER[kind]}", heads.get(kind)
-            case _:
-                name = FIXED.get(name, name)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[name] = Stored(shape, partial(_read, path, tensor, shape, rotated_heads))
-    return tensors
 
 
 def _read(path: Path, tensor: Any, shape: tuple[int, ...], rotated_heads: int | None) -> np.ndarray:

@@ -154,7 +154,8 @@ class Attention(nnx.Module):
             q_places=view.q_places,
             kv_places=view.kv_places,
             window=self.window,
-            implementation=self.implementation,
+            # A cache is in any order and often met by one query: flash kernels do neither.
+            implementation=self.implementation if cache is None else "reference",
         )
         y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], contract=3)
         if self.out_bias is not None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import batch_of, random_tokens
+from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
 from jaxtrain.model.config import DecoderConfig, Execution, LayerSpec, grouped

@@ -7,18 +7,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from tiny_models import (
-    FAMILIES,
-    batch_of,
-    described,
-    hf_model,
-    loaded,
-    on_one_device,
-    random_tokens,
-    saved,
-    torch,
-    transformers,
-)
+from model_rows import batch_of, random_tokens
+from tiny_models import FAMILIES, described, hf_model, loaded, on_one_device, saved, torch, transformers
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.export import save_pretrained

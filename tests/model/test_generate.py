@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from tiny_models import batch_of, hf_model, loaded, saved, torch
+from model_rows import batch_of
+from tiny_models import hf_model, loaded, saved, torch
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.generate import generate

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import batch_of, loaded
+from model_rows import batch_of
+from tiny_models import loaded
 
 from jaxtrain.assets import fetch
 from jaxtrain.model.decoder import merge

@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
-from jaxtrain.batch import Batch
 from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.decoder import Model, abstract
 from jaxtrain.model.source import read_config
@@ -98,23 +96,3 @@ def loaded(folder: Path, **options: Any) -> tuple[DecoderConfig, dict[str, Any],
     config, hf, model = described(folder)
     params = load_params(folder, config, model.shapes, on_one_device(model.shapes), **options)
     return config, hf, model, params
-
-
-def batch_of(tokens: np.ndarray, segments: np.ndarray | None = None) -> Batch:
-    """One document a row, or those of `segments`."""
-    segments = np.ones_like(tokens) if segments is None else segments
-    starts = np.diff(segments, axis=1, prepend=0) != 0
-    index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    weights = np.where(starts | (segments == 0), 0, 1).astype(np.float32)
-    return Batch(
-        tokens.astype(np.int32),
-        positions.astype(np.int32),
-        segments.astype(np.int32),
-        weights,
-        np.arange(len(tokens), dtype=np.int32),
-    )
-
-
-def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, 96, (rows, length)).astype(np.int32)
