@@ -34,8 +34,8 @@ def attention(
     back. Padding (segment 0) comes out as exactly 0 and gets no gradient. With T == S the row looks
     at itself and must be in order: positions rise with the index inside a segment. With T != S the
     keys are a cache, in any order; an empty slot of it has segment 0 and finite contents. `scale`
-    None is 1/sqrt(H). `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
-    cannot do a shape raise NotImplementedError.
+    None is 1/sqrt(H). `implementation` is what `choose` named, or 'splash_interpret' for a test on
+    CPU; those that cannot do a shape raise NotImplementedError.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
