@@ -1,0 +1,58 @@
+"""Compile a small Llama's packed step for a named target and a mesh; prints what came of it as JSON."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from jax.experimental import topologies
+
+from jaxtrain import SFTTrainer, get_config
+from jaxtrain.data import DataShape
+from tests.runs import model_folder, recipe
+
+H200 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: 132 fpus_per_core: 128 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 150000000000 cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+TOKENS = 512
+
+
+def main(target: str, mesh: dict[str, int]) -> None:
+    if target == "v5e":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x8", target_config=H200
+        )
+    folder = Path(tempfile.mkdtemp())
+    written = recipe(folder, mesh=mesh, micro_batch_size=4, gradient_accumulation_steps=2)
+    model_folder(
+        folder / "model", hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=2048,
+        max_position_embeddings=TOKENS,
+    )  # fmt: skip
+    run = SFTTrainer(get_config(written), devices=topology.devices, data=DataShape(TOKENS))
+    lowered = run.step.lower(run.state_shapes, run.geometry.batch_shapes(TOKENS))
+    memory = lowered.compile().memory_analysis()
+    print(
+        json.dumps(
+            {
+                "has_splash": "tpu_custom_call" in lowered.as_text(),
+                "alias_bytes": memory.alias_size_in_bytes,
+                "output_bytes": memory.output_size_in_bytes,
+                "peak_bytes": memory.peak_memory_in_bytes,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,62 @@
+"""The whole step compiles for hardware that is not here, with the real compilers."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
+SITE = Path(tempfile.gettempdir()) / "jaxtrain-test-compilers"
+TARGETS = {
+    "v5e": "libtpu",
+    "h200": f"jax-cuda12-plugin=={metadata.version('jax')} jax-cuda12-pjrt=={metadata.version('jax')} "
+    "nvidia-cuda-nvcc-cu12",
+}
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 8},
+    {"pipeline": 2, "data": 2, "tensor": 2},
+]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    """A compiler, installed beside the environment and not into it."""
+    site = SITE / request.param
+    if not (site / "installed").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
+        done = subprocess.run([*pip, *TARGETS[request.param].split()], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot install {TARGETS[request.param]}: {done.stderr[-300:]}")
+        (site / "installed").touch()
+    return request.param, site
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items()))
+def test_the_step_compiles(target, mesh):
+    name, site = target
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{site}",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
+    program = str(Path(__file__).with_name("compile_ahead.py"))
+    done = subprocess.run(
+        [sys.executable, program, name, json.dumps(mesh)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["has_splash"] == (name == "v5e")
+    assert found["alias_bytes"] > 0.9 * found["output_bytes"], "the state must be donated"
+    assert 0 < found["peak_bytes"] < 16 * 2**30

