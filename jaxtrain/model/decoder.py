@@ -114,13 +114,17 @@ class Decoder(nnx.Module):
 
     def view(self, batch: Batch) -> View:
         places = Places(batch.segments, batch.positions)
-        return View(places, places, *rotation(self.config.rope, self.config.head_size, places.positions))
+        return View(
+            places, places, *rotation(self.config.rope, self.config.head_size, places.positions)
+        )
 
     def embedded(self, tokens_BT: Array) -> Array:
         x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)
         return constrain(x_BTD, "batch", None, None)
 
-    def stack(self, x_BTD: Array, view: View, caches: Caches | None = None) -> tuple[Array, Caches | None]:
+    def stack(
+        self, x_BTD: Array, view: View, caches: Caches | None = None
+    ) -> tuple[Array, Caches | None]:
         """All layers; with caches, also the caches with these tokens in them."""
         if self.execution.stages > 1 and caches is None:
             return self._staged(x_BTD, view), None
@@ -134,7 +138,7 @@ class Decoder(nnx.Module):
         return x_BTD, (None if caches is None else filled)
 
     def _staged(self, x_BTD: Array, view: View) -> Array:
-        """All layers, cut into stages over the `pipeline` axis, a microbatch of the rows at a time."""
+        """All layers, cut into stages over the `pipeline` axis, a microbatch at a time."""
         stages, num_microbatches = self.execution.stages, self.execution.microbatches
         (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of trained parameters, written a tensor at a time and never seen half done."""
+"""A Hugging Face folder of trained parameters, written a tensor at a time, never seen half done."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def save_pretrained(
     generation_config: Mapping[str, Any] | None = None,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Replaces `folder` by one that transformers loads: weights, config.json, generation_config.json.
+    """Replaces `folder` by one that transformers loads: weights, config, generation config.
 
     `add_files` is called with the unfinished folder, to put the tokenizer in. Nothing stands under
     the name `folder` before all is written.
@@ -46,21 +46,24 @@ def save_pretrained(
 
 
 def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, ToWrite]:
-    """Every tensor by its Hugging Face name, in the order of the file; made when it is asked for."""
+    """Every tensor by its Hugging Face name, in the order of the file; made when asked for."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(piece, leaf) for path, leaf in leaves for piece in pieces(config, path_name(path))]
     tensors.sort(key=lambda tensor: (tensor[0].layer is None, tensor[0].name))
-    return {piece.name: ToWrite(piece.shape, partial(_make, piece, leaf, dtype)) for piece, leaf in tensors}
+    return {
+        piece.name: ToWrite(piece.shape, partial(_make, piece, leaf, dtype))
+        for piece, leaf in tensors
+    }
 
 
 def _make(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
-    """One tensor on the host: only its own layer leaves the devices, already in the dtype asked for."""
+    """One tensor on the host: only its own layer leaves the devices, in the dtype asked for."""
     ours = leaf if piece.layer is None else leaf[piece.layer]
     return piece.to_theirs(np.asarray(ours[piece.place].astype(dtype)))
 
 
 def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json as it was read, rope in the style in which it came, with the dtype of the weights."""
+    """config.json as it was read, rope in the style in which it came, and the dtype of the file."""
     config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     family = family_of(hf_config)
     config |= {"architectures": [family.architecture], "model_type": family.name}

@@ -67,7 +67,9 @@ ROWS = (
     Row("norm", (Tensor("model.norm.weight", "D", "D"),)),
     Row("head", (Tensor("lm_head.weight", "V D", "D V"),)),
 )
-QKV_BIAS = Row("attention/qkv_bias", _attention("bias", ("K G H", "K 1 H", "K 1 H"), ("KGH", "KH")), 1)
+QKV_BIAS = Row(
+    "attention/qkv_bias", _attention("bias", ("K G H", "K 1 H", "K 1 H"), ("KGH", "KH")), 1
+)
 OUT_BIAS = Row("attention/out_bias", (_layer("self_attn.o_proj.bias", "D", "D"),))
 QK_NORM = (
     Row("attention/q_norm", (_layer("self_attn.q_norm.weight", "H", "H"),)),

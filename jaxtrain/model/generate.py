@@ -61,7 +61,13 @@ def generate(
 
     With `top_p` below 1 only the likeliest tokens that together reach it are drawn from.
     """
-    if not prompts or not all(prompts) or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if (
+        not prompts
+        or not all(prompts)
+        or max_new_tokens < 1
+        or temperature < 0
+        or not 0 < top_p <= 1
+    ):
         raise ValueError(
             "generate needs prompts of at least one token, max_new_tokens >= 1, temperature >= 0 "
             f"and 0 < top_p <= 1; found prompts of {[len(p) for p in prompts]} tokens, "
@@ -130,7 +136,9 @@ def _prefilled(
     )
 
 
-def _one_token(model: Decoder, sampling: Sampling, P: int, lengths_B: Array, progress: Progress) -> Progress:
+def _one_token(
+    model: Decoder, sampling: Sampling, P: int, lengths_B: Array, progress: Progress
+) -> Progress:
     """Chooses a token from the logits at hand, and computes those of the next."""
     key, draw = jax.random.split(progress.key)
     token_B = _chosen(progress.logits_BV, sampling, draw)

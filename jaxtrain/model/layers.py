@@ -188,8 +188,12 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config, initial, L)
         self.eps = config.rms_eps
 
-    def __call__(self, x_BTD: Array, view: View, cache: Cache | None = None) -> tuple[Array, Cache | None]:
-        mixed_BTD, cache = self.attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), view, cache)
+    def __call__(
+        self, x_BTD: Array, view: View, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
+        mixed_BTD, cache = self.attention(
+            rms_norm(x_BTD, self.attention_norm[...], self.eps), view, cache
+        )
         x_BTD = x_BTD + mixed_BTD
         x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))
         return constrain(x_BTD, "batch", None, None), cache

@@ -49,7 +49,9 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)  # some files carry both spellings
     if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError("partial_rotary_factor must be 1.0; rotating part of a head is not built in")
+        raise ValueError(
+            "partial_rotary_factor must be 1.0; rotating part of a head is not built in"
+        )
     if kind == "default":
         return Rope(theta)
     if kind == "linear":

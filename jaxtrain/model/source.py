@@ -80,7 +80,9 @@ def _is_complete(folder: Path, *, with_weights: bool) -> bool:
     if not with_weights or (folder / SINGLE).is_file():
         return True
     index = folder / INDEX
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
+    files = (
+        set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
+    )
     return all((folder / file).is_file() for file in files)
 
 

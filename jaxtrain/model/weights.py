@@ -70,7 +70,9 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     return list(_row_pieces(config, rows[path], None, None))
 
 
-def _row_pieces(config: DecoderConfig, row: Row, at: int | None, number: int | None) -> Iterator[Piece]:
+def _row_pieces(
+    config: DecoderConfig, row: Row, at: int | None, number: int | None
+) -> Iterator[Piece]:
     size = sizes(config)
     ours = [[size[letter] for letter in tensor.ours.split()] for tensor in row.tensors]
     ends = list(accumulate(shape[row.joined or 0] for shape in ours))
@@ -150,8 +152,12 @@ def _assembled(
         ]
         if any(begin >= end for begin, end in overlaps):
             continue
-        here = tuple(slice(a - begin, b - begin) for (a, b), (begin, _) in zip(overlaps, inner, strict=True))
-        there = tuple(slice(a - p.start, b - p.start) for (a, b), p in zip(overlaps, part.place, strict=True))
+        here = tuple(
+            slice(a - begin, b - begin) for (a, b), (begin, _) in zip(overlaps, inner, strict=True)
+        )
+        there = tuple(
+            slice(a - p.start, b - p.start) for (a, b), p in zip(overlaps, part.place, strict=True)
+        )
         target[here] = part.to_ours(stored[part.name].read())[there]
     return out
 
@@ -162,29 +168,29 @@ def _check(
     wanted: Mapping[str, tuple[int, ...]],
     config: DecoderConfig,
 ) -> None:
-    faults = []
-    missing = [name for name in wanted if name not in stored]
-    faults += _listed(path, missing, lambda name: f"tensor {name} {list(wanted[name])} is missing")
-    reshaped = [name for name in wanted if name in stored and stored[name].shape != wanted[name]]
-    faults += _listed(
-        path,
-        reshaped,
-        lambda name: (
-            f"tensor {name} must be {list(wanted[name])} by config.json, found {list(stored[name].shape)}"
-        ),
-    )
-    harmless = re.compile("|".join(HARMLESS + ((r"lm_head\.weight",) if config.tied else ())))
-    unknown = [name for name in stored if name not in wanted and not harmless.fullmatch(name)]
-    faults += _listed(
-        path, unknown, lambda name: f"tensor {name} {list(stored[name].shape)} has no place in "
-        f"a {config.family} model of this config.json",
-    )  # fmt: skip
+    harmless = re.compile("|".join((*HARMLESS, *((r"lm_head\.weight",) if config.tied else ()))))
+    missing = [
+        f"tensor {name} {list(shape)} is missing"
+        for name, shape in wanted.items()
+        if name not in stored
+    ]
+    reshaped = [
+        f"tensor {name} must be {list(shape)} by config.json, found {list(stored[name].shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    unknown = [
+        f"tensor {name} {list(found.shape)} has no place in a {config.family} model of this config"
+        for name, found in stored.items()
+        if name not in wanted and not harmless.fullmatch(name)
+    ]
+    faults = [*_listed(path, missing), *_listed(path, reshaped), *_listed(path, unknown)]
     if faults:
         raise WeightError(faults)
 
 
-def _listed(path: Path, names: list[str], what: Callable[[str], str]) -> list[Fault]:
-    faults = [Fault(str(path), what(name)) for name in names[:NAMED_FAULTS]]
-    if len(names) > NAMED_FAULTS:
-        faults.append(Fault(str(path), f"and {len(names) - NAMED_FAULTS} more of this kind"))
+def _listed(path: Path, lines: list[str]) -> list[Fault]:
+    faults = [Fault(str(path), line) for line in lines[:NAMED_FAULTS]]
+    if len(lines) > NAMED_FAULTS:
+        faults.append(Fault(str(path), f"and {len(lines) - NAMED_FAULTS} more of this kind"))
     return faults

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from model_rows import batch_of, random_tokens
-from tiny_models import FAMILIES, described, hf_model, loaded, on_one_device, saved, torch, transformers
+from tiny_models import (
+    FAMILIES,
+    described,
+    hf_model,
+    loaded,
+    on_one_device,
+    saved,
+    torch,
+    transformers,
+)
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.export import save_pretrained

@@ -56,8 +56,12 @@ def test_sampled_tokens_follow_the_probabilities(qwen):
     counts = np.bincount(np.ravel(drawn), minlength=len(probs))
     # Four standard deviations of each count, and one more count for the rare tokens.
     assert (abs(counts - rows * probs) < 4 * np.sqrt(rows * probs) + 1).all()
-    kept = np.flatnonzero(probs >= np.sort(probs)[::-1][np.cumsum(np.sort(probs)[::-1]) < 0.5].min())
-    nucleus = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=1.0, top_p=0.5)
+    kept = np.flatnonzero(
+        probs >= np.sort(probs)[::-1][np.cumsum(np.sort(probs)[::-1]) < 0.5].min()
+    )
+    nucleus = generate(
+        graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=1.0, top_p=0.5
+    )
     assert set(kept) <= set(np.ravel(nucleus)) and len(set(np.ravel(nucleus))) == len(kept) + 1
 
 

@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M-Instruct (Q4_1, dequantised) against what transformers computes with it."""
+"""Real weights: SmolLM2-135M-Instruct (Q4_1, dequantised) against what transformers computes."""
 
 import json
 from pathlib import Path

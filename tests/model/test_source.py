@@ -16,7 +16,12 @@ from jaxtrain.model.tensor_file import SINGLE, read_folder
 from jaxtrain.recipe.errors import RecipeError, WeightError
 from jaxtrain.recipe.model import ModelConfig
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **SIZES}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    **SIZES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,9 @@ def test_many_missing_tensors_are_counted(folder):
 
 def test_a_folder_without_weights_says_what_it_looked_for(folder):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(WeightError, match=r"found pytorch_model.bin; pickled weights are never read"):
+    with pytest.raises(
+        WeightError, match=r"found pytorch_model.bin; pickled weights are never read"
+    ):
         loaded(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(WeightError, match="no weights at all"):
@@ -87,7 +94,8 @@ def with_broken_json(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated, with_a_long_header, with_broken_json, lambda data: b"", lambda data: b"\0" * 8]
+    "damage",
+    [truncated, with_a_long_header, with_broken_json, lambda data: b"", lambda data: b"\0" * 8],
 )
 def test_a_broken_safetensors_file_is_a_weight_error(folder, damage):
     file = folder / SINGLE
@@ -140,7 +148,9 @@ def test_layer_types_must_fit_the_layers():
 
 
 def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
-    scaled = rope.read_rope({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}})
+    scaled = rope.read_rope(
+        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}}
+    )
     plain = rope.frequencies(rope.Rope(1000.0), 64)
     ratio = plain / rope.frequencies(scaled, 64)
     assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()
@@ -161,7 +171,10 @@ def test_an_unknown_field_is_refused_with_the_nearest(good):
     ("fields", "expected"),
     [
         ({"num_hidden_layers": 2}, "model.layers.2.self_attn.o_proj.weight from [32, 32] to none"),
-        ({"intermediate_size": 64}, "model.layers.0.mlp.down_proj.weight from [32, 48] to [32, 64]"),
+        (
+            {"intermediate_size": 64},
+            "model.layers.0.mlp.down_proj.weight from [32, 48] to [32, 64]",
+        ),
         ({"tie_word_embeddings": True}, "lm_head.weight from [96, 32] to none"),
     ],
 )
