@@ -44,7 +44,6 @@ _HOME = {
     "jaxtrain.trainer.trainer": ("Trainer", "TrainOutput"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,11 @@ from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.registry import Factory
 
-WANTED_ATTENTION: dict[str, Wanted] = {"eager": "reference", "reference": "reference", "pallas": "pallas"}
+WANTED_ATTENTION: dict[str, Wanted] = {
+    "eager": "reference",
+    "reference": "reference",
+    "pallas": "pallas",
+}
 """`attn_implementation` → what the kernel is asked for; everything else is automatic."""
 
 

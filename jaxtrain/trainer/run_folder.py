@@ -55,8 +55,8 @@ class RunFolder:
             )
         if not may_resume:
             raise RecipeError(
-                f"run_dir: {self.path} holds a run of this recipe; remove it, write another run_dir, "
-                "or set auto_resume on an `orbax` checkpoint entry"
+                f"run_dir: {self.path} holds a run of this recipe; remove it, write another "
+                "run_dir, or set auto_resume on an `orbax` checkpoint entry"
             )
 
     def open(self, *, resumed_at: int) -> None:

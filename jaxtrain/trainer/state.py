@@ -44,7 +44,7 @@ def state_shardings(
         param_shardings,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, param_shardings, {}, opt_state)
+    return TrainState(replicated, param_shardings, {}, opt_state)  # type: ignore[arg-type]
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
