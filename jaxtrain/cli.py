@@ -44,12 +44,11 @@ def cli(ctx: click.Context) -> None:
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
+    from jaxtrain import registry
     from jaxtrain.recipe.resolve import get_config
 
     config = get_config(recipe, as_overrides(overrides))
-
-    from jaxtrain import registry
-
+    remember_compilations()
     registry.find("trainer", config.type)(config).train()
 
 
@@ -87,6 +86,13 @@ def main() -> None:
             raise
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+
+
+def remember_compilations() -> None:
+    """Keep compiled programs in the user's cache; jax reads the setting when it is imported."""
+    from jaxtrain.assets import cache_folder
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
 
 
 def use_huge_pages() -> None:

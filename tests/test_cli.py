@@ -63,6 +63,8 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     }
     assert yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["learning_rate"] == 1e-3
     assert json.loads((run / "run.json").read_text())["argv"][-1] == "1e-3"
+    log = (run / "logs" / "rank_0.log").read_text()
+    assert "INFO step 3/3  loss " in log and "INFO model: " in log
     rows = [json.loads(line) for line in (run / "train-log-metrics.jsonl").open()]
     assert [row["iter"] for row in rows if "loss" in row] == [1, 2, 3]
     assert [row["iter"] for row in rows if "eval/loss" in row] == [0, 2, 3]
