@@ -284,6 +284,7 @@ def run_user_code(file: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+        registry.settle()
     except BaseException as error:  # whatever the user's file raises, the person gets its line
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):
