@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in a rendered conversation.
+"""Where turns stand in a rendered conversation.
 
 A span is what a turn adds to what the model is given before it: it starts after the generation
 prompt and ends with the turn. It is found from renderings, never by looking for the reply's text,
@@ -28,16 +28,15 @@ class Span(NamedTuple):
     end: int
 
 
-def assistant_spans(render: Render, messages: list[Message], text: str) -> list[Span]:
-    """One span for each assistant turn of `text`, rising; DataError when they cannot be proven."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def turn_spans(render: Render, messages: list[Message], turns: list[int], text: str) -> list[Span]:
+    """One span for each of `turns` in `text`, rising; DataError when they cannot be proven."""
     ways = (by_prefixes, by_marks) if len(turns) <= FEW_TURNS else (by_marks, by_prefixes)
     for way in ways:
         spans = way(render, messages, turns, text)
         if spans is not None:
             return spans
     raise DataError(
-        "the chat template rewrites turns, and where the assistant's text stands cannot be proven; "
+        "the chat template rewrites turns, and where the trained text stands cannot be proven; "
         "set tokenizer.chat_template to one that keeps turns as they are, or that puts "
         "{% generation %} around them"
     )
