@@ -22,6 +22,7 @@ from jaxtrain.data.rows import rows_digest
 from jaxtrain.data.source import DataSource
 from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
+from jaxtrain.data.warnings import document_warnings, set_warnings, source_warnings
 from jaxtrain.recipe.errors import DataError
 
 Processed = tuple[Documents, tuple[SourceCounts, ...]]
@@ -156,10 +157,15 @@ class DocumentFactory(DataFactory, abstract=True):
             for name, (docs, rows) in planned.items()
         }
         sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())
+        warnings = [
+            *(text for source in ledger.sources for text in source_warnings(source)),
+            *(text for counts in sets for text in set_warnings(counts)),
+            *document_warnings(documents, self.tokenizer.bos_token_id),
+        ]
         return TrainingData(
             train=plans.pop("train"),
             evals=plans,
-            ledger=Ledger(ledger.sources, sets, ledger.notes),
+            ledger=Ledger(ledger.sources, sets, ledger.notes, tuple(warnings)),
             threads=self.config.dl_num_workers,
             process_index=process_index,
             process_count=process_count,

@@ -81,8 +81,6 @@ class SourceCounts:
         if self.turns:
             share = self.ended_turns / self.turns
             lines.append(f"  end of turn trained in {share:.1%} of {self.turns} assistant turns")
-        if self.turns and not self.ended_turns:
-            lines.append("  warning: no turn ends in a special token; the model may never stop")
         return lines
 
 
@@ -130,6 +128,7 @@ class Ledger:
     sets: tuple[SetCounts, ...]
     notes: tuple[str, ...] = ()
     """Whether prepared rows were found, and why not."""
+    warnings: tuple[str, ...] = ()
 
     def joined(self, other: "Ledger") -> "Ledger":
         return Ledger(
@@ -139,7 +138,7 @@ class Ledger:
     def lines(self) -> list[str]:
         """For the log: what was read, then what came of it."""
         counted = [line for part in (*self.sources, *self.sets) for line in part.lines()]
-        return [*counted, *self.notes]
+        return [*counted, *self.notes, *(f"warning: {text}" for text in self.warnings)]
 
 
 def length_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
