@@ -31,16 +31,15 @@ class Renderer:
         """The whole conversation; DataError when the template refuses it or hides its tools."""
         try:
             text = self._render(conversation.messages, conversation.tools)
-            for field, without in _without_tools(conversation):
-                if self._render(without.messages, without.tools) == text:
-                    raise DataError(
-                        f"{field}: the chat template does not show them; set "
-                        f"tokenizer.chat_template to one that does, or remove them"
-                    )
-        except DataError:
-            raise
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
+        for field, without in _without_tools(conversation):
+            # A template that refuses a reply of a tool without its call does look at calls.
+            if self._render_or_none(without.tools)(without.messages, False) == text:
+                raise DataError(
+                    f"{field}: the chat template does not show them; set "
+                    f"tokenizer.chat_template to one that does, or remove them"
+                )
         return text
 
     def spans(
