@@ -106,7 +106,8 @@ def _item(rows: Rows, index: int, encoder: Encoder) -> Any | Fault:
 
 def _outcomes(encoder: Encoder, items: Items) -> list[Outcome]:
     """The faults of reading stay in their places."""
-    encoded = iter(encoder.encode([item for item in items if not isinstance(item, Fault)]))
+    sound = [item for item in items if not isinstance(item, Fault)]
+    encoded = iter(encoder.encode(sound) if sound else ())
     return [item if isinstance(item, Fault) else next(encoded) for item in items]
 
 
