@@ -51,10 +51,15 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
     },
     "data": {
         "sft": Entry("jaxtrain.data.sft:SFTDataFactory", "jaxtrain.recipe.data:SFTDataConfig"),
+        "causal": Entry(
+            "jaxtrain.data.causal:CausalDataFactory", "jaxtrain.recipe.data:CausalDataConfig"
+        ),
     },
     "data_source": {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
         "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
+        "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
+        "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
         "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
         "json": _source("local:JsonSource", "LocalDataSourceConfig"),
         "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),

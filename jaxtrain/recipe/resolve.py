@@ -101,9 +101,11 @@ class _Resolver:
                     yield section, registry.canonical(section, entry["type"])
         data = self.tree.get("data")
         for key in ("sources", "eval_sources") if isinstance(data, dict) else ():
-            for source in data[key] if isinstance(data.get(key), list) else ():
-                if isinstance(source, dict) and isinstance(source.get("type"), str):
-                    yield "data_source", source["type"]
+            written = data.get(key) if isinstance(data, dict) else None
+            for listed in written.values() if isinstance(written, dict) else [written]:
+                for source in listed if isinstance(listed, list) else ():
+                    if isinstance(source, dict) and isinstance(source.get("type"), str):
+                        yield "data_source", source["type"]
 
     def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
         """The validated section; where it has faults, they are noted and a stand-in is returned."""
@@ -127,29 +129,38 @@ class _Resolver:
             self.fault((*key, "type"), what)
             return stand_in
         if section == "data":
-            value = self.with_sources(value, key)
+            default = registry.config_class("data", name).default_source
+            value = self.with_sources(value, key, default)
         return self.validated(registry.config_class(section, name), {**value, "type": name}, key)
 
-    def with_sources(self, value: dict[str, Any], key: Key) -> dict[str, Any]:
+    def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
-        for name in ("sources", "eval_sources"):
-            if isinstance(value.get(name), str):
-                value[name] = [value[name]]
-            if isinstance(value.get(name), list):
-                split = "train" if name == "sources" else "eval"
-                value[name] = [
-                    self.source(item, (*key, name, i), split) for i, item in enumerate(value[name])
-                ]
+        for name, split in (("sources", "train"), ("eval_sources", "eval")):
+            written, here = value.get(name), (*key, name)
+            if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
+                value[name] = {
+                    set_name: self.sources(listed, (*here, set_name), split, default)
+                    for set_name, listed in written.items()
+                }
+            elif written is not None:
+                value[name] = self.sources(written, here, split, default)
         return value
 
-    def source(self, item: Any, key: Key, split: str) -> Any:
+    def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
+        if isinstance(written, str):
+            written = [written]
+        if not isinstance(written, list):
+            return written
+        return [self.source(item, (*key, i), split, default) for i, item in enumerate(written)]
+
+    def source(self, item: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(item, str):
             registered = registry.names("data_source")
-            item = source_from_text(item, registered=registered, default="huggingface_instruct")
+            item = source_from_text(item, registered=registered, default=default)
         if not isinstance(item, dict):
             self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
             return item
-        name = str(item.get("type") or "huggingface_instruct")
+        name = str(item.get("type") or default)
         try:
             cls = registry.config_class("data_source", name)
         except ValueError as error:

@@ -20,6 +20,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
 from jaxtrain.data import BatchShape, DataShape, SFTDataFactory, TrainingData
+from jaxtrain.data.prepare import prepare_data
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -379,19 +380,12 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def _prepared_data(self) -> TrainingData:
         """Rows to batches, for training and for every evaluation set."""
-        config, most = self.config.data, self.model_config.config.max_positions
-        if config.max_length is not None and config.max_length > most:
-            raise RecipeError(
-                f"data.max_length: {config.max_length} is longer than the {most} positions of the "
-                "model; write at most that"
-            )
-        factory = self._made("data", config, self.tokenizer, config.max_length or most)
-        sources = [self._made("data_source", source) for source in config.sources]
-        held_out = [self._made("data_source", source) for source in config.eval_sources]
-        return factory.prepare(
-            sources,
-            {"eval": held_out} if held_out else {},
+        return prepare_data(
+            self.config.data,
+            self.tokenizer,
             BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
+            max_positions=self.model_config.config.max_positions,
+            trainer=self,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
