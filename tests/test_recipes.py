@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -32,3 +33,23 @@ def test_the_trainer_in_the_readme_trains(tmp_path):
     written = recipe(tmp_path, train_iters=8) | {"type": "focal-of-the-readme", "gamma": 1.0}
     found = losses(trainer(written, cls=names["FocalTrainer"]), 8)
     assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("name", ["focal", "sums"])
+def test_an_example_of_user_code_trains(tmp_path, name):
+    from jaxtrain import registry
+    from jaxtrain.recipe.resolve import get_config
+    from tests.runs import conversations, model_folder
+
+    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= 40
+    overrides = [
+        f"model.name_or_path={model_folder(tmp_path / 'model')}", "model.from_scratch=true",
+        f"run_dir={tmp_path / 'run'}", "train_iters=2", "micro_batch_size=1",
+    ]  # fmt: skip
+    if name == "focal":
+        overrides.append(f"data.sources.0.path={conversations(tmp_path / 'rows.jsonl', 40)}")
+    else:
+        overrides += ["data.sources.0.rows=100", "data.eval_sources.0.rows=10"]
+    config = get_config(ROOT / "recipes" / f"{name}.yaml", overrides)
+    run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
+    assert run.train().global_step == 2
