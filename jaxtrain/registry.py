@@ -40,6 +40,9 @@ def _source(path: str, config: str) -> Entry:
 BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
         "sft": Entry("jaxtrain.trainer.sft:SFTTrainer", "jaxtrain.recipe.trainer:TrainerConfig"),
+        "causal": Entry(
+            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.trainer:TrainerConfig"
+        ),
     },
     "model": {
         "huggingface": Entry("jaxtrain.model:HFModelFactory", "jaxtrain.recipe.model:ModelConfig"),
@@ -109,15 +112,17 @@ SECTIONS = {
 """Recipe section with a `type` → the attribute of a trainer whose annotation says what is
 allowed."""
 
+_SFT = {
+    "model": ("huggingface",),
+    "tokenizer": ("huggingface",),
+    "data": ("sft",),
+    "optimizer": ("adamw",),
+    "scheduler": ("huggingface", "wsd"),
+    "checkpoint": ("orbax", "huggingface"),
+}
 ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": {
-        "model": ("huggingface",),
-        "tokenizer": ("huggingface",),
-        "data": ("sft",),
-        "optimizer": ("adamw",),
-        "scheduler": ("huggingface", "wsd"),
-        "checkpoint": ("orbax", "huggingface"),
-    }
+    "sft": _SFT,
+    "causal": _SFT | {"data": ("causal",)},
 }
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 

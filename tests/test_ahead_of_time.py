@@ -28,7 +28,7 @@ MESHES = [
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request):
     """A compiler, installed beside the environment and not into it."""
-    site = SITE / request.param
+    site = SITE / f"{request.param}-{JAX}"
     if not (site / "installed").exists():
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
         done = subprocess.run(
