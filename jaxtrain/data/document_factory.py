@@ -22,7 +22,12 @@ from jaxtrain.data.rows import rows_digest
 from jaxtrain.data.source import DataSource
 from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
-from jaxtrain.data.warnings import document_warnings, set_warnings, source_warnings
+from jaxtrain.data.warnings import (
+    document_warnings,
+    sample_warnings,
+    set_warnings,
+    source_warnings,
+)
 from jaxtrain.recipe.errors import DataError
 
 Processed = tuple[Documents, tuple[SourceCounts, ...]]
@@ -137,7 +142,8 @@ class DocumentFactory(DataFactory, abstract=True):
         process_index: int = 0,
         process_count: int = 1,
     ) -> TrainingData:
-        documents, ledger = self.cached(self.load(sources, "train"))
+        loaded = self.load(sources, "train")
+        documents, ledger = self.cached(loaded)
         chosen, held_out = self.split_data(documents)
         weights = [source.config.weight for source in sources]
         chosen = mixed_documents(chosen, documents.index["source"], weights, self.config.seed)
@@ -158,6 +164,7 @@ class DocumentFactory(DataFactory, abstract=True):
         }
         sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())
         warnings = [
+            *(text for one in loaded for text in sample_warnings(one)),
             *(text for source in ledger.sources for text in source_warnings(source)),
             *(text for counts in sets for text in set_warnings(counts)),
             *document_warnings(documents, self.tokenizer.bos_token_id),

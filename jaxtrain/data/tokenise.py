@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from jaxtrain.data.documents import DocumentWriter
 from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.progress import progress
 from jaxtrain.data.rows import Rows
 from jaxtrain.recipe.errors import DataError
 
@@ -69,17 +70,19 @@ def tokenise(
 
     Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
     encode = _in_processes(encoder, workers) if workers else _here(encoder)
-    for start, outcomes in encode(_batches(rows, encoder)):
-        for row, outcome in enumerate(outcomes, start):
-            if isinstance(outcome, Fault):
-                what, has_place = outcome
-                what = what if has_place else f"{rows.where(row)}: {what}"
-                tolerance.skip(what)
-                counts.add_fault(what)
-                continue
-            counts.add(outcome)
-            if isinstance(outcome, Encoded):
-                writer.append(outcome.tokens, outcome.weights, source=source, row=row)
+    with progress(counts.label, len(rows)) as report:
+        for start, outcomes in encode(_batches(rows, encoder)):
+            for row, outcome in enumerate(outcomes, start):
+                if isinstance(outcome, Fault):
+                    what, has_place = outcome
+                    what = what if has_place else f"{rows.where(row)}: {what}"
+                    tolerance.skip(what)
+                    counts.add_fault(what)
+                    continue
+                counts.add(outcome)
+                if isinstance(outcome, Encoded):
+                    writer.append(outcome.tokens, outcome.weights, source=source, row=row)
+            report(start + len(outcomes))
 
 
 Items = list[Any | Fault]

@@ -6,12 +6,19 @@ import numpy as np
 
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import OVERLONG
+from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.ledger import SetCounts, SourceCounts
 
 MANY = 0.1
 FEW_TRAINED = 0.02
 FEW_FILLED = 0.5
 MANY_EQUAL = 0.01
+
+
+def sample_warnings(loaded: LoadedSource) -> Iterator[str]:
+    wanted = loaded.source.config.sample_count
+    if wanted is not None and wanted > len(loaded.rows):
+        yield f"{loaded.label}: sample_count {wanted} takes all, there are {len(loaded.rows)} rows"
 
 
 def source_warnings(source: SourceCounts) -> Iterator[str]:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import datasets
+import numpy as np
 import pytest
 
 from jaxtrain.data import (
@@ -102,7 +103,7 @@ CHANGES = {  # what changes the rows → what the miss names
 
 
 @pytest.mark.parametrize(("keys", "named"), CHANGES.values(), ids=CHANGES)
-def test_a_key_that_changes_rows_misses_and_is_named(rows, keys, named):
+def test_a12_a_key_that_changes_rows_misses_and_is_named(rows, keys, named):
     note(local(rows))
     assert note(local(rows), **keys).startswith(
         f"cache: miss, the nearest entry differs in {named}; prepared in "
@@ -120,7 +121,7 @@ def test_a_key_that_changes_rows_misses_and_is_named(rows, keys, named):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_key_that_changes_no_document_hits(rows, keys):
+def test_a12_a_key_that_changes_no_document_hits(rows, keys):
     note(local(rows))
     assert is_hit(note(local(rows), **keys))
 
@@ -354,6 +355,40 @@ def test_of_several_processes_one_prepares_and_the_others_wait(tmp_path):
         assert process.exitcode == 0
     lines = sorted(log.read_text().splitlines())
     assert lines == ["built", "cache: hit rows", "cache: hit rows", "cache: miss rows"]
+
+
+def _prepare_as_host(index, path, folder, answers):
+    config = SFTDataConfig(sources=("x",), pack_samples=True, cache_dir=str(folder))
+    factory = SFTDataFactory(config, tiny_tokenizer(), 64)
+    data = factory.prepare(
+        [local(path)], {}, BatchShape(1, 4), process_index=index, process_count=2
+    )
+    batches = [batch.tokens for batch in data.train_batches(0, data.steps_per_epoch)]
+    answers.put((index, is_hit(data.ledger.notes[0]), batches))
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_hosts_prepare_without_a_word_to_each_other(tmp_path, rows, is_shared):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    folders = [tmp_path / "c", tmp_path / ("c" if is_shared else "other")]
+    hosts = [
+        context.Process(target=_prepare_as_host, args=(index, rows, folder, answers))
+        for index, folder in enumerate(folders)
+    ]
+    for host in hosts:
+        host.start()
+    found = sorted((answers.get(timeout=120) for _ in hosts), key=lambda answer: answer[0])
+    for host in hosts:
+        host.join(60)
+    assert sorted(hit for _, hit, _ in found) == [False, is_shared]
+    config = SFTDataConfig(sources=("x",), pack_samples=True)
+    alone = SFTDataFactory(config, tiny_tokenizer(), 64).prepare(
+        [local(rows)], {}, BatchShape(1, 4)
+    )
+    for step, batch in enumerate(alone.train_batches(0, alone.steps_per_epoch)):
+        joined = np.concatenate([batches[step] for _, _, batches in found], axis=1)
+        assert (joined == batch.tokens).all()
 
 
 DIES = """

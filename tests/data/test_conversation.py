@@ -77,7 +77,7 @@ def test_mapped_columns_have_the_order_of_a_conversation():
     ]
 
 
-def test_mapped_turns_keep_their_order_and_none_is_cut():
+def test_a2_mapped_turns_keep_their_order_and_none_is_cut():
     mapping = {
         "user": "c.from.human",
         "assistant": "c.from.gpt",
@@ -105,7 +105,7 @@ def test_mapped_turns_keep_their_order_and_none_is_cut():
     ]
 
 
-def test_the_content_key_is_found_or_said():
+def test_a41_the_content_key_is_found_or_said():
     row = {"c": [{"role": "p", "message": "m", "text": "t"}]}
     assert turns(MappedRoles({"user": "c.role.p"})(row)) == [("user", "t")]
     assert turns(MappedRoles({"user": "c.role.p"}, "message")(row)) == [("user", "m")]

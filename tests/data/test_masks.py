@@ -102,7 +102,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize(("template", "messages", "expected"), TABLE.values(), ids=TABLE)
-def test_exactly_the_assistant_is_trained(template, messages, expected):
+def test_a1_exactly_the_assistant_is_trained(template, messages, expected):
     assert trained(template, messages) == expected
 
 
@@ -166,7 +166,7 @@ def test_nothing_to_train_is_a_counted_drop():
     assert outcome(CHATML, chat("a")).reason == "no assistant text to train on"
 
 
-def test_overlong_conversations():
+def test_a47_overlong_conversations():
     messages = chat("The river was low", "that summer, and the boys walked across")
     length = len(outcome(CHATML, messages).tokens)
     assert isinstance(outcome(CHATML, messages, max_length=length), Encoded)

@@ -1,6 +1,7 @@
 """Keys that decide which documents share an epoch and a row."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -358,3 +359,70 @@ def test_what_causal_data_refuse(tmp_path):
         CausalDataFactory(CausalDataConfig(sources=("x",)), tokenizer, 8).prepare(
             [texts(tmp_path, [{"text": "yes"}])], {}, BatchShape(1, 1)
         )
+
+
+# Traps of the recipe format, and resuming.
+
+
+@pytest.mark.parametrize("split", [(1.5, -0.5), (0.5, 0.4), (-0.1, 1.1), (0.9, 0.2)])
+def test_a35_a_split_has_two_shares_that_add_up_to_one(split):
+    with pytest.raises(ValueError, match="two shares from 0 to 1 that add up to 1"):
+        SFTDataConfig(sources=("x",), train_eval_split=split)
+
+
+def test_a35_shares_add_up_within_rounding():
+    assert SFTDataConfig(sources=("x",), train_eval_split=(0.7, 0.3000000001)).has_eval
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"sample_ratio": 1.5}, {"sample_ratio": 0}, {"sample_ratio": -0.5}, {"sample_count": 0},
+     {"sample_count": -3}, {"sample_count": 3, "sample_ratio": 0.5}],
+    ids=str,
+)  # fmt: skip
+def test_a36_a_sample_that_cannot_be_is_a_fault_of_the_recipe(keys):
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        LocalDataSourceConfig(path="x", **keys)
+
+
+def test_a36_a_sample_larger_than_its_source_takes_all_and_says_so(tmp_path):
+    data = sft([chats(tmp_path, "one", 5, sample_count=9)])
+    told = "one: sample_count 9 takes all, there are 5 rows"
+    assert data.train_rows == 5 and told in data.ledger.warnings
+    exact = sft([chats(tmp_path, "one", 5, sample_count=5)]).ledger.warnings
+    assert exact == tuple(text for text in data.ledger.warnings if text != told)
+
+
+def resumable(tmp_path, kind):
+    if kind == "causal":
+        source = texts(tmp_path, [{"text": f"{text} {n}"} for n in range(5) for text in TEXTS])
+        factory = CausalDataFactory(CausalDataConfig(sources=("x",)), tiny_tokenizer(), 32)
+        return factory.prepare([source], {}, BatchShape(2, 4))
+    weights = {"weight": 2} if kind == "mixture" else {}
+    sources = [chats(tmp_path, name, 90, **weights) for name in ("one", "two")]
+    keys = {"always_max_length": True, "fuse_positions_prob": 0.5} if kind == "split" else {}
+    config = SFTDataConfig(sources=("x",), pack_samples=True, **keys)
+    factory = SFTDataFactory(config, tiny_tokenizer(), 96)
+    return factory.prepare(sources, {}, BatchShape(2, 4))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["mixture", "split", "causal"])
+def test_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path, kind, hosts):
+    unbroken = resumable(tmp_path, kind)
+    steps = unbroken.steps_per_epoch
+    assert steps > 2
+    expected = list(unbroken.train_batches(0, 2 * steps + 1))
+    again = resumable(tmp_path, kind)
+    for start in (1, steps - 1, steps, steps + 1):
+        parts = [
+            list(
+                replace(again, process_index=h, process_count=hosts).train_batches(
+                    start, 2 * steps + 1
+                )
+            )
+            for h in range(hosts)
+        ]
+        for number, batches in enumerate(zip(*parts, strict=True), start):
+            joined = [np.concatenate(leaves, axis=1) for leaves in zip(*batches, strict=True)]
+            assert all((a == b).all() for a, b in zip(joined, expected[number], strict=True))

@@ -66,7 +66,7 @@ def epoch_rows(plan, epoch):
     return np.concatenate([plan.batch(step).rows.ravel() for step in steps])
 
 
-def test_every_epoch_is_complete_and_in_another_order(plan):
+def test_a8_every_epoch_is_complete_and_in_another_order(plan):
     orders = [epoch_rows(plan, epoch) for epoch in range(3)]
     for order in orders:
         assert sorted(order[order >= 0]) == list(range(plan.rows.num_rows))
@@ -91,7 +91,7 @@ def test_an_update_is_cut_into_microbatches_first(plan):
     assert batch.rows.ravel().tolist() == plan.row_numbers(0).ravel().tolist()
 
 
-def test_packed_documents_are_apart(plan):
+def test_a38_packed_documents_are_apart(plan):
     batch = plan.batch(0)
     for row, tokens, positions, segments, weights in zip(
         batch.rows.ravel(), *(leaf.reshape(-1, 24) for leaf in batch[:4]), strict=True

@@ -44,7 +44,7 @@ def test_next_fit_keeps_the_order_and_opens_a_row_only_when_it_must(lengths):
         assert before + lengths[rows.index(row)] > 64
 
 
-def test_best_fit_fills_rows_of_short_documents():
+def test_a4_best_fit_fills_rows_of_short_documents():
     lengths = np.random.default_rng(0).integers(5, 200, 20_000)
     plan = plan_rows(lengths, 512, "best_fit", np.arange(len(lengths)))
     assert plan.row_lengths.sum() / (plan.num_rows * 512) > 0.999
@@ -59,3 +59,10 @@ def test_rows_stand_in_the_order_of_their_documents():
 def test_a_document_longer_than_a_row_is_our_fault():
     with pytest.raises(AssertionError):
         plan_rows(np.array([9]), 8, "best_fit", np.arange(1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS)
+def test_a4_no_two_packs_of_the_whole_set_would_fit_into_one(lengths):
+    plan = plan_rows(np.array(lengths), 64, "best_fit", np.arange(len(lengths)))
+    assert np.sort(plan.row_lengths)[:2].sum() > 64 or plan.num_rows == 1

@@ -207,7 +207,7 @@ def test_what_the_recipe_names_and_is_not_there(tmp_path):
     assert failure(LocalSource, path)[1].startswith(f"{path}: the suffix says no format")
 
 
-def test_a_split_that_is_not_there_lists_those_that_are(jsonl):
+def test_a33_a_split_that_is_not_there_lists_those_that_are(jsonl):
     assert failure(JsonLinesSource, jsonl, split="traim") == (
         DataError,
         f"{jsonl}: no split 'traim'; there are train, eval; did you mean `train`?",
@@ -269,7 +269,7 @@ def test_folders_that_datasets_saved(tmp_path):
         instruct(f"{folder}/saved").read("eval")
 
 
-def test_local_files_by_the_hubs_source(tmp_path, jsonl):
+def test_a34_local_files_by_the_hubs_source(tmp_path, jsonl):
     assert len(instruct(f"{jsonl}:train[:2]").read("train")) == 2
     config = HFDataSourceConfig(
         name_or_path="json", kwargs={"data_files": str(jsonl), "cache_dir": str(tmp_path / "c")}
@@ -321,7 +321,7 @@ def test_sources_written_as_a_string(text, expected):
     assert source_from_text(text, registered=["chitchat"], default="default") == expected
 
 
-def test_a_colon_in_a_path_is_no_split(tmp_path, monkeypatch):
+def test_a34_a_colon_in_a_path_is_no_split(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a:b.jsonl", "{}")
     found = source_from_text("a:b.jsonl", registered=[], default="default")
