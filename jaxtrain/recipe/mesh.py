@@ -66,10 +66,23 @@ class MeshConfig(Section):
 
 
 class PipelineConfig(Section):
-    schedule: Literal["gpipe"] = "gpipe"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "gpipe"
     """Order of forward and backward work; the loss does not depend on it."""
     microbatches: int | None = Field(default=None, ge=1)
     """Pieces into which one update's rows of a shard are cut."""
+    stages_per_device: int | None = Field(default=None, ge=1)
+    """2 with `interleaved`, else 1, when left out."""
+    split: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each stage."""
+
+    @model_validator(mode="after")
+    def _stages_fit_the_schedule(self) -> "PipelineConfig":
+        if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
+            raise ValueError(
+                f"stages_per_device {self.stages_per_device} needs schedule: interleaved, "
+                f"found {self.schedule}"
+            )
+        return self
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
         """Microbatches of a pipelined update; RecipeError when they do not divide its rows."""
