@@ -87,7 +87,9 @@ def schema(recipe: Path | None, markdown: bool) -> None:
 
     from jaxtrain.recipe.schema import json_schema, reference
 
-    click.echo(reference() if markdown else json.dumps(json_schema(recipe), indent=2), nl=not markdown)
+    click.echo(
+        reference() if markdown else json.dumps(json_schema(recipe), indent=2), nl=not markdown
+    )
 
 
 @cli.command()

@@ -59,7 +59,9 @@ def row_length(config: TrainerConfig) -> str:
         fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
         return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
     except (OSError, ValueError, KeyError, TypeError):
-        return "length still open: the model's positions, read when it is there; see data.max_length"
+        return (
+            "length still open: the model's positions, read when it is there; see data.max_length"
+        )
 
 
 def batch(config: TrainerConfig) -> str:

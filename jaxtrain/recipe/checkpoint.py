@@ -99,5 +99,5 @@ class HFCheckpointConfig(CheckpointConfig):
     @model_validator(mode="after")
     def _weights_cannot_resume(self) -> "HFCheckpointConfig":
         if self.auto_resume:
-            raise ValueError("weights alone cannot resume, set auto_resume on an `orbax` entry")
+            raise ValueError("auto_resume: weights alone cannot resume, set it on an `orbax` entry")
         return self

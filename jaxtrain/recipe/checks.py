@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.recipe.errors import Fault, nearest_multiples
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -99,12 +99,10 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     pieces = config.pipeline.microbatches
     rows = config.micro_batch_size * config.gradient_accumulation_steps
     if pieces and config.mesh.pipeline != 1 and rows % pieces:
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = sorted(sorted(divisors, key=lambda n: abs(n - pieces))[:2])
         yield Fault(
             "pipeline.microbatches",
             f"{pieces} does not divide the {rows} rows of a shard; "
-            f"use {' or '.join(map(str, near))}",
+            f"use {nearest_divisors(pieces, rows)}",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
 from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, parse, read
 
 COMMAND_LINE = Place("command line", 0)
@@ -45,9 +45,11 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
     tree = dict(recipe.tree)
     bases = tree.pop("base")
     result = Recipe({}, {}, recipe.file, {})
-    for name in [bases] if isinstance(bases, str) else bases or ():
-        if not isinstance(name, str):
-            raise RecipeError([Fault("base", f"must be a path or a list, found {name!r}", place)])
+    names = bases if isinstance(bases, list) else [bases]
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name:
+            what = f"must be a path or a list of paths, found {shown(bases)}"
+            raise RecipeError([Fault("base", what, place)])
         folders = (recipe.folder, Path.cwd())
         file = next((f / name for f in folders if (f / name).is_file()), None)
         if file is None:

@@ -1,6 +1,6 @@
 """The `deepspeed` section: every key that DeepSpeed knows, and what becomes of it here."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -75,7 +75,7 @@ class OffloadConfig(_section("OffloadKeys", **_ignored(OFFLOAD_NO_EFFECT))):
     """Where a part of the state lives."""
 
     device: Literal["none", "cpu"] | None = None
-    nvme_path: refused_when_on("is not supported: use `device: cpu`") = None
+    nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +89,10 @@ class ZeroConfig(
     _section(
         "ZeroKeys",
         **_ignored(ZERO_NO_EFFECT),
-        **_fields(ZERO_REFUSED, refused_when_on("is not supported: it would change the result")),
+        **_fields(
+            ZERO_REFUSED,
+            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+        ),
     )
 ):
     """ZeRO: what is sharded over the data-parallel devices."""
@@ -107,9 +110,8 @@ class ZeroConfig(
     def _groups_are_a_mesh_axis(self) -> "ZeroConfig":
         for key, off in (("zero_hpz_partition_size", 1), ("mics_shard_size", -1)):
             if getattr(self, key) != off:
-                raise ValueError(
-                    f"{key}: use `mesh.fsdp` for sharding inside a group, found {getattr(self, key)}"
-                )
+                found = getattr(self, key)
+                raise ValueError(f"{key}: use `mesh.fsdp` to shard inside a group, found {found}")
         return self
 
 
@@ -152,10 +154,13 @@ class DeepSpeedConfig(
     _section(
         "DeepSpeedKeys",
         **_ignored(NO_EFFECT),
-        **_fields(WOULD_CHANGE, refused_when_on("is not supported: it would change the result")),
-        **_fields("amp torch_autocast", refused_when_on("use `model.dtype`")),
-        optimizer=(refused_when_on("write it under `optimizer:`"), None),
-        scheduler=(refused_when_on("write it under `scheduler:`"), None),
+        **_fields(
+            WOULD_CHANGE,
+            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+        ),
+        **_fields("amp torch_autocast", Annotated[Any, refused_when_on("use `model.dtype`")]),
+        optimizer=(Annotated[Any, refused_when_on("write it under `optimizer:`")], None),
+        scheduler=(Annotated[Any, refused_when_on("write it under `scheduler:`")], None),
     )
 ):
     """Settings of DeepSpeed, mapped key by key; a text `auto` counts as not written."""

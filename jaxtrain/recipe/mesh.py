@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import RecipeError, nearest_divisors
 from jaxtrain.recipe.section import Section
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
@@ -87,15 +87,13 @@ class PipelineConfig(Section):
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
         """Microbatches of a pipelined update; RecipeError when they do not divide its rows."""
         rows = micro_batch_size * accumulation
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         if self.microbatches is None:
             if accumulation >= stages:
                 return accumulation
-            return next((n for n in divisors if n >= stages), rows)
+            return next((n for n in range(stages, rows) if rows % n == 0), rows)
         if rows % self.microbatches:
-            near = sorted(divisors, key=lambda n: abs(n - self.microbatches))[:2]  # type: ignore[operator]
             raise RecipeError(
                 f"pipeline.microbatches: {self.microbatches} does not divide the {rows} rows of a "
-                f"shard; use {' or '.join(map(str, sorted(near)))}"
+                f"shard; use {nearest_divisors(self.microbatches, rows)}"
             )
         return self.microbatches

@@ -1,6 +1,6 @@
 """Recipes of the objectives beyond supervised fine-tuning."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,7 +41,9 @@ class DPOTrainerConfig(TrainerConfig):
     beta: float = Field(default=0.1, gt=0)
     ignore_label_index: int = -100
     label_smoothing: float = Field(default=0.0, ge=0, le=0.5)
-    reference_model_deepspeed: refused_when_on("derived from `deepspeed`, remove it") = None
+    reference_model_deepspeed: Annotated[
+        Any, refused_when_on("derived from `deepspeed`, remove it")
+    ] = None
     ref_logprobs: Literal["online", "precomputed"] = "online"
     nll_scale: float = Field(default=0.0, ge=0)
     """Weight of the chosen reply's own likelihood."""

@@ -50,6 +50,6 @@ class PeftConfig(Section):
     megatron_config: Any = None
     megatron_core: Any = None
     runtime_config: Any = None
-    use_dora: refused_when_on("is not supported") = None
-    loftq_config: refused_when_on("is not supported") = None
-    layer_replication: refused_when_on("is not supported") = None
+    use_dora: Annotated[Any, refused_when_on("is not supported")] = None
+    loftq_config: Annotated[Any, refused_when_on("is not supported")] = None
+    layer_replication: Annotated[Any, refused_when_on("is not supported")] = None

@@ -104,7 +104,13 @@ class _Resolver:
         if older is not None and name is not None and older != name:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
-        self.load_code(name)
+        code = load_code(self.recipe, name)
+        if code.fault:
+            self.fault(("code",), code.fault)
+        if code.file:
+            self.tree["code"] = str(code.file)
+            if "code" not in self.recipe.tree:
+                self.notes.append(f"code: {code.file} was run, for a type that is not built in")
         known = registry.names("trainer")
         if isinstance(name, str) and registry.canonical("trainer", name) in known:
             return registry.canonical("trainer", name)
@@ -112,40 +118,6 @@ class _Resolver:
         what = registry.unknown("trainer", str(name), known)
         self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
-
-    def load_code(self, trainer: Any) -> None:
-        written = self.tree.get("code")
-        unknown = any(name not in registry.names(kind) for kind, name in self.types(trainer))
-        if written is None and not (unknown and self.recipe.file):
-            return
-        folders = (self.recipe.folder, Path.cwd())
-        try:
-            candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
-            file = next((file for file in candidates if file.is_file()), None)
-        except (OSError, ValueError):  # text that no file could be called
-            file = None
-        if file is not None:
-            run_user_code(file)
-            self.tree["code"] = str(file)
-            if written is None:
-                self.notes.append(f"code: {file} was run, for a type that is not built in")
-        elif written is not None:
-            what = f"no such file: {written!r} (looked in {folders[0]} and {folders[1]})"
-            self.fault(("code",), what)
-
-    def types(self, trainer: Any) -> Iterable[tuple[str, str]]:
-        """Every (kind, name) that the recipe writes."""
-        yield "trainer", registry.canonical("trainer", str(trainer))
-        for section in registry.SECTIONS:
-            value = self.tree.get(section)
-            for entry in value if isinstance(value, list) else [value]:
-                if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-                    yield section, registry.canonical(section, entry["type"])
-        data = self.tree.get("data")
-        for key in SOURCES if isinstance(data, dict) else ():
-            for source in data[key] if isinstance(data.get(key), list) else ():
-                if isinstance(source, dict) and isinstance(source.get("type"), str):
-                    yield "data_source", registry.canonical("data_source", source["type"])
 
     def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
         """The validated section; where it has faults, they are noted and a stand-in is returned."""
@@ -164,8 +136,8 @@ class _Resolver:
             name not in allowed and self.tree.get("skip_validation") is not True
         ):
             what = (
-                f"{name!r} is not allowed with trainer {trainer!r} (allowed: {', '.join(allowed)}); "
-                "skip_validation: true allows it"
+                f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows it"
+                f" (allowed: {', '.join(allowed)})"
                 if name in known
                 else registry.unknown(section, name, list(allowed))
             )
@@ -284,3 +256,46 @@ class _Resolver:
 
     def private(self, fault: Fault) -> Fault:
         return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+
+
+class Code(NamedTuple):
+    """The user's file that was run, or why there is none."""
+
+    file: Path | None = None
+    fault: str = ""
+
+
+def load_code(recipe: Recipe, trainer: Any = "sft") -> Code:
+    """Run the file that the recipe names, or the `train.py` beside it when a type is not known."""
+    written = recipe.tree.get("code")
+    unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
+    if written is None and not (unknown and recipe.file):
+        return Code()
+    folders = (recipe.folder, Path.cwd())
+    try:
+        candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
+        file = next((file for file in candidates if file.is_file()), None)
+    except (OSError, ValueError):  # text that no file could be called
+        file = None
+    if file is None and written is not None:
+        looked = f"looked in {folders[0]} and {folders[1]}"
+        return Code(fault=f"no such file: {written!r} ({looked})")
+    if file is not None:
+        run_user_code(file)
+    return Code(file)
+
+
+def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
+    """Every (kind, name) that the recipe writes."""
+    yield "trainer", registry.canonical("trainer", str(trainer))
+    for section in registry.SECTIONS:
+        value = recipe.tree.get(section)
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
+                yield section, registry.canonical(section, entry["type"])
+    data = recipe.tree.get("data")
+    for key in SOURCES:
+        written = data.get(key) if isinstance(data, dict) else None
+        for source in written if isinstance(written, list) else ():
+            if isinstance(source, dict) and isinstance(source.get("type"), str):
+                yield "data_source", registry.canonical("data_source", source["type"])

@@ -1,6 +1,6 @@
 """The `scheduler` section."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
@@ -72,7 +72,7 @@ WITH_FLOOR = ("linear", "cosine", "polynomial", "warmup_stable_decay")
 
 
 class SchedulerConfig(TypedSection):
-    learning_rate: refused_when_on("use `optimizer.learning_rate`") = Field(
+    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`")] = Field(
         default=None, validation_alias=AliasChoices("learning_rate", "lr"), exclude=True
     )
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)

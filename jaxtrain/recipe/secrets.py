@@ -1,10 +1,10 @@
 """Values of environment variables never leave the process: not in messages, not in files."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from jaxtrain.recipe.load import Key, Secrets
 
+SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 LONG = 8  # characters from which a value is looked for in text that is not its own
 
 
@@ -37,22 +37,18 @@ def _without(text: str, value: str) -> str:
     return text
 
 
-def _put(tree: Any, key: Iterable[str | int], value: Any) -> Any:
+def _put(tree: Any, key: Key, value: Any) -> Any:
     """`tree` with one value replaced, if it has it."""
-    name, *rest = key
-    name = "learning_rate" if name == "lr" else name
+    if not key:
+        return value
+    name, rest = SPELLINGS.get(key[0], key[0]), key[1:]
+    if isinstance(tree, dict):
+        return {k: _put(v, rest, value) if k == name else v for k, v in tree.items()}
     if isinstance(tree, list) and isinstance(name, str):
-        return [_put(tree[0], (name, *rest), value), *tree[1:]] if tree else tree
-    has = (
-        name in tree
-        if isinstance(tree, dict)
-        else (isinstance(tree, list) and isinstance(name, int) and name < len(tree))
-    )
-    if not has:
-        return tree
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    copy[name] = _put(copy[name], rest, value) if rest else value
-    return copy
+        return [_put(item, key, value) for item in tree]  # one entry, written without its list
+    if isinstance(tree, list):
+        return [_put(v, rest, value) if i == name else v for i, v in enumerate(tree)]
+    return tree
 
 
 def _map_text(tree: Any, secrets: Secrets) -> Any:

@@ -14,6 +14,7 @@ from jaxtrain.recipe.errors import shown
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12} | {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40
 }  # fmt: skip
+MAX_EXPONENT = 1024
 PLAIN = r"[-+]?(?:\d[\d_]*)?(?:\.\d*)?"
 HUMAN = re.compile(rf"({PLAIN})\s*(K|M|B|T|Ki|Mi|Gi|Ti|%)?")
 POWER = re.compile(rf"({PLAIN})\^({PLAIN})")
@@ -24,7 +25,12 @@ def human_number(text: str) -> int | float:
     else."""
     text = text.strip()
     if match := POWER.fullmatch(text):
-        value = _plain(match[1]) ** _plain(match[2])
+        exponent = _plain(match[2])
+        if abs(exponent) > MAX_EXPONENT:  # the power itself could take for ever
+            raise ValueError(text)
+        value = _plain(match[1]) ** exponent
+        if isinstance(value, complex):
+            raise ValueError(text)
     elif match := HUMAN.fullmatch(text):
         value = _plain(match[1])
         if match[2] == "%":
@@ -155,12 +161,12 @@ def is_off(value: Any) -> bool:
     return value in (None, False, 0, "", "none", "auto", [], {})
 
 
-def refused_when_on(why: str) -> Any:
-    """A type for a key that may only say what would happen without it."""
+def refused_when_on(why: str) -> BeforeValidator:
+    """For a key that may only say what would happen without it."""
 
     def check(value: Any) -> Any:
         if not is_off(value):
             raise ValueError(f"{why}, found {shown(value)}")
         return None
 
-    return Annotated[Any, BeforeValidator(check)]
+    return BeforeValidator(check)
