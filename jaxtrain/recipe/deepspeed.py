@@ -48,6 +48,11 @@ BF16_NO_EFFECT = {
     "see `on_nonfinite`": "check_grad_overflow immediate_grad_update bf16_master_weights_and_grads "
     "bf16_optimizer_states"
 }
+FP16_NO_EFFECT = {
+    "only fp16 has a loss scaler": """
+        loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale auto_cast fp16_master_weights_and_grads"""
+}
 OFFLOAD_NO_EFFECT = {
     "XLA moves the arrays": """
         pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read pipeline_write
@@ -108,9 +113,11 @@ class ZeroConfig(
 
     @model_validator(mode="after")
     def _groups_are_a_mesh_axis(self) -> "ZeroConfig":
-        for key, off in (("zero_hpz_partition_size", 1), ("mics_shard_size", -1)):
-            if getattr(self, key) != off:
-                found = getattr(self, key)
+        for key, found, off in (
+            ("zero_hpz_partition_size", self.zero_hpz_partition_size, 1),
+            ("mics_shard_size", self.mics_shard_size, -1),
+        ):
+            if found != off:
                 raise ValueError(f"{key}: use `mesh.fsdp` to shard inside a group, found {found}")
         return self
 

@@ -77,6 +77,7 @@ TABLE = (
     NotBuilt("kill_switch_path", is_set, "remove it: Ctrl-C stops the run"),
     NotBuilt("profile", is_set, "remove it"),
     NotBuilt("mem_profiler", is_set, "remove it"),
+    NotBuilt("mem_profiler_dir", is_set, "remove it"),
     NotBuilt("tensorboard.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
     NotBuilt("wandb.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
     NotBuilt("logger.output_dir", other_than("/dev/null"), "use run_dir"),

@@ -69,6 +69,8 @@ _PEFT_OTHER = """layers_pattern fan_in_fan_out task_type inference_mode megatron
 _NO_EFFECT = (
     ("", "arctic_moe enable_arctic_moe_custom_optimization", "experts and kernels are our own"),
     ("", "mem_profiler_max_entries", "JAX profiles have no history limit"),
+    ("wandb", "entity project name id mode", "only `wandb.enable: true` would use it"),
+    ("deepspeed.tensorboard", "output_path job_name", "see `tensorboard`"),
     ("model", "save_name", "nothing reads it, upstream neither"),
     ("model.peft_config", _PEFT_OTHER, "nothing here depends on it"),
     ("data", "use_data_cache cache_processed_data", "the cache is always on, remove the key"),
@@ -81,6 +83,7 @@ _NO_EFFECT = (
             ("zero_optimization.offload_param", deepspeed.OFFLOAD_NO_EFFECT),
             ("activation_checkpointing", deepspeed.ACTIVATION_NO_EFFECT),
             ("bf16", deepspeed.BF16_NO_EFFECT),
+            ("fp16", deepspeed.FP16_NO_EFFECT),
             ("bfloat16", deepspeed.BF16_NO_EFFECT),
         )
         for why, names in table.items()
