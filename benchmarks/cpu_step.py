@@ -23,8 +23,9 @@ from pathlib import Path
 PRESETS = {
     "smollm2-135m": {
         "config": {
-            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "rope_theta": 100000.0,
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+            "vocab_size": 49152, "rope_theta": 100000.0,
             "tie_word_embeddings": True,
         },
         "rows": 2, "tokens": 512, "dtype": "float32", "remat": "dots", "device": "cpu",
@@ -32,16 +33,16 @@ PRESETS = {
     "llama-1.2b": {
         "config": {
             "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-            "rope_theta": 500000.0, "tie_word_embeddings": True,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+            "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True,
         },
         "rows": 4, "tokens": 4096, "dtype": "bfloat16", "remat": "full", "device": "cuda",
     },
 }  # fmt: skip
 COMMON = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "attention_bias": False,
+    "mlp_bias": False, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 SKIPPED = 2
@@ -80,7 +81,7 @@ def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
             "remat": preset["remat"],
         },
         "data": {
-            "sources": [str(folder / "rows.jsonl")], "max_length": preset["tokens"], "pad_to": "max_length",
+            "sources": [str(folder / "rows.jsonl")], "max_length": preset["tokens"],
             "pack_samples": True,
         },
         "micro_batch_size": preset["rows"],
@@ -185,10 +186,8 @@ def main() -> None:
             seconds, peak = side(args.preset, args.steps)
             rates[name].append(tokens / statistics.median(seconds[SKIPPED:]))
             peaks[name].append(peak)
-            print(
-                f"round {round_ + 1}  {name:9} {rates[name][-1]:10,.1f} tokens/s  peak {peak:.2f} GB",
-                flush=True,
-            )
+            rate = f"{rates[name][-1]:10,.1f} tokens/s"
+            print(f"round {round_ + 1}  {name:9} {rate}  peak {peak:.2f} GB", flush=True)
     ratios = [a / b for a, b in zip(rates["jaxtrain"], rates["torch"], strict=True)]
     figures = {
         "preset": args.preset,
@@ -197,8 +196,11 @@ def main() -> None:
         "peak_gb": {name: max(values) for name, values in peaks.items()},
         "peak_ratio": max(peaks["jaxtrain"]) / max(peaks["torch"]),
     }
-    print(f"ratio jaxtrain / torch: speed {figures['ratio']:.2f} (rounds: "
-          f"{', '.join(f'{r:.2f}' for r in ratios)}), peak memory {figures['peak_ratio']:.2f}")  # fmt: skip
+    rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(
+        f"ratio jaxtrain / torch: speed {figures['ratio']:.2f} (rounds: {rounds}), "
+        f"peak memory {figures['peak_ratio']:.2f}"
+    )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2))
 

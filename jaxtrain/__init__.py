@@ -4,6 +4,7 @@ Names are imported at first use, so that a recipe is checked without importing j
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from jaxtrain.trainer.loss import Loss as Loss
     from jaxtrain.trainer.sft import SFTTrainer as SFTTrainer
     from jaxtrain.trainer.trainer import Trainer as Trainer
+
+# Tokenizers need no torch; without this, transformers tells everyone that it is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOME = {
     "jaxtrain.batch": ("Batch",),
@@ -46,7 +50,6 @@ _HOME = {
     "jaxtrain.trainer.trainer": ("Trainer", "TrainOutput"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE)
 
 
 def __getattr__(name: str) -> Any:

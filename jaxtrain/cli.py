@@ -53,6 +53,7 @@ def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
 
     from jaxtrain import registry
 
+    remember_compilations()
     registry.find("trainer", config.type)(config).train()
 
 
@@ -145,6 +146,13 @@ def main() -> None:
             raise
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+
+
+def remember_compilations() -> None:
+    """Keep compiled programs in the user's cache; jax reads the setting when it is imported."""
+    from jaxtrain.assets import cache_folder
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
 
 
 def use_huge_pages() -> None:

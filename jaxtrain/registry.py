@@ -6,6 +6,7 @@ Classes of the user register when they are made.
 
 import importlib
 import inspect
+import sys
 import typing
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple
@@ -209,10 +210,10 @@ def register(cls: type | None = None, *, force: bool = False) -> Any:
 
 
 def _where(cls: type) -> str:
-    try:
-        return f"{inspect.getsourcefile(cls)}:{cls.__qualname__}"
-    except (TypeError, OSError):
-        return f"{cls.__module__}:{cls.__qualname__}"
+    """File and name of a class; the file also when its module is no longer known."""
+    codes = (f.__code__.co_filename for f in vars(cls).values() if inspect.isfunction(f))
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return f"{file or next(codes, cls.__module__)}:{cls.__qualname__}"
 
 
 def names(kind: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""Compile a small Llama's packed step for a named target and a mesh; prints what came of it as JSON."""
+"""Compile a small Llama's packed step for a named target and a mesh; prints what came of it as
+JSON."""
 
 import json
 import sys

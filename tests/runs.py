@@ -1,4 +1,5 @@
-"""Small runs for tests: a model folder without weights, conversations of uneven length, a recipe."""
+"""Small runs for tests: a model folder without weights, conversations of uneven length, a
+recipe."""
 
 import json
 import random

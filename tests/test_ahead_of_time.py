@@ -13,10 +13,10 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 SITE = Path(tempfile.gettempdir()) / "jaxtrain-test-compilers"
+JAX = metadata.version("jax")
 TARGETS = {
     "v5e": "libtpu",
-    "h200": f"jax-cuda12-plugin=={metadata.version('jax')} jax-cuda12-pjrt=={metadata.version('jax')} "
-    "nvidia-cuda-nvcc-cu12",
+    "h200": f"jax-cuda12-plugin=={JAX} jax-cuda12-pjrt=={JAX} nvidia-cuda-nvcc-cu12",
 }
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
@@ -31,14 +31,18 @@ def target(request):
     site = SITE / request.param
     if not (site / "installed").exists():
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
-        done = subprocess.run([*pip, *TARGETS[request.param].split()], capture_output=True, text=True)
+        done = subprocess.run(
+            [*pip, *TARGETS[request.param].split()], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"cannot install {TARGETS[request.param]}: {done.stderr[-300:]}")
         (site / "installed").touch()
     return request.param, site
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items()))
+@pytest.mark.parametrize(
+    "mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items())
+)
 def test_the_step_compiles(target, mesh):
     name, site = target
     environment = os.environ | {

@@ -26,7 +26,9 @@ def written(folder, recipe):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_help_names_the_commands(tmp_path):
@@ -35,7 +37,11 @@ def test_help_names_the_commands(tmp_path):
 
 
 def test_a_run_ends_with_a_folder_of_results(tmp_path):
-    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "save_end_of_training": True}
+    export = {
+        "type": "huggingface",
+        "output_dir": str(tmp_path / "out"),
+        "save_end_of_training": True,
+    }
     file = written(
         tmp_path,
         recipe(
@@ -46,13 +52,19 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     )  # fmt: skip
     done = jaxtrain(tmp_path, file, "train_iters=3", "--optimizer.lr", "1e-3")
     assert done.returncode == 0, done.stderr
-    for expected in ("parameters", "compiling train step: ", "step 3/3  loss ", "evaluation at step 3",
-                     "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 updates"):  # fmt: skip
+    for expected in (
+        "parameters", "compiling train step: ", "step 3/3  loss ", "evaluation at step 3",
+        "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 updates",
+    ):  # fmt: skip
         assert expected in done.stdout, expected
     run = tmp_path / "run"
-    assert {"recipe.yaml", "run.json", "train-log-metrics.jsonl", "loss.png"} <= {p.name for p in run.iterdir()}
+    assert {"recipe.yaml", "run.json", "train-log-metrics.jsonl", "loss.png"} <= {
+        p.name for p in run.iterdir()
+    }
     assert yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["learning_rate"] == 1e-3
     assert json.loads((run / "run.json").read_text())["argv"][-1] == "1e-3"
+    log = (run / "logs" / "rank_0.log").read_text()
+    assert "INFO step 3/3  loss " in log and "INFO model: " in log
     rows = [json.loads(line) for line in (run / "train-log-metrics.jsonl").open()]
     assert [row["iter"] for row in rows if "loss" in row] == [1, 2, 3]
     assert [row["iter"] for row in rows if "eval/loss" in row] == [0, 2, 3]
@@ -104,10 +116,12 @@ def change(key, value):
     return lambda folder, written: written.update({key: value})
 
 
+TOO_LONG = {"sources": ["rows.jsonl"], "max_length": 9999}
+LONG_WARMUP = {"type": "wsd", "num_warmup_steps": 3, "num_decay_steps": 9}
 BAD = {
     "broken json": (broken_row, 3, "rows.jsonl:4"),
     "no rows": (no_data, 3, "rows.jsonl"),
-    "nothing trained": (nothing_trained, 3, "nothing left to train on"),
+    "nothing trained": (nothing_trained, 3, "no assistant text to train on"),
     "no template": (no_template, 2, "tokenizer.chat_template"),
     "missing data": (change("data", {"sources": ["nowhere.jsonl"]}), 2, "nowhere.jsonl"),
     "architecture": (other_architecture, 2, "use one of LlamaForCausalLM"),
@@ -116,13 +130,15 @@ BAD = {
     "mesh": (change("mesh", {"data": 2}), 2, "mesh: data 2 does not fit 1 device"),
     "tensor": (change("mesh", {"tensor": 3, "data": 1}), 2, "mesh: tensor 3 does not fit 1 device"),
     "unknown key": (change("epoch", 3), 2, "did you mean `epochs`?"),
-    "max_length": (change("data", {"sources": ["rows.jsonl"], "max_length": 9999}), 2, "the 256 positions"),
-    "wsd": (change("scheduler", {"type": "wsd", "num_warmup_steps": 3, "num_decay_steps": 9}), 2, "longer than"),
+    "max_length": (change("data", TOO_LONG), 2, "the 256 positions"),
+    "wsd": (change("scheduler", LONG_WARMUP), 2, "longer than"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(tmp_path, monkeypatch, case):
+def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
+    tmp_path, monkeypatch, case
+):
     spoil, code, expected = BAD[case]
     monkeypatch.setenv("JAXTRAIN_WHEELS", "")
     base = recipe(tmp_path, rows=4)
@@ -134,7 +150,9 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(tmp_pat
     assert expected in done.stderr and "Traceback" not in done.stderr, done.stderr
     faults = [line for line in done.stderr.splitlines() if "nothing was started" not in line]
     assert len(faults) == 1, done.stderr
-    after = {name: stamp for name, stamp in files(tmp_path).items() if not name.startswith("cache/")}
+    after = {
+        name: stamp for name, stamp in files(tmp_path).items() if not name.startswith("cache/")
+    }
     assert after == before
 
 
@@ -144,7 +162,7 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(tmp_pat
         (["nowhere.yaml"], "nowhere.yaml: recipe not found"),
         (["recipe.yaml", "lr"], "'lr' is no override"),
         (["recipe.yaml", "--optimizer.lr"], "needs a value"),
-        (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key (found 1)"),
+        (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key"),
     ],
 )
 def test_a_wrong_call_is_said(tmp_path, arguments, expected):

@@ -110,6 +110,6 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         """RecipeError if the folder holds checkpoints and this run does not continue any."""
         if self.config.enabled and self.steps() and not may_resume:
             raise RecipeError(
-                f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of another run; "
-                "use another folder, remove it, or set auto_resume on an `orbax` entry"
+                f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of "
+                "another run; use another folder, remove it, or set auto_resume on an `orbax` entry"
             )

@@ -13,6 +13,9 @@ from jaxtrain.checkpoint.engine import PREFIX, CheckpointEngine
 from jaxtrain.recipe.checkpoint import OrbaxConfig
 from jaxtrain.recipe.errors import CheckpointError, Fault, RecipeError, shown
 
+EVERY_STEP: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+"""The recipe's triggers decide when to save; Orbax does as it is told."""
+
 
 @dataclass
 class _Retention(ocp.training.preservation_policies.PreservationPolicy):
@@ -37,8 +40,8 @@ class OrbaxEngine(CheckpointEngine):
         """Made at first use: making it makes the folder."""
         if self._checkpointer is None:
             self._checkpointer = ocp.training.Checkpointer(
-                self.directory,
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                str(self.directory),
+                save_decision_policy=EVERY_STEP,
                 preservation_policy=_Retention(self),
                 step_name_format=ocp.path.step.standard_name_format(step_prefix=PREFIX.rstrip("_")),
                 cleanup_tmp_directories=True,
@@ -70,8 +73,9 @@ class OrbaxEngine(CheckpointEngine):
         if differing:
             key = differing[0]
             raise CheckpointError(
-                f"{self.path(step)} does not fit the recipe's model: {len(differing)} arrays differ, "
-                f"first {key}: saved {saved.get(key, 'nothing')}, wanted {wanted.get(key, 'nothing')}"
+                f"{self.path(step)} does not fit the recipe's model: {len(differing)} arrays "
+                f"differ, first {key}: saved {saved.get(key, 'nothing')}, wanted "
+                f"{wanted.get(key, 'nothing')}"
             )
         try:
             parts = self.checkpointer().load_checkpointables(step, {"state": model._asdict()})

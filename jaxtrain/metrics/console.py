@@ -9,6 +9,8 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
+from jaxtrain.metrics.log import screen
+
 
 class Console:
     """Writes to the terminal of process 0; other processes are silent."""
@@ -20,12 +22,15 @@ class Console:
     def header(self, facts: dict[str, str]) -> None:
         width = max(map(len, facts))
         for name, fact in facts.items():
+            screen.info("%s: %s", name, fact)
             first, *more = fact.splitlines()
             self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", first))
             for line in more:
                 self._console.print(Text(" " * (width + 2) + line))
 
     def line(self, text: str) -> None:
+        """A line that stays, above the live one; the log has it too."""
+        screen.info(text)
         self._console.print(Text(text))
 
     @contextmanager
@@ -41,6 +46,7 @@ class Console:
 
     def progress(self, row: dict[str, Any], total: int) -> None:
         """One update: replaces the line of the one before, if the terminal can."""
+        screen.info(progress_line(row, total))
         text = Text(progress_line(row, total))
         if not self._console.is_terminal:
             self._console.print(text)

@@ -50,10 +50,10 @@ def plot_loss(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for key, style in (("loss", {"linewidth": 1.2}), ("eval/loss", {"marker": "o"})):
+    for key, marker in (("loss", ""), ("eval/loss", "o")):
         points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=key, **style)
+            axes.plot(*zip(*points, strict=True), label=key, marker=marker)
     axes.set_xlabel("update")
     axes.set_ylabel("nats a trained token")
     axes.grid(alpha=0.3)

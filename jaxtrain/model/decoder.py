@@ -261,4 +261,3 @@ def _is_predicted(segments_BT: Array) -> Array:
     """True where a token has one before it in its document."""
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
     return (segments_BT == before_BT) & (segments_BT != 0)
-

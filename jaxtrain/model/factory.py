@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtrain.kernels.attention import choose
+from jaxtrain.kernels.attention.choice import Wanted
 from jaxtrain.model import decoder
 from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.decoder import Decoder, Params
@@ -23,7 +24,11 @@ from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.registry import Factory
 
-WANTED_ATTENTION = {"eager": "reference", "reference": "reference", "pallas": "pallas"}
+WANTED_ATTENTION: dict[str, Wanted] = {
+    "eager": "reference",
+    "reference": "reference",
+    "pallas": "pallas",
+}
 """`attn_implementation` → what the kernel is asked for; everything else is automatic."""
 
 

@@ -1,16 +1,20 @@
 """The sections that say what is told of a run, and to whom."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from jaxtrain.recipe.section import Section
+
+
+def _no_folder(value: Any) -> Any:
+    return None if value == "/dev/null" else value  # the shared format's way to say so
 
 
 class LoggerConfig(Section):
     """Log files and what the screen shows."""
 
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, BeforeValidator(_no_folder)] = None
     """Folder of the log files; `run_dir` when left out."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
     """What the log shows; JAXTRAIN_LOG_LEVEL goes first, else WARNING."""

@@ -27,6 +27,10 @@ def planned(kind: str) -> Callable[[Any], bool]:
     return lambda name: registry.is_planned(kind, str(name))
 
 
+def without_first(ranks: Any) -> bool:
+    return ranks != "*" and 0 not in ranks
+
+
 TABLE = (
     NotBuilt("type", planned("trainer"), "use sft"),
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
@@ -80,8 +84,8 @@ TABLE = (
     NotBuilt("mem_profiler_dir", is_set, "remove it"),
     NotBuilt("tensorboard.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
     NotBuilt("wandb.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
-    NotBuilt("logger.output_dir", other_than("/dev/null"), "use run_dir"),
-    NotBuilt("logger.level", is_set, "remove it"),
+    NotBuilt("logger.print_output_ranks", without_first, "process 0 prints, remove it"),
+    NotBuilt("logger.file_output_ranks", without_first, "every process has a file, remove it"),
     NotBuilt("checkpoint.*.save_after_step", is_set, "remove it"),
     NotBuilt("checkpoint.*.keep_every_n_steps", is_set, "use keep_last_n or keep_best_n"),
     NotBuilt("checkpoint.*.save_model_only", is_set, "use a `huggingface` entry"),

@@ -61,7 +61,7 @@ def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
         return Resolved(recipe, None, tuple(faults), report(recipe.tree, faults, notes))
     if config.run_dir is None:
         folder = config.logger.output_dir
-        if folder in (None, "/dev/null"):
+        if folder is None:
             name = recipe.file.stem if recipe.file else "run"
             folder = f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})

@@ -57,8 +57,8 @@ class Report:
         self.console.progress(row, self.last_step)
         if not applied and values["trained_tokens"]:
             raise NonFiniteError(
-                f"update {step} is not finite: loss {values['loss']}, grad norm {values['grad_norm']}; "
-                f"the weights are still those of update {step - 1}"
+                f"update {step} is not finite: loss {values['loss']}, grad norm "
+                f"{values['grad_norm']}; the weights are still those of update {step - 1}"
             )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:

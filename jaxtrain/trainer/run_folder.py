@@ -7,8 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
+from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.writer import JsonLines, plot_loss, read_rows
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
@@ -55,8 +57,8 @@ class RunFolder:
             )
         if not may_resume:
             raise RecipeError(
-                f"run_dir: {self.path} holds a run of this recipe; remove it, write another run_dir, "
-                "or set auto_resume on an `orbax` checkpoint entry"
+                f"run_dir: {self.path} holds a run of this recipe; remove it, write another "
+                "run_dir, or set auto_resume on an `orbax` checkpoint entry"
             )
 
     def open(self, *, resumed_at: int) -> None:
@@ -64,6 +66,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "recipe.yaml").write_text(to_yaml(self.config))
         (self.path / "run.json").write_text(json.dumps(_circumstances(), indent=2) + "\n")
+        logger = self.config.logger
+        folder = Path(logger.output_dir).expanduser() if logger.output_dir else self.path
+        open_log(folder, process=jax.process_index(), level=logger.level)
         self.metrics = JsonLines(self.metrics_file, resumed_at=resumed_at)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -76,6 +81,7 @@ class RunFolder:
             return None
         self.metrics.close()
         self.metrics = None
+        close_log()
         try:
             plot_loss(read_rows(self.metrics_file), self.path / "loss.png")
         except ImportError:

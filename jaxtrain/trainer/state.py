@@ -55,7 +55,7 @@ def state_shardings(
 
     state = jax.eval_shape(optimizer.init, params)
     opt_state = jax.tree_util.tree_map_with_path(placed, state)
-    return TrainState(replicated, param_shardings, {}, opt_state)
+    return TrainState(replicated, param_shardings, {}, opt_state)  # type: ignore[arg-type]
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -52,27 +52,20 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     norm = optax.tree.norm(grads) * per_weight
     clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
-    grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
-
-    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     share = spec.schedule(state.step)
-    params = jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), state.params, updates)
 
+    def updated(state: TrainState, grads: PyTree) -> TrainState:
+        grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
+        updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), state.params, updates)
+        return state._replace(params=params, opt_state=opt_state)
+
+    # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
     applied = (loss.weight > 0) & jnp.isfinite(loss.total) & jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
-    state = TrainState(
-        state.step + 1, keep(params, state.params), state.frozen, keep(opt_state, state.opt_state)
-    )
-    metrics = (
-        spec.counts(batch)
-        | means(loss)
-        | {
-            "grad_norm": norm,
-            "lr_share": share,
-            "applied": applied.astype(jnp.float32),
-        }
-    )
-    return state, metrics
+    state = jax.lax.cond(applied, updated, lambda state, _: state, state, grads)
+    metrics = spec.counts(batch) | means(loss)
+    metrics |= {"grad_norm": norm, "lr_share": share, "applied": applied.astype(jnp.float32)}
+    return state._replace(step=state.step + 1), metrics
 
 
 def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial, reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -76,11 +76,11 @@ class Trainer(registry.Registered, kind="trainer"):
         self,
         config: TrainerConfig,
         *,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         data: TrainingData | DataShape | None = None,
     ):
-        """`devices` make up the mesh, all there are when left out; they need not be present to lower
-        the step. `data` stands in for the recipe's."""
+        """`devices` make up the mesh, all there are when left out; they need not be present to
+        lower the step. `data` stands in for the recipe's."""
         self.config = config
         self.console = Console(is_writer=jax.process_index() == 0)
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
@@ -89,7 +89,7 @@ class Trainer(registry.Registered, kind="trainer"):
         # Data comes before weights: a recipe that trains nothing is found in seconds.
         model_factory = self._made("model", config.model)
         self.model_config = model_factory.create_config()
-        self.data = data or self._prepared_data()
+        self.data = cast(TrainingData, data or self._prepared_data())
         self.model = model_factory.create_model(self.model_config)
         self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
             self.model.shapes, config.optimizer
@@ -164,9 +164,8 @@ class Trainer(registry.Registered, kind="trainer"):
             finally:
                 self.report.close()
         runtime = time.perf_counter() - began
-        self.console.line(
-            f"finished: {self.global_step} updates done, {duration(runtime)}, {self.run_folder.path}"
-        )
+        done = f"{self.global_step} updates done, {duration(runtime)}"
+        self.console.line(f"finished: {done}, {self.run_folder.path}")
         return TrainOutput(
             self.global_step, self.report.last_loss, {**self.eval_metrics, "train_runtime": runtime}
         )

@@ -11,7 +11,8 @@ from jaxtrain.recipe.checkpoint import OrbaxConfig
 from jaxtrain.trainer.state import TrainState
 
 NAN = math.nan
-CASES = {  # scores of steps 1, 2, … → the steps on disk after each save, with the last 2 and the best 1 kept
+# Scores of steps 1, 2, … → the steps on disk after each save, with the last 2 and the best 1 kept.
+CASES = {
     "rising": ([1, 2, 3, 4], [[1], [1, 2], [1, 2, 3], [1, 3, 4]]),
     "falling": ([4, 3, 2, 1], [[1], [1, 2], [2, 3], [3, 4]]),
     "tied": ([2, 2, 2, 2], [[1], [1, 2], [1, 2, 3], [1, 3, 4]]),

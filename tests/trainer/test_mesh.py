@@ -39,7 +39,9 @@ class FocalTrainer(SFTTrainer):
 def on_mesh(folder, mesh, **changes):
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     devices = int(np.prod(list(mesh.values()) or [1]))
-    written = recipe(folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes)
+    written = recipe(
+        folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes
+    )
     return trainer(written, devices=devices, cls=FocalTrainer if "type" in changes else SFTTrainer)
 
 
@@ -48,13 +50,17 @@ def alone(tmp_path_factory):
     """Initial parameters and losses of one device, by trainer."""
     found = {}
     for kind in ("sft", "focal"):
-        run = on_mesh(tmp_path_factory.mktemp(kind), {}, **({"type": "focal"} if kind == "focal" else {}))
+        run = on_mesh(
+            tmp_path_factory.mktemp(kind), {}, **({"type": "focal"} if kind == "focal" else {})
+        )
         params = host(run.state.params)
         found[kind] = (params, losses(run, STEPS))
     return found
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items()))
+@pytest.mark.parametrize(
+    "mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items())
+)
 @pytest.mark.parametrize("kind", ["sft", "focal"])
 def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
     run = on_mesh(tmp_path, mesh, **({"type": "focal"} if kind == "focal" else {}))

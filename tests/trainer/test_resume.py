@@ -82,7 +82,7 @@ def test_another_model_cannot_continue_a_run(tmp_path):
     changed = written(tmp_path)
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 80}))
-    with pytest.raises(CheckpointError, match="does not fit the recipe's model: .* arrays differ"):
+    with pytest.raises(CheckpointError, match=r"does not fit the recipe's model: .* arrays differ"):
         trainer(changed).train()
 
 
@@ -104,7 +104,11 @@ def test_a_run_is_not_written_over(tmp_path):
 
 
 def test_a_folder_of_checkpoints_is_not_written_over(tmp_path):
-    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "save_end_of_training": True}
+    export = {
+        "type": "huggingface",
+        "output_dir": str(tmp_path / "out"),
+        "save_end_of_training": True,
+    }
     first = recipe(tmp_path, train_iters=1) | {"checkpoint": [export]}
     trainer(first).train()
     with pytest.raises(RecipeError, match="holds global_step_1 of another run"):

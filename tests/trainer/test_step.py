@@ -87,7 +87,10 @@ def test_a_loss_that_is_not_finite_leaves_the_state(tmp_path):
     ("result", "expected"),
     [
         (lambda loss: loss.total, r"return Loss\(total, weight, metrics\): sums"),
-        (lambda loss: loss._replace(total=loss.total[None]), r"total must be a scalar, found shape \(1,\)"),
+        (
+            lambda loss: loss._replace(total=loss.total[None]),
+            r"total must be a scalar, found shape \(1,\)",
+        ),
         (lambda loss: loss._replace(weight=jnp.int32(3)), "weight must be float32, found int32"),
         (lambda loss: loss._replace(metrics={"m": loss.total}), r"metric 'm' must be a pair"),
     ],

@@ -1,0 +1,74 @@
+import importlib.util
+import typing
+
+import pytest
+
+from jaxtrain import OptimizerFactory, registry
+from jaxtrain.recipe.optimizer import OptimizerConfig
+from jaxtrain.recipe.resolve import run_user_code
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, n) for k, entries in registry.BUILT_IN.items() for n in entries]
+)
+def test_a_built_in_entry_is_the_class_and_section_that_it_names(kind, name):
+    cls = registry.find(kind, name)
+    assert (cls.kind, cls.name) == (kind, name)
+    assert issubclass(registry.config_class(kind, name), typing.get_type_hints(cls)["config"])
+
+
+@pytest.mark.parametrize("trainer", registry.ALLOWED)
+def test_what_a_built_in_trainer_allows_is_what_its_annotations_say(trainer):
+    hints = typing.get_type_hints(registry.find("trainer", trainer))
+    for section, attribute in registry.SECTIONS.items():
+        hint = hints[attribute]
+        classes = typing.get_args(hint) or (hint,)
+        assert registry.allowed(trainer, section) == tuple(cls.name for cls in classes)
+
+
+def test_a_class_without_a_name_of_its_own_is_told_the_line():
+    with pytest.raises(ValueError, match='needs a line `name = "..."` in its class body'):
+
+        class Nameless(OptimizerFactory):
+            config: OptimizerConfig
+
+
+def test_a_taken_name_says_who_has_it_and_force_replaces():
+    with pytest.raises(
+        ValueError, match="the optimizer name 'adamw' is taken by jaxtrain.optimizer"
+    ):
+
+        class Another(OptimizerFactory):
+            name = "adamw"
+            config: OptimizerConfig
+
+    class First(OptimizerFactory):
+        name = "mine-of-test"
+        config: OptimizerConfig
+
+    with pytest.raises(ValueError, match=r"taken by .*test_registry.py:.*First; rename"):
+
+        class Second(OptimizerFactory):
+            name = "mine-of-test"
+            config: OptimizerConfig
+
+    assert registry.find("optimizer", "mine-of-test") is First
+
+
+def test_the_same_file_twice_is_one_registration(tmp_path):
+    file = tmp_path / "twice.py"
+    file.write_text(
+        "from jaxtrain import OptimizerFactory\n"
+        "class Twice(OptimizerFactory):\n"
+        "    name = 'twice-of-test'\n"
+        "    def create_optimizer(self, model, optimizer_config): ...\n"
+    )
+    run_user_code(file)
+    spec = importlib.util.spec_from_file_location("another_name", file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert registry.find("optimizer", "twice-of-test").__module__ == "another_name"
+
+
+def test_an_unknown_name_lists_the_known_ones_nearest_first():
+    with pytest.raises(ValueError, match=r"did you mean `adamw`\? \(known: adamw"):
+        registry.find("optimizer", "adamv")

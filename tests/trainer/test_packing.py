@@ -1,0 +1,59 @@
+"""A document in a packed row is trained exactly as it would be alone, whatever computes attention."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.batch import Batch
+from jaxtrain.model.config import Execution
+from jaxtrain.model.decoder import abstract, merge
+from tests.runs import host, model_folder, recipe, trainer
+
+
+def alone(batch: Batch) -> list[tuple[int, np.ndarray, Batch]]:
+    """Row, places, and a batch of its own at the start of a row, for each document of a batch."""
+    found = []
+    for row, segments in enumerate(batch.segments):
+        for segment in range(1, segments.max() + 1):
+            places = np.flatnonzero(segments == segment)
+            blank = jax.tree.map(lambda a: np.zeros_like(a[:1]), batch)
+            for name in ("tokens", "positions", "loss_weights"):
+                getattr(blank, name)[0, : len(places)] = getattr(batch, name)[row, places]
+            blank.segments[0, : len(places)] = 1
+            found.append((row, places, blank))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["reference", "splash_interpret"])
+def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
+    written = recipe(tmp_path, micro_batch_size=4)
+    model_folder(
+        tmp_path / "model", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=64,
+    )  # fmt: skip
+    run = trainer(written)
+    params = run.state.params
+    graph = abstract(run.model_config.config, Execution(attention=attention)).graph
+    packed = jax.tree.map(lambda a: a[0], next(run.data.train_batches(0, 1)))
+    weight = packed.loss_weights.sum()
+
+    @jax.jit
+    def loss_and_gradient(params, batch):
+        def mean(params):
+            logps = merge(graph, params).token_log_probs(batch)
+            return -(logps * batch.loss_weights).sum() / weight, logps
+
+        (_, logps), gradient = jax.value_and_grad(mean, has_aux=True)(params)
+        return logps, gradient
+
+    logps, gradient = loss_and_gradient(params, packed)
+    documents = alone(packed)
+    assert packed.segments.max() > 2, "rows must hold several documents"
+    summed = {name: np.zeros_like(array) for name, array in host(gradient).items()}
+    for row, places, batch in documents:
+        expected, part = loss_and_gradient(params, batch)
+        assert np.abs(logps[row, places] - expected[0, : len(places)]).max() < 1e-5
+        for name, array in host(part).items():
+            summed[name] += array
+    for name, array in host(gradient).items():
+        assert np.abs(array - summed[name]).max() < 1e-5, name
