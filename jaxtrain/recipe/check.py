@@ -87,10 +87,10 @@ def shards(mesh: MeshConfig, num_devices: int) -> int:
 def updates(config: TrainerConfig, horizon: int | None) -> str:
     if horizon is None:
         epochs = 1 if config.epochs is None else config.epochs
-        return f"{epochs} epoch{'s' * (epochs != 1)}; their updates are counted when data is read"
-    also = ", or fewer epochs" if config.epochs is not None and config.train_iters else ""
+        first = f"{config.train_iters:,}, or " if config.train_iters else ""
+        return f"{first}{epochs} epoch{'s' * (epochs != 1)}, counted when the data is read"
     end = config.exit_iteration
-    return f"{horizon:,}{also}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    return f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
 
 
 def warmup(config: TrainerConfig, horizon: int | None) -> str:

@@ -67,8 +67,8 @@ def reference() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def keys_of_arctictraining() -> str:
-    """The table of what every shared key becomes."""
+def shared_keys() -> str:
+    """The table of what every key of ArcticTraining becomes."""
     rows = []
     for key, cls in _shared_sections():
         for name, field in cls.model_fields.items():

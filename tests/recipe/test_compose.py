@@ -58,7 +58,10 @@ def test_a_fault_names_the_file_that_it_is_in(tmp_path):
         ),
         ({"recipe": "base: none.yaml\n"}, "recipe.yaml:1: base: no such file: 'none.yaml'"),
         ({"recipe": "base: 3\n"}, "base: must be a path or a list of paths, found 3"),
-        ({"recipe": "base: a.yaml\n", "a": "- 1\n"}, "a.yaml: a recipe is a map of keys, found [1]"),
+        (
+            {"recipe": "base: a.yaml\n", "a": "- 1\n"},
+            "a.yaml: a recipe is a map of keys, found [1]",
+        ),
     ],
 )
 def test_a_base_that_cannot_be_read_is_said(tmp_path, files, expected):
@@ -66,12 +69,17 @@ def test_a_base_that_cannot_be_read_is_said(tmp_path, files, expected):
 
 
 def test_one_base_twice_is_no_cycle(tmp_path):
-    file = written(tmp_path, a="seed: 1\n", b="base: a.yaml\n", recipe=f"base: [a.yaml, b.yaml]\n{SMALL}")
+    file = written(
+        tmp_path, a="seed: 1\n", b="base: a.yaml\n", recipe=f"base: [a.yaml, b.yaml]\n{SMALL}"
+    )
     assert get_config(file).seed == 1
 
 
 def test_keys_are_removed_and_entries_of_lists(tmp_path):
-    file = written(tmp_path, recipe=SMALL + "optimizer: {lr: 1}\ncheckpoint: [{output_dir: a}, {output_dir: b}]\n")
+    file = written(
+        tmp_path,
+        recipe=SMALL + "optimizer: {lr: 1}\ncheckpoint: [{output_dir: a}, {output_dir: b}]\n",
+    )
     tree = compose(file, ["del:optimizer.lr", "del:checkpoint.0"]).tree
     assert tree["optimizer"] == {} and tree["checkpoint"] == [{"output_dir": "b"}]
 
@@ -80,9 +88,15 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
     ("override", "expected"),
     [
         ("del:wandb", "command line: wandb: the recipe has no 'wandb'"),
-        ("del:optimizer.lrr", "command line: optimizer.lrr: optimizer has no 'lrr'; did you mean `lr`?"),
+        (
+            "del:optimizer.lrr",
+            "command line: optimizer.lrr: optimizer has no 'lrr'; did you mean `lr`?",
+        ),
         ("del:seed=1", "an override is key=value or del:key, found 'del:seed=1'"),
-        ("base=x.yaml", "command line: base: is read before the command line, write it in the recipe"),
+        (
+            "base=x.yaml",
+            "command line: base: is read before the command line, write it in the recipe",
+        ),
         ("checkpoint.7.x=1", "command line: checkpoint.7.x: checkpoint has no '7'"),
         ("seed=[1", "command line: seed: the value is not YAML: '[1'"),
         ("seed=&a [*a]", "the value is not YAML: '&a [*a]' (an alias that contains itself)"),
@@ -115,7 +129,10 @@ def test_a_value_is_filled_in_once(tmp_path, monkeypatch):
 
 def test_every_missing_variable_is_named_with_its_line(tmp_path, monkeypatch):
     monkeypatch.delenv("NONE_SUCH", raising=False)
-    file = written(tmp_path, recipe=f"{SMALL}run_dir: ${{env:NONE_SUCH}}\noptimizer: {{lr: '${{env:NONE_SUCH}}'}}\n")
+    file = written(
+        tmp_path,
+        recipe=f"{SMALL}run_dir: ${{env:NONE_SUCH}}\noptimizer: {{lr: '${{env:NONE_SUCH}}'}}\n",
+    )
     what = "the environment variable NONE_SUCH is not set, and has no default"
     assert fails(file).splitlines() == [
         f"{file}:3: run_dir: {what}",
@@ -126,7 +143,9 @@ def test_every_missing_variable_is_named_with_its_line(tmp_path, monkeypatch):
 SECRET = "hunter2-and-a-very-long-tail-that-a-message-would-cut-short-0123456789-abcdefgh"
 
 
-@pytest.mark.parametrize("value", [SECRET, "s3c", "it's \\ quoted 'twice' over and over and over and over"])
+@pytest.mark.parametrize(
+    "value", [SECRET, "s3c", "it's \\ quoted 'twice' over and over and over and over"]
+)
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -179,4 +198,6 @@ def test_a_path_in_two_places_is_noted(tmp_path, monkeypatch):
     resolved = resolve(file)
     beside = tmp_path / "recipes" / "words.jinja"
     assert resolved.checked().tokenizer.chat_template == str(beside)
-    assert resolved.report.notes == (f"chat_template: {beside} is used, not {tmp_path / 'words.jinja'}",)
+    assert resolved.report.notes == (
+        f"chat_template: {beside} is used, not {tmp_path / 'words.jinja'}",
+    )

@@ -29,7 +29,9 @@ def fields() -> Iterator[tuple[str, type[BaseModel], str]]:
                     yield from below(dotted, inner)
 
     for kind in ("trainer", *registry.SECTIONS, "data_source"):
-        level = {"trainer": "", "data_source": "data.sources.*", "checkpoint": "checkpoint.*"}.get(kind, kind)
+        level = {"trainer": "", "data_source": "data.sources.*", "checkpoint": "checkpoint.*"}.get(
+            kind, kind
+        )
         for name in registry.names(kind):
             if not registry.is_planned(kind, name):
                 yield from below(level, registry.config_class(kind, name))
@@ -85,7 +87,9 @@ REFUSED = {
 def answered(key: str) -> bool:
     """Is the key, or a section around it, in one of the tables?"""
     parts = key.split(".")
-    return any(said.startswith(f"{key}.") for said in SAID) or any(".".join(parts[:n]) in SAID for n in range(1, len(parts) + 1))
+    return any(said.startswith(f"{key}.") for said in SAID) or any(
+        ".".join(parts[:n]) in SAID for n in range(1, len(parts) + 1)
+    )
 
 
 @pytest.mark.parametrize(("key", "name"), ALL)
@@ -103,5 +107,7 @@ def test_a_planted_key_has_none():
 def test_every_row_of_the_table_is_a_key():
     keys = {key for key, _ in ALL}
     for row in TABLE:
-        plain = row.key.replace("data.eval_sources.*.*.", "data.sources.*.").replace("eval_sources", "sources")
+        plain = row.key.replace("data.eval_sources.*.*.", "data.sources.*.").replace(
+            "eval_sources", "sources"
+        )
         assert plain in keys, row.key
