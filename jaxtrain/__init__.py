@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jaxtrain.registry import register as register
     from jaxtrain.scheduler import SchedulerFactory as SchedulerFactory
     from jaxtrain.tokenizer import TokenizerFactory as TokenizerFactory
+    from jaxtrain.trainer.callbacks import Callback as Callback
+    from jaxtrain.trainer.callbacks import Control as Control
     from jaxtrain.trainer.loss import Loss as Loss
     from jaxtrain.trainer.sft import SFTTrainer as SFTTrainer
     from jaxtrain.trainer.trainer import Trainer as Trainer
@@ -45,6 +47,7 @@ _HOME = {
     "jaxtrain.registry": ("register",),
     "jaxtrain.scheduler": ("SchedulerFactory",),
     "jaxtrain.tokenizer": ("TokenizerFactory",),
+    "jaxtrain.trainer.callbacks": ("Callback", "Control"),
     "jaxtrain.trainer.loss": ("Loss",),
     "jaxtrain.trainer.sft": ("SFTTrainer",),
     "jaxtrain.trainer.trainer": ("Trainer", "TrainOutput"),

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -107,6 +108,30 @@ def recipes(name: str | None, target: Path | None) -> None:
     else:
         for file in copied(name, target):
             click.echo(file)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the same as a page.")
+@click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) -> None:
+    """Prepare the rows of RECIPE and show what is trained and what is masked."""
+    from jaxtrain import registry
+    from jaxtrain.data.command import show_data
+    from jaxtrain.recipe.resolve import get_config
+    from jaxtrain.tokenizer import model_files
+
+    config = get_config(recipe, as_overrides(overrides))
+    model = model_files(config.model)
+    make = registry.find("tokenizer", config.tokenizer.type)
+    tokenizer = make(config.tokenizer, model.path).create_tokenizer()
+    show_data(config, tokenizer, max_positions=model.max_positions, **shown)
+
+
+cli.add_command(data, "process-data")
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import typing
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtrain.hooks import HasHooks
 from jaxtrain.recipe.errors import did_you_mean
 
 
@@ -72,12 +73,16 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
     },
     "data": {
         "sft": Entry("jaxtrain.data.sft:SFTDataFactory", "jaxtrain.recipe.data:SFTDataConfig"),
-        "causal": Entry("", "jaxtrain.recipe.data:DataConfig"),
+        "causal": Entry(
+            "jaxtrain.data.causal:CausalDataFactory", "jaxtrain.recipe.data:CausalDataConfig"
+        ),
         "dpo": _objective("PreferenceDataConfig"),
     },
     "data_source": {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
         "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
+        "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
+        "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
         "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
         "json": _source("local:JsonSource", "LocalDataSourceConfig"),
         "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
@@ -150,9 +155,10 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 
 _user: dict[tuple[str, str], type] = {}
+_contested: dict[tuple[str, str], str] = {}
 
 
-class Registered:
+class Registered(HasHooks):
     """A base of which every subclass registers under its `name` when the class is made."""
 
     kind: ClassVar[str]
@@ -164,7 +170,8 @@ class Registered:
         if kind is not None:
             cls.kind = kind
         elif not abstract:
-            register(cls)
+            _check_signatures(cls)
+            _enter(cls, force=False)
 
 
 class Factory(Registered, abstract=True):
@@ -176,12 +183,14 @@ class Factory(Registered, abstract=True):
     def __init__(self, config: Any, trainer: Any = None):
         self.config = config
         self.trainer = trainer
+        self.hook_methods()
 
 
 def register(cls: type | None = None, *, force: bool = False) -> Any:
     """Make a subclass of a jaxtrain base known by its `name`; `force` replaces an existing one.
 
-    Raises ValueError when the name is missing, inherited, or taken by a class made elsewhere.
+    Every subclass is, when it is made; the decorator says so, and takes `force`. ValueError when
+    the name is missing, inherited, or taken by a class made elsewhere.
     """
     if cls is None:
         return lambda cls: register(cls, force=force)
@@ -189,24 +198,63 @@ def register(cls: type | None = None, *, force: bool = False) -> Any:
         raise ValueError(
             f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one"
         )
-    name = cls.__dict__.get("name")
+    _enter(cls, force=force)
+    settle()
+    return cls
+
+
+def _enter(cls: type[Registered], *, force: bool) -> None:
+    """Note a class under its name. A name that is taken is an error at the next look-up, since
+    `@register(force=True)` comes only after the class is made."""
+    name = vars(cls).get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f'{cls.__qualname__} needs a line `name = "..."` in its class body')
+    key = (cls.kind, name)
     built_in = BUILT_IN[cls.kind].get(name)
-    if (
-        built_in is not None
-        and built_in.path.split(":")[0].split(".")[0] == cls.__module__.split(".")[0]
-    ):
-        return cls
-    known = _user.get((cls.kind, name))
-    taken = built_in.path if built_in else known and _where(known)
+    if built_in is not None and cls.__module__.startswith("jaxtrain."):
+        return
+    _contested.pop(key, None)
+    known = _user.get(key)
+    taken = _where(known) if known else built_in and built_in.path
     if taken and taken != _where(cls) and not force:
-        raise ValueError(
+        _contested[key] = (
             f"the {cls.kind} name {name!r} is taken by {taken}; rename {_where(cls)}, "
             "or replace the other with @register(force=True)"
         )
-    _user[cls.kind, name] = cls
-    return cls
+        return
+    _user[key] = cls
+
+
+def settle() -> None:
+    """ValueError for a name that two classes claim; to be called when both are made."""
+    if _contested:
+        raise ValueError(_contested.popitem()[1])
+
+
+def _check_signatures(cls: type) -> None:
+    """ValueError for a method that does not take what its base's method is given."""
+    for name, method in vars(cls).items():
+        base = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
+        if name.startswith("_") or not (inspect.isfunction(method) and inspect.isfunction(base)):
+            continue
+        wanted, given = inspect.signature(base), inspect.signature(method)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in given.parameters.values())
+        missing = [p for p in wanted.parameters if p not in given.parameters and not takes_all]
+        extra = [
+            p.name
+            for p in given.parameters.values()
+            if p.name not in wanted.parameters
+            and p.default is p.empty
+            and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if missing or extra:
+            at_fault = [f"lacks {p!r}" for p in missing] + [f"demands {p!r}" for p in extra]
+            hint = getattr(cls, "signature_hints", {}).get(name, "")
+            called = f"{name}({', '.join(wanted.parameters)})"
+            raise ValueError(
+                f"{cls.__qualname__}: {name}({', '.join(given.parameters)}) "
+                f"{' and '.join(at_fault)}; it is called as {called}{hint and '; ' + hint}"
+            )
 
 
 def _where(cls: type) -> str:
@@ -237,6 +285,7 @@ def canonical(kind: str, name: str) -> str:
 
 def find(kind: str, name: str) -> type:
     """The class of that kind and name, imported; ValueError that lists the known names."""
+    settle()
     name = canonical(kind, name)
     if (kind, name) in _user:
         return _user[kind, name]

@@ -3,8 +3,13 @@
 All of it is set before jax is imported.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
+from pathlib import Path
+
+from jaxtrain.assets import cache_folder
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +26,17 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     )
 )
+
+
+def _use_an_empty_data_cache() -> None:
+    """Rows that an earlier run prepared would hide a fault of today's code; what was downloaded is
+    known by its sum, and stays."""
+    assets = cache_folder() / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="jaxtrain-test-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "assets").symlink_to(assets)
+    os.environ["JAXTRAIN_CACHE"] = str(folder)
+
+
+_use_an_empty_data_cache()

@@ -12,7 +12,7 @@ import jaxtrain
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
-    {"recipe", "registry", "batch", "assets"},
+    {"recipe", "registry", "hooks", "batch", "assets"},
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},

@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from jaxtrain import OptimizerFactory, registry
+from jaxtrain import OptimizerFactory, SFTTrainer, registry
 from jaxtrain.recipe.optimizer import OptimizerConfig
 from jaxtrain.recipe.resolve import run_user_code
 
@@ -27,20 +27,19 @@ def test_what_a_built_in_trainer_allows_is_what_its_annotations_say(trainer):
 
 
 def test_a_class_without_a_name_of_its_own_is_told_the_line():
-    with pytest.raises(ValueError, match='needs a line `name = "..."` in its class body'):
+    with pytest.raises(ValueError, match=r'needs a line `name = "..."` in its class body'):
 
         class Nameless(OptimizerFactory):
             config: OptimizerConfig
 
 
 def test_a_taken_name_says_who_has_it_and_force_replaces():
-    with pytest.raises(
-        ValueError, match="the optimizer name 'adamw' is taken by jaxtrain.optimizer"
-    ):
+    class Another(OptimizerFactory):
+        name = "adamw"
+        config: OptimizerConfig
 
-        class Another(OptimizerFactory):
-            name = "adamw"
-            config: OptimizerConfig
+    with pytest.raises(ValueError, match="the optimizer name 'adamw' is taken by jaxtrain"):
+        registry.find("optimizer", "adamw")
 
     class First(OptimizerFactory):
         name = "mine-of-test"
@@ -48,11 +47,46 @@ def test_a_taken_name_says_who_has_it_and_force_replaces():
 
     with pytest.raises(ValueError, match=r"taken by .*test_registry.py:.*First; rename"):
 
+        @registry.register
         class Second(OptimizerFactory):
             name = "mine-of-test"
             config: OptimizerConfig
 
     assert registry.find("optimizer", "mine-of-test") is First
+
+    @registry.register(force=True)
+    class Third(OptimizerFactory):
+        name = "mine-of-test"
+        config: OptimizerConfig
+
+    assert registry.find("optimizer", "mine-of-test") is Third
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("def loss(self, batch): ...", "define `loss_fn`; `loss(self, batch)` is the PyTorch hook"),
+        ("def step(self, batch): ...", "lacks 'state'; it is called as step(self, state, batch)"),
+        ("def loss_fn(self, model, rows, key): ...", "lacks 'batch' and demands 'rows'"),
+        ("def pre_stp_callback(self): ...", "no event 'pre-stp'; did you mean `pre-step`"),
+        ("callbacks = [('before-step', print)]", "no event 'before-step'"),
+    ],
+)
+def test_a_mistake_is_found_when_the_class_is_made(body, expected):
+    source = f"class Mine(SFTTrainer):\n    name = 'mistaken-of-test'\n    {body}\n"
+    with pytest.raises(ValueError) as error:
+        exec(source, {"SFTTrainer": SFTTrainer, "__name__": "user"})
+    assert expected in str(error.value)
+
+
+def test_optional_arguments_may_be_added():
+    class Mine(SFTTrainer):
+        name = "optional-of-test"
+
+        def loss_fn(self, model, batch, key, scale=1.0):
+            return super().loss_fn(model, batch, key)
+
+    assert registry.find("trainer", "optional-of-test") is Mine
 
 
 def test_the_same_file_twice_is_one_registration(tmp_path):

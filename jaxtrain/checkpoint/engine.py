@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtrain.checkpoint.retention import ranked, retained
 from jaxtrain.recipe.checkpoint import CheckpointConfig
@@ -23,12 +23,17 @@ class Moment(NamedTuple):
     epoch_ended: int
     """number of the epoch that ended with this step, from 1; 0 when none did"""
     training_ended: bool
+    requested: bool = False
+    """somebody asked for full state here"""
 
 
 class CheckpointEngine(Factory, kind="checkpoint"):
     """Writes `output_dir/global_step_N/` after N updates. A directory has that name only when
     complete."""
 
+    events = {"load": "load", "save": "save"}
+    is_full_state: ClassVar[bool] = False
+    """A run can be continued from it."""
     config: CheckpointConfig
 
     def __init__(self, config: CheckpointConfig, trainer: Any = None):
@@ -55,7 +60,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         by_step = config.save_every_n_steps and step % config.save_every_n_steps == 0
         ended = moment.epoch_ended
         by_epoch = ended and config.save_every_n_epochs and ended % config.save_every_n_epochs == 0
-        return bool(by_step or by_epoch or (moment.training_ended and config.save_end_of_training))
+        at_end = moment.training_ended and config.save_end_of_training
+        return bool(by_step or by_epoch or at_end or (moment.requested and self.is_full_state))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

@@ -30,6 +30,7 @@ class _Retention(ocp.training.preservation_policies.PreservationPolicy):
 
 class OrbaxEngine(CheckpointEngine):
     name = "orbax"
+    is_full_state = True
     config: OrbaxConfig
 
     def __init__(self, config: OrbaxConfig, trainer: Any = None):
@@ -52,7 +53,12 @@ class OrbaxEngine(CheckpointEngine):
         """Write the trainer's state; in the background unless the recipe says otherwise."""
         trainer = self.trainer
         step = trainer.global_step
-        about = {"step": step, "shapes": _described(trainer.state), "lineage": trainer.lineage}
+        about = {
+            "step": step,
+            "shapes": _described(trainer.state),
+            "lineage": trainer.lineage,
+            "callbacks": trainer.callback_states,
+        }
         parts = {"state": trainer.state._asdict(), "about": about}
         if self.config.async_save:
             self.checkpointer().save_checkpointables_async(step, parts)

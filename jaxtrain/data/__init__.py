@@ -1,6 +1,10 @@
+from jaxtrain.data.causal import CausalDataFactory as CausalDataFactory
+from jaxtrain.data.document_factory import DocumentFactory as DocumentFactory
 from jaxtrain.data.factory import DataFactory as DataFactory
 from jaxtrain.data.factory import DataShape as DataShape
+from jaxtrain.data.factory import LoadedSource as LoadedSource
 from jaxtrain.data.factory import TrainingData as TrainingData
+from jaxtrain.data.hub import HuggingFaceCausalSource as HuggingFaceCausalSource
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
 from jaxtrain.data.hub import HuggingFaceSource as HuggingFaceSource
 from jaxtrain.data.ledger import Ledger as Ledger
@@ -15,3 +19,4 @@ from jaxtrain.data.plan import BatchShape as BatchShape
 from jaxtrain.data.rows import Rows as Rows
 from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import DataSource as DataSource
+from jaxtrain.data.synthetic import SyntheticSource as SyntheticSource

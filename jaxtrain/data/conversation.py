@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtrain.data.rows import missing_column
+from jaxtrain.recipe.data import ROLES
 from jaxtrain.recipe.errors import DataError, did_you_mean, shown
 
 Message = dict[str, Any]
 Row = Mapping[str, Any]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 SHARED_NAMES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
@@ -31,6 +31,8 @@ class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[Any] | None = None
     """What the template shows as callable, in the data set's own JSON."""
+    prompt_turns: int = 0
+    """So many turns come from the prompt of a row that has a prompt and a reply."""
 
 
 class MappedRoles:
@@ -77,9 +79,13 @@ class MappedRoles:
 
 def to_conversation(row: Row) -> Conversation:
     """The turns of a row in any of the accepted forms; DataError names the field at fault."""
+    prompt_turns = 0
     for columns, read in FORMS:
         if all(column in row for column in columns):
             messages = [_checked(m, f"messages[{i}]") for i, m in enumerate(read(row))]
+            if columns[0] == "prompt":
+                reply = row[columns[1]]
+                prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
         raise DataError(
@@ -87,7 +93,7 @@ def to_conversation(row: Row) -> Conversation:
         )
     if not messages:
         raise DataError("messages: empty conversation")
-    return Conversation(messages, _tools(row))
+    return Conversation(messages, _tools(row), prompt_turns)
 
 
 def _messages(row: Row) -> list[Message]:

@@ -1,11 +1,12 @@
 """Conversations to tokens with loss weights: one tokenisation of the rendered text, by offsets."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.conversation import Conversation
+from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.render import Renderer
 from jaxtrain.data.spans import Span
 from jaxtrain.recipe.errors import DataError
@@ -14,6 +15,7 @@ OVERLONG = "longer than max_length"
 UNTRAINED = "no assistant text to train on"
 CUT_AWAY = "no assistant text left after truncation"
 NOTHING = "renders to nothing"
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 class Encoded(NamedTuple):
@@ -38,6 +40,8 @@ class Fault(NamedTuple):
     """What is wrong with a row, as text, since it may come from another process."""
 
     what: str
+    has_place: bool = False
+    """Whether the text names the row already."""
 
 
 Outcome = Encoded | Dropped | Fault
@@ -53,13 +57,22 @@ class ConversationEncoder:
         max_length: int,
         overlong: Literal["drop", "truncate", "error"],
         mask_inputs: bool = True,
+        loss_roles: Sequence[str] = ("assistant",),
+        completion_only: bool = True,
+        ignore_empty_think: bool = False,
     ):
         self._tokenizer = tokenizer
         self._renderer = Renderer(tokenizer)
         self._max_length = max_length
         self._overlong = overlong
         self._mask_inputs = mask_inputs
+        self._loss_roles = tuple(loss_roles)
+        self._completion_only = completion_only
+        self._ignore_empty_think = ignore_empty_think
         self._markup = frozenset(tokenizer.added_tokens_decoder)
+
+    def read(self, row: Mapping[str, Any]) -> Conversation:
+        return to_conversation(row)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
         """One outcome a conversation, in order; no outcome depends on the others."""
@@ -97,15 +110,13 @@ class ConversationEncoder:
             return Dropped(NOTHING, 0)
         if length > self._max_length:
             if self._overlong == "error":
-                raise DataError(
-                    f"{length} tokens, but max_length is {self._max_length}; "
-                    f"set data.overlong to drop or truncate, or raise data.max_length"
-                )
+                return too_long(length, self._max_length)
             if self._overlong == "drop":
                 return Dropped(OVERLONG, length)
         tokens = np.array(ids[: self._max_length], dtype=np.int32)
-        if self._mask_inputs:
-            spans = self._renderer.spans(conversation, text)
+        is_pair = conversation.prompt_turns > 0
+        if self._mask_inputs and (self._completion_only or not is_pair):
+            spans = self._spans(conversation, text)
             weights, turns, ended = self._weights(tokens, offsets[: self._max_length], text, spans)
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
@@ -113,6 +124,17 @@ class ConversationEncoder:
         if not weights.any():
             return Dropped(CUT_AWAY if length > self._max_length else UNTRAINED, length)
         return Encoded(tokens, weights, turns, ended, length > self._max_length)
+
+    def _spans(self, conversation: Conversation, text: str) -> list[Span]:
+        spans = self._renderer.spans(conversation, text, self._loss_roles)
+        if not self._ignore_empty_think:
+            return spans
+        return [
+            span._replace(start=found.end())
+            if (found := EMPTY_THINK.match(text, span.start, span.end))
+            else span
+            for span in spans
+        ]
 
     def _weights(
         self, tokens: np.ndarray, offsets: list[tuple[int, int]], text: str, spans: Sequence[Span]
@@ -143,8 +165,16 @@ class ConversationEncoder:
             first += 1
         if first < last and text[span.end : ends[last - 1]].strip():
             last -= 1
+        end = min(span.end, int(ends[last - 1])) if first < last else span.end
         markup = [i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup][:1]
         for index in markup:
-            if not text[ends[index] : span.end].strip():
+            if not text[ends[index] : end].strip():
                 last = index + 1
         return first, last
+
+
+def too_long(length: int, max_length: int) -> Fault:
+    return Fault(
+        f"{length} tokens, but max_length is {max_length}; set data.overlong to drop or truncate, "
+        f"or raise data.max_length"
+    )

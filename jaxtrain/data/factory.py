@@ -9,17 +9,21 @@ from jaxtrain.data.ledger import Ledger
 from jaxtrain.data.loader import iterate
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import Rows
-from jaxtrain.data.source import DataSource
+from jaxtrain.data.source import DataSource, Limits
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.registry import Factory
 
 
-class LoadedSource:
-    """A source's rows beside the name that messages and counts call it by."""
+class LoadedSource(NamedTuple):
+    """A source beside its rows."""
 
-    def __init__(self, label: str, rows: Rows):
-        self.label = label
-        self.rows = rows
+    source: DataSource
+    rows: Rows
+
+    @property
+    def label(self) -> str:
+        """What messages and counts call it."""
+        return self.source.label
 
 
 class DataShape(NamedTuple):
@@ -93,7 +97,8 @@ class DataFactory(Factory, kind="data"):
 
     def load(self, sources: Sequence[DataSource], split: str = "train") -> list[LoadedSource]:
         """The rows of every source; `split` for those whose recipe names none."""
-        return [LoadedSource(source.label, source.read(split)) for source in sources]
+        limits = Limits(self.max_length, len(self.tokenizer), self.config.seed)
+        return [LoadedSource(source, source.read(split, limits)) for source in sources]
 
     def process(self, loaded: Sequence[LoadedSource]) -> Any:
         """Rows to documents."""

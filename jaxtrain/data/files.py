@@ -106,6 +106,10 @@ class _Records:
     def where(self, index: int) -> str:
         return f"{self.path}:{self._line(int(self._bounds[index][0]))}"
 
+    def content(self, digest: Any) -> None:
+        digest.update(type(self).__name__.encode())
+        digest.update(self._bytes)
+
     def _decoded(self, start: int, end: int) -> str:
         try:
             return self._bytes[start:end].decode("utf-8")
@@ -236,6 +240,10 @@ class TextLines(_Records):
         self._column = column
         super().__init__(path)
 
+    def content(self, digest: Any) -> None:
+        digest.update(self._column.encode())
+        super().content(digest)
+
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for match in LINE.finditer(self._bytes, self._start()):
             yield match.span()
@@ -275,6 +283,10 @@ class ArrowRows:
 
     def where(self, index: int) -> str:
         return f"{self._label}: row {index}"
+
+    def content(self, digest: Any) -> None:
+        for batch in self._table.to_batches():
+            digest.update(batch.serialize())
 
 
 def json_rows(path: Path) -> Rows:

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtrain.data.files import data_files, open_files
 from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split
-from jaxtrain.data.source import ConversationSource
-from jaxtrain.recipe.data import HFDataSourceConfig
+from jaxtrain.data.source import ConversationSource, Limits
+from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
 Row = dict[str, Any]
@@ -44,7 +44,21 @@ ROLES = {
     "lmsys/lmsys-chat-1m": _by_role("conversation"),
 }  # fmt: skip
 """Data sets whose columns are known; a mapping in the recipe goes first."""
+HASHED_ROWS = 4096
 SAVED_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
+
+
+class DatasetRows(NamedRows):
+    """Rows of a `datasets.Dataset`."""
+
+    _rows: Any
+
+    def content(self, digest: Any) -> None:
+        for start in range(0, len(self), HASHED_ROWS):
+            stop = min(start + HASHED_ROWS, len(self))
+            table = self._rows.with_format("arrow")[start:stop]
+            for batch in table.combine_chunks().to_batches():
+                digest.update(batch.serialize())
 
 
 class HuggingFaceSource(ConversationSource):
@@ -72,7 +86,9 @@ class HuggingFaceSource(ConversationSource):
         return mapping.get(name, name) + bracket + rest
 
     def _named(self, splits: Any) -> dict[str, Rows]:
-        return {str(name): NamedRows(rows, f"{self.label}:{name}") for name, rows in splits.items()}
+        return {
+            str(name): DatasetRows(rows, f"{self.label}:{name}") for name, rows in splits.items()
+        }
 
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without
@@ -101,11 +117,18 @@ class HuggingFaceInstructSource(HuggingFaceSource):
     def role_mapping(self) -> dict[str, str]:
         return self.config.role_mapping or ROLES.get(self.config.name_or_path, {})
 
-    def read(self, default_split: str) -> Rows:
-        rows = super().read(default_split)
+    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
+        rows = super().read(default_split, limits)
         if self.config.name_or_path == ACE_MATH and not self.config.role_mapping:
             return MappedRows(rows, _with_answer)
         return rows
+
+
+class HuggingFaceCausalSource(HuggingFaceSource):
+    """Rows of plain text."""
+
+    name = "huggingface_causal"
+    config: HFCausalDataSourceConfig
 
 
 def _with_answer(row: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from jaxtrain.data.encode import Dropped, Encoded
 from jaxtrain.data.plan import BatchPlan
 
 PERCENTILES = (50, 90, 99, 100)
+FAULTY = "faulty"
+SHOWN_FAULTS = 3
 
 
 @dataclass
@@ -30,6 +33,14 @@ class SourceCounts:
     """Those of them whose end-of-turn token is trained."""
     lengths: tuple[int, ...] = ()
     """Tokens of a document at PERCENTILES."""
+    faults: list[str] = field(default_factory=list)
+    """The first of the rows that were skipped as faulty, and what is wrong with them."""
+
+    def add_fault(self, what: str) -> None:
+        self.rows += 1
+        self.dropped[FAULTY] += 1
+        if len(self.faults) < SHOWN_FAULTS:
+            self.faults.append(what)
 
     def add(self, outcome: Encoded | Dropped) -> None:
         self.rows += 1
@@ -43,6 +54,16 @@ class SourceCounts:
         self.turns += outcome.turns
         self.ended_turns += outcome.ended
 
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any], *, label: str) -> "SourceCounts":
+        """What `as_json` gave, of a source that may go by another name now."""
+        lists = {"lengths": tuple(values["lengths"]), "faults": list(values["faults"])}
+        counted = {"dropped": Counter(values["dropped"]), "label": label}
+        return cls(**{**values, **lists, **counted})
+
     def lines(self) -> list[str]:
         rows = (
             f"{self.label}: {_count(self.rows, 'row')} read, {_count(self.documents, 'document')}"
@@ -51,6 +72,7 @@ class SourceCounts:
             rows += f", {self.truncated} truncated"
         lines = [rows]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
+        lines += [f"    {what}" for what in self.faults]
         if not self.documents:
             return lines
         lines.append(f"  {_tokens(self.tokens, self.trained_tokens)}")
@@ -59,8 +81,6 @@ class SourceCounts:
         if self.turns:
             share = self.ended_turns / self.turns
             lines.append(f"  end of turn trained in {share:.1%} of {self.turns} assistant turns")
-        if self.turns and not self.ended_turns:
-            lines.append("  warning: no turn ends in a special token; the model may never stop")
         return lines
 
 
@@ -79,12 +99,11 @@ class SetCounts:
 
     @classmethod
     def of(cls, label: str, plan: BatchPlan) -> "SetCounts":
-        chosen = np.unique(plan.rows.documents)
         return cls(
             label=label,
-            documents=len(chosen),
+            documents=len(np.unique(plan.rows.documents)),
             tokens=int(plan.rows.lengths.sum()),
-            trained_tokens=int(plan.documents.index["trained"][chosen].sum()),
+            trained_tokens=plan.trained_tokens,
             rows=plan.rows.num_rows,
             row_tokens=plan.row_tokens,
             steps=plan.steps_per_epoch,
@@ -107,10 +126,19 @@ class SetCounts:
 class Ledger:
     sources: tuple[SourceCounts, ...]
     sets: tuple[SetCounts, ...]
+    notes: tuple[str, ...] = ()
+    """Whether prepared rows were found, and why not."""
+    warnings: tuple[str, ...] = ()
+
+    def joined(self, other: "Ledger") -> "Ledger":
+        return Ledger(
+            self.sources + other.sources, self.sets + other.sets, self.notes + other.notes
+        )
 
     def lines(self) -> list[str]:
         """For the log: what was read, then what came of it."""
-        return [line for part in (*self.sources, *self.sets) for line in part.lines()]
+        counted = [line for part in (*self.sources, *self.sets) for line in part.lines()]
+        return [*counted, *self.notes, *(f"warning: {text}" for text in self.warnings)]
 
 
 def length_percentiles(lengths: np.ndarray) -> tuple[int, ...]:

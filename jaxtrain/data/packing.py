@@ -30,6 +30,14 @@ class RowPlan(NamedTuple):
         """int64 [rows]: tokens without padding."""
         return np.add.reduceat(self.lengths, self.offsets[:-1]) if self.num_rows else self.lengths
 
+    def without(self, row: int) -> "RowPlan":
+        """All rows but one."""
+        pieces = np.r_[self.offsets[row] : self.offsets[row + 1]]
+        documents, starts, lengths = (np.delete(part, pieces) for part in self[:3])
+        offsets = np.delete(self.offsets, row + 1)
+        offsets[row + 1 :] -= len(pieces)
+        return RowPlan(documents, starts, lengths, offsets)
+
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each document, int64 [documents]: longest first, each into the fullest row that has
@@ -111,6 +119,19 @@ FILL_RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "next_fit": next_fit,
     "none": one_per_row,
 }
+
+
+def slices(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> RowPlan:
+    """The documents numbered in `chosen` one behind the other, cut every `capacity` tokens: each
+    row but the last is full, and a document may go on in the next row."""
+    ends = np.cumsum(lengths[chosen])
+    total = int(ends[-1]) if len(ends) else 0
+    borders = np.arange(0, total, capacity)
+    cuts = np.union1d(borders, ends - lengths[chosen])  # where a piece begins
+    owner = np.searchsorted(ends, cuts, side="right")
+    starts = cuts - (ends - lengths[chosen])[owner]
+    offsets = np.append(np.searchsorted(cuts, borders), len(cuts))
+    return RowPlan(chosen[owner], starts, np.diff(cuts, append=total), offsets.astype(np.int64))
 
 
 def plan_rows(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> RowPlan:

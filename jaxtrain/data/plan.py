@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.order import permutation
+from jaxtrain.data.order import keyed, permutation
 from jaxtrain.data.packing import RowPlan
 
 EPOCH = 2  # keeps the order of an epoch apart from other orders under the same seed
+FUSE = 5
 
 
 class BatchShape(NamedTuple):
@@ -41,6 +42,12 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, EPOCH, seed, epoch)
 
 
+def fused_rows(count: int, share: float, seed: int) -> np.ndarray:
+    """bool [count]: which rows are one sequence, about `share` of them."""
+    drawn = keyed(np.arange(count, dtype=np.uint64), FUSE, seed)
+    return drawn / 2.0**64 < share
+
+
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The batches of every update. An epoch is complete: its last update is filled up with rows
@@ -53,10 +60,25 @@ class BatchPlan:
     """T, the same for every batch of a run, so that the step compiles once."""
     seed: int | None
     """None takes the rows in their order, in every epoch."""
+    fused: np.ndarray | None = None
+    """bool [rows]: rows whose documents share positions and attend to one another; None is no
+    row."""
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.rows.num_rows // self.shape.update_rows)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of all rows; a document's own count holds where it stands whole in a row."""
+        documents, starts, lengths, _ = self.rows
+        is_whole = lengths == self.documents.lengths[documents]
+        total = int(self.documents.index["trained"][documents[is_whole]].sum())
+        for piece in np.flatnonzero(~is_whole):
+            begin = int(self.documents.offsets[documents[piece]] + starts[piece])
+            part = self.documents.weights[begin + 1 : begin + int(lengths[piece])]
+            total += int(np.count_nonzero(part))
+        return total
 
     def row_numbers(self, step: int) -> np.ndarray:
         """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
@@ -111,11 +133,14 @@ class BatchPlan:
             segments[start:end] = segment
             loss_weights[start:end] = self.documents.weights[source : source + length]
             loss_weights[start] = 0  # what stands before it is another document
+        if self.fused is not None and self.fused[row]:
+            positions[:end] = np.arange(end)
+            segments[:end] = 1
 
     def _pieces(self, row: int) -> range:
         return range(int(self.rows.offsets[row]), int(self.rows.offsets[row + 1]))
 
     def origins(self, row: int) -> list[Origin]:
-        """Source and row of every document of a packed row, in the order of its segments."""
+        """Source and row of every document of a packed row, in their order."""
         records = self.documents.index[self.rows.documents[self._pieces(row)]]
         return [Origin(int(record["source"]), int(record["row"])) for record in records]

@@ -1,13 +1,14 @@
 """Conversations as one tokenizer's chat template writes them."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message
-from jaxtrain.data.spans import Span, assistant_spans
+from jaxtrain.data.spans import Render, Span, turn_spans
 from jaxtrain.recipe.errors import DataError, RecipeError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -30,25 +31,35 @@ class Renderer:
         """The whole conversation; DataError when the template refuses it or hides its tools."""
         try:
             text = self._render(conversation.messages, conversation.tools)
-            for field, without in _without_tools(conversation):
-                if self._render(without.messages, without.tools) == text:
-                    raise DataError(
-                        f"{field}: the chat template does not show them; set "
-                        f"tokenizer.chat_template to one that does, or remove them"
-                    )
-        except DataError:
-            raise
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
+        for field, without in _without_tools(conversation):
+            # A template that refuses a reply of a tool without its call does look at calls.
+            if self._render_or_none(without.tools)(without.messages, False) == text:
+                raise DataError(
+                    f"{field}: the chat template does not show them; set "
+                    f"tokenizer.chat_template to one that does, or remove them"
+                )
         return text
 
-    def spans(self, conversation: Conversation, text: str) -> list[Span]:
-        """What is trained of `text`: the template's own {% generation %} blocks, or else the
-        assistant's turns; DataError when these cannot be proven."""
-        messages, tools = conversation
+    def spans(
+        self, conversation: Conversation, text: str, roles: Sequence[str] = ("assistant",)
+    ) -> list[Span]:
+        """What is trained of `text`: the turns of `roles` that are no part of a prompt; DataError
+        when their places cannot be proven. The template's own {% generation %} blocks go first,
+        where they are all that is asked for."""
+        messages, tools, prompt_turns = conversation
+        turns = [i for i, m in enumerate(messages) if m["role"] in roles and i >= prompt_turns]
         template = self._tokenizer.get_chat_template(None, tools)
-        if GENERATION.search(template):
-            return self._spans_of_template(conversation, template, text)
+        if GENERATION.search(template) and tuple(roles) == ("assistant",):
+            spans = self._spans_of_template(conversation, template, text)
+            if len(turns) == sum(message["role"] == "assistant" for message in messages):
+                return spans
+            replies = turn_spans(self._render_or_none(tools), messages, turns, text)
+            return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
+        return turn_spans(self._render_or_none(tools), messages, turns, text)
+
+    def _render_or_none(self, tools: list[Any] | None) -> Render:
 
         def render(messages: list[Message], prompt: bool) -> str | None:
             try:
@@ -56,7 +67,7 @@ class Renderer:
             except TEMPLATE_FAULTS:  # it wants whole conversations, or one more turn
                 return None
 
-        return assistant_spans(render, messages, text)
+        return render
 
     def _render(
         self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False

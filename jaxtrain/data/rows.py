@@ -1,5 +1,7 @@
 """Rows that are looked up by number and know where they were read."""
 
+import hashlib
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,31 @@ class Rows(Protocol):
     def where(self, index: int, /) -> str:
         """`file:line`, or a name and the row's number in it, for messages."""
         ...
+
+
+@runtime_checkable
+class KnowsContent(Protocol):
+    """Rows that tell what they hold without being read one by one."""
+
+    def content(self, digest: Any, /) -> None:
+        """Feed `digest` with all that decides the rows, and with no name or place."""
+        ...
+
+
+def rows_digest(rows: Rows) -> str:
+    """Equal for equal rows that are read in the same way."""
+    digest = hashlib.sha256()
+    add_content(digest, rows)
+    return digest.hexdigest()
+
+
+def add_content(digest: Any, rows: Rows) -> None:
+    if isinstance(rows, KnowsContent):
+        rows.content(digest)
+        return
+    for index in range(len(rows)):
+        text = json.dumps(rows[index], default=repr)
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
 
 
 class NamedRows:
@@ -59,6 +86,10 @@ class SelectedRows:
     def where(self, index: int) -> str:
         return self._rows.where(int(self._indices[index]))
 
+    def content(self, digest: Any) -> None:
+        add_content(digest, self._rows)
+        digest.update(np.asarray(self._indices, dtype=np.int64).tobytes())
+
 
 class ConcatenatedRows:
     """The rows of several files, one after the other."""
@@ -82,6 +113,11 @@ class ConcatenatedRows:
         rows, index = self._place(index)
         return rows.where(index)
 
+    def content(self, digest: Any) -> None:
+        for part in self._parts:
+            digest.update(len(part).to_bytes(8, "little"))
+            add_content(digest, part)
+
 
 class MappedRows:
     """Rows passed through a function when they are read; its `DataError` gets the row's place."""
@@ -102,6 +138,10 @@ class MappedRows:
 
     def where(self, index: int) -> str:
         return self._rows.where(index)
+
+    def content(self, digest: Any) -> None:
+        """Of what goes into the function, which the source's options and code stand for."""
+        add_content(digest, self._rows)
 
 
 def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:

@@ -1,60 +1,79 @@
 """Supervised fine-tuning: conversations to packed rows with loss on what the assistant says."""
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtrain.assets import cache_folder
-from jaxtrain.data.documents import Documents, DocumentWriter
+from jaxtrain.data.document_factory import DocumentFactory
+from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
-from jaxtrain.data.factory import DataFactory, LoadedSource, TrainingData
-from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
-from jaxtrain.data.packing import RowPlan, plan_rows
-from jaxtrain.data.plan import BatchPlan, BatchShape
-from jaxtrain.data.source import DataSource
-from jaxtrain.data.split import split_by_content
-from jaxtrain.data.tokenise import tokenise, workers_for
+from jaxtrain.data.factory import LoadedSource
+from jaxtrain.data.packing import RowPlan, plan_rows, slices
+from jaxtrain.data.plan import BatchPlan, BatchShape, fused_rows
+from jaxtrain.data.tokenise import Encoder
+from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 
-Processed = tuple[Documents, tuple[SourceCounts, ...]]
 
-
-class SFTDataFactory(DataFactory):
+class SFTDataFactory(DocumentFactory):
     name = "sft"
     config: SFTDataConfig
 
-    def process(self, loaded: Sequence[LoadedSource]) -> Processed:
-        """Every row to a document or a counted drop; `DataError` when no document is left."""
-        encoder = ConversationEncoder(
+    def encoder(self, loaded: LoadedSource) -> Encoder:
+        if loaded.source.config.is_tokenised:
+            return TokenisedEncoder(
+                vocab_size=len(self.tokenizer),
+                with_labels=True,
+                max_length=self.max_length,
+                overlong=self.config.overlong_rule,
+            )
+        return ConversationEncoder(
             self.tokenizer,
             max_length=self.max_length,
             overlong=self.config.overlong_rule,
             mask_inputs=self.config.mask_inputs,
+            loss_roles=self.config.loss_roles,
+            completion_only=self.config.completion_only,
+            ignore_empty_think=self.config.ignore_empty_think,
         )
-        counts = tuple(SourceCounts(source.label) for source in loaded)
-        with _scratch() as folder:
-            with DocumentWriter(folder) as writer:
-                for number, (source, count) in enumerate(zip(loaded, counts, strict=True)):
-                    workers = workers_for(len(source.rows), self.config.num_proc)
-                    tokenise(source.rows, encoder, writer, count, source=number, workers=workers)
-            documents = Documents.open(folder)
-        for number, count in enumerate(counts):
-            of_source = documents.index["source"] == number
-            count.lengths = length_percentiles(documents.lengths[of_source])
-        if not len(documents.index):
-            raise DataError(f"no row is left: {_drops(counts)}")
-        return documents, counts
 
-    def split_data(self, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
-        """By `train_eval_split`, before packing; equal documents stay on one side."""
-        share = self.config.train_eval_split[1]
-        if not share:
-            return np.arange(len(documents.index)), np.zeros(0, dtype=np.int64)
-        return split_by_content(documents.index["digest"], share, self.config.seed)
+    def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
+        return {**super().key_parts(loaded), "max_length": str(self.max_length)}
+
+    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
+        config = self.config
+        if not config.pack_samples:
+            return plan_rows(documents.lengths, self.max_length, "none", chosen)
+        if train and config.repeat_to_pack_max_length:
+            total = int(documents.lengths[chosen].sum())
+            chosen = np.tile(chosen, max(1, self.max_length // total))
+        if config.always_max_length:
+            plan = slices(documents.lengths, self.max_length, chosen)
+        else:
+            plan = plan_rows(documents.lengths, self.max_length, config.packing, chosen)
+        return self._without_short_pack(plan) if train and config.drop_last else plan
+
+    def _without_short_pack(self, plan: RowPlan) -> RowPlan:
+        """Best-fit packs are short by some tokens each, and one holds what was left."""
+        in_order = self.config.always_max_length or self.config.packing == "next_fit"
+        row = plan.num_rows - 1 if in_order else int(np.argmin(plan.row_lengths))
+        if plan.row_lengths[row] == self.max_length:
+            return plan
+        if plan.num_rows == 1:
+            raise DataError(
+                f"data.drop_last would drop the only pack, which has {plan.row_lengths[0]} of "
+                f"{self.max_length} tokens; set it to false"
+            )
+        return plan.without(row)
+
+    def row_tokens(self, plans: Sequence[RowPlan]) -> int:
+        """`max_length`, or without packing the smallest multiple of `div_length` that holds the
+        longest row of any set."""
+        if self.config.pack_samples or self.config.pad_to == "max_length":
+            return self.max_length
+        longest = max(int(rows.row_lengths.max()) for rows in plans)
+        return min(-(-longest // self.config.div_length) * self.config.div_length, self.max_length)
 
     def create_dataloader(
         self,
@@ -65,73 +84,9 @@ class SFTDataFactory(DataFactory):
         row_tokens: int,
         train: bool,
     ) -> BatchPlan:
-        """The batches of one set; an evaluation set keeps its order."""
-        seed = self.config.seed if train else None
-        return BatchPlan(documents, rows, shape, row_tokens, seed)
-
-    def prepare(
-        self,
-        sources: Sequence[DataSource],
-        eval_sources: Mapping[str, Sequence[DataSource]],
-        shape: BatchShape,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> TrainingData:
-        documents, counts = self.process(self.load(sources, "train"))
-        chosen, held_out = self.split_data(documents)
-        planned = {"train": (documents, self._rows(documents, chosen))}
-        if len(held_out):
-            planned["eval"] = (documents, self._rows(documents, held_out))
-        for name, named in eval_sources.items():
-            if not named:
-                continue
-            evaluated, eval_counts = self.process(self.load(named, "eval"))
-            planned[name] = (evaluated, self._rows(evaluated, np.arange(len(evaluated.index))))
-            counts += eval_counts
-        row_tokens = self._row_tokens([rows for _, rows in planned.values()])
-        plans = {
-            name: self.create_dataloader(
-                docs, rows, shape, row_tokens=row_tokens, train=name == "train"
-            )
-            for name, (docs, rows) in planned.items()
-        }
-        ledger = Ledger(counts, tuple(SetCounts.of(name, plan) for name, plan in plans.items()))
-        return TrainingData(
-            train=plans.pop("train"),
-            evals=plans,
-            ledger=ledger,
-            threads=self.config.dl_num_workers,
-            process_index=process_index,
-            process_count=process_count,
-        )
-
-    def _rows(self, documents: Documents, chosen: np.ndarray) -> RowPlan:
-        rule = self.config.packing if self.config.pack_samples else "none"
-        return plan_rows(documents.lengths, self.max_length, rule, chosen)
-
-    def _row_tokens(self, plans: Sequence[RowPlan]) -> int:
-        """T: `max_length`, or without packing the smallest multiple of `div_length` that holds the
-        longest row of any set, since every further length compiles the step once more."""
-        if self.config.pack_samples or self.config.pad_to == "max_length":
-            return self.max_length
-        longest = max(int(rows.row_lengths.max()) for rows in plans)
-        return min(-(-longest // self.config.div_length) * self.config.div_length, self.max_length)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A folder in the user's cache; what was mapped from it stays readable after it is gone, so
-    that nothing is left behind by a run that is killed later."""
-    parent = cache_folder() / "tmp"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix="documents-") as folder:
-        yield Path(folder)
-
-
-def _drops(counts: Sequence[SourceCounts]) -> str:
-    return "; ".join(
-        f"{count.label}: {count.rows} rows read, "
-        + ", ".join(f"{number} dropped as {reason}" for reason, number in count.dropped.items())
-        for count in counts
-    )
+        """The batches of one set; an evaluation set keeps its order and fuses nothing."""
+        if not train:
+            return BatchPlan(documents, rows, shape, row_tokens, seed=None)
+        share, seed = self.config.fuse_positions_prob, self.config.seed
+        fused = fused_rows(rows.num_rows, share, seed) if share else None
+        return BatchPlan(documents, rows, shape, row_tokens, seed, fused)

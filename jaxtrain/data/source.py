@@ -1,7 +1,7 @@
 """What every source of rows is."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtrain.data.conversation import MappedRoles
 from jaxtrain.data.order import sample
@@ -11,6 +11,14 @@ from jaxtrain.recipe.errors import DataError
 from jaxtrain.registry import Factory
 
 SAMPLE = 1  # keeps the draw of a sample apart from other orders under the same seed
+
+
+class Limits(NamedTuple):
+    """What the rows are for; a source that makes rows up needs to know."""
+
+    max_length: int
+    vocab_size: int
+    seed: int
 
 
 class DataSource(Factory, kind="data_source"):
@@ -27,13 +35,17 @@ class DataSource(Factory, kind="data_source"):
         """All rows of `split`; a plain list of dicts will do."""
         raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
 
+    def options(self) -> dict[str, Any]:
+        """The recipe's keys that decide what a row becomes once it is read."""
+        return self.config.model_dump(mode="json", exclude=set(self.config.says_which_rows))
+
     def only_split(self, rows: Rows | Sequence[dict[str, Any]], split: str) -> Rows:
         """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a
         slice such as `train[:100]`; DataError for any other name."""
         rows = rows if isinstance(rows, Rows) else NamedRows(rows, self.label)
         return take_split({"train": rows, "eval": rows}, split, self.label)
 
-    def read(self, default_split: str) -> Rows:
+    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
         """The rows to train on: the recipe's split, then its sample; DataError when there are
         none."""
         loaded = self.load(self.config, self.config.split or default_split)
@@ -60,8 +72,8 @@ class ConversationSource(DataSource, abstract=True):
         """Role → column or `array.field.value`; empty leaves rows as they are."""
         return self.config.role_mapping
 
-    def read(self, default_split: str) -> Rows:
-        rows = super().read(default_split)
+    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
+        rows = super().read(default_split, limits)
         if not (mapping := self.role_mapping()):
             return rows
         return MappedRows(rows, MappedRoles(mapping, self.config.content_key))

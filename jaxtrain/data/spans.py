@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in a rendered conversation.
+"""Where turns stand in a rendered conversation.
 
 A span is what a turn adds to what the model is given before it: it starts after the generation
 prompt and ends with the turn. It is found from renderings, never by looking for the reply's text,
@@ -28,19 +28,30 @@ class Span(NamedTuple):
     end: int
 
 
-def assistant_spans(render: Render, messages: list[Message], text: str) -> list[Span]:
-    """One span for each assistant turn of `text`, rising; DataError when they cannot be proven."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def turn_spans(render: Render, messages: list[Message], turns: list[int], text: str) -> list[Span]:
+    """One span for each of `turns` in `text`, rising; DataError when they cannot be proven."""
     ways = (by_prefixes, by_marks) if len(turns) <= FEW_TURNS else (by_marks, by_prefixes)
     for way in ways:
         spans = way(render, messages, turns, text)
         if spans is not None:
+            _check_shown(messages, turns, text, spans)
             return spans
     raise DataError(
-        "the chat template rewrites turns, and where the assistant's text stands cannot be proven; "
+        "the chat template rewrites turns, and where the trained text stands cannot be proven; "
         "set tokenizer.chat_template to one that keeps turns as they are, or that puts "
         "{% generation %} around them"
     )
+
+
+def _check_shown(messages: list[Message], turns: list[int], text: str, spans: list[Span]) -> None:
+    """A template made for lists of parts writes the turn and leaves its plain text out."""
+    for turn, span in zip(turns, spans, strict=True):
+        words = messages[turn]["content"].split("</think>")[-1].split()
+        if words and not any(word in text[span.start : span.end] for word in words):
+            raise DataError(
+                f"messages[{turn}].content: the chat template does not show it; set "
+                f"tokenizer.chat_template to one for plain text"
+            )
 
 
 def by_prefixes(
@@ -111,6 +122,8 @@ class _MarkedSearch:
         before, written = self._ends.get(turn - 1), self._starts.get(turn)
         if before is None:
             return written
+        if written is None:
+            written = self._start_of_plain_reply(turn, before)
         role = self._messages[turn - 1]["role"]
         known = self._openings.get(role)
         if known is None or not self._is_directly_before(known, before, written):
@@ -121,6 +134,18 @@ class _MarkedSearch:
                 self._openings[role] = known
         start = before + len(known)
         return start if start <= self._ends[turn] else written
+
+    def _start_of_plain_reply(self, turn: int, before: int) -> int | None:
+        """Behind the header that the template writes here for a reply without thoughts, which hide
+        a marker in front of them; thoughts that it keeps stand behind the header."""
+        plain = self._marks.opened({"role": self._messages[turn]["role"], "content": ""}, turn)
+        probe, places = self._unmarked(
+            [*self._ended[:turn], plain, *self._ended[turn + 1 :]], False
+        )
+        end, start = places.get(("e", turn - 1)), places.get(("s", turn))
+        if end is None or start is None or not self._text.startswith(probe[end:start], before):
+            return None
+        return before + start - end
 
     def _is_directly_before(self, opening: str, before: int, written: int | None) -> bool:
         """Whether `opening` fills the text from the last content to this one, blanks aside; then
@@ -151,10 +176,10 @@ class _MarkedSearch:
         place = places.get(("e", turn))
         if place is None:
             return None
-        closing = rendered[place:]
-        if not self._text.startswith(closing, end):
-            return end
-        if is_plain:
+        # Some templates write more behind a turn that is the last one, such as EOS behind the end
+        # of turn; a token that is cut here is not of the turn.
+        closing = _shared_start(rendered[place:], self._text[end:])
+        if is_plain and len(closing) == len(rendered) - place:
             self._closings.add(closing)
         return end + len(closing)
 
@@ -169,6 +194,16 @@ class _MarkedSearch:
         return ("", {}) if rendered is None else self._marks.removed(rendered)
 
 
+def _shared_start(one: str, other: str) -> str:
+    pairs = zip(one, other, strict=False)
+    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def is_bare_call(message: Message) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"].strip()
+
+
 class _Marks:
     """Markers that look like a word, so that no template strips, escapes or splits them."""
 
@@ -178,13 +213,22 @@ class _Marks:
         self._pattern = re.compile(rf"{self._stem}(\d+)([se])")
 
     def ended(self, message: Message, number: int) -> Message:
-        """Inside of trailing white space, which templates may strip."""
+        """Inside of trailing white space, which templates may strip; in a turn that is nothing but
+        calls behind the last name, since templates ask whether there is content."""
         content = message["content"]
+        if is_bare_call(message):
+            *calls, last = message["tool_calls"]
+            function = last.get("function", last)
+            named = {**function, "name": f"{function['name']}{self._stem}{number}e"}
+            last = {**last, "function": named} if "function" in last else named
+            return {**message, "tool_calls": [*calls, last]}
         body = content.rstrip()
         return {**message, "content": f"{body}{self._stem}{number}e{content[len(body) :]}"}
 
     def opened(self, message: Message, number: int) -> Message:
         content = message["content"]
+        if is_bare_call(message):
+            return message
         body = content.lstrip()
         blank = content[: len(content) - len(body)]
         return {**message, "content": f"{blank}{self._stem}{number}s{body}"}

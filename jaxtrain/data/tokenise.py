@@ -2,13 +2,13 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any, Protocol
 
-from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.documents import DocumentWriter
-from jaxtrain.data.encode import ConversationEncoder, Encoded, Fault, Outcome
+from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.rows import Rows
 from jaxtrain.recipe.errors import DataError
@@ -17,7 +17,33 @@ BATCH_ROWS = 128
 POOL_ROWS = 20_000
 """From this many rows on, processes pay for their start of some seconds."""
 
-Encode = Callable[[list[Conversation]], list[Outcome]]
+
+class Encoder(Protocol):
+    """Rows of one source to documents; holds all that decides their tokens and weights."""
+
+    def read(self, row: Mapping[str, Any], /) -> Any:
+        """What is taken from a row; `DataError` names the field at fault."""
+        ...
+
+    def encode(self, items: Sequence[Any], /) -> list[Outcome]:
+        """One outcome for each thing that was read; no outcome depends on the others."""
+        ...
+
+
+class Tolerance:
+    """How many faulty rows may be skipped before a run stops."""
+
+    def __init__(self, allowed: int = 0):
+        self._allowed = allowed
+        self._count = 0
+
+    def skip(self, what: str) -> None:
+        """`DataError` for the first row that is one too many."""
+        self._count += 1
+        if self._count <= self._allowed:
+            return
+        so_far = f"; data.max_rows_with_errors allows {self._allowed}" if self._allowed else ""
+        raise DataError(what + so_far)
 
 
 def workers_for(num_rows: int, num_proc: int) -> int:
@@ -31,62 +57,78 @@ def workers_for(num_rows: int, num_proc: int) -> int:
 
 def tokenise(
     rows: Rows,
-    encoder: ConversationEncoder,
+    encoder: Encoder,
     writer: DocumentWriter,
     counts: SourceCounts,
     *,
     source: int,
+    tolerance: Tolerance,
     workers: int = 0,
 ) -> None:
     """Appends the documents of `rows`, and counts what became of each row.
 
-    Raises `DataError` with the place of the first row that cannot be read."""
+    Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
     encode = _in_processes(encoder, workers) if workers else _here(encoder)
-    for start, outcomes in encode(_batches(rows)):
+    for start, outcomes in encode(_batches(rows, encoder)):
         for row, outcome in enumerate(outcomes, start):
             if isinstance(outcome, Fault):
-                raise DataError(f"{rows.where(row)}: {outcome.what}")
+                what, has_place = outcome
+                what = what if has_place else f"{rows.where(row)}: {what}"
+                tolerance.skip(what)
+                counts.add_fault(what)
+                continue
             counts.add(outcome)
             if isinstance(outcome, Encoded):
                 writer.append(outcome.tokens, outcome.weights, source=source, row=row)
 
 
-def _batches(rows: Rows) -> Iterator[tuple[int, list[Conversation]]]:
-    for start in range(0, len(rows), BATCH_ROWS):
-        stop = min(start + BATCH_ROWS, len(rows))
-        yield start, [_conversation(rows, index) for index in range(start, stop)]
-
-
-def _conversation(rows: Rows, index: int) -> Conversation:
-    row = rows[index]  # a fault in here names its place already
-    try:
-        return to_conversation(row)
-    except DataError as fault:
-        raise DataError(f"{rows.where(index)}: {fault}") from None
-
-
-Batches = Iterator[tuple[int, list[Conversation]]]
+Items = list[Any | Fault]
+Batches = Iterator[tuple[int, Items]]
 Results = Iterator[tuple[int, list[Outcome]]]
 
 
-def _here(encoder: ConversationEncoder) -> Callable[[Batches], Results]:
-    return lambda batches: ((start, encoder.encode(batch)) for start, batch in batches)
+def _batches(rows: Rows, encoder: Encoder) -> Batches:
+    for start in range(0, len(rows), BATCH_ROWS):
+        stop = min(start + BATCH_ROWS, len(rows))
+        yield start, [_item(rows, index, encoder) for index in range(start, stop)]
 
 
-_encoder: ConversationEncoder  # of a worker process, set once when it starts
+def _item(rows: Rows, index: int, encoder: Encoder) -> Any | Fault:
+    try:
+        row = rows[index]
+    except DataError as fault:
+        return Fault(str(fault), has_place=True)
+    try:
+        return encoder.read(row)
+    except DataError as fault:
+        return Fault(str(fault))
 
 
-def _start_worker(encoder: ConversationEncoder) -> None:
+def _outcomes(encoder: Encoder, items: Items) -> list[Outcome]:
+    """The faults of reading stay in their places."""
+    sound = [item for item in items if not isinstance(item, Fault)]
+    encoded = iter(encoder.encode(sound) if sound else ())
+    return [item if isinstance(item, Fault) else next(encoded) for item in items]
+
+
+def _here(encoder: Encoder) -> Callable[[Batches], Results]:
+    return lambda batches: ((start, _outcomes(encoder, items)) for start, items in batches)
+
+
+_encoder: Encoder  # of a worker process, set once when it starts
+
+
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
 
 
-def _encode(batch: list[Conversation]) -> list[Outcome]:
-    return _encoder.encode(batch)
+def _encode(items: Items) -> list[Outcome]:
+    return _outcomes(_encoder, items)
 
 
-def _in_processes(encoder: ConversationEncoder, workers: int) -> Callable[[Batches], Results]:
+def _in_processes(encoder: Encoder, workers: int) -> Callable[[Batches], Results]:
     def run(batches: Batches) -> Results:
         # Forked children would inherit the threads' locks of jax and of the tokenizer.
         pool = ProcessPoolExecutor(

@@ -98,6 +98,7 @@ class LanguageModel:
 class ModelFactory(Factory, kind="model"):
     """Makes the model in two steps, so that data is checked before weights are read."""
 
+    events = {"create-config": "create_config", "create-model": "create_model"}
     config: ModelConfig
 
     def create_config(self) -> Described:

@@ -9,6 +9,8 @@ from jaxtrain.registry import Factory
 
 
 class OptimizerFactory(Factory, kind="optimizer"):
+    events = {"create-optimizer": "create_optimizer"}
+
     def create_optimizer(self, model: Any, optimizer_config: Any) -> optax.GradientTransformation:
         """An optax transformation at the peak rate; the step multiplies its updates by the
         schedule.

@@ -5,6 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from jaxtrain import registry
 from jaxtrain.recipe.errors import Fault, Place, RecipeError
 
 
@@ -24,6 +25,7 @@ def run_user_code(file: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+        registry.settle()
     except BaseException as error:  # whatever the user's file raises, the person gets its line
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from jaxtrain.recipe.errors import nearest_multiples
+from jaxtrain.recipe.errors import did_you_mean, nearest_multiples
 from jaxtrain.recipe.section import InputPath, TypedSection
 
 FORMATS = {
@@ -16,6 +16,8 @@ FORMATS = {
 }  # fmt: skip
 """Suffix of a local file → the source type that reads it."""
 COMPRESSED = (".gz", ".zst")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""Who speaks in a conversation."""
 SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\])?)")
 
 
@@ -73,8 +75,28 @@ class DataSourceConfig(TypedSection):
     sample_count: int | None = Field(default=None, gt=0)
     """Random number of rows; a larger number than there is takes all."""
     sample_seed: int = 42
+    process: bool = True
+    """False: rows hold tokens already, as `input_ids` and, for conversations, `labels`."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source in the mixture; if one training source has it, all must. An epoch keeps
+    its length, and each source is cut or repeated to its share."""
     name: str = ""
     """Label in logs and counts."""
+
+    @property
+    def says_which_rows(self) -> tuple[str, ...]:
+        """Keys that say where rows are and which of them are taken: the rows' own content stands
+        for these in the cache's key."""
+        return ("name", "split", "sample_ratio", "sample_count", "sample_seed", "weight")
+
+    @property
+    def is_tokenised(self) -> bool:
+        return not self.process
+
+    @property
+    def text_column(self) -> str:
+        """Column of the text of causal training; a row with one column needs no name for it."""
+        return "text"
 
     @model_validator(mode="after")
     def _one_sample_key(self) -> "DataSourceConfig":
@@ -111,6 +133,12 @@ class HFDataSourceConfig(RowsConfig):
     split_mapping: dict[str, str] = {}
     """Standard split name → the data set's own."""
 
+    @property
+    def says_which_rows(self) -> tuple[str, ...]:
+        # The name of a well-known data set decides how its columns are read.
+        place = ("name_or_path",) if Path(self.name_or_path).exists() else ()
+        return (*super().says_which_rows, *place, "kwargs", "split_mapping")
+
     @model_validator(mode="after")
     def _kwargs_are_for_reading(self) -> "HFDataSourceConfig":
         if self.kwargs.get("trust_remote_code"):
@@ -138,17 +166,49 @@ class HFDataSourceConfig(RowsConfig):
         return {**data, "name_or_path": name, "split": split}
 
 
+class HFCausalDataSourceConfig(HFDataSourceConfig):
+    """A hub data set of plain text."""
+
+    column: str = "text"
+    """Column of the text; a data set with one column uses that one."""
+
+    @property
+    def text_column(self) -> str:
+        return self.column
+
+
+class SyntheticDataSourceConfig(DataSourceConfig):
+    """Random tokens, each row `max_length` of them."""
+
+    rows: int = Field(default=10_000, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Tokens are below it; the tokenizer's size when left out."""
+    process: Literal[False] = False
+
+    @property
+    def says_which_rows(self) -> tuple[str, ...]:
+        return (*super().says_which_rows, "rows", "vocab_size")
+
+
 class LocalDataSourceConfig(RowsConfig):
     """Local files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too."""
 
     path: InputPattern | tuple[InputPattern, ...]
     columns: dict[str, str] = {}
     """Column → the name it goes by from here on."""
+    column: str = "text"
+    """Column of the text of causal training; a file of `text` has this one alone."""
+
+    @property
+    def text_column(self) -> str:
+        return self.column
+
+    @property
+    def says_which_rows(self) -> tuple[str, ...]:
+        return (*super().says_which_rows, "path")
 
 
 class TextDataSourceConfig(LocalDataSourceConfig):
-    column: str = "text"
-    """Name of the one column."""
     per_line: bool = False
     """A row per line, not per file."""
 
@@ -165,8 +225,8 @@ class DataConfig(TypedSection):
 
     sources: tuple[Any, ...]
     """Training sources: names, paths or maps."""
-    eval_sources: tuple[Any, ...] = ()
-    """Evaluation sources."""
+    eval_sources: tuple[Any, ...] | dict[str, tuple[Any, ...]] = ()
+    """Evaluation sources; a map of name to sources makes named sets."""
     train_eval_split: tuple[float, float] = (1.0, 0.0)
     """Shares kept for training and for evaluation; split before packing, by `seed`."""
     max_length: int | None = Field(default=None, gt=0)
@@ -177,6 +237,25 @@ class DataConfig(TypedSection):
     """Threads that make batches ahead of the step; 0 makes them in the loop."""
     seed: int = Field(default=42, ge=0)
     """Order of the rows, together with the epoch; and the split."""
+
+    max_rows_with_errors: int = Field(default=0, ge=0)
+    """So many faulty rows are skipped and counted; one more stops the run."""
+    cache_dir: str | None = None
+    """Folder of prepared rows; one that several machines share is prepared by the first of them.
+    In the user's cache folder when left out."""
+    fail_on_missing_cache: bool = False
+    """Stop where rows would have to be prepared."""
+
+    CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
+        "num_proc", "dl_num_workers", "cache_dir", "fail_on_missing_cache",
+    ))  # fmt: skip
+    """Keys of place and speed."""
+    NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
+        "sources", "eval_sources", "train_eval_split", "max_length", "seed",
+    }  # fmt: skip
+    """Keys that change no document: these, and what is planned from documents at every start."""
+    default_source: ClassVar[str] = "huggingface"
+    """Type of a source that names none."""
 
     @model_validator(mode="after")
     def _sources_and_split(self) -> "DataConfig":
@@ -192,12 +271,40 @@ class DataConfig(TypedSection):
             raise ValueError("train_eval_split and eval_sources exclude each other; remove one")
         return self
 
+    @model_validator(mode="after")
+    def _weights_of_all_or_none(self) -> "DataConfig":
+        weights = [s.weight for s in self.sources if isinstance(s, DataSourceConfig)]
+        if None in weights and any(weights):
+            raise ValueError(
+                f"sources.{weights.index(None)} has no weight and another source has one; "
+                f"write one for every source or for none"
+            )
+        for name, named in self.eval_sets.items():
+            if not named:
+                raise ValueError(f"eval_sources.{name} is empty; name at least one source")
+            if any(isinstance(s, DataSourceConfig) and s.weight for s in named):
+                raise ValueError("weight has no effect in eval_sources; remove it")
+        return self
+
+    @property
+    def eval_sets(self) -> dict[str, tuple[Any, ...]]:
+        """Name → sources; the set of a plain list is `eval`."""
+        if isinstance(self.eval_sources, dict):
+            return self.eval_sources
+        return {"eval": self.eval_sources} if self.eval_sources else {}
+
     @property
     def has_eval(self) -> bool:
         return bool(self.eval_sources) or self.train_eval_split[1] > 0
 
 
 class SFTDataConfig(DataConfig):
+    NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = DataConfig.NOT_IN_DOCUMENTS | {
+        "div_length", "pad_to", "pack_samples", "packing", "always_max_length", "drop_last",
+        "fuse_positions_prob", "repeat_to_pack_max_length",
+    }  # fmt: skip
+    default_source: ClassVar[str] = "huggingface_instruct"
+
     div_length: int = Field(default=256, ge=1)
     """Rows are padded to a multiple of it."""
     pad_to: Literal["div_length", "max_length"] = "div_length"
@@ -211,6 +318,45 @@ class SFTDataConfig(DataConfig):
     """Drop conversations longer than `max_length`."""
     overlong: Literal["drop", "truncate", "error"] | None = None
     """What happens to them; `drop` with `filter_samples`, else `truncate`, when left out."""
+
+    always_max_length: bool = False
+    """Fill every pack to its last token, in the order of the rows; the row that does not fit goes
+    on in the next pack."""
+    drop_last: bool = False
+    """Drop the last pack if it is short, once per data set."""
+    fuse_positions_prob: float = Field(default=0.0, ge=0, le=1)
+    """Chance of a pack to be one sequence: its positions run on and its rows attend to each
+    other."""
+    repeat_to_pack_max_length: bool = False
+    """Repeat the rows of a data set that is shorter than one pack until the pack is nearly full."""
+    loss_roles: tuple[str, ...] = Field(default=("assistant",), min_length=1)
+    """Roles whose text is trained."""
+    completion_only: bool = True
+    """Of rows with a prompt and a reply, train the reply only; false trains both."""
+    ignore_empty_think: bool = False
+    """Do not train an empty think block at the start of a reply."""
+
+    @model_validator(mode="after")
+    def _packing_keys_need_packing(self) -> "SFTDataConfig":
+        for key in ("always_max_length", "drop_last", "fuse_positions_prob",
+                    "repeat_to_pack_max_length"):  # fmt: skip
+            if getattr(self, key) and not self.pack_samples:
+                raise ValueError(f"{key} needs pack_samples: true")
+        if self.always_max_length and self.packing != "best_fit":
+            raise ValueError("packing has no effect with always_max_length; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_roles_are_known(self) -> "SFTDataConfig":
+        for role in self.loss_roles:
+            if role not in ROLES:
+                raise ValueError(
+                    f"loss_roles: unknown role {role!r}{did_you_mean(role, ROLES)} "
+                    f"(known: {', '.join(ROLES)})"
+                )
+        if not self.mask_inputs and self.loss_roles != ("assistant",):
+            raise ValueError("loss_roles has no effect with mask_inputs: false; remove one")
+        return self
 
     @model_validator(mode="after")
     def _lengths_divide(self) -> "SFTDataConfig":
@@ -227,3 +373,15 @@ class SFTDataConfig(DataConfig):
     @property
     def overlong_rule(self) -> Literal["drop", "truncate", "error"]:
         return self.overlong or ("drop" if self.filter_samples else "truncate")
+
+
+class CausalDataConfig(DataConfig):
+    """Text joined with BOS and EOS and cut into rows of exactly `max_length` tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_are_full(cls, data: Any) -> Any:
+        for key in ("div_length", "pack_samples", "pad_to"):
+            if isinstance(data, dict) and key in data:
+                raise ValueError(f"causal rows always have `max_length` tokens; remove {key}")
+        return data

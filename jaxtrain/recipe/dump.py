@@ -34,7 +34,7 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
     """What must be equal for one run to continue another's state: the model, the rows and their
     order, the kind of optimizer."""
     tree = effective(config)
-    data = {key: v for key, v in tree["data"].items() if key not in ("num_proc", "dl_num_workers")}
+    data = {key: v for key, v in tree["data"].items() if key not in config.data.CHANGES_NO_BATCH}
     return {
         "type": tree["type"],
         "model.name_or_path": tree["model"]["name_or_path"],

@@ -144,37 +144,38 @@ class _Resolver:
             self.fault((*key, "type"), what)
             return stand_in
         if section == "data":
-            value = self.with_sources(value, key)
+            default = registry.config_class("data", name).default_source
+            value = self.with_sources(value, key, default)
         return self.validated(section, name, {**value, "type": name}, key)
 
-    def with_sources(self, value: dict[str, Any], key: Key) -> dict[str, Any]:
+    def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
         for name, split in SOURCES.items():
-            written = value.get(name)
-            if isinstance(written, str):
-                written = [written]
-            if isinstance(written, list):
-                value[name] = self.sources(written, (*key, name), split)
-            elif isinstance(written, dict) and name == "eval_sources":
+            written, here = value.get(name), (*key, name)
+            if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
                 value[name] = {
-                    label: self.sources(items, (*key, name, label), split)
-                    if isinstance(items, list)
-                    else items
-                    for label, items in written.items()
+                    set_name: self.sources(listed, (*here, set_name), split, default)
+                    for set_name, listed in written.items()
                 }
+            elif written is not None:
+                value[name] = self.sources(written, here, split, default)
         return value
 
-    def sources(self, items: list[Any], key: Key, split: str) -> list[Any]:
-        return [self.source(item, (*key, i), split) for i, item in enumerate(items)]
+    def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
+        if isinstance(written, str):
+            written = [written]
+        if not isinstance(written, list):
+            return written
+        return [self.source(item, (*key, i), split, default) for i, item in enumerate(written)]
 
-    def source(self, item: Any, key: Key, split: str) -> Any:
+    def source(self, item: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(item, str):
             registered = registry.names("data_source")
-            item = source_from_text(item, registered=registered, default="huggingface_instruct")
+            item = source_from_text(item, registered=registered, default=default)
         if not isinstance(item, dict):
             self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
             return item
-        name = str(item.get("type") or "huggingface_instruct")
+        name = str(item.get("type") or default)
         name = registry.canonical("data_source", name)
         if name not in (known := registry.names("data_source")):
             self.fault((*key, "type"), registry.unknown("data_source", name, known))
@@ -296,6 +297,7 @@ def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     data = recipe.tree.get("data")
     for key in SOURCES:
         written = data.get(key) if isinstance(data, dict) else None
-        for source in written if isinstance(written, list) else ():
-            if isinstance(source, dict) and isinstance(source.get("type"), str):
-                yield "data_source", registry.canonical("data_source", source["type"])
+        for listed in written.values() if isinstance(written, dict) else [written]:
+            for source in listed if isinstance(listed, list) else ():
+                if isinstance(source, dict) and isinstance(source.get("type"), str):
+                    yield "data_source", registry.canonical("data_source", source["type"])

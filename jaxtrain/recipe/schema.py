@@ -61,7 +61,8 @@ def reference() -> str:
     parts = [INTRODUCTION]
     for kind, level in LEVELS.items():
         for name in _built(kind):
-            parts += _table(kind, level, name)
+            if registry.is_built_in(kind, name):
+                parts += _table(kind, level, name)
     rows = [f"| `{row.key}` | {row.instead} |" for row in TABLE]
     parts += ["## Not built yet", NOT_BUILT, "| key | instead |\n|---|---|\n" + "\n".join(rows)]
     return "\n\n".join(parts) + "\n"

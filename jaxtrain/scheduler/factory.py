@@ -13,6 +13,8 @@ from jaxtrain.scheduler.schedules import Schedule as Schedule
 class SchedulerFactory(Factory, kind="scheduler"):
     """Makes the schedule; `self.trainer` has `training_horizon` and `warmup_steps`, in updates."""
 
+    events = {"create-scheduler": "create_scheduler"}
+
     def create_scheduler(self, optimizer: Any) -> Schedule:
         """A function from the update number (from 0) to a share of the optimizer's own rate."""
         raise NotImplementedError(

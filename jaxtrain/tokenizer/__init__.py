@@ -4,3 +4,5 @@ from jaxtrain.tokenizer.factory import HFTokenizerFactory as HFTokenizerFactory
 from jaxtrain.tokenizer.factory import TokenizerFactory as TokenizerFactory
 from jaxtrain.tokenizer.load import load_tokenizer as load_tokenizer
 from jaxtrain.tokenizer.load import save_tokenizer as save_tokenizer
+from jaxtrain.tokenizer.model_files import ModelFiles as ModelFiles
+from jaxtrain.tokenizer.model_files import model_files as model_files

@@ -11,6 +11,7 @@ from jaxtrain.tokenizer.load import load_tokenizer
 class TokenizerFactory(Factory, kind="tokenizer"):
     """Makes the tokenizer; `self.model_path` is where the model lies."""
 
+    events = {"create-tokenizer": "create_tokenizer"}
     config: TokenizerConfig
 
     def __init__(self, config: TokenizerConfig, model_path: Path, trainer: Any = None):

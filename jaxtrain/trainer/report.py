@@ -1,9 +1,9 @@
 """What a run tells: a line an update, evaluations, samples; on screen and in the metrics file."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -28,9 +28,11 @@ class Report:
         peak_lr: float,
         last_step: int,
         steps_per_epoch: int,
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
         self.console, self.folder, self.meter = console, folder, meter
         self.peak_lr, self.last_step, self.steps_per_epoch = peak_lr, last_step, steps_per_epoch
+        self.on_row = on_row
         self.num_evaluations = 0
         self.last_loss = float("nan")
         self._held: tuple[int, dict[str, jax.Array]] | None = None
@@ -55,6 +57,7 @@ class Report:
         self.last_loss = values["loss"]
         self.folder.write(row)
         self.console.progress(row, self.last_step)
+        self.on_row(row)
         if not applied and values["trained_tokens"]:
             raise NonFiniteError(
                 f"update {step} is not finite: loss {values['loss']}, grad norm "

@@ -25,6 +25,8 @@ class StepSpec(NamedTuple):
     merge: Callable[[PyTree], Any]
     """parameters → the model that `loss_fn` is given"""
     loss_fn: LossFn
+    on_gradients: Callable[[PyTree], PyTree]
+    """what callbacks make of the summed gradients of a microbatch"""
     optimizer: optax.GradientTransformation
     """updates at the peak rate"""
     schedule: Callable[[jax.Array], jax.Array]
@@ -88,7 +90,8 @@ def loss_and_grads(
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         # Said here, since the compiler may else gather the gradients of all shards on every device.
-        return loss, jax.lax.with_sharding_constraint(grads, spec.param_shardings)
+        grads = jax.lax.with_sharding_constraint(grads, spec.param_shardings)
+        return loss, spec.on_gradients(grads)
 
     return _over_microbatches(spec, batch, key, one)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial, reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 
@@ -20,6 +20,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
 from jaxtrain.data import BatchShape, DataShape, SFTDataFactory, TrainingData
+from jaxtrain.data.prepare import prepare_data
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -39,6 +40,7 @@ from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
+from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.geometry import Geometry
 from jaxtrain.trainer.header import header
@@ -64,6 +66,13 @@ class Trainer(registry.Registered, kind="trainer"):
     before `train`.
     """
 
+    events = {name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint")}
+    traced_events = ("loss", "backward")
+    signature_hints: ClassVar[dict[str, str]] = {
+        "loss": "define `loss_fn`; `loss(self, batch)` is the PyTorch hook",
+        "step": "define `loss_fn`; `step(self, batch)` is the PyTorch hook",
+    }
+
     config: TrainerConfig
     model_factory: HFModelFactory
     tokenizer_factory: HFTokenizerFactory
@@ -81,7 +90,10 @@ class Trainer(registry.Registered, kind="trainer"):
     ):
         """`devices` make up the mesh, all there are when left out; they need not be present to
         lower the step. `data` stands in for the recipe's."""
+        for hook in self.hooks("pre-init"):
+            hook(self, config)
         self.config = config
+        self._callbacks = Callbacks()
         self.console = Console(is_writer=jax.process_index() == 0)
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
@@ -112,12 +124,16 @@ class Trainer(registry.Registered, kind="trainer"):
             peak_lr=config.optimizer.learning_rate,
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
+            on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
         self.global_step = 0
         self.eval_metrics: dict[str, float] = {}
         """of the evaluation after the newest update, empty when there was none"""
         self._state: TrainState | None = None
+        self.hook_methods()
+        for hook in self.hooks("post-init"):
+            hook(self)
 
     # The objective: pure functions.
 
@@ -149,16 +165,19 @@ class Trainer(registry.Registered, kind="trainer"):
         """Run the recipe from its start, or from its newest checkpoint, to its end."""
         began = time.perf_counter()
         self._refuse_foreign_folders()
+        self._tell("on_init_end")
         self.start()
         if self.global_step < self.last_step:
             self.run_folder.open(resumed_at=self.global_step)
             self.console.header(header(self))
+            self._tell("on_train_begin")
             try:
                 if self.config.eval_at_start and self.global_step == 0:
                     self.evaluate()
-                while self.global_step < self.last_step:
+                while not self._ended:
                     self.epoch()
                 self.report.flush()
+                self._tell("on_train_end")
                 for engine in self.checkpoint_engines:
                     engine.wait()
             finally:
@@ -172,16 +191,23 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def epoch(self) -> None:
         """The updates from here to the end of the epoch, or of the run."""
+        self._tell("on_epoch_begin")
         for batch in self.train_batches:
+            self._tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
             self.global_step += 1
             # The device is busy with this update, so reading the metrics of the one before costs
             # nothing.
             self.report.update(self.global_step, metrics)
             self.eval_metrics = {}
+            self._tell("on_optimizer_step")
+            self._tell("on_step_end")
             if self._evaluation_is_due:
                 self.evaluate()
             self.checkpoint()
+            if self._ended:
+                break
+        self._tell("on_epoch_end")
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics over all evaluation rows: sums over a whole set, divided once."""
@@ -196,21 +222,39 @@ class Trainer(registry.Registered, kind="trainer"):
         for name, loss in named.items():
             self.eval_metrics |= evaluated(f"eval/{name}", loss)
         self.report.evaluation(self.global_step, self.eval_metrics)
+        self._tell("on_evaluate", metrics=self.eval_metrics)
         self._sample()
         return self.eval_metrics
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
         epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
-        moment = Moment(
-            self.global_step, 0 if within else epoch, self.global_step == self.last_step
-        )
+        requested = self.control.taken("should_save")
+        moment = Moment(self.global_step, 0 if within else epoch, self._ended, requested)
         for engine in self.checkpoint_engines:
             if engine.is_due(moment):
                 self.report.flush()
                 engine.note_score(moment.step, self.eval_metrics)
-                with self.report.phase(f"saving {engine.path(moment.step)}", key="save_time"):
+                path = engine.path(moment.step)
+                with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)
+                self._tell("on_save", engine=engine.name, path=path)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback object, or a class that is then made; see `jaxtrain.Callback`."""
+        self._callbacks.add(callback)
+
+    def pop_callback(self, callback: Any) -> Any | None:
+        """Take out and return the first callback that is this object or of this class."""
+        return self._callbacks.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        self._callbacks.pop(callback)
+
+    @property
+    def control(self) -> Control:
+        """Requests to the loop: stop, save, evaluate."""
+        return self._callbacks.control
 
     def save_model(self, folder: Path | str) -> None:
         """Export the weights to a folder that `transformers` loads."""
@@ -230,6 +274,7 @@ class Trainer(registry.Registered, kind="trainer"):
             self.global_step = engine.steps()[-1]
             with self.console.phase(f"restoring {engine.path(self.global_step)}"):
                 self._state = engine.load(self.state_shapes)
+            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
@@ -293,12 +338,26 @@ class Trainer(registry.Registered, kind="trainer"):
         return lineage(self.config, global_batch=self.geometry.global_batch)
 
     @property
+    def callback_states(self) -> dict[str, Any]:
+        """State of the callbacks that keep any; part of a checkpoint."""
+        return self._callbacks.state_dict()
+
+    @property
+    def _ended(self) -> bool:
+        return self.global_step >= self.last_step or self.control.should_training_stop
+
+    @property
     def _evaluation_is_due(self) -> bool:
+        if self.control.taken("should_evaluate"):
+            return True
         if not self.data.evals:
             return False
         interval = self.config.eval_interval
-        at_end = self.global_step == self.last_step and self.config.eval_at_end is not False
+        at_end = self._ended and self.config.eval_at_end is not False
         return at_end or bool(interval and self.global_step % interval == 0)
+
+    def _tell(self, event: str, **more: Any) -> None:
+        self._callbacks.tell(event, self, **more)
 
     def _summed(self, eval_set: str) -> Loss:
         key = jax.random.key(self.config.seed)
@@ -320,19 +379,12 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def _prepared_data(self) -> TrainingData:
         """Rows to batches, for training and for every evaluation set."""
-        config, most = self.config.data, self.model_config.config.max_positions
-        if config.max_length is not None and config.max_length > most:
-            raise RecipeError(
-                f"data.max_length: {config.max_length} is longer than the {most} positions of the "
-                "model; write at most that"
-            )
-        factory = self._made("data", config, self.tokenizer, config.max_length or most)
-        sources = [self._made("data_source", source) for source in config.sources]
-        held_out = [self._made("data_source", source) for source in config.eval_sources]
-        return factory.prepare(
-            sources,
-            {"eval": held_out} if held_out else {},
+        return prepare_data(
+            self.config.data,
+            self.tokenizer,
             BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
+            max_positions=self.model_config.config.max_positions,
+            trainer=self,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -341,7 +393,8 @@ class Trainer(registry.Registered, kind="trainer"):
         """Turn `step` and `loss` into jitted functions on the mesh."""
         self._spec = pure.StepSpec(
             merge=self.model.merge,
-            loss_fn=self.loss_fn,
+            loss_fn=self.hooked("loss", self.loss_fn),
+            on_gradients=self.hooked("backward", lambda gradients: gradients),
             optimizer=self.optimizer,
             schedule=self.schedule,
             max_grad_norm=self.config.max_grad_norm,

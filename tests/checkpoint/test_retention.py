@@ -28,6 +28,7 @@ class Run:
     """What an engine asks of a trainer."""
 
     lineage: dict = {}
+    callback_states: dict = {}
 
     def __init__(self):
         self.global_step = 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.conversation import Conversation
+from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
 from jaxtrain.data.render import Renderer
 from jaxtrain.data.spans import by_marks, by_prefixes
@@ -30,7 +30,12 @@ def outcome(template, messages, tools=None, **options):
 
 def trained(template, messages, **options):
     """The trained stretches of a conversation, decoded."""
-    found = outcome(template, messages, **options)
+    return trained_of(template, Conversation(messages), **options)
+
+
+def trained_of(template, conversation, **options):
+    defaults = {"max_length": 4096, "overlong": "drop"} | options
+    (found,) = ConversationEncoder(tiny_tokenizer(template), **defaults).encode([conversation])
     assert isinstance(found, Encoded), found
     tokenizer, pieces, run = tiny_tokenizer(template), [], []
     for token, weight in zip([*found.tokens, 0], [*found.weights, 0], strict=True):
@@ -199,3 +204,84 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
     replies = contents[1::2]
     assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]
+
+
+END_OF_ALL = CHATML.replace(
+    "{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add"
+)
+
+
+def test_what_stands_behind_the_last_turn_alone_does_not_hide_the_ends_of_others():
+    # Three turns and more are found by marks, two by prefixes, which this template breaks.
+    for count in (2, 4, 8):
+        found = trained(END_OF_ALL, chat(*["a ", " yes "] * (count // 2)))
+        assert found == [" yes <|im_end|>"] * (count // 2 - 1) + [" yes <|im_end|>\n</s>"]
+
+
+def test_a_turn_of_calls_alone_keeps_its_form():
+    # As Qwen3 writes it: a line break before the call only where there is content.
+    template = TOOLS.replace("<call>", "{% if m.content %}\n{% endif %}<call>").replace(
+        "<|im_start|>{{ m.role }}\n",
+        "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}(last){% endif %}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
+    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "yes")[1]]
+    assert trained(template, messages) == [
+        "<call>river</call><|im_end|>",
+        "(last)yes<|im_end|>",
+    ]
+
+
+def test_a_template_that_hides_the_reply_is_refused():
+    hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    found = outcome(hiding, chat("a", "yes"))
+    assert isinstance(found, Fault)
+    assert found.what.startswith("messages[1].content: the chat template does not show it")
+
+
+def test_a_template_that_needs_the_call_before_its_answer_is_no_hiding_one():
+    strict = TOOLS.replace(
+        "<|im_start|>{{ m.role }}",
+        "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ m.role }}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
+    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "no")[1]]
+    assert trained(strict, messages) == ["<call>river</call><|im_end|>", "no<|im_end|>"]
+
+
+def test_other_roles_are_trained_where_the_recipe_says_so():
+    messages = chat("a river", "yes", "b", "no", system="be dry")
+    for roles, expected in {
+        ("assistant",): ["yes<|im_end|>", "no<|im_end|>"],
+        ("user",): ["a river<|im_end|>", "b<|im_end|>"],
+        ("system",): ["be dry<|im_end|>"],
+        ("user", "assistant"): [f"{text}<|im_end|>" for text in ("a river", "yes", "b", "no")],
+    }.items():
+        assert trained(CHATML, messages, loss_roles=roles) == expected
+
+
+def pair(prompt, reply):
+    return to_conversation({"prompt": prompt, "completion": reply})
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_of_a_pair_the_reply_alone_is_trained_even_if_the_prompt_has_replies(template):
+    end = "" if template == GENERATION else END
+    conversation = pair(chat("a", "no", "b"), chat("", "yes")[1:])
+    assert trained_of(template, conversation) == [f"yes{end}"]
+    assert trained_of(template, pair("a", "yes")) == [f"yes{end}"]
+    whole = trained_of(template, conversation, completion_only=False)
+    assert len(whole) == 1 and "no<|im_end|>\n<|im_start|>user\nb" in whole[0]
+    # Rows that are no pairs are trained as ever.
+    messages = Conversation(chat("a", "no", "b", "yes"))
+    assert trained_of(template, messages, completion_only=False) == [f"no{end}", f"yes{end}"]
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_an_empty_think_block_is_left_out_if_asked(turns):
+    messages = chat(*["a", "fine"] * turns)
+    assert trained(THINK, messages)[-1] == "<think>\n\n</think>\n\nfine<|im_end|>"
+    assert trained(THINK, messages, ignore_empty_think=True)[-1] == "fine<|im_end|>"
+    thought = chat("a", THOUGHT)
+    assert trained(THINK, thought, ignore_empty_think=True) == [THOUGHT + END]

@@ -13,7 +13,7 @@ from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.rows import NamedRows
 from jaxtrain.data.split import split_by_content
-from jaxtrain.data.tokenise import POOL_ROWS, tokenise, workers_for
+from jaxtrain.data.tokenise import POOL_ROWS, Tolerance, tokenise, workers_for
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 from tests.tiny import TEXTS, chat, tiny_tokenizer
@@ -46,7 +46,8 @@ def source(folder, rows, name="chats"):
 
 def prepare(sources, evals=(), *, max_length=128, shape=None, **keys):
     factory = SFTDataFactory(SFTDataConfig(sources=("x",), **keys), tiny_tokenizer(), max_length)
-    return factory.prepare(sources, {"eval": evals}, shape or BatchShape(2, 2))
+    evals = {"eval": evals} if evals else {}
+    return factory.prepare(sources, evals, shape or BatchShape(2, 2))
 
 
 def documents_in(batches):
@@ -78,10 +79,11 @@ def test_an_epoch_trains_every_conversation_once(tmp_path, packing):
     assert data.train_rows == len({r for batch in batches for r in batch.rows.ravel()} - {-1})
 
 
-def test_nothing_is_left_behind_in_the_cache(tmp_path, cache):
+def test_nothing_but_the_entry_is_left_in_the_cache(tmp_path, cache):
     data = prepare([source(tmp_path, chats(9))])
     next(data.train_batches())
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    (entry,) = (cache / "data").iterdir()
+    assert {path.parent for path in cache.rglob("*") if path.is_file()} == {entry}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_the_ledger_counts_every_row(tmp_path):
     assert lines[0] == "chats: 10 rows read, 8 documents"
     assert "  dropped 1: longer than max_length" in lines
     assert lines[5].startswith("  end of turn trained in 100.0% of ")
-    assert lines[-2].startswith(f"train: 8 documents in {data.train_rows} rows of 160 tokens, fill")
+    assert lines[-3].startswith(f"train: 8 documents in {data.train_rows} rows of 160 tokens, fill")
     assert sum(len(d) for d in documents_in(data.train_batches(0, 9))) >= counts.tokens
 
 
@@ -208,7 +210,9 @@ def test_processes_change_no_row(tmp_path):
         folder.mkdir()
         counts = SourceCounts("rows")
         with DocumentWriter(folder) as writer:
-            tokenise(rows, encoder, writer, counts, source=0, workers=workers)
+            tokenise(
+                rows, encoder, writer, counts, source=0, tolerance=Tolerance(), workers=workers
+            )
         results.append((Documents.open(folder), counts))
     (alone, alone_counts), (shared, shared_counts) = results
     assert all((a == b).all() for a, b in zip(alone, shared, strict=True))

@@ -271,7 +271,7 @@ SECTIONS = {
     "amp": ({"deepspeed": {"amp": {"enabled": True}}}, "deepspeed.amp: use `model.dtype`, found {'enabled': True}"),
     "snowflake table": (
         source(type="snowflake", name_or_path="x"),
-        "data.sources.0.name_or_path: unknown key (found 'x'); it belongs to type huggingface and huggingface_instruct, not snowflake",
+        "data.sources.0.name_or_path: unknown key (found 'x'); it belongs to type huggingface and huggingface_instruct and huggingface_causal, not snowflake",
     ),
     "size": (
         exports(max_shard_size="4 apples"),

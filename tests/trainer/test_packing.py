@@ -1,4 +1,5 @@
-"""A document in a packed row is trained exactly as it would be alone, whatever computes attention."""
+"""A document in a packed row is trained exactly as it would be alone, whatever computes
+attention."""
 
 import jax
 import numpy as np

@@ -1,0 +1,206 @@
+"""Prepared documents, kept under a key of everything that decides them.
+
+An entry is a folder that appears by rename and never changes. Whoever misses it first claims it and
+builds; others, on this machine or on another that shares the folder, wait for it to appear.
+"""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtrain.assets import cache_folder
+from jaxtrain.recipe.errors import DataError
+
+LIMIT_BYTES = 20 * 2**30
+"""Above this, entries that were not used for longest are deleted; $JAXTRAIN_DATA_CACHE_BYTES goes
+first."""
+BEAT_S = 2.0
+DEAD_S = 30.0
+"""A claim that has not moved for so long belongs to a process that is gone."""
+POLL_S = 0.2
+ABANDONED_S = 24 * 3600.0
+PARTS_FILE = "key.json"
+
+
+class Found(NamedTuple):
+    folder: Path
+    note: str
+    """Hit or miss, and why; one line for the ledger."""
+
+
+class DataCache:
+    """The entries of one folder; the user's cache folder when none is given."""
+
+    def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
+        self.is_own = folder is None
+        self.folder = cache_folder() / "data" if folder is None else Path(folder).expanduser()
+        written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES")
+        self.limit_bytes = limit_bytes or (int(written) if written else LIMIT_BYTES)
+
+    def get(
+        self, parts: Mapping[str, str], build: Callable[[Path], None], *, must_exist: bool = False
+    ) -> Found:
+        """The entry of these parts; `build` fills an empty folder for it when there is none.
+
+        DataError when it `must_exist` and does not."""
+        entry = self.folder / key_of(parts)
+        if self._is_whole(entry):
+            return self._hit(entry)
+        reason = self._reason(parts)
+        if must_exist:
+            raise DataError(
+                f"data.fail_on_missing_cache: nothing prepared in {self.folder}: {reason}; "
+                f"run `jaxtrain data` with this recipe first"
+            )
+        self._make_folder()
+        while not self._is_whole(entry):
+            with _claim(entry.with_suffix(".claim")) as is_ours:
+                if is_ours and not self._is_whole(entry):
+                    self._build(entry, parts, build)
+                    self._delete_oldest(keep=entry)
+                    return Found(entry, f"cache: miss, {reason}; prepared in {entry}")
+        return self._hit(entry)
+
+    def _hit(self, entry: Path) -> Found:
+        with suppress(OSError):  # a read-only cache has no order of use
+            os.utime(entry / PARTS_FILE)
+        return Found(entry, f"cache: hit, {entry}")
+
+    def _make_folder(self) -> None:
+        # Rows may be private; a folder that the recipe names is shared as its owner decides.
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.is_own else 0o777)
+        for left in self.folder.glob(".new-*"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _build(self, entry: Path, parts: Mapping[str, str], build: Callable[[Path], None]) -> None:
+        new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+        try:
+            build(new)
+            sizes = {file.name: file.stat().st_size for file in new.iterdir()}
+            (new / PARTS_FILE).write_text(json.dumps({"parts": dict(parts), "sizes": sizes}))
+            if not self.is_own:
+                new.chmod(0o777 & ~_umask())
+            self._remove(entry)  # one that is damaged
+            with suppress(FileExistsError, OSError):
+                new.rename(entry)
+            if not self._is_whole(entry):
+                raise DataError(f"{entry}: could not be written; is the disk full?")
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _is_whole(self, entry: Path) -> bool:
+        try:
+            sizes = json.loads((entry / PARTS_FILE).read_text())["sizes"]
+            return all((entry / name).stat().st_size == size for name, size in sizes.items())
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+            return False
+
+    def _reason(self, parts: Mapping[str, str]) -> str:
+        """In which parts the entry that is most like this one differs."""
+        nearest: list[str] | None = None
+        for _, _, entry in self._entries():
+            with suppress(OSError, ValueError, KeyError):
+                known = json.loads((entry / PARTS_FILE).read_text())["parts"]
+                names = [*parts, *(name for name in known if name not in parts)]
+                differing = [name for name in names if known.get(name) != parts.get(name)]
+                if nearest is None or len(differing) <= len(nearest):
+                    nearest = differing
+        if nearest is None:
+            return "nothing prepared yet"
+        return f"the nearest entry differs in {', '.join(nearest) or 'nothing, but is damaged'}"
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """Time of last use, bytes and folder of each entry, oldest first."""
+        found = []
+        for file in self.folder.glob(f"*/{PARTS_FILE}"):
+            with suppress(OSError):  # another process may delete it meanwhile
+                used = file.stat().st_mtime
+                size = sum(part.stat().st_size for part in file.parent.iterdir())
+                found.append((used, size, file.parent))
+        return sorted(found)
+
+    def _delete_oldest(self, *, keep: Path) -> None:
+        """What a run has mapped stays readable to it after it is deleted here."""
+        entries = self._entries()
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in entries:
+            if total <= self.limit_bytes:
+                return
+            if entry != keep:
+                self._remove(entry)
+                total -= size
+
+    def _remove(self, entry: Path) -> None:
+        """By rename first, so that nobody opens half an entry."""
+        with suppress(OSError):
+            gone = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+            with suppress(FileNotFoundError):
+                entry.rename(gone / entry.name)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def key_of(parts: Mapping[str, str]) -> str:
+    return sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _claim(file: Path) -> Iterator[bool]:
+    """True for the one process that holds the claim; for others false, once it is free again.
+
+    A file rather than a lock, which many shared file systems lack. Its holder keeps touching it, so
+    that one who died is told from one who works."""
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        _wait_for(file)
+        yield False
+        return
+    file.write_text(f"{socket.gethostname()} {os.getpid()}\n")
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            with suppress(OSError):
+                os.utime(file)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
+def _wait_for(file: Path) -> None:
+    """Until the claim is gone, or has not moved for so long that it is taken away."""
+    moved, since = -1.0, time.monotonic()
+    while True:
+        try:
+            now = file.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if now != moved:
+            moved, since = now, time.monotonic()
+        elif time.monotonic() - since > DEAD_S:
+            file.unlink(missing_ok=True)
+            return
+        time.sleep(POLL_S)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,72 @@
+"""The code that turns rows into documents, as digests for the cache's key."""
+
+import ast
+import hashlib
+import inspect
+import sys
+from pathlib import Path
+
+ENCODING_FILES = (
+    "causal.py", "conversation.py", "documents.py", "encode.py", "render.py", "spans.py",
+    "tokenise.py", "tokenised.py",
+)  # fmt: skip
+"""Our files that decide tokens and weights: hashed, since a number would be forgotten in some
+change."""
+
+
+def encoding_digest() -> str:
+    folder = Path(__file__).parent
+    return _digest([(folder / name).read_bytes() for name in ENCODING_FILES])
+
+
+def code_digest(cls: type) -> str:
+    """Of the files that define a class of the user and of what they import from beside themselves;
+    empty for our own classes."""
+    if cls.__module__.split(".")[0] == "jaxtrain":
+        return ""
+    files: dict[Path, None] = {}
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] not in ("jaxtrain", "builtins", "typing", "abc"):
+            _add_file(base.__module__, files)
+    # A class made where no file is, as in a notebook, has at least its own text.
+    return _digest([path.read_bytes() for path in files] or [_text_of(cls)])
+
+
+def _digest(texts: list[bytes]) -> str:
+    parts = sorted(hashlib.sha256(text).hexdigest() for text in texts)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _text_of(cls: type) -> bytes:
+    try:
+        return inspect.getsource(cls).encode()
+    except (OSError, TypeError):
+        return repr(sorted(vars(cls))).encode()
+
+
+def _add_file(module: str, files: dict[Path, None]) -> None:
+    """The module's file, and those of its imports that lie in the same folder or below."""
+    path = _file_of(module)
+    if path is None or path in files:
+        return
+    files[path] = None
+    for name in _imports(path):
+        other = _file_of(name)
+        if other is not None and other.is_relative_to(path.parent):
+            _add_file(name, files)
+
+
+def _file_of(module: str) -> Path | None:
+    found = getattr(sys.modules.get(module), "__file__", None)
+    path = Path(found) if found else None
+    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+
+
+def _imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

@@ -1,0 +1,77 @@
+"""`jaxtrain data`: prepares a recipe's rows and shows what is trained; needs no jax, no weights."""
+
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxtrain.data.factory import TrainingData
+from jaxtrain.data.page import page
+from jaxtrain.data.plan import BatchShape
+from jaxtrain.data.prepare import prepare_data
+from jaxtrain.data.preview import as_text, batch_samples, legend, samples
+from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+from jaxtrain.recipe.trainer import TrainerConfig
+
+TERMINAL_TOKENS = 400
+PAGE_TOKENS = 4000
+PAGE_DOCUMENTS = 200
+
+
+def show_data(
+    config: TrainerConfig,
+    tokenizer: Any,
+    *,
+    max_positions: int | None,
+    batch: int | None = None,
+    html: Path | None = None,
+    devices: int | None = None,
+) -> TrainingData:
+    """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
+    the same when `html` names one."""
+    shape = batch_shape(config, devices)
+    data = prepare_data(config.data, tokenizer, shape, max_positions=max_positions)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in data.ledger.lines():
+        console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))
+    in_colour = console.color_system is not None
+    console.print()
+    console.print(legend(in_colour=in_colour))
+    heading, shown = _chosen(data, tokenizer, shape, batch, most_tokens=TERMINAL_TOKENS)
+    console.print(Text(heading, "bold"))
+    for sample in shown:
+        console.print(as_text(sample, in_colour=in_colour))
+    if html is not None:
+        heading, shown = _chosen(data, tokenizer, shape, batch, most_tokens=PAGE_TOKENS)
+        documents = islice(shown, PAGE_DOCUMENTS)
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page(data, documents, title="Training data", heading=heading), "utf-8")
+        console.print(f"page: {html}")
+    return data
+
+
+def _chosen(
+    data: TrainingData, tokenizer: Any, shape: BatchShape, step: int | None, *, most_tokens: int
+) -> tuple[str, Any]:
+    if step is None:
+        return "Some documents", samples(data, tokenizer, most_tokens=most_tokens)
+    epoch, place = divmod(step - 1, data.steps_per_epoch)
+    heading = (
+        f"Step {step}: update {place + 1} of {data.steps_per_epoch} of epoch {epoch + 1}, "
+        f"{shape.update_rows} rows"
+    )
+    return heading, batch_samples(data, tokenizer, step, most_tokens=most_tokens)
+
+
+def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
+    """Rows of an update on so many devices; on as many as the recipe's mesh names when None."""
+    sizes = config.mesh.sizes(devices or _smallest(config.mesh))
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    return BatchShape(config.gradient_accumulation_steps, config.micro_batch_size * shards)
+
+
+def _smallest(mesh: MeshConfig) -> int:
+    return math.prod(max(1, getattr(mesh, axis)) for axis in AXES)

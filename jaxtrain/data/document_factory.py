@@ -1,0 +1,193 @@
+"""From sources to batches for every objective whose rows are documents of tokens."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain.assets import cache_folder
+from jaxtrain.data.cache import DataCache
+from jaxtrain.data.code_digest import code_digest, encoding_digest
+from jaxtrain.data.documents import Documents, DocumentWriter
+from jaxtrain.data.factory import DataFactory, LoadedSource, TrainingData
+from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
+from jaxtrain.data.mixture import mixed_documents
+from jaxtrain.data.packing import RowPlan
+from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.rows import rows_digest
+from jaxtrain.data.source import DataSource
+from jaxtrain.data.split import split_by_content
+from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
+from jaxtrain.data.warnings import document_warnings, set_warnings, source_warnings
+from jaxtrain.recipe.errors import DataError
+
+Processed = tuple[Documents, tuple[SourceCounts, ...]]
+COUNTS_FILE = "counts.json"
+
+
+class DocumentFactory(DataFactory, abstract=True):
+    """A subclass says how a source's rows become documents, and how documents share rows."""
+
+    def encoder(self, loaded: LoadedSource) -> Encoder:
+        """Rows of one source to documents."""
+        raise NotImplementedError(f"{type(self).__name__} must define encoder(loaded)")
+
+    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
+        """The rows of one set, out of the documents numbered in `chosen`."""
+        raise NotImplementedError(f"{type(self).__name__} must define plan_rows")
+
+    def row_tokens(self, plans: Sequence[RowPlan]) -> int:
+        """T, one for all sets, since every further length compiles the step once more."""
+        return self.max_length
+
+    def process(self, loaded: Sequence[LoadedSource]) -> Processed:
+        """Every row to a document or a counted drop; `DataError` when no document is left."""
+        counts = tuple(SourceCounts(one.label) for one in loaded)
+        tolerance = Tolerance(self.config.max_rows_with_errors)
+        with _scratch() as folder:
+            with DocumentWriter(folder) as writer:
+                for number, (one, count) in enumerate(zip(loaded, counts, strict=True)):
+                    workers = workers_for(len(one.rows), self.config.num_proc)
+                    tokenise(
+                        one.rows, self.encoder(one), writer, count,
+                        source=number, tolerance=tolerance, workers=workers,
+                    )  # fmt: skip
+            documents = Documents.open(folder)
+        for number, count in enumerate(counts):
+            of_source = documents.index["source"] == number
+            count.lengths = length_percentiles(documents.lengths[of_source])
+        if not len(documents.index):
+            raise DataError(f"no row is left: {_drops(counts)}")
+        return documents, counts
+
+    def cached(self, loaded: Sequence[LoadedSource]) -> tuple[Documents, Ledger]:
+        """What `process` makes of these sources, once; the ledger says whether it was there."""
+
+        def build(folder: Path) -> None:
+            documents, counts = self.process(loaded)
+            documents.save(folder)
+            (folder / COUNTS_FILE).write_text(json.dumps([count.as_json() for count in counts]))
+
+        found = DataCache(self.config.cache_dir).get(
+            self.key_parts(loaded), build, must_exist=self.config.fail_on_missing_cache
+        )
+        documents = Documents.open(found.folder)
+        kept = json.loads((found.folder / COUNTS_FILE).read_text())
+        counts = [
+            SourceCounts.of_json(count, label=one.label)
+            for count, one in zip(kept, loaded, strict=True)
+        ]
+        return documents, Ledger(tuple(counts), (), (found.note,))
+
+    def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
+        """Everything that decides the documents, under names that a person knows."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # this and padding are states that every call sets anew
+        backend.no_padding()
+        special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
+        written = self.config.model_dump(mode="json", exclude=set(self.config.NOT_IN_DOCUMENTS))
+        parts = {
+            "jaxtrain's encoding code": encoding_digest(),
+            "the tokenizer": _digest(backend.to_str() + special),
+            "the chat template": _digest(json.dumps(self.tokenizer.chat_template)),
+            "code of the data factory": code_digest(type(self)),
+            **{f"data.{key}": json.dumps(value) for key, value in written.items()},
+        }
+        for number, (source, rows) in enumerate(loaded):
+            parts |= {
+                f"rows of source {number}": rows_digest(rows),
+                f"code of source {number}": code_digest(type(source)),
+                **{
+                    f"source {number}: {key}": json.dumps(value, sort_keys=True)
+                    for key, value in source.options().items()
+                },
+            }
+        return parts
+
+    def split_data(self, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
+        """By `train_eval_split`, before packing; equal documents stay on one side."""
+        share = self.config.train_eval_split[1]
+        if not share:
+            return np.arange(len(documents.index)), np.zeros(0, dtype=np.int64)
+        return split_by_content(documents.index["digest"], share, self.config.seed)
+
+    def create_dataloader(
+        self,
+        documents: Documents,
+        rows: RowPlan,
+        shape: BatchShape,
+        *,
+        row_tokens: int,
+        train: bool,
+    ) -> BatchPlan:
+        """The batches of one set; an evaluation set keeps its order."""
+        seed = self.config.seed if train else None
+        return BatchPlan(documents, rows, shape, row_tokens, seed)
+
+    def prepare(
+        self,
+        sources: Sequence[DataSource],
+        eval_sources: Mapping[str, Sequence[DataSource]],
+        shape: BatchShape,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> TrainingData:
+        documents, ledger = self.cached(self.load(sources, "train"))
+        chosen, held_out = self.split_data(documents)
+        weights = [source.config.weight for source in sources]
+        chosen = mixed_documents(chosen, documents.index["source"], weights, self.config.seed)
+        planned = {"train": (documents, self.plan_rows(documents, chosen, train=True))}
+        if len(held_out):
+            planned["eval"] = (documents, self.plan_rows(documents, held_out, train=False))
+        for name, named in eval_sources.items():
+            evaluated, of_set = self.cached(self.load(named, "eval"))
+            everything = np.arange(len(evaluated.index))
+            planned[name] = (evaluated, self.plan_rows(evaluated, everything, train=False))
+            ledger = ledger.joined(of_set)
+        row_tokens = self.row_tokens([rows for _, rows in planned.values()])
+        plans = {
+            name: self.create_dataloader(
+                docs, rows, shape, row_tokens=row_tokens, train=name == "train"
+            )
+            for name, (docs, rows) in planned.items()
+        }
+        sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())
+        warnings = [
+            *(text for source in ledger.sources for text in source_warnings(source)),
+            *(text for counts in sets for text in set_warnings(counts)),
+            *document_warnings(documents, self.tokenizer.bos_token_id),
+        ]
+        return TrainingData(
+            train=plans.pop("train"),
+            evals=plans,
+            ledger=Ledger(ledger.sources, sets, ledger.notes, tuple(warnings)),
+            threads=self.config.dl_num_workers,
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in the user's cache; what was mapped from it stays readable after it is gone."""
+    parent = cache_folder() / "tmp"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix="documents-") as folder:
+        yield Path(folder)
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _drops(counts: Sequence[SourceCounts]) -> str:
+    return "; ".join(
+        f"{count.label}: {count.rows} rows read, "
+        + ", ".join(f"{number} dropped as {reason}" for reason, number in count.dropped.items())
+        for count in counts
+    )

@@ -1,0 +1,134 @@
+"""What is trained, as one HTML page that needs nothing but itself."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.factory import TrainingData
+from jaxtrain.data.ledger import SetCounts, SourceCounts
+from jaxtrain.data.preview import Sample
+
+BARS = 48
+WIDTH, HEIGHT = 720, 160
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #1b1f24; background: #fff; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #888; }
+.warning { background: #fff4ce; border-left: 4px solid #d29922; padding: .4rem .8rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #d0d7de; padding: .8rem;
+  border-radius: 6px; font-size: 13px; }
+.trained { background: #c6f0cf; color: #05350f; } .masked { color: #6b7280; }
+.special { outline: 1px solid currentColor; border-radius: 2px; font-weight: 600; }
+rect { fill: #2da44e; } line { stroke: #888; } svg text { font-size: 12px; fill: #444; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6edf3; background: #0d1117; } .masked { color: #8b949e; }
+  .trained { background: #12401d; color: #b6f2c2; } svg text { fill: #b5bdc6; }
+  .warning { background: #3b2e05; } pre { border-color: #30363d; }
+}
+"""
+
+
+def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: str) -> str:
+    ledger = data.ledger
+    warnings = [f'<p class="warning">{escape(text)}</p>' for text in ledger.warnings]
+    notes = [f"<p>{escape(text)}</p>" for text in ledger.notes]
+    lengths = data.train.documents.lengths[np.unique(data.train.rows.documents)]
+    return "\n".join([
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *warnings,
+        "<h2>Sources</h2>",
+        _table(SOURCE_COLUMNS, [_source_cells(source) for source in ledger.sources]),
+        "<h2>Sets</h2>",
+        _table(SET_COLUMNS, [_set_cells(counts) for counts in ledger.sets]),
+        *notes,
+        "<h2>Lengths of the training documents</h2>",
+        histogram(lengths, data.row_tokens),
+        f"<h2>{escape(heading)}</h2>",
+        '<p><span class="trained">trained</span> <span class="masked">masked</span> '
+        '<span class="special">special token</span></p>',
+        *(_sample(sample) for sample in shown),
+        "</body></html>",
+    ])  # fmt: skip
+
+
+SOURCE_COLUMNS = (
+    "source", "rows", "dropped", "truncated", "documents", "tokens", "trained", "end of turn",
+)  # fmt: skip
+SET_COLUMNS = ("set", "documents", "rows", "tokens a row", "filled", "trained tokens", "steps")
+
+
+def _source_cells(source: SourceCounts) -> list[str]:
+    why = "; ".join(f"{count} {reason}" for reason, count in source.dropped.most_common())
+    return [
+        source.label,
+        f"{source.rows:,}",
+        why or "0",
+        f"{source.truncated:,}",
+        f"{source.documents:,}",
+        f"{source.tokens:,}",
+        f"{source.trained_tokens / max(source.tokens, 1):.1%}",
+        f"{source.ended_turns / source.turns:.1%}" if source.turns else "",
+    ]
+
+
+def _set_cells(counts: SetCounts) -> list[str]:
+    return [
+        counts.label,
+        f"{counts.documents:,}",
+        f"{counts.rows:,}",
+        f"{counts.row_tokens:,}",
+        f"{counts.fill:.1%}",
+        f"{counts.trained_tokens:,}",
+        f"{counts.steps:,}",
+    ]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def histogram(lengths: np.ndarray, row_tokens: int) -> str:
+    """Bars of document lengths, from 0 to the longest or to the length of a row."""
+    longest = max(int(lengths.max()), row_tokens)
+    counts, edges = np.histogram(lengths, bins=min(BARS, longest), range=(0, longest))
+    width = WIDTH / len(counts)
+    bars = [_bar(i, int(count), edges, counts, width) for i, count in enumerate(counts) if count]
+    return (
+        f'<svg id="lengths" viewBox="0 0 {WIDTH} {HEIGHT + 24}" width="{WIDTH}" role="img" '
+        f'aria-label="document lengths">{"".join(bars)}'
+        f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+        f'<text x="0" y="{HEIGHT + 18}">0</text>'
+        f'<text x="{WIDTH}" y="{HEIGHT + 18}" text-anchor="end">{longest:,} tokens</text></svg>'
+    )
+
+
+def _bar(index: int, count: int, edges: Any, counts: Any, width: float) -> str:
+    height = max(1.0, HEIGHT * count / int(counts.max()))
+    told = f"{edges[index]:.0f} to {edges[index + 1]:.0f} tokens: {count:,} documents"
+    return (
+        f'<rect x="{index * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - 1:.1f}" '
+        f'height="{height:.1f}"><title>{told}</title></rect>'
+    )
+
+
+def _sample(sample: Sample) -> str:
+    spans = "".join(
+        f'<span class="{"trained" if piece.is_trained else "masked"}'
+        f'{" special" if piece.is_special else ""}">{escape(piece.text)}</span>'
+        for piece in sample.pieces
+    )
+    rest = f" … and {sample.left_out:,} tokens more" if sample.left_out else ""
+    told = f"{sample.title}: {sample.tokens:,} tokens, {sample.trained:,} trained"
+    return f"<h3>{escape(told)}</h3><pre>{spans}{rest}</pre>"

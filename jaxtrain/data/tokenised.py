@@ -1,0 +1,93 @@
+"""Rows that come as tokens already: `input_ids`, and for conversations `labels`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxtrain.data.encode import (
+    CUT_AWAY,
+    NOTHING,
+    OVERLONG,
+    UNTRAINED,
+    Dropped,
+    Encoded,
+    Outcome,
+    too_long,
+)
+from jaxtrain.data.rows import missing_column
+from jaxtrain.recipe.errors import DataError, shown
+
+IGNORED = -100
+"""A label that says: this token is not trained."""
+
+
+class TokenisedRow(NamedTuple):
+    tokens: np.ndarray
+    """int32 [n]"""
+    is_trained: np.ndarray
+    """uint8 [n]"""
+
+
+class TokenisedEncoder:
+    """Takes tokens as they stand, and checks them. Without `max_length` a row has any length."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        with_labels: bool,
+        max_length: int | None = None,
+        overlong: Literal["drop", "truncate", "error"] = "drop",
+    ):
+        self._vocab_size = vocab_size
+        self._with_labels = with_labels
+        self._max_length = max_length
+        self._overlong = overlong
+
+    def read(self, row: Mapping[str, Any]) -> TokenisedRow:
+        tokens = _integers(row, "input_ids")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
+            raise DataError(
+                f"input_ids: {wrong} is no token; the tokenizer has {self._vocab_size}, from 0"
+            )
+        if not self._with_labels:
+            return TokenisedRow(tokens.astype(np.int32), np.ones(len(tokens), np.uint8))
+        labels = _integers(row, "labels")
+        if len(labels) != len(tokens):
+            raise DataError(f"labels: {len(labels)} of them beside {len(tokens)} input_ids")
+        wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
+        if len(wrong):
+            raise DataError(
+                f"labels[{wrong[0]}]: must be the token {tokens[wrong[0]]} itself or {IGNORED}, "
+                f"found {labels[wrong[0]]}; labels are not shifted"
+            )
+        return TokenisedRow(tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8))
+
+    def encode(self, items: Sequence[TokenisedRow]) -> list[Outcome]:
+        return [self._outcome(*item) for item in items]
+
+    def _outcome(self, tokens: np.ndarray, weights: np.ndarray) -> Outcome:
+        length = len(tokens)
+        if not length:
+            return Dropped(NOTHING, 0)
+        most = self._max_length or length
+        if length > most and self._overlong == "drop":
+            return Dropped(OVERLONG, length)
+        if length > most and self._overlong == "error":
+            return too_long(length, most)
+        weights = weights[:most].copy()
+        weights[0] = 0  # nothing stands before it that could predict it
+        if self._with_labels and not weights.any():
+            return Dropped(CUT_AWAY if length > most else UNTRAINED, length)
+        return Encoded(tokens[:most], weights, 0, 0, length > most)
+
+
+def _integers(row: Mapping[str, Any], column: str) -> np.ndarray:
+    if column not in row:
+        raise missing_column(column, row)
+    values = np.asarray(row[column])
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
+        raise DataError(f"{column}: must be a list of whole numbers, found {shown(row[column])}")
+    return values.astype(np.int64)

@@ -1,0 +1,378 @@
+"""Prepared rows are found again when nothing changed that decides them, and never else."""
+
+import json
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+
+from jaxtrain.data import (
+    BatchShape,
+    CausalDataFactory,
+    DataSource,
+    HuggingFaceSource,
+    JsonLinesSource,
+    SFTDataFactory,
+    SyntheticSource,
+    TextSource,
+)
+from jaxtrain.data import cache as cache_module
+from jaxtrain.data.cache import DataCache
+from jaxtrain.recipe.data import (
+    CausalDataConfig,
+    DataSourceConfig,
+    HFDataSourceConfig,
+    LocalDataSourceConfig,
+    SFTDataConfig,
+    SyntheticDataSourceConfig,
+    TextDataSourceConfig,
+)
+from jaxtrain.recipe.errors import DataError
+from tests.tiny import CHATML, PLAIN, chat, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write(tmp_path / "rows.jsonl", [{"messages": chat(f"a{n}", "yes")} for n in range(6)])
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def local(path, **keys):
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), **keys))
+
+
+def note(sources, *, tokenizer=None, factory=SFTDataFactory, max_length=64, **keys):
+    """The line of the ledger that says hit or miss."""
+    sources = sources if isinstance(sources, list) else [sources]
+    config_class = CausalDataConfig if factory is CausalDataFactory else SFTDataConfig
+    config = config_class(sources=("x",), **keys)
+    made = factory(config, tokenizer or tiny_tokenizer(), max_length)
+    (line,) = made.prepare(sources, {}, BatchShape(1, 2)).ledger.notes
+    return line
+
+
+def is_hit(line):
+    assert line.startswith(("cache: hit, ", "cache: miss, ")), line
+    return line.startswith("cache: hit, ")
+
+
+def test_the_second_start_finds_what_the_first_prepared(rows):
+    assert note(local(rows)).startswith("cache: miss, nothing prepared yet; prepared in ")
+    assert is_hit(note(local(rows)))
+
+
+def test_what_is_found_is_what_was_prepared(rows):
+    config = SFTDataConfig(sources=("x",))
+    made = [
+        SFTDataFactory(config, tiny_tokenizer(), 64).prepare([local(rows)], {}, BatchShape(2, 2))
+        for _ in range(2)
+    ]
+    first, second = (data.train.batch(0) for data in made)
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    assert made[0].ledger.sources == made[1].ledger.sources
+    assert made[0].ledger.sets == made[1].ledger.sets
+
+
+CHANGES = {  # what changes the rows → what the miss names
+    "mask_inputs": ({"mask_inputs": False}, "data.mask_inputs"),
+    "overlong": ({"overlong": "truncate"}, "data.overlong"),
+    "filter_samples": ({"filter_samples": False}, "data.filter_samples"),
+    "max_length": ({"max_length": 48}, "max_length"),
+    "loss_roles": ({"loss_roles": ("user",)}, "data.loss_roles"),
+    "completion_only": ({"completion_only": False}, "data.completion_only"),
+    "ignore_empty_think": ({"ignore_empty_think": True}, "data.ignore_empty_think"),
+    "max_rows_with_errors": ({"max_rows_with_errors": 1}, "data.max_rows_with_errors"),
+    "template": ({"tokenizer": tiny_tokenizer(PLAIN)}, "the chat template"),
+}
+
+
+@pytest.mark.parametrize(("keys", "named"), CHANGES.values(), ids=CHANGES)
+def test_a_key_that_changes_rows_misses_and_is_named(rows, keys, named):
+    note(local(rows))
+    assert note(local(rows), **keys).startswith(
+        f"cache: miss, the nearest entry differs in {named}; prepared in "
+    )
+    assert is_hit(note(local(rows))) and is_hit(note(local(rows), **keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_proc": 1}, {"dl_num_workers": 0}, {"seed": 7}, {"pack_samples": True},
+        {"pack_samples": True, "packing": "next_fit"}, {"div_length": 8},
+        {"pad_to": "max_length"}, {"train_eval_split": (0.5, 0.5)},
+        {"fail_on_missing_cache": True}, {"pack_samples": True, "always_max_length": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_key_that_changes_no_document_hits(rows, keys):
+    note(local(rows))
+    assert is_hit(note(local(rows), **keys))
+
+
+def test_every_key_is_known_to_change_documents_or_not():
+    tried = {key for keys, _ in CHANGES.values() for key in keys} - {"tokenizer"}
+    assert tried | SFTDataConfig.NOT_IN_DOCUMENTS == {*SFTDataConfig.model_fields} - {"type"}
+
+
+def test_an_edited_file_misses_and_a_moved_one_hits(tmp_path, rows):
+    note(local(rows))
+    (tmp_path / "elsewhere").mkdir()
+    moved = rows.rename(tmp_path / "elsewhere" / "others.jsonl")
+    assert is_hit(note(local(moved, name="label")))
+    moved.write_text(moved.read_text().replace("a3", "a9"))  # the size stays
+    assert "differs in rows of source 0;" in note(local(moved))
+
+
+def test_the_tokenizers_content_counts_and_not_its_object(rows):
+    note(local(rows))
+    same, other = tiny_tokenizer(), tiny_tokenizer()
+    same("a text", truncation=True, max_length=2)  # leaves a state behind that changes nothing
+    assert is_hit(note(local(rows), tokenizer=same))
+    other.add_tokens(["river"])
+    assert "differs in the tokenizer;" in note(local(rows), tokenizer=other)
+    named = tiny_tokenizer()
+    named.bos_token = "<s>"  # templates write it
+    assert "differs in the tokenizer;" in note(local(rows), tokenizer=named)
+
+
+OPTIONS = {
+    "columns": {"columns": {"id": "number"}},
+    "role_mapping": {"role_mapping": {"user": "q", "assistant": "r"}},
+    "content_key": {"content_key": "text"},
+}
+
+
+@pytest.mark.parametrize("keys", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_a_source_count(tmp_path, keys):
+    rows = [{"id": 1, "q": "a", "r": f"yes {n}", "messages": chat("a", "b")} for n in range(3)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    note(local(path))
+    (key,) = keys
+    assert f"differs in source 0: {key};" in note(local(path, **keys))
+    assert is_hit(note(local(path, **keys)))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"sample_count": 3}, {"sample_ratio": 0.5}, {"split": "train[:3]"}], ids=str
+)
+def test_which_rows_are_taken_counts(rows, keys):
+    note(local(rows))
+    assert "differs in rows of source 0;" in note(local(rows, **keys))
+    assert is_hit(note(local(rows, split="train[:6]", sample_count=6)))  # all of them
+
+
+def test_sources_have_an_order(tmp_path, rows):
+    other = write(tmp_path / "other.jsonl", [{"messages": chat("b", "no")}])
+    note([local(rows), local(other)])
+    assert is_hit(note([local(rows, weight=1.0), local(other, weight=3.0)]))
+    assert not is_hit(note([local(other), local(rows)]))
+
+
+def test_tables_are_known_by_their_rows(tmp_path):
+    def saved(name, word):
+        rows = [{"messages": chat("a", f"{word} {n}")} for n in range(5)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+        return HuggingFaceSource(HFDataSourceConfig(name_or_path=str(tmp_path / name)))
+
+    note(saved("one", "yes"))
+    assert is_hit(note(saved("two", "yes")))
+    assert "differs in rows of source 0;" in note(saved("three", "no"))
+
+
+def test_rows_made_up_are_known_by_their_numbers(tmp_path):
+    def made(**keys):
+        return SyntheticSource(SyntheticDataSourceConfig(rows=4, **keys))
+
+    note(made())
+    assert is_hit(note(made()))
+    assert "rows of source 0" in note(made(vocab_size=9)) and "rows of" in note(made(), seed=1)
+
+
+def test_text_rows_do_not_depend_on_the_length_of_a_row(tmp_path):
+    (tmp_path / "a.txt").write_text("The river was low that summer. " * 20)
+    source = TextSource(TextDataSourceConfig(path=str(tmp_path / "a.txt")))
+    note(source, factory=CausalDataFactory)
+    assert is_hit(note(source, factory=CausalDataFactory, max_length=32))
+
+
+HELPER = "WORD = {word!r}\n"
+CODE = """
+from jaxtrain.data import DataSource
+from jaxtrain.recipe.data import DataSourceConfig
+import cache_test_helper
+
+class Config(DataSourceConfig):
+    pass
+
+class Told(DataSource):
+    name = "told-{stem}"
+    config: Config
+
+    def load(self, config, split):
+        turns = [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "yes"}}]
+        return [{{"messages": turns}}]  # {comment}
+"""
+
+
+def test_code_of_the_user_counts_and_what_it_imports_from_beside_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def told(stem, comment="", word="yes"):
+        (tmp_path / "cache_test_helper.py").write_text(HELPER.format(word=word))
+        (tmp_path / f"{stem}.py").write_text(CODE.format(stem="x", comment=comment))
+        for name in ("cache_test_helper", stem):
+            sys.modules.pop(name, None)
+        module = __import__(stem)
+        return module.Told(module.Config())
+
+    note(told("told_by_user"))
+    assert is_hit(note(told("told_by_user")))
+    assert "differs in code of source 0;" in note(told("told_by_user", comment="edited"))
+    assert "differs in code of source 0;" in note(told("told_by_user", word="no"))
+
+
+def test_a_source_without_a_file_of_rows_is_read_to_be_known(rows):
+    class Listed(DataSource):
+        name = "listed-in-a-test"
+        config: DataSourceConfig
+        word = "yes"
+
+        def load(self, config, split):
+            return [{"messages": chat("a", self.word)}]
+
+    source = Listed(DataSourceConfig())
+    note(source)
+    assert is_hit(note(source))
+    Listed.word = "no"  # as a database may change
+    assert "differs in rows of source 0;" in note(source)
+
+
+def test_our_own_code_counts(rows, monkeypatch):
+    from jaxtrain.data import code_digest, document_factory
+
+    note(local(rows))
+    before = code_digest.encoding_digest()
+    monkeypatch.setattr(code_digest, "ENCODING_FILES", code_digest.ENCODING_FILES[:-1])
+    assert code_digest.encoding_digest() != before
+    assert document_factory.encoding_digest is code_digest.encoding_digest
+    assert "differs in jaxtrain's encoding code;" in note(local(rows))
+
+
+def test_a_demanded_entry_that_is_missing_is_refused(rows, cache):
+    with pytest.raises(DataError) as error:
+        note(local(rows), fail_on_missing_cache=True)
+    assert str(error.value) == (
+        f"data.fail_on_missing_cache: nothing prepared in {cache}: nothing prepared yet; "
+        f"run `jaxtrain data` with this recipe first"
+    )
+    assert not cache.exists()
+
+
+def test_the_folder_is_private_or_the_persons_own(tmp_path, rows, cache):
+    note(local(rows))
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    note(local(rows), cache_dir=str(tmp_path / "shared"))
+    (entry,) = (tmp_path / "shared").iterdir()
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o777 & ~cache_module._umask()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "remove", "key"])
+def test_a_damaged_entry_is_made_again(rows, cache, spoil):
+    note(local(rows))
+    (entry,) = cache.iterdir()
+    if spoil == "cut":
+        (entry / "tokens.bin").write_bytes(b"")
+    elif spoil == "remove":
+        (entry / "index.bin").unlink()
+    else:
+        (entry / "key.json").write_text("{")
+    assert not is_hit(note(local(rows)))
+    assert is_hit(note(local(rows)))
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path, cache):
+    path = write(tmp_path / "bad.jsonl", [{"messages": chat("a", "b")}, {"messages": []}])
+    with pytest.raises(DataError, match="empty conversation"):
+        note(local(path))
+    assert list(cache.iterdir()) == []
+
+
+def entry_of(cache, name, size):
+    return cache.get({"name": name}, lambda folder: (folder / "x").write_bytes(b"0" * size)).folder
+
+
+def test_the_least_recently_used_entries_go_first(tmp_path):
+    cache = DataCache(tmp_path / "c", limit_bytes=3500)
+    folders = {}
+    for name in ("a", "b", "c"):
+        folders[name] = entry_of(cache, name, 1000)
+        os.utime(folders[name] / "key.json", (len(folders), len(folders)))
+    entry_of(cache, "a", 1000)  # used again
+    entry_of(cache, "d", 1000)
+    assert [name for name, folder in folders.items() if folder.exists()] == ["a", "c"]
+    huge = entry_of(cache, "e", 9000)
+    assert [folder.name for folder in (tmp_path / "c").iterdir()] == [huge.name]
+
+
+def _prepare_slowly(folder, log):
+    def build(new):
+        with log.open("a") as file:
+            file.write("built\n")
+        time.sleep(1.0)
+        (new / "x").write_text("rows")
+
+    found = DataCache(folder).get({"name": "a"}, build)
+    with log.open("a") as file:
+        file.write(f"{found.note.split(',')[0]} {(found.folder / 'x').read_text()}\n")
+
+
+def test_of_several_processes_one_prepares_and_the_others_wait(tmp_path):
+    log, context = tmp_path / "log", multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_prepare_slowly, args=(tmp_path / "c", log)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    lines = sorted(log.read_text().splitlines())
+    assert lines == ["built", "cache: hit rows", "cache: hit rows", "cache: miss rows"]
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from jaxtrain.data.cache import DataCache
+DataCache(sys.argv[1]).get({"name": "a"}, lambda folder: os._exit(9))
+"""
+
+
+def test_a_claim_of_a_process_that_died_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "DEAD_S", 0.5)
+    died = subprocess.run([sys.executable, "-c", DIES, str(tmp_path / "c")], check=False)
+    assert died.returncode == 9 and list((tmp_path / "c").glob("*.claim"))
+    entry = entry_of(DataCache(tmp_path / "c"), "a", 10)
+    assert (entry / "x").stat().st_size == 10
+    assert not list((tmp_path / "c").glob("*.claim"))
+
+
+def test_the_template_is_what_the_tokenizer_ends_up_with(rows):
+    note(local(rows), tokenizer=tiny_tokenizer(CHATML))
+    assert is_hit(note(local(rows)))

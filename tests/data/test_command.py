@@ -1,0 +1,163 @@
+"""`jaxtrain data` as a person runs it: on the terminal, as a page, and in a browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+
+import pytest
+import yaml
+
+from jaxtrain.data.command import show_data
+from jaxtrain.recipe.resolve import get_config
+from tests.runs import model_folder
+from tests.tiny import chat, tiny_tokenizer
+
+ROWS = [
+    chat(f"number {n}?", "yes <b>&amp;</b>" if n % 2 else "no", "and\nnow?", "no") for n in range(9)
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe in a file; a long prompt and a copy are among its rows."""
+    model_folder(tmp_path / "model")
+    rows = [{"messages": turns} for turns in [*ROWS, ROWS[0], chat("so " * 200, "no")]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = {
+        "model": {"name_or_path": str(tmp_path / "model")},
+        "data": {
+            "sources": [{"type": "jsonl", "path": str(tmp_path / "rows.jsonl"), "name": "chats"}],
+            "max_length": 128, "pack_samples": True, "num_proc": 1,
+        },
+        "micro_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    return tmp_path / "recipe.yaml"
+
+
+def run(recipe, *arguments):
+    program = (
+        "import sys\n"
+        "from jaxtrain.cli import cli\n"
+        "cli(sys.argv[1:], standalone_mode=False)\n"
+        "print('jax imported:', 'jax' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments[:1]), str(recipe), *arguments[1:]],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def trained_on_terminal(text):
+    _, documents = text.split("ends a line\n", 1)
+    return re.findall(r"⟦(.*?)⟧", documents.replace("⏎\n", "\n"), re.DOTALL)
+
+
+def shown(recipe, **options):
+    config = get_config(recipe)
+    return show_data(config, tiny_tokenizer(), max_positions=256, **options)
+
+
+def test_the_command_prepares_and_shows_without_jax_and_without_weights(recipe):
+    text = run(recipe, "data")
+    assert "chats: 11 rows read, 10 documents\n  dropped 1: longer than max_length" in text
+    assert "cache: miss, nothing prepared yet" in text and "jax imported: False" in text
+    assert {*trained_on_terminal(text)} <= {"no<|im_end|>", "yes <b>&amp;</b><|im_end|>"}
+    assert "cache: hit" in run(recipe, "process-data")  # also another name of it
+    assert "warning: 1 of 10 training documents are copies of another" in text
+
+
+def test_a_batch_is_that_of_its_step(recipe, capsys):
+    data = shown(recipe, batch=2)
+    text = capsys.readouterr().out
+    rows = data.train.row_numbers(1).ravel()
+    expected = [
+        (data.ledger.sources[origin.source].label, origin.row)
+        for row in rows if row >= 0
+        for origin in data.train.origins(int(row))
+    ]  # fmt: skip
+    titles = re.findall(r"── (\S+), row (\d+) ", text)
+    assert [(label, int(row)) for label, row in titles] == expected and expected
+    assert data.steps_per_epoch == 2 and "Step 2: update 2 of 2 of epoch 1, 4 rows" in text
+    number = expected[0][1]
+    first = ROWS[number % len(ROWS)]
+    assert f"user⏎\n{first[0]['content']}<|im_end|>" in text
+    shown(recipe, batch=49)  # behind the first epoch, in the order of a later one
+    assert "Step 49: update 1 of 2 of epoch 25" in capsys.readouterr().out
+
+
+def test_more_devices_have_more_rows_a_step(recipe, capsys):
+    one, four = shown(recipe, batch=1), shown(recipe, batch=1, devices=4)
+    assert (one.train.shape.update_rows, four.train.shape.update_rows) == (4, 16)
+    assert "16 rows" in capsys.readouterr().out
+
+
+def page_of(recipe, tmp_path, **options):
+    shown(recipe, html=tmp_path / "out" / "page.html", **options)
+    return (tmp_path / "out" / "page.html").read_text()
+
+
+def spans(page, kind):
+    found = re.findall(rf'<span class="{kind}(?: special)?">(.*?)</span>', page, re.DOTALL)
+    return [unescape(text) for text in found]
+
+
+def test_the_page_says_the_same(recipe, tmp_path, capsys):
+    page = page_of(recipe, tmp_path, batch=1)
+    on_terminal = trained_on_terminal(capsys.readouterr().out)
+    trained = "".join(spans(page, "trained")).removeprefix("trained")  # that of the legend
+    assert trained == "".join(on_terminal) and "yes <b>&amp;</b>" in trained
+    assert "<b>" not in page  # nothing of the data is markup
+    assert '<span class="trained special">&lt;|im_end|&gt;</span>' in page
+    assert '<span class="masked special">&lt;|im_start|&gt;</span>' in page
+    assert "<td>chats</td><td>11</td><td>1 longer than max_length</td>" in page
+    assert 'class="warning">1 of 10 training documents are copies' in page
+    counts = [int(n) for n in re.findall(r"tokens: (\d+) documents</title>", page)]
+    assert sum(counts) == 10
+    assert not re.search(r'(src|href)="', page) and "http" not in page  # it needs nothing else
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PROBE = """<script>
+const one = (query) => document.querySelector(query);
+const colour = (query) => getComputedStyle(one(query)).backgroundColor;
+document.title = JSON.stringify({
+  trained: colour("pre .trained"), masked: colour("pre .masked"),
+  bars: [...document.querySelectorAll("#lengths rect")].map((bar) => bar.getBBox().height),
+  text: [...document.querySelectorAll("pre .trained")].map((span) => span.textContent).join(""),
+  wide: document.documentElement.scrollWidth <= innerWidth,
+});
+</script>"""
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(recipe, tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)}")
+    page = page_of(recipe, tmp_path, batch=1)
+    file = tmp_path / "probed.html"
+    file.write_text(page.replace("</body>", f"{PROBE}</body>"))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user",
+         "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
+    assert title is not None, done.stdout[:500] + done.stderr[-2000:]
+    found = json.loads(unescape(title[1]))
+    assert found["trained"] != found["masked"] and found["trained"] != "rgba(0, 0, 0, 0)"
+    assert found["bars"] and max(found["bars"]) == 160 and min(found["bars"]) >= 1
+    assert found["text"] == "".join(spans(page, "trained")).removeprefix("trained")
+    assert found["wide"]
