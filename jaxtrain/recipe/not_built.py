@@ -55,7 +55,6 @@ TABLE = (
     ),
     NotBuilt("mesh.expert", other_than(1), "write 1"),
     NotBuilt("pipeline.schedule", other_than("gpipe"), "use gpipe: the loss is the same"),
-    NotBuilt("pipeline.stages_per_device", other_than(1), "remove it"),
     NotBuilt("pipeline.split", other_than("auto"), "remove it: layers are split evenly"),
     NotBuilt("exit_iteration_this_run", is_set, "use exit_iteration"),
     NotBuilt("min_iterations", is_set, "use train_iters with enough epochs"),

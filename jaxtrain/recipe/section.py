@@ -72,7 +72,7 @@ def as_written(value: Any, annotation: Any) -> Any:
         if str in kinds and bool not in kinds:
             raise ValueError("must be text; YAML reads yes, no, on and off as booleans: add quotes")
         return value
-    if bool in kinds and not numeric and str not in kinds and value is not None and value != []:
+    if bool in kinds and set(kinds) <= {bool, type(None)} and value is not None:
         raise ValueError(f"must be true or false, found {value!r}")
     if numeric and isinstance(value, str) and str not in kinds:
         try:

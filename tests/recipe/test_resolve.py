@@ -65,6 +65,12 @@ def test_bad_values_are_said_by_key(change, expected):
     assert any(expected in line for line in errors(BASE | change)), errors(BASE | change)
 
 
+def test_a_word_beside_true_and_false_is_taken():
+    config = get_config(BASE | {"arctic_moe": "auto"})
+    assert config.arctic_moe == "auto"
+    assert errors(BASE | {"arctic_moe": "atuo"})
+
+
 def test_names_of_the_shared_format_resolve():
     config = get_config(
         BASE
