@@ -32,7 +32,7 @@ def cli(ctx: click.Context) -> None:
     """Train a language model from a YAML recipe.
 
     \b
-    jaxtrain RECIPE [key=value ...]     train; also --key value
+    jaxtrain RECIPE [key=value ...]     train; also --key value, del:key
     jaxtrain COMMAND --help             what a command takes
     """
     if ctx.invoked_subcommand is None:
@@ -45,12 +45,69 @@ def cli(ctx: click.Context) -> None:
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
-    from jaxtrain import registry
-    from jaxtrain.recipe.resolve import get_config
+    from jaxtrain.recipe.resolve import resolve
 
-    config = get_config(recipe, as_overrides(overrides))
+    resolved = resolve(recipe, as_overrides(overrides))
+    config = resolved.checked()
+    for line in resolved.report.changes():
+        click.echo(line)
+
+    from jaxtrain import registry
+
     remember_compilations()
     registry.find("trainer", config.type)(config).train()
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option("--dump-config", is_flag=True, help="Print the recipe with every default filled in.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bool) -> None:
+    """Say everything that is wrong with RECIPE, what became of its keys, and the run it asks for.
+
+    Opens no device, fetches nothing, writes nothing.
+    """
+    from jaxtrain.recipe.check import told
+    from jaxtrain.recipe.dump import to_yaml
+    from jaxtrain.recipe.resolve import resolve
+
+    resolved = resolve(recipe, as_overrides(overrides))
+    if not dump_config:
+        click.echo(told(resolved))
+    config = resolved.checked()
+    if dump_config:
+        click.echo(to_yaml(config), nl=False)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--markdown", is_flag=True, help="The reference page instead of JSON Schema.")
+def schema(recipe: Path | None, markdown: bool) -> None:
+    """Print the JSON Schema of recipes; with the keys of RECIPE's own trainer, if given."""
+    import json
+
+    from jaxtrain.recipe.schema import json_schema, reference
+
+    click.echo(
+        reference() if markdown else json.dumps(json_schema(recipe), indent=2), nl=not markdown
+    )
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+def recipes(name: str | None, target: Path | None) -> None:
+    """List the recipes that ship; show the one called NAME; copy it to TARGET, a file or folder."""
+    from jaxtrain.recipe.shipped import copied, listed, text
+
+    if name is None:
+        click.echo(listed())
+    elif target is None:
+        click.echo(text(name), nl=False)
+    else:
+        for file in copied(name, target):
+            click.echo(file)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -78,7 +135,8 @@ cli.add_command(data, "process-data")
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:
-    """`a.b=1` and `--a.b 1` and `--a.b=1`, all as `a.b=1`; UserError for anything else."""
+    """`a.b=1` and `--a.b 1` and `--a.b=1`, all as `a.b=1`, and `del:a.b`; UsageError for anything
+    else."""
     overrides, rest = [], list(arguments)
     while rest:
         word = rest.pop(0)
@@ -88,8 +146,10 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
                 if not rest or rest[0].startswith("--"):
                     raise click.UsageError(f"--{word} needs a value")
                 word = f"{word}={rest.pop(0)}"
-        elif "=" not in word:
-            raise click.UsageError(f"{word!r} is no override; write key=value or --key value")
+        elif "=" not in word and not word.startswith("del:"):
+            raise click.UsageError(
+                f"{word!r} is no override; write key=value, --key value or del:key"
+            )
         overrides.append(word)
     return overrides
 

@@ -16,10 +16,16 @@ from jaxtrain.recipe.errors import did_you_mean
 
 
 class Entry(NamedTuple):
-    """One registered class and the recipe section that it reads, both as `module:Class`."""
+    """One registered class and the recipe section that it reads, both as `module:Class`; the path
+    is empty while the class is planned."""
 
     path: str
     config: str
+
+    @property
+    def is_planned(self) -> bool:
+        """Its section is known and checked; the class is not built yet."""
+        return not self.path
 
     def load(self) -> type:
         return imported(self.path)
@@ -37,12 +43,27 @@ def _source(path: str, config: str) -> Entry:
     return Entry(f"jaxtrain.data.{path}", f"jaxtrain.recipe.data:{config}")
 
 
+def _objective(config: str) -> Entry:
+    return Entry("", f"jaxtrain.recipe.objectives:{config}")
+
+
+def _optimizer(name: str) -> Entry:
+    return Entry(f"jaxtrain.optimizer:{name}Factory", f"jaxtrain.recipe.optimizer:{name}Config")
+
+
 BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
         "sft": Entry("jaxtrain.trainer.sft:SFTTrainer", "jaxtrain.recipe.trainer:TrainerConfig"),
         "causal": Entry(
-            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.trainer:TrainerConfig"
+            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.objectives:CausalConfig"
         ),
+        "dpo": _objective("DPOTrainerConfig"),
+        "cpo": _objective("CPOConfig"),
+        "orpo": _objective("ORPOConfig"),
+        "simpo": _objective("SimPOConfig"),
+        "reward": _objective("RewardConfig"),
+        "distill": _objective("DistillConfig"),
+        "grpo": _objective("GRPOConfig"),
     },
     "model": {
         "huggingface": Entry("jaxtrain.model:HFModelFactory", "jaxtrain.recipe.model:ModelConfig"),
@@ -57,6 +78,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "causal": Entry(
             "jaxtrain.data.causal:CausalDataFactory", "jaxtrain.recipe.data:CausalDataConfig"
         ),
+        "dpo": _objective("PreferenceDataConfig"),
     },
     "data_source": {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
@@ -69,16 +91,20 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
         "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
         "text": _source("local:TextSource", "TextDataSourceConfig"),
+        "snowflake": Entry("", "jaxtrain.recipe.snowflake:SnowflakeSourceConfig"),
     },
     "optimizer": {
-        "adamw": Entry("jaxtrain.optimizer:AdamWFactory", "jaxtrain.recipe.optimizer:AdamWConfig"),
+        **{
+            name.lower(): _optimizer(name) for name in ("AdamW", "Adafactor", "Lion", "Muon", "SGD")
+        },
+        "adamw_8bit": Entry("", "jaxtrain.recipe.optimizer:AdamWConfig"),
     },
     "scheduler": {
         "huggingface": Entry(
-            "jaxtrain.scheduler:HFSchedulerFactory", "jaxtrain.recipe.optimizer:HFSchedulerConfig"
+            "jaxtrain.scheduler:HFSchedulerFactory", "jaxtrain.recipe.scheduler:HFSchedulerConfig"
         ),
         "wsd": Entry(
-            "jaxtrain.scheduler:WSDSchedulerFactory", "jaxtrain.recipe.optimizer:WSDSchedulerConfig"
+            "jaxtrain.scheduler:WSDSchedulerFactory", "jaxtrain.recipe.scheduler:WSDSchedulerConfig"
         ),
     },
     "checkpoint": {
@@ -98,6 +124,7 @@ ALIASES = {
     ("optimizer", "cpu_adam_moe"): "adamw",
     ("scheduler", "wds"): "wsd",
     ("checkpoint", "deepspeed"): "orbax",
+    ("data_source", "snowflake_causal"): "snowflake",
 }
 """Names of the shared format for classes that have another name here."""
 
@@ -112,17 +139,20 @@ SECTIONS = {
 """Recipe section with a `type` → the attribute of a trainer whose annotation says what is
 allowed."""
 
-_SFT = {
+_FACTORIES = {
     "model": ("huggingface",),
     "tokenizer": ("huggingface",),
-    "data": ("sft",),
-    "optimizer": ("adamw",),
+    "optimizer": ("adamw", "adafactor", "lion", "muon", "sgd", "adamw_8bit"),
     "scheduler": ("huggingface", "wsd"),
     "checkpoint": ("orbax", "huggingface"),
 }
+_PAIRS = ("dpo", "cpo", "orpo", "simpo", "reward")
 ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": _SFT,
-    "causal": _SFT | {"data": ("causal",)},
+    "sft": {"data": ("sft",), **_FACTORIES},
+    "causal": {"data": ("causal",), **_FACTORIES},
+    "distill": {"data": ("sft",), **_FACTORIES},
+    "grpo": {"data": ("sft",), **_FACTORIES},
+    **{name: {"data": ("dpo",), **_FACTORIES} for name in _PAIRS},
 }
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 
@@ -241,6 +271,15 @@ def names(kind: str) -> list[str]:
     return [*BUILT_IN[kind], *(name for k, name in _user if k == kind and name not in BUILT_IN[k])]
 
 
+def is_built_in(kind: str, name: str) -> bool:
+    return name in BUILT_IN[kind] and (kind, name) not in _user
+
+
+def is_planned(kind: str, name: str) -> bool:
+    """Is this a name whose section is checked and whose class is not built yet?"""
+    return is_built_in(kind, name) and BUILT_IN[kind][name].is_planned
+
+
 def canonical(kind: str, name: str) -> str:
     """The name under which a class is registered, for one of the shared format's names."""
     return ALIASES.get((kind, name), name)
@@ -252,6 +291,8 @@ def find(kind: str, name: str) -> type:
     name = canonical(kind, name)
     if (kind, name) in _user:
         return _user[kind, name]
+    if is_planned(kind, name):
+        raise ValueError(f"{kind.replace('_', ' ')} type {name!r} is not built yet")
     if name in BUILT_IN[kind]:
         return BUILT_IN[kind][name].load()
     raise ValueError(unknown(kind, name, names(kind)))

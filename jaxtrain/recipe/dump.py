@@ -6,11 +6,17 @@ from typing import Any
 
 import yaml
 
+from jaxtrain.recipe.secrets import restored
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
 def effective(config: TrainerConfig) -> dict[str, Any]:
-    """Plain data of a config; keys that were left out and have no default stay out."""
+    """Plain data of a config; keys that were left out and have no default stay out, and what came
+    from the environment is a variable again."""
+    return restored(_plain(config), config.secrets)
+
+
+def _plain(config: TrainerConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
@@ -20,7 +26,7 @@ def to_yaml(config: TrainerConfig) -> str:
 
 def recipe_hash(config: TrainerConfig) -> str:
     """Eight hex digits that differ between recipes that differ in any key but `run_dir`."""
-    tree = {key: value for key, value in effective(config).items() if key != "run_dir"}
+    tree = {key: value for key, value in _plain(config).items() if key != "run_dir"}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -38,5 +44,7 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
         **{f"data.{key}": value for key, value in data.items()},
         "optimizer.type": tree["optimizer"]["type"],
         "seed": tree["seed"],
-        "rows an update (micro_batch_size x gradient_accumulation_steps x batch shards)": global_batch,
+        "rows an update (micro_batch_size x gradient_accumulation_steps x batch shards)": (
+            global_batch
+        ),
     }

@@ -1,6 +1,7 @@
 """Errors that a person can act on: one line a fault, an exit code each, no traceback."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,3 +97,11 @@ def nearest_multiples(value: int, step: int) -> str:
     """The legal values on both sides of one that does not divide."""
     below, above = value // step * step, -(-value // step) * step
     return f"{below} or {above}" if below else str(above)
+
+
+def nearest_divisors(value: int, of: int) -> str:
+    """The divisors of a number on both sides of one that is none."""
+    small = [n for n in range(1, min(math.isqrt(of), 10**6) + 1) if of % n == 0]
+    divisors = sorted({*small, *(of // n for n in small)})
+    below = [n for n in divisors if n < value][-1:]
+    return " or ".join(map(str, [*below, *[n for n in divisors if n > value][:1]]))

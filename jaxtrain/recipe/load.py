@@ -1,7 +1,7 @@
 """A recipe file as plain data, with the file and line of every value."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,18 @@ from jaxtrain.recipe.errors import Fault, Place, RecipeError, shown
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000  # an alias counts again each time it is used, so that a YAML bomb ends early
-COMMAND_LINE = Place("command line", 0)
-
 Key = tuple[str | int, ...]
+
+
+class Secret(NamedTuple):
+    """Text that names environment variables, and what it came to."""
+
+    written: str
+    values: tuple[str, ...]
+    """of the variables; never shown, never saved"""
+
+
+Secrets = Mapping[Key, Secret]
 
 
 class Recipe(NamedTuple):
@@ -22,6 +31,13 @@ class Recipe(NamedTuple):
     tree: dict[str, Any]
     places: dict[Key, Place]
     file: Path | None
+    secrets: "Secrets" = {}
+
+    def place(self, key: Key) -> Place | None:
+        """Where a key, or the nearest section around it, was written."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key)
 
     @property
     def folder(self) -> Path:
@@ -53,50 +69,53 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file, or take a dict, and apply `a.b=value` overrides; RecipeError names
-    every fault."""
-    is_dict = isinstance(source, dict)
-    recipe = Recipe(_copied(source), {}, None) if is_dict else _read(Path(source))
-    faults = [fault for text in overrides if (fault := _override(recipe, text))]
-    if faults:
-        raise RecipeError(faults)
-    return recipe
-
-
-def _read(file: Path) -> Recipe:
-    if not file.is_file():
-        what = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
-        raise RecipeError(f"{file}: {what}")
-    if file.stat().st_size > MAX_BYTES:
-        raise RecipeError(f"{file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
-    places: dict[Key, Place] = {}
+def read(file: Path) -> Recipe:
+    """One recipe file as it is written; RecipeError names the line at fault."""
     try:
-        loader = _Loader(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        tree = _Builder(loader, file, places).build(node, ()) if node else {}
+        if not file.is_file():
+            what = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
+            raise RecipeError(f"{file}: {what}")
+        if file.stat().st_size > MAX_BYTES:
+            size = file.stat().st_size
+            raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 0
-        raise RecipeError(
-            [Fault("", f"not YAML: {error.problem}", Place(str(file), line))]
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{shown(str(file))}: {error}") from None
+    places: dict[Key, Place] = {}
+    tree = parse(text, str(file), places)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}: a recipe is a map of keys, found {shown(tree)}")
     return Recipe(tree, places, file)
 
 
+def parse(text: str, name: str, places: dict[Key, Place]) -> Any:
+    """Plain data of a YAML text; notes the place of every value. RecipeError names the line."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return _Builder(loader, name, places).build(node, ()) if node else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 0
+        problem = error.problem or error.context
+        raise RecipeError([Fault("", f"not YAML: {problem}", Place(name, line))]) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested too deeply") from None
+
+
 class _Builder:
     """Plain data from YAML nodes; notes every place, refuses duplicate keys and endless aliases."""
 
-    def __init__(self, loader: _Loader, file: Path, places: dict[Key, Place]):
-        self.loader, self.file, self.places = loader, file, places
+    def __init__(self, loader: _Loader, name: str, places: dict[Key, Place]):
+        self.loader, self.name, self.places = loader, name, places
         self.nodes = 0
         self.open: set[int] = set()
 
@@ -109,9 +128,9 @@ class _Builder:
                 if id(node) in self.open
                 else "aliases that grow too far"
             )
-            raise RecipeError([Fault(_dotted(key), why, place)])
+            raise RecipeError([Fault(dotted(key), why, place)])
         if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
-            raise RecipeError([Fault(_dotted(key), f"not plain YAML: tag {node.tag}", place)])
+            raise RecipeError([Fault(dotted(key), f"not plain YAML: tag {node.tag}", place)])
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, key)
         self.open.add(id(node))
@@ -128,7 +147,7 @@ class _Builder:
         except (ValueError, yaml.constructor.ConstructorError) as error:
             problem = getattr(error, "problem", None) or str(error)
             raise RecipeError(
-                [Fault(_dotted(key), f"not plain YAML: {problem}", self.at(node))]
+                [Fault(dotted(key), f"not plain YAML: {problem}", self.at(node))]
             ) from None
 
     def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
@@ -136,64 +155,19 @@ class _Builder:
         for name_node, _ in node.value:
             name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else ""
             if not isinstance(name_node, yaml.ScalarNode):
-                raise RecipeError([Fault(_dotted(key), "a key must be text", self.at(name_node))])
+                raise RecipeError([Fault(dotted(key), "a key must be text", self.at(name_node))])
             if name in seen and name != "<<":
                 what = f"duplicate key, first on line {seen[name]}"
-                raise RecipeError([Fault(_dotted((*key, name)), what, self.at(name_node))])
+                raise RecipeError([Fault(dotted((*key, name)), what, self.at(name_node))])
             seen[name] = self.at(name_node).line
         if "<<" in seen:
             self.loader.flatten_mapping(node)  # type: ignore[arg-type]
         return {str(k.value): self.build(v, (*key, str(k.value))) for k, v in node.value}
 
     def at(self, node: yaml.Node) -> Place:
-        return Place(str(self.file), node.start_mark.line + 1)
+        return Place(self.name, node.start_mark.line + 1)
 
 
-def _override(recipe: Recipe, text: str) -> Fault | None:
-    """Set one `a.b=value`, its value read as YAML; a list position is a number."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        return Fault("", f"an override is key=value, found {text!r}", COMMAND_LINE)
-    try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        return Fault(name, f"the value is not YAML: {value!r}", COMMAND_LINE)
-    key: Key = ()
-    here: Any = recipe.tree
-    *parents, last = name.split(".")
-    for part in parents:
-        step = _step(here, part)
-        if isinstance(here, dict) and here.get(part) is None:
-            here[part] = {}
-        if step is None:
-            return Fault(name, f"{_dotted(key) or 'the recipe'} has no {part!r}", COMMAND_LINE)
-        key, here = (*key, step), here[step]
-    step = _step(here, last)
-    if step is None:
-        return Fault(name, f"{_dotted(key) or 'the recipe'} has no {last!r}", COMMAND_LINE)
-    here[step] = parsed
-    for old in [place for place in recipe.places if place[: len(key) + 1] == (*key, step)]:
-        del recipe.places[old]
-    recipe.places[(*key, step)] = COMMAND_LINE
-    return None
-
-
-def _step(here: Any, part: str) -> str | int | None:
-    """`part` as an index into `here`; None when there is nothing to index."""
-    if isinstance(here, dict):
-        return part
-    if isinstance(here, list) and part.isdigit() and int(part) < len(here):
-        return int(part)
-    return None
-
-
-def _dotted(key: Key) -> str:
+def dotted(key: Key) -> str:
+    """`a.0.b` for ("a", 0, "b")."""
     return ".".join(map(str, key))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

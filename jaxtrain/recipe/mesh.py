@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import RecipeError, nearest_divisors
 from jaxtrain.recipe.section import Section
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
@@ -66,23 +66,34 @@ class MeshConfig(Section):
 
 
 class PipelineConfig(Section):
-    schedule: Literal["gpipe"] = "gpipe"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "gpipe"
     """Order of forward and backward work; the loss does not depend on it."""
     microbatches: int | None = Field(default=None, ge=1)
     """Pieces into which one update's rows of a shard are cut."""
+    stages_per_device: int | None = Field(default=None, ge=1)
+    """2 with `interleaved`, else 1, when left out."""
+    split: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each stage."""
+
+    @model_validator(mode="after")
+    def _stages_fit_the_schedule(self) -> "PipelineConfig":
+        if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
+            raise ValueError(
+                f"stages_per_device {self.stages_per_device} needs schedule: interleaved, "
+                f"found {self.schedule}"
+            )
+        return self
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
         """Microbatches of a pipelined update; RecipeError when they do not divide its rows."""
         rows = micro_batch_size * accumulation
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         if self.microbatches is None:
             if accumulation >= stages:
                 return accumulation
-            return next((n for n in divisors if n >= stages), rows)
+            return next((n for n in range(stages, rows) if rows % n == 0), rows)
         if rows % self.microbatches:
-            near = sorted(divisors, key=lambda n: abs(n - self.microbatches))[:2]  # type: ignore[operator]
             raise RecipeError(
                 f"pipeline.microbatches: {self.microbatches} does not divide the {rows} rows of a "
-                f"shard; use {' or '.join(map(str, sorted(near)))}"
+                f"shard; use {nearest_divisors(self.microbatches, rows)}"
             )
         return self.microbatches

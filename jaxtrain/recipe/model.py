@@ -1,26 +1,11 @@
 """The `model` and `tokenizer` sections."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from jaxtrain.recipe.section import InputPath, Section, TypedSection
-
-DTYPES = {
-    "bf16": "bfloat16", "bfloat16": "bfloat16", "bfloat": "bfloat16",
-    "fp16": "float16", "float16": "float16", "half": "float16",
-    "fp32": "float32", "float32": "float32", "float": "float32",
-}  # fmt: skip
-
-
-def _dtype(value: Any) -> Any:
-    name = str(value).lower().removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"must be one of bf16, fp16, fp32, found {value!r}")
-    return DTYPES[name]
-
-
-DType = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
+from jaxtrain.recipe.peft import PeftConfig
+from jaxtrain.recipe.section import DType, InputPath, TypedSection
 
 
 class ModelConfig(TypedSection):
@@ -31,6 +16,7 @@ class ModelConfig(TypedSection):
     too."""
     param_dtype: DType = "float32"
     """Dtype of the trained weights."""
+    save_name: str | None = None
     attn_implementation: Literal[
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "pallas", "reference"
     ] = "sdpa"
@@ -40,11 +26,17 @@ class ModelConfig(TypedSection):
     """Random weights from `seed` and the config alone; no weights are read."""
     hf_config_kwargs: dict[str, Any] = {}
     """Replaces fields of the model's config.json; a change of shapes needs `from_scratch`."""
+    peft_config: PeftConfig | None = None
+    """Train adapters instead of the weights."""
+    resize_vocab: bool = False
+    """Grow embedding and head to the tokenizer."""
     disable_activation_checkpoint: bool = False
     """Keep every activation for the backward pass; the same as `remat: none`."""
     remat: Literal["full", "dots", "none"] | None = None
     """What is kept for the backward pass: layer inputs only (`full`, the default), matrix products
     too (`dots`), everything (`none`)."""
+    remat_every_nth_layer: int = Field(default=1, ge=1)
+    """Rematerialise only every n-th layer."""
 
     @model_validator(mode="after")
     def _one_answer_on_remat(self) -> "ModelConfig":
@@ -64,10 +56,17 @@ class TokenizerConfig(TypedSection):
     """Hub name, folder or GGUF file; `model.name_or_path` when left out."""
     chat_template: InputPath | None = None
     """Jinja text, or a file that holds it, in place of the tokenizer's own."""
+    tokenize_kwargs: dict[str, Any] = {}
+    """Further arguments of the tokenizer, for causal rows."""
+    extra_tokens: tuple[str, ...] = ()
+    """Added as special tokens."""
+    pad_token: str | None = None
+    """The tokenizer's own when left out, else its end-of-sequence token."""
 
-
-class LoggerConfig(Section):
-    output_dir: str | None = None
-    """Folder of the log files; `run_dir` when left out."""
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
-    """What the log shows; JAXTRAIN_LOG_LEVEL goes first, else WARNING."""
+    @model_validator(mode="after")
+    def _ends_are_added_by_hand(self) -> "TokenizerConfig":
+        if self.tokenize_kwargs.get("add_special_tokens"):
+            raise ValueError(
+                "tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already"
+            )
+        return self

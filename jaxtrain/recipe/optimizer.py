@@ -1,10 +1,38 @@
-"""The `optimizer` and `scheduler` sections."""
+"""The `optimizer` section."""
 
-from typing import Any, Literal
+import re
+from typing import Annotated
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field
 
-from jaxtrain.recipe.section import TypedSection
+from jaxtrain.recipe.section import DType, Section, TypedSection
+
+
+def _shares(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"must be two numbers in [0, 1), found {list(betas)}")
+    return betas
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression ({error}), found {text!r}") from None
+    return text
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_shares)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class OptimizerGroup(Section):
+    """Settings for the parameters whose path matches; the first match counts."""
+
+    match: Pattern
+    lr_scale: float = Field(default=1.0, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    freeze: bool = False
 
 
 class OptimizerConfig(TypedSection):
@@ -14,47 +42,38 @@ class OptimizerConfig(TypedSection):
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; not on norms and biases."""
+    groups: tuple[OptimizerGroup, ...] = ()
+    """Other settings for some parameters."""
+    state_dtype: DType = "float32"
+    """Dtype of the moments."""
 
 
 class AdamWConfig(OptimizerConfig):
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
 
-    @model_validator(mode="after")
-    def _betas_in_range(self) -> "AdamWConfig":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), found {list(self.betas)}")
-        return self
+
+class AdafactorConfig(OptimizerConfig):
+    """Adam with a factored second moment and no first one."""
 
 
-class SchedulerConfig(TypedSection):
-    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Share of the run's updates over which the rate rises; 0.1 when neither key is written."""
-    warmup_steps: int | None = Field(default=None, ge=0)
-    """The same in updates."""
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where the rate ends, as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _one_warmup_key(self) -> "SchedulerConfig":
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
-        return self
+class LionConfig(OptimizerConfig):
+    betas: Betas = (0.9, 0.99)
+    """Share of the moment in the update, and its decay."""
 
 
-class HFSchedulerConfig(SchedulerConfig):
-    name: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = (
-        "linear"
-    )
-    """Shape of the schedule, as `transformers` names it."""
-    scheduler_specific_kwargs: dict[str, Any] = {}
-    """Further keys of the shape: `num_cycles` of cosine; `num_decay_steps`, `num_stable_steps`,
-    `decay_type` of warmup_stable_decay."""
+class SGDConfig(OptimizerConfig):
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    nesterov: bool = False
 
 
-class WSDSchedulerConfig(SchedulerConfig):
-    """Warm up, stay, decay."""
+class MuonConfig(OptimizerConfig):
+    """Orthogonalised momentum for matrices; adamw for embeddings, head and vectors."""
 
-    num_warmup_steps: int = Field(ge=0)
-    num_decay_steps: int = Field(ge=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    betas: Betas = (0.9, 0.999)
+    """Of adamw."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Of adamw."""

@@ -1,21 +1,43 @@
 """From a recipe's plain data to its typed, checked config."""
 
-import importlib.util
-import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from jaxtrain import registry
+from jaxtrain.recipe.checks import CHECKS
+from jaxtrain.recipe.code import run_user_code
+from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import source_from_text
 from jaxtrain.recipe.dump import recipe_hash
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
-from jaxtrain.recipe.load import Key, Recipe, load
-from jaxtrain.recipe.trainer import CHECKS, TrainerConfig
+from jaxtrain.recipe.errors import Fault, RecipeError, shown
+from jaxtrain.recipe.load import Key, Recipe
+from jaxtrain.recipe.mapping import mapped, without_carried
+from jaxtrain.recipe.messages import said
+from jaxtrain.recipe.not_built import not_built
+from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.standing import Report, report
+from jaxtrain.recipe.trainer import TrainerConfig
+
+SOURCES = {"sources": "train", "eval_sources": "eval"}
+"""Keys of `data` that hold sources, with the split that theirs are read from."""
+
+
+class Resolved(NamedTuple):
+    """What a recipe comes to: a config or faults, and what became of its keys either way."""
+
+    recipe: Recipe
+    config: TrainerConfig | None
+    faults: tuple[Fault, ...]
+    report: Report
+
+    def checked(self) -> TrainerConfig:
+        """The config; RecipeError with every fault at once."""
+        if self.faults or self.config is None:
+            raise RecipeError(self.faults, recipe=self.recipe.file)
+        return self.config
 
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
@@ -24,15 +46,26 @@ def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = (
 
     Raises RecipeError with every fault at once.
     """
-    recipe = load(source, overrides)
+    return resolve(source, overrides).checked()
+
+
+def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Resolved:
+    """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
+    be read at all."""
+    recipe = compose(source, overrides)
     resolver = _Resolver(recipe)
     config = resolver.resolve()
-    if resolver.faults or config is None:
-        raise RecipeError(resolver.faults, recipe=recipe.file)
+    faults = [resolver.private(fault) for fault in dict.fromkeys(resolver.faults)]
+    notes = [hidden(note, recipe.secrets) for note in resolver.notes]
+    if faults or config is None:
+        return Resolved(recipe, None, tuple(faults), report(recipe.tree, faults, notes))
     if config.run_dir is None:
-        name = recipe.file.stem if recipe.file else "run"
-        config = config.model_copy(update={"run_dir": f"runs/{name}-{recipe_hash(config)}"})
-    return config
+        folder = config.logger.output_dir
+        if folder is None:
+            name = recipe.file.stem if recipe.file else "run"
+            folder = f"runs/{name}-{recipe_hash(config)}"
+        config = config.model_copy(update={"run_dir": folder})
+    return Resolved(recipe, config, (), report(recipe.tree, (), notes))
 
 
 class _Resolver:
@@ -42,6 +75,8 @@ class _Resolver:
         self.recipe = recipe
         self.tree = dict(recipe.tree)
         self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        self.context = {"folder": recipe.folder, "notes": self.notes}
 
     def resolve(self) -> TrainerConfig | None:
         trainer = self.trainer_name()
@@ -53,59 +88,36 @@ class _Resolver:
                     section, trainer, self.tree.get(section), (section,)
                 )
         entries = self.tree.get("checkpoint") or []
+        is_list = isinstance(entries, list)
         self.tree["checkpoint"] = [
             self.typed(
-                "checkpoint",
-                trainer,
-                entry,
-                ("checkpoint", i) if entry is not entries else ("checkpoint",),
+                "checkpoint", trainer, entry, ("checkpoint", i) if is_list else ("checkpoint",)
             )
-            for i, entry in enumerate(entries if isinstance(entries, list) else [entries])
+            for i, entry in enumerate(entries if is_list else [entries])
         ]
-        return self.whole(registry.config_class("trainer", trainer))
+        config = self.whole(registry.config_class("trainer", trainer))
+        return None if config is None else self.settled(config)
 
     def trainer_name(self) -> str | None:
         """The recipe's `type`, with the user's code loaded if the recipe needs it."""
-        name = self.tree.setdefault("type", "sft")
-        self.load_code(name)
+        older, name = self.tree.get("name"), self.tree.get("type")
+        if older is not None and name is not None and older != name:
+            self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
+        name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
+        code = load_code(self.recipe, name)
+        if code.fault:
+            self.fault(("code",), code.fault)
+        if code.file:
+            self.tree["code"] = str(code.file)
+            if "code" not in self.recipe.tree:
+                self.notes.append(f"code: {code.file} was run, for a type that is not built in")
         known = registry.names("trainer")
         if isinstance(name, str) and registry.canonical("trainer", name) in known:
             return registry.canonical("trainer", name)
-        self.fault(("type",), registry.unknown("trainer", str(name), known))
+        key = "type" if "type" in self.recipe.tree or older is None else "name"
+        what = registry.unknown("trainer", str(name), known)
+        self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
-
-    def load_code(self, trainer: Any) -> None:
-        written = self.tree.get("code")
-        unknown = any(name not in registry.names(kind) for kind, name in self.types(trainer))
-        if written is None and not (unknown and self.recipe.file):
-            return
-        folders = (self.recipe.folder, Path.cwd())
-        files = [folder / str(written or "train.py") for folder in folders[: 2 if written else 1]]
-        file = next((file for file in files if file.is_file()), None)
-        if file is not None:
-            run_user_code(file)
-            self.tree["code"] = str(file)
-        elif written is not None:
-            raise RecipeError(
-                [Fault("code", f"no such file: {written!r} (looked in {folders[0]} and {folders[1]})",
-                       self.place(("code",)))]
-            )  # fmt: skip
-
-    def types(self, trainer: Any) -> Iterable[tuple[str, str]]:
-        """Every (kind, name) that the recipe writes."""
-        yield "trainer", str(trainer)
-        for section in registry.SECTIONS:
-            value = self.tree.get(section)
-            for entry in value if isinstance(value, list) else [value]:
-                if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-                    yield section, registry.canonical(section, entry["type"])
-        data = self.tree.get("data")
-        for key in ("sources", "eval_sources") if isinstance(data, dict) else ():
-            written = data.get(key) if isinstance(data, dict) else None
-            for listed in written.values() if isinstance(written, dict) else [written]:
-                for source in listed if isinstance(listed, list) else ():
-                    if isinstance(source, dict) and isinstance(source.get("type"), str):
-                        yield "data_source", source["type"]
 
     def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
         """The validated section; where it has faults, they are noted and a stand-in is returned."""
@@ -119,10 +131,13 @@ class _Resolver:
             self.fault(key, f"must be a map of keys, found {shown(value)}")
             return stand_in
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
-        if name not in allowed:
-            known = registry.names(section)
+        known = registry.names(section)
+        if name not in known or (
+            name not in allowed and self.tree.get("skip_validation") is not True
+        ):
             what = (
-                f"{name!r} is not allowed with trainer {trainer!r} (allowed: {', '.join(allowed)})"
+                f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows it"
+                f" (allowed: {', '.join(allowed)})"
                 if name in known
                 else registry.unknown(section, name, list(allowed))
             )
@@ -131,11 +146,11 @@ class _Resolver:
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(registry.config_class(section, name), {**value, "type": name}, key)
+        return self.validated(section, name, {**value, "type": name}, key)
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
-        for name, split in (("sources", "train"), ("eval_sources", "eval")):
+        for name, split in SOURCES.items():
             written, here = value.get(name), (*key, name)
             if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
                 value[name] = {
@@ -161,146 +176,128 @@ class _Resolver:
             self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
             return item
         name = str(item.get("type") or default)
-        try:
-            cls = registry.config_class("data_source", name)
-        except ValueError as error:
-            self.fault((*key, "type"), str(error))
+        name = registry.canonical("data_source", name)
+        if name not in (known := registry.names("data_source")):
+            self.fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
-        return self.validated(cls, {"split": split, **item, "type": name}, key)
+        return self.validated("data_source", name, {"split": split, **item, "type": name}, key)
 
-    def validated(self, cls: type[BaseModel], value: dict[str, Any], key: Key) -> Any:
+    def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
+        cls = registry.config_class(kind, name)
         try:
-            return cls.model_validate(value, context={"folder": self.recipe.folder})
+            return cls.model_validate(value, context=self.context)
         except ValidationError as error:
-            self.note(error, cls, key)
+            self.note(error, cls, key, kind=kind, name=name)
             return cls.model_construct()  # stands in until all faults are known
 
     def whole(self, cls: type[TrainerConfig]) -> TrainerConfig | None:
-        """The trainer's config, and every check across keys whose own keys are sound."""
-        context = {"folder": self.recipe.folder}
-        tree, config = dict(self.tree), None
-        for _ in range(
-            2
-        ):  # once more without the faulty keys, so that the checks across keys are asked
+        """The trainer's own keys, on top of sections that have been validated."""
+        tree = dict(self.tree)
+        # Once more without the faulty keys, so that the checks across keys are asked.
+        for _ in range(2):
             try:
-                config = cls.model_validate(tree, context=context)
-                break
+                return cls.model_validate(tree, context=self.context)
             except ValidationError as error:
                 self.note(error, cls, ())
                 for detail in error.errors():
                     tree.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
-        if config is None:
-            return None
-        faulty = {str(fault.key).split(".")[0] for fault in self.faults}
+        return None
+
+    def settled(self, config: TrainerConfig) -> TrainerConfig:
+        """Shared keys carried over, and every check across keys whose own keys are sound."""
+        faulty = {fault.key.split(".")[0] for fault in self.faults}
+        carried = mapped(config)
+        found = list(carried.faults)
         for needs, check in CHECKS:
             if not faulty & set(needs):
-                self.faults += [f._replace(place=self.place(_key(f.key))) for f in check(config)]
+                found += check(carried.config)
+        found += not_built(carried.config, carried.origins)
+        self.faults += [
+            fault._replace(place=self.recipe.place(self.key(fault.key)))
+            for fault in found
+            if fault.key.split(".")[0] not in faulty or fault not in self.faults
+        ]
+        config = without_carried(carried.config)
+        config._secrets = dict(self.recipe.secrets)
         return config
 
-    def note(self, error: ValidationError, cls: type[BaseModel], key: Key) -> None:
-        for detail in error.errors():
-            loc = tuple(part for part in detail["loc"] if not _is_branch(part))
-            self.fault((*key, *loc), _message(detail, cls))
+    def note(
+        self,
+        error: ValidationError,
+        cls: type[BaseModel],
+        key: Key,
+        *,
+        kind: str = "",
+        name: str = "",
+    ) -> None:
+        for loc, what in said(error, cls):
+            if kind and what.startswith("unknown key") and len(loc) == 1:
+                what += self.owner(str(loc[0]), kind, name)
+            self.fault((*key, *loc), what)
+
+    def owner(self, key: str, kind: str, name: str) -> str:
+        """The types of a section that a key belongs to, when not to the one in force."""
+        others = [
+            other
+            for other in registry.names(kind)
+            if registry.is_built_in(kind, other)
+            and key in registry.config_class(kind, other).model_fields
+        ]
+        return f"; it belongs to type {' and '.join(others)}, not {name}" if others else ""
 
     def fault(self, key: Key, what: str) -> None:
-        self.faults.append(Fault(".".join(map(str, key)), what, self.place(key)))
+        self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
 
-    def place(self, key: Key) -> Place | None:
-        """Where a key, or the nearest section around it, was written."""
-        while key and key not in self.recipe.places:
-            key = key[:-1]
-        return self.recipe.places.get(key)
+    def key(self, dotted: str) -> Key:
+        """A dotted key, as it is written: one checkpoint entry need not be a list."""
+        parts = dotted.split(".")
+        if parts[0] == "checkpoint" and isinstance(self.recipe.tree.get("checkpoint"), dict):
+            parts = [part for part in parts if not part.isdigit()]
+        return tuple(int(part) if part.isdigit() else part for part in parts)
 
-
-def _key(dotted: str) -> Key:
-    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
-
-
-def _is_branch(part: str | int) -> bool:
-    """pydantic puts the name of a union's branch into the path of a fault; it is no key."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    def private(self, fault: Fault) -> Fault:
+        return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
 
 
-def _message(detail: Any, cls: type[BaseModel]) -> str:
-    found, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _known_keys(cls, detail["loc"][:-1])
-        name = str(detail["loc"][-1])
-        section = getattr(cls.model_fields.get("type"), "default", None) is not None
-        where = " in this section" if section and not did_you_mean(name, known) else ""
-        return f"unknown key{where} (found {shown(found)}){did_you_mean(name, known)}"
-    if kind == "missing":
-        return "is required"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        return f"must be one of {context['expected']}, found {shown(found)}"
-    bounds = {
-        "greater_than": ">",
-        "greater_than_equal": ">=",
-        "less_than": "<",
-        "less_than_equal": "<=",
-    }
-    if kind in bounds:
-        limit = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
-        return f"must be {bounds[kind]} {limit}, found {shown(found)}"
-    wanted = {
-        "int_type": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
-        "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
-        "bool_parsing": "true or false", "dict_type": "a map of keys", "model_type": "a map of keys",
-        "tuple_type": "a list", "list_type": "a list", "string_too_short": "text that is not empty",
-    }  # fmt: skip
-    if kind in wanted:
-        return f"must be {wanted[kind]}, found {shown(found)}"
-    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+class Code(NamedTuple):
+    """The user's file that was run, or why there is none."""
+
+    file: Path | None = None
+    fault: str = ""
 
 
-def _known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at `loc` below `cls`."""
-    for part in loc:
-        field = cls.model_fields.get(str(part))
-        models = [m for m in _models(field.annotation) if field] if field else []
-        if not models:
-            return []
-        cls = models[0]
-    aliases = [
-        str(choice)
-        for field in cls.model_fields.values()
-        for choice in getattr(field.validation_alias, "choices", ())
-    ]
-    return [*dict.fromkeys([*cls.model_fields, *aliases])]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, tuple, list):
-        return [m for a in get_args(annotation) for m in _models(a)]
-    return []
-
-
-def run_user_code(file: Path) -> None:
-    """Import a user's Python file once, with its folder on the path; RecipeError names the
-    failing line."""
-    file = file.resolve()
-    name = f"jaxtrain_user_{file.stem}"
-    module = sys.modules.get(name)
-    if module is not None and getattr(module, "__file__", None) == str(file):
-        return
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+def load_code(recipe: Recipe, trainer: Any = "sft") -> Code:
+    """Run the file that the recipe names, or the `train.py` beside it when a type is not known."""
+    written = recipe.tree.get("code")
+    unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
+    if written is None and not (unknown and recipe.file):
+        return Code()
+    folders = (recipe.folder, Path.cwd())
     try:
-        spec.loader.exec_module(module)
-        registry.settle()
-    except BaseException as error:  # whatever the user's file raises, the person gets its line
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", 0)
-        place = Place(str(file), line or 0)
-        raise RecipeError([Fault("", f"{type(error).__name__}: {error}", place)]) from error
+        candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
+        file = next((file for file in candidates if file.is_file()), None)
+    except (OSError, ValueError):  # text that no file could be called
+        file = None
+    if file is None and written is not None:
+        looked = f"looked in {folders[0]} and {folders[1]}"
+        return Code(fault=f"no such file: {written!r} ({looked})")
+    if file is not None:
+        run_user_code(file)
+    return Code(file)
+
+
+def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
+    """Every (kind, name) that the recipe writes."""
+    yield "trainer", registry.canonical("trainer", str(trainer))
+    for section in registry.SECTIONS:
+        value = recipe.tree.get(section)
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
+                yield section, registry.canonical(section, entry["type"])
+    data = recipe.tree.get("data")
+    for key in SOURCES:
+        written = data.get(key) if isinstance(data, dict) else None
+        for listed in written.values() if isinstance(written, dict) else [written]:
+            for source in listed if isinstance(listed, list) else ():
+                if isinstance(source, dict) and isinstance(source.get("type"), str):
+                    yield "data_source", registry.canonical("data_source", source["type"])

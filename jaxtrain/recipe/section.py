@@ -5,13 +5,16 @@ import math
 import re
 import types
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+from jaxtrain.recipe.errors import shown
 
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12} | {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40
 }  # fmt: skip
+MAX_EXPONENT = 1024
 PLAIN = r"[-+]?(?:\d[\d_]*)?(?:\.\d*)?"
 HUMAN = re.compile(rf"({PLAIN})\s*(K|M|B|T|Ki|Mi|Gi|Ti|%)?")
 POWER = re.compile(rf"({PLAIN})\^({PLAIN})")
@@ -22,7 +25,12 @@ def human_number(text: str) -> int | float:
     else."""
     text = text.strip()
     if match := POWER.fullmatch(text):
-        value = _plain(match[1]) ** _plain(match[2])
+        exponent = _plain(match[2])
+        if abs(exponent) > MAX_EXPONENT:  # the power itself could take for ever
+            raise ValueError(text)
+        value = _plain(match[1]) ** exponent
+        if isinstance(value, complex):
+            raise ValueError(text)
     elif match := HUMAN.fullmatch(text):
         value = _plain(match[1])
         if match[2] == "%":
@@ -64,7 +72,7 @@ def as_written(value: Any, annotation: Any) -> Any:
         if str in kinds and bool not in kinds:
             raise ValueError("must be text; YAML reads yes, no, on and off as booleans: add quotes")
         return value
-    if bool in kinds and not numeric and str not in kinds and value is not None and value != []:
+    if bool in kinds and set(kinds) <= {bool, type(None)} and value is not None:
         raise ValueError(f"must be true or false, found {value!r}")
     if numeric and isinstance(value, str) and str not in kinds:
         try:
@@ -109,12 +117,56 @@ def _input_path(value: Any, info: ValidationInfo) -> Any:
     """Absolute if it exists beside the recipe or in the current directory; else as written."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
-    written = Path(value).expanduser()
-    for folder in ((info.context or {}).get("folder"), Path.cwd()):
-        if folder is not None and (folder / written).exists():
-            return str((folder / written).resolve())
-    return value
+    context = info.context or {}
+    folders = [folder for folder in (context.get("folder"), Path.cwd()) if folder is not None]
+    try:
+        written = Path(value).expanduser()
+        there = [folder / written for folder in folders if (folder / written).exists()]
+    except (OSError, ValueError, RuntimeError):  # text that no file could be called
+        return value
+    found = list(dict.fromkeys(file.resolve() for file in there))
+    if not found:
+        return value
+    if len(found) > 1 and "notes" in context:
+        context["notes"].append(f"{info.field_name}: {found[0]} is used, not {found[1]}")
+    return str(found[0])
 
 
 InputPath = Annotated[str, BeforeValidator(_input_path)]
 """A file or folder that is read: looked up beside the recipe, then in the current directory."""
+
+
+DTYPES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "bfloat": "bfloat16",
+    "fp16": "float16", "float16": "float16", "half": "float16",
+    "fp32": "float32", "float32": "float32", "float": "float32",
+}  # fmt: skip
+
+
+def _dtype(value: Any) -> Any:
+    name = str(value).lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"must be one of bf16, fp16, fp32, found {value!r}")
+    return DTYPES[name]
+
+
+DType = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
+
+
+def is_off(value: Any) -> bool:
+    """Does a setting of the shared format ask for nothing: null, false, 0, empty, or a map that
+    is not enabled?"""
+    if isinstance(value, dict) and "enabled" in value:
+        return not value["enabled"]
+    return value in (None, False, 0, "", "none", "auto", [], {})
+
+
+def refused_when_on(why: str) -> BeforeValidator:
+    """For a key that may only say what would happen without it."""
+
+    def check(value: Any) -> Any:
+        if not is_off(value):
+            raise ValueError(f"{why}, found {shown(value)}")
+        return None
+
+    return BeforeValidator(check)

@@ -1,31 +1,25 @@
-"""The whole recipe: `TrainerConfig`, and the checks that need more than one section."""
+"""The whole recipe: `TrainerConfig`."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Literal
 
-from pydantic import Field, SerializeAsAny, SkipValidation
+from pydantic import Field, PrivateAttr, SerializeAsAny, SkipValidation
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import DataConfig
-from jaxtrain.recipe.errors import Fault
+from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.guards import (
+    DivergenceConfig,
+    EarlyStoppingConfig,
+    EmaConfig,
+    SamplesConfig,
+)
+from jaxtrain.recipe.load import Secrets
+from jaxtrain.recipe.logger import LoggerConfig, ProfileConfig, TensorboardConfig, WandbConfig
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
-from jaxtrain.recipe.model import LoggerConfig, ModelConfig, TokenizerConfig
-from jaxtrain.recipe.optimizer import OptimizerConfig, SchedulerConfig
+from jaxtrain.recipe.model import ModelConfig, TokenizerConfig
+from jaxtrain.recipe.optimizer import OptimizerConfig
+from jaxtrain.recipe.scheduler import SchedulerConfig
 from jaxtrain.recipe.section import InputPath, Section
-
-
-class SamplesConfig(Section):
-    """Answers generated at evaluations."""
-
-    prompts: tuple[str, ...] = Field(min_length=1)
-    """What the user says."""
-    system: str | None = None
-    """System message before each of them."""
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    """0 takes the likeliest token each time."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    every_n_evals: int = Field(default=1, ge=1)
 
 
 class TrainerConfig(Section):
@@ -33,9 +27,16 @@ class TrainerConfig(Section):
 
     type: str = "sft"
     """Registered trainer."""
+    name: str | None = None
+    """Older spelling of `type`."""
     code: InputPath | None = None
     """Python file with the user's own trainers and factories; `train.py` beside the recipe is read
     when a `type` of the recipe is not a known name."""
+    skip_validation: bool = False
+    """Allow factories that the trainer does not name."""
+    base: str | tuple[str, ...] | None = None
+    """Recipes that this one is laid over, from left to right."""
+
     model: SkipValidation[SerializeAsAny[ModelConfig]]
     tokenizer: SkipValidation[SerializeAsAny[TokenizerConfig]] = TokenizerConfig(type="huggingface")
     data: SkipValidation[SerializeAsAny[DataConfig]]
@@ -44,8 +45,14 @@ class TrainerConfig(Section):
     checkpoint: tuple[SkipValidation[SerializeAsAny[CheckpointConfig]], ...] = ()
     """Full state (`orbax`) and export (`huggingface`), each with its own schedule."""
     logger: LoggerConfig = LoggerConfig()
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: TensorboardConfig = TensorboardConfig(enable=False)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
+
+    # How long, and on how many rows.
+
     epochs: int | None = Field(default=None, ge=0)
     """Passes over the training data; 1 when neither it nor `train_iters` is written."""
     train_iters: int = Field(default=0, ge=0)
@@ -55,10 +62,48 @@ class TrainerConfig(Section):
     """Rows a batch shard and forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes an update; gradients are summed and divided once by the total weight."""
+    sequence_parallel_size: int | None = Field(default=None, ge=1)
+    """Devices that share a row."""
+    expert_parallel_size: int | None = Field(default=None, ge=1)
+    """Devices that share the experts."""
+    exit_iteration: int = Field(default=0, ge=0)
+    """End the run at this update, with the schedule of the whole run; 0 is off."""
+    exit_iteration_this_run: int = Field(default=0, ge=0)
+    """End after so many updates of this process; 0 is off."""
+    min_iterations: int = Field(default=0, ge=0)
+    """Repeat the training rows until they fill so many updates."""
+    overfit_first_batch: bool = False
+    """Train on the first batch for ever."""
+
+    # The update.
+
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    loss_weighting: Literal["token", "sample"] = "token"
+    """What has equal weight in loss and gradient: each trained token, or each row."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread over the vocabulary; not in evaluations."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the squared log-partition term."""
     seed: int = Field(default=42, ge=0)
     """The one seed: weights and every random number of the step."""
+    ema: EmaConfig | None = None
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What happens when the loss or the gradient norm is not finite."""
+    divergence: DivergenceConfig | None = None
+    replica_check_interval: int = Field(default=0, ge=0)
+    """Updates between comparisons of the parameters that devices hold copies of."""
+    activation_checkpoint_cpu_offload: bool = False
+    """Keep what the backward pass needs in host memory."""
+    tiled_mlp_compute: bool = False
+    """Run feed-forward layers in pieces along the sequence."""
+    arctic_moe: bool | Literal["auto"] = False
+    enable_arctic_moe_custom_optimization: bool = False
+    enable_routing_replay: bool = False
+    """Keep the router's choices across rematerialisation."""
+
+    # Evaluation.
+
     eval_interval: int = Field(default=0, ge=0)
     """Updates between evaluations."""
     eval_at_start: bool = False
@@ -66,70 +111,51 @@ class TrainerConfig(Section):
     eval_at_end: bool | None = None
     """Evaluate after the last update, unless it was just done; true with evaluation data when
     left out."""
+    eval_after_step: int = Field(default=0, ge=0)
+    """No periodic evaluation before it."""
+    eval_every_n_epochs: int = Field(default=0, ge=0)
+    """Epochs between evaluations, besides `eval_interval`."""
     max_eval_batches: int = Field(default=0, ge=0)
     """Limit of batches an evaluation; 0 takes all."""
+    early_stopping: EarlyStoppingConfig | None = None
     eval_samples: SamplesConfig | None = None
     """Answers to generate at evaluations."""
-    exit_iteration: int = Field(default=0, ge=0)
-    """End the run at this update, with the schedule of the whole run; 0 is off."""
+
+    # What is told.
+
     run_dir: str | None = None
-    """Metrics, logs, resolved recipe; `runs/<recipe name>-<hash>` when left out."""
+    """Metrics, logs, resolved recipe; `logger.output_dir`, else `runs/<recipe name>-<hash>`, when
+    left out."""
+    train_log_iter_interval: int = Field(default=1, ge=0)
+    """Updates between rows of training metrics; 0 is none."""
+    train_log_metrics_path: str | None = None
+    """The metrics file; `run_dir/train-log-metrics.jsonl` when left out."""
+    loss_log_interval: int = Field(default=1, ge=0)
+    """Updates between losses in the log; 0 is none."""
+    eval_log_iter_interval: int = Field(default=1, ge=0)
+    """Evaluations between those that are printed; 0 prints none."""
+    kill_switch_path: str | None = None
+    """A file that ends the run when it appears; `run_dir/stop` when left out."""
+    profile: ProfileConfig | None = None
+    mem_profiler: Literal["step", "e2e"] | None = None
+    """Device memory profile of each logged update, or of the end."""
+    mem_profiler_dir: str | None = None
+    """`run_dir/mem-prof` when left out."""
+    mem_profiler_max_entries: int = Field(default=100_000, ge=1)
 
+    _secrets: Secrets = PrivateAttr(default_factory=dict)
 
-def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
-    other = config.eval_at_start or config.eval_at_end is not None
-    if config.data.has_eval and not config.eval_interval and not other:
-        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
-    if not config.data.has_eval and (config.eval_interval or config.eval_at_start):
-        key = "eval_interval" if config.eval_interval else "eval_at_start"
-        yield Fault(key, "needs eval data; add `data.eval_sources` or `data.train_eval_split`")
+    @property
+    def secrets(self) -> Secrets:
+        """What came from the environment, which no message and no file may hold."""
+        return self._secrets
 
-
-def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
-    resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume]
-    if len(resumes) > 1:
-        both = " and ".join(f"checkpoint.{i}" for i in resumes)
-        yield Fault(
-            f"checkpoint.{resumes[1]}.auto_resume", f"only one entry may resume, found {both}"
-        )
-    folders: dict[str, int] = {}
-    for i, entry in enumerate(config.checkpoint):
-        first = folders.setdefault(entry.output_dir, i)
-        if first != i:
-            yield Fault(
-                f"checkpoint.{i}.output_dir",
-                f"{entry.output_dir!r} is checkpoint.{first}'s too; use another",
-            )
-
-
-def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
-    for i, entry in enumerate(config.checkpoint):
-        if not entry.keep_best_n:
-            continue
-        key = f"checkpoint.{i}.keep_best_n"
-        if not config.data.has_eval:
-            yield Fault(key, "needs eval data; add `data.eval_sources` or `data.train_eval_split`")
-        elif entry.save_every_n_steps and config.eval_interval:
-            every = entry.save_every_n_steps
-            if every % config.eval_interval:
-                below = max(every // config.eval_interval, 1) * config.eval_interval
-                yield Fault(
-                    key,
-                    f"needs saves that fall on evaluations: save_every_n_steps {every} is no multiple "
-                    f"of eval_interval {config.eval_interval}; use {below}",
-                )
-
-
-def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
-    if config.pipeline.microbatches and config.mesh.pipeline == 1:
-        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
-
-
-Check = Callable[[Any], Iterator[Fault]]
-CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
-    (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
-    (("checkpoint",), _one_resume_each_folder_once),
-    (("checkpoint", "data", "eval_interval"), _best_needs_scores),
-    (("mesh", "pipeline"), _microbatches_have_stages),
-)
-"""Checks across keys, each with the keys that must be sound before it can be asked."""
+    def horizon(self, updates_per_epoch: int | None) -> int | None:
+        """Updates that the recipe plans; None when that takes the unknown length of an epoch."""
+        epochs = 1 if self.epochs is None and not self.train_iters else self.epochs
+        limits = [self.train_iters] if self.train_iters else []
+        if epochs is not None:
+            if updates_per_epoch is None:
+                return 0 if epochs == 0 else None
+            limits.append(epochs * updates_per_epoch)
+        return min(limits)

@@ -1,20 +1,13 @@
 """From the `scheduler` section to a schedule."""
 
+from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean
-from jaxtrain.recipe.optimizer import HFSchedulerConfig, WSDSchedulerConfig
+from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.scheduler import HFSchedulerConfig, WSDSchedulerConfig
 from jaxtrain.registry import Factory
 from jaxtrain.scheduler import schedules
 from jaxtrain.scheduler.schedules import Schedule as Schedule
-
-SPECIFIC = {
-    "cosine": ("num_cycles",),
-    "warmup_stable_decay": (
-        "num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio", "num_cycles"
-    ),
-}  # fmt: skip
-"""Keys of `scheduler_specific_kwargs` by schedule name."""
 
 
 class SchedulerFactory(Factory, kind="scheduler"):
@@ -37,7 +30,10 @@ class HFSchedulerFactory(SchedulerFactory):
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
         return hf_schedule(
-            self.config, horizon=self.trainer.training_horizon, warmup=self.trainer.warmup_steps
+            self.config,
+            horizon=self.trainer.training_horizon,
+            warmup=self.trainer.warmup_steps,
+            peak_lr=optimizer.learning_rate,
         )
 
 
@@ -60,35 +56,48 @@ class WSDSchedulerFactory(SchedulerFactory):
         )
 
 
-def hf_schedule(config: HFSchedulerConfig, *, horizon: int, warmup: int) -> Schedule:
-    """The schedule of a recipe over `horizon` updates; RecipeError for a key that it does not
-    have."""
-    extra = dict(config.scheduler_specific_kwargs)
-    known = SPECIFIC.get(config.name, ())
-    if faults := [
-        Fault(
-            f"scheduler.scheduler_specific_kwargs.{key}",
-            f"unknown key of {config.name!r}{did_you_mean(key, known)} (known: {', '.join(known) or 'none'})",
+def hf_schedule(
+    config: HFSchedulerConfig, *, horizon: int, warmup: int, peak_lr: float
+) -> Schedule:
+    """The schedule of a recipe over `horizon` updates."""
+    shape, floor = config.shape, config.min_lr_ratio
+    span = (horizon, warmup)
+
+    def least() -> float:
+        if shape.min_lr_rate is not None:
+            return shape.min_lr_rate
+        return shape.min_lr / peak_lr if peak_lr else 0.0
+
+    def stable_decay() -> Schedule:
+        stable = shape.num_stable_steps
+        return schedules.warmup_stable_decay(
+            warmup,
+            max(0, horizon - warmup - shape.num_decay_steps) if stable is None else stable,
+            shape.num_decay_steps,
+            floor=floor if shape.min_lr_ratio is None else shape.min_lr_ratio,
+            warmup_type=shape.warmup_type,
+            decay_type=shape.decay_type,
+            num_cycles=shape.num_cycles,
         )
-        for key in extra
-        if key not in known
-    ]:
-        raise RecipeError(faults)
-    floor = extra.pop("min_lr_ratio", config.min_lr_ratio)
-    match config.name:
-        case "constant":
-            return schedules.constant()
-        case "constant_with_warmup":
-            return schedules.constant_with_warmup(warmup)
-        case "linear":
-            return schedules.linear(horizon, warmup, floor=floor)
-        case "cosine":
-            return schedules.cosine(horizon, warmup, floor=floor, **extra)
-        case "warmup_stable_decay":
-            if "num_decay_steps" not in extra:
-                raise RecipeError(
-                    "scheduler.scheduler_specific_kwargs: warmup_stable_decay needs num_decay_steps"
-                )
-            decay = extra.pop("num_decay_steps")
-            stable = extra.pop("num_stable_steps", max(0, horizon - warmup - decay))
-            return schedules.warmup_stable_decay(warmup, stable, decay, floor=floor, **extra)
+
+    made: dict[str, Callable[[], Schedule]] = {
+        "constant": schedules.constant,
+        "constant_with_warmup": lambda: schedules.constant_with_warmup(warmup),
+        "linear": lambda: schedules.linear(*span, floor=floor),
+        "cosine": lambda: schedules.cosine(*span, floor=floor, num_cycles=shape.num_cycles),
+        "cosine_with_restarts": lambda: schedules.restarts(*span, num_cycles=shape.num_cycles),
+        "polynomial": lambda: schedules.polynomial(
+            *span,
+            floor=floor or (min(1.0, shape.lr_end / peak_lr) if peak_lr else 0.0),
+            power=shape.power,
+        ),
+        "inverse_sqrt": lambda: schedules.inverse_sqrt(warmup, shape.timescale or warmup or 10_000),
+        "cosine_with_min_lr": lambda: schedules.cosine(
+            *span, floor=least(), num_cycles=shape.num_cycles
+        ),
+        "cosine_warmup_with_min_lr": lambda: schedules.cosine_from(
+            *span, first=shape.warmup_lr_rate, floor=least(), num_cycles=shape.num_cycles
+        ),
+        "warmup_stable_decay": stable_decay,
+    }
+    return made[config.name]()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 Schedule = Callable[[jax.Array], jax.Array]
+Ramp = Literal["linear", "cosine", "1-sqrt"]
 
 
 def _ramp(update: jax.Array, warmup: int) -> jax.Array:
@@ -48,26 +49,81 @@ def cosine(horizon: int, warmup: int, *, floor: float = 0.0, num_cycles: float =
     return schedule
 
 
+def restarts(horizon: int, warmup: int, *, num_cycles: int = 1) -> Schedule:
+    """A half cosine wave to zero, `num_cycles` times, each from the peak."""
+
+    def schedule(update: jax.Array) -> jax.Array:
+        progress = _progress(update, warmup, horizon)
+        wave = 0.5 * (1 + jnp.cos(jnp.pi * ((num_cycles * progress) % 1.0)))
+        return jnp.where(
+            update < warmup, _ramp(update, warmup), jnp.where(progress >= 1, 0.0, wave)
+        )
+
+    return schedule
+
+
+def polynomial(horizon: int, warmup: int, *, floor: float, power: float = 1.0) -> Schedule:
+    def schedule(update: jax.Array) -> jax.Array:
+        decay = floor + (1 - floor) * (1 - _progress(update, warmup, horizon)) ** power
+        return jnp.where(update < warmup, _ramp(update, warmup), decay)
+
+    return schedule
+
+
+def inverse_sqrt(warmup: int, timescale: int) -> Schedule:
+    """Falls with the square root of the updates since `timescale` before the end of warm-up."""
+
+    def schedule(update: jax.Array) -> jax.Array:
+        since = jnp.maximum(jnp.float32(update) - warmup, 0) + timescale
+        return jnp.where(update < warmup, _ramp(update, warmup), jnp.sqrt(timescale / since))
+
+    return schedule
+
+
+def cosine_from(
+    horizon: int, warmup: int, *, first: float | None, floor: float, num_cycles: float = 0.5
+) -> Schedule:
+    """`cosine` whose warm-up begins at `first`, with a last update that reaches `floor`."""
+    begin = 0.0 if first is None else first
+
+    def schedule(update: jax.Array) -> jax.Array:
+        now = jnp.float32(update)
+        # It counts updates from 1, unlike the others, as the closed form of `transformers` does.
+        rise = begin + (1 - begin) * now / max(1, warmup - 1)
+        ramp = _ramp(update + 1, warmup) if first is None else rise
+        progress = jnp.clip((now - warmup + 1) / max(1, horizon - warmup), 0, 1)
+        wave = 0.5 * (1 + jnp.cos(2 * jnp.pi * num_cycles * progress))
+        return jnp.where(update < warmup, ramp, floor + (1 - floor) * wave)
+
+    return schedule
+
+
 def warmup_stable_decay(
     warmup: int,
     stable: int,
     decay: int,
     *,
     floor: float = 0.0,
-    decay_type: Literal["linear", "cosine", "1-sqrt"] = "cosine",
+    warmup_type: Ramp = "linear",
+    decay_type: Ramp = "cosine",
     num_cycles: float = 0.5,
 ) -> Schedule:
     """Rise, stay at the peak, fall (Hu et al. 2024, arXiv:2404.06395)."""
-    shapes: dict[str, Schedule] = {
-        "linear": lambda progress: 1 - progress,
-        "cosine": lambda progress: 0.5 * (1 + jnp.cos(2 * jnp.pi * num_cycles * progress)),
-        "1-sqrt": lambda progress: 1 - jnp.sqrt(progress),
-    }
+
+    def fallen(kind: Ramp, progress: jax.Array, cycles: float) -> jax.Array:
+        shapes = {
+            "linear": lambda: 1 - progress,
+            "cosine": lambda: 0.5 * (1 + jnp.cos(2 * jnp.pi * cycles * progress)),
+            "1-sqrt": lambda: 1 - jnp.sqrt(progress),
+        }
+        return shapes[kind]()
 
     def schedule(update: jax.Array) -> jax.Array:
         begin = warmup + stable
-        falling = shapes[decay_type](_progress(update, begin, begin + decay))
-        rising = jnp.minimum(1.0, _ramp(update, warmup))
-        return floor + (1 - floor) * jnp.where(update < begin, rising, falling)
+        progress = _progress(update, begin, begin + decay)
+        falling = jnp.where(progress >= 1, 0.0, fallen(decay_type, progress, num_cycles))
+        rising = fallen(warmup_type, 1 - jnp.minimum(1.0, _ramp(update, warmup)), 0.5)
+        share = jnp.where(update < warmup, rising, jnp.where(update < begin, 1.0, falling))
+        return floor + (1 - floor) * share
 
     return schedule

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtrain.model import LanguageModel
-from jaxtrain.recipe.trainer import SamplesConfig
+from jaxtrain.recipe.guards import SamplesConfig
 
 
 def answers(model: LanguageModel, params: Any, tokenizer: Any, wanted: SamplesConfig) -> list[str]:

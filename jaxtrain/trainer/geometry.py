@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.batch import Batch
 from jaxtrain.parallel.mesh import num_batch_shards
 from jaxtrain.parallel.sharding import MESH_AXES
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
@@ -24,7 +25,8 @@ class Geometry:
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "Geometry":
-        """RecipeError when the pipeline's microbatches do not divide the rows."""
+        """RecipeError when the pipeline's microbatches do not divide the rows, or the recipe says
+        another batch."""
         shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
         rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
         num_microbatches = accumulation
@@ -32,7 +34,14 @@ class Geometry:
             num_microbatches = config.pipeline.num_microbatches(
                 stages=stages, micro_batch_size=rows, accumulation=accumulation
             )
-        return cls(mesh, stages, num_microbatches, rows * accumulation * shards // num_microbatches)
+        written, computed = config.deepspeed.train_batch_size, rows * accumulation * shards
+        if written not in (None, computed):
+            raise RecipeError(
+                f"deepspeed.train_batch_size: {written} is not micro_batch_size {rows} x "
+                f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
+                "remove it"
+            )
+        return cls(mesh, stages, num_microbatches, computed // num_microbatches)
 
     @property
     def global_batch(self) -> int:

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.parallel.sharding import parameter_shardings, path_name
 
 PyTree = Any
 
@@ -37,13 +37,24 @@ def state_shardings(
     """
     replicated = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(mesh, params)
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        param_shardings,
-        transform_non_params=lambda _: replicated,
-    )
+    named = {
+        path_name(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(param_shardings),
+            strict=True,
+        )
+    }
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # A moment ends in its parameter's path; a factored one has another shape, and is small.
+        parts = path_name(path).split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        shape, sharding = next((named[end] for end in ends if end in named), (None, replicated))
+        return sharding if shape == leaf.shape else replicated
+
+    state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.tree_util.tree_map_with_path(placed, state)
     return TrainState(replicated, param_shardings, {}, opt_state)  # type: ignore[arg-type]
 
 

@@ -25,7 +25,13 @@ from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
-from jaxtrain.optimizer import AdamWFactory
+from jaxtrain.optimizer import (
+    AdafactorFactory,
+    AdamWFactory,
+    LionFactory,
+    MuonFactory,
+    SGDFactory,
+)
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import RecipeError
@@ -71,7 +77,7 @@ class Trainer(registry.Registered, kind="trainer"):
     model_factory: HFModelFactory
     tokenizer_factory: HFTokenizerFactory
     data_factory: SFTDataFactory
-    optimizer_factory: AdamWFactory
+    optimizer_factory: AdamWFactory | AdafactorFactory | LionFactory | MuonFactory | SGDFactory
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
@@ -312,21 +318,14 @@ class Trainer(registry.Registered, kind="trainer"):
     @property
     def training_horizon(self) -> int:
         """Updates that the recipe plans, which is the length of the schedule."""
-        config = self.config
-        epochs = 1 if config.epochs is None and not config.train_iters else config.epochs
-        limits = [config.train_iters] if config.train_iters else []
-        if epochs is not None:
-            limits.append(epochs * self.data.steps_per_epoch)
-        return min(limits)
+        horizon = self.config.horizon(self.data.steps_per_epoch)
+        assert horizon is not None
+        return horizon
 
     @property
     def warmup_steps(self) -> int:
         """Updates over which the rate rises."""
-        scheduler = self.config.scheduler
-        if scheduler.warmup_steps is not None:
-            return scheduler.warmup_steps
-        ratio = 0.1 if scheduler.warmup_ratio is None else scheduler.warmup_ratio
-        return int(ratio * self.training_horizon)
+        return self.config.scheduler.warmup_updates(self.training_horizon)
 
     @property
     def last_step(self) -> int:

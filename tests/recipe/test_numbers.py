@@ -8,7 +8,7 @@ BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1_000", 1000), ("1K", 1000), ("1.25K", 1250), ("1Ki", 1024), ("2^10", 1024), ("2.5^2", None),
+    [("1_000", 1000), ("1K", 1000), ("1.25K", 1250), ("1Ki", 1024), ("2^10", 1024), ("2.5^2", None), ("9^999999999", None), ("-1^0.5", None),
      ("1e3", 1000), (1e3, 1000), ("1.5", None), (1.5, None), (True, None), ("nan", None), (float("inf"), None),
      ("ten", None), (".", None), ("", None), ("-", None)],
 )  # fmt: skip

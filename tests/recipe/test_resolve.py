@@ -48,7 +48,7 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
         ({"model": None}, "model: is required"),
         ({"model": "m"}, "model: must be a map of keys, found 'm'"),
         ({"model": {"name_or_path": "m", "dtype": "int8"}}, "model.dtype: must be one of bf16, fp16, fp32"),
-        ({"data": {"sources": []}}, "data: sources is empty"),
+        ({"data": {"sources": []}}, "data.sources: is empty; name at least one source"),
         ({"data": {"sources": [{"type": "json1", "path": "x"}]}}, "data.sources.0.type: unknown data source type"),
         ({"data": {"sources": ["a/b"], "train_eval_split": [1.5, -0.5]}}, "two shares from 0 to 1"),
         ({"data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}}, "eval_interval: must be > 0"),
@@ -63,6 +63,12 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
 )  # fmt: skip
 def test_bad_values_are_said_by_key(change, expected):
     assert any(expected in line for line in errors(BASE | change)), errors(BASE | change)
+
+
+def test_a_word_beside_true_and_false_is_taken():
+    config = get_config(BASE | {"arctic_moe": "auto"})
+    assert config.arctic_moe == "auto"
+    assert errors(BASE | {"arctic_moe": "atuo"})
 
 
 def test_names_of_the_shared_format_resolve():

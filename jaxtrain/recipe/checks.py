@@ -1,0 +1,172 @@
+"""Checks that need more than one section of a recipe."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import registry
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples
+from jaxtrain.recipe.guards import direction
+from jaxtrain.recipe.trainer import TrainerConfig
+
+NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
+EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
+"""What every evaluation of a built-in trainer gives."""
+
+
+def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
+    other = config.eval_at_start or config.eval_at_end is not None or config.eval_every_n_epochs
+    if config.data.has_eval and not config.eval_interval and not other:
+        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
+    if not config.data.has_eval:
+        for key in ("eval_interval", "eval_at_start", "eval_every_n_epochs", "early_stopping"):
+            if getattr(config, key):
+                yield Fault(key, NEEDS_EVAL)
+
+
+def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
+    resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume]
+    if len(resumes) > 1:
+        both = " and ".join(f"checkpoint.{i}" for i in resumes)
+        yield Fault(
+            f"checkpoint.{resumes[1]}.auto_resume", f"only one entry may resume, found {both}"
+        )
+    folders: dict[str, int] = {}
+    for i, entry in enumerate(config.checkpoint):
+        first = folders.setdefault(entry.output_dir, i)
+        if first != i:
+            yield Fault(
+                f"checkpoint.{i}.output_dir",
+                f"{entry.output_dir!r} is checkpoint.{first}'s too; use another",
+            )
+
+
+def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
+    every = config.eval_interval
+    for i, entry in enumerate(config.checkpoint):
+        if not entry.keep_best_n:
+            continue
+        key, save = f"checkpoint.{i}.keep_best_n", entry.save_every_n_steps
+        if not config.data.has_eval:
+            yield Fault(key, NEEDS_EVAL)
+        elif save and every and save % every:
+            yield Fault(
+                key,
+                f"needs saves that fall on evaluations: save_every_n_steps {save} is no multiple "
+                f"of eval_interval {every}; use {nearest_multiples(save, every)}",
+            )
+
+
+def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
+    if not registry.is_built_in("trainer", config.type):
+        return  # a trainer of the user has metrics of its own
+    sets = config.data.eval_sources
+    names = [f"eval/{name}" for name in sets] if isinstance(sets, dict) else []
+    known = [f"{name}/{metric}" for name in ("eval", *names) for metric in EVAL_METRICS]
+    asked = [
+        (f"checkpoint.{i}.metric", e.metric)
+        for i, e in enumerate(config.checkpoint)
+        if e.keep_best_n
+    ]
+    if config.early_stopping:
+        asked.append(("early_stopping.metric", config.early_stopping.metric))
+    for key, metric in asked:
+        if metric not in known:
+            yield Fault(key, f"must be one of {', '.join(known)}, found {metric!r}")
+
+
+def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
+    stopping = config.early_stopping
+    if stopping and direction(stopping.metric, stopping.mode) is None:
+        what = f"cannot tell whether a smaller {stopping.metric} is better; write min or max"
+        yield Fault("early_stopping.mode", what)
+
+
+def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
+    action = config.divergence and config.divergence.action
+    has_state = any(entry.type == "orbax" and entry.enabled for entry in config.checkpoint)
+    for key, asked in (("on_nonfinite", config.on_nonfinite), ("divergence.action", action)):
+        if asked == "rollback" and not has_state:
+            yield Fault(key, "rollback needs an `orbax` checkpoint entry")
+
+
+def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
+    if config.pipeline.microbatches and config.mesh.pipeline == 1:
+        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
+
+
+def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
+    pieces = config.pipeline.microbatches
+    rows = config.micro_batch_size * config.gradient_accumulation_steps
+    if pieces and config.mesh.pipeline != 1 and rows % pieces:
+        yield Fault(
+            "pipeline.microbatches",
+            f"{pieces} does not divide the {rows} rows of a shard; "
+            f"use {nearest_divisors(pieces, rows)}",
+        )
+
+
+def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
+    parts, length = config.mesh.context, config.data.max_length
+    if parts > 1 and length and length % parts:
+        yield Fault(
+            "data.max_length",
+            f"{length} does not divide over mesh.context {parts}; "
+            f"use {nearest_multiples(length, parts)}",
+        )
+
+
+def _warmup_fits(config: TrainerConfig) -> Iterator[Fault]:
+    warmup, horizon = config.scheduler.warmup_steps, config.horizon(None)
+    if warmup and horizon and warmup > horizon:
+        what = f"{warmup} is longer than the run of {horizon} updates"
+        yield Fault("scheduler.warmup_steps", what)
+
+
+def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
+    horizon = config.horizon(None)
+    if config.profile and horizon and config.profile.start_step >= horizon:
+        what = f"{config.profile.start_step} lies behind the run of {horizon} updates"
+        yield Fault("profile.start_step", what)
+
+
+def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
+    block, dtype = config.deepspeed, config.model.dtype
+    for key, wanted in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
+        section = getattr(block, key)
+        if section is None or section.enabled is None:
+            continue
+        # Left out, `dtype` is the shared format's bf16 as far as this block goes.
+        if section.enabled != ((dtype or "bfloat16") == wanted) and (dtype or section.enabled):
+            said = dtype or "bfloat16 (its default)"
+            yield Fault(
+                f"deepspeed.{key}.enabled",
+                f"disagrees with model.dtype {said}; write model.dtype and remove it",
+            )
+
+
+def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
+    if config.kill_switch_path and Path(config.kill_switch_path).expanduser().exists():
+        yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
+
+
+Check = Callable[[Any], Iterator[Fault]]
+CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
+    (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
+    (("checkpoint",), _one_resume_each_folder_once),
+    (("checkpoint", "data", "eval_interval"), _best_needs_scores),
+    (("checkpoint", "data", "early_stopping"), _metrics_exist),
+    (("early_stopping",), _stopping_has_a_direction),
+    (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
+    (("mesh", "pipeline"), _microbatches_have_stages),
+    (
+        ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
+        _microbatches_divide,
+    ),
+    (("mesh", "data"), _rows_divide_over_context),
+    (("scheduler", "train_iters", "epochs"), _warmup_fits),
+    (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
+    (("deepspeed", "model"), _dtype_is_said_once),
+    (("kill_switch_path",), _stop_file_is_fresh),
+)
+"""Each with the keys that must be sound before it can be asked."""

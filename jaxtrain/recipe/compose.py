@@ -1,0 +1,202 @@
+"""A recipe put together: the recipes that it is based on, overrides, variables."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
+from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, parse, read
+
+COMMAND_LINE = Place("command line", 0)
+VARIABLE = re.compile(r"\$\{(?P<dir>dir)\}|\$\{env:(?P<name>\w+)(?::(?P<default>[^{}]*))?\}")
+
+
+def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, or take a dict; lay it over its `base`, apply `a.b=value` and `del:a.b`
+    overrides, and fill in `${env:NAME:default}` and `${dir}`. RecipeError names every fault."""
+    if isinstance(source, dict):
+        try:
+            recipe = Recipe(_copied(source), {}, None)
+        except RecursionError:
+            raise RecipeError("the recipe is nested too deeply, or contains itself") from None
+    else:
+        recipe = read(Path(source))
+    recipe = _with_bases(_filled(recipe), ())
+    faults: list[Fault] = []
+    changed: list[Key] = []
+    for text in overrides:
+        try:
+            changed.append(_override(recipe, text))
+        except RecipeError as error:
+            faults += error.faults
+    if faults:
+        raise RecipeError(faults)
+    return _filled(recipe, under=changed)
+
+
+def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
+    """`recipe` laid over the recipes that its `base` names, from left to right."""
+    if "base" not in recipe.tree:
+        return recipe
+    place = recipe.places.get(("base",))
+    chain = (*above, recipe.file.resolve()) if recipe.file else above
+    tree = dict(recipe.tree)
+    bases = tree.pop("base")
+    result = Recipe({}, {}, recipe.file, {})
+    names = bases if isinstance(bases, list) else [bases]
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name:
+            what = f"must be a path or a list of paths, found {shown(bases)}"
+            raise RecipeError([Fault("base", what, place)])
+        folders = (recipe.folder, Path.cwd())
+        file = next((f / name for f in folders if (f / name).is_file()), None)
+        if file is None:
+            raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
+        if file.resolve() in chain:
+            cycle = " → ".join(f.name for f in (*chain, file))
+            raise RecipeError(
+                [Fault("base", f"a recipe cannot be based on itself: {cycle}", place)]
+            )
+        result = _laid_over(result, _with_bases(_filled(read(file)), chain))
+    return _laid_over(result, recipe._replace(tree=tree))
+
+
+def _laid_over(under: Recipe, top: Recipe) -> Recipe:
+    """Maps merge; lists and scalars of `top` replace."""
+    places, secrets = dict(under.places), dict(under.secrets)
+
+    def merged(a: Any, b: Any, key: Key) -> Any:
+        if isinstance(a, dict) and isinstance(b, dict):
+            both = {**a, **b}
+            return {
+                name: merged(a[name], b[name], (*key, name)) if name in a and name in b else value
+                for name, value in both.items()
+            }
+        _forget(places, key)
+        _forget(secrets, key)
+        return b
+
+    tree = merged(under.tree, top.tree, ())
+    return Recipe(tree, places | top.places, top.file, {**secrets, **top.secrets})
+
+
+def _override(recipe: Recipe, text: str) -> Key:
+    """Set or delete one key, which is returned; a list position is a number."""
+    removes = text.startswith("del:")
+    name, equals, value = text.removeprefix("del:").partition("=")
+    if removes == bool(equals) or not name:
+        raise _wrong("", f"an override is key=value or del:key, found {text!r}")
+    if name.split(".")[0] == "base":
+        raise _wrong(name, "is read before the command line, write it in the recipe")
+    *parents, last = name.split(".")
+    key: Key = ()
+    here: Any = recipe.tree
+    for part in parents:
+        step = _step(here, part)
+        if isinstance(here, dict) and here.get(part) is None and not removes:
+            here[part] = {}
+        if step is None or (isinstance(here, dict) and part not in here):
+            raise _no_such(name, key, part, here)
+        key, here = (*key, step), here[step]
+    step = _step(here, last)
+    if step is None or (removes and isinstance(here, dict) and last not in here):
+        raise _no_such(name, key, last, here)
+    target = (*key, step)
+    _forget(recipe.places, target)
+    _forget(recipe.secrets, target)
+    if not removes:
+        here[step] = _value(name, value)
+        recipe.places[target] = COMMAND_LINE
+    else:
+        del here[step]
+    return target
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return parse(text, "command line", {})
+    except RecipeError as error:
+        why = error.faults[0].what
+        raise _wrong(name, f"the value is not YAML: {text!r} ({why})") from None
+
+
+def _wrong(key: str, what: str) -> RecipeError:
+    return RecipeError([Fault(key, what, COMMAND_LINE)])
+
+
+def _no_such(name: str, key: Key, part: str, here: Any) -> RecipeError:
+    near = did_you_mean(part, here) if isinstance(here, dict) else ""
+    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{near}")
+
+
+def _step(here: Any, part: str) -> str | int | None:
+    """`part` as an index into `here`; None when there is nothing to index."""
+    if isinstance(here, dict):
+        return part
+    if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+        return int(part)
+    return None
+
+
+def _forget(notes: Any, key: Key) -> None:
+    for old in [k for k in notes if k[: len(key)] == key]:
+        del notes[old]
+
+
+def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
+    """`recipe` with the variables below some keys filled in; RecipeError names every one that is
+    not set."""
+    secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
+
+    def fill(value: Any, key: Key) -> Any:
+        if isinstance(value, dict):
+            return {name: fill(inner, (*key, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner, (*key, i)) for i, inner in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if not any(key[: len(root)] == root for root in under):
+            return value
+        values: list[str] = []
+
+        def one(match: re.Match[str]) -> str:
+            if match["dir"]:
+                return str(recipe.folder)
+            found = os.environ.get(match["name"], match["default"])
+            if found is None:
+                what = f"the environment variable {match['name']} is not set, and has no default"
+                faults.append(Fault(dotted(key), what, recipe.place(key)))
+                return ""
+            if match["name"] in os.environ and found:
+                values.append(found)
+            return found
+
+        text = VARIABLE.sub(one, value)
+        if VARIABLE.search(value) and "env:" in value:
+            secrets[key] = Secret(value, tuple(values))
+        is_whole = VARIABLE.fullmatch(value) is not None
+        return _scalar(text) if is_whole else text
+
+    tree = fill(recipe.tree, ())
+    if faults:
+        raise RecipeError(faults)
+    return recipe._replace(tree=tree, secrets=secrets)
+
+
+def _scalar(text: str) -> Any:
+    """What YAML makes of a variable that is a whole value: a number or a boolean, else text."""
+    try:
+        value = parse(text, "", {})
+    except RecipeError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

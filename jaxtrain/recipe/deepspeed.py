@@ -1,0 +1,211 @@
+"""The `deepspeed` section: every key that DeepSpeed knows, and what becomes of it here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from jaxtrain.recipe.section import Section, is_off, refused_when_on
+
+XLA_SCHEDULES = "XLA schedules communication; exports always gather"
+HAS_NO_COUNTERPART = "belongs to DeepSpeed's engine"
+
+ZERO_NO_EFFECT = {
+    XLA_SCHEDULES: """
+        reduce_bucket_size allgather_bucket_size sub_group_size overlap_comm contiguous_gradients
+        reduce_scatter allgather_partitions round_robin_gradients memory_efficient_linear
+        use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
+        stage3_param_persistence_threshold stage3_model_persistence_threshold
+        stage3_max_live_parameters stage3_max_reuse_distance stage3_use_all_reduce_for_fetch_params
+        stage3_module_granularity_threshold stage3_allgather_sequential
+        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save""",
+    HAS_NO_COUNTERPART: """
+        elastic_checkpoint load_from_fp32_weights leaf_module prefetch_bucket_size
+        param_persistence_threshold model_persistence_threshold max_live_parameters
+        max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
+        ignore_unused_parameters legacy_stage1 override_module_apply log_trace_cache_warnings
+        cpu_offload_use_pin_memory enable_sanity_checks zero_hpz_partition_size_auto""",
+}
+NO_EFFECT = {
+    "collectives carry the array's dtype": """
+        communication_data_type seq_parallel_communication_data_type""",
+    "gradients are summed in fp32 and divided once": "prescale_gradients gradient_predivide_factor",
+    "see `wandb`": "wandb csv_monitor comet",
+    "times, memory and FLOPs are always in the metrics": """
+        steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger
+        flops_profiler""",
+    HAS_NO_COUNTERPART: """
+        gradient_allreduce_op managed_gradient_accumulation pipeline nebula vocabulary_size
+        use_data_before_expert_parallelism zero_allow_untested_optimizer
+        zero_force_ds_cpu_optimizer sparse_gradients disable_allgather dataloader_drop_last
+        checkpoint aio compile graph_harvesting timers""",
+}
+ACTIVATION_NO_EFFECT = {
+    "layers are rematerialised per policy": """
+        partition_activations contiguous_memory_optimization number_checkpoints
+        synchronize_checkpoint_boundary profile"""
+}
+BF16_NO_EFFECT = {
+    "see `on_nonfinite`": "check_grad_overflow immediate_grad_update bf16_master_weights_and_grads "
+    "bf16_optimizer_states"
+}
+FP16_NO_EFFECT = {
+    "only fp16 has a loss scaler": """
+        loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale auto_cast fp16_master_weights_and_grads"""
+}
+OFFLOAD_NO_EFFECT = {
+    "XLA moves the arrays": """
+        pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read pipeline_write
+        fast_init super_offload cpuadam_cores_perc"""
+}
+ZERO_REFUSED = """zero_quantized_weights zero_quantized_nontrainable_weights
+    zero_quantized_gradients zeropp_loco_param zenflow"""
+WOULD_CHANGE = """autotuning elasticity compression_training curriculum_learning data_efficiency
+    progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training"""
+
+
+def _fields(names: str, kind: Any) -> dict[str, Any]:
+    return {name: (kind, None) for name in names.split()}
+
+
+def _ignored(table: dict[str, str]) -> dict[str, Any]:
+    return _fields(" ".join(table.values()), Any)
+
+
+def _section(name: str, **fields: Any) -> Any:
+    return create_model(name, __base__=Section, __module__=__name__, **fields)
+
+
+class OffloadConfig(_section("OffloadKeys", **_ignored(OFFLOAD_NO_EFFECT))):
+    """Where a part of the state lives."""
+
+    device: Literal["none", "cpu"] | None = None
+    nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_disk(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("device") == "nvme":
+            raise ValueError("device: nvme is not supported, use `cpu`")
+        return values
+
+
+class ZeroConfig(
+    _section(
+        "ZeroKeys",
+        **_ignored(ZERO_NO_EFFECT),
+        **_fields(
+            ZERO_REFUSED,
+            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+        ),
+    )
+):
+    """ZeRO: what is sharded over the data-parallel devices."""
+
+    stage: int = Field(default=0, ge=0, le=3)
+    """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: OffloadConfig | None = None
+    offload_param: OffloadConfig | None = None
+    cpu_offload: bool | None = None
+    """Older spelling of `offload_optimizer.device: cpu`."""
+    zero_hpz_partition_size: int = 1
+    mics_shard_size: int = -1
+
+    @model_validator(mode="after")
+    def _groups_are_a_mesh_axis(self) -> "ZeroConfig":
+        for key, found, off in (
+            ("zero_hpz_partition_size", self.zero_hpz_partition_size, 1),
+            ("mics_shard_size", self.mics_shard_size, -1),
+        ):
+            if found != off:
+                raise ValueError(f"{key}: use `mesh.fsdp` to shard inside a group, found {found}")
+        return self
+
+
+class EnabledConfig(_section("BF16Keys", **_ignored(BF16_NO_EFFECT))):
+    enabled: bool | None = None
+
+
+class FP16Config(Section):
+    enabled: bool | None = None
+    loss_scale: float = Field(default=0, ge=0)
+    """0 is dynamic."""
+    initial_scale_power: int = Field(default=16, ge=0)
+    loss_scale_window: int = Field(default=1000, ge=1)
+    hysteresis: int = Field(default=2, ge=1)
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = Field(default=1, gt=0)
+    auto_cast: bool | None = None
+    fp16_master_weights_and_grads: bool | None = None
+
+
+class ActivationConfig(_section("ActivationKeys", **_ignored(ACTIVATION_NO_EFFECT))):
+    cpu_checkpointing: bool = False
+
+
+class DataTypesConfig(Section):
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+class TensorParallelConfig(Section):
+    autotp_size: int = Field(default=0, ge=0)
+
+
+class MonitorConfig(Section):
+    enabled: bool = False
+    output_path: Any = None
+    job_name: Any = None
+
+
+class DeepSpeedConfig(
+    _section(
+        "DeepSpeedKeys",
+        **_ignored(NO_EFFECT),
+        **_fields(
+            WOULD_CHANGE,
+            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+        ),
+        **_fields("amp torch_autocast", Annotated[Any, refused_when_on("use `model.dtype`")]),
+        optimizer=(Annotated[Any, refused_when_on("write it under `optimizer:`")], None),
+        scheduler=(Annotated[Any, refused_when_on("write it under `scheduler:`")], None),
+    )
+):
+    """Settings of DeepSpeed, mapped key by key; a text `auto` counts as not written."""
+
+    zero_optimization: ZeroConfig | None = None
+    gradient_clipping: float | None = Field(default=None, ge=0)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1)
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    sequence_parallel_size: int | None = Field(default=None, ge=1)
+    bf16: EnabledConfig | None = None
+    bfloat16: EnabledConfig | None = None
+    fp16: FP16Config | None = None
+    data_types: DataTypesConfig | None = None
+    tensor_parallel: TensorParallelConfig | None = None
+    activation_checkpointing: ActivationConfig | None = None
+    tensorboard: MonitorConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_not_written(cls, values: Any) -> Any:
+        return _without_auto(values)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        zero = self.zero_optimization
+        if zero is None:
+            return False
+        offload = zero.offload_optimizer
+        return bool(zero.cpu_offload or (offload and not is_off(offload.device)))
+
+    @property
+    def offloads_parameters(self) -> bool:
+        zero = self.zero_optimization
+        return bool(zero and zero.offload_param and not is_off(zero.offload_param.device))
+
+
+def _without_auto(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_auto(v) for k, v in value.items() if v != "auto"}

@@ -1,0 +1,104 @@
+"""Keys of the shared format that are honoured under another key: each is carried over, once."""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.trainer import TrainerConfig
+
+CARRIED = (
+    ("sequence_parallel_size", "mesh.context"),
+    ("expert_parallel_size", "mesh.expert"),
+    ("deepspeed.tensor_parallel.autotp_size", "mesh.tensor"),
+    ("deepspeed.gradient_clipping", "max_grad_norm"),
+    ("deepspeed.activation_checkpointing.cpu_checkpointing", "activation_checkpoint_cpu_offload"),
+    ("deepspeed.tensorboard.enabled", "tensorboard.enable"),
+)
+"""Key → the key that it sets."""
+COMPUTED = (
+    ("deepspeed.train_micro_batch_size_per_gpu", "micro_batch_size"),
+    ("deepspeed.gradient_accumulation_steps", "gradient_accumulation_steps"),
+    ("deepspeed.sequence_parallel_size", "mesh.context"),
+)
+"""Key → the key that it must be equal to."""
+OFF_AT_ZERO = (
+    "deepspeed.tensor_parallel.autotp_size",
+    "deepspeed.activation_checkpointing.cpu_checkpointing",
+    "deepspeed.tensorboard.enabled",
+)
+"""Keys whose zero asks for nothing; a gradient clip of zero turns clipping off."""
+
+
+class Mapped(NamedTuple):
+    """A config whose shared keys have been carried over."""
+
+    config: TrainerConfig
+    origins: dict[str, str]
+    """key → the key that the person wrote for it"""
+    faults: tuple[Fault, ...]
+
+
+def mapped(config: TrainerConfig) -> Mapped:
+    """Carry every shared key over to the key that is read; a Fault where both say different
+    things."""
+    origins: dict[str, str] = {}
+    faults: list[Fault] = []
+    original = config
+    for source, target in CARRIED:
+        value = value_at(original, source)
+        if value is None or (not value and source in OFF_AT_ZERO):
+            continue
+        if is_written(original, target) and value_at(original, target) != value:
+            found = shown(value_at(original, target))
+            faults.append(Fault(source, f"{shown(value)} contradicts {target} {found}; remove one"))
+            continue
+        origins[target] = source
+        config = replaced(config, target, value)
+    config = _sharded(config)
+    for source, target in COMPUTED:
+        value, computed = value_at(config, source), value_at(config, target)
+        if value is not None and value != computed:
+            what = f"{shown(value)} is not the {shown(computed)} of {target}; write it there only"
+            faults.append(Fault(source, what))
+    return Mapped(config, origins, tuple(faults))
+
+
+def without_carried(config: TrainerConfig) -> TrainerConfig:
+    """`config` with each setting said once, so that its dump can be changed and run again."""
+    block = DeepSpeedConfig(train_batch_size=config.deepspeed.train_batch_size)
+    # `base` has been laid under, and `name` is the type.
+    consumed = ("sequence_parallel_size", "expert_parallel_size", "name", "base")
+    return config.model_copy(update=dict.fromkeys(consumed) | {"deepspeed": block})
+
+
+def _sharded(config: TrainerConfig) -> TrainerConfig:
+    """ZeRO stages become the mesh axis over which all state is sharded.
+
+    The batch is split over `data` and `fsdp` alike, so moving devices from one to the other
+    changes where arrays live and nothing else.
+    """
+    zero, mesh = config.deepspeed.zero_optimization, config.mesh
+    if zero is None or not zero.stage or "fsdp" in mesh.model_fields_set:
+        return config
+    return replaced(replaced(config, "mesh.fsdp", mesh.data), "mesh.data", 1)
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a dotted key; None below a section that was left out."""
+    get = lambda part, name: None if part is None else getattr(part, name, None)
+    return reduce(get, key.split("."), config)
+
+
+def is_written(config: Any, key: str) -> bool:
+    *sections, name = key.split(".")
+    section = value_at(config, ".".join(sections)) if sections else config
+    return name in section.model_fields_set
+
+
+def replaced(config: Any, key: str, value: Any) -> Any:
+    """A copy of `config` with one dotted key set."""
+    name, _, rest = key.partition(".")
+    return config.model_copy(
+        update={name: replaced(getattr(config, name), rest, value) if rest else value}
+    )

@@ -1,0 +1,119 @@
+"""What pydantic finds wrong with a section, in words and under the key at fault."""
+
+import re
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.load import Key
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+SIDES = (("gt", "ge"), ("lt", "le"))
+KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
+
+
+def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
+    """(key, what) of each fault in a section of that class."""
+    found = []
+    for detail in error.errors():
+        loc = tuple(part for part in detail["loc"] if not _is_branch(part))
+        what = _message(detail, cls)
+        if detail["type"] == "value_error" and (match := KEY_FIRST.fullmatch(what)):
+            # A validator of a section that begins with a key means that key.
+            name, *rest = match[1].split(".")
+            if name in known_keys(cls, loc):
+                loc, what = (*loc, name, *rest), match[2]
+        found.append((loc, what))
+    return found
+
+
+def _is_branch(part: str | int) -> bool:
+    """pydantic puts the name of a union's branch into the path of a fault; it is no key."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+
+
+def _message(detail: Any, cls: type[BaseModel]) -> str:
+    found, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+        if full := section and full_name(section, name):
+            return f"is another name of `{full}`, which is written too; remove one"
+        near = did_you_mean(name, known_keys(cls, detail["loc"][:-1]))
+        return f"unknown key (found {shown(found)}){near}"
+    if kind == "missing":
+        return "is required"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return f"must be one of {context['expected']}, found {shown(found)}"
+    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        return f"must be {_range(cls, detail)}, found {shown(found)}"
+    wanted = {
+        "int_type": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
+        "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
+        "bool_parsing": "true or false", "dict_type": "a map of keys",
+        "model_type": "a map of keys", "tuple_type": "a list", "list_type": "a list",
+        "string_too_short": "text that is not empty",
+    }  # fmt: skip
+    if kind in wanted:
+        return f"must be {wanted[kind]}, found {shown(found)}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+
+
+def _range(cls: type[BaseModel], detail: Any) -> str:
+    """`>= 1` for a key with one bound, `in (0, 1]` for one with two."""
+    section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+    field = section.model_fields.get(name) if section else None
+    bounds = {
+        kind: f"{getattr(limit, kind):g}"
+        for limit in (field.metadata if field else ())
+        for kind in SIGNS
+        if hasattr(limit, kind)
+    }
+    if len(bounds) == 2:
+        (_, low), (_, high) = (next((k, bounds[k]) for k in side if k in bounds) for side in SIDES)
+        return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
+    context = detail["ctx"]
+    return next(f"{sign} {context[kind]:g}" for kind, sign in SIGNS.items() if kind in context)
+
+
+def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The class of the section at `loc` below `cls`."""
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        models = _models(field.annotation) if field else []
+        if not models and not isinstance(part, int) and not _is_branch(part):
+            return None
+        cls = models[0] if models else cls
+    return cls
+
+
+def full_name(section: type[BaseModel], name: str) -> str | None:
+    """The key that `name` is a shorter spelling of."""
+    for full, field in section.model_fields.items():
+        if name in getattr(field.validation_alias, "choices", ()):
+            return full
+    return None
+
+
+def known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `loc` below `cls`, in all their spellings."""
+    section = section_at(cls, loc)
+    if section is None:
+        return []
+    aliases = [
+        str(choice)
+        for field in section.model_fields.values()
+        for choice in getattr(field.validation_alias, "choices", ())
+    ]
+    return [*dict.fromkeys([*section.model_fields, *aliases])]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, list):
+        return [m for a in get_args(annotation) for m in _models(a)]
+    return []

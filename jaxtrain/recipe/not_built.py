@@ -1,0 +1,140 @@
+"""What a recipe may say and this version cannot do: one table, that shrinks as it can."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxtrain import registry
+from jaxtrain.recipe.errors import Fault, shown
+
+
+class NotBuilt(NamedTuple):
+    key: str
+    """dotted; `*` is every position of a list"""
+    is_asked: Callable[[Any], bool]
+    """Would this value have to do something that it does not?"""
+    instead: str
+
+
+def is_set(value: Any) -> bool:
+    return bool(value)
+
+
+def other_than(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in values
+
+
+def planned(kind: str) -> Callable[[Any], bool]:
+    return lambda name: registry.is_planned(kind, str(name))
+
+
+def without_first(ranks: Any) -> bool:
+    return ranks != "*" and 0 not in ranks
+
+
+TABLE = (
+    NotBuilt("type", planned("trainer"), "use sft"),
+    NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
+    NotBuilt("model.peft_config", is_set, "remove it to train all weights"),
+    NotBuilt("model.resize_vocab", is_set, "use a tokenizer that the embedding has room for"),
+    NotBuilt("model.remat_every_nth_layer", other_than(1), "use remat: dots"),
+    NotBuilt("tokenizer.tokenize_kwargs", is_set, "remove it"),
+    NotBuilt("tokenizer.extra_tokens", is_set, "write them into the tokenizer's folder"),
+    NotBuilt("tokenizer.pad_token", is_set, "remove it: padding has no part in the loss"),
+    NotBuilt("data.sources.*.type", planned("data_source"), "export the rows to a parquet file"),
+    NotBuilt(
+        "data.eval_sources.*.type", planned("data_source"), "export the rows to a parquet file"
+    ),
+    NotBuilt(
+        "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
+    ),
+    NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
+    NotBuilt("optimizer.groups", is_set, "remove it"),
+    NotBuilt("optimizer.state_dtype", other_than("float32"), "remove it"),
+    NotBuilt(
+        "mesh.context", other_than(1), "write 1, and lower data.max_length if memory is short"
+    ),
+    NotBuilt("mesh.expert", other_than(1), "write 1"),
+    NotBuilt("pipeline.schedule", other_than("gpipe"), "use gpipe: the loss is the same"),
+    NotBuilt("pipeline.split", other_than("auto"), "remove it: layers are split evenly"),
+    NotBuilt("exit_iteration_this_run", is_set, "use exit_iteration"),
+    NotBuilt("min_iterations", is_set, "use train_iters with enough epochs"),
+    NotBuilt("overfit_first_batch", is_set, "use data.sources.*.sample_count"),
+    NotBuilt("loss_weighting", other_than("token"), "use token"),
+    NotBuilt("label_smoothing", is_set, "remove it"),
+    NotBuilt("z_loss", is_set, "remove it"),
+    NotBuilt("ema", is_set, "remove it"),
+    NotBuilt("on_nonfinite", other_than("stop"), "use stop"),
+    NotBuilt("divergence", is_set, "remove it"),
+    NotBuilt("replica_check_interval", is_set, "remove it"),
+    NotBuilt("activation_checkpoint_cpu_offload", is_set, "use model.remat: full"),
+    NotBuilt("tiled_mlp_compute", is_set, "use model.remat: full"),
+    NotBuilt("enable_routing_replay", is_set, "remove it: dense models route nothing"),
+    NotBuilt("arctic_moe", lambda value: value is True, "remove it: there are no experts"),
+    NotBuilt("eval_after_step", is_set, "use eval_interval alone"),
+    NotBuilt("eval_every_n_epochs", is_set, "use eval_interval"),
+    NotBuilt("early_stopping", is_set, "remove it"),
+    NotBuilt("train_log_iter_interval", other_than(1), "remove it"),
+    NotBuilt("train_log_metrics_path", is_set, "use run_dir: the file lies in it"),
+    NotBuilt("loss_log_interval", other_than(1), "remove it"),
+    NotBuilt("eval_log_iter_interval", other_than(1), "remove it"),
+    NotBuilt("kill_switch_path", is_set, "remove it: Ctrl-C stops the run"),
+    NotBuilt("profile", is_set, "remove it"),
+    NotBuilt("mem_profiler", is_set, "remove it"),
+    NotBuilt("mem_profiler_dir", is_set, "remove it"),
+    NotBuilt("tensorboard.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
+    NotBuilt("wandb.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
+    NotBuilt("logger.print_output_ranks", without_first, "process 0 prints, remove it"),
+    NotBuilt("logger.file_output_ranks", without_first, "every process has a file, remove it"),
+    NotBuilt("checkpoint.*.save_after_step", is_set, "remove it"),
+    NotBuilt("checkpoint.*.keep_every_n_steps", is_set, "use keep_last_n or keep_best_n"),
+    NotBuilt("checkpoint.*.save_model_only", is_set, "use a `huggingface` entry"),
+    NotBuilt("checkpoint.*.reset", is_set, "start from the exported weights"),
+    NotBuilt("checkpoint.*.on_corrupt", other_than("stop"), "delete the newest folder by hand"),
+    NotBuilt("checkpoint.*.resume_from", is_set, "use auto_resume"),
+    NotBuilt("checkpoint.*.adapter", other_than("adapter"), "remove it"),
+    NotBuilt("checkpoint.*.verify_export", is_set, "remove it"),
+    NotBuilt("checkpoint.*.max_shard_size", other_than("4GB"), "remove it"),
+    NotBuilt(
+        "deepspeed.zero_optimization.offload_optimizer.device",
+        other_than("none"),
+        "use zero_optimization.stage: 3 on more devices",
+    ),
+    NotBuilt(
+        "deepspeed.zero_optimization.offload_param.device",
+        other_than("none"),
+        "use zero_optimization.stage: 3 on more devices",
+    ),
+    NotBuilt("deepspeed.zero_optimization.cpu_offload", is_set, "use zero_optimization.stage: 3"),
+    NotBuilt("deepspeed.data_types.grad_accum_dtype", other_than("fp32"), "use fp32"),
+)
+
+
+def not_built(config: Any, origins: Mapping[str, str]) -> Iterator[Fault]:
+    """A fault for each row that `config` asks for, under the key that the person wrote."""
+    for row in TABLE:
+        for key, value in values_at(config, row.key.split(".")):
+            if row.is_asked(value):
+                what = f"is not built yet, {row.instead} (found {_brief(value)})"
+                yield Fault(origins.get(key, key), what)
+
+
+def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) that a path with `*` leads to; none where a section is left out."""
+    if not path:
+        yield key, value
+    elif value is not None:
+        name, *rest = path
+        if name == "*":
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            found = [(str(i), item) for i, item in items]
+        else:
+            found = [(name, getattr(value, name))] if hasattr(value, name) else []
+        for part, inner in found:
+            yield from values_at(inner, rest, f"{key}.{part}" if key else part)
+
+
+def _brief(value: Any) -> str:
+    fields = getattr(value, "model_fields_set", None)
+    return (
+        shown(value) if fields is None else shown({name: getattr(value, name) for name in fields})
+    )

@@ -1,0 +1,176 @@
+"""The `scheduler` section."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, ValidationError, model_validator
+
+from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
+
+
+class NoKeys(Section):
+    pass
+
+
+class CosineKeys(Section):
+    num_cycles: float = Field(default=0.5, ge=0)
+
+
+class RestartKeys(Section):
+    num_cycles: int = Field(default=1, ge=1)
+
+
+class PolynomialKeys(Section):
+    lr_end: float = Field(default=1e-7, ge=0)
+    power: float = Field(default=1.0, gt=0)
+
+
+class InverseSqrtKeys(Section):
+    timescale: int | None = Field(default=None, ge=1)
+
+
+class CosineMinKeys(Section):
+    num_cycles: float = Field(default=0.5, ge=0)
+    min_lr: float | None = Field(default=None, ge=0)
+    min_lr_rate: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_minimum(self) -> "CosineMinKeys":
+        if (self.min_lr is None) == (self.min_lr_rate is None):
+            raise ValueError("needs one of min_lr and min_lr_rate")
+        return self
+
+
+class CosineWarmupMinKeys(CosineMinKeys):
+    warmup_lr_rate: float | None = Field(default=None, ge=0, le=1)
+
+
+class WarmupStableDecayKeys(Section):
+    num_decay_steps: int = Field(ge=1)
+    num_stable_steps: int | None = Field(default=None, ge=0)
+    warmup_type: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = "cosine"
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
+    num_cycles: float = Field(default=0.5, ge=0)
+
+
+SHAPES: dict[str, type[Section]] = {
+    "linear": NoKeys,
+    "constant": NoKeys,
+    "constant_with_warmup": NoKeys,
+    "cosine": CosineKeys,
+    "cosine_with_restarts": RestartKeys,
+    "polynomial": PolynomialKeys,
+    "inverse_sqrt": InverseSqrtKeys,
+    "cosine_with_min_lr": CosineMinKeys,
+    "cosine_warmup_with_min_lr": CosineWarmupMinKeys,
+    "warmup_stable_decay": WarmupStableDecayKeys,
+}
+"""Schedule name → the keys that it takes in `scheduler_specific_kwargs`."""
+WITH_FLOOR = ("linear", "cosine", "polynomial", "warmup_stable_decay")
+"""Schedules that `min_lr_ratio` means something to."""
+
+
+class SchedulerConfig(TypedSection):
+    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`")] = Field(
+        default=None, validation_alias=AliasChoices("learning_rate", "lr"), exclude=True
+    )
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of the run's updates over which the rate rises; 0.1 when neither key is written."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same in updates."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the rate ends, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _one_warmup_key(self) -> "SchedulerConfig":
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
+        return self
+
+    def warmup_updates(self, horizon: int) -> int:
+        """Updates over which the rate rises, in a run of `horizon` updates."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return int((0.1 if self.warmup_ratio is None else self.warmup_ratio) * horizon)
+
+
+class HFSchedulerConfig(SchedulerConfig):
+    """The schedules that `transformers` names."""
+
+    name: Literal[
+        "linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts",
+        "polynomial", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"  # fmt: skip
+    """Shape of the schedule."""
+    scheduler_specific_kwargs: dict[str, Any] = {}
+    """Further keys of the shape."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plateau_needs_a_metric(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "reduce_lr_on_plateau":
+            raise ValueError(
+                "name: reduce_lr_on_plateau needs a metric, which the format cannot name; "
+                f"use one of {', '.join(SHAPES)}"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_name(self) -> "HFSchedulerConfig":
+        kwargs, known = self.scheduler_specific_kwargs, SHAPES[self.name].model_fields
+        for key in kwargs:
+            if key not in known:
+                raise ValueError(
+                    f"scheduler_specific_kwargs.{key}: unknown key of {self.name!r}"
+                    f"{did_you_mean(key, known)} (known: {', '.join(known) or 'none'})"
+                )
+        try:
+            shape = self.shape
+        except ValidationError as error:
+            raise ValueError(_said(error)) from None
+        if self.min_lr_ratio and self.name not in WITH_FLOOR:
+            raise ValueError(
+                f"min_lr_ratio has no meaning for {self.name!r}; use one of {', '.join(WITH_FLOOR)}"
+            )
+        if isinstance(shape, WarmupStableDecayKeys) and shape.min_lr_ratio is not None:
+            if "min_lr_ratio" in self.model_fields_set and self.min_lr_ratio != shape.min_lr_ratio:
+                raise ValueError("min_lr_ratio is written twice, differently; remove one")
+        return self
+
+    @property
+    def shape(self) -> Any:
+        """`scheduler_specific_kwargs`, typed."""
+        return SHAPES[self.name].model_validate(self.scheduler_specific_kwargs)
+
+    def warmup_updates(self, horizon: int) -> int:
+        return 0 if self.name == "constant" else super().warmup_updates(horizon)
+
+
+def _said(error: ValidationError) -> str:
+    """One line for what is wrong in `scheduler_specific_kwargs`."""
+    return "; ".join(
+        ".".join(("scheduler_specific_kwargs", *map(str, detail["loc"])))
+        + f": {detail['msg'].removeprefix('Value error, ').lower()}"
+        + (f", found {shown(detail['input'])}" if detail["type"] != "missing" else "")
+        for detail in error.errors()
+    )
+
+
+class WSDSchedulerConfig(SchedulerConfig):
+    """Warm up, stay, decay linearly, with the lengths written out."""
+
+    num_warmup_steps: int = Field(ge=0)
+    """Updates over which the rate rises."""
+    num_decay_steps: int = Field(ge=1)
+    """Updates over which it falls, at the end of the run."""
+
+    @model_validator(mode="after")
+    def _warmup_is_written_out(self) -> "WSDSchedulerConfig":
+        if self.warmup_steps is not None or self.warmup_ratio is not None:
+            raise ValueError("warmup is num_warmup_steps here; remove the other warmup key")
+        return self
+
+    def warmup_updates(self, horizon: int) -> int:
+        return self.num_warmup_steps

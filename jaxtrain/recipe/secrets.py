@@ -1,0 +1,59 @@
+"""Values of environment variables never leave the process: not in messages, not in files."""
+
+from typing import Any
+
+from jaxtrain.recipe.load import Key, Secrets
+
+SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
+LONG = 8  # characters from which a value is looked for in text that is not its own
+
+
+def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
+    """`text` without the values of `secrets`; in a message about `key`, short ones too."""
+    for where, secret in secrets.items():
+        related = key is not None and (where[: len(key)] == key or key[: len(where)] == where)
+        for value in secret.values:
+            if related or len(value) >= LONG:
+                text = _without(text, value)
+    return text
+
+
+def restored(tree: Any, secrets: Secrets) -> Any:
+    """Plain data in which each value that came from the environment is written as it was."""
+    for key, secret in secrets.items():
+        tree = _put(tree, key, secret.written)
+    return _map_text(tree, secrets)
+
+
+def _without(text: str, value: str) -> str:
+    """Also where a message escaped it, or cut it short."""
+    for form in dict.fromkeys((value, repr(value)[1:-1])):
+        text = text.replace(form, "${env}")
+        if "…" in text:
+            for n in range(len(form) - 1, 0, -1):
+                if f"{form[:n]}…" in text:
+                    text = text.replace(f"{form[:n]}…", "${env}…")
+                    break
+    return text
+
+
+def _put(tree: Any, key: Key, value: Any) -> Any:
+    """`tree` with one value replaced, if it has it."""
+    if not key:
+        return value
+    name, rest = SPELLINGS.get(key[0], key[0]), key[1:]
+    if isinstance(tree, dict):
+        return {k: _put(v, rest, value) if k == name else v for k, v in tree.items()}
+    if isinstance(tree, list) and isinstance(name, str):
+        return [_put(item, key, value) for item in tree]  # one entry, written without its list
+    if isinstance(tree, list):
+        return [_put(v, rest, value) if i == name else v for i, v in enumerate(tree)]
+    return tree
+
+
+def _map_text(tree: Any, secrets: Secrets) -> Any:
+    if isinstance(tree, dict):
+        return {name: _map_text(value, secrets) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_text(value, secrets) for value in tree]
+    return hidden(tree, secrets) if isinstance(tree, str) and "${env:" not in tree else tree

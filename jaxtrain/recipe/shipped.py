@@ -1,0 +1,54 @@
+"""The recipes that come with the package."""
+
+import json
+import shutil
+from pathlib import Path
+
+from jaxtrain.recipe.errors import RecipeError, did_you_mean
+from jaxtrain.recipe.schema import HEADER, json_schema
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+SCHEMA = HEADER.rpartition("=")[2]
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def listed() -> str:
+    """A line for each recipe, with the comment that it begins with."""
+    width = max(map(len, names()))
+    return "\n".join(f"{name:{width}}  {_first_comment(text(name))}" for name in names())
+
+
+def text(name: str) -> str:
+    """A recipe as it ships; RecipeError that lists the names there are."""
+    if name not in names():
+        known = f"{did_you_mean(name, names())} (known: {', '.join(names())})"
+        raise RecipeError(f"no recipe called {name!r}{known}")
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def copied(name: str, target: Path) -> list[Path]:
+    """Write a recipe, the code that it names, and the schema for editors; the files written.
+
+    RecipeError when one of them is there already.
+    """
+    recipe = text(name)
+    file = target / f"{name}.yaml" if target.is_dir() or not target.suffix else target
+    code = [f for f in FOLDER.glob("*.py") if f"code: {f.name}" in recipe]
+    files = [file, *(file.parent / f.name for f in code), file.parent / SCHEMA]
+    there = [f for f in files[:-1] if f.exists()]
+    if there:
+        raise RecipeError(f"{there[0]} exists already; name another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipe, encoding="utf-8")
+    for source, copy in zip(code, files[1:], strict=False):
+        shutil.copyfile(source, copy)
+    files[-1].write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    return files
+
+
+def _first_comment(recipe: str) -> str:
+    lines = (line for line in recipe.splitlines() if line.startswith("#") and line != HEADER)
+    return next(lines, "").lstrip("# ")

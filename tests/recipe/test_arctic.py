@@ -1,0 +1,69 @@
+"""Recipes written for ArcticTraining: each runs, with a word on every key, or says why it does
+not."""
+
+import pytest
+import yaml
+
+from jaxtrain.recipe.check import told
+from jaxtrain.recipe.dump import to_yaml
+from jaxtrain.recipe.resolve import get_config, resolve
+from jaxtrain.recipe.standing import written_keys
+from tests.recipe.arctic import ACCEPTED, REFUSED, SMALL
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_an_accepted_recipe_has_a_word_on_every_key(name):
+    resolved = resolve(ACCEPTED[name])
+    assert resolved.faults == ()
+    said = {line.key: line for line in resolved.report.lines}
+    assert set(said) == {key for key, _ in written_keys(ACCEPTED[name])}
+    for line in said.values():
+        assert line.standing in ("same", "mapped", "no effect")
+        assert bool(line.reason) == (line.standing != "same"), line
+    assert "updates" in told(resolved)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_its_effective_recipe_is_the_same_run(name):
+    config = get_config(ACCEPTED[name])
+    again = get_config(yaml.safe_load(to_yaml(config)))
+    assert to_yaml(again) == to_yaml(config)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_recipe_says_why_by_key(name):
+    recipe, keys = REFUSED[name]
+    resolved = resolve(recipe)
+    assert {fault.key for fault in resolved.faults} == keys
+    assert all(len(fault.what) > 10 for fault in resolved.faults)
+    refused = {line.key for line in resolved.report.of("refused")}
+    assert refused <= keys and told(resolved)
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.fsdp", -1),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.data", 1),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "mesh": {"data": 4}}, "mesh.fsdp", 4),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "mesh": {"fsdp": 2}}, "mesh.data", -1),
+        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "mesh.fsdp", 1),
+        ({"deepspeed": {"gradient_clipping": 0}}, "max_grad_norm", 0),
+        ({"deepspeed": {"gradient_clipping": 2}}, "max_grad_norm", 2),
+        ({"deepspeed": {"gradient_clipping": "auto"}}, "max_grad_norm", 1),
+        ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}}, "mesh.tensor", 2),
+        ({"name": "sft"}, "type", "sft"),
+    ],
+)
+def test_a_mapped_key_arrives(written, key, value):
+    found = get_config(SMALL | written)
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_metric_of_the_older_name_is_the_same():
+    keep = {"output_dir": "a", "save_every_n_steps": 5, "keep_best_n": 1, "metric": "loss/eval"}
+    data = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
+    config = get_config(SMALL | {"checkpoint": keep, "data": data, "eval_interval": 5})
+    assert config.checkpoint[0].metric == "eval/loss"

@@ -1,0 +1,122 @@
+"""What is not built is refused by name, by every row of the table; what it leaves alone runs."""
+
+import typing
+
+import pytest
+
+from jaxtrain import registry
+from jaxtrain.recipe.not_built import TABLE
+from jaxtrain.recipe.resolve import resolve
+from jaxtrain.trainer.sft import SFTTrainer
+
+BASE = {
+    "model": {"name_or_path": "m"},
+    "data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]},
+    "eval_interval": 10,
+    "train_iters": 100,
+}
+SNOWFLAKE = {"type": "snowflake", "table_name": "t"}
+
+
+def model(**keys):
+    return {"model": {"name_or_path": "m", **keys}}
+
+
+def saves(**keys):
+    return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
+
+
+def exports(**keys):
+    return {"checkpoint": [{"type": "huggingface", "output_dir": "a", **keys}]}
+
+
+def zero(**keys):
+    return {"deepspeed": {"zero_optimization": keys}}
+
+
+EXAMPLES = {
+    "type": {"type": "dpo", "data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}},
+    "model.dtype": model(dtype="half"),
+    "model.peft_config": model(peft_config={"peft_type": "lora"}),
+    "model.resize_vocab": model(resize_vocab=True),
+    "model.remat_every_nth_layer": model(remat_every_nth_layer=2),
+    "tokenizer.tokenize_kwargs": {"tokenizer": {"tokenize_kwargs": {"truncation": True}}},
+    "tokenizer.extra_tokens": {"tokenizer": {"extra_tokens": ["<x>"]}},
+    "tokenizer.pad_token": {"tokenizer": {"pad_token": "<pad>"}},
+    "data.sources.*.type": {"data": {"sources": [SNOWFLAKE]}, "eval_interval": 0},
+    "data.eval_sources.*.type": {"data": {"sources": ["a/b"], "eval_sources": [SNOWFLAKE]}},
+    "data.eval_sources.*.*.type": {"data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}},
+    "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
+    "optimizer.groups": {"optimizer": {"groups": [{"match": "embed"}]}},
+    "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
+    "mesh.context": {"mesh": {"context": 2}},
+    "mesh.expert": {"mesh": {"expert": 2}},
+    "pipeline.schedule": {"pipeline": {"schedule": "1f1b"}},
+    "pipeline.split": {"pipeline": {"split": [1, 2]}},
+    "exit_iteration_this_run": 5, "min_iterations": 5, "overfit_first_batch": True,
+    "loss_weighting": "sample", "label_smoothing": 0.1, "z_loss": 1e-4, "ema": {"decay": 0.9},
+    "on_nonfinite": "skip", "divergence": {}, "replica_check_interval": 5,
+    "activation_checkpoint_cpu_offload": True, "tiled_mlp_compute": True, "enable_routing_replay": True,
+    "arctic_moe": True, "eval_after_step": 5, "eval_every_n_epochs": 1, "early_stopping": {"patience": 2},
+    "train_log_iter_interval": 0, "train_log_metrics_path": "x.jsonl", "loss_log_interval": 0,
+    "eval_log_iter_interval": 0, "kill_switch_path": "no/such/file", "profile": {"start_step": 1},
+    "mem_profiler": "e2e", "mem_profiler_dir": "x",
+    "tensorboard.enable": {"tensorboard": True}, "wandb.enable": {"wandb": {"enable": True}},
+    "logger.print_output_ranks": {"logger": {"print_output_ranks": [1]}},
+    "logger.file_output_ranks": {"logger": {"file_output_ranks": []}},
+    "checkpoint.*.save_after_step": saves(save_after_step=5),
+    "checkpoint.*.keep_every_n_steps": saves(keep_every_n_steps=20),
+    "checkpoint.*.save_model_only": saves(save_model_only="all_but_last"),
+    "checkpoint.*.reset": saves(reset=["data"]),
+    "checkpoint.*.on_corrupt": saves(on_corrupt="previous"),
+    "checkpoint.*.resume_from": saves(resume_from=10),
+    "checkpoint.*.adapter": exports(adapter="merged"),
+    "checkpoint.*.verify_export": exports(verify_export=True),
+    "checkpoint.*.max_shard_size": exports(max_shard_size="1GB"),
+    "deepspeed.zero_optimization.offload_optimizer.device": zero(offload_optimizer={"device": "cpu"}),
+    "deepspeed.zero_optimization.offload_param.device": zero(offload_param={"device": "cpu"}),
+    "deepspeed.zero_optimization.cpu_offload": zero(cpu_offload=True),
+    "deepspeed.data_types.grad_accum_dtype": {"deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}},
+}  # fmt: skip
+
+
+def asked(key):
+    example = EXAMPLES[key]
+    is_whole = isinstance(example, dict) and ("." in key or key == "type")
+    return BASE | (example if is_whole else {key: example})
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.key)
+def test_a_row_refuses_by_name(row):
+    (fault,) = resolve(asked(row.key)).faults
+    plain = ".".join("*" if part.isdigit() else part for part in fault.key.split("."))
+    assert plain == row.key.replace("eval_sources.*.*", "eval_sources.x.*")
+    assert fault.what.startswith(f"is not built yet, {row.instead} (found ")
+
+
+def test_every_row_has_an_example():
+    assert set(EXAMPLES) == {row.key for row in TABLE}
+    assert resolve(BASE).faults == ()
+
+
+def test_the_key_that_was_written_is_named():
+    (fault,) = resolve(BASE | {"sequence_parallel_size": 64}).faults
+    assert (fault.key, fault.what) == (
+        "sequence_parallel_size",
+        "is not built yet, write 1, and lower data.max_length if memory is short (found 64)",
+    )
+
+
+@pytest.mark.parametrize("kind", ["trainer", "optimizer", "data_source"])
+def test_a_planned_class_cannot_be_had(kind):
+    for name in filter(lambda name: registry.is_planned(kind, name), registry.names(kind)):
+        with pytest.raises(ValueError, match="is not built yet"):
+            registry.find(kind, name)
+
+
+def test_what_a_trainer_allows_is_what_its_annotations_say():
+    hints = typing.get_type_hints(SFTTrainer)
+    for section, attribute in registry.SECTIONS.items():
+        classes = typing.get_args(hints[attribute]) or (hints[attribute],)
+        built = [n for n in registry.allowed("sft", section) if not registry.is_planned(section, n)]
+        assert [cls.name for cls in classes] == built
