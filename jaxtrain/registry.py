@@ -55,7 +55,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
         "sft": Entry("jaxtrain.trainer.sft:SFTTrainer", "jaxtrain.recipe.trainer:TrainerConfig"),
         "causal": Entry(
-            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.objectives:CausalConfig"
+            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.trainer:TrainerConfig"
         ),
         "dpo": _objective("DPOTrainerConfig"),
         "cpo": _objective("CPOConfig"),

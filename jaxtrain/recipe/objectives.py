@@ -29,10 +29,6 @@ class PreferenceDataConfig(DataConfig):
         return self
 
 
-class CausalConfig(TrainerConfig):
-    """Pre-training on plain text."""
-
-
 class DPOTrainerConfig(TrainerConfig):
     """Direct preference optimisation."""
 

@@ -7,6 +7,7 @@ EXPORT = {"type": "huggingface", "output_dir": "out", "save_end_of_training": Tr
 SMALL = {"model": CHAT, "data": ULTRACHAT, "checkpoint": [EXPORT]}
 
 ACCEPTED = {
+    "causal": {**SMALL, "type": "causal", "data": {"sources": ["allenai/c4"]}},
     "sft": {
         "type": "sft",
         "micro_batch_size": 2,
@@ -73,7 +74,6 @@ DPO = {
     "checkpoint": [EXPORT],
 }  # fmt: skip
 REFUSED = {
-    "causal": ({**SMALL, "type": "causal", "data": {"sources": ["allenai/c4"]}}, {"type"}),
     "dpo": (DPO, {"type"}),
     "dpo with a bad beta": (DPO | {"beta": 0}, {"beta", "type"}),
     "dpo with a deepspeed block": (

@@ -293,7 +293,9 @@ def test_the_exact_line(case):
     assert line in str(error.value).splitlines()
 
 
-@pytest.mark.parametrize("amount", [{"amp": {"enabled": False}}, {"curriculum_learning": {"enabled": False}}])
+@pytest.mark.parametrize(
+    "amount", [{"amp": {"enabled": False}}, {"curriculum_learning": {"enabled": False}}]
+)
 def test_what_is_off_is_no_fault(amount):
     assert get_config(BASE | {"deepspeed": amount})
 

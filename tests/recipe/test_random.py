@@ -50,7 +50,13 @@ def outcome(source, overrides=()):
 
 def places(tree, key=()):
     yield key
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for name, inner in items:
         yield from places(inner, (*key, name))
 
@@ -102,7 +108,9 @@ def test_any_yaml(tmp_path, tree):
 
 
 @QUICK
-@given(st.lists(st.text(max_size=20) | st.builds("{}.{}={}".format, WORDS, WORDS, SCALARS), max_size=3))
+@given(
+    st.lists(st.text(max_size=20) | st.builds("{}.{}={}".format, WORDS, WORDS, SCALARS), max_size=3)
+)
 def test_any_override(overrides):
     outcome(ACCEPTED["zero 2"], overrides)
 
