@@ -49,6 +49,10 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         """The newest checkpoint's state, placed like `model`, a tree of shapes with shardings."""
         raise CheckpointError(f"checkpoint type {self.name!r} cannot resume a run")
 
+    def about(self, step: int) -> dict[str, Any]:
+        """What a full-state checkpoint keeps beside its arrays."""
+        raise CheckpointError(f"checkpoint type {self.name!r} keeps nothing beside the weights")
+
     def wait(self) -> None:
         """Return when everything saved is on disk; raises what went wrong in the background."""
 
