@@ -25,7 +25,7 @@ FEED_BATCHES, FEED_ROWS = 200, 4
 MARKED = (  # the tokenizer's ChatML with marks around what is trained, which the other side needs
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}"
-    "<|im_end|>{% endif %}\n{% endfor %}"
+    "<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
 )
 
 

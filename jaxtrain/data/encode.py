@@ -166,10 +166,10 @@ class ConversationEncoder:
         if first < last and text[span.end : ends[last - 1]].strip():
             last -= 1
         end = min(span.end, int(ends[last - 1])) if first < last else span.end
-        markup = [i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup][:1]
-        for index in markup:
-            if not text[ends[index] : end].strip():
-                last = index + 1
+        closing = (i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup)
+        index = next(closing, None)
+        if index is not None and not text[ends[index] : end].strip():
+            last = index + 1
         return first, last
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import jinja2
@@ -14,6 +15,9 @@ from jaxtrain.recipe.errors import DataError, RecipeError
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is code that works on a person's data: this is what it raises on data it does not fit.
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+_tracking = Lock()
+"""transformers notes generation blocks in the template's one environment."""
 
 
 class Renderer:
@@ -79,13 +83,14 @@ class Renderer:
     def _spans_of_template(
         self, conversation: Conversation, template: str, text: str
     ) -> list[Span]:
-        (rendered,), (spans,) = render_jinja_template(
-            [conversation.messages],
-            tools=conversation.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
+        with _tracking:
+            (rendered,), (spans,) = render_jinja_template(
+                [conversation.messages],
+                tools=conversation.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")
         return [Span(int(start), int(end)) for start, end in spans]

@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from jaxtrain.data.rows import Rows
 from jaxtrain.recipe.errors import DataError
 
 BATCH_ROWS = 128
+THREADS = 2
 POOL_ROWS = 20_000
 """From this many rows on, processes pay for their start of some seconds."""
 
@@ -69,9 +71,8 @@ def tokenise(
     """Appends the documents of `rows`, and counts what became of each row.
 
     Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
-    encode = _in_processes(encoder, workers) if workers else _here(encoder)
     with progress(counts.label, len(rows)) as report:
-        for start, outcomes in encode(_batches(rows, encoder)):
+        for start, outcomes in _results(_batches(rows, encoder), encoder, workers):
             for row, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
                     what, has_place = outcome
@@ -114,10 +115,6 @@ def _outcomes(encoder: Encoder, items: Items) -> list[Outcome]:
     return [item if isinstance(item, Fault) else next(encoded) for item in items]
 
 
-def _here(encoder: Encoder) -> Callable[[Batches], Results]:
-    return lambda batches: ((start, _outcomes(encoder, items)) for start, items in batches)
-
-
 _encoder: Encoder  # of a worker process, set once when it starts
 
 
@@ -131,20 +128,27 @@ def _encode(items: Items) -> list[Outcome]:
     return _outcomes(_encoder, items)
 
 
-def _in_processes(encoder: Encoder, workers: int) -> Callable[[Batches], Results]:
-    def run(batches: Batches) -> Results:
+def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
+    """Outcomes in the order of the batches, with some batches under way at a time."""
+    if not workers:
+        # The tokenizer works without Python's lock, so one batch is rendered while it has another.
+        pool, encode = ThreadPoolExecutor(THREADS), partial(_outcomes, encoder)
+    else:
         # Forked children would inherit the threads' locks of jax and of the tokenizer.
-        pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+        pool, encode = (
+            ProcessPoolExecutor(
+                workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+            ),
+            _encode,
         )
-        waiting: deque[tuple[int, Future[list[Outcome]]]] = deque()
-        with pool:
-            for start, batch in batches:
-                waiting.append((start, pool.submit(_encode, batch)))
-                if len(waiting) > 2 * workers:  # what is under way is all that is in memory
-                    start, future = waiting.popleft()
-                    yield start, future.result()
-            for start, future in waiting:
+    waiting: deque[tuple[int, Future[list[Outcome]]]] = deque()
+    try:
+        for start, batch in batches:
+            waiting.append((start, pool.submit(encode, batch)))
+            if len(waiting) > 2 * (workers or THREADS):  # what is under way is all in memory
+                start, future = waiting.popleft()
                 yield start, future.result()
-
-    return run
+        for start, future in waiting:
+            yield start, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

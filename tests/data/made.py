@@ -1,12 +1,16 @@
 """Documents and plans made by hand. Token 0 of document d is 100 + d; the others count from 1."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.data import BatchShape, CausalDataFactory, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.packing import plan_rows
-from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.plan import BatchPlan
+from jaxtrain.recipe.data import CausalDataConfig, LocalDataSourceConfig, SFTDataConfig
+from tests.tiny import chat, tiny_tokenizer
 
 
 def documents_of(lengths: list[int], folder: Path) -> Documents:
@@ -22,3 +26,38 @@ def plan_of(documents: Documents, *, capacity: int, shape: BatchShape, seed: int
     chosen = np.arange(len(documents.index))
     rows = plan_rows(documents.lengths, capacity, "best_fit", chosen)
     return BatchPlan(documents, rows, shape, capacity, seed)
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def chats(folder, name, count, words=3, **keys):
+    rows = [
+        {"messages": chat(f"{name} {n}", " ".join(["yes"] * (1 + n % words)))} for n in range(count)
+    ]
+    path = write(folder / f"{name}.jsonl", rows)
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name, **keys))
+
+
+def sft(sources, *, max_length=64, evals=None, tokenizer=None, **keys):
+    config = SFTDataConfig(sources=("x",), **keys)
+    factory = SFTDataFactory(config, tokenizer or tiny_tokenizer(), max_length)
+    return factory.prepare(sources, evals or {}, BatchShape(1, 2))
+
+
+def causal(sources, *, max_length=16, evals=None, **keys):
+    factory = CausalDataFactory(
+        CausalDataConfig(sources=("x",), **keys), tiny_tokenizer(), max_length
+    )
+    return factory.prepare(sources, evals or {}, BatchShape(1, 2))
+
+
+def all_rows(plan):
+    return plan.fill(np.arange(plan.rows.num_rows))
+
+
+def texts(folder, rows, **keys):
+    path = write(folder / "texts.jsonl", rows)
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), **keys))

@@ -1,15 +1,10 @@
 """Prepared rows are found again when nothing changed that decides them, and never else."""
 
-import json
-import multiprocessing
 import os
 import stat
-import subprocess
 import sys
-import time
 
 import datasets
-import numpy as np
 import pytest
 
 from jaxtrain.data import (
@@ -34,6 +29,7 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
 )
 from jaxtrain.recipe.errors import DataError
+from tests.data.made import write
 from tests.tiny import CHATML, PLAIN, chat, tiny_tokenizer
 
 
@@ -46,11 +42,6 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def rows(tmp_path):
     return write(tmp_path / "rows.jsonl", [{"messages": chat(f"a{n}", "yes")} for n in range(6)])
-
-
-def write(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return path
 
 
 def local(path, **keys):
@@ -329,83 +320,6 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     assert [name for name, folder in folders.items() if folder.exists()] == ["a", "c"]
     huge = entry_of(cache, "e", 9000)
     assert [folder.name for folder in (tmp_path / "c").iterdir()] == [huge.name]
-
-
-def _prepare_slowly(folder, log):
-    def build(new):
-        with log.open("a") as file:
-            file.write("built\n")
-        time.sleep(1.0)
-        (new / "x").write_text("rows")
-
-    found = DataCache(folder).get({"name": "a"}, build)
-    with log.open("a") as file:
-        file.write(f"{found.note.split(',')[0]} {(found.folder / 'x').read_text()}\n")
-
-
-def test_of_several_processes_one_prepares_and_the_others_wait(tmp_path):
-    log, context = tmp_path / "log", multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_prepare_slowly, args=(tmp_path / "c", log)) for _ in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    lines = sorted(log.read_text().splitlines())
-    assert lines == ["built", "cache: hit rows", "cache: hit rows", "cache: miss rows"]
-
-
-def _prepare_as_host(index, path, folder, answers):
-    config = SFTDataConfig(sources=("x",), pack_samples=True, cache_dir=str(folder))
-    factory = SFTDataFactory(config, tiny_tokenizer(), 64)
-    data = factory.prepare(
-        [local(path)], {}, BatchShape(1, 4), process_index=index, process_count=2
-    )
-    batches = [batch.tokens for batch in data.train_batches(0, data.steps_per_epoch)]
-    answers.put((index, is_hit(data.ledger.notes[0]), batches))
-
-
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_hosts_prepare_without_a_word_to_each_other(tmp_path, rows, is_shared):
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    folders = [tmp_path / "c", tmp_path / ("c" if is_shared else "other")]
-    hosts = [
-        context.Process(target=_prepare_as_host, args=(index, rows, folder, answers))
-        for index, folder in enumerate(folders)
-    ]
-    for host in hosts:
-        host.start()
-    found = sorted((answers.get(timeout=120) for _ in hosts), key=lambda answer: answer[0])
-    for host in hosts:
-        host.join(60)
-    assert sorted(hit for _, hit, _ in found) == [False, is_shared]
-    config = SFTDataConfig(sources=("x",), pack_samples=True)
-    alone = SFTDataFactory(config, tiny_tokenizer(), 64).prepare(
-        [local(rows)], {}, BatchShape(1, 4)
-    )
-    for step, batch in enumerate(alone.train_batches(0, alone.steps_per_epoch)):
-        joined = np.concatenate([batches[step] for _, _, batches in found], axis=1)
-        assert (joined == batch.tokens).all()
-
-
-DIES = """
-import os, sys
-from pathlib import Path
-from jaxtrain.data.cache import DataCache
-DataCache(sys.argv[1]).get({"name": "a"}, lambda folder: os._exit(9))
-"""
-
-
-def test_a_claim_of_a_process_that_died_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "DEAD_S", 0.5)
-    died = subprocess.run([sys.executable, "-c", DIES, str(tmp_path / "c")], check=False)
-    assert died.returncode == 9 and list((tmp_path / "c").glob("*.claim"))
-    entry = entry_of(DataCache(tmp_path / "c"), "a", 10)
-    assert (entry / "x").stat().st_size == 10
-    assert not list((tmp_path / "c").glob("*.claim"))
 
 
 def test_the_template_is_what_the_tokenizer_ends_up_with(rows):

@@ -13,10 +13,10 @@ from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.rows import NamedRows
 from jaxtrain.data.split import split_by_content
-from jaxtrain.data.tokenise import POOL_ROWS, Tolerance, tokenise, workers_for
+from jaxtrain.data.tokenise import BATCH_ROWS, POOL_ROWS, Tolerance, tokenise, workers_for
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
-from tests.tiny import TEXTS, chat, tiny_tokenizer
+from tests.tiny import GENERATION, TEXTS, chat, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +227,15 @@ def test_data_and_tokenizers_import_no_jax():
     program = "import sys, jaxtrain.data, jaxtrain.tokenizer; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_marks_of_a_template_are_not_mixed_up_between_batches(tmp_path):
+    rows = [{"messages": chat(f"a{n}", f"yes {n}")} for n in range(5 * BATCH_ROWS)]
+    config = SFTDataConfig(sources=("x",))
+    factory = SFTDataFactory(config, tiny_tokenizer(GENERATION), 64)
+    data = factory.prepare([source(tmp_path, rows)], {}, BatchShape(1, 1))
+    documents, tokenizer = data.train.documents, tiny_tokenizer()
+    for number, row in enumerate(rows):
+        place = slice(documents.offsets[number], documents.offsets[number + 1])
+        kept = documents.tokens[place][documents.weights[place] > 0]
+        assert tokenizer.decode(kept) == row["messages"][1]["content"]

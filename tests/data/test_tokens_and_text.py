@@ -1,0 +1,158 @@
+"""Rows that are tokens already, rows made up, and plain text."""
+
+import numpy as np
+import pytest
+
+from jaxtrain.data import (
+    BatchShape,
+    CausalDataFactory,
+    JsonLinesSource,
+    SyntheticSource,
+    TextSource,
+)
+from jaxtrain.recipe.data import (
+    CausalDataConfig,
+    LocalDataSourceConfig,
+    SyntheticDataSourceConfig,
+    TextDataSourceConfig,
+)
+from jaxtrain.recipe.errors import DataError, RecipeError
+from tests.data.made import all_rows, causal, sft, texts, write
+from tests.tiny import TEXTS, chat, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def tokens(folder, rows, **keys):
+    path = write(folder / "tokens.jsonl", rows)
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), process=False, **keys))
+
+
+def test_tokenised_rows_are_taken_as_they_stand(tmp_path):
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]},
+        {"input_ids": [9] * 3, "labels": [9] * 3},
+    ]
+    data = sft([tokens(tmp_path, rows)])
+    batch = all_rows(data.train)
+    assert batch.tokens[:, :4].tolist() == [[5, 6, 7, 8], [9, 9, 9, 0]]
+    assert batch.loss_weights[:, :4].tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
+    long = [{"input_ids": [4] * 70, "labels": [4] * 70}, *rows]
+    assert sft([tokens(tmp_path, long)]).ledger.sources[0].dropped == {"longer than max_length": 1}
+    assert sft([tokens(tmp_path, long)], overlong="truncate").ledger.sources[0].truncated == 1
+
+
+WRONG = {
+    "no ids": ({"labels": [1]}, "no column 'input_ids', found labels"),
+    "no labels": ({"input_ids": [1]}, "no column 'labels', found input_ids"),
+    "text": ({"input_ids": "abc", "labels": [1]}, "input_ids: must be a list of whole numbers"),
+    "fractions": ({"input_ids": [1.5], "labels": [1]}, "input_ids: must be a list of whole numb"),
+    "uneven": ({"input_ids": [1, 2], "labels": [1]}, "labels: 1 of them beside 2 input_ids"),
+    "shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels[0]: must be the token 1 itself"),
+    "no token": ({"input_ids": [1, 999], "labels": [1, 999]}, "input_ids: 999 is no token; the"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG.values(), ids=WRONG)
+def test_tokenised_rows_are_checked(tmp_path, row, message):
+    with pytest.raises(DataError) as error:
+        sft([tokens(tmp_path, [row])])
+    assert str(error.value).startswith(f"{tmp_path}/tokens.jsonl:1: {message}")
+
+
+def test_made_up_rows_are_full_and_depend_on_the_seed():
+    def made(seed, **keys):
+        source = SyntheticSource(SyntheticDataSourceConfig(rows=6, **keys))
+        return all_rows(sft([source], seed=seed).train).tokens
+
+    assert made(1).shape == (6, 64) and (made(1) == made(1)).all() and (made(1) != made(2)).any()
+    assert made(1).max() > 200 and made(1, vocab_size=9).max() == 8
+    assert len({tuple(row) for row in made(1)}) == 6
+
+
+def test_skipped_rows_are_counted_and_one_too_many_stops(tmp_path):
+    good = {"messages": chat("a", "yes")}
+    path = write(tmp_path / "rows.jsonl", [good, {"messages": []}, {"text": "x"}, good])
+    path.write_text(path.read_text() + "{broken\n")
+    source = JsonLinesSource(LocalDataSourceConfig(path=str(path), name="rows"))
+    counts = sft([source], max_rows_with_errors=3).ledger.sources[0]
+    assert (counts.rows, counts.documents, counts.dropped) == (5, 2, {"faulty": 3})
+    lines = counts.lines()
+    assert "  dropped 3: faulty" in lines and f"    {path}:2: messages: empty conversation" in lines
+    assert any(line.startswith(f"    {path}:5: not JSON") for line in lines)
+    with pytest.raises(DataError) as error:
+        sft([source], max_rows_with_errors=2)
+    assert str(error.value).startswith(f"{path}:5: not JSON")
+    assert str(error.value).endswith("; data.max_rows_with_errors allows 2")
+
+
+def joined(rows):
+    tokenizer, found = tiny_tokenizer(), []
+    for text in rows:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return found
+
+
+def test_a38_causal_rows_are_slices_of_all_texts(tmp_path):
+    source = texts(tmp_path, [{"text": text, "id": 1} for text in TEXTS])
+    expected = joined(TEXTS)
+    data = causal([source])
+    batch = all_rows(data.train)
+    assert batch.tokens.ravel().tolist() == expected[: len(expected) // 16 * 16]  # the tail, once
+    bos = tiny_tokenizer().bos_token_id
+    firsts = (batch.tokens == bos) | (np.arange(16) == 0)
+    assert (batch.loss_weights == ~firsts).all()  # no target across a border, all else trained
+    assert data.row_tokens == 16 and data.ledger.sets[0].trained_tokens == (~firsts).sum()
+    starts = np.diff(batch.segments, axis=1, prepend=0) > 0
+    assert (starts == firsts).all() and not batch.positions[starts].any()
+
+
+def test_an_evaluation_on_text_keeps_its_tail(tmp_path):
+    source = texts(tmp_path, [{"text": text} for text in TEXTS])
+    data = causal([source], evals={"eval": [source]})
+    batch = all_rows(data.evals["eval"])
+    assert batch.tokens[batch.segments > 0].tolist() == joined(TEXTS)
+
+
+def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    from jaxtrain.data import tokenise
+
+    monkeypatch.setattr(tokenise, "POOL_ROWS", 1)
+    source = texts(tmp_path, [{"text": f"{text} {n}"} for n in range(100) for text in TEXTS])
+    batches = []
+    for number, processes in enumerate((1, 8)):
+        data = causal([source], num_proc=processes, cache_dir=str(tmp_path / str(number)))
+        batches.append(all_rows(data.train))
+    assert all((a == b).all() for a, b in zip(*batches, strict=True))
+
+
+def test_the_column_of_the_text(tmp_path):
+    only = texts(tmp_path, [{"body": text} for text in TEXTS])
+    assert (
+        all_rows(causal([only]).train).tokens.ravel().tolist()
+        == joined(TEXTS)[: -(len(joined(TEXTS)) % 16)]
+    )
+    several = texts(tmp_path, [{"body": text, "id": 1} for text in TEXTS])
+    with pytest.raises(DataError, match=r"texts\.jsonl:1: no column 'text', found body, id"):
+        causal([several])
+    named = texts(tmp_path, [{"body": text, "id": 1} for text in TEXTS], column="body")
+    assert causal([named]).train_rows == len(joined(TEXTS)) // 16
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    assert causal([TextSource(TextDataSourceConfig(path=str(tmp_path / "a.txt")))]).train_rows >= 1
+
+
+def test_what_causal_data_refuse(tmp_path):
+    with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
+        CausalDataConfig(sources=("x",), pack_samples=True)
+    with pytest.raises(DataError, match="tokens in all, which is less than one row of max_length"):
+        causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(RecipeError, match="has no EOS token"):
+        CausalDataFactory(CausalDataConfig(sources=("x",)), tokenizer, 8).prepare(
+            [texts(tmp_path, [{"text": "yes"}])], {}, BatchShape(1, 1)
+        )
