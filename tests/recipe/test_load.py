@@ -1,7 +1,7 @@
 import pytest
 
-from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.compose import compose as load
+from jaxtrain.recipe.errors import RecipeError
 
 
 def written(tmp_path, text):

@@ -17,10 +17,38 @@ from tests.recipe.arctic import ACCEPTED, REFUSED
 
 VALID = [*ACCEPTED.values(), *(recipe for recipe, _ in REFUSED.values())]
 WORDS = st.sampled_from(
-    [*TrainerConfig.model_fields, "lr", "type", "name_or_path", "sources", "stage", "enabled", "auto",
-     "${dir}", "${env:HOME}", "${env:NONE_SUCH}", "${env:NONE_SUCH:1}", "sft", "dpo", "1K", "10%", "2^10",
-     "9^9^9", "9^999999999", "1e999", "nan", "~", "\x00", "../x", "a/b:train[:3]", "*", "[", "é", "on"]
-)  # fmt: skip
+    [
+        *TrainerConfig.model_fields,
+        "lr",
+        "type",
+        "name_or_path",
+        "sources",
+        "stage",
+        "enabled",
+        "auto",
+        "${dir}",
+        "${env:HOME}",
+        "${env:NONE_SUCH}",
+        "${env:NONE_SUCH:1}",
+        "sft",
+        "dpo",
+        "1K",
+        "10%",
+        "2^10",
+        "9^9^9",
+        "9^999999999",
+        "1e999",
+        "nan",
+        "~",
+        "\x00",
+        "../x",
+        "a/b:train[:3]",
+        "*",
+        "[",
+        "é",
+        "on",
+    ]
+)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.text(max_size=8)
 )
@@ -50,7 +78,13 @@ def outcome(source, overrides=()):
 
 def places(tree, key=()):
     yield key
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for name, inner in items:
         yield from places(inner, (*key, name))
 
@@ -102,7 +136,9 @@ def test_any_yaml(tmp_path, tree):
 
 
 @QUICK
-@given(st.lists(st.text(max_size=20) | st.builds("{}.{}={}".format, WORDS, WORDS, SCALARS), max_size=3))
+@given(
+    st.lists(st.text(max_size=20) | st.builds("{}.{}={}".format, WORDS, WORDS, SCALARS), max_size=3)
+)
 def test_any_override(overrides):
     outcome(ACCEPTED["zero 2"], overrides)
 
