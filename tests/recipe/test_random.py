@@ -156,6 +156,12 @@ def test_a_recipe_a_thousand_levels_deep_is_refused(tmp_path):
     outcome(loop)
 
 
+def test_a_faulty_entry_does_not_end_the_search_for_other_faults():
+    for entry in (False, 3, None, [True], "x\0y"):
+        held_out = {"sources": ["a/b"], "eval_sources": [entry]}
+        outcome(ACCEPTED["zero 2"] | {"data": held_out, "eval_interval": 5})
+
+
 def test_enormous_numbers_end_at_once():
     huge = {"micro_batch_size": 2**61 - 1, "pipeline": {"microbatches": 7}, "mesh": {"pipeline": 2}}
     outcome(ACCEPTED["zero 2"] | huge)
