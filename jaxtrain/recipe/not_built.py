@@ -125,7 +125,8 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
     elif value is not None:
         name, *rest = path
         if name == "*":
-            items = value.items() if isinstance(value, dict) else enumerate(value)
+            entries = value if isinstance(value, list | tuple) else ()
+            items = value.items() if isinstance(value, dict) else enumerate(entries)
             found = [(str(i), item) for i, item in items]
         else:
             found = [(name, getattr(value, name))] if hasattr(value, name) else []

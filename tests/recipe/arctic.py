@@ -11,68 +11,119 @@ ACCEPTED = {
     "sft": {
         "type": "sft",
         "micro_batch_size": 2,
-        "model": {"type": "huggingface", **CHAT, "attn_implementation": "flash_attention_2", "dtype": "bf16"},
-        "data": {"type": "sft", **ULTRACHAT, "max_length": 4096, "num_proc": 32, "dl_num_workers": 4},
+        "model": {
+            "type": "huggingface",
+            **CHAT,
+            "attn_implementation": "flash_attention_2",
+            "dtype": "bf16",
+        },
+        "data": {
+            "type": "sft",
+            **ULTRACHAT,
+            "max_length": 4096,
+            "num_proc": 32,
+            "dl_num_workers": 4,
+        },
         "scheduler": {"type": "huggingface", "name": "cosine", "warmup_ratio": 0.05},
-        "optimizer": {"type": "fused_adam", "lr": "2e-5", "weight_decay": 0.1, "betas": [0.9, 0.95]},
+        "optimizer": {
+            "type": "fused_adam",
+            "lr": "2e-5",
+            "weight_decay": 0.1,
+            "betas": [0.9, 0.95],
+        },
         "deepspeed": {"zero_optimization": {"stage": 3}},
         "checkpoint": [STATE, EXPORT],
     },
     "older spelling": {"name": "sft", "epochs": 3, **SMALL},
     "one checkpoint as a map": SMALL | {"checkpoint": EXPORT},
     "liger": SMALL | {"model": {"type": "liger", **CHAT, "disable_activation_checkpoint": True}},
-    "packed": SMALL | {
+    "packed": SMALL
+    | {
         "data": {**ULTRACHAT, "max_length": "8Ki", "pack_samples": True, "div_length": 1024},
-        "gradient_accumulation_steps": 8, "min_iterations": 0, "exit_iteration": 500,
+        "gradient_accumulation_steps": 8,
+        "min_iterations": 0,
+        "exit_iteration": 500,
     },
-    "evaluation": SMALL | {
+    "evaluation": SMALL
+    | {
         "eval_interval": 50,
-        "data": {"sources": ["a/b:train[:1000]"], "eval_sources": [{"name_or_path": "a/b", "split": "test"}]},
+        "data": {
+            "sources": ["a/b:train[:1000]"],
+            "eval_sources": [{"name_or_path": "a/b", "split": "test"}],
+        },
     },
-    "ratio split": SMALL | {"eval_interval": 10, "data": {**ULTRACHAT, "train_eval_split": [0.9, 0.1]}},
+    "ratio split": SMALL
+    | {"eval_interval": 10, "data": {**ULTRACHAT, "train_eval_split": [0.9, 0.1]}},
     "zero 0": SMALL | {"deepspeed": {"zero_optimization": {"stage": 0}}},
     "zero 1": SMALL | {"deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": True}}},
-    "zero 2": SMALL | {
+    "zero 2": SMALL
+    | {
         "deepspeed": {
             "zero_optimization": {
-                "stage": 2, "reduce_bucket_size": "auto", "contiguous_gradients": True,
+                "stage": 2,
+                "reduce_bucket_size": "auto",
+                "contiguous_gradients": True,
                 "offload_optimizer": {"device": "none", "pin_memory": True},
             },
-            "bf16": {"enabled": True}, "gradient_clipping": 0.5, "steps_per_print": 10,
-            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1,
-            "activation_checkpointing": {"partition_activations": True}, "wall_clock_breakdown": False,
+            "bf16": {"enabled": True},
+            "gradient_clipping": 0.5,
+            "steps_per_print": 10,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": 1,
+            "activation_checkpointing": {"partition_activations": True},
+            "wall_clock_breakdown": False,
         }
     },
-    "zero 3": SMALL | {
+    "zero 3": SMALL
+    | {
         "deepspeed": {
             "zero_optimization": {
-                "stage": 3, "stage3_param_persistence_threshold": "auto", "sub_group_size": 1e9,
+                "stage": 3,
+                "stage3_param_persistence_threshold": "auto",
+                "sub_group_size": 1e9,
                 "stage3_gather_16bit_weights_on_model_save": True,
             }
         }
     },
     "cpu adam": SMALL | {"optimizer": {"type": "cpu_adam", "learning_rate": 1e-5}},
-    "wds": SMALL | {
-        "train_iters": 1000, "scheduler": {"type": "wds", "num_warmup_steps": 10, "num_decay_steps": 90},
+    "wds": SMALL
+    | {
+        "train_iters": 1000,
+        "scheduler": {"type": "wds", "num_warmup_steps": 10, "num_decay_steps": 90},
     },
     "sequence parallel of one": SMALL | {"sequence_parallel_size": 1, "expert_parallel_size": 1},
     "ranks": SMALL | {"logger": {"print_output_ranks": [0, 1, 2, 3, 4, 5, 6, 7]}},
     "weights and biases off": SMALL | {"wandb": {"enable": False, "project": "p", "entity": "e"}},
-    "mixture and samples": SMALL | {
-        "data": {"sources": [
-            {"type": "huggingface_instruct", "name_or_path": "a/b", "sample_count": 100,
-             "role_mapping": {"user": "question", "assistant": "answer"}},
-            {"type": "huggingface", "name_or_path": "c/d", "split": "train_sft", "sample_ratio": "10%"},
-        ]}
+    "mixture and samples": SMALL
+    | {
+        "data": {
+            "sources": [
+                {
+                    "type": "huggingface_instruct",
+                    "name_or_path": "a/b",
+                    "sample_count": 100,
+                    "role_mapping": {"user": "question", "assistant": "answer"},
+                },
+                {
+                    "type": "huggingface",
+                    "name_or_path": "c/d",
+                    "split": "train_sft",
+                    "sample_ratio": "10%",
+                },
+            ]
+        }
     },
-}  # fmt: skip
+}
 """Name → a recipe that runs here."""
 
 DPO = {
-    "type": "dpo", "model": CHAT, "ref_model": CHAT, "beta": 0.1,
+    "type": "dpo",
+    "model": CHAT,
+    "ref_model": CHAT,
+    "beta": 0.1,
     "data": {"sources": ["HuggingFaceH4/ultrafeedback_binarized"], "max_prompt_length": 2048},
     "checkpoint": [EXPORT],
-}  # fmt: skip
+}
 REFUSED = {
     "dpo": (DPO, {"type"}),
     "dpo with a bad beta": (DPO | {"beta": 0}, {"beta", "type"}),
@@ -81,22 +132,42 @@ REFUSED = {
         {"type", "reference_model_deepspeed"},
     ),
     "peft": (
-        SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"}}},
+        SMALL
+        | {
+            "model": {
+                **CHAT,
+                "peft_config": {"peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"},
+            }
+        },
         {"model.peft_config"},
     ),
     "another adapter": (
-        SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}}, {"model.peft_config.peft_type"},
+        SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}},
+        {"model.peft_config.peft_type"},
     ),
     **{
-        f"sequence parallel {n}": (SMALL | {"sequence_parallel_size": n}, {"sequence_parallel_size"})
+        f"sequence parallel {n}": (
+            SMALL | {"sequence_parallel_size": n},
+            {"sequence_parallel_size"},
+        )
         for n in (2, 4, 8, 16, 32, 64)
     },
     "expert parallel": (SMALL | {"expert_parallel_size": 8}, {"expert_parallel_size"}),
     "offload": (
-        SMALL | {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"},
-                                                     "offload_optimizer": {"device": "cpu"}}}},
-        {"deepspeed.zero_optimization.offload_param.device",
-         "deepspeed.zero_optimization.offload_optimizer.device"},
+        SMALL
+        | {
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "cpu"},
+                    "offload_optimizer": {"device": "cpu"},
+                }
+            }
+        },
+        {
+            "deepspeed.zero_optimization.offload_param.device",
+            "deepspeed.zero_optimization.offload_optimizer.device",
+        },
     ),
     "offload to disk": (
         SMALL | {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}},
@@ -104,48 +175,63 @@ REFUSED = {
     ),
     "half precision": (SMALL | {"model": {**CHAT, "dtype": "fp16"}}, {"model.dtype"}),
     "half precision in the block": (
-        SMALL | {"deepspeed": {"fp16": {"enabled": True, "loss_scale": 0}}}, {"deepspeed.fp16.enabled"},
+        SMALL | {"deepspeed": {"fp16": {"enabled": True, "loss_scale": 0}}},
+        {"deepspeed.fp16.enabled"},
     ),
     "snowflake": (
         SMALL | {"data": {"sources": [{"type": "snowflake", "table_name": "db.schema.chats"}]}},
         {"data.sources.0.type"},
     ),
     "snowflake with two places": (
-        SMALL | {"data": {"sources": [{"type": "snowflake", "table_name": "t", "sql": "select 1"}]}},
+        SMALL
+        | {"data": {"sources": [{"type": "snowflake", "table_name": "t", "sql": "select 1"}]}},
         {"data.sources.0"},
     ),
     "speculator": (
-        {"type": "mlp_speculator", "gen_train": True, **SMALL, "model": {"type": "mlp_speculator", **CHAT}},
+        {
+            "type": "mlp_speculator",
+            "gen_train": True,
+            **SMALL,
+            "model": {"type": "mlp_speculator", **CHAT},
+        },
         {"type"},
     ),
     "lstm speculator": ({"type": "lstm_speculator", **SMALL}, {"type"}),
     "swiftkv": ({"type": "swiftkv", "logits_loss_temp": 2.0, **SMALL}, {"type"}),
-    "keys of a project": (SMALL | {"model": {**CHAT, "num_key_value_layers": 16}}, {"model.num_key_value_layers"}),
+    "keys of a project": (
+        SMALL | {"model": {**CHAT, "num_key_value_layers": 16}},
+        {"model.num_key_value_layers"},
+    ),
     "retired keys": (
-        SMALL | {"zero_3_enabled": True, "lr": 1e-5}, {"zero_3_enabled", "lr"},
+        SMALL | {"zero_3_enabled": True, "lr": 1e-5},
+        {"zero_3_enabled", "lr"},
     ),
     "a batch of its own": (
         SMALL | {"deepspeed": {"train_micro_batch_size_per_gpu": 4}},
         {"deepspeed.train_micro_batch_size_per_gpu"},
     ),
     "an optimizer in the block": (
-        SMALL | {"deepspeed": {"optimizer": {"type": "AdamW"}}}, {"deepspeed.optimizer"},
+        SMALL | {"deepspeed": {"optimizer": {"type": "AdamW"}}},
+        {"deepspeed.optimizer"},
     ),
     "a rate in the scheduler": (SMALL | {"scheduler": {"lr": 1e-5}}, {"scheduler.lr"}),
     "weights that resume": (
-        SMALL | {"checkpoint": [{**EXPORT, "auto_resume": True}]}, {"checkpoint.0.auto_resume"},
+        SMALL | {"checkpoint": [{**EXPORT, "auto_resume": True}]},
+        {"checkpoint.0.auto_resume"},
     ),
     "a clip said twice": (
         SMALL | {"max_grad_norm": 2.0, "deepspeed": {"gradient_clipping": 1.0}},
         {"deepspeed.gradient_clipping"},
     ),
     "curriculum": (
-        SMALL | {"deepspeed": {"curriculum_learning": {"enabled": True}}}, {"deepspeed.curriculum_learning"},
+        SMALL | {"deepspeed": {"curriculum_learning": {"enabled": True}}},
+        {"deepspeed.curriculum_learning"},
     ),
     "a typo in the block": (
-        SMALL | {"deepspeed": {"zero_optimisation": {"stage": 3}}}, {"deepspeed.zero_optimisation"},
+        SMALL | {"deepspeed": {"zero_optimisation": {"stage": 3}}},
+        {"deepspeed.zero_optimisation"},
     ),
     "memory profile": (SMALL | {"mem_profiler": "step"}, {"mem_profiler"}),
     "kill switch": (SMALL | {"kill_switch_path": "stop"}, {"kill_switch_path"}),
-}  # fmt: skip
+}
 """Name → a recipe that does not run here, and the keys that say why."""

@@ -70,7 +70,7 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
 
 
 def test_faults_come_with_exit_code_two(tmp_path):
-    code, out, said, imports, _ = check(
+    code, _, said, imports, _ = check(
         tmp_path, RECIPE | {"epoch": 1}, "seed=x", "ema={decay: 0.9}"
     )
     assert code == 2 and "jax" not in imports and "Traceback" not in said
@@ -90,18 +90,35 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"mesh": {}}, "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 1, 64 on 8, 512 on 64 devices"),
-        ({"mesh": {"tensor": 2}}, "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 2, 64 on 16, 512 on 128 devices"),
+        (
+            {"mesh": {}},
+            "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 1, 64 on 8, 512 on 64 "
+            "devices",
+        ),
+        (
+            {"mesh": {"tensor": 2}},
+            "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 2, 64 on 16, 512 on 128 "
+            "devices",
+        ),
         ({"train_iters": 0}, "updates     1 epoch, counted when the data is read"),
-        ({"train_iters": 0, "scheduler": {"warmup_ratio": "3%"}}, "warm-up     3.0% of the updates"),
+        (
+            {"train_iters": 0, "scheduler": {"warmup_ratio": "3%"}},
+            "warm-up     3.0% of the updates",
+        ),
         ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up     7 updates"),
         ({"exit_iteration": 20}, "updates     200, ends at 20"),
         ({"epochs": 2}, "updates     200, or 2 epochs, counted when the data is read"),
-        ({"eval_at_start": True, "eval_at_end": False}, "evaluation  every 50 updates, at the start"),
-        ({"data": {"sources": ["a/b"]}, "eval_interval": 0},
-         "rows        length still open: the model's positions, read when it is there; see data.max_length"),
+        (
+            {"eval_at_start": True, "eval_at_end": False},
+            "evaluation  every 50 updates, at the start",
+        ),
+        (
+            {"data": {"sources": ["a/b"]}, "eval_interval": 0},
+            "rows        length still open: the model's positions, read when it is there; see "
+            "data.max_length",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_run_follows_the_recipe(change, line):
     assert line in told(resolve(RECIPE | change)).splitlines()
 

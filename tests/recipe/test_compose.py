@@ -31,9 +31,12 @@ def test_maps_merge_and_lists_are_replaced(tmp_path):
         recipe=f"base: [under.yaml, over.yaml]\nseed: 3\n{SMALL}",
     )
     assert compose(file).tree == {
-        "optimizer": {"lr": 3, "eps": 2}, "data": {"sources": ["a/b"]}, "seed": 3, "epochs": 4,
+        "optimizer": {"lr": 3, "eps": 2},
+        "data": {"sources": ["a/b"]},
+        "seed": 3,
+        "epochs": 4,
         "model": {"name_or_path": "m"},
-    }  # fmt: skip
+    }
 
 
 def test_a_base_may_have_a_base_in_another_folder(tmp_path):
@@ -54,7 +57,8 @@ def test_a_fault_names_the_file_that_it_is_in(tmp_path):
         ({"recipe": "base: recipe.yaml\n"}, "cannot be based on itself: recipe.yaml → recipe.yaml"),
         (
             {"recipe": "seed: 1\nbase: a.yaml\n", "a": "base: recipe.yaml\n"},
-            "a.yaml:1: base: a recipe cannot be based on itself: recipe.yaml → a.yaml → recipe.yaml",
+            "a.yaml:1: base: a recipe cannot be based on itself: recipe.yaml → a.yaml → "
+            "recipe.yaml",
         ),
         ({"recipe": "base: none.yaml\n"}, "recipe.yaml:1: base: no such file: 'none.yaml'"),
         ({"recipe": "base: 3\n"}, "base: must be a path or a list of paths, found 3"),
@@ -117,8 +121,16 @@ def test_variables_are_filled_in(tmp_path, monkeypatch):
         "f: '${env:ROWS} rows'\ng: ${env:NONE_SUCH:true}\n",
     )
     tree = compose(file, ["h=${env:ROWS}"]).tree
-    assert tree == {"a": 7, "b": 1e-5, "c": f"{tmp_path.resolve()}/x", "d": "a: [b", "e": "",
-                    "f": "7 rows", "g": True, "h": 7}  # fmt: skip
+    assert tree == {
+        "a": 7,
+        "b": 1e-5,
+        "c": f"{tmp_path.resolve()}/x",
+        "d": "a: [b",
+        "e": "",
+        "f": "7 rows",
+        "g": True,
+        "h": 7,
+    }
 
 
 def test_a_value_is_filled_in_once(tmp_path, monkeypatch):
@@ -149,13 +161,28 @@ SECRET = "hunter2-and-a-very-long-tail-that-a-message-would-cut-short-0123456789
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"seed": "${env:SECRET}"}, {"model": {"name_or_path": "m", "remat": "${env:SECRET}"}},
-        {"type": "${env:SECRET}"}, {"code": "${env:SECRET}"}, {"optimizer": {"lr": "1${env:SECRET}"}},
-        {"data": {"sources": [{"type": "${env:SECRET}"}]}}, {"no_such_key": "${env:SECRET}"},
-        {"scheduler": {"name": "cosine", "scheduler_specific_kwargs": {"num_cycles": "${env:SECRET}"}}},
-        {"checkpoint": {"output_dir": "a", "max_shard_size": "${env:SECRET}", "type": "huggingface"}},
+        {"seed": "${env:SECRET}"},
+        {"model": {"name_or_path": "m", "remat": "${env:SECRET}"}},
+        {"type": "${env:SECRET}"},
+        {"code": "${env:SECRET}"},
+        {"optimizer": {"lr": "1${env:SECRET}"}},
+        {"data": {"sources": [{"type": "${env:SECRET}"}]}},
+        {"no_such_key": "${env:SECRET}"},
+        {
+            "scheduler": {
+                "name": "cosine",
+                "scheduler_specific_kwargs": {"num_cycles": "${env:SECRET}"},
+            }
+        },
+        {
+            "checkpoint": {
+                "output_dir": "a",
+                "max_shard_size": "${env:SECRET}",
+                "type": "huggingface",
+            }
+        },
     ],
-)  # fmt: skip
+)
 def test_a_message_never_shows_a_secret(monkeypatch, recipe, value):
     monkeypatch.setenv("SECRET", value)
     shown = fails({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | recipe)
@@ -168,11 +195,16 @@ def test_a_saved_recipe_names_the_variable(monkeypatch, value):
     monkeypatch.setenv("SECRET", value)
     recipe = {
         "model": {"name_or_path": "${env:SECRET}"},
-        "data": {"sources": ["x/${env:SECRET}", {"name_or_path": "y", "kwargs": {"token": "${env:SECRET}"}}]},
+        "data": {
+            "sources": [
+                "x/${env:SECRET}",
+                {"name_or_path": "y", "kwargs": {"token": "${env:SECRET}"}},
+            ]
+        },
         "checkpoint": {"output_dir": "out/${env:SECRET}"},
         "tokenizer": {"chat_template": "{{ '${env:SECRET}' }}"},
         "optimizer": {"lr": "${env:RATE:0.5}"},
-    }  # fmt: skip
+    }
     resolved = resolve(recipe)
     text = to_yaml(resolved.checked())
     assert value not in text and text.count("${env:SECRET}") == 5, text

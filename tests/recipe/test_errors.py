@@ -45,10 +45,13 @@ KEYS = {
         "optimizer.learning_rat: unknown key (found 1); did you mean `learning_rate`?",
     ),
     "typo in a list": (
-        saves(keep_last=2), "checkpoint.0.keep_last: unknown key (found 2); did you mean `keep_last_n` or `keep_best_n`?",
+        saves(keep_last=2),
+        "checkpoint.0.keep_last: unknown key (found 2); did you mean `keep_last_n` or "
+        "`keep_best_n`?",
     ),
     "typo in deepspeed": (
-        zero(stge=2), "deepspeed.zero_optimization.stge: unknown key (found 2); did you mean `stage`?",
+        zero(stge=2),
+        "deepspeed.zero_optimization.stge: unknown key (found 2); did you mean `stage`?",
     ),
     "of another type": (
         {"optimizer": {"momentum": 0.9}},
@@ -56,27 +59,39 @@ KEYS = {
     ),
     "unknown trainer": (
         {"type": "stf"},
-        "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft, causal, dpo, cpo, orpo, simpo, "
+        "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft, causal, dpo, cpo, "
+        "orpo, simpo, "
         "reward, distill, grpo); trainers of projects live in user code, named by `code`",
     ),
-    "name and type": ({"name": "dpo", "type": "sft"}, "name: 'dpo' contradicts type 'sft'; remove it"),
+    "name and type": (
+        {"name": "dpo", "type": "sft"},
+        "name: 'dpo' contradicts type 'sft'; remove it",
+    ),
     "not for this trainer": (
         {"data": {"type": "dpo", "sources": ["a/b"]}},
-        "data.type: 'dpo' is not allowed with trainer 'sft', skip_validation: true allows it (allowed: sft)",
+        "data.type: 'dpo' is not allowed with trainer 'sft', skip_validation: true allows it "
+        "(allowed: sft)",
     ),
     "boolean for text": (
         model(name_or_path=True),
         "model.name_or_path: must be text; YAML reads yes, no, on and off as booleans: add quotes",
     ),
-    "boolean for a number": ({"micro_batch_size": True}, "micro_batch_size: must be a number, found true"),
-    "number for a boolean": (data(pack_samples=1), "data.pack_samples: must be true or false, found 1"),
+    "boolean for a number": (
+        {"micro_batch_size": True},
+        "micro_batch_size: must be a number, found true",
+    ),
+    "number for a boolean": (
+        data(pack_samples=1),
+        "data.pack_samples: must be true or false, found 1",
+    ),
     "a fraction": ({"seed": "1.5"}, "seed: must be a whole number, found 1.5"),
     "not finite": ({"max_grad_norm": "nan"}, "max_grad_norm: must be a number, found 'nan'"),
     "below": ({"micro_batch_size": 0}, "micro_batch_size: must be >= 1, found 0"),
     "case of a word": (
-        model(remat="Full"), "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'",
+        model(remat="Full"),
+        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'",
     ),
-}  # fmt: skip
+}
 TRAPS = {
     "A29": (
         exports(auto_resume=True),
@@ -84,18 +99,27 @@ TRAPS = {
     ),
     "A35": (
         data(train_eval_split=[1.5, -0.5]),
-        "data.train_eval_split: must be two shares from 0 to 1 that add up to 1, found 1.5 and -0.5",
+        "data.train_eval_split: must be two shares from 0 to 1 that add up to 1, found 1.5 and "
+        "-0.5",
     ),
-    "A36 above": (source(sample_ratio=1.5), "data.sources.0.sample_ratio: must be in (0, 1], found 1.5"),
-    "A36 below": (source(sample_ratio=-1), "data.sources.0.sample_ratio: must be in (0, 1], found -1"),
+    "A36 above": (
+        source(sample_ratio=1.5),
+        "data.sources.0.sample_ratio: must be in (0, 1], found 1.5",
+    ),
+    "A36 below": (
+        source(sample_ratio=-1),
+        "data.sources.0.sample_ratio: must be in (0, 1], found -1",
+    ),
     "A36 count": (source(sample_count=0), "data.sources.0.sample_count: must be > 0, found 0"),
     "A41": (
         source(role_mapping={"user": "q", "content_key": "text"}),
-        "data.sources.0.role_mapping: holds roles; content_key stands beside it, as a key of the source",
+        "data.sources.0.role_mapping: holds roles; content_key stands beside it, as a key of the "
+        "source",
     ),
     "A44 micro": (
         {"deepspeed": {"train_micro_batch_size_per_gpu": 4}},
-        "deepspeed.train_micro_batch_size_per_gpu: 4 is not the 1 of micro_batch_size; write it there only",
+        "deepspeed.train_micro_batch_size_per_gpu: 4 is not the 1 of micro_batch_size; write it "
+        "there only",
     ),
     "A44 accumulation": (
         {"deepspeed": {"gradient_accumulation_steps": 4}},
@@ -106,10 +130,11 @@ TRAPS = {
         {"type": "dpo", "reference_model_deepspeed": {"a": 1}},
         "reference_model_deepspeed: derived from `deepspeed`, remove it, found {'a': 1}",
     ),
-}  # fmt: skip
+}
 ACROSS = {
     "no interval": (
-        HELD_OUT | {"eval_interval": 0}, "eval_interval: must be > 0 with evaluation data, found 0",
+        HELD_OUT | {"eval_interval": 0},
+        "eval_interval: must be > 0 with evaluation data, found 0",
     ),
     "no data": ({"eval_interval": 5}, f"eval_interval: {NEEDS_EVAL}"),
     "no data per epoch": ({"eval_every_n_epochs": 1}, f"eval_every_n_epochs: {NEEDS_EVAL}"),
@@ -125,12 +150,14 @@ ACROSS = {
     "best without scores": (saves(keep_best_n=2), f"checkpoint.0.keep_best_n: {NEEDS_EVAL}"),
     "best off the grid": (
         HELD_OUT | saves(keep_best_n=2, save_every_n_steps=15),
-        "checkpoint.0.keep_best_n: needs saves that fall on evaluations: save_every_n_steps 15 is no "
+        "checkpoint.0.keep_best_n: needs saves that fall on evaluations: save_every_n_steps 15 "
+        "is no "
         "multiple of eval_interval 10; use 10 or 20",
     ),
     "unknown metric": (
         HELD_OUT | saves(keep_best_n=2, metric="eval/bleu", mode="max"),
-        "checkpoint.0.metric: must be one of eval/loss, eval/perplexity, eval/token_accuracy, found 'eval/bleu'",
+        "checkpoint.0.metric: must be one of eval/loss, eval/perplexity, eval/token_accuracy, "
+        "found 'eval/bleu'",
     ),
     "kept off the grid": (
         saves(keep_every_n_steps=15, save_every_n_steps=10),
@@ -154,20 +181,29 @@ ACROSS = {
     ),
     "dtype twice": (
         model(dtype="fp32") | {"deepspeed": {"bf16": {"enabled": True}}},
-        "deepspeed.bf16.enabled: disagrees with model.dtype float32; write model.dtype and remove it",
+        "deepspeed.bf16.enabled: disagrees with model.dtype float32; write model.dtype and "
+        "remove it",
     ),
     "dtype by default": (
         {"deepspeed": {"fp16": {"enabled": True}}},
-        "deepspeed.fp16.enabled: disagrees with model.dtype bfloat16 (its default); write model.dtype "
+        "deepspeed.fp16.enabled: disagrees with model.dtype bfloat16 (its default); write "
+        "model.dtype "
         "and remove it",
     ),
     "remat twice": (
         model(remat="full", disable_activation_checkpoint=True),
         "model.remat: full contradicts disable_activation_checkpoint: true; remove one",
     ),
-    "stages": ({"pipeline": {"microbatches": 2}}, "pipeline.microbatches: has no effect with mesh.pipeline 1; remove it"),
+    "stages": (
+        {"pipeline": {"microbatches": 2}},
+        "pipeline.microbatches: has no effect with mesh.pipeline 1; remove it",
+    ),
     "microbatches": (
-        {"pipeline": {"microbatches": 5}, "mesh": {"pipeline": 2}, "gradient_accumulation_steps": 8},
+        {
+            "pipeline": {"microbatches": 5},
+            "mesh": {"pipeline": 2},
+            "gradient_accumulation_steps": 8,
+        },
         "pipeline.microbatches: 5 does not divide the 8 rows of a shard; use 4 or 8",
     ),
     "stages a device": (
@@ -180,27 +216,34 @@ ACROSS = {
         "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
     ),
     "trace": (
-        {"train_iters": 10, "profile": {"start_step": 10}}, "profile.start_step: 10 lies behind the run of 10 updates",
+        {"train_iters": 10, "profile": {"start_step": 10}},
+        "profile.start_step: 10 lies behind the run of 10 updates",
     ),
-    "rollback": ({"on_nonfinite": "rollback"}, "on_nonfinite: rollback needs an `orbax` checkpoint entry"),
+    "rollback": (
+        {"on_nonfinite": "rollback"},
+        "on_nonfinite: rollback needs an `orbax` checkpoint entry",
+    ),
     "stop mode": (
         HELD_OUT | {"early_stopping": {"patience": 1, "metric": "eval/x"}},
         "early_stopping.mode: cannot tell whether a smaller eval/x is better; write min or max",
     ),
-}  # fmt: skip
+}
 SECTIONS = {
     "rate in scheduler": (
-        {"scheduler": {"lr": 1e-5}}, "scheduler.lr: use `optimizer.learning_rate`, found 1e-05",
+        {"scheduler": {"lr": 1e-5}},
+        "scheduler.lr: use `optimizer.learning_rate`, found 1e-05",
     ),
     "plateau": (
         {"scheduler": {"name": "reduce_lr_on_plateau"}},
-        "scheduler.name: reduce_lr_on_plateau needs a metric, which the format cannot name; use one of linear, "
+        "scheduler.name: reduce_lr_on_plateau needs a metric, which the format cannot name; use "
+        "one of linear, "
         "constant, constant_with_warmup, cosine, cosine_with_restarts, polynomial, inverse_sqrt, "
         "cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay",
     ),
     "key of a shape": (
         schedule("cosine", num_cycle=1),
-        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key of 'cosine'; did you mean `num_cycles`? "
+        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key of 'cosine'; did you mean "
+        "`num_cycles`? "
         "(known: num_cycles)",
     ),
     "key of no shape": (
@@ -217,11 +260,19 @@ SECTIONS = {
     ),
     "a floor without meaning": (
         {"scheduler": {"name": "inverse_sqrt", "min_lr_ratio": 0.1}},
-        "scheduler.min_lr_ratio: has no meaning for 'inverse_sqrt'; use one of linear, cosine, polynomial, "
+        "scheduler.min_lr_ratio: has no meaning for 'inverse_sqrt'; use one of linear, cosine, "
+        "polynomial, "
         "warmup_stable_decay",
     ),
     "warm-up of wsd": (
-        {"scheduler": {"type": "wsd", "num_warmup_steps": 1, "num_decay_steps": 1, "warmup_ratio": 0.1}},
+        {
+            "scheduler": {
+                "type": "wsd",
+                "num_warmup_steps": 1,
+                "num_decay_steps": 1,
+                "warmup_ratio": 0.1,
+            }
+        },
         "scheduler: warmup is num_warmup_steps here; remove the other warmup key",
     ),
     "rates and names": (
@@ -229,15 +280,18 @@ SECTIONS = {
         "optimizer.lr: is another name of `learning_rate`, which is written too; remove one",
     ),
     "betas": (
-        {"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas: must be two numbers in [0, 1), found [0.9, 1.0]",
+        {"optimizer": {"betas": [0.9, 1.0]}},
+        "optimizer.betas: must be two numbers in [0, 1), found [0.9, 1.0]",
     ),
     "group": (
         {"optimizer": {"groups": [{"match": "("}]}},
-        "optimizer.groups.0.match: is no regular expression (missing ), unterminated subpattern at position 0), "
+        "optimizer.groups.0.match: is no regular expression (missing ), unterminated subpattern "
+        "at position 0), "
         "found '('",
     ),
     "adapter": (
-        model(peft_config={"peft_type": "IA3"}), "model.peft_config.peft_type: only Lora is built in, found 'IA3'",
+        model(peft_config={"peft_type": "IA3"}),
+        "model.peft_config.peft_type: only Lora is built in, found 'IA3'",
     ),
     "bias": (
         model(peft_config={"peft_type": "Lora", "bias": "all"}),
@@ -249,7 +303,8 @@ SECTIONS = {
     ),
     "special tokens": (
         {"tokenizer": {"tokenize_kwargs": {"add_special_tokens": True}}},
-        "tokenizer.tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already",
+        "tokenizer.tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document "
+        "already",
     ),
     "disk": (
         zero(offload_optimizer={"device": "nvme"}),
@@ -257,21 +312,27 @@ SECTIONS = {
     ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),
-        "deepspeed.zero_optimization.zero_hpz_partition_size: use `mesh.fsdp` to shard inside a group, found 8",
+        "deepspeed.zero_optimization.zero_hpz_partition_size: use `mesh.fsdp` to shard inside a "
+        "group, found 8",
     ),
     "stage": (zero(stage=4), "deepspeed.zero_optimization.stage: must be in [0, 3], found 4"),
     "quantised": (
         zero(zero_quantized_weights=True),
-        "deepspeed.zero_optimization.zero_quantized_weights: is not supported: it would change the result, found true",
+        "deepspeed.zero_optimization.zero_quantized_weights: is not supported: it would change "
+        "the result, found true",
     ),
     "optimizer below": (
         {"deepspeed": {"scheduler": {"type": "WarmupLR"}}},
         "deepspeed.scheduler: write it under `scheduler:`, found {'type': 'WarmupLR'}",
     ),
-    "amp": ({"deepspeed": {"amp": {"enabled": True}}}, "deepspeed.amp: use `model.dtype`, found {'enabled': True}"),
+    "amp": (
+        {"deepspeed": {"amp": {"enabled": True}}},
+        "deepspeed.amp: use `model.dtype`, found {'enabled': True}",
+    ),
     "snowflake table": (
         source(type="snowflake", name_or_path="x"),
-        "data.sources.0.name_or_path: unknown key (found 'x'); it belongs to type huggingface and huggingface_instruct and huggingface_causal, not snowflake",
+        "data.sources.0.name_or_path: unknown key (found 'x'); it belongs to type huggingface "
+        "and huggingface_instruct and huggingface_causal, not snowflake",
     ),
     "size": (
         exports(max_shard_size="4 apples"),
@@ -279,9 +340,10 @@ SECTIONS = {
     ),
     "level": (
         {"logger": {"level": "LOUD"}},
-        "logger.level: must be one of 'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL', found 'LOUD'",
+        "logger.level: must be one of 'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL', found "
+        "'LOUD'",
     ),
-}  # fmt: skip
+}
 TABLE = KEYS | TRAPS | ACROSS | SECTIONS
 
 
@@ -302,5 +364,5 @@ def test_what_is_off_is_no_fault(amount):
 
 def test_a_used_stop_file_is_stale(tmp_path):
     (tmp_path / "stop").touch()
-    with pytest.raises(RecipeError, match="kill_switch_path: .* exists already; remove it"):
+    with pytest.raises(RecipeError, match=r"kill_switch_path: .* exists already; remove it"):
         get_config(BASE | {"kill_switch_path": str(tmp_path / "stop")})

@@ -45,7 +45,9 @@ EXAMPLES = {
     "tokenizer.pad_token": {"tokenizer": {"pad_token": "<pad>"}},
     "data.sources.*.type": {"data": {"sources": [SNOWFLAKE]}, "eval_interval": 0},
     "data.eval_sources.*.type": {"data": {"sources": ["a/b"], "eval_sources": [SNOWFLAKE]}},
-    "data.eval_sources.*.*.type": {"data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}},
+    "data.eval_sources.*.*.type": {
+        "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
+    },
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "optimizer.groups": {"optimizer": {"groups": [{"match": "embed"}]}},
     "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
@@ -53,15 +55,33 @@ EXAMPLES = {
     "mesh.expert": {"mesh": {"expert": 2}},
     "pipeline.schedule": {"pipeline": {"schedule": "1f1b"}},
     "pipeline.split": {"pipeline": {"split": [1, 2]}},
-    "exit_iteration_this_run": 5, "min_iterations": 5, "overfit_first_batch": True,
-    "loss_weighting": "sample", "label_smoothing": 0.1, "z_loss": 1e-4, "ema": {"decay": 0.9},
-    "on_nonfinite": "skip", "divergence": {}, "replica_check_interval": 5,
-    "activation_checkpoint_cpu_offload": True, "tiled_mlp_compute": True, "enable_routing_replay": True,
-    "arctic_moe": True, "eval_after_step": 5, "eval_every_n_epochs": 1, "early_stopping": {"patience": 2},
-    "train_log_iter_interval": 0, "train_log_metrics_path": "x.jsonl", "loss_log_interval": 0,
-    "eval_log_iter_interval": 0, "kill_switch_path": "no/such/file", "profile": {"start_step": 1},
-    "mem_profiler": "e2e", "mem_profiler_dir": "x",
-    "tensorboard.enable": {"tensorboard": True}, "wandb.enable": {"wandb": {"enable": True}},
+    "exit_iteration_this_run": 5,
+    "min_iterations": 5,
+    "overfit_first_batch": True,
+    "loss_weighting": "sample",
+    "label_smoothing": 0.1,
+    "z_loss": 1e-4,
+    "ema": {"decay": 0.9},
+    "on_nonfinite": "skip",
+    "divergence": {},
+    "replica_check_interval": 5,
+    "activation_checkpoint_cpu_offload": True,
+    "tiled_mlp_compute": True,
+    "enable_routing_replay": True,
+    "arctic_moe": True,
+    "eval_after_step": 5,
+    "eval_every_n_epochs": 1,
+    "early_stopping": {"patience": 2},
+    "train_log_iter_interval": 0,
+    "train_log_metrics_path": "x.jsonl",
+    "loss_log_interval": 0,
+    "eval_log_iter_interval": 0,
+    "kill_switch_path": "no/such/file",
+    "profile": {"start_step": 1},
+    "mem_profiler": "e2e",
+    "mem_profiler_dir": "x",
+    "tensorboard.enable": {"tensorboard": True},
+    "wandb.enable": {"wandb": {"enable": True}},
     "logger.print_output_ranks": {"logger": {"print_output_ranks": [1]}},
     "logger.file_output_ranks": {"logger": {"file_output_ranks": []}},
     "checkpoint.*.save_after_step": saves(save_after_step=5),
@@ -73,11 +93,15 @@ EXAMPLES = {
     "checkpoint.*.adapter": exports(adapter="merged"),
     "checkpoint.*.verify_export": exports(verify_export=True),
     "checkpoint.*.max_shard_size": exports(max_shard_size="1GB"),
-    "deepspeed.zero_optimization.offload_optimizer.device": zero(offload_optimizer={"device": "cpu"}),
+    "deepspeed.zero_optimization.offload_optimizer.device": zero(
+        offload_optimizer={"device": "cpu"}
+    ),
     "deepspeed.zero_optimization.offload_param.device": zero(offload_param={"device": "cpu"}),
     "deepspeed.zero_optimization.cpu_offload": zero(cpu_offload=True),
-    "deepspeed.data_types.grad_accum_dtype": {"deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}},
-}  # fmt: skip
+    "deepspeed.data_types.grad_accum_dtype": {
+        "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}
+    },
+}
 
 
 def asked(key):

@@ -17,10 +17,38 @@ from tests.recipe.arctic import ACCEPTED, REFUSED
 
 VALID = [*ACCEPTED.values(), *(recipe for recipe, _ in REFUSED.values())]
 WORDS = st.sampled_from(
-    [*TrainerConfig.model_fields, "lr", "type", "name_or_path", "sources", "stage", "enabled", "auto",
-     "${dir}", "${env:HOME}", "${env:NONE_SUCH}", "${env:NONE_SUCH:1}", "sft", "dpo", "1K", "10%", "2^10",
-     "9^9^9", "9^999999999", "1e999", "nan", "~", "\x00", "../x", "a/b:train[:3]", "*", "[", "é", "on"]
-)  # fmt: skip
+    [
+        *TrainerConfig.model_fields,
+        "lr",
+        "type",
+        "name_or_path",
+        "sources",
+        "stage",
+        "enabled",
+        "auto",
+        "${dir}",
+        "${env:HOME}",
+        "${env:NONE_SUCH}",
+        "${env:NONE_SUCH:1}",
+        "sft",
+        "dpo",
+        "1K",
+        "10%",
+        "2^10",
+        "9^9^9",
+        "9^999999999",
+        "1e999",
+        "nan",
+        "~",
+        "\x00",
+        "../x",
+        "a/b:train[:3]",
+        "*",
+        "[",
+        "é",
+        "on",
+    ]
+)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.text(max_size=8)
 )
@@ -126,6 +154,12 @@ def test_a_recipe_a_thousand_levels_deep_is_refused(tmp_path):
     loop = {"model": {}}
     loop["model"]["model"] = loop
     outcome(loop)
+
+
+def test_a_faulty_entry_does_not_end_the_search_for_other_faults():
+    for entry in (False, 3, None, [True], "x\0y"):
+        held_out = {"sources": ["a/b"], "eval_sources": [entry]}
+        outcome(ACCEPTED["zero 2"] | {"data": held_out, "eval_interval": 5})
 
 
 def test_enormous_numbers_end_at_once():

@@ -65,9 +65,10 @@ EVERYWHERE = reads(sorted(PACKAGE.rglob("*.py")))
 BY_TEXT = ("checks", "compose", "resolve")
 """Files of the recipe that look keys up by name."""
 RUN = reads(
-    f for f in sorted(PACKAGE.rglob("*.py"))
+    f
+    for f in sorted(PACKAGE.rglob("*.py"))
     if f.relative_to(PACKAGE).parts[0] != "recipe" or f.stem in BY_TEXT
-)  # fmt: skip
+)
 SAID = {
     *NO_EFFECT,
     *(row.key for row in TABLE),

@@ -36,8 +36,15 @@ def allows(schema, value, definitions):
         return any(allows(choice, value, definitions) for choice in schema["anyOf"])
     if "enum" in schema and value not in schema["enum"]:
         return False
-    kinds = {"object": dict, "array": list | tuple, "string": str, "boolean": bool, "null": type(None),
-             "integer": int, "number": int | float}  # fmt: skip
+    kinds = {
+        "object": dict,
+        "array": list | tuple,
+        "string": str,
+        "boolean": bool,
+        "null": type(None),
+        "integer": int,
+        "number": int | float,
+    }
     kind = schema.get("type")
     names = [kind] if isinstance(kind, str) else kind
     if names and not any(isinstance(value, kinds[name]) for name in names):
