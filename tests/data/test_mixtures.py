@@ -68,7 +68,7 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
         return {"model": {"name_or_path": "m"}, "data": {"sources": list(sources), **data}}
 
     weighed = {"type": "jsonl", "path": "a.jsonl", "weight": 2}
-    with pytest.raises(RecipeError, match=r"sources\.1 has no weight and another source has one"):
+    with pytest.raises(RecipeError, match=r"sources\.1: has no weight and another source has one"):
         get_config(recipe(weighed, "b.jsonl"))
     with pytest.raises(RecipeError, match="weight has no effect in eval_sources"):
         get_config(recipe("b.jsonl", eval_sources=[weighed]) | {"eval_interval": 1})

@@ -70,9 +70,7 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
 
 
 def test_faults_come_with_exit_code_two(tmp_path):
-    code, _, said, imports, _ = check(
-        tmp_path, RECIPE | {"epoch": 1}, "seed=x", "ema={decay: 0.9}"
-    )
+    code, _, said, imports, _ = check(tmp_path, RECIPE | {"epoch": 1}, "seed=x", "ema={decay: 0.9}")
     assert code == 2 and "jax" not in imports and "Traceback" not in said
     lines = said.splitlines()
     assert lines[0].endswith("epoch: unknown key (found 1); did you mean `epochs`?")

@@ -27,7 +27,7 @@ class FocalConfig(TrainerConfig):
 
 @register
 class FocalTrainer(SFTTrainer):
-    name = "focal"
+    name = "focal-of-test-mesh"
     config: FocalConfig
 
     def loss_fn(self, model, batch, key):
@@ -51,7 +51,9 @@ def alone(tmp_path_factory):
     found = {}
     for kind in ("sft", "focal"):
         run = on_mesh(
-            tmp_path_factory.mktemp(kind), {}, **({"type": "focal"} if kind == "focal" else {})
+            tmp_path_factory.mktemp(kind),
+            {},
+            **({"type": "focal-of-test-mesh"} if kind == "focal" else {}),
         )
         params = host(run.state.params)
         found[kind] = (params, losses(run, STEPS))
@@ -63,7 +65,7 @@ def alone(tmp_path_factory):
 )
 @pytest.mark.parametrize("kind", ["sft", "focal"])
 def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
-    run = on_mesh(tmp_path, mesh, **({"type": "focal"} if kind == "focal" else {}))
+    run = on_mesh(tmp_path, mesh, **({"type": "focal-of-test-mesh"} if kind == "focal" else {}))
     params, expected = alone[kind]
     for name, array in host(run.state.params).items():
         np.testing.assert_array_equal(array, params[name], err_msg=name)
