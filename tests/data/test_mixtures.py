@@ -72,7 +72,7 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
         get_config(recipe(weighed, "b.jsonl"))
     with pytest.raises(RecipeError, match="weight has no effect in eval_sources"):
         get_config(recipe("b.jsonl", eval_sources=[weighed]) | {"eval_interval": 1})
-    with pytest.raises(RecipeError, match=r"sources\.0\.weight: must be > 0\.0, found -1"):
+    with pytest.raises(RecipeError, match=r"sources\.0\.weight: must be > 0, found -1"):
         get_config(recipe({**weighed, "weight": -1}))
 
 
