@@ -66,9 +66,11 @@ class Trainer(registry.Registered, kind="trainer"):
     before `train`.
     """
 
-    events = {name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint")}
-    traced_events = ("loss", "backward")
-    signature_hints: ClassVar[dict[str, str]] = {
+    events = {
+        **{name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint", "backward")},
+        "loss": "loss_fn",
+    }
+    retired: ClassVar[dict[str, str]] = {
         "loss": "define `loss_fn`; `loss(self, batch)` is the PyTorch hook",
         "step": "define `loss_fn`; `step(self, batch)` is the PyTorch hook",
     }
@@ -90,8 +92,6 @@ class Trainer(registry.Registered, kind="trainer"):
     ):
         """`devices` make up the mesh, all there are when left out; they need not be present to
         lower the step. `data` stands in for the recipe's."""
-        for hook in self.hooks("pre-init"):
-            hook(self, config)
         self.config = config
         self._callbacks = Callbacks()
         self.console = Console(is_writer=jax.process_index() == 0)
@@ -131,9 +131,6 @@ class Trainer(registry.Registered, kind="trainer"):
         self.eval_metrics: dict[str, float] = {}
         """of the evaluation after the newest update, empty when there was none"""
         self._state: TrainState | None = None
-        self.hook_methods()
-        for hook in self.hooks("post-init"):
-            hook(self)
 
     # The objective: pure functions.
 
@@ -150,6 +147,10 @@ class Trainer(registry.Registered, kind="trainer"):
     def eval_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """What an evaluation sums; the objective unless overridden."""
         return self.loss_fn(model, batch, key)
+
+    def backward(self, gradients: Any) -> Any:
+        """The summed gradients of a microbatch, as the optimizer is to get them. Pure; traced."""
+        return gradients
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, pure.Metrics]:
         """One update. Jitted; `state` is donated, use the one that comes back."""
@@ -389,12 +390,13 @@ class Trainer(registry.Registered, kind="trainer"):
             process_count=jax.process_count(),
         )
 
-    def _compile(self) -> None:
-        """Turn `step` and `loss` into jitted functions on the mesh."""
-        self._spec = pure.StepSpec(
+    @cached_property
+    def _spec(self) -> pure.StepSpec:
+        """Read when `step` and `loss` are traced, so that callbacks are around its functions."""
+        return pure.StepSpec(
             merge=self.model.merge,
-            loss_fn=self.hooked("loss", self.loss_fn),
-            on_gradients=self.hooked("backward", lambda gradients: gradients),
+            loss_fn=self.loss_fn,
+            on_gradients=self.backward,
             optimizer=self.optimizer,
             schedule=self.schedule,
             max_grad_norm=self.config.max_grad_norm,
@@ -403,6 +405,9 @@ class Trainer(registry.Registered, kind="trainer"):
             param_shardings=self.shardings.params,
             whole_batch=self.geometry.whole_batch,
         )
+
+    def _compile(self) -> None:
+        """Turn `step` and `loss` into jitted functions on the mesh."""
         placed = (self.shardings, self.geometry.batch_sharding)
         step = jax.jit(
             self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
