@@ -250,7 +250,9 @@ def _enter(cls: type[Registered], *, force: bool) -> None:
 def settle() -> None:
     """ValueError for a name that two classes claim; to be called when both are made."""
     if _contested:
-        raise ValueError(_contested.popitem()[1])
+        what = next(iter(_contested.values()))
+        _contested.clear()
+        raise ValueError(what)
 
 
 def _check_methods(cls: type[Registered]) -> None:
