@@ -84,6 +84,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
         "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
         "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
+        "given": _source("given:GivenSource", "RowsConfig"),
         "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
         "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
         "json": _source("local:JsonSource", "LocalDataSourceConfig"),
@@ -274,7 +275,8 @@ def _check_signature(
     spelled = ALSO_CALLED.get(name, {})
     named = {spelled.get(p.name, p.name): p for p in given.parameters.values()}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
-    missing = [p for p in wanted.parameters if p not in named and not takes_all]
+    required = [n for n, p in wanted.parameters.items() if p.default is p.empty]
+    missing = [name for name in required if name not in named and not takes_all]
     extra = [
         p.name
         for known, p in named.items()
