@@ -1,10 +1,27 @@
-"""Metrics as JSON lines, and the loss as a picture."""
+"""Who takes the rows of a run; rows as JSON lines, and the loss as a picture."""
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+"""Name → value of one moment; `iter` is its update. A service is told the numbers alone."""
+
+
+class Writer(Protocol):
+    """Takes rows in the order of their updates."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None:
+        """Return when all of it is kept."""
+        ...
+
+
+def numbers(row: Row) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "iter"}
 
 
 class JsonLines:
@@ -20,7 +37,7 @@ class JsonLines:
             os.replace(partial, file)
         self._stream = file.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -31,7 +48,7 @@ class JsonLines:
         self._stream.close()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Row]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -42,7 +59,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_loss(rows: list[dict[str, Any]], file: Path) -> None:
+def plot_loss(rows: list[Row], file: Path) -> None:
     """Training and evaluation loss over updates, as PNG. ImportError without matplotlib."""
     import matplotlib  # lazy: an extra, and slow to import
 

@@ -35,6 +35,7 @@ from jaxtrain.optimizer import (
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
@@ -46,7 +47,7 @@ from jaxtrain.trainer.geometry import Geometry
 from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
 from jaxtrain.trainer.report import Report
-from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.run_folder import RunFolder, named
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
 
 
@@ -92,9 +93,10 @@ class Trainer(registry.Registered, kind="trainer"):
         lower the step. `data` stands in for the recipe's."""
         for hook in self.hooks("pre-init"):
             hook(self, config)
-        self.config = config
+        self.config = config = named(config)
         self._callbacks = Callbacks()
-        self.console = Console(is_writer=jax.process_index() == 0)
+        ranks = config.logger.print_output_ranks
+        self.console = Console(prints=is_among(jax.process_index(), ranks))
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
 
@@ -120,8 +122,12 @@ class Trainer(registry.Registered, kind="trainer"):
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
-            peak_lr=config.optimizer.learning_rate,
+            Meter.of(
+                self.model,
+                self.mesh.devices,
+                update_rows=self.geometry.global_batch,
+                row_tokens=self.data.row_tokens,
+            ),
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
             on_row=lambda row: self._tell("on_log", logs=row),
@@ -168,10 +174,10 @@ class Trainer(registry.Registered, kind="trainer"):
         self._tell("on_init_end")
         self.start()
         if self.global_step < self.last_step:
-            self.run_folder.open(resumed_at=self.global_step)
-            self.console.header(header(self))
-            self._tell("on_train_begin")
             try:
+                self.run_folder.open(resumed_at=self.global_step)
+                self.console.header(header(self))
+                self._tell("on_train_begin")
                 if self.config.eval_at_start and self.global_step == 0:
                     self.evaluate()
                 while not self._ended:
@@ -274,7 +280,9 @@ class Trainer(registry.Registered, kind="trainer"):
             self.global_step = engine.steps()[-1]
             with self.console.phase(f"restoring {engine.path(self.global_step)}"):
                 self._state = engine.load(self.state_shapes)
-            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
+            about = engine.about(self.global_step)
+            self._callbacks.load_state_dict(about["callbacks"])
+            self.report.load_state_dict(about["report"])
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
