@@ -1,6 +1,7 @@
 """Rows for Weights & Biases."""
 
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class Wandb:
 
         kept = folder / "wandb-id"
         known = kept.read_text().strip() if kept.is_file() else None
-        run_id = config.id or known or wandb.util.generate_id()
+        run_id = config.id or known or secrets.token_hex(4)
         self._run = wandb.init(
             entity=config.entity,
             project=config.project,

@@ -60,17 +60,23 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def plot_loss(rows: list[Row], file: Path) -> None:
-    """Training and evaluation loss over updates, as PNG. ImportError without matplotlib."""
+    """Training and evaluation loss over updates, as PNG; no picture without either. ImportError
+    without matplotlib."""
     import matplotlib  # lazy: an extra, and slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    curves = {
+        key: [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+        for key in ("loss", "eval/loss")
+    }
+    if not any(curves.values()):
+        return
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for key, marker in (("loss", ""), ("eval/loss", "o")):
-        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+    for key, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=key, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if "/" in key else "")
     axes.set_xlabel("update")
     axes.set_ylabel("nats a trained token")
     axes.grid(alpha=0.3)
