@@ -256,6 +256,8 @@ class DataConfig(TypedSection):
     """Keys that change no document: these, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
     """Type of a source that names none."""
+    ROWS_A_SAMPLE: ClassVar[int] = 1
+    """Rows of a batch for each of `micro_batch_size`."""
 
     @model_validator(mode="after")
     def _sources_and_split(self) -> "DataConfig":

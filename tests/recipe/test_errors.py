@@ -61,7 +61,7 @@ KEYS = {
     "unknown trainer": (
         {"type": "stf"},
         "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft, causal, dpo, cpo, "
-        "orpo, simpo, "
+        "orpo, simpo, kto, "
         "reward, distill, grpo); trainers of projects live in user code, named by `code`",
     ),
     "name and type": (
