@@ -23,6 +23,7 @@ SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\
 
 def file_format(path: str) -> str | None:
     """The source type for a file name, compressed or not; None when the suffix says nothing."""
+    path = path.partition("?")[0] if "://" in path else path
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -39,21 +40,21 @@ def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
 
 
 def source_from_text(text: str, *, registered: Collection[str], default: str) -> dict[str, Any]:
-    """The map that a source written as a string stands for: a registered name, else a local file,
-    else what the factory's `default` source makes of it."""
+    """The map that a source written as a string stands for: a registered name, else a file, here or
+    at a URL, else what the factory's `default` source makes of it."""
     name, split = split_suffix(text)
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
     kind = file_format(name)
-    if kind and (Path(name).is_file() or "://" not in name):
+    if kind:
         return {"type": kind, "path": name, **given}
     return {"type": default, "name_or_path": text}
 
 
 def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     """A glob goes by the recipe's folder first, as plain paths do."""
-    if not isinstance(value, str) or not set("*?[") & set(value):
+    if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
     folder = (info.context or {}).get("folder")
     if folder is not None and any(Path(folder).glob(value)):
@@ -191,7 +192,8 @@ class SyntheticDataSourceConfig(DataSourceConfig):
 
 
 class LocalDataSourceConfig(RowsConfig):
-    """Local files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too."""
+    """Files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too. Paths may
+    be URLs that fsspec reads, such as `s3://`: those are copied into the user's cache."""
 
     path: InputPattern | tuple[InputPattern, ...]
     columns: dict[str, str] = {}
@@ -214,7 +216,7 @@ class TextDataSourceConfig(LocalDataSourceConfig):
 
 
 class AnyLocalDataSourceConfig(TextDataSourceConfig):
-    """Local files of any format."""
+    """Files of any format."""
 
     format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = "auto"
     """What all files are; `auto` goes by the suffix of each."""
