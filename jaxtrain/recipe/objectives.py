@@ -1,5 +1,6 @@
 """Recipes of the objectives beyond supervised fine-tuning."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +13,10 @@ from jaxtrain.recipe.trainer import TrainerConfig
 
 class JudgedDataConfig(DataConfig):
     """Replies with a label that says whether they are good."""
+
+    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {
+        "column": "causal", "role_mapping": "sft", "content_key": "sft", "process": "sft",
+    }  # fmt: skip
 
     max_prompt_length: int = Field(default=4096, ge=1)
     """Longest prompt, when prompt and longer reply exceed `max_length`."""

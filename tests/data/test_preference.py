@@ -379,6 +379,12 @@ def test_a_limit_of_the_prompt_leaves_room_or_gives_way(tmp_path):
     assert note.startswith("cache: ")
 
 
+def test_the_effective_recipe_of_a_lowered_limit_runs_again():
+    default = PreferenceDataConfig(sources=("x",), max_length=64).model_dump(mode="json")
+    assert default["max_prompt_length"] == 4096
+    assert PreferenceDataConfig(**default).max_length == 64
+
+
 def test_known_splits_of_ultrafeedback():
     name = "HuggingFaceH4/ultrafeedback_binarized"
     made = HuggingFaceSource(HFDataSourceConfig(name_or_path=name))
