@@ -17,12 +17,11 @@ from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import plain_backend
 from jaxtrain.data.factory import DataFactory, LoadedSource, TrainingData
 from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
-from jaxtrain.data.mixture import mixed_documents
+from jaxtrain.data.order import mixed_documents, split_by_content
 from jaxtrain.data.packing import RowPlan
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import rows_digest
 from jaxtrain.data.source import DataSource
-from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
 from jaxtrain.data.warnings import (
     document_warnings,

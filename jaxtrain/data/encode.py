@@ -42,6 +42,7 @@ class Encoded(NamedTuple):
 class Dropped(NamedTuple):
     reason: str
     length: int
+    """In tokens; of a text far beyond the limit, only those that were counted."""
 
 
 class Fault(NamedTuple):

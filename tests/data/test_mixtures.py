@@ -12,7 +12,7 @@ from jaxtrain.data import (
     CausalDataFactory,
     SFTDataFactory,
 )
-from jaxtrain.data.mixture import mixed_documents
+from jaxtrain.data.order import mixed_documents
 from jaxtrain.data.packing import slices
 from jaxtrain.recipe.data import (
     CausalDataConfig,

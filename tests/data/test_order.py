@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxtrain.data.loader import iterate
+from jaxtrain.data.factory import iterate
 from jaxtrain.data.order import permutation, sample
 from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
 from tests.data.made import documents_of, plan_of

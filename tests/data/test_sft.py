@@ -11,8 +11,8 @@ from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.order import split_by_content
 from jaxtrain.data.rows import NamedRows
-from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import BATCH_ROWS, POOL_ROWS, Tolerance, tokenise, workers_for
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
