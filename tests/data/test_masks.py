@@ -103,6 +103,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("template", "messages", "expected"), TABLE.values(), ids=TABLE)
 def test_a1_exactly_the_assistant_is_trained(template, messages, expected):
+    """Trap F4 too: but for one, none of these templates says what is trained."""
     assert trained(template, messages) == expected
 
 

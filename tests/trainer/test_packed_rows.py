@@ -33,6 +33,7 @@ def alone(batch: Batch) -> list[tuple[int, np.ndarray, Batch]]:
 
 @pytest.mark.parametrize("attention", ["reference", "splash_interpret"])
 def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
+    """Trap A5."""
     written = recipe(tmp_path, micro_batch_size=4)
     model_folder(
         tmp_path / "model", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
