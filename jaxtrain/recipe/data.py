@@ -243,15 +243,26 @@ class DataConfig(TypedSection):
     cache_dir: str | None = None
     """Folder of prepared rows; one that several machines share is prepared by the first of them.
     In the user's cache folder when left out."""
+    cache_fs_type: Literal["auto", "local", "shared"] = "auto"
     fail_on_missing_cache: bool = False
     """Stop where rows would have to be prepared."""
+    use_data_cache: Any = None
+    cache_processed_data: Any = None
+    streaming: bool = False
+    """Read rows without preparing them all first."""
+    batch_tokens: int = Field(default=0, ge=0)
+    """Fill batches to so many tokens, from rows of like lengths."""
+    max_length_buckets: int = Field(default=8, ge=1)
+    """Most padded lengths that `batch_tokens` makes, each of which is compiled."""
 
     CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
-        "num_proc", "dl_num_workers", "cache_dir", "fail_on_missing_cache",
+        "num_proc", "dl_num_workers", "cache_dir", "fail_on_missing_cache", "cache_fs_type",
+        "use_data_cache", "cache_processed_data",
     ))  # fmt: skip
     """Keys of place and speed."""
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
-        "sources", "eval_sources", "train_eval_split", "max_length", "seed",
+        "sources", "eval_sources", "train_eval_split", "max_length", "seed", "streaming",
+        "batch_tokens", "max_length_buckets",
     }  # fmt: skip
     """Keys that change no document: these, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"

@@ -22,6 +22,10 @@ def model(**keys):
     return {"model": {"name_or_path": "m", **keys}}
 
 
+def data(**keys):
+    return {"data": BASE["data"] | keys}
+
+
 def saves(**keys):
     return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
 
@@ -53,6 +57,9 @@ EXAMPLES = {
     "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
     "mesh.context": {"mesh": {"context": 2}},
     "mesh.expert": {"mesh": {"expert": 2}},
+    "data.streaming": data(streaming=True),
+    "data.batch_tokens": data(batch_tokens=4096),
+    "data.max_length_buckets": data(max_length_buckets=4),
     "pipeline.schedule": {"pipeline": {"schedule": "1f1b"}},
     "pipeline.split": {"pipeline": {"split": [1, 2]}},
     "exit_iteration_this_run": 5,
