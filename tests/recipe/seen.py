@@ -145,22 +145,22 @@ BY_TEST = {
 
 WSD = {"scheduler": {"type": "wsd", "num_warmup_steps": 7, "num_decay_steps": 9}, "train_iters": 50}
 BY_CHECK = {
-    "type": ({"type": "causal"}, "trainer     causal"),
-    "name": ({"name": "causal"}, "trainer     causal"),
+    "type": ({"type": "causal"}, "trainer    causal"),
+    "name": ({"name": "causal"}, "trainer    causal"),
     "logger.output_dir": (
         {"logger": {"output_dir": "logs"}},
-        "files       logs: recipe.yaml, run.json, train-log-metrics.jsonl, loss.png",
+        "files      logs: recipe.yaml, run.json, train-log-metrics.jsonl, loss.png, logs/",
     ),
     "model.type": (
         {"model": {"type": "liger", **CHAT}},
-        "mapped    model.type: the same model as `huggingface`; fused kernels are always on",
+        "mapped     model.type: the same model as `huggingface`; fused kernels are always on",
     ),
-    "optimizer.type": ({"optimizer": {"type": "fused_adam"}}, "mapped    optimizer.type: `adamw`"),
-    "scheduler.type": (WSD, "warm-up     7 updates"),
-    "scheduler.num_warmup_steps": (WSD, "warm-up     7 updates"),
+    "optimizer.type": ({"optimizer": {"type": "fused_adam"}}, "mapped     optimizer.type: `adamw`"),
+    "scheduler.type": (WSD, "warm-up    7 updates"),
+    "scheduler.num_warmup_steps": (WSD, "warm-up    7 updates"),
     "checkpoint.*.type": (
         {"checkpoint": {"type": "huggingface", "output_dir": "a", "save_end_of_training": True}},
-        "checkpoint  a/global_step_N (huggingface), at the end",
+        "checkpoint a/global_step_N (huggingface), at the end",
     ),
 }
 """Key → a recipe, and the line of `jaxtrain check` that is there because of it."""

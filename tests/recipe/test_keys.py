@@ -19,8 +19,8 @@ from jaxtrain.recipe.mapping import CARRIED, COMPUTED, value_at
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import resolve
-from jaxtrain.recipe.schema import _sections
-from jaxtrain.recipe.section import Section
+from jaxtrain.recipe.schema import sections_in
+from jaxtrain.recipe.section import Section, why_refused
 from jaxtrain.recipe.standing import MAPPED, NO_EFFECT, OWN
 from tests.recipe.seen import BY_CHECK, BY_REFUSAL, BY_TEST
 
@@ -35,7 +35,7 @@ def below(key: str, cls: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]
         dotted = f"{key}.{name}".lstrip(".")
         yield dotted, cls, name
         if name not in registry.SECTIONS:
-            for inner in _sections(field.annotation):
+            for inner in sections_in(field.annotation):
                 yield from below(dotted, inner)
 
 
@@ -48,14 +48,9 @@ def fields(*, planned: bool) -> Iterator[tuple[str, type[BaseModel], str]]:
 
 FIELDS = {key: (cls, name) for key, cls, name in fields(planned=False)}
 SECTIONS = {
-    key for key, (cls, name) in FIELDS.items() if _sections(cls.model_fields[name].annotation)
+    key for key, (cls, name) in FIELDS.items() if sections_in(cls.model_fields[name].annotation)
 }
-REFUSED = {
-    key
-    for key, (cls, name) in FIELDS.items()
-    for validator in cls.model_fields[name].metadata
-    if getattr(validator, "func", len).__qualname__.startswith("refused_when_on")
-}
+REFUSED = {key for key, (cls, name) in FIELDS.items() if why_refused(cls.model_fields[name])}
 """Keys that may only be off."""
 NOT_BUILT = {row.key for row in TABLE}
 ELSEWHERE = {key for key, _ in (*CARRIED, *COMPUTED)}
@@ -91,7 +86,7 @@ def test_every_row_is_a_key():
         assert {*table} <= {*FIELDS}, {*table} - {*FIELDS}
     for key in (*NOT_BUILT, *NO_EFFECT, *OWN, *MAPPED):
         key = re.sub(r"\beval_sources\.\*(\.\*)?", "sources.*", key)
-        assert re.sub(r"^checkpoint\.(?!\*)", "checkpoint.*.", key) in FIELDS, key
+        assert re.sub(r"^(checkpoint|data\.sources)\.(?!\*)", r"\1.*.", key) in FIELDS, key
 
 
 @cache
@@ -187,10 +182,10 @@ def flat(value: object, key: str = "") -> dict[str, object]:
 @pytest.mark.parametrize("key", NO_EFFECT)
 def test_a_key_without_effect_changes_nothing_and_says_why(key):
     resolved = resolve(nested(key, OTHER.get(key, True)))
-    (line,) = [line for line in resolved.report.lines if line.key == key]
     if resolved.faults:  # of the section around it
         assert key.startswith("model.peft_config.")
         return
+    (line,) = [line for line in resolved.report.lines if line.key == key]
     assert (line.standing, line.reason) == ("no effect", NO_EFFECT[key])
     without, with_it = (flat(effective(r.checked())) for r in (resolve(BASE), resolved))
     changed = {k for k in {*without, *with_it} if without.get(k) != with_it.get(k)}
