@@ -39,8 +39,12 @@ class Resolved(NamedTuple):
     def checked(self) -> TrainerConfig:
         """The config; RecipeError with every fault at once."""
         if self.faults or self.config is None:
-            raise RecipeError(self.faults, recipe=self.recipe.file)
+            raise self.error
         return self.config
+
+    @property
+    def error(self) -> RecipeError:
+        return RecipeError(self.faults, recipe=self.recipe.file)
 
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
@@ -225,20 +229,9 @@ class _Resolver:
         self, error: ValidationError, cls: type[BaseModel], key: Key, kind: str, name: str
     ) -> None:
         for loc, what in said(error, cls):
-            if what.startswith("unknown key"):
-                what += self.owner(str(loc[-1]), kind, name) if len(loc) == 1 else ""
+            if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
+                what += owner(str(loc[0]), kind, name)
             self.fault((*key, *loc), what)
-
-    def owner(self, key: str, kind: str, name: str) -> str:
-        """The types of a section that a key belongs to, when not to the one in force; else the
-        section that it belongs to."""
-        types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
-        if types:
-            return f"; it belongs to type {' and '.join(types)}, not {name}"
-        sections = [
-            s for s in registry.SECTIONS if any(key in keys_of(s, n) for n in registry.BUILT_IN[s])
-        ]
-        return f"; it is a key of `{' and '.join(sections)}`" if sections else ""
 
     def fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
@@ -252,6 +245,17 @@ class _Resolver:
 
     def private(self, fault: Fault) -> Fault:
         return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+
+
+def owner(key: str, kind: str, name: str) -> str:
+    """Whose a key is that the type of section in force does not have."""
+    types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
+    if types:
+        return f"; it belongs to type {' and '.join(types)}, not {name}"
+    for section in registry.SECTIONS:
+        if any(key in keys_of(section, n) for n in registry.BUILT_IN[section]):
+            return f"; it is a key of `{section}`"
+    return "; remove it, or name the file of the class that reads it by `code`"
 
 
 def keys_of(kind: str, name: str) -> list[str]:

@@ -177,6 +177,7 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     lines = []
     for key, value in written_keys(tree):
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        plain = plain.replace("eval_sources.", "sources.")
         found = _by_value(plain, value, tree) or standing(plain, value)
         parts = key.split(".")
         around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))

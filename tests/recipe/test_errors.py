@@ -54,6 +54,19 @@ KEYS = {
         zero(stge=2),
         "deepspeed.zero_optimization.stge: unknown key (found 2); did you mean `stage`?",
     ),
+    "of no section": (
+        {"mesh": {"sequence": 2}},
+        "mesh.sequence: unknown key (found 2); known: data, fsdp, pipeline, context, expert, tensor",
+    ),
+    "of another section": (
+        {"lr": 1e-5},
+        "lr: unknown key (found 1e-05); it is a key of `optimizer`",
+    ),
+    "of a project": (
+        model(num_key_value_layers=16),
+        "model.num_key_value_layers: unknown key (found 16); remove it, or name the file of the "
+        "class that reads it by `code`",
+    ),
     "of another type": (
         {"optimizer": {"momentum": 0.9}},
         "optimizer.momentum: unknown key (found 0.9); it belongs to type muon and sgd, not adamw",
