@@ -244,25 +244,25 @@ class DataConfig(TypedSection):
     """Folder of prepared rows; one that several machines share is prepared by the first of them.
     In the user's cache folder when left out."""
     cache_fs_type: Literal["auto", "local", "shared"] = "auto"
+    use_data_cache: bool | None = None
+    cache_processed_data: bool | None = None
     fail_on_missing_cache: bool = False
     """Stop where rows would have to be prepared."""
-    use_data_cache: Any = None
-    cache_processed_data: Any = None
     streaming: bool = False
-    """Read rows without preparing them all first."""
+    """Read without preparing."""
     batch_tokens: int = Field(default=0, ge=0)
-    """Fill batches to so many tokens, from rows of like lengths."""
-    max_length_buckets: int = Field(default=8, ge=1)
-    """Most padded lengths that `batch_tokens` makes, each of which is compiled."""
+    """Fill batches to so many tokens, not to `micro_batch_size` rows; 0 is off."""
+    max_length_buckets: int | None = Field(default=None, ge=1)
+    """Bound of the number of padded lengths; one when left out."""
 
     CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
-        "num_proc", "dl_num_workers", "cache_dir", "fail_on_missing_cache", "cache_fs_type",
-        "use_data_cache", "cache_processed_data",
+        "num_proc", "dl_num_workers", "cache_dir", "cache_fs_type", "use_data_cache",
+        "cache_processed_data", "fail_on_missing_cache",
     ))  # fmt: skip
     """Keys of place and speed."""
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
-        "sources", "eval_sources", "train_eval_split", "max_length", "seed", "streaming",
-        "batch_tokens", "max_length_buckets",
+        "sources", "eval_sources", "train_eval_split", "max_length", "seed", "batch_tokens",
+        "max_length_buckets", "streaming",
     }  # fmt: skip
     """Keys that change no document: these, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"

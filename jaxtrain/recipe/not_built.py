@@ -47,6 +47,11 @@ TABLE = (
     NotBuilt(
         "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
     ),
+    NotBuilt(
+        "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"
+    ),
+    NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
+    NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
     NotBuilt("optimizer.groups", is_set, "remove it"),
     NotBuilt("optimizer.state_dtype", other_than("float32"), "remove it"),
@@ -54,9 +59,6 @@ TABLE = (
         "mesh.context", other_than(1), "write 1, and lower data.max_length if memory is short"
     ),
     NotBuilt("mesh.expert", other_than(1), "write 1"),
-    NotBuilt("data.streaming", is_set, "remove it: rows stay on disk as they are"),
-    NotBuilt("data.batch_tokens", is_set, "use pack_samples"),
-    NotBuilt("data.max_length_buckets", other_than(8), "remove it"),
     NotBuilt("pipeline.schedule", other_than("gpipe"), "use gpipe: the loss is the same"),
     NotBuilt("pipeline.split", other_than("auto"), "remove it: layers are split evenly"),
     NotBuilt("exit_iteration_this_run", is_set, "use exit_iteration"),

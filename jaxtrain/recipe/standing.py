@@ -78,7 +78,7 @@ _NO_EFFECT = {
     },
     "data": {
         "the cache is always on, remove the key": "use_data_cache cache_processed_data",
-        "the first process that misses rows prepares them, on any disk": "cache_fs_type",
+        "whoever comes first claims rows by a file, and prepares them": "cache_fs_type",
     },
     **{f"deepspeed.{section}".rstrip("."): why for section, why in deepspeed.NO_EFFECT.items()},
 }

@@ -52,14 +52,14 @@ EXAMPLES = {
     "data.eval_sources.*.*.type": {
         "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
     },
+    "data.streaming": data(streaming=True),
+    "data.batch_tokens": data(batch_tokens=4096),
+    "data.max_length_buckets": data(max_length_buckets=4),
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "optimizer.groups": {"optimizer": {"groups": [{"match": "embed"}]}},
     "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
     "mesh.context": {"mesh": {"context": 2}},
     "mesh.expert": {"mesh": {"expert": 2}},
-    "data.streaming": data(streaming=True),
-    "data.batch_tokens": data(batch_tokens=4096),
-    "data.max_length_buckets": data(max_length_buckets=4),
     "pipeline.schedule": {"pipeline": {"schedule": "1f1b"}},
     "pipeline.split": {"pipeline": {"split": [1, 2]}},
     "exit_iteration_this_run": 5,
