@@ -3,6 +3,7 @@ once."""
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from jaxtrain.recipe.errors import UserError
 
+COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -73,11 +75,19 @@ def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bo
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
-    if not dump_config:
-        click.echo(told(resolved))
-    config = resolved.checked()
     if dump_config:
-        click.echo(to_yaml(config), nl=False)
+        click.echo(to_yaml(resolved.checked()), nl=False)
+        return
+    if resolved.faults:
+        click.echo(f"{resolved.error}\n", err=True)
+    click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, told(resolved)))
+    sys.exit(resolved.error.exit_code if resolved.faults else 0)
+
+
+def coloured(match: re.Match[str]) -> str:
+    """The word that a line of the report begins with; `click.echo` drops colour off a terminal."""
+    word = match[0].strip()
+    return click.style(match[0], fg=COLOURS.get(word), bold=word not in COLOURS)
 
 
 @cli.command()

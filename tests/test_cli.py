@@ -169,3 +169,12 @@ def test_a_wrong_call_is_said(tmp_path, arguments, expected):
     written(tmp_path, {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
     done = jaxtrain(tmp_path, *arguments)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_exit_codes_of_a_clean_check_and_of_a_loss_that_is_not_finite(tmp_path):
+    file = written(tmp_path, recipe(tmp_path, rows=16, optimizer={"lr": 1e38}))
+    done = jaxtrain(tmp_path, "check", file)
+    assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
+    done = jaxtrain(tmp_path, file)
+    assert done.returncode == 5 and "not finite" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
