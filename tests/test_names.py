@@ -7,23 +7,49 @@ import pytest
 
 import jaxtrain
 
-NAMES = """
-    get_config register Callback logger
-    TrainerConfig DPOTrainerConfig ModelConfig DataConfig TokenizerConfig OptimizerConfig
-    SchedulerConfig CheckpointConfig LoggerConfig
-    Trainer DataFactory DataSource ModelFactory OptimizerFactory SchedulerFactory TokenizerFactory
-    CheckpointEngine
-    SFTTrainer CausalTrainer
-    SFTDataFactory CausalDataFactory HFDataSource HFDataSourceInstruct HFDataSourceCausal
-    HFModelFactory LigerModelFactory HFTokenizerFactory HFSchedulerFactory FusedAdamOptimizerFactory
-    HFCheckpointEngine DSCheckpointEngine
-""".split()
+NAMES = [
+    "get_config",
+    "register",
+    "Callback",
+    "logger",
+    "TrainerConfig",
+    "DPOTrainerConfig",
+    "ModelConfig",
+    "DataConfig",
+    "TokenizerConfig",
+    "OptimizerConfig",
+    "SchedulerConfig",
+    "CheckpointConfig",
+    "LoggerConfig",
+    "Trainer",
+    "DataFactory",
+    "DataSource",
+    "ModelFactory",
+    "OptimizerFactory",
+    "SchedulerFactory",
+    "TokenizerFactory",
+    "CheckpointEngine",
+    "SFTTrainer",
+    "CausalTrainer",
+    "SFTDataFactory",
+    "CausalDataFactory",
+    "HFDataSource",
+    "HFDataSourceInstruct",
+    "HFDataSourceCausal",
+    "HFModelFactory",
+    "LigerModelFactory",
+    "HFTokenizerFactory",
+    "HFSchedulerFactory",
+    "FusedAdamOptimizerFactory",
+    "HFCheckpointEngine",
+    "DSCheckpointEngine",
+]
 
 
 @pytest.mark.parametrize("module", ["jaxtrain", "jaxtrain.model", "jaxtrain.trainers"])
 def test_every_name_is_found(module):
     found = importlib.import_module(module)
-    for name in NAMES:
+    for name in NAMES.split():
         assert getattr(found, name) is getattr(jaxtrain, name), name
 
 
