@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxtrain.data import CausalDataFactory as CausalDataFactory
     from jaxtrain.data import DataFactory as DataFactory
     from jaxtrain.data import DataSource as DataSource
+    from jaxtrain.data import DPODataFactory as DPODataFactory
     from jaxtrain.data import SFTDataFactory as SFTDataFactory
     from jaxtrain.model import HFModelFactory as HFModelFactory
     from jaxtrain.model import ModelFactory as ModelFactory
@@ -48,7 +49,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _HOME = {
     "batch": "Batch",
     "checkpoint": "CheckpointEngine HFCheckpointEngine DSCheckpointEngine=OrbaxEngine",
-    "data": "CausalDataFactory DataFactory DataSource SFTDataFactory "
+    "data": "CausalDataFactory DPODataFactory DataFactory DataSource SFTDataFactory "
     "HFDataSource=HuggingFaceSource HFDataSourceCausal=HuggingFaceCausalSource "
     "HFDataSourceInstruct=HuggingFaceInstructSource",
     "metrics.log": "logger=log",
@@ -78,7 +79,7 @@ _PLACE = {
     for module, names in _HOME.items()
     for words in names.split()
 }
-_NOT_BUILT = ("DPOTrainer", "DPODataFactory", "SnowflakeDataSource")
+_NOT_BUILT = ("DPOTrainer", "SnowflakeDataSource")
 
 
 def __getattr__(name: str) -> Any:

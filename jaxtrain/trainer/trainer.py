@@ -32,6 +32,7 @@ from jaxtrain.optimizer import (
     SGDFactory,
 )
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
@@ -44,7 +45,7 @@ from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
 from jaxtrain.trainer.parts import Given, known
 from jaxtrain.trainer.report import Report
-from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.run_folder import RunFolder, named
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
 
 
@@ -94,9 +95,10 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
-        self.config, self.mode, self.given = config, mode, known(given)
+        self.config, self.mode, self.given = named(config), mode, known(given)
         self._callbacks = Callbacks(self.default_callbacks() if callbacks is None else callbacks)
-        self.console = Console(is_writer=jax.process_index() == 0)
+        ranks = config.logger.print_output_ranks
+        self.console = Console(prints=is_among(jax.process_index(), ranks))
         self.global_step = 0
         self.eval_metrics: dict[str, float] = {}
         """of the evaluation after the newest update, empty when there was none"""
@@ -110,11 +112,16 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         self.state_shapes = with_shardings(
             jax.eval_shape(make_state, self.model.shapes), self.shardings
         )
-        self.run_folder = RunFolder(config)
+        self.run_folder = RunFolder(self.config)
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
+            Meter.of(
+                self.model,
+                self.mesh.devices,
+                update_rows=self.geometry.global_batch,
+                row_tokens=self.data.row_tokens,
+            ),
             peak_lr=self.peak_lr,
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
@@ -166,10 +173,10 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         self._tell("on_init_end")
         self.start()
         if self.global_step < self.last_step:
-            self.run_folder.open(resumed_at=self.global_step)
-            self.console.header(header(self))
-            self._tell("on_train_begin")
             try:
+                self.run_folder.open(resumed_at=self.global_step)
+                self.console.header(header(self))
+                self._tell("on_train_begin")
                 if self.config.eval_at_start and self.global_step == 0:
                     self.evaluate()
                 for _ in self.epochs:
@@ -281,7 +288,9 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             self.global_step = engine.steps()[-1]
             with self.console.phase(f"restoring {engine.path(self.global_step)}"):
                 self._state = engine.load(self.state_shapes)
-            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
+            about = engine.about(self.global_step)
+            self._callbacks.load_state_dict(about["callbacks"])
+            self.report.load_state_dict(about["report"])
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
