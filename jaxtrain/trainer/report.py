@@ -28,12 +28,13 @@ class Report:
         folder: RunFolder,
         meter: Meter,
         *,
+        peak_lr: float,
         last_step: int,
         steps_per_epoch: int,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
         self.console, self.folder, self.meter = console, folder, meter
-        self.config, self.last_step = folder.config, last_step
+        self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
         self.steps_per_epoch = steps_per_epoch
         self.on_row = on_row
         self.num_evaluations = 0
@@ -58,8 +59,8 @@ class Report:
         (step, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         applied, share = values.pop("applied"), values.pop("lr_share")
-        lr = share * self.config.optimizer.learning_rate
-        row = {"iter": step, "epoch": step / self.steps_per_epoch, "lr": lr, **values}
+        row = {"iter": step, "epoch": step / self.steps_per_epoch, "lr": share * self.peak_lr}
+        row |= values
         self.last_loss = values["loss"]
         self.meter.count(values)
         has_row = is_due(step, self.config.train_log_iter_interval)
