@@ -5,7 +5,6 @@ import pytest
 
 from jaxtrain.batch import Batch
 from jaxtrain.metrics.flops import counts, matmul_parameters, peak_flops
-from jaxtrain.metrics.meter import Meter
 from tests.model.tiny_models import FAMILIES, described, hf_model, saved
 
 
@@ -29,17 +28,6 @@ def test_pairs_are_what_the_rows_let_each_token_see():
     whole, windowed = 6 + 3, (1 + 2 + 2) + 3
     pairs = 2 * whole + windowed
     assert found == {"rows": 1, "tokens": 5, "trained_tokens": 3, "pairs": pairs}
-
-
-def test_a_meter_takes_the_formula_from_the_model(tmp_path):
-    """6 FLOPs a parameter and token, 12 a head's width and pair."""
-    config, _, model = described(saved("smollm2", tmp_path))
-    model.described = type("Described", (), {"config": config})
-    devices = np.array([type("Device", (), {"device_kind": "NVIDIA H100 80GB HBM3"})] * 4)
-    meter = Meter.of(model, devices, update_rows=2, row_tokens=8)
-    assert meter.flops_per_token == 6 * matmul_parameters(model.shapes)
-    assert meter.flops_per_pair == 12 * config.num_heads * config.head_size
-    assert (meter.peak_flops, meter.num_devices) == (989e12, 4)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_a_row_has_these_names(every_row):
     assert rows[STEPS]["eta"] == 0
 
 
+def test_a_row_has_the_flops_of_the_model(every_row):
+    """6 FLOPs a parameter and token, 12 a head's width and pair; the sizes of `tests.runs`."""
+    parameters = 6 * (32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 64) + 384 * 32
+    for row in training_rows(every_row[0]).values():
+        flops = 6 * parameters * row["tokens"] + 12 * 8 * 8 * row["pairs"]
+        assert row["step_tflops"] * row["step_time"] == pytest.approx(flops / 1e12)
+        assert row["iter_tflops"] == row["step_tflops"] and row["mfu"] is None
+
+
 def test_fewer_rows_count_and_print_the_same_run(tmp_path, every_row, capsys):
     intervals = {"train_log_iter_interval": 3, "loss_log_interval": 2, "eval_log_iter_interval": 4}
     trainer(written(tmp_path, **intervals)).train()
