@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxtrain.data.document_factory import DocumentFactory
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome
+from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, plain_backend
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, slices
 from jaxtrain.data.rows import missing_column
@@ -23,9 +23,10 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, column: str):
         if tokenizer.eos_token_id is None:
             raise RecipeError("tokenizer: has no EOS token, which ends every document")
-        self._tokenizer = tokenizer
+        self._backend = plain_backend(tokenizer)
         self._column = column
         self._before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._eos = tokenizer.eos_token_id
 
     def read(self, row: Mapping[str, Any]) -> str:
         column = next(iter(row)) if len(row) == 1 else self._column
@@ -36,15 +37,13 @@ class TextEncoder:
         return row[column]
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
-        encoding = self._tokenizer(
-            list(items), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        return [self._outcome(ids) for ids in encoding["input_ids"]]
+        encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
+        return [self._outcome(encoding.ids) for encoding in encodings]
 
     def _outcome(self, ids: list[int]) -> Outcome:
         if not ids:
             return Dropped(NOTHING, 0)
-        tokens = np.array([*self._before, *ids, self._tokenizer.eos_token_id], dtype=np.int32)
+        tokens = np.array([*self._before, *ids, self._eos], dtype=np.int32)
         weights = np.ones(len(tokens), dtype=np.uint8)
         weights[0] = 0  # what stands before it in a row is another text
         return Encoded(tokens, weights, 0, 0, False)

@@ -14,14 +14,14 @@ from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
 from jaxtrain.data.code_digest import code_digest, encoding_digest
 from jaxtrain.data.documents import Documents, DocumentWriter
+from jaxtrain.data.encode import plain_backend
 from jaxtrain.data.factory import DataFactory, LoadedSource, TrainingData
 from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
-from jaxtrain.data.mixture import mixed_documents
+from jaxtrain.data.order import mixed_documents, split_by_content
 from jaxtrain.data.packing import RowPlan
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import rows_digest
 from jaxtrain.data.source import DataSource
-from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
 from jaxtrain.data.warnings import (
     document_warnings,
@@ -107,9 +107,7 @@ class DocumentFactory(DataFactory, abstract=True):
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         """Everything that decides the documents, under names that a person knows."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # this and padding are states that every call sets anew
-        backend.no_padding()
+        backend = plain_backend(self.tokenizer)
         special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
         written = self.config.model_dump(mode="json", exclude=set(self.config.NOT_IN_DOCUMENTS))
         parts = {

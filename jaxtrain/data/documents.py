@@ -18,8 +18,6 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 FILES = ("tokens.bin", "weights.bin", "index.bin")
-
-
 NO_SCORES = (float("nan"), float("nan"))
 
 
@@ -30,7 +28,7 @@ class Documents(NamedTuple):
     tokens: np.ndarray
     """int32 [sum of lengths]"""
     weights: np.ndarray
-    """uint8 or float32 [sum of lengths]"""
+    """uint8 [sum of lengths]"""
     offsets: np.ndarray
     """int64 [documents + 1]"""
     index: np.ndarray
@@ -46,13 +44,13 @@ class Documents(NamedTuple):
         return np.maximum(self.index["border"], self.lengths - self.index["border"])
 
     @classmethod
-    def open(cls, folder: Path, weights: type = np.uint8) -> "Documents":
+    def open(cls, folder: Path) -> "Documents":
         """What a `DocumentWriter` has closed; the maps outlive the files' names."""
         tokens, weight, index = (folder / name for name in FILES)
         records = _mapped(index, INDEX_DTYPE)
         offsets = np.zeros(len(records) + 1, dtype=np.int64)
         offsets[1:] = records["end"]
-        return cls(_mapped(tokens, np.int32), _mapped(weight, weights), offsets, records)
+        return cls(_mapped(tokens, np.int32), _mapped(weight, np.uint8), offsets, records)
 
     def save(self, folder: Path) -> None:
         """Writes what `open` reads."""
@@ -63,9 +61,8 @@ class Documents(NamedTuple):
 class DocumentWriter:
     """Appends documents to the files of a folder; a context manager."""
 
-    def __init__(self, folder: Path, weights: type = np.uint8):
+    def __init__(self, folder: Path):
         self._files = [(folder / name).open("wb", buffering=1 << 20) for name in FILES]
-        self._weights = weights
         self._end = 0
         self.count = 0
 
@@ -88,7 +85,7 @@ class DocumentWriter:
         record = (
             self._end, source, row, trained, int.from_bytes(digest, "little"), border, scores
         )  # fmt: skip
-        parts = (tokens, weights.astype(self._weights), np.array([record], dtype=INDEX_DTYPE))
+        parts = (tokens, weights.astype(np.uint8), np.array([record], dtype=INDEX_DTYPE))
         for file, part in zip(self._files, parts, strict=True):
             file.write(part.tobytes())
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
 from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.documents import NO_SCORES
@@ -19,7 +19,7 @@ UNTRAINED = "no assistant text to train on"
 CUT_AWAY = "no assistant text left after truncation"
 NOTHING = "renders to nothing"
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
-HEAD_CHARACTERS = 6
+HEAD_CHARACTERS = 5
 """So many for each token that a row holds are nearly always more tokens than that."""
 
 
@@ -42,6 +42,7 @@ class Encoded(NamedTuple):
 class Dropped(NamedTuple):
     reason: str
     length: int
+    """In tokens; of a text far beyond the limit, only those that were counted."""
 
 
 class Fault(NamedTuple):
@@ -69,7 +70,7 @@ class ConversationEncoder:
         completion_only: bool = True,
         ignore_empty_think: bool = False,
     ):
-        self._tokenizer = tokenizer
+        self._backend = plain_backend(tokenizer)
         self._renderer = Renderer(tokenizer)
         self._max_length = max_length
         self._overlong = overlong
@@ -104,7 +105,7 @@ class ConversationEncoder:
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         """Of each text, or of so much of it that is longer than a row."""
         # The template has written BOS already where it belongs.
-        encode = self._tokenizer.backend_tokenizer.encode_batch
+        encode = self._backend.encode_batch
         heads = [self._head(text) for text in texts]
         encodings = encode(heads, add_special_tokens=False)
         short = [
@@ -206,15 +207,22 @@ class ConversationEncoder:
         return first, last
 
 
+def plain_backend(tokenizer: Any) -> Tokenizer:
+    """What tokenises whole texts. Truncation and padding are states that any call may leave."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def borders(tokenizer: Any) -> re.Pattern[str] | None:
     """Finds added tokens that stand for themselves wherever they are written."""
-    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    contents = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    added = tokenizer.added_tokens_decoder.values()
     plain = [
         re.escape(token.content)
         for token in added
         if not (token.single_word or token.normalized)
-        and not any(token.content in other for other in contents if other != token.content)
+        and sum(token.content in other.content for other in added) == 1
     ]
     return re.compile("|".join(plain)) if plain else None
 

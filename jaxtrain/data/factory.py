@@ -1,12 +1,12 @@
 """What every data factory is, and what it makes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.ledger import Ledger
-from jaxtrain.data.loader import iterate
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import Rows
 from jaxtrain.data.source import DataSource, Limits
@@ -86,6 +86,20 @@ class TrainingData:
             return plan.batch(step, self.process_index, self.process_count)
 
         return iterate(batch, start=start, stop=stop, threads=self.threads)
+
+
+def iterate(
+    batch: Callable[[int], Batch], *, start: int = 0, stop: int | None = None, threads: int = 2
+) -> Iterator[Batch]:
+    """The batches of updates `start` to `stop`, without end when it is None: the number of the
+    update is all the position there is. `threads` make them ahead, 0 makes each when asked for."""
+    # grain imports jax, which reading and checking data does without.
+    import grain
+
+    steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
+    # Batches are large and made much faster than they are used: two a thread is plenty.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(steps.map(batch).to_iter_dataset(options))
 
 
 class DataFactory(Factory, kind="data"):

@@ -1,7 +1,13 @@
-"""Orders that depend on their keys alone: not on a library's version, a machine or a past state."""
+"""Orders, draws, splits and mixtures of documents that depend on their keys alone: not on a
+library's version, a machine or a past state."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from jaxtrain.recipe.errors import DataError
+
+SPLIT, MIXTURE = 3, 4  # keep these draws apart from other orders under the same seed
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
@@ -31,3 +37,54 @@ def permutation(count: int, *keys: int) -> np.ndarray:
 def sample(count: int, size: int, *keys: int) -> np.ndarray:
     """`size` of `count` numbers, rising, so that files are read from front to back."""
     return np.sort(permutation(count, *keys)[:size])
+
+
+def split_by_content(digests: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rising document numbers for training and for evaluation, `share` of them in the second.
+
+    Equal documents go to the same side, so the share is met to within one group of equals."""
+    groups, members, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    if len(groups) < 2:
+        raise DataError(
+            f"train_eval_split needs two different documents, found {len(groups)} in {len(digests)}"
+        )
+    order = np.argsort(keyed(groups, SPLIT, seed), kind="stable")
+    # The cut whose number of documents is nearest to the share, with something on either side.
+    totals = np.cumsum(sizes[order])
+    cut = int(np.argmin(np.abs(totals[:-1] - share * len(digests)))) + 1
+    is_held_out = np.zeros(len(groups), dtype=bool)
+    is_held_out[order[:cut]] = True
+    held_out = is_held_out[members]
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def mixed_documents(
+    chosen: np.ndarray, sources: np.ndarray, weights: Sequence[float | None], seed: int
+) -> np.ndarray:
+    """Numbers of the documents of an epoch: as many as in `chosen`, each source cut or repeated to
+    its share. `sources[d]` is the source of document d; weights of None leave `chosen` as it is.
+
+    A source that is repeated is taken whole as often as it fits, and the rest is drawn."""
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
+        return chosen
+    passes: dict[int, list[np.ndarray]] = {}
+    for number, count in enumerate(_counts(len(chosen), shares)):
+        own = chosen[sources[chosen] == number]
+        if not len(own):
+            raise DataError(f"source {number} has a weight, and no document is left of it")
+        whole, rest = divmod(count, len(own))
+        drawn = np.sort(permutation(len(own), MIXTURE, seed, number)[:rest])
+        for turn, taken in enumerate([*[own] * whole, own[drawn]]):
+            passes.setdefault(turn, []).append(taken)
+    # Pass by pass, so that copies of a document do not stand beside one another.
+    return np.concatenate([taken for turn in sorted(passes) for taken in passes[turn]])
+
+
+def _counts(total: int, shares: Sequence[float]) -> list[int]:
+    """`total` divided by `shares`; what rounding leaves goes to the largest remainders."""
+    exact = np.array(shares) / sum(shares) * total
+    counts = np.floor(exact).astype(int)
+    for number in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[number] += 1
+    return counts.tolist()

@@ -1,12 +1,11 @@
 """Which documents share a row. Planned once over the whole set, so that the number of rows, and
 with it the length of an epoch, is known before the first step."""
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-BLOCK_BITS = 1024
 
 
 class RowPlan(NamedTuple):
@@ -42,59 +41,27 @@ class RowPlan(NamedTuple):
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each document, int64 [documents]: longest first, each into the fullest row that has
     room for it."""
-    rows = np.zeros(len(lengths), dtype=np.int64)
-    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms, num_rows = _Rooms(capacity), 0
+    rows, num_rows = np.zeros(len(lengths), dtype=np.int64), 0
+    rooms: list[int] = []  # that some row has, rising
+    rows_with: dict[int, list[int]] = {}
     order = np.argsort(-lengths, kind="stable")
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        room = rooms.tightest(length)
-        if room is None:
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
             row, room = num_rows, capacity
             num_rows += 1
         else:
+            room = rooms[place]
             row = rows_with[room].pop()
             if not rows_with[room]:
-                rooms.remove(room)
+                del rooms[place], rows_with[room]
         rows[document] = row
-        if room > length:
-            rows_with[room - length].append(row)
-            rooms.add(room - length)
+        left = room - length
+        if left and left not in rows_with:
+            insort(rooms, left)
+        if left:
+            rows_with.setdefault(left, []).append(row)
     return rows
-
-
-class _Rooms:
-    """A set of numbers that finds its least member from some number on in a few instructions: a
-    bit a number in blocks, and a bit a block in `_used`."""
-
-    def __init__(self, largest: int):
-        self._blocks = [0] * (largest // BLOCK_BITS + 1)
-        self._used = 0
-
-    def add(self, room: int) -> None:
-        block, bit = divmod(room, BLOCK_BITS)
-        self._blocks[block] |= 1 << bit
-        self._used |= 1 << block
-
-    def remove(self, room: int) -> None:
-        block, bit = divmod(room, BLOCK_BITS)
-        self._blocks[block] &= ~(1 << bit)
-        if not self._blocks[block]:
-            self._used &= ~(1 << block)
-
-    def tightest(self, length: int) -> int | None:
-        block, bit = divmod(length, BLOCK_BITS)
-        found = self._blocks[block] >> bit << bit
-        if not found:
-            later = self._used >> (block + 1) << (block + 1)
-            if not later:
-                return None
-            block = _lowest_bit(later)
-            found = self._blocks[block]
-        return block * BLOCK_BITS + _lowest_bit(found)
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

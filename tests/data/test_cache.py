@@ -322,6 +322,23 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     assert [folder.name for folder in (tmp_path / "c").iterdir()] == [huge.name]
 
 
+def test_the_limit_is_the_persons_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_DATA_CACHE_BYTES", "1500")
+    cache = DataCache(tmp_path / "c")
+    first, second = entry_of(cache, "a", 1000), entry_of(cache, "b", 1000)
+    assert not first.exists() and second.exists()
+
+
+def test_rows_in_use_outlive_their_entry(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"messages": chat(f"a{n}", "yes")} for n in range(9)])
+    factory = SFTDataFactory(SFTDataConfig(sources=("x",)), tiny_tokenizer(), 64)
+    data = factory.prepare([local(path)], {}, BatchShape(1, 3))
+    before = data.train.batch(1)
+    DataCache(limit_bytes=1).get({"name": "other"}, lambda folder: (folder / "x").write_text("x"))
+    assert not is_hit(note(local(path)))  # it was deleted
+    assert all((a == b).all() for a, b in zip(before, data.train.batch(1), strict=True))
+
+
 def test_the_template_is_what_the_tokenizer_ends_up_with(rows):
     note(local(rows), tokenizer=tiny_tokenizer(CHATML))
     assert is_hit(note(local(rows)))

@@ -103,6 +103,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("template", "messages", "expected"), TABLE.values(), ids=TABLE)
 def test_a1_exactly_the_assistant_is_trained(template, messages, expected):
+    """Trap F4 too: but for one, none of these templates says what is trained."""
     assert trained(template, messages) == expected
 
 
@@ -175,7 +176,7 @@ def test_a47_overlong_conversations():
     cut = outcome(CHATML, messages, max_length=length - 3, overlong="truncate")
     assert cut.truncated and len(cut.tokens) == length - 3 and cut.ended == 0
     gone = outcome(CHATML, messages, max_length=8, overlong="truncate")
-    assert gone == Dropped("no assistant text left after truncation", length)
+    assert gone.reason == "no assistant text left after truncation"
     refused = outcome(CHATML, messages, max_length=length - 1, overlong="error")
     assert refused.what.startswith(
         f"{length} tokens, but max_length is {length - 1}; set data.over"
@@ -204,6 +205,52 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
     replies = contents[1::2]
     assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]
+
+
+WORDS_AND_MARKUP = st.lists(
+    st.sampled_from(["a", "yes", " ", "\n", "é", "🙂", "12", "<|im_end|>", "<|eot|>", "river"]),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(WORDS_AND_MARKUP, min_size=2, max_size=9),
+    st.integers(4, 60),
+    st.sampled_from([CHATML, HEADERS, PLAIN, THINK]),
+)
+def test_a47_a_cut_row_is_the_start_of_the_whole_one(contents, max_length, template):
+    """Text behind the limit is not even tokenised: nothing before it may depend on it."""
+    whole = outcome(template, chat(*contents), overlong="error")
+    cut = outcome(template, chat(*contents), max_length=max_length, overlong="truncate")
+    dropped = outcome(template, chat(*contents), max_length=max_length)
+    if not isinstance(whole, Encoded):
+        assert cut.__class__ is whole.__class__
+    elif len(whole.tokens) <= max_length:
+        assert cut.tokens.tolist() == whole.tokens.tolist() and not cut.truncated
+        assert cut.weights.tolist() == whole.weights.tolist()
+    else:
+        assert dropped.reason == "longer than max_length" and dropped.length > max_length
+        expected = whole.weights[:max_length]
+        if expected.any():
+            assert cut.tokens.tolist() == whole.tokens[:max_length].tolist()
+            assert cut.weights.tolist() == expected.tolist() and cut.truncated
+        else:
+            assert cut.reason == "no assistant text left after truncation"
+
+
+def test_a_text_is_read_up_to_the_token_behind_its_limit_and_again_where_that_was_too_little():
+    encoder = ConversationEncoder(tiny_tokenizer(), max_length=8, overlong="truncate")
+    texts = ["<|im_start|>" + "a b c d " * 9 + "<|im_end|>" + "yes " * 50,  # over after 40
+             "<|im_start|>" * 2 + "The river was low" * 2 + "<|im_end|>" + "yes " * 50]  # fmt: skip
+    whole = encoder._backend.encode_batch(texts, add_special_tokens=False)
+    heads = encoder._encodings(texts)
+    assert [len(h.ids) < len(w.ids) for h, w in zip(heads, whole, strict=True)] == [True, True]
+    assert all(h.ids == w.ids[: len(h)] for h, w in zip(heads, whole, strict=True))
+    roomy = ConversationEncoder(tiny_tokenizer(), max_length=60, overlong="truncate")
+    few = ["The river was low that summer, and the boys walked across it without wet knees." * 4
+           + "<|im_end|>" + "yes " * 50]  # fmt: skip
+    assert len(roomy._encodings(few)[0].ids) > 60
 
 
 END_OF_ALL = CHATML.replace(

@@ -12,7 +12,7 @@ from jaxtrain.data import (
     CausalDataFactory,
     SFTDataFactory,
 )
-from jaxtrain.data.mixture import mixed_documents
+from jaxtrain.data.order import mixed_documents
 from jaxtrain.data.packing import slices
 from jaxtrain.recipe.data import (
     CausalDataConfig,
@@ -230,7 +230,7 @@ def resumable(tmp_path, kind):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["mixture", "split", "causal"])
-def test_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path, kind, hosts):
+def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path, kind, hosts):
     unbroken = resumable(tmp_path, kind)
     steps = unbroken.steps_per_epoch
     assert steps > 2

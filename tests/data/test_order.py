@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxtrain.data.loader import iterate
+from jaxtrain.data.factory import iterate
 from jaxtrain.data.order import permutation, sample
 from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
 from tests.data.made import documents_of, plan_of
@@ -49,6 +49,7 @@ def test_rows_that_do_not_divide_are_refused(plan):
 @pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
 def test_starting_at_an_update_gives_the_rest_of_the_unbroken_run(plan, start, threads):
+    """Traps A7 and, without threads, A25."""
     unbroken = [plan.batch(step) for step in range(7)]
     resumed = list(iterate(plan.batch, start=start, stop=7, threads=threads))
     assert len(resumed) == 7 - start

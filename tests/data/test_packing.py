@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.packing import best_fit, next_fit, plan_rows
+from jaxtrain.data.documents import INDEX_DTYPE, Documents
+from jaxtrain.data.packing import best_fit, next_fit, plan_rows, slices
+from jaxtrain.data.plan import BatchPlan, BatchShape
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200)
 
@@ -66,3 +68,40 @@ def test_a_document_longer_than_a_row_is_our_fault():
 def test_a4_no_two_packs_of_the_whole_set_would_fit_into_one(lengths):
     plan = plan_rows(np.array(lengths), 64, "best_fit", np.arange(len(lengths)))
     assert np.sort(plan.row_lengths)[:2].sum() > 64 or plan.num_rows == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    LENGTHS,
+    st.sampled_from(["best_fit", "next_fit", "none", "slices"]),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 9),
+)
+def test_a38_an_epoch_of_batches_is_its_documents_once_and_apart(lengths, rule, m, rows, seed):
+    """Over random documents, rules, shapes and seeds: every token once, with its weight but for
+    the first of each piece, at its place in the document, and in a segment of its own."""
+    lengths, total = np.array(lengths), sum(lengths)
+    random = np.random.default_rng(seed)
+    tokens = np.arange(1, total + 1, dtype=np.int32)  # so that each says where it belongs
+    weights = random.integers(0, 2, total).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    documents = Documents(tokens, weights, offsets, np.zeros(len(lengths), INDEX_DTYPE))
+    chosen = np.arange(len(lengths))
+    planned = (
+        slices(lengths, 64, chosen) if rule == "slices" else plan_rows(lengths, 64, rule, chosen)
+    )
+    plan = BatchPlan(documents, planned, BatchShape(m, rows), 64, seed)
+    batches = [plan.batch(step) for step in range(plan.steps_per_epoch)]
+    leaves = [np.concatenate([leaf.reshape(-1, 64) for leaf in part])
+              for part in zip(*(batch[:4] for batch in batches), strict=True)]  # fmt: skip
+    seen, places, segments, trained = leaves
+    filled = segments > 0
+    assert sorted(seen[filled]) == tokens.tolist() and not seen[~filled].any()
+    firsts = np.diff(segments, prepend=0, axis=1) > 0
+    expected = np.where(firsts, 0, weights[seen - 1]) * filled
+    assert (trained == expected).all()
+    owner = np.searchsorted(offsets, seen - 1, side="right")
+    same_segment = (segments[:, 1:] == segments[:, :-1]) & filled[:, 1:]
+    assert (same_segment == ((owner[:, 1:] == owner[:, :-1]) & filled[:, 1:])).all()
+    assert (np.diff(places, axis=1)[same_segment] == 1).all() and not places[firsts].any()

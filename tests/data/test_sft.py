@@ -11,8 +11,8 @@ from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.order import split_by_content
 from jaxtrain.data.rows import NamedRows
-from jaxtrain.data.split import split_by_content
 from jaxtrain.data.tokenise import BATCH_ROWS, POOL_ROWS, Tolerance, tokenise, workers_for
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
@@ -173,7 +173,7 @@ def failure(*args, **keys):
     return str(error.value)
 
 
-def test_nothing_to_train_on_at_all(tmp_path):
+def test_f4_nothing_to_train_on_at_all(tmp_path):
     rows = [{"messages": chat("a")}, {"messages": chat("a", "b " * 200)}]
     assert failure([source(tmp_path, rows)]) == (
         "no row is left: chats: 2 rows read, 1 dropped as no assistant text to train on, "
@@ -191,6 +191,15 @@ def test_faults_of_a_row_name_its_place(tmp_path):
     assert failure([source(tmp_path, rows)], overlong="error").startswith(f"{place}: 221 ")
     rows[2] = {"text": "a"}
     assert failure([source(tmp_path, rows)]).startswith(f"{place}: columns text hold no conver")
+
+
+def test_a25_batches_made_without_threads_are_the_same(tmp_path):
+    sources = [source(tmp_path, chats(30))]
+    with_threads, without = (
+        list(prepare(sources, dl_num_workers=threads).train_batches(0, 9)) for threads in (2, 0)
+    )
+    for one, other in zip(with_threads, without, strict=True):
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
 
 
 def test_sources_are_told_apart(tmp_path):

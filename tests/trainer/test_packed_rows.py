@@ -1,6 +1,12 @@
 """A document in a packed row is trained exactly as it would be alone, whatever computes
 attention."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +33,7 @@ def alone(batch: Batch) -> list[tuple[int, np.ndarray, Batch]]:
 
 @pytest.mark.parametrize("attention", ["reference", "splash_interpret"])
 def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
+    """Trap A5."""
     written = recipe(tmp_path, micro_batch_size=4)
     model_folder(
         tmp_path / "model", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -58,3 +65,21 @@ def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
             summed[name] += array
     for name, array in host(gradient).items():
         assert np.abs(array - summed[name]).max() < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_real_chats_with_real_weights_are_trained_packed_as_they_are_alone(tmp_path):
+    """Trap A5, in float32 on SmolLM2-135M and rows of 2048."""
+    program = Path(__file__).parents[1] / "packed_run.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    (packed, alone), (packed_norm, alone_norm, difference) = found["losses"], found["norms"]
+    assert found["documents"] >= 6 and found["weights"][0] == found["weights"][1] > 500
+    assert abs(packed - alone) < 1e-5 * alone
+    assert abs(packed_norm - alone_norm) < 1e-5 * alone_norm
+    assert difference < 1e-4 * alone_norm
