@@ -1,6 +1,7 @@
 """Checks that need more than one section of a recipe."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
 
 
+def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
+    for place, source in config.data.placed_sources():
+        if source.NEEDS is None:
+            continue
+        module, package = source.NEEDS
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:  # nor is the package around it
+            found = None
+        if found is None:
+            what = f"{source.type} needs {package}: pip install 'jaxtrain[{source.type}]'"
+            yield Fault(f"{place}.type", what)
+
+
 def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
     if config.pipeline.microbatches and config.mesh.pipeline == 1:
         yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
@@ -181,6 +196,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
     (("data",), _sources_write_what_is_read),
+    (("data",), _packages_are_installed),
     (("mesh", "pipeline"), _microbatches_have_stages),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),

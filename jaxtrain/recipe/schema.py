@@ -73,9 +73,10 @@ def shared_keys() -> str:
     rows = []
     for key, cls in _shared_sections():
         for name, field in cls.model_fields.items():
-            found = standing(f"{key}.{name}".lstrip("."))
+            written = f"{key}.{name}".lstrip(".")
+            found = standing(written.replace(".0.", "."))
             if found.standing != "own" and field.exclude is None:
-                rows.append(f"| `{found.key}` | {found.standing} | {found.reason} |")
+                rows.append(f"| `{written}` | {found.standing} | {found.reason} |")
     return "| key | here | how |\n|---|---|---|\n" + "\n".join(dict.fromkeys(rows)) + "\n"
 
 
