@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from snowflake.connector.errors import Error  # pyright: ignore[reportMissingImports]
+from snowflake.snowpark import Session  # pyright: ignore[reportMissingImports]
+from snowflake.snowpark.exceptions import SnowparkClientException  # pyright: ignore[reportMissingImports]
+from snowflake.snowpark.types import ArrayType, MapType, VariantType  # pyright: ignore[reportMissingImports]
 
 from jaxtrain.data.files import JsonLines, mapped, temporary_file
 from jaxtrain.data.rows import Rows, SelectedRows, renamed
@@ -38,10 +42,6 @@ class SnowflakeSource(DataSource):
 
 def _session() -> Any:
     """The one that is open, or one by the default connection; RecipeError when there is none."""
-    from snowflake.connector.errors import Error
-    from snowflake.snowpark import Session
-    from snowflake.snowpark.exceptions import SnowparkClientException
-
     try:
         return Session.builder.getOrCreate()
     except (Error, SnowparkClientException) as fault:
@@ -54,14 +54,12 @@ def _session() -> Any:
 def _kept(frame: Any, label: str) -> Rows:
     """The rows in a file without a name, one object a line. A query has no order, and a run must
     have one: it is that of the rows' digests."""
-    from snowflake.snowpark.types import ArrayType, MapType, VariantType
-
     nested = {
         field.name.strip('"')
         for field in frame.schema.fields
         if isinstance(field.datatype, ArrayType | MapType | VariantType)
     }
-    digests: list[bytes] = []
+    digests = bytearray()
     file = temporary_file()
     for record in frame.to_local_iterator():
         row = {
@@ -69,12 +67,12 @@ def _kept(frame: Any, label: str) -> Rows:
             for name, value in record.as_dict().items()
         }
         line = json.dumps(row, default=_plain).encode()
-        digests.append(hashlib.blake2b(line, digest_size=8).digest())
+        digests += hashlib.blake2b(line, digest_size=8).digest()
         file.write(line + b"\n")
     if not digests:
         raise DataError(f"{label}: no rows")
     file.flush()
-    order = np.argsort(np.frombuffer(b"".join(digests), dtype=np.uint64), kind="stable")
+    order = np.argsort(np.frombuffer(digests, dtype=np.uint64), kind="stable")
     return SelectedRows(JsonLines(Path(label), mapped(file, Path(label))), order)
 
 
@@ -84,9 +82,6 @@ def _plain(value: Any) -> float | str:
 
 @contextmanager
 def _faults(label: str) -> Iterator[None]:
-    from snowflake.connector.errors import Error
-    from snowflake.snowpark.exceptions import SnowparkClientException
-
     try:
         yield
     except (Error, SnowparkClientException) as fault:
