@@ -1,6 +1,7 @@
 """Preferences: replies to a prompt that were compared in pairs, or judged one by one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtrain.data.conversation import (
     tools_of,
     turns_of,
 )
-from jaxtrain.data.document_factory import DocumentFactory
+from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
     OVERLONG,
@@ -26,7 +27,7 @@ from jaxtrain.data.encode import (
 )
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows
-from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.plan import BatchPlan
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -279,17 +280,8 @@ class KTODataFactory(DocumentFactory):
     def row_tokens(self, plans: Sequence[RowPlan]) -> int:
         return fitting_length(plans, ROW_MULTIPLE, self.max_length)
 
-    def create_dataloader(
-        self,
-        documents: Documents,
-        rows: RowPlan,
-        shape: BatchShape,
-        *,
-        row_tokens: int,
-        train: bool,
-    ) -> BatchPlan:
-        seed, together = self.config.seed if train else None, self.config.ROWS_A_SAMPLE
-        return BatchPlan(documents, rows, shape, row_tokens, seed, together=together)
+    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
+        return replace(super().create_dataloader(dataset), together=self.config.ROWS_A_SAMPLE)
 
 
 class DPODataFactory(KTODataFactory):

@@ -90,8 +90,8 @@ class DataSourceConfig(TypedSection):
         for these in the cache's key."""
         return ("name", "split", "sample_ratio", "sample_count", "sample_seed", "weight")
 
-    NEEDS: ClassVar[tuple[str, str] | None] = None
-    """Module and package of an extra, which is called as the source's type."""
+    NEEDS: ClassVar[str] = ""
+    """Package of an extra that is called as the source's type."""
 
     @property
     def is_tokenised(self) -> bool:

@@ -30,7 +30,7 @@ class SnowflakeSourceConfig(DataSourceConfig):
     batch_size: int = Field(default=1024, ge=1)
     """No effect: the package fetches rows in parts of its own."""
 
-    NEEDS: ClassVar[tuple[str, str]] = ("snowflake.snowpark", "snowflake-snowpark-python")
+    NEEDS: ClassVar[str] = "snowflake-snowpark-python"
 
     @property
     def says_which_rows(self) -> tuple[str, ...]:

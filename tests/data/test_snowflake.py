@@ -1,9 +1,10 @@
 """Rows of Snowflake, through its own package in the mode in which that runs without an account."""
 
+from importlib import metadata
+
 import numpy as np
 import pytest
 
-from jaxtrain.recipe.checks import find_spec
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.resolve import resolve
 from jaxtrain.recipe.snowflake import SnowflakeSourceConfig
@@ -24,11 +25,9 @@ def faults(source):
 
 def test_without_the_package_a_recipe_is_refused_before_anything_starts(monkeypatch):
     def nothing(name):
-        if name.startswith("snowflake"):
-            raise ModuleNotFoundError(name)
-        return find_spec(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("jaxtrain.recipe.checks.find_spec", nothing)
+    monkeypatch.setattr(metadata, "distribution", nothing)
     assert faults(TABLE) == [
         "data.sources.1.type: snowflake needs snowflake-snowpark-python: pip install "
         "'jaxtrain[snowflake]'"
