@@ -66,7 +66,8 @@ def row_length(config: TrainerConfig) -> str:
 def batch(config: TrainerConfig) -> str:
     """Rows an update."""
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
-    of_shard = f"{rows} x {pieces} accumulated = {rows * pieces} rows a batch shard"
+    what = "pairs" if config.data.ROWS_A_SAMPLE == 2 else "rows"
+    of_shard = f"{rows} x {pieces} accumulated = {rows * pieces} {what} a batch shard"
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
     fixed = math.prod(size for size in sizes.values() if size != -1)
