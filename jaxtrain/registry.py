@@ -99,7 +99,10 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
         "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
         "text": _source("local:TextSource", "TextDataSourceConfig"),
-        "snowflake": Entry("", "jaxtrain.recipe.snowflake:SnowflakeSourceConfig"),
+        "snowflake": Entry(
+            "jaxtrain.data.snowflake:SnowflakeSource",
+            "jaxtrain.recipe.snowflake:SnowflakeSourceConfig",
+        ),
     },
     "optimizer": {
         **{

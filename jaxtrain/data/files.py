@@ -86,9 +86,9 @@ def open_files(
 class _Records:
     """Byte ranges of one file, each of which is parsed to a row on access."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap | None = None):
+    def __init__(self, path: Path, bytes_of: mmap.mmap | None = None):
         self.path = path
-        self._bytes = _mapped(path) if mapped is None else mapped
+        self._bytes = _mapped(path) if bytes_of is None else bytes_of
         bounds = array("q", (bound for pair in self._ranges() for bound in pair))
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         if len(self._bounds) == 0:
@@ -295,11 +295,11 @@ class ArrowRows:
 
 def json_rows(path: Path) -> Rows:
     """A list of objects; files with one object a line often bear this suffix too."""
-    mapped = _mapped(path)
-    start = NOT_BLANK.match(mapped, len(BOM) if mapped[: len(BOM)] == BOM else 0)
+    whole = _mapped(path)
+    start = NOT_BLANK.match(whole, len(BOM) if whole[: len(BOM)] == BOM else 0)
     if start is None or start[1] != b"{":
-        return JsonArray(path, mapped)
-    lines = JsonLines(path, mapped)
+        return JsonArray(path, whole)
+    lines = JsonLines(path, whole)
     try:
         lines[0]
     except DataError:
@@ -341,7 +341,7 @@ def _mapped(path: Path) -> Any:
     """The bytes of a file, unpacked if its suffix says so, as a read-only memory map."""
     with path.open("rb") as file:
         if path.suffix.lower() not in COMPRESSED:
-            return _map(file, path)
+            return mapped(file, path)
         import pyarrow as pa
 
         codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
@@ -353,10 +353,11 @@ def _mapped(path: Path) -> Any:
             except OSError as fault:
                 raise DataError(f"{path}: cannot be unpacked: {_first(fault)}") from None
             unpacked.flush()
-            return _map(unpacked, path)
+            return mapped(unpacked, path)
 
 
-def _map(file: Any, path: Path) -> Any:
+def mapped(file: Any, path: Path) -> Any:
+    """A read-only map of an open file, which messages call `path`."""
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:  # an empty file cannot be mapped

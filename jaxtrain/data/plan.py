@@ -99,6 +99,7 @@ class BatchPlan:
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """One process's columns of the update: leaves [M, B / processes, T], rows [M, B / p]."""
         own, rest = divmod(self.shape.rows, process_count)
+        rest += own % self.together
         if rest:
             raise ValueError(
                 f"{self.shape.rows} rows of a microbatch do not divide by {process_count} processes"

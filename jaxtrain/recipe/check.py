@@ -83,7 +83,8 @@ def batch(config: TrainerConfig) -> str:
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
     sizes = batch_sizes(config)
     (n, size), *others = sizes.items()
-    counts = [f"{size:,} row{'s' * (size != 1)} an update on {n}"]
+    what = "pair" if config.data.ROWS_A_SAMPLE == 2 else "row"
+    counts = [f"{size:,} {what}{'s' * (size != 1)} an update on {n}"]
     counts += [f"{size:,} on {n}" for n, size in others]
     devices = "device" if [*sizes] == [1] else "devices"
     return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"

@@ -114,6 +114,20 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
 
 
+def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
+    for place, source in config.data.placed_sources():
+        if source.NEEDS and not _is_installed(source.NEEDS):
+            what = f"{source.type} needs {source.NEEDS}: pip install 'jaxtrain[{source.type}]'"
+            yield Fault(f"{place}.type", what)
+
+
+def _is_installed(package: str) -> bool:
+    try:  # not by `find_spec`: wandb leaves a folder of its own name where it runs
+        return metadata.distribution(package) is not None
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
     if config.pipeline.microbatches and config.mesh.pipeline == 1:
         yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
@@ -186,10 +200,7 @@ def _extras_are_installed(config: TrainerConfig) -> Iterator[Fault]:
         ("tensorboard", config.tensorboard.enable, "tensorboardX"),
         ("wandb", config.wandb.is_on, "wandb"),
     ):
-        try:
-            if is_on:  # not by `find_spec`: wandb leaves a folder of its own name where it runs
-                metadata.distribution(package)
-        except metadata.PackageNotFoundError:
+        if is_on and not _is_installed(package):
             what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
             yield Fault(f"{key}.enable", what)
 
@@ -209,6 +220,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
     (("data",), _sources_write_what_is_read),
+    (("data",), _packages_are_installed),
     (("mesh", "pipeline"), _microbatches_have_stages),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),

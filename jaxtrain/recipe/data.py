@@ -90,6 +90,9 @@ class DataSourceConfig(TypedSection):
         for these in the cache's key."""
         return ("name", "split", "sample_ratio", "sample_count", "sample_seed", "weight")
 
+    NEEDS: ClassVar[str] = ""
+    """Package of an extra that is called as the source's type."""
+
     @property
     def is_tokenised(self) -> bool:
         return not self.process

@@ -36,12 +36,9 @@ TABLE = (
     NotBuilt("tokenizer.tokenize_kwargs", is_set, "remove it"),
     NotBuilt("tokenizer.extra_tokens", is_set, "write them into the tokenizer's folder"),
     NotBuilt("tokenizer.pad_token", is_set, "remove it: padding has no part in the loss"),
-    NotBuilt("data.sources.*.type", planned("data_source"), "export the rows to a parquet file"),
-    NotBuilt(
-        "data.eval_sources.*.type", planned("data_source"), "export the rows to a parquet file"
-    ),
-    NotBuilt(
-        "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
+    *(
+        NotBuilt(f"data.{place}.dataset_uri", is_set, "use table_name or sql")
+        for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ),
     NotBuilt(
         "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"

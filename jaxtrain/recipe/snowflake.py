@@ -1,6 +1,7 @@
 """Sources in a Snowflake account."""
 
 import re
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ class SnowflakeSourceConfig(DataSourceConfig):
     """Rows of a query, a table or a data set."""
 
     sql: str | None = None
+    """A query; its rows are put into an order of their own."""
     table_name: str | None = None
     """`[[db.]schema.]table`, all its columns."""
     dataset_uri: str | None = None
@@ -24,8 +26,20 @@ class SnowflakeSourceConfig(DataSourceConfig):
     column: str = "text"
     """Text column of causal rows."""
     limit: int | None = Field(default=None, gt=0)
+    """At most so many rows."""
     batch_size: int = Field(default=1024, ge=1)
-    """Rows a fetch."""
+    """No effect: the package fetches rows in parts of its own."""
+
+    NEEDS: ClassVar[str] = "snowflake-snowpark-python"
+
+    @property
+    def says_which_rows(self) -> tuple[str, ...]:
+        place = ("sql", "table_name", "dataset_uri", "limit", "batch_size")
+        return (*super().says_which_rows, *place)
+
+    @property
+    def text_column(self) -> str:
+        return self.column
 
     @model_validator(mode="after")
     def _one_place(self) -> "SnowflakeSourceConfig":

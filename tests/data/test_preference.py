@@ -302,6 +302,8 @@ def test_hosts_and_restarts_see_the_same_pairs(tmp_path):
         parts = [plan.batch(step, index, 4) for index in range(4)]
         assert (np.concatenate([part.tokens for part in parts], axis=1) == whole.tokens).all()
         assert (plan.batch(step).rows == whole.rows).all()
+    with pytest.raises(ValueError, match="8 rows of a microbatch do not divide by 8 processes"):
+        plan.batch(0, 0, 8)
 
 
 def test_a_copy_of_a_pair_is_never_held_out_from_itself(tmp_path):

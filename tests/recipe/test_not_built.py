@@ -15,7 +15,7 @@ BASE = {
     "eval_interval": 10,
     "train_iters": 100,
 }
-SNOWFLAKE = {"type": "snowflake", "table_name": "t"}
+SNOWFLAKE = {"type": "snowflake", "dataset_uri": "snow://dataset/a/versions/b"}
 
 
 def model(**keys):
@@ -47,9 +47,9 @@ EXAMPLES = {
     "tokenizer.tokenize_kwargs": {"tokenizer": {"tokenize_kwargs": {"truncation": True}}},
     "tokenizer.extra_tokens": {"tokenizer": {"extra_tokens": ["<x>"]}},
     "tokenizer.pad_token": {"tokenizer": {"pad_token": "<pad>"}},
-    "data.sources.*.type": {"data": {"sources": [SNOWFLAKE]}, "eval_interval": 0},
-    "data.eval_sources.*.type": {"data": {"sources": ["a/b"], "eval_sources": [SNOWFLAKE]}},
-    "data.eval_sources.*.*.type": {
+    "data.sources.*.dataset_uri": {"data": {"sources": [SNOWFLAKE]}, "eval_interval": 0},
+    "data.eval_sources.*.dataset_uri": {"data": {"sources": ["a/b"], "eval_sources": [SNOWFLAKE]}},
+    "data.eval_sources.*.*.dataset_uri": {
         "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
     },
     "data.streaming": data(streaming=True),
@@ -108,7 +108,8 @@ def asked(key):
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.key)
 def test_a_row_refuses_by_name(row):
-    (fault,) = resolve(asked(row.key)).faults
+    faults = resolve(asked(row.key)).faults
+    (fault,) = (fault for fault in faults if "pip install" not in fault.what)
     plain = ".".join("*" if part.isdigit() else part for part in fault.key.split("."))
     assert plain == row.key.replace("eval_sources.*.*", "eval_sources.x.*")
     assert fault.what.startswith(f"is not built yet, {row.instead} (found ")
@@ -127,7 +128,7 @@ def test_the_key_that_was_written_is_named():
     )
 
 
-@pytest.mark.parametrize("kind", ["trainer", "optimizer", "data_source"])
+@pytest.mark.parametrize("kind", ["trainer", "optimizer"])
 def test_a_planned_class_cannot_be_had(kind):
     for name in filter(lambda name: registry.is_planned(kind, name), registry.names(kind)):
         with pytest.raises(ValueError, match="is not built yet"):
