@@ -42,8 +42,15 @@ def cli(ctx: click.Context) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="KEY",
+    help="Resume though this key of the recipe has changed and the state may not fit it.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
+def train(recipe: Path, overrides: tuple[str, ...], allowed: tuple[str, ...], debug: bool) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     from jaxtrain.recipe.resolve import resolve
 
@@ -55,7 +62,9 @@ def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
     from jaxtrain import registry
 
     remember_compilations()
-    registry.find("trainer", config.type)(config).train()
+    trainer = registry.find("trainer", config.type)(config)
+    trainer.allowed_changes = allowed
+    trainer.train()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

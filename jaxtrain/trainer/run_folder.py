@@ -12,7 +12,7 @@ import yaml
 
 from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.writer import JsonLines, plot_loss, read_rows
-from jaxtrain.recipe.dump import to_yaml
+from jaxtrain.recipe.dump import differences, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -47,7 +47,7 @@ class RunFolder:
                     f"run_dir: {self.path} is not empty and holds no run; use another"
                 )
             return
-        differing = _differences(
+        differing = differences(
             yaml.safe_load(recipe.read_text()), yaml.safe_load(to_yaml(self.config))
         )
         if differing and not may_resume:
@@ -89,14 +89,18 @@ class RunFolder:
         return None
 
 
-def _circumstances() -> dict[str, Any]:
-    """Command line, versions and commit of this process."""
-    versions = {}
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def _circumstances() -> dict[str, Any]:
+    """Command line, versions and commit of this process."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
@@ -104,17 +108,6 @@ def _circumstances() -> dict[str, Any]:
     return {
         "argv": sys.argv,
         "python": sys.version.split()[0],
-        "versions": versions,
+        "versions": versions(),
         "git_commit": commit.stdout.strip() or None,
     }
-
-
-def _differences(a: Any, b: Any, key: str = "") -> list[str]:
-    """Dotted keys in which two recipes differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            found
-            for name in sorted(a.keys() | b.keys())
-            for found in _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if a == b else [key]

@@ -38,6 +38,7 @@ from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
+from jaxtrain.trainer import resume
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.callbacks import Callbacks, Control
@@ -81,6 +82,10 @@ class Trainer(registry.Registered, kind="trainer"):
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
+    allowed_changes: Sequence[str] = ()
+    """Keys in which the recipe may differ from that of the checkpoint it resumes, though the state
+    may not fit."""
+
     def __init__(
         self,
         config: TrainerConfig,
@@ -97,6 +102,8 @@ class Trainer(registry.Registered, kind="trainer"):
         self.console = Console(is_writer=jax.process_index() == 0)
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
+        self.schedule_start = 0
+        """update from which the schedule counts"""
 
         # Data comes before weights: a recipe that trains nothing is found in seconds.
         model_factory = self._made("model", config.model)
@@ -128,6 +135,8 @@ class Trainer(registry.Registered, kind="trainer"):
         )
         self._compile()
         self.global_step = 0
+        self.position = 0
+        """number of the next batch"""
         self.eval_metrics: dict[str, float] = {}
         """of the evaluation after the newest update, empty when there was none"""
         self._state: TrainState | None = None
@@ -168,6 +177,8 @@ class Trainer(registry.Registered, kind="trainer"):
         self._tell("on_init_end")
         self.start()
         if self.global_step < self.last_step:
+            for engine in self.checkpoint_engines:
+                engine.begin(self.global_step)
             self.run_folder.open(resumed_at=self.global_step)
             self.console.header(header(self))
             self._tell("on_train_begin")
@@ -196,6 +207,7 @@ class Trainer(registry.Registered, kind="trainer"):
             self._tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
             self.global_step += 1
+            self.position += 1
             # The device is busy with this update, so reading the metrics of the one before costs
             # nothing.
             self.report.update(self.global_step, metrics)
@@ -228,16 +240,17 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
-        epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
+        epoch, within = divmod(self.position, self.data.steps_per_epoch)
         requested = self.control.taken("should_save")
         moment = Moment(self.global_step, 0 if within else epoch, self._ended, requested)
         for engine in self.checkpoint_engines:
+            engine.note_score(moment.step, self.eval_metrics)
             if engine.is_due(moment):
                 self.report.flush()
-                engine.note_score(moment.step, self.eval_metrics)
                 path = engine.path(moment.step)
                 with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)
+                engine.last_saved = moment.step
                 self._tell("on_save", engine=engine.name, path=path)
 
     def add_callback(self, callback: Any) -> None:
@@ -256,32 +269,45 @@ class Trainer(registry.Registered, kind="trainer"):
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
 
-    def save_model(self, folder: Path | str) -> None:
-        """Export the weights to a folder that `transformers` loads."""
+    def save_model(
+        self, folder: Path | str, *, max_shard_bytes: float = 4e9, verify: bool = True
+    ) -> None:
+        """Export the weights to a folder that `transformers` loads; CheckpointError if it reads
+        back as something else, and then there is no folder."""
         self.model.save(
             Path(folder),
             self.state.params,
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
+            max_shard_bytes=max_shard_bytes,
+            verify=verify,
             add_files=partial(save_tokenizer, self.tokenizer),
         )
 
     def start(self) -> None:
-        """Read the weights, or restore the newest checkpoint; once."""
+        """Read the weights, or restore the checkpoint that the recipe goes on from; once."""
         if self._state is not None:
             return
-        engine = next((e for e in self.checkpoint_engines if e.config.auto_resume), None)
-        if engine is not None and engine.steps():
-            self.global_step = engine.steps()[-1]
-            with self.console.phase(f"restoring {engine.path(self.global_step)}"):
-                self._state = engine.load(self.state_shapes)
-            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
+        resumes = (e for e in self.checkpoint_engines if e.config.auto_resume or e.config.start)
+        engine = next(resumes, None)
+        if engine is not None and (engine.config.start or engine.steps()):
+            self.restore(engine)
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
-        with self.console.phase("reading the weights"), jax.set_mesh(self.mesh):
-            params = self.model.load(self.shardings.params, seed=self.config.seed)
-            make = partial(new_state, optimizer=self.optimizer)
-            self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+        with self.console.phase("reading the weights"):
+            with jax.set_mesh(self.mesh):
+                params = self.model.load(self.shardings.params, seed=self.config.seed)
+            self._state = self.new_state(params)
+
+    def new_state(self, params: Any) -> TrainState:
+        """The state before the first update of these parameters, which are donated."""
+        make = partial(new_state, optimizer=self.optimizer)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+
+    def restore(self, engine: CheckpointEngine) -> None:
+        """Go on from the engine's checkpoint."""
+        resume.restore(self, engine)
 
     # What the loop asks.
 
@@ -306,8 +332,9 @@ class Trainer(registry.Registered, kind="trainer"):
     def train_batches(self) -> Iterator[Batch]:
         """On the devices, from here to the end of the epoch, or of the run."""
         of_epoch = self.data.steps_per_epoch
-        end = min((self.global_step // of_epoch + 1) * of_epoch, self.last_step)
-        for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
+        of_run = self.position + self.last_step - self.global_step
+        end = min((self.position // of_epoch + 1) * of_epoch, of_run)
+        for batch in self.report.timed(self.data.train_batches(self.position, end)):
             yield self.geometry.on_devices(batch)
 
     def eval_batches(self, name: str) -> Iterator[Batch]:
@@ -316,11 +343,16 @@ class Trainer(registry.Registered, kind="trainer"):
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
 
     @property
-    def training_horizon(self) -> int:
-        """Updates that the recipe plans, which is the length of the schedule."""
+    def planned_updates(self) -> int:
+        """Of the recipe, from the first one on."""
         horizon = self.config.horizon(self.data.steps_per_epoch)
         assert horizon is not None
         return horizon
+
+    @property
+    def training_horizon(self) -> int:
+        """Length of the schedule: from where it begins to the end that the recipe plans."""
+        return self.planned_updates - self.schedule_start
 
     @property
     def warmup_steps(self) -> int:
@@ -330,12 +362,17 @@ class Trainer(registry.Registered, kind="trainer"):
     @property
     def last_step(self) -> int:
         """The update after which this run ends."""
-        return min(self.training_horizon, self.config.exit_iteration or self.training_horizon)
+        return min(self.planned_updates, self.config.exit_iteration or self.planned_updates)
 
     @property
     def lineage(self) -> dict[str, Any]:
         """What a checkpoint and a run that continues it must agree in."""
         return lineage(self.config, global_batch=self.geometry.global_batch)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays."""
+        return resume.metadata(self)
 
     @property
     def callback_states(self) -> dict[str, Any]:
@@ -413,7 +450,7 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def _refuse_foreign_folders(self) -> None:
         """RecipeError where this run would write into the files of another."""
-        resumes = [engine for engine in self.checkpoint_engines if engine.config.auto_resume]
+        goes_on = any(engine.config.goes_on for engine in self.checkpoint_engines)
         for engine in self.checkpoint_engines:
-            engine.refuse_foreign(may_resume=bool(resumes))
-        self.run_folder.refuse_foreign(may_resume=bool(resumes))
+            engine.refuse_foreign(may_resume=goes_on)
+        self.run_folder.refuse_foreign(may_resume=goes_on)

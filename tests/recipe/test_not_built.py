@@ -22,10 +22,6 @@ def model(**keys):
     return {"model": {"name_or_path": "m", **keys}}
 
 
-def saves(**keys):
-    return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
-
-
 def exports(**keys):
     return {"checkpoint": [{"type": "huggingface", "output_dir": "a", **keys}]}
 
@@ -84,15 +80,7 @@ EXAMPLES = {
     "wandb.enable": {"wandb": {"enable": True}},
     "logger.print_output_ranks": {"logger": {"print_output_ranks": [1]}},
     "logger.file_output_ranks": {"logger": {"file_output_ranks": []}},
-    "checkpoint.*.save_after_step": saves(save_after_step=5),
-    "checkpoint.*.keep_every_n_steps": saves(keep_every_n_steps=20),
-    "checkpoint.*.save_model_only": saves(save_model_only="all_but_last"),
-    "checkpoint.*.reset": saves(reset=["data"]),
-    "checkpoint.*.on_corrupt": saves(on_corrupt="previous"),
-    "checkpoint.*.resume_from": saves(resume_from=10),
     "checkpoint.*.adapter": exports(adapter="merged"),
-    "checkpoint.*.verify_export": exports(verify_export=True),
-    "checkpoint.*.max_shard_size": exports(max_shard_size="1GB"),
     "deepspeed.zero_optimization.offload_optimizer.device": zero(
         offload_optimizer={"device": "cpu"}
     ),
