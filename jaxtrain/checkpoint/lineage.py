@@ -1,6 +1,7 @@
 """Whether a run may go on with the state of another: what has changed between their recipes."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 """Part that is not restored → what may differ then."""
 
 
-def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: set[str]) -> None:
+def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: Collection[str]) -> None:
     """Say what has changed; RecipeError for what the state does not fit, unless it is allowed by
     name or its part is reset."""
     before, now = saved["lineage"], json.loads(json.dumps(trainer.lineage))

@@ -107,8 +107,8 @@ class OrbaxEngine(CheckpointEngine):
                 return self._read(path, model)
             except DamagedCheckpoint as error:
                 if self.config.on_corrupt == "stop":
-                    what = f"{error}; on_corrupt: previous goes on from the one before it"
-                    raise CheckpointError(what) from error
+                    what = "remove it, or write on_corrupt: previous to go on from the one before"
+                    raise CheckpointError(f"{error}; {what}") from error
                 if before is None:
                     raise CheckpointError(f"{error}; there is none before it") from error
                 self.trainer.console.line(f"WARNING: {error}; going on from {before.name}")

@@ -38,8 +38,9 @@ def verify_folder(folder: Path, params: Params, config: DecoderConfig, dtype: st
         read = load_params(folder, found, shapes, shardings, dtype)
     except WeightError as error:
         raise _failed(str(error)) from error
-    same = jax.tree_util.tree_leaves_with_path(jax.tree.map(partial(_same, dtype), params, read))
-    if other := [path_name(path) for path, is_same in same if not is_same]:
+    same = jax.device_get(_same(dtype, params, read))
+    is_same = jax.tree_util.tree_leaves_with_path(same)
+    if other := [path_name(path) for path, yes in is_same if not yes]:
         raise _failed(f"{len(other)} parameters read back as others, first {other[0]}")
     wanted_BTV, found_BTV = (np.asarray(_logits(graph, dtype, tree)) for tree in (params, read))
     # The parameters are equal; what is left to find is a model that cannot be computed from them.
@@ -52,11 +53,11 @@ def _failed(what: str) -> CheckpointError:
 
 
 @partial(jax.jit, static_argnums=0)
-def _same(dtype: str, ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    """Bit for bit, so that NaN equals NaN and 0 is not -0."""
+def _same(dtype: str, ours: Params, theirs: Params) -> Params:
+    """Of each parameter, whether it is equal bit for bit: NaN equals NaN, 0 is not -0."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(dtype).itemsize]
     as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return (as_bits(ours.astype(dtype)) == as_bits(theirs)).all()
+    return jax.tree.map(lambda a, b: (as_bits(a.astype(dtype)) == as_bits(b)).all(), ours, theirs)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
