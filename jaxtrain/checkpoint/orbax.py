@@ -126,6 +126,8 @@ class OrbaxEngine(CheckpointEngine):
         return [start]
 
     def _read(self, path: Path, model: Any) -> Any:
+        if not path.is_dir():
+            raise CheckpointError(f"resume_from: there is no {path}")
         try:
             saved = read_metadata(path)
         except CheckpointError as error:

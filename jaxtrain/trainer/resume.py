@@ -19,6 +19,7 @@ def metadata(trainer: "Trainer") -> dict[str, Any]:
         "schedule_start": trainer.schedule_start,
         "eval_metrics": trainer.eval_metrics,
         "callbacks": trainer.callback_states,
+        "report": trainer.report.state_dict(),
         "lineage": trainer.lineage,
         "recipe": effective(trainer.config),
         "versions": versions(),
@@ -44,6 +45,8 @@ def restore(trainer: "Trainer", engine: CheckpointEngine) -> None:
         for name, kept in saved.get("callbacks", {}).items()
         if _part_of(name) not in reset
     })  # fmt: skip
+    if "report" in saved:
+        trainer.report.load_state_dict(saved["report"])
     without = f", not restored: {', '.join(reset)}" if reset else ""
     trainer.console.line(f"continuing after update {step}{without}")
 
@@ -56,10 +59,7 @@ def _part_of(name: str) -> str:
 
 def _count_schedule_from(trainer: "Trainer", start: int) -> None:
     """Begin the schedule with this update; it ends with the run all the same."""
-    if start == trainer.schedule_start:
-        return
-    trainer.schedule_start = start
-    factory = trainer._made("scheduler", trainer.config.scheduler)
-    made = factory.create_scheduler(trainer.config.optimizer)
-    trainer.schedule = lambda update: made(update - start)
-    trainer._spec = trainer._spec._replace(schedule=trainer.schedule)
+    if start != trainer.schedule_start:
+        trainer.schedule_start = start
+        for made_from_it in ("scheduler", "_spec"):
+            vars(trainer).pop(made_from_it, None)

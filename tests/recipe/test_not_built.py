@@ -68,18 +68,7 @@ EXAMPLES = {
     "eval_after_step": 5,
     "eval_every_n_epochs": 1,
     "early_stopping": {"patience": 2},
-    "train_log_iter_interval": 0,
-    "train_log_metrics_path": "x.jsonl",
-    "loss_log_interval": 0,
-    "eval_log_iter_interval": 0,
     "kill_switch_path": "no/such/file",
-    "profile": {"start_step": 1},
-    "mem_profiler": "e2e",
-    "mem_profiler_dir": "x",
-    "tensorboard.enable": {"tensorboard": True},
-    "wandb.enable": {"wandb": {"enable": True}},
-    "logger.print_output_ranks": {"logger": {"print_output_ranks": [1]}},
-    "logger.file_output_ranks": {"logger": {"file_output_ranks": []}},
     "checkpoint.*.adapter": exports(adapter="merged"),
     "deepspeed.zero_optimization.offload_optimizer.device": zero(
         offload_optimizer={"device": "cpu"}
