@@ -43,6 +43,11 @@ TABLE = (
     NotBuilt(
         "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
     ),
+    NotBuilt(
+        "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"
+    ),
+    NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
+    NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
     NotBuilt("optimizer.groups", is_set, "remove it"),
     NotBuilt("optimizer.state_dtype", other_than("float32"), "remove it"),

@@ -73,6 +73,7 @@ _NO_EFFECT = (
     ("model", "save_name", "nothing reads it, upstream neither"),
     ("model.peft_config", _PEFT_OTHER, "nothing here depends on it"),
     ("data", "use_data_cache cache_processed_data", "the cache is always on, remove the key"),
+    ("data", "cache_fs_type", "whoever comes first claims rows by a file, and prepares them"),
     *(("deepspeed", names, why) for why, names in deepspeed.NO_EFFECT.items()),
     *(
         (f"deepspeed.{section}", names, why)

@@ -22,6 +22,10 @@ def model(**keys):
     return {"model": {"name_or_path": "m", **keys}}
 
 
+def data(**keys):
+    return {"data": BASE["data"] | keys}
+
+
 def exports(**keys):
     return {"checkpoint": [{"type": "huggingface", "output_dir": "a", **keys}]}
 
@@ -44,6 +48,9 @@ EXAMPLES = {
     "data.eval_sources.*.*.type": {
         "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
     },
+    "data.streaming": data(streaming=True),
+    "data.batch_tokens": data(batch_tokens=4096),
+    "data.max_length_buckets": data(max_length_buckets=4),
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "optimizer.groups": {"optimizer": {"groups": [{"match": "embed"}]}},
     "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
