@@ -357,6 +357,11 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays."""
+        return resume.metadata(self)
+
+    @property
     def callback_states(self) -> dict[str, Any]:
         """State of the callbacks that keep any; part of a checkpoint."""
         return self._callbacks.state_dict()

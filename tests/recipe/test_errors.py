@@ -160,11 +160,11 @@ ACROSS = {
     ),
     "reset of nothing": (
         saves(reset=["optimizer"]),
-        "checkpoint.0: reset: nothing is resumed; write auto_resume or resume_from as well",
+        "checkpoint.0.reset: nothing is resumed; write auto_resume or resume_from as well",
     ),
     "resume of weights": (
         saves(save_model_only=True, auto_resume=True),
-        "checkpoint.0: auto_resume: weights alone cannot resume; write save_model_only: "
+        "checkpoint.0.auto_resume: weights alone cannot resume; write save_model_only: "
         "all_but_last",
     ),
     "rollback to weights": (

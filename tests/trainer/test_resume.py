@@ -98,7 +98,9 @@ def test_other_data_cannot_continue_a_run_unless_allowed(tmp_path, monkeypatch, 
     file.write_text(yaml.safe_dump(changed))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     arguments = [str(file), "train_iters=2", "--allow-change", "data.sources"]
-    cli(arguments, standalone_mode=False)
+    with pytest.raises(RecipeError, match="^global_batch: is 16, .* has 2; .* --allow-change glob"):
+        cli(arguments, standalone_mode=False)  # on the eight devices of the tests
+    cli([*arguments, "--allow-change", "global_batch"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "continuing after update 1" in said and "finished: 2 updates" in said
     assert "changed since global_step_1: data.sources" in said
