@@ -46,13 +46,26 @@ def cli(ctx: click.Context) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="KEY",
+    help="Resume though this key of the recipe has changed and the state may not fit it.",
+)
+@click.option(
     "--python_profile",
     type=click.Choice(["tottime", "cumtime", "disable"]),
     default="disable",
     help="At the end, print where this process's Python code spent its time, in this order.",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def train(recipe: Path, overrides: tuple[str, ...], python_profile: str, debug: bool) -> None:
+def train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    allowed: tuple[str, ...],
+    python_profile: str,
+    debug: bool,
+) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     from jaxtrain.recipe.resolve import resolve
 
@@ -65,7 +78,9 @@ def train(recipe: Path, overrides: tuple[str, ...], python_profile: str, debug: 
 
     remember_compilations()
     with profiled(python_profile):
-        registry.find("trainer", config.type)(config).train()
+        trainer = registry.find("trainer", config.type)(config)
+        trainer.allowed_changes = allowed
+        trainer.train()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

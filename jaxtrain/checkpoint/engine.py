@@ -5,14 +5,18 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxtrain.checkpoint.retention import ranked, retained
-from jaxtrain.recipe.checkpoint import CheckpointConfig
+from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.registry import Factory
 
-PREFIX = "global_step_"
+METADATA = "metadata.json"
+UNFINISHED = f".{PREFIX}"
+"""Begins the name of a folder that is being written or removed; never that of a checkpoint."""
 
 
 class Moment(NamedTuple):
@@ -28,17 +32,23 @@ class Moment(NamedTuple):
 
 
 class CheckpointEngine(Factory, kind="checkpoint"):
-    """Writes `output_dir/global_step_N/` after N updates. A directory has that name only when
-    complete."""
+    """Writes `output_dir/global_step_N/` after N updates. A directory has that name only while it
+    is complete."""
 
     events = {"load": "load", "save": "save"}
-    is_full_state: ClassVar[bool] = False
+    is_full_state: bool = False
     """A run can be continued from it."""
     config: CheckpointConfig
 
     def __init__(self, config: CheckpointConfig, trainer: Any = None):
         super().__init__(config, trainer)
-        self.directory = Path(config.output_dir).expanduser().absolute()
+        self.directory = config.folder
+        self.last_saved = -1
+        """The step that was saved or restored last: nothing is new in it."""
+        self.restored: dict[str, Any] = {}
+        """Metadata of the checkpoint that `load` has read."""
+        self.resets: tuple[str, ...] = ()
+        """Parts of it that are to start anew."""
 
     def save(self, model: Any) -> None:
         """Write one checkpoint of the trainer's state at `self.path(step)`, complete or not at
@@ -49,23 +59,19 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         """The newest checkpoint's state, placed like `model`, a tree of shapes with shardings."""
         raise CheckpointError(f"checkpoint type {self.name!r} cannot resume a run")
 
-    def about(self, step: int) -> dict[str, Any]:
-        """What a full-state checkpoint keeps beside its arrays."""
-        raise CheckpointError(f"checkpoint type {self.name!r} keeps nothing beside the weights")
-
     def wait(self) -> None:
         """Return when everything saved is on disk; raises what went wrong in the background."""
 
     def is_due(self, moment: Moment) -> bool:
         """Does the recipe ask for a save here? Never twice for one step."""
-        config, step = self.config, moment.step
-        if not config.enabled or step in self.steps():
+        config, step, ended = self.config, moment.step, moment.epoch_ended
+        if not config.enabled or step == self.last_saved:
             return False
         by_step = config.save_every_n_steps and step % config.save_every_n_steps == 0
-        ended = moment.epoch_ended
         by_epoch = ended and config.save_every_n_epochs and ended % config.save_every_n_epochs == 0
+        periodic = (by_step or by_epoch) and step >= config.save_after_step
         at_end = moment.training_ended and config.save_end_of_training
-        return bool(by_step or by_epoch or at_end or (moment.requested and self.is_full_state))
+        return bool(periodic or at_end or (moment.requested and self.is_full_state))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -78,25 +84,37 @@ class CheckpointEngine(Factory, kind="checkpoint"):
     def path(self, step: int) -> Path:
         return self.directory / f"{PREFIX}{step}"
 
+    def latest(self) -> int | None:
+        """The newest complete checkpoint by its number, whatever its files' times say."""
+        return max(self.steps(), default=None)
+
     def best(self) -> int | None:
         """The complete checkpoint with the best score, None without scores."""
         order = ranked(self.steps(), self.scores(), self.config.direction or "min")
         return order[0] if order else None
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What a full-state checkpoint says about itself, nothing for the others; CheckpointError
+        when it cannot be read."""
+        return read_metadata(self.path(step))
+
     def scores(self) -> dict[int, float]:
-        """Score of each step that was evaluated when it was saved, of deleted ones too."""
+        """Score of each step that was evaluated, of deleted and unsaved ones too."""
         file = self.directory / "scores.json"
         if not file.is_file():
             return {}
         return {int(step): float(score) for step, score in json.loads(file.read_text()).items()}
 
     def note_score(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember what the checkpoint of this step is worth; beside the checkpoints, so that it
-        outlives a restart."""
-        if self.config.metric not in metrics:
+        """Remember what this step is worth; beside the checkpoints, so that it outlives a
+        restart."""
+        if self.config.enabled and self.config.metric in metrics:
+            self._write_scores(self.scores() | {step: float(metrics[self.config.metric])})
+
+    def _write_scores(self, scores: dict[int, float]) -> None:
+        if jax.process_index() > 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        scores = self.scores() | {step: float(metrics[self.config.metric])}
         partial = self.directory / "scores.json.partial"
         partial.write_text(json.dumps(scores))
         os.replace(partial, self.directory / "scores.json")
@@ -107,14 +125,36 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             self.scores(),
             keep_last_n=self.config.keep_last_n,
             keep_best_n=self.config.keep_best_n,
+            keep_every_n_steps=self.config.keep_every_n_steps,
             mode=self.config.direction or "min",
         )
 
-    def delete_surplus(self) -> None:
-        """Remove what retention does not keep; called when the newest is complete."""
-        steps = self.steps()
+    def delete_surplus(self, newest: int) -> None:
+        """Remove what retention does not keep; called when step `newest` is complete. Later ones
+        are not yet overwritten, and stay till then."""
+        steps = [step for step in self.steps() if step <= newest]
         for step in set(steps) - self.retained(steps):
-            shutil.rmtree(self.path(step))
+            remove(self.path(step))
+
+    def delete_after(self, step: int) -> None:
+        """Remove what was saved of updates that a rollback has taken back."""
+        self.last_saved = step
+        for later in self.steps():
+            if later > step:
+                remove(self.path(later))
+
+    def begin(self, step: int) -> None:
+        """Called when the run begins, with the step that it starts from."""
+        self.last_saved = step
+        if jax.process_index() == 0:
+            self.tidy(step)
+
+    def tidy(self, step: int) -> None:
+        """What was left half done goes, and what another future scored is forgotten."""
+        for left in self.directory.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if any(scored > step for scored in self.scores()):
+            self._write_scores({s: score for s, score in self.scores().items() if s <= step})
 
     def refuse_foreign(self, *, may_resume: bool) -> None:
         """RecipeError if the folder holds checkpoints and this run does not continue any."""
@@ -123,3 +163,19 @@ class CheckpointEngine(Factory, kind="checkpoint"):
                 f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of "
                 "another run; use another folder, remove it, or set auto_resume on an `orbax` entry"
             )
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    file = folder / METADATA
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def remove(folder: Path) -> None:
+    """Under its name it is gone at once: a removal that is interrupted leaves no half folder."""
+    going = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)

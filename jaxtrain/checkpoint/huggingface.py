@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtrain.checkpoint.engine import CheckpointEngine
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
+from jaxtrain.recipe.errors import CheckpointError
 
 
 class HFCheckpointEngine(CheckpointEngine):
@@ -11,5 +12,11 @@ class HFCheckpointEngine(CheckpointEngine):
     config: HFCheckpointConfig
 
     def save(self, model: Any) -> None:
-        self.trainer.save_model(self.path(self.trainer.global_step))
-        self.delete_surplus()
+        step, config = self.trainer.global_step, self.config
+        try:
+            self.trainer.save_model(
+                self.path(step), max_shard_bytes=config.max_shard_bytes, verify=config.verify_export
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
+        self.delete_surplus(step)

@@ -1,126 +1,198 @@
-"""Full state through Orbax: parameters, optimizer, step and data position, restored onto any
-mesh."""
+"""Full state through Orbax: parameters, optimizer, counts and positions, restored onto any mesh."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.engine import PREFIX, CheckpointEngine
-from jaxtrain.recipe.checkpoint import OrbaxConfig
-from jaxtrain.recipe.errors import CheckpointError, Fault, RecipeError, shown
+from jaxtrain.checkpoint.engine import METADATA, UNFINISHED, CheckpointEngine, read_metadata, remove
+from jaxtrain.checkpoint.files import DamagedCheckpoint, check_files, list_files
+from jaxtrain.checkpoint.lineage import refuse_changes
+from jaxtrain.recipe.checkpoint import PREFIX, OrbaxConfig
+from jaxtrain.recipe.errors import CheckpointError
 
-EVERY_STEP: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-"""The recipe's triggers decide when to save; Orbax does as it is told."""
-
-
-@dataclass
-class _Retention(ocp.training.preservation_policies.PreservationPolicy):
-    """Orbax asks this after each commit."""
-
-    engine: CheckpointEngine
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        kept = self.engine.retained([info.step for info in checkpoints])
-        return [info.step in kept for info in checkpoints]
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+"""The two parts, each a folder of its own; without the second a checkpoint is weights only."""
 
 
 class OrbaxEngine(CheckpointEngine):
     name = "orbax"
-    is_full_state = True
     config: OrbaxConfig
 
     def __init__(self, config: OrbaxConfig, trainer: Any = None):
         super().__init__(config, trainer)
-        self._checkpointer: ocp.training.Checkpointer | None = None
-
-    def checkpointer(self) -> ocp.training.Checkpointer:
-        """Made at first use: making it makes the folder."""
-        if self._checkpointer is None:
-            self._checkpointer = ocp.training.Checkpointer(
-                str(self.directory),
-                save_decision_policy=EVERY_STEP,
-                preservation_policy=_Retention(self),
-                step_name_format=ocp.path.step.standard_name_format(step_prefix=PREFIX.rstrip("_")),
-                cleanup_tmp_directories=True,
-            )
-        return self._checkpointer
+        self.is_full_state = config.save_model_only is not True
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._started_from: str | None = None
+        self._been_reset: set[str] = set()
 
     def save(self, model: Any) -> None:
-        """Write the trainer's state; in the background unless the recipe says otherwise."""
-        trainer = self.trainer
-        step = trainer.global_step
-        about = {
-            "step": step,
-            "shapes": _described(trainer.state),
-            "lineage": trainer.lineage,
-            "callbacks": trainer.callback_states,
-            "report": trainer.report.state_dict(),
-        }
-        parts = {"state": trainer.state._asdict(), "about": about}
-        if self.config.async_save:
-            self.checkpointer().save_checkpointables_async(step, parts)
-        else:
-            self.checkpointer().save_checkpointables(step, parts)
+        """Write the trainer's state; in the background unless the recipe says otherwise.
 
-    def load(self, model: Any) -> Any:
-        """The newest state, each array placed as the leaf of `model` (shapes with shardings) says.
-
-        CheckpointError when tree, shapes or dtypes differ from the saved ones, or when it cannot be
-        read.
+        Returns when the arrays are copied, so that the next update may overwrite them.
         """
-        step = self.steps()[-1]
-        about = self.about(step)
-        self._refuse_other_lineage(about["lineage"])
-        wanted, saved = _described(model), about["shapes"]
-        differing = sorted(k for k in wanted.keys() | saved.keys() if wanted.get(k) != saved.get(k))
-        if differing:
-            key = differing[0]
-            raise CheckpointError(
-                f"{self.path(step)} does not fit the recipe's model: {len(differing)} arrays "
-                f"differ, first {key}: saved {saved.get(key, 'nothing')}, wanted "
-                f"{wanted.get(key, 'nothing')}"
-            )
+        self.wait()
+        step, state = self.trainer.global_step, self.trainer.state
+        parts: dict[str, Any] = {WEIGHTS: _weights(state)}
+        if self.config.save_model_only is not True:
+            parts[OPTIMIZER] = _optimizer(state)
+        metadata = {
+            **self.trainer.metadata,
+            "shapes": _described(parts),
+            "scores": self.scores(),
+            "started_from": self._started_from,
+            "reset": sorted(self._been_reset),
+        }
         try:
-            parts = self.checkpointer().load_checkpointables(step, {"state": model._asdict()})
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{self.path(step)} cannot be read: {error}") from error
-        return type(model)(**parts["state"])
-
-    def _refuse_other_lineage(self, saved: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self.trainer.lineage))
-        differing = sorted(k for k in wanted.keys() | saved.keys() if wanted.get(k) != saved.get(k))
-        if differing:
-            faults = [
-                Fault(key, f"is {shown(wanted.get(key))}, the run in {self.directory} has "
-                      f"{shown(saved.get(key))}; a run cannot be continued with another")
-                for key in differing
-            ]  # fmt: skip
-            raise RecipeError(faults)
-
-    def about(self, step: int) -> dict[str, Any]:
-        """What was written beside the arrays: step, shapes, fingerprint of the run."""
+            described = json.dumps(metadata)
+        except TypeError as error:
+            raise CheckpointError(f"{self.path(step)}: state must be JSON data: {error}") from None
+        unfinished = self.directory / f"{UNFINISHED}{step}.unfinished"
         try:
-            return self.checkpointer().load_checkpointables(step, {"about": None})["about"]
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{self.path(step)} cannot be read: {error}") from error
+            written = ocp.save_checkpointables_async(str(unfinished), parts)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
+        self._pending = self._background.submit(self._commit, written, unfinished, step, described)
+        if not self.config.async_save:
+            self.wait()
+
+    def _commit(self, written: Any, unfinished: Path, step: int, described: str) -> None:
+        try:
+            written.result()
+            if jax.process_index() > 0:
+                return
+            (unfinished / METADATA).write_text(described)
+            list_files(unfinished)
+            unfinished.rename(self.path(step))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
+        self.delete_surplus(step)
+        if self.config.save_model_only == "all_but_last":
+            for older in self.steps():
+                if older < step and (self.path(older) / OPTIMIZER).is_dir():
+                    remove(self.path(older) / OPTIMIZER)
 
     def wait(self) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.wait()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def steps(self) -> list[int]:
-        """Steps saved or being saved, oldest first."""
-        known = (
-            {info.step for info in self._checkpointer.checkpoints} if self._checkpointer else set()
+    def tidy(self, step: int) -> None:
+        """Also put later checkpoints aside: they are of a future that this run does not have, and
+        the newest must be its own."""
+        super().tidy(step)
+        for later in self.steps():
+            if later > step:
+                aside = self.path(later).with_suffix(".aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(later).rename(aside)
+                self.trainer.console.line(f"{self.path(later)} is not continued: now {aside.name}")
+
+    def load(self, model: Any) -> Any:
+        """The state of the checkpoint that the recipe starts from, or the newest, each array placed
+        as the leaf of `model` (shapes with shardings) says; `opt_state` is None if it is reset.
+
+        CheckpointError when tree, shapes or dtypes differ from the saved ones, when there is no
+        optimizer in it, or when it is damaged; RecipeError when the recipe is another run's.
+        """
+        self.wait()
+        tried = self._candidates()
+        for path, before in zip(tried, [*tried[1:], None], strict=True):
+            try:
+                return self._read(path, model)
+            except DamagedCheckpoint as error:
+                if self.config.on_corrupt == "stop":
+                    what = "remove it, or write on_corrupt: previous to go on from the one before"
+                    raise CheckpointError(f"{error}; {what}") from error
+                if before is None:
+                    raise CheckpointError(f"{error}; there is none before it") from error
+                self.trainer.console.line(f"WARNING: {error}; going on from {before.name}")
+        raise CheckpointError(f"no checkpoint in {self.directory}")
+
+    def _candidates(self) -> list[Path]:
+        """What may be restored, the first one first."""
+        own = [self.path(step) for step in reversed(self.steps())]
+        start = self.config.start
+        if start is None or self.restored:
+            return own
+        # The recipe's start is taken once: what came of it is newer.
+        if self.config.auto_resume and any(_origin(path) == str(start) for path in own):
+            return own
+        return [start]
+
+    def _read(self, path: Path, model: Any) -> Any:
+        if not path.is_dir():
+            raise CheckpointError(f"resume_from: there is no {path}")
+        try:
+            saved = read_metadata(path)
+        except CheckpointError as error:
+            raise DamagedCheckpoint(str(error)) from None
+        if not saved:
+            raise DamagedCheckpoint(f"{path} is damaged: {METADATA} is missing")
+        reset = set(self.config.reset) - set(saved["reset"])
+        wanted = {WEIGHTS: _weights(model)}
+        if OPTIMIZER not in reset:
+            self._refuse_weights_only(path)
+            wanted[OPTIMIZER] = _optimizer(model)
+        check_files(path, ())
+        refuse_changes(self.trainer, saved, path, reset)
+        _refuse_other_shapes(path, saved["shapes"], wanted)
+        check_files(path, wanted)
+        try:
+            found = ocp.load_checkpointables(str(path), wanted)
+        except (ValueError, OSError, KeyError) as error:
+            raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+        self.restored, self.resets = saved, tuple(sorted(reset))
+        self._been_reset = reset | set(saved["reset"])
+        is_start = path == self.config.start
+        self._started_from = str(path) if is_start else saved["started_from"]
+        return type(model)(**{"opt_state": None, **found.get(OPTIMIZER, {}), **found[WEIGHTS]})
+
+    def _refuse_weights_only(self, path: Path) -> None:
+        if (path / OPTIMIZER).is_dir():
+            return
+        full = sorted(path.parent.glob(f"{PREFIX}*/{OPTIMIZER}"))
+        raise CheckpointError(
+            f"cannot resume from weights only: {path} was saved without its optimizer "
+            f"(save_model_only); with it there: {', '.join(p.parent.name for p in full) or 'none'};"
+            " resume_from takes one of those, reset: [optimizer] starts the optimizer anew"
         )
-        return sorted({*super().steps(), *known})
 
-    def delete_surplus(self) -> None:
-        """Orbax does it, by the policy given to it."""
+
+def _weights(state: Any) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "frozen": state.frozen}
+
+
+def _optimizer(state: Any) -> dict[str, Any]:
+    # With the step, since Orbax writes no tree without an array, and sgd's state is one.
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _origin(path: Path) -> str | None:
+    try:
+        return read_metadata(path).get("started_from")
+    except CheckpointError:
+        return None
+
+
+def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> None:
+    """Orbax says nothing that a person could act on, and casts another dtype in silence."""
+    asked = _described(wanted)
+    saved = {
+        key: s for key, s in shapes.items() if key.startswith(tuple(f"['{p}']" for p in wanted))
+    }
+    differing = sorted(k for k in asked.keys() | saved.keys() if asked.get(k) != saved.get(k))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{path} does not fit the recipe's model: {len(differing)} arrays differ, first {key}: "
+            f"saved {saved.get(key, 'nothing')}, wanted {asked.get(key, 'nothing')}"
+        )
 
 
 def _described(state: Any) -> dict[str, str]:

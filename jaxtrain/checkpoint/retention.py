@@ -21,10 +21,12 @@ def retained(
     *,
     keep_last_n: int | None,
     keep_best_n: int,
+    keep_every_n_steps: int,
     mode: Mode,
 ) -> set[int]:
-    """The union of the newest and the best of these steps; all of them when `keep_last_n` is
-    None."""
+    """The union of the newest, the best and every n-th of these steps; all of them when
+    `keep_last_n` is None."""
     if keep_last_n is None:
         return set(steps)
-    return {*sorted(steps)[-keep_last_n:], *ranked(steps, scores, mode)[:keep_best_n]}
+    every = [step for step in steps if keep_every_n_steps and step % keep_every_n_steps == 0]
+    return {*sorted(steps)[-keep_last_n:], *ranked(steps, scores, mode)[:keep_best_n], *every}

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.hf_config import decoder_config, family_of
 from jaxtrain.model.tensor_file import ToWrite, write_folder
+from jaxtrain.model.verify import verify_folder
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
 
@@ -29,11 +30,12 @@ def save_pretrained(
     max_shard_bytes: float = 4e9,
     generation_config: Mapping[str, Any] | None = None,
     add_files: Callable[[Path], None] = lambda folder: None,
+    verify: bool = True,
 ) -> None:
     """Replaces `folder` by one that transformers loads: weights, config, generation config.
 
     `add_files` is called with the unfinished folder, to put the tokenizer in. Nothing stands under
-    the name `folder` before all is written.
+    the name `folder` before all is written and, with `verify`, read back and found equal.
     """
     assert decoder_config(hf_config) == config, "an export would describe another model"
     with _replaced(folder) as unfinished:
@@ -43,6 +45,8 @@ def save_pretrained(
         if generation_config is not None:
             _write_json(unfinished / "generation_config.json", generation_config)
         add_files(unfinished)
+        if verify:
+            verify_folder(unfinished, params, config, dtype)
 
 
 def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, ToWrite]:

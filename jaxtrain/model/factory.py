@@ -90,7 +90,14 @@ class LanguageModel:
         return jax.device_put(params, shardings, may_alias=False)
 
     def save(
-        self, folder: Path, params: Params, *, dtype: str, add_files: Callable[[Path], None]
+        self,
+        folder: Path,
+        params: Params,
+        *,
+        dtype: str,
+        add_files: Callable[[Path], None],
+        max_shard_bytes: float = 4e9,
+        verify: bool = True,
     ) -> None:
         """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it."""
         save_pretrained(
@@ -101,6 +108,8 @@ class LanguageModel:
             dtype=dtype,
             generation_config=read_generation_config(self.described.path),
             add_files=add_files,
+            max_shard_bytes=max_shard_bytes,
+            verify=verify,
         )
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:

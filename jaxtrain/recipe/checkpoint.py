@@ -1,16 +1,21 @@
 """The `checkpoint` section: full state (orbax) and export (huggingface)."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.guards import Direction, direction
-from jaxtrain.recipe.section import TypedSection
+from jaxtrain.recipe.section import InputPath, TypedSection
+
+PREFIX = "global_step_"
+"""Of the folder of one checkpoint; the number of updates done follows."""
 
 METRIC_NAMES = {"loss/eval": "eval/loss"}
 """Names of the shared format for metrics that have another name here."""
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B")
 
 
 def _metric(value: Any) -> Any:
@@ -18,9 +23,16 @@ def _metric(value: Any) -> Any:
 
 
 def _size(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", value.strip()):
+    if isinstance(value, str) and not SIZE.fullmatch(value.strip()):
         raise ValueError(f"must be a size such as 4GB or 500MiB, found {value!r}")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"must be at least one byte, found {value}")
     return value
+
+
+def _step(value: Any) -> Any:
+    """An override on the command line may bring a number as text."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
 Metric = Annotated[str, BeforeValidator(_metric)]
@@ -70,6 +82,20 @@ class CheckpointConfig(TypedSection):
     def direction(self) -> Direction | None:
         return direction(self.metric, self.mode)
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser().absolute()
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that the recipe names as its start."""
+        return None
+
+    @property
+    def goes_on(self) -> bool:
+        """Does the run add to what `output_dir` holds?"""
+        return self.auto_resume or (self.start is not None and self.start.parent == self.folder)
+
 
 class OrbaxConfig(CheckpointConfig):
     """The full state, from which a run continues."""
@@ -77,13 +103,32 @@ class OrbaxConfig(CheckpointConfig):
     async_save: bool = True
     """Write while training goes on; the same bytes as a blocking save."""
     save_model_only: bool | Literal["all_but_last"] = False
-    """Leave out what resuming needs, from every checkpoint or from all but the newest."""
+    """Leave out the optimizer, without which no run resumes: from every checkpoint, or from all but
+    the newest."""
     reset: tuple[Literal["optimizer", "scheduler", "data", "callbacks", "early_stopping"], ...] = ()
-    """Parts that a resume leaves as they start."""
+    """Parts that a resume leaves as they start; a checkpoint that is saved after that has them."""
     on_corrupt: Literal["stop", "previous"] = "stop"
     """What a resume does when the newest checkpoint fails its check."""
-    resume_from: int | str | None = None
-    """This checkpoint, a step or a folder, instead of the newest."""
+    resume_from: Annotated[int | InputPath | None, BeforeValidator(_step)] = None
+    """This checkpoint, a step of `output_dir` or a folder, instead of the newest. With
+    `auto_resume`, once: later starts continue what came of it."""
+
+    @property
+    def start(self) -> Path | None:
+        if isinstance(self.resume_from, int):
+            return self.folder / f"{PREFIX}{self.resume_from}"
+        return Path(self.resume_from).expanduser().absolute() if self.resume_from else None
+
+    @model_validator(mode="after")
+    def _resume_is_possible(self) -> "OrbaxConfig":
+        resumes = self.auto_resume or self.resume_from is not None
+        if self.reset and not resumes:
+            raise ValueError("reset: nothing is resumed; write auto_resume or resume_from as well")
+        if self.auto_resume and self.save_model_only is True and "optimizer" not in self.reset:
+            raise ValueError(
+                "auto_resume: weights alone cannot resume; write save_model_only: all_but_last"
+            )
+        return self
 
 
 class HFCheckpointConfig(CheckpointConfig):
@@ -91,10 +136,19 @@ class HFCheckpointConfig(CheckpointConfig):
 
     adapter: Literal["adapter", "merged", "both"] = "adapter"
     """What is written of a model with adapters."""
-    verify_export: bool = False
-    """Read the folder back and compare it before it counts as saved."""
+    verify_export: bool = True
+    """Read the folder back and compare tensors, config and the logits of a small batch before it
+    counts as saved."""
     max_shard_size: Annotated[int | str, BeforeValidator(_size)] = "4GB"
-    """Largest weight file."""
+    """Largest weight file; a larger tensor has a file of its own."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        if isinstance(self.max_shard_size, int):
+            return self.max_shard_size
+        match = SIZE.fullmatch(self.max_shard_size.strip())
+        assert match is not None, "validated"
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
 
     @model_validator(mode="after")
     def _weights_cannot_resume(self) -> "HFCheckpointConfig":

@@ -1,11 +1,13 @@
 """Checks that need more than one section of a recipe."""
 
+import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
+from jaxtrain.recipe.checkpoint import PREFIX
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
@@ -27,12 +29,11 @@ def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
 
 
 def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
-    resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume]
+    resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume or entry.start]
     if len(resumes) > 1:
         both = " and ".join(f"checkpoint.{i}" for i in resumes)
-        yield Fault(
-            f"checkpoint.{resumes[1]}.auto_resume", f"only one entry may resume, found {both}"
-        )
+        key = "auto_resume" if config.checkpoint[resumes[1]].auto_resume else "resume_from"
+        yield Fault(f"checkpoint.{resumes[1]}.{key}", f"only one entry may resume, found {both}")
     folders: dict[str, int] = {}
     for i, entry in enumerate(config.checkpoint):
         first = folders.setdefault(entry.output_dir, i)
@@ -41,6 +42,22 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
                 f"checkpoint.{i}.output_dir",
                 f"{entry.output_dir!r} is checkpoint.{first}'s too; use another",
             )
+
+
+def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
+    for i, entry in enumerate(config.checkpoint):
+        start = entry.start
+        if start is None or "{" in entry.output_dir:  # is filled in when the run begins
+            continue
+        if start.is_dir() and re.fullmatch(rf"{PREFIX}\d+", start.name):
+            continue
+        folder = start if start.is_dir() else start.parent
+        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+        yield Fault(
+            f"checkpoint.{i}.resume_from",
+            f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds "
+            f"{', '.join(there) or 'no checkpoints'}",
+        )
 
 
 def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
@@ -86,7 +103,10 @@ def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
 
 def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
     action = config.divergence and config.divergence.action
-    has_state = any(entry.type == "orbax" and entry.enabled for entry in config.checkpoint)
+    has_state = any(
+        entry.type == "orbax" and entry.enabled and getattr(entry, "save_model_only", 0) is not True
+        for entry in config.checkpoint
+    )
     for key, asked in (("on_nonfinite", config.on_nonfinite), ("divergence.action", action)):
         if asked == "rollback" and not has_state:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
@@ -215,6 +235,7 @@ Check = Callable[[Any], Iterator[Fault]]
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
     (("checkpoint",), _one_resume_each_folder_once),
+    (("checkpoint",), _start_is_there),
     (("checkpoint", "data", "eval_interval"), _best_needs_scores),
     (("checkpoint", "data", "early_stopping"), _metrics_exist),
     (("early_stopping",), _stopping_has_a_direction),

@@ -44,7 +44,16 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
         **{f"data.{key}": value for key, value in data.items()},
         "optimizer.type": tree["optimizer"]["type"],
         "seed": tree["seed"],
-        "rows an update (micro_batch_size x gradient_accumulation_steps x batch shards)": (
-            global_batch
-        ),
+        "global_batch": global_batch,
     }
+
+
+def differences(a: Any, b: Any, key: str = "") -> list[str]:
+    """Dotted keys in which two recipes differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            found
+            for name in sorted(a.keys() | b.keys())
+            for found in differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if a == b else [key]

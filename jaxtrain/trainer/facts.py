@@ -17,15 +17,22 @@ class Facts(Parts):
 
     global_step: int
     """updates done; the label of every checkpoint and log line"""
+    position: int = 0
+    """number of the next batch"""
     state: TrainState
     control: Control
 
     @property
-    def training_horizon(self) -> int:
-        """Updates that the recipe plans, which is the length of the schedule."""
+    def planned_updates(self) -> int:
+        """Of the recipe, from the first one on."""
         horizon = self.config.horizon(self.data.steps_per_epoch)
         assert horizon is not None
         return horizon
+
+    @property
+    def training_horizon(self) -> int:
+        """Length of the schedule: from where it begins to the end that the recipe plans."""
+        return self.planned_updates - self.schedule_start
 
     @property
     def warmup_steps(self) -> int:
@@ -35,7 +42,7 @@ class Facts(Parts):
     @property
     def last_step(self) -> int:
         """The update after which this run ends."""
-        return min(self.training_horizon, self.config.exit_iteration or self.training_horizon)
+        return min(self.planned_updates, self.config.exit_iteration or self.planned_updates)
 
     @property
     def epochs(self) -> Iterator[int]:
@@ -46,7 +53,7 @@ class Facts(Parts):
     @property
     def epoch_idx(self) -> int:
         """Epochs done."""
-        return self.global_step // self.data.steps_per_epoch
+        return self.position // self.data.steps_per_epoch
 
     @property
     def train_batch_idx(self) -> int:
@@ -56,7 +63,7 @@ class Facts(Parts):
     @property
     def epoch_finished(self) -> bool:
         """Was the newest update the last one of an epoch?"""
-        return self.global_step > 0 and self.global_step % self.data.steps_per_epoch == 0
+        return self.position > 0 and self.position % self.data.steps_per_epoch == 0
 
     @property
     def training_finished(self) -> bool:

@@ -56,6 +56,8 @@ class Parts:
     config: TrainerConfig
     given: Mapping[str, Any]
     """what `Given` names"""
+    schedule_start: int = 0
+    """update from which the schedule counts"""
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -117,11 +119,11 @@ class Parts:
     @cached_property
     def scheduler(self) -> Schedule:
         """Update number → share of the peak rate."""
-        if (given := self.given.get("scheduler")) is not None:
-            return given
-        return self._made("scheduler", self.config.scheduler).create_scheduler(
-            self.config.optimizer
-        )
+        schedule, start = self.given.get("scheduler"), self.schedule_start
+        if schedule is None:
+            factory = self._made("scheduler", self.config.scheduler)
+            schedule = factory.create_scheduler(self.config.optimizer)
+        return (lambda update: schedule(update - start)) if start else schedule
 
     @cached_property
     def checkpoint_engines(self) -> list[CheckpointEngine]:

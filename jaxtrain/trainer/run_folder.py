@@ -20,7 +20,7 @@ from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
 from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
 from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
-from jaxtrain.recipe.dump import effective, to_yaml
+from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -60,7 +60,7 @@ class RunFolder:
         if before is None and _holds_something(self.path):
             raise RecipeError(f"run_dir: {self.path} is not empty and holds no run; use another")
         if before is not None and not may_resume:
-            differing = _differences(before, yaml.safe_load(to_yaml(self.config)))
+            differing = differences(before, yaml.safe_load(to_yaml(self.config)))
             other = f"the run of another recipe (differs in {', '.join(differing[:5])})"
             raise RecipeError(
                 f"run_dir: {self.path} holds {other if differing else 'a run of this recipe'}; "
@@ -173,14 +173,18 @@ def _value_at(tree: Any, key: str) -> Any:
     return reduce(lambda part, name: (part or {}).get(name), key.split("."), tree)
 
 
-def _circumstances() -> dict[str, Any]:
-    """Command line, versions and commit of this process."""
-    versions = {}
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def _circumstances() -> dict[str, Any]:
+    """Command line, versions and commit of this process."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
@@ -188,17 +192,6 @@ def _circumstances() -> dict[str, Any]:
     return {
         "argv": sys.argv,
         "python": sys.version.split()[0],
-        "versions": versions,
+        "versions": versions(),
         "git_commit": commit.stdout.strip() or None,
     }
-
-
-def _differences(a: Any, b: Any, key: str = "") -> list[str]:
-    """Dotted keys in which two recipes differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            found
-            for name in sorted(a.keys() | b.keys())
-            for found in _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if a == b else [key]

@@ -17,7 +17,7 @@ import jax
 
 from jaxtrain import registry
 from jaxtrain.batch import Batch
-from jaxtrain.checkpoint import HFCheckpointEngine, OrbaxEngine
+from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
 from jaxtrain.data import SFTDataFactory, TrainingData
 from jaxtrain.metrics.console import Console, duration
@@ -36,6 +36,7 @@ from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
+from jaxtrain.trainer import resume
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.callbacks import Callbacks, Control
@@ -81,6 +82,10 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
     optimizer_factory: AdamWFactory | AdafactorFactory | LionFactory | MuonFactory | SGDFactory
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
+
+    allowed_changes: Sequence[str] = ()
+    """Keys in which the recipe may differ from that of the checkpoint it resumes, though the state
+    may not fit."""
 
     def __init__(
         self,
@@ -175,6 +180,8 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         if self.global_step < self.last_step:
             try:
                 self.run_folder.open(resumed_at=self.global_step)
+                for engine in self.checkpoint_engines:
+                    engine.begin(self.global_step)
                 self.console.header(header(self))
                 self._tell("on_train_begin")
                 if self.config.eval_at_start and self.global_step == 0:
@@ -201,6 +208,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             self._tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
             self.global_step += 1
+            self.position += 1
             # The device is busy with this update, so reading the metrics of the one before costs
             # nothing.
             self.report.update(self.global_step, metrics)
@@ -239,16 +247,20 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
-        epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
-        requested = self.control.taken("should_save")
-        moment = Moment(self.global_step, 0 if within else epoch, self.training_finished, requested)
+        moment = Moment(
+            self.global_step,
+            epoch_ended=self.epoch_idx if self.epoch_finished else 0,
+            training_ended=self.training_finished,
+            requested=self.control.taken("should_save"),
+        )
         for engine in self.checkpoint_engines:
+            engine.note_score(moment.step, self.eval_metrics)
             if engine.is_due(moment):
                 self.report.flush()
-                engine.note_score(moment.step, self.eval_metrics)
                 path = engine.path(moment.step)
                 with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)
+                engine.last_saved = moment.step
                 self._tell("on_save", engine=engine.name, path=path)
 
     def add_callback(self, callback: Any) -> None:
@@ -267,30 +279,37 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
 
-    def save_model(self, output_dir: Path | str | None = None) -> Path:
+    def save_model(
+        self,
+        output_dir: Path | str | None = None,
+        *,
+        max_shard_bytes: float = 4e9,
+        verify: bool = True,
+    ) -> Path:
         """Export the weights to a folder that `transformers` loads; to where the recipe's
-        `huggingface` entry has those of this update when none is named."""
+        `huggingface` entry has those of this update when none is named.
+
+        CheckpointError if the folder reads back as something else; it is not there then.
+        """
         folder = Path(output_dir) if output_dir is not None else self._export_folder
         self.model.save(
             folder,
             self.state.params,
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
+            max_shard_bytes=max_shard_bytes,
+            verify=verify,
         )
         return folder
 
     def start(self) -> None:
-        """Read the weights, or restore the newest checkpoint; once."""
+        """Read the weights, or restore the checkpoint that the recipe goes on from; once."""
         if self._state is not None:
             return
-        engine = next((e for e in self.checkpoint_engines if e.config.auto_resume), None)
-        if engine is not None and engine.steps():
-            self.global_step = engine.steps()[-1]
-            with self.console.phase(f"restoring {engine.path(self.global_step)}"):
-                self._state = engine.load(self.state_shapes)
-            about = engine.about(self.global_step)
-            self._callbacks.load_state_dict(about["callbacks"])
-            self.report.load_state_dict(about["report"])
+        resumes = (e for e in self.checkpoint_engines if e.config.auto_resume or e.config.start)
+        engine = next(resumes, None)
+        if engine is not None and (engine.config.start or engine.steps()):
+            self.restore(engine)
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
@@ -299,8 +318,17 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
                 params = self.model.copied(given, self.shardings.params)
             else:
                 params = self.model.load(self.shardings.params, seed=self.config.seed)
-            make = partial(new_state, optimizer=self.optimizer)
-            self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+            self._state = self.new_state(params)
+
+    def new_state(self, params: Any) -> TrainState:
+        """The state before the first update of these parameters, which are donated."""
+        make = partial(new_state, optimizer=self.optimizer)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+
+    def restore(self, engine: CheckpointEngine) -> None:
+        """Go on from the engine's checkpoint."""
+        resume.restore(self, engine)
 
     # What the loop asks.
 
@@ -318,15 +346,20 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
     @property
     def train_batches(self) -> Iterator[Batch]:
         """On the devices, from here to the end of the epoch, or of the run."""
-        of_epoch = self.data.steps_per_epoch
-        end = min((self.global_step // of_epoch + 1) * of_epoch, self.last_step)
-        for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
+        end_of_run = self.position + self.last_step - self.global_step
+        end = min((self.epoch_idx + 1) * self.data.steps_per_epoch, end_of_run)
+        for batch in self.report.timed(self.data.train_batches(self.position, end)):
             yield self.geometry.on_devices(batch)
 
     def eval_batches(self, name: str = "eval", data: TrainingData | None = None) -> Iterator[Batch]:
         """On the devices: every row of an evaluation set once, up to `max_eval_batches` batches."""
         batches = (data or self.data).eval_batches(name)
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays."""
+        return resume.metadata(self)
 
     @property
     def callback_states(self) -> dict[str, Any]:
@@ -400,7 +433,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
     def _refuse_foreign_folders(self) -> None:
         """RecipeError where this run would write into the files of another."""
-        resumes = [engine for engine in self.checkpoint_engines if engine.config.auto_resume]
+        goes_on = any(engine.config.goes_on for engine in self.checkpoint_engines)
         for engine in self.checkpoint_engines:
-            engine.refuse_foreign(may_resume=bool(resumes))
-        self.run_folder.refuse_foreign(may_resume=bool(resumes))
+            engine.refuse_foreign(may_resume=goes_on)
+        self.run_folder.refuse_foreign(may_resume=goes_on)

@@ -1,14 +1,19 @@
 """An export appears whole or not at all."""
 
 import json
+import os
+import resource
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import described, loaded, saved
+from tiny_models import FAMILIES, described, loaded, saved
 
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.tensor_file import read_folder
+from jaxtrain.model.verify import verify_folder
+from jaxtrain.recipe.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,90 @@ def test_an_export_replaces_the_one_before_and_holds_the_files_added(made, tmp_p
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert described(out)[0] == config
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def set_config(**changes):
+    def harm(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return harm
+
+
+def flip_a_bit(folder):
+    file = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    with file.open("r+b") as stream:
+        stream.seek(-100, os.SEEK_END)
+        byte = stream.read(1)[0]
+        stream.seek(-100, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
+
+
+def cut_short(folder):
+    file = next(folder.glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 2)
+
+
+def lose_a_shard(folder):
+    max(folder.glob("*.safetensors")).unlink()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1000.0}
+HARM = {
+    "rope lost": (set_config(rope_parameters=ROPE, rope_scaling=None), "describes another rope"),
+    "heads": (set_config(num_attention_heads=2), "describes another"),
+    "a bit": (flip_a_bit, "1 parameters read back as others, first "),
+    "truncated": (cut_short, "not a safetensors file"),
+    "a shard": (lose_a_shard, "which is not there"),
+}
+
+
+@pytest.mark.parametrize("case", HARM)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_that_reads_back_as_something_else_is_not_there(made, tmp_path, case, dtype):
+    """Trap F15."""
+    config, hf, _, params = made
+    harm, expected = HARM[case]
+    options = {"dtype": dtype, "max_shard_bytes": 20_000, "add_files": harm}
+    with pytest.raises(CheckpointError, match=f"does not pass its check, .*{expected}"):
+        save_pretrained(tmp_path / "out", params, config, hf, **options)
+    assert list(tmp_path.iterdir()) == []
+    save_pretrained(tmp_path / "out", params, config, hf, **options, verify=False)
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_of_every_family_passes_its_check(tmp_path, family):
+    config, hf, _, params = loaded(saved(family, tmp_path / "m"))
+    params["norm"] = params["norm"].at[0].set(jnp.nan)
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="bfloat16")
+    other = jax.tree.map(lambda leaf: leaf, params) | {"norm": params["norm"].at[1].add(0.5)}
+    with pytest.raises(CheckpointError, match="1 parameters read back as others, first norm"):
+        verify_folder(tmp_path / "out", other, config, "bfloat16")
+
+
+def test_no_file_is_larger_than_the_limit_but_for_a_tensor_that_is(made, tmp_path):
+    config, hf, _, params = made
+    limit = 8_000
+    save_pretrained(tmp_path, params, config, hf, dtype="float32", max_shard_bytes=limit)
+    files = {file: file.stat().st_size for file in tmp_path.glob("*.safetensors")}
+    assert len(files) > 3 and (tmp_path / "model.safetensors.index.json").is_file()
+    tensors = read_folder(tmp_path)
+    largest = max(4 * np.prod(stored.shape) for stored in tensors.values())
+    assert largest > limit
+    for size in files.values():
+        assert size < max(limit, largest) + 2_000  # the header
+
+
+def test_a_full_disk_leaves_the_old_export(made, tmp_path):
+    config, hf, _, params = made
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    verify_folder(tmp_path / "out", params, config, "float32")

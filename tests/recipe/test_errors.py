@@ -159,6 +159,41 @@ ACROSS = {
         {"checkpoint": [{"output_dir": d, "auto_resume": True} for d in "ab"]},
         "checkpoint.1.auto_resume: only one entry may resume, found checkpoint.0 and checkpoint.1",
     ),
+    "one resumes, one starts": (
+        {
+            "checkpoint": [
+                {"output_dir": "a", "auto_resume": True},
+                {"output_dir": "b", "resume_from": 3},
+            ]
+        },
+        "checkpoint.1.resume_from: only one entry may resume, found checkpoint.0 and checkpoint.1",
+    ),
+    "no such start": (
+        saves(output_dir="/nowhere/state", resume_from=3),
+        "checkpoint.0.resume_from: must be a folder global_step_N, found no such one at "
+        "/nowhere/state/global_step_3; /nowhere/state holds no checkpoints",
+    ),
+    "reset of nothing": (
+        saves(reset=["optimizer"]),
+        "checkpoint.0.reset: nothing is resumed; write auto_resume or resume_from as well",
+    ),
+    "resume of weights": (
+        saves(save_model_only=True, auto_resume=True),
+        "checkpoint.0.auto_resume: weights alone cannot resume; write save_model_only: "
+        "all_but_last",
+    ),
+    "rollback to weights": (
+        saves(save_model_only=True) | {"divergence": {"action": "rollback"}},
+        "divergence.action: rollback needs an `orbax` checkpoint entry",
+    ),
+    "shards without size": (
+        exports(max_shard_size=0),
+        "checkpoint.0.max_shard_size: must be at least one byte, found 0",
+    ),
+    "shards of no unit": (
+        exports(max_shard_size="4"),
+        "checkpoint.0.max_shard_size: must be a size such as 4GB or 500MiB, found '4'",
+    ),
     "one folder twice": (
         {"checkpoint": [{"output_dir": "a"}, {"output_dir": "a", "type": "huggingface"}]},
         "checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",

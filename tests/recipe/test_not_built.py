@@ -26,10 +26,6 @@ def data(**keys):
     return {"data": BASE["data"] | keys}
 
 
-def saves(**keys):
-    return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
-
-
 def exports(**keys):
     return {"checkpoint": [{"type": "huggingface", "output_dir": "a", **keys}]}
 
@@ -80,15 +76,7 @@ EXAMPLES = {
     "eval_every_n_epochs": 1,
     "early_stopping": {"patience": 2},
     "kill_switch_path": "no/such/file",
-    "checkpoint.*.save_after_step": saves(save_after_step=5),
-    "checkpoint.*.keep_every_n_steps": saves(keep_every_n_steps=20),
-    "checkpoint.*.save_model_only": saves(save_model_only="all_but_last"),
-    "checkpoint.*.reset": saves(reset=["data"]),
-    "checkpoint.*.on_corrupt": saves(on_corrupt="previous"),
-    "checkpoint.*.resume_from": saves(resume_from=10),
     "checkpoint.*.adapter": exports(adapter="merged"),
-    "checkpoint.*.verify_export": exports(verify_export=True),
-    "checkpoint.*.max_shard_size": exports(max_shard_size="1GB"),
     "deepspeed.zero_optimization.offload_optimizer.device": zero(
         offload_optimizer={"device": "cpu"}
     ),

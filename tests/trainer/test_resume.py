@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import yaml
 
-from jaxtrain import get_config
+from jaxtrain import Callback, get_config
+from jaxtrain.cli import cli
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from tests.runs import conversations, host, recipe, trainer
@@ -34,6 +37,8 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [1, "epoch", 6])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, unbroken, stop):
+    """Traps A6 and A7: what is saved under N is the run that stopped at N, also where an epoch
+    ends, and the very next row comes next."""
     folder, state, steps_per_epoch = unbroken
     stop = steps_per_epoch if stop == "epoch" else stop
     trainer(written(tmp_path, exit_iteration=stop)).train()
@@ -48,12 +53,18 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, unbroken, stop):
             assert found[step][key] == expected[step][key], (step, key)
 
 
+def written_at(folder):
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()
+            if file.parent.name != "model" and file.name != "rows.jsonl"}  # fmt: skip
+
+
 def test_a_finished_run_resumes_to_nothing(tmp_path):
+    """Traps A27 and F1; nothing is saved where nothing was updated."""
     trainer(written(tmp_path, train_iters=2)).train()
-    before = (tmp_path / "run" / "train-log-metrics.jsonl").read_bytes()
-    output = trainer(written(tmp_path, train_iters=2)).train()
-    assert output.global_step == 2
-    assert (tmp_path / "run" / "train-log-metrics.jsonl").read_bytes() == before
+    before = written_at(tmp_path)
+    for end in ({}, {"exit_iteration": 1}):
+        assert trainer(written(tmp_path, train_iters=2, **end)).train().global_step == 2
+    assert written_at(tmp_path) == before
 
 
 def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
@@ -66,15 +77,33 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
     for name, array in host(sharded.state).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
     assert sharded.global_step == 3
+    # Trap A30: one export for every mesh.
+    (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": true}')
+    one, other = (run.save_model(tmp_path / f"on {run.mesh.size}") for run in (alone, sharded))
+    files = sorted(file.name for file in one.iterdir())
+    assert {"generation_config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert files == sorted(file.name for file in other.iterdir())
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_other_data_cannot_continue_a_run(tmp_path):
+def test_other_data_cannot_continue_a_run_unless_allowed(tmp_path, monkeypatch, capsys):
     trainer(written(tmp_path, exit_iteration=1)).train()
     other = conversations(tmp_path / "other.jsonl", 18, seed=1)
     changed = written(tmp_path)
     changed["data"]["sources"] = [str(other)]
     with pytest.raises(RecipeError, match=r"data\.sources: is .* a run cannot be continued"):
         trainer(changed).train()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    arguments = [str(file), "train_iters=2", "--allow-change", "data.sources"]
+    with pytest.raises(RecipeError, match="^global_batch: is 16, .* has 2; .* --allow-change glob"):
+        cli(arguments, standalone_mode=False)  # on the eight devices of the tests
+    cli([*arguments, "--allow-change", "global_batch"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "continuing after update 1" in said and "finished: 2 updates" in said
+    assert "changed since global_step_1: data.sources" in said
 
 
 def test_another_model_cannot_continue_a_run(tmp_path):
@@ -90,7 +119,9 @@ def test_a_damaged_checkpoint_is_an_error_and_no_fresh_start(tmp_path):
     trainer(written(tmp_path, exit_iteration=1)).train()
     largest = max((tmp_path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:10])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(
+        CheckpointError, match="is damaged: .* found 10 bytes; .* on_corrupt: previous"
+    ):
         trainer(written(tmp_path)).train()
 
 
@@ -114,3 +145,137 @@ def test_a_folder_of_checkpoints_is_not_written_over(tmp_path):
     with pytest.raises(RecipeError, match="holds global_step_1 of another run"):
         trainer(first | {"run_dir": str(tmp_path / "second")}).train()
     assert get_config(first).run_dir == str(tmp_path / "run")
+
+
+class Counter(Callback):
+    updates = 0
+
+    def on_step_end(self, args, state, control, **more):
+        self.updates += 1
+
+    def state_dict(self):
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+
+
+def is_zero(tree):
+    return all(not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def test_each_part_of_the_state_is_reset_alone(tmp_path, capsys):
+    """Trap G11: the step is restored whatever is not."""
+    first = trainer(written(tmp_path, exit_iteration=5, scheduler={"name": "linear"}))
+    first.add_callback(Counter)
+    first.train()
+    saved = host(first.state)
+
+    def restored(*reset):
+        again = written(tmp_path, scheduler={"name": "linear"})
+        again["checkpoint"][0]["reset"] = list(reset)
+        run, counter = trainer(again), Counter()
+        run.add_callback(counter)
+        run.start()
+        rates = [float(run.scheduler(np.int32(step))) for step in range(5, STEPS)]
+        assert run.global_step == int(run.state.step) == 5
+        np.testing.assert_array_equal(run.state.params["norm"], saved[".params['norm']"])
+        return is_zero(run.state.opt_state), rates, run.position, counter.updates
+
+    left = [1 - step / STEPS for step in range(5, STEPS)]
+    anew = [1.0, 2 / 3, 1 / 3]  # over what is left of the run
+    for reset, expected in {
+        (): (False, left, 5, 5),
+        ("optimizer",): (True, left, 5, 5),
+        ("scheduler",): (False, anew, 5, 5),
+        ("data",): (False, left, 0, 5),
+        ("callbacks",): (False, left, 5, 0),
+        ("early_stopping", "optimizer", "data"): (True, left, 0, 5),
+    }.items():
+        found = restored(*reset)
+        assert found[0] == expected[0] and found[2:] == expected[2:], reset
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+        said = capsys.readouterr().out
+        assert (f"not restored: {', '.join(sorted(reset))}" in said) == bool(reset)
+
+
+def test_a_reset_schedule_goes_on_over_further_restarts(tmp_path):
+    config = {"scheduler": {"name": "linear"}, "train_iters": 4}
+    trainer(written(tmp_path, exit_iteration=2, **config)).train()
+    for end in (3, 4):
+        again = written(tmp_path, exit_iteration=end, **config)
+        again["checkpoint"][0]["reset"] = ["scheduler", "data"]
+        run = trainer(again)
+        run.train()
+    assert [round(row["lr"], 6) for row in rows(tmp_path).values()] == [0.01, 0.0075, 0.01, 0.005]
+    assert run.position == 2
+
+
+def test_a_score_is_saved_inside(tmp_path):
+    """Trap F12: evaluated first, then saved; what the checkpoint says about itself."""
+    run = trainer(
+        written(
+            tmp_path, train_iters=2, rows=24, eval_interval=2, data={"train_eval_split": [0.7, 0.3]}
+        )
+    )
+    run.train()
+    (engine,) = run.checkpoint_engines
+    about = engine.metadata(2)
+    assert engine.latest() == engine.best() == 2 and engine.scores().keys() == {2}
+    assert about["eval_metrics"]["eval/loss"] == about["scores"]["2"] == engine.scores()[2]
+    assert about["step"] == about["position"] == 2 and about["versions"]["jax"] == jax.__version__
+    assert about["recipe"]["train_iters"] == 2 and about["epoch"] > 0
+    assert engine.metadata(1)["eval_metrics"] == {}
+
+
+def test_a_fresh_start_is_said_and_a_missing_start_is_an_error(tmp_path, capsys):
+    """Trap A29."""
+    run = trainer(written(tmp_path))
+    run.start()
+    assert f"no checkpoint in {tmp_path / 'state'}: starting fresh" in capsys.readouterr().out
+    missing = written(tmp_path)
+    missing["checkpoint"][0] |= {"resume_from": 7, "output_dir": "{run_dir}/state"}
+    with pytest.raises(CheckpointError, match="resume_from: there is no .*state/global_step_7"):
+        trainer(missing).start()
+    missing["checkpoint"][0]["output_dir"] = str(tmp_path / "state")
+    with pytest.raises(RecipeError, match=r"resume_from: must be a folder global_step_N"):
+        trainer(missing)
+
+
+def test_an_earlier_start_leaves_the_later_ones_aside(tmp_path):
+    """Also without `auto_resume`; exports of the other future are written over."""
+    base = written(tmp_path, train_iters=3)
+    del base["checkpoint"][0]["auto_resume"]
+    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "keep_last_n": 1}
+    base["checkpoint"].append({**export, "save_every_n_steps": 1})
+    trainer(base).train()
+    before = (tmp_path / "out" / "global_step_3" / "model.safetensors").stat().st_mtime_ns
+    base["checkpoint"][0]["resume_from"] = 1
+    base["optimizer"]["lr"] = 1e-3
+    run = trainer(base)
+    run.train()
+    state, exports = run.checkpoint_engines
+    assert state.steps() == [1, 2, 3] and exports.steps() == [3]
+    assert sorted(p.name for p in (tmp_path / "state").glob("*.aside")) == [
+        "global_step_2.aside", "global_step_3.aside",
+    ]  # fmt: skip
+    after = (tmp_path / "out" / "global_step_3" / "model.safetensors").stat().st_mtime_ns
+    assert after > before and state.metadata(3)["started_from"].endswith("global_step_1")
+
+
+def test_an_export_that_cannot_be_written_ends_the_run(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "save_every_n_steps": 1}
+    with pytest.raises(CheckpointError, match="out/global_step_1 cannot be written: "):
+        trainer(recipe(tmp_path, train_iters=1) | {"checkpoint": [export]}).train()
+
+
+def test_the_size_of_weight_files_is_the_entry_s(tmp_path):
+    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "max_shard_size": "30KB"}
+    run = trainer(
+        recipe(tmp_path, train_iters=1)
+        | {"checkpoint": [{**export, "save_end_of_training": True, "save_every_n_steps": 1}]}
+    )
+    run.train()
+    files = list((tmp_path / "out" / "global_step_1").glob("*.safetensors"))
+    assert len(files) > 5 and run.checkpoint_engines[0].config.max_shard_bytes == 30_000
