@@ -70,7 +70,10 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     assert [row["iter"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     exported = {p.name for p in (tmp_path / "out" / "global_step_3").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
-    assert jaxtrain(tmp_path, run / "recipe.yaml", "run_dir=again", "checkpoint=[]").returncode == 0
+    changes = ("run_dir=again", "checkpoint=[]", "--python_profile", "cumtime")
+    again = jaxtrain(tmp_path, run / "recipe.yaml", *changes)
+    assert again.returncode == 0 and "Ordered by: cumulative time" in again.stdout
+    assert "Ordered by" not in done.stdout
 
 
 def broken_row(folder, written):

@@ -11,7 +11,7 @@ from rich.text import Text
 from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.page import page
 from jaxtrain.data.plan import BatchShape
-from jaxtrain.data.prepare import prepare_data
+from jaxtrain.data.prepare import data_factory, prepare_data
 from jaxtrain.data.preview import as_text, batch_samples, legend, samples
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -33,7 +33,8 @@ def show_data(
     """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
     the same when `html` names one."""
     shape = batch_shape(config, devices)
-    data = prepare_data(config.data, tokenizer, shape, max_positions=max_positions)
+    factory = data_factory(config.data, tokenizer, max_positions=max_positions)
+    data = prepare_data(factory, shape)
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
         console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))
@@ -70,7 +71,8 @@ def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     """Rows of an update on so many devices; on as many as the recipe's mesh names when None."""
     sizes = config.mesh.sizes(devices or _smallest(config.mesh))
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    return BatchShape(config.gradient_accumulation_steps, config.micro_batch_size * shards)
+    rows = config.micro_batch_size * config.data.ROWS_A_SAMPLE
+    return BatchShape(config.gradient_accumulation_steps, rows * shards)
 
 
 def _smallest(mesh: MeshConfig) -> int:

@@ -10,7 +10,7 @@ from jaxtrain import registry
 from jaxtrain.recipe.checks import CHECKS
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.data import source_from_text
+from jaxtrain.recipe.data import DataConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe
@@ -23,6 +23,8 @@ from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
+DATA_SECTIONS = ("data", "model", "tokenizer")
+"""What preparing rows reads of a recipe."""
 
 TRAINER_KEYS = ("type", "name", "code", "base")
 """Keys whose meaning does not hang on the trainer."""
@@ -56,11 +58,13 @@ def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = (
     return resolve(source, overrides).checked()
 
 
-def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Resolved:
+def resolve(
+    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
+) -> Resolved:
     """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
-    be read at all."""
+    be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
-    resolver = _Resolver(recipe)
+    resolver = _Resolver(recipe, only_data)
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
     faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))
@@ -78,11 +82,22 @@ def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
     return Resolved(recipe, config, (), report(told, (), notes))
 
 
+def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
+    """The typed sources of a list as it may stand under `data.eval_sources`; RecipeError with
+    every fault."""
+    resolver = _Resolver(compose({}))
+    found = resolver.sources(written, (), "eval", data.default_source)
+    if resolver.faults:
+        raise RecipeError(resolver.faults)
+    return tuple(found)
+
+
 class _Resolver:
     """Validates section by section and collects what is wrong."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, only_data: bool = False):
         self.recipe = recipe
+        self.only_data = only_data
         self.tree = dict(recipe.tree)
         self.faults: list[Fault] = []
         self.notes: list[str] = []
@@ -101,6 +116,7 @@ class _Resolver:
                 ]
             else:
                 self.tree[section] = self.typed(section, trainer, value, (section,))
+        self.notes += registry.notes("trainer", trainer)
         config = self.whole(registry.config_class("trainer", trainer))
         return None if config is None else self.settled(config)
 
@@ -188,6 +204,7 @@ class _Resolver:
 
     def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
         cls = registry.config_class(kind, name)
+        self.notes += registry.notes(kind, name)
         try:
             return cls.model_validate(value, context=self.context)
         except ValidationError as error:
@@ -215,7 +232,11 @@ class _Resolver:
         for needs, check in CHECKS:
             if not faulty & set(needs):
                 found += check(carried.config)
-        found += not_built(carried.config, carried.origins)
+        for fault in not_built(carried.config, carried.origins):
+            if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:
+                self.notes.append(f"a run is refused: {fault}")
+            else:
+                found.append(fault)
         self.faults += [
             fault._replace(place=self.recipe.place(self.key(fault.key)))
             for fault in found

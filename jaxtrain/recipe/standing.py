@@ -69,7 +69,6 @@ _NO_EFFECT = {
         "experts and kernels are our own": "arctic_moe enable_arctic_moe_custom_optimization",
         "JAX profiles have no history limit": "mem_profiler_max_entries",
     },
-    "wandb": {"only `wandb.enable: true` would use it": "entity project name id mode"},
     "model": {"nothing reads it, upstream neither": "save_name"},
     "model.peft_config": {
         "nothing here depends on it": """
@@ -221,6 +220,13 @@ def _by_value(key: str, value: Any, tree: dict[str, Any]) -> Line | None:
         scheduler = tree["scheduler"]
         if scheduler.get("name") == "constant":
             return Line(key, "no effect", "`constant` has no warm-up, as upstream")
+    wandb = tree.get("wandb")
+    if section == "wandb" and isinstance(wandb, dict) and not wandb.get("enable"):
+        if name == "enable":
+            return None
+        return Line(key, "no effect", "only `wandb.enable: true` would use it")
+    if key == "mem_profiler_dir" and not tree.get("mem_profiler"):
+        return Line(key, "no effect", "only `mem_profiler` would write there")
     if section == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
             return Line(
