@@ -53,12 +53,7 @@ def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
     yield "warm-up", warmup(config, horizon)
     if config.data.has_eval:
         yield "evaluation", evaluation(config)
-    folder = Path(config.run_dir or "")
-    names = [
-        str(file.relative_to(folder) if file.is_relative_to(folder) else file)
-        for file in files(config)
-    ]
-    yield "files", f"{folder}: {', '.join(names)}"
+    yield "files", folded(config)
     for entry in config.checkpoint:
         if entry.enabled:
             yield "checkpoint", f"{entry.output_dir}/global_step_N ({entry.type}), {moments(entry)}"
@@ -158,6 +153,14 @@ def evaluation(config: TrainerConfig) -> str:
     moments += ["at the start"] if config.eval_at_start else []
     moments += ["at the end"] if config.eval_at_end is not False else []
     return ", ".join(moments)
+
+
+def folded(config: TrainerConfig) -> str:
+    """The files of a run, those of its folder together."""
+    folder, found = Path(config.run_dir or ""), list(files(config))
+    inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
+    outside = [str(file) for file in found if not file.is_relative_to(folder)]
+    return ", ".join([f"{folder}: {', '.join(inside)}", *outside])
 
 
 def files(config: TrainerConfig) -> Iterator[Path]:

@@ -91,9 +91,10 @@ def value_at(config: Any, key: str) -> Any:
 
 
 def is_written(config: Any, key: str) -> bool:
-    *sections, name = key.split(".")
-    section = value_at(config, ".".join(sections)) if sections else config
-    return name in section.model_fields_set
+    name, _, rest = key.partition(".")
+    if name not in config.model_fields_set:
+        return False
+    return not rest or is_written(getattr(config, name), rest)
 
 
 def replaced(config: Any, key: str, value: Any) -> Any:

@@ -45,7 +45,7 @@ def copied(name: str, target: Path) -> list[Path]:
     file.write_text(recipe, encoding="utf-8")
     for source, copy in zip(code, files[1:], strict=False):
         shutil.copyfile(source, copy)
-    files[-1].write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    files[-1].write_text(json.dumps(json_schema(file), indent=1) + "\n", encoding="utf-8")
     return files
 
 

@@ -56,13 +56,14 @@ def test_one_run_over_three_starts_with_rising_steps(tmp_path):
     pytest.importorskip("wandb")
     state = {"output_dir": str(tmp_path / "state"), "save_every_n_steps": 1, "auto_resume": True}
     wandb = {"enable": True, "mode": "offline", "project": "tests", "name": "one"}
+    wandb["entity"] = "team"
     written = recipe(tmp_path, train_iters=3, wandb=wandb) | {"checkpoint": state}
     for end in (1, 2, 3):
         trainer(written | {"exit_iteration": end}).train()
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    ids = {
-        record.run.run_id for file in files for record in records(file) if record.HasField("run")
-    }
+    runs = [r.run for file in files for r in records(file) if r.HasField("run")]
+    ids = {run.run_id for run in runs}
+    assert {(r.entity, r.project, r.display_name) for r in runs} == {("team", "tests", "one")}
     assert len(files) == 3 and ids == {(tmp_path / "run" / "wandb-id").read_text()}
     rows = [row for file in files for row in history(file)]
     assert [step for step, _ in rows] == [1, 2, 3]

@@ -17,11 +17,41 @@ RETENTION = "checkpoint/test_retention.py::test_the_last_and_the_best_stay"
 SAMPLING = "model/test_generate.py::test_sampling_follows_the_seed_and_a_small_top_p_is_greedy"
 SAMPLES = "data/test_sources.py::test_samples_are_drawn_once_and_kept_in_order"
 
+ROWS = "metrics/test_rows.py::test_fewer_rows_count_and_print_the_same_run"
+WANDB = "metrics/test_wandb_run.py::test_one_run_over_three_starts_with_rising_steps"
+PROMPTS = (
+    "data/test_preference.py::test_prepared_pairs_are_found_again_and_keys_of_length_are_told_apart"
+)
+
 BY_TEST = {
     "code": "recipe/test_resolve.py::test_user_code_that_fails_is_named_by_line",
     "skip_validation": "recipe/test_keys.py::test_skip_validation_lifts_one_refusal",
     "base": "recipe/test_compose.py::test_maps_merge_and_lists_are_replaced",
-    "logger.level": "recipe/test_effects.py::test_the_level_is_what_the_terminal_shows",
+    "logger.level": "metrics/test_log.py::test_the_terminal_has_a_level_and_the_file_has_all",
+    "logger.print_output_ranks": "metrics/test_log.py::test_ranks_are_process_numbers",
+    "logger.file_output_ranks": "metrics/test_log.py::test_ranks_are_process_numbers",
+    "train_log_iter_interval": ROWS,
+    "loss_log_interval": ROWS,
+    "eval_log_iter_interval": ROWS,
+    "train_log_metrics_path": "trainer/test_run_folder.py::"
+    "test_rows_go_where_the_recipe_says_and_are_cut_on_resume",
+    "profile.start_step": "metrics/test_profile.py::test_a_trace_has_its_updates",
+    "profile.num_steps": "metrics/test_profile.py::test_a_trace_has_its_updates",
+    "profile.dir": "metrics/test_profile.py::"
+    "test_a_trace_has_a_folder_and_ends_with_a_run_that_fails",
+    "mem_profiler": "metrics/test_profile.py::test_memory_profiles_lie_in_the_run",
+    "mem_profiler_dir": "metrics/test_profile.py::test_memory_profiles_have_a_folder",
+    "tensorboard.enable": "metrics/test_tensorboard.py::"
+    "test_a_restart_that_goes_back_leaves_one_value_a_step",
+    "tensorboard.dir": "metrics/test_tensorboard.py::test_another_folder_is_taken_and_never_shared",
+    "wandb.enable": WANDB,
+    "wandb.mode": WANDB,
+    "wandb.name": WANDB,
+    "wandb.project": WANDB,
+    "wandb.entity": WANDB,
+    "wandb.id": "metrics/test_wandb_run.py::test_a_written_id_is_used_and_no_secret_is_sent",
+    "data.max_prompt_length": PROMPTS,
+    "data.dpo_prompt_truncation_mode": PROMPTS,
     "deepspeed.train_batch_size": "trainer/test_geometry.py::test_the_batch_of_deepspeed_is_compared",
     "deepspeed.zero_optimization.stage": "recipe/test_arctic.py::test_a_mapped_key_arrives",
     "mesh.data": MESH,
@@ -149,7 +179,7 @@ BY_CHECK = {
     "name": ({"name": "causal"}, "trainer    causal"),
     "logger.output_dir": (
         {"logger": {"output_dir": "logs"}},
-        "files      logs: recipe.yaml, run.json, train-log-metrics.jsonl, loss.png, logs/",
+        "files      logs: recipe.yaml, run.json, logs, train-log-metrics.jsonl, loss.png",
     ),
     "model.type": (
         {"model": {"type": "liger", **CHAT}},

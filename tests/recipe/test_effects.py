@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.metrics.log import log
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.trainer.header import header
@@ -136,15 +135,6 @@ def test_a25_batches_are_made_ahead_or_in_the_loop(tmp_path):
         batches[-1] += ahead
     assert threads[0] == 0 < threads[1] <= 3
     jax.tree.map(np.testing.assert_array_equal, *batches)
-
-
-@pytest.mark.parametrize(("level", "is_shown"), [("ERROR", False), ("DEBUG", True)])
-def test_the_level_is_what_the_terminal_shows(tmp_path, capfd, level, is_shown):
-    run = made(tmp_path, logger={"level": level}, train_iters=1)
-    run.run_folder.open(resumed_at=0)
-    log.warning("a word to the terminal")
-    run.run_folder.close()
-    assert ("a word to the terminal" in capfd.readouterr().err) == is_shown
 
 
 def test_a_format_is_what_all_files_are(tmp_path):

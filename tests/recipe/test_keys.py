@@ -114,9 +114,9 @@ def source(file: Path, name: str, depth: int = 2) -> str:
 def test_the_named_test_is_there_and_is_about_the_key(key):
     path, _, test = BY_TEST[key].partition("::")
     assert test in parsed(TESTS / path)[1], f"{path} has no {test}: name the test that sees {key}"
-    assert re.search(rf"\b{key.rpartition('.')[2]}\b", source(TESTS / path, test)), (
-        f"{test} says nothing of {key}"
-    )
+    section, _, name = key.rpartition(".")
+    word = section if name == "enable" else name  # a switch goes by its section
+    assert re.search(rf"\b{word}\b", source(TESTS / path, test)), f"{test} says nothing of {key}"
 
 
 @pytest.mark.parametrize("key", BY_CHECK)
@@ -204,6 +204,8 @@ def test_a_key_that_may_only_be_off_is_refused_with_its_reason(key):
 @pytest.mark.parametrize(("key", "target"), CARRIED)
 def test_a_key_with_another_name_sets_the_other_and_may_not_contradict_it(key, target):
     value = True if target.endswith(("offload", "enable")) else 4
+    if target == "tensorboard.enable":
+        pytest.importorskip("tensorboardX")
     resolved = resolve(nested(key, value))
     if target in NOT_BUILT:
         assert [fault.key for fault in resolved.faults] == [key]
@@ -284,10 +286,16 @@ HOMES = {
     "pipeline": ("parallel", "trainer"),
     "deepspeed": ("optimizer", "parallel", "trainer", "recipe/mapping.py"),
     "eval_samples": ("trainer",),
+    "profile": ("metrics",),
 }
 """Section → the folders that may read it; the trainer's own keys may be read anywhere."""
 ANYWHERE = tuple(p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "recipe")
-CALLED = {"eval_samples": "wanted", "offload_optimizer": "offload", "zero_optimization": "zero"}
+CALLED = {
+    "profile": "trace",
+    "eval_samples": "wanted",
+    "offload_optimizer": "offload",
+    "zero_optimization": "zero",
+}
 """Section → what it is called where it is read, if neither `config` nor its name."""
 BY_NAME = {
     "code": "recipe/resolve.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxtrain import registry
 from jaxtrain.recipe import shipped
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
@@ -85,7 +86,8 @@ def test_the_schema_has_the_keys_of_user_code(tmp_path):
     assert "own_key_of_test_schema" in keys and "epochs" in keys
 
 
-def test_recipes_are_listed_shown_and_copied(tmp_path):
+def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_user", {})  # another test runs the file where it lies
     assert all(name in shipped.listed() for name in shipped.names())
     files = shipped.copied("quickstart", tmp_path)
     assert {file.name for file in files} == {
@@ -95,6 +97,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path):
     }
     assert get_config(tmp_path / "quickstart.yaml").type == "sft"
     assert json.loads((tmp_path / "jaxtrain.schema.json").read_text())["anyOf"]
+    shipped.copied("focal", tmp_path)  # the schema beside it knows its keys
+    schema = json.loads((tmp_path / "jaxtrain.schema.json").read_text())
+    assert "gamma" in schema["$defs"]["trainer.focal"]["properties"]
     with pytest.raises(RecipeError, match="exists already"):
         shipped.copied("quickstart", tmp_path)
     with pytest.raises(RecipeError, match="did you mean `quickstart`"):
