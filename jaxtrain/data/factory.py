@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxtrain.batch import Batch
@@ -89,6 +90,8 @@ class DataFactory(Factory, kind="data"):
     below; `prepare` calls them in this order."""
 
     config: DataConfig
+    tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
+    """Further arguments for a tokenizer that is given text."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
         super().__init__(config, trainer)

@@ -1,5 +1,6 @@
 """From the `data` section of a recipe to the batches of its run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain import registry
@@ -15,6 +16,7 @@ def prepare_data(
     shape: BatchShape,
     *,
     max_positions: int | None,
+    tokenize_kwargs: Mapping[str, Any] | None = None,
     trainer: Any = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -34,6 +36,7 @@ def prepare_data(
         return [registry.find("data_source", s.type)(s, trainer=trainer) for s in listed]
 
     factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
+    factory.tokenize_kwargs = tokenize_kwargs or {}
     return factory.prepare(
         sources(config.sources),
         {name: sources(listed) for name, listed in config.eval_sets.items()},

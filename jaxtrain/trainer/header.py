@@ -16,12 +16,16 @@ def header(trainer: "Trainer") -> dict[str, str]:
     config, model, mesh = trainer.config, trainer.model, trainer.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    stage = config.deepspeed.zero_stage
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
         f"{model.execution.compute_dtype}, remat {model.execution.remat}",
         "kernels": model.attention,
+        "optimizer": f"{config.optimizer.type}, "
+        + ", ".join(f"{count:,} {kind}" for kind, count in trainer.groups.counts().items()),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        + (f", mesh {axes}" if axes else ""),
+        + (f", mesh {axes}" if axes else "")
+        + (f", ZeRO stage {stage}" if stage else ""),
         **_rows(trainer),
         "run": str(trainer.run_folder.path),
     }

@@ -13,6 +13,7 @@ from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
 Item = TypeVar("Item")
+COUNTED = ("/tokens", "/samples")
 
 
 class Report:
@@ -68,7 +69,7 @@ class Report:
         self.num_evaluations += 1
         self.folder.write({"iter": step, **metrics, "loss/eval": metrics["eval/loss"]})
         shown = "  ".join(
-            f"{name} {value:,.0f}" if name.endswith("/tokens") else f"{name} {value:.4f}"
+            f"{name} {value:,.0f}" if name.endswith(COUNTED) else f"{name} {value:.4f}"
             for name, value in metrics.items()
         )
         self.console.line(f"evaluation at step {step}: {shown}")

@@ -29,14 +29,15 @@ def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainS
 
 
 def state_shardings(
-    mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation
+    mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation, *, zero_stage: int = 0
 ) -> TrainState:
-    """A sharding for every leaf of the state; moments live where their parameter does.
+    """A sharding for every leaf of the state; moments live where their parameter does, from stage 1
+    on a part on each device of `data`.
 
     `params` are shapes. RecipeError if the mesh does not divide the model.
     """
     replicated = NamedSharding(mesh, P())
-    param_shardings = parameter_shardings(mesh, params)
+    param_shardings = parameter_shardings(mesh, params, over_data=zero_stage >= 1)
     named = {
         path_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(

@@ -36,8 +36,10 @@ class StepSpec(NamedTuple):
     seed: int
     counts: Callable[[Batch], Metrics]
     """what else to report of a batch: its tokens"""
-    param_shardings: PyTree
-    """where parameters live, and so their gradients"""
+    compute_shardings: PyTree
+    """where the parameters live that the loss reads; the state may hold less of them on a device"""
+    grad_shardings: PyTree
+    """where the gradients are summed"""
     whole_batch: bool
     """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
 
@@ -72,15 +74,16 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
 
 def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
     """The summed loss of a batch, without a gradient."""
-    return _over_microbatches(
-        spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key)
-    )
+    params = jax.lax.with_sharding_constraint(state.params, spec.compute_shardings)
+    return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, params, rows, key))
 
 
 def loss_and_grads(
     spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[Loss, PyTree]:
     """The summed loss of a batch and the gradient of its total."""
+    # Gathered here, if at all: once for all microbatches.
+    params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
 
     def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
         def total(params: PyTree) -> tuple[jax.Array, Loss]:
@@ -90,7 +93,7 @@ def loss_and_grads(
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         # Said here, since the compiler may else gather the gradients of all shards on every device.
-        grads = jax.lax.with_sharding_constraint(grads, spec.param_shardings)
+        grads = jax.lax.with_sharding_constraint(grads, spec.grad_shardings)
         return loss, spec.on_gradients(grads)
 
     return _over_microbatches(spec, batch, key, one)

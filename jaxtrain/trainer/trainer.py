@@ -28,11 +28,13 @@ from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import (
     AdafactorFactory,
     AdamWFactory,
+    Groups,
     LionFactory,
     MuonFactory,
     SGDFactory,
 )
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -101,17 +103,21 @@ class Trainer(registry.Registered, kind="trainer"):
         # Data comes before weights: a recipe that trains nothing is found in seconds.
         model_factory = self._made("model", config.model)
         self.model_config = model_factory.create_config()
+        if not isinstance(data, DataShape):
+            tokens = 1 + max(self.tokenizer.get_vocab().values())
+            self.model_config = self.model_config.with_room(tokens, config.model)
         self.data = cast(TrainingData, data or self._prepared_data())
         self.model = model_factory.create_model(self.model_config)
-        self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
-            self.model.shapes, config.optimizer
-        )
+        self.groups = Groups.of(config.optimizer, self.model.shapes)
+        self.optimizer = self.groups.optimizer(self._made("optimizer", config.optimizer))
         self.schedule = self._made("scheduler", config.scheduler).create_scheduler(config.optimizer)
         self.checkpoint_engines: list[CheckpointEngine] = [
             self._made("checkpoint", entry) for entry in config.checkpoint
         ]
 
-        self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
+        self.shardings = state_shardings(
+            self.mesh, self.model.shapes, self.optimizer, zero_stage=config.deepspeed.zero_stage
+        )
         make_state = partial(new_state, optimizer=self.optimizer)
         self.state_shapes = with_shardings(
             jax.eval_shape(make_state, self.model.shapes), self.shardings
@@ -218,9 +224,10 @@ class Trainer(registry.Registered, kind="trainer"):
         self.report.flush()
         sums = {name: self._summed(name) for name in self.data.evals}
         named = sums if len(sums) > 1 else {}
-        self.eval_metrics = evaluated("eval", reduce(added, sums.values()))
+        unit = self.config.loss_weighting
+        self.eval_metrics = evaluated("eval", reduce(added, sums.values()), unit)
         for name, loss in named.items():
-            self.eval_metrics |= evaluated(f"eval/{name}", loss)
+            self.eval_metrics |= evaluated(f"eval/{name}", loss, unit)
         self.report.evaluation(self.global_step, self.eval_metrics)
         self._tell("on_evaluate", metrics=self.eval_metrics)
         self._sample()
@@ -384,6 +391,7 @@ class Trainer(registry.Registered, kind="trainer"):
             self.tokenizer,
             BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
             max_positions=self.model_config.config.max_positions,
+            tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
             trainer=self,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -391,8 +399,10 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def _compile(self) -> None:
         """Turn `step` and `loss` into jitted functions on the mesh."""
+        stage = self.config.deepspeed.zero_stage
+        placed = partial(parameter_shardings, self.mesh, self.model.shapes)
         self._spec = pure.StepSpec(
-            merge=self.model.merge,
+            merge=lambda params: self.model.merge(self.groups.held(params)),
             loss_fn=self.hooked("loss", self.loss_fn),
             on_gradients=self.hooked("backward", lambda gradients: gradients),
             optimizer=self.optimizer,
@@ -400,14 +410,15 @@ class Trainer(registry.Registered, kind="trainer"):
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             counts=partial(counts, windows=self.model.windows),
-            param_shardings=self.shardings.params,
+            compute_shardings=placed(over_data=stage == 3),
+            grad_shardings=placed(over_data=stage >= 2),
             whole_batch=self.geometry.whole_batch,
         )
-        placed = (self.shardings, self.geometry.batch_sharding)
+        inputs = (self.shardings, self.geometry.batch_sharding)
         step = jax.jit(
-            self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
+            self.step, donate_argnums=0, in_shardings=inputs, out_shardings=(self.shardings, None)
         )
-        loss = jax.jit(self.loss, in_shardings=(*placed, None))
+        loss = jax.jit(self.loss, in_shardings=(*inputs, None))
         self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
         self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]
 
