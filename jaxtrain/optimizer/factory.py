@@ -35,8 +35,8 @@ def with_state_dtype(
     def init(params: Any) -> Any:
         return cast(optimizer.init(params), dtype)
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        updates, state = optimizer.update(grads, cast(state, "float32"), params)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = optimizer.update(updates, cast(state, "float32"), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -52,7 +52,6 @@ TABLE = (
     NotBuilt("exit_iteration_this_run", is_set, "use exit_iteration"),
     NotBuilt("min_iterations", is_set, "use train_iters with enough epochs"),
     NotBuilt("overfit_first_batch", is_set, "use data.sources.*.sample_count"),
-    NotBuilt("ema", is_set, "remove it"),
     NotBuilt("on_nonfinite", other_than("stop"), "use stop"),
     NotBuilt("divergence", is_set, "remove it"),
     NotBuilt("replica_check_interval", is_set, "remove it"),

@@ -32,11 +32,8 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
     if config.chat_template is not None:
         tokenizer.chat_template = _template_text(config.chat_template)
         _check_syntax(tokenizer)
-    special = [*config.extra_tokens, *([config.pad_token] if config.pad_token else [])]
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special],
-        special_tokens=True,
-    )
+    for token in filter(None, (*config.extra_tokens, config.pad_token)):
+        tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
     if config.pad_token:
         tokenizer.pad_token = config.pad_token
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:

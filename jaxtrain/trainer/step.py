@@ -31,6 +31,8 @@ class StepSpec(NamedTuple):
     """updates at the peak rate"""
     schedule: Callable[[jax.Array], jax.Array]
     """update number → share of the peak rate"""
+    average: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    """average so far, new parameters, update number → their average"""
     max_grad_norm: float
     """0 is off"""
     seed: int
@@ -62,7 +64,8 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
         grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
         updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), state.params, updates)
-        return state._replace(params=params, opt_state=opt_state)
+        average = spec.average(state.average, params, state.step)
+        return state._replace(params=params, opt_state=opt_state, average=average)
 
     # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
     applied = (loss.weight > 0) & jnp.isfinite(loss.total) & jnp.isfinite(norm)
@@ -72,9 +75,9 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     return state._replace(step=state.step + 1), metrics
 
 
-def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
+def loss(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> Loss:
     """The summed loss of a batch, without a gradient."""
-    params = jax.lax.with_sharding_constraint(state.params, spec.compute_shardings)
+    params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
     return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, params, rows, key))
 
 

@@ -42,6 +42,7 @@ from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
+from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.geometry import Geometry
@@ -115,12 +116,17 @@ class Trainer(registry.Registered, kind="trainer"):
             self._made("checkpoint", entry) for entry in config.checkpoint
         ]
 
+        self.average = Average(config.ema)
         self.shardings = state_shardings(
-            self.mesh, self.model.shapes, self.optimizer, zero_stage=config.deepspeed.zero_stage
+            self.mesh,
+            self.model.shapes,
+            self.optimizer,
+            zero_stage=config.deepspeed.zero_stage,
+            has_average=config.ema is not None,
         )
-        make_state = partial(new_state, optimizer=self.optimizer)
+        self._new_state = partial(new_state, optimizer=self.optimizer, average=self.average.start)
         self.state_shapes = with_shardings(
-            jax.eval_shape(make_state, self.model.shapes), self.shardings
+            jax.eval_shape(self._new_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(config)
         self.report = Report(
@@ -163,7 +169,8 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def loss(self, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
         """The summed evaluation loss of a batch. Jitted."""
-        return pure.loss(self._spec._replace(loss_fn=self.eval_fn), state, batch, key)
+        spec = self._spec._replace(loss_fn=self.eval_fn)
+        return pure.loss(spec, self.average.told(state), batch, key)
 
     # The run: a loop on the host.
 
@@ -267,7 +274,7 @@ class Trainer(registry.Registered, kind="trainer"):
         """Export the weights to a folder that `transformers` loads."""
         self.model.save(
             Path(folder),
-            self.state.params,
+            self.average.told(self.state),
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
         )
@@ -287,8 +294,8 @@ class Trainer(registry.Registered, kind="trainer"):
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
         with self.console.phase("reading the weights"), jax.set_mesh(self.mesh):
             params = self.model.load(self.shardings.params, seed=self.config.seed)
-            make = partial(new_state, optimizer=self.optimizer)
-            self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+            make = jax.jit(self._new_state, donate_argnums=0, out_shardings=self.shardings)
+            self._state = make(params)
 
     # What the loop asks.
 
@@ -377,7 +384,8 @@ class Trainer(registry.Registered, kind="trainer"):
         if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
             return
         with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
-            found = answers(self.model, self.state.params, self.tokenizer, wanted)
+            params = self.average.told(self.state)
+            found = answers(self.model, params, self.tokenizer, wanted)
         self.report.samples(self.global_step, wanted.prompts, found)
 
     def _made(self, kind: str, config: Any, *values: Any) -> Any:
@@ -407,6 +415,7 @@ class Trainer(registry.Registered, kind="trainer"):
             on_gradients=self.hooked("backward", lambda gradients: gradients),
             optimizer=self.optimizer,
             schedule=self.schedule,
+            average=self.average.after,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             counts=partial(counts, windows=self.model.windows),

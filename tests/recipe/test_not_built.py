@@ -51,7 +51,6 @@ EXAMPLES = {
     "exit_iteration_this_run": 5,
     "min_iterations": 5,
     "overfit_first_batch": True,
-    "ema": {"decay": 0.9},
     "on_nonfinite": "skip",
     "divergence": {},
     "replica_check_interval": 5,
