@@ -1,12 +1,14 @@
 """Checks that need more than one section of a recipe."""
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples
 from jaxtrain.recipe.guards import direction
+from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -150,6 +152,32 @@ def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
+def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
+    where, level = config.logger.written_level()
+    if level not in LEVELS:
+        what = f"the variable {where} must be one of {', '.join(LEVELS)}, found {level!r}"
+        yield Fault("logger.level", what)
+
+
+def _extras_are_installed(config: TrainerConfig) -> Iterator[Fault]:
+    for key, is_on, package in (
+        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
+        ("wandb", config.wandb.is_on, "wandb"),
+    ):
+        try:
+            if is_on:  # not by `find_spec`: wandb leaves a folder of its own name where it runs
+                metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
+            yield Fault(f"{key}.enable", what)
+
+
+def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
+    *folders, name = Path(config.run_dir or "x").parts
+    if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
+        yield Fault("run_dir", f"takes one {{n}}, in its last part, found {config.run_dir!r}")
+
+
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
@@ -168,5 +196,8 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
     (("deepspeed", "model"), _dtype_is_said_once),
     (("kill_switch_path",), _stop_file_is_fresh),
+    (("logger",), _log_level_is_known),
+    (("tensorboard", "wandb"), _extras_are_installed),
+    (("run_dir",), _run_name_is_known),
 )
 """Each with the keys that must be sound before it can be asked."""

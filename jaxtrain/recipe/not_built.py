@@ -27,10 +27,6 @@ def planned(kind: str) -> Callable[[Any], bool]:
     return lambda name: registry.is_planned(kind, str(name))
 
 
-def without_first(ranks: Any) -> bool:
-    return ranks != "*" and 0 not in ranks
-
-
 TABLE = (
     NotBuilt("type", planned("trainer"), "use sft"),
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
@@ -61,18 +57,7 @@ TABLE = (
     NotBuilt("eval_after_step", is_set, "use eval_interval alone"),
     NotBuilt("eval_every_n_epochs", is_set, "use eval_interval"),
     NotBuilt("early_stopping", is_set, "remove it"),
-    NotBuilt("train_log_iter_interval", other_than(1), "remove it"),
-    NotBuilt("train_log_metrics_path", is_set, "use run_dir: the file lies in it"),
-    NotBuilt("loss_log_interval", other_than(1), "remove it"),
-    NotBuilt("eval_log_iter_interval", other_than(1), "remove it"),
     NotBuilt("kill_switch_path", is_set, "remove it: Ctrl-C stops the run"),
-    NotBuilt("profile", is_set, "remove it"),
-    NotBuilt("mem_profiler", is_set, "remove it"),
-    NotBuilt("mem_profiler_dir", is_set, "remove it"),
-    NotBuilt("tensorboard.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
-    NotBuilt("wandb.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
-    NotBuilt("logger.print_output_ranks", without_first, "process 0 prints, remove it"),
-    NotBuilt("logger.file_output_ranks", without_first, "every process has a file, remove it"),
     NotBuilt("checkpoint.*.save_after_step", is_set, "remove it"),
     NotBuilt("checkpoint.*.keep_every_n_steps", is_set, "use keep_last_n or keep_best_n"),
     NotBuilt("checkpoint.*.save_model_only", is_set, "use a `huggingface` entry"),

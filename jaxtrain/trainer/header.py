@@ -21,14 +21,21 @@ def header(trainer: "Trainer") -> dict[str, str]:
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
         f"{model.execution.compute_dtype}, remat {model.execution.remat}",
         "kernels": model.attention,
-        "optimizer": f"{config.optimizer.type}, "
-        + ", ".join(f"{count:,} {kind}" for kind, count in trainer.groups.counts().items()),
+        "optimizer": _optimizer(trainer),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         + (f", mesh {axes}" if axes else "")
         + (f", ZeRO stage {stage}" if stage else ""),
         **_rows(trainer),
         "run": str(trainer.run_folder.path),
     }
+
+
+def _optimizer(trainer: "Trainer") -> str:
+    """Which, and how many parameters it decays, does not decay, and leaves alone."""
+    if trainer.given.get("optimizer") is not None:
+        return "as given"
+    counts = trainer.groups.counts().items()
+    return ", ".join((trainer.config.optimizer.type, *(f"{n:,} {kind}" for kind, n in counts)))
 
 
 def _rows(trainer: "Trainer") -> dict[str, str]:

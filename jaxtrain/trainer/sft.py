@@ -1,7 +1,5 @@
 """Supervised fine-tuning: the likelihood of the trained tokens."""
 
-import copy
-
 import jax
 
 from jaxtrain.batch import Batch
@@ -29,6 +27,9 @@ class SFTTrainer(Trainer):
 
     def eval_fn(self, model, batch: Batch, key: jax.Array) -> Loss:
         """The objective without smoothing, which would hide the likelihood."""
-        unsmoothed = copy.copy(self)
-        unsmoothed.config = self.config.model_copy(update={"label_smoothing": 0.0})
-        return unsmoothed.loss_fn(model, batch, key)
+        config = self.config
+        self.config = config.model_copy(update={"label_smoothing": 0.0})
+        try:  # while it is traced, so that a `loss_fn` over this one, and callbacks, find it too
+            return super().eval_fn(model, batch, key)
+        finally:
+            self.config = config

@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial, reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 
 from jaxtrain import registry
 from jaxtrain.batch import Batch
-from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
+from jaxtrain.checkpoint import HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
-from jaxtrain.data import BatchShape, DataShape, SFTDataFactory, TrainingData
-from jaxtrain.data.prepare import prepare_data
+from jaxtrain.data import SFTDataFactory, TrainingData
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -28,15 +27,13 @@ from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import (
     AdafactorFactory,
     AdamWFactory,
-    Groups,
     LionFactory,
     MuonFactory,
     SGDFactory,
 )
-from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
-from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
@@ -45,11 +42,12 @@ from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
-from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.facts import Facts
 from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
+from jaxtrain.trainer.parts import Given, known
 from jaxtrain.trainer.report import Report
-from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.run_folder import RunFolder, named
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
 
 
@@ -61,7 +59,7 @@ class TrainOutput(NamedTuple):
     """of the last evaluation, and `train_runtime` in seconds"""
 
 
-class Trainer(registry.Registered, kind="trainer"):
+class Trainer(Facts, registry.Registered, kind="trainer"):
     """One run of one objective. Annotations say which factories a recipe may name; the first is the
     default.
 
@@ -69,9 +67,11 @@ class Trainer(registry.Registered, kind="trainer"):
     before `train`.
     """
 
-    events = {name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint")}
-    traced_events = ("loss", "backward")
-    signature_hints: ClassVar[dict[str, str]] = {
+    events = {
+        **{name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint", "backward")},
+        "loss": "loss_fn",
+    }
+    retired: ClassVar[dict[str, str]] = {
         "loss": "define `loss_fn`; `loss(self, batch)` is the PyTorch hook",
         "step": "define `loss_fn`; `step(self, batch)` is the PyTorch hook",
     }
@@ -87,65 +87,61 @@ class Trainer(registry.Registered, kind="trainer"):
     def __init__(
         self,
         config: TrainerConfig,
+        mode: Literal["train", "process-data"] = "train",
         *,
-        devices: Sequence[Any] | None = None,
-        data: TrainingData | DataShape | None = None,
+        callbacks: Sequence[Any] | None = None,
+        **given: Unpack[Given],
     ):
-        """`devices` make up the mesh, all there are when left out; they need not be present to
-        lower the step. `data` stands in for the recipe's."""
-        for hook in self.hooks("pre-init"):
-            hook(self, config)
-        self.config = config
-        self._callbacks = Callbacks()
-        self.console = Console(is_writer=jax.process_index() == 0)
-        self.mesh = make_mesh(config.mesh, devices or jax.devices())
-        self.geometry = Geometry.of(config, self.mesh)
+        """`process-data` prepares the rows, and nothing that could be trained. `callbacks` stand in
+        for the default ones.
 
-        # Data comes before weights: a recipe that trains nothing is found in seconds.
-        model_factory = self._made("model", config.model)
-        self.model_config = model_factory.create_config()
-        if not isinstance(data, DataShape):
-            tokens = 1 + max(self.tokenizer.get_vocab().values())
-            self.model_config = self.model_config.with_room(tokens, config.model)
-        self.data = cast(TrainingData, data or self._prepared_data())
-        self.model = model_factory.create_model(self.model_config)
-        self.groups = Groups.of(config.optimizer, self.model.shapes)
-        self.optimizer = self.groups.optimizer(self._made("optimizer", config.optimizer))
-        self.schedule = self._made("scheduler", config.scheduler).create_scheduler(config.optimizer)
-        self.checkpoint_engines: list[CheckpointEngine] = [
-            self._made("checkpoint", entry) for entry in config.checkpoint
-        ]
+        The other arguments are ready-made objects in place of what the recipe names: see `Given`.
+        """
+        self.config, self.mode, self.given = named(config), mode, known(given)
+        self._callbacks = Callbacks(self.default_callbacks() if callbacks is None else callbacks)
+        ranks = config.logger.print_output_ranks
+        self.console = Console(prints=is_among(jax.process_index(), ranks))
+        self.global_step = 0
+        self.eval_metrics: dict[str, float] = {}
+        """of the evaluation after the newest update, empty when there was none"""
+        self._state: TrainState | None = None
+        if mode == "process-data":
+            self.console.line("\n".join(self.data.ledger.lines()))
+            return
 
-        self.average = Average(config.ema)
+        self.average = Average(self.config.ema)
         self.shardings = state_shardings(
             self.mesh,
             self.model.shapes,
             self.optimizer,
-            zero_stage=config.deepspeed.zero_stage,
-            has_average=config.ema is not None,
+            zero_stage=self.config.deepspeed.zero_stage,
+            has_average=self.config.ema is not None,
         )
         self._new_state = partial(new_state, optimizer=self.optimizer, average=self.average.start)
         self.state_shapes = with_shardings(
             jax.eval_shape(self._new_state, self.model.shapes), self.shardings
         )
-        self.run_folder = RunFolder(config)
+        self.run_folder = RunFolder(self.config)
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
-            peak_lr=config.optimizer.learning_rate,
+            Meter.of(
+                self.model,
+                self.mesh.devices,
+                update_rows=self.geometry.global_batch,
+                row_tokens=self.data.row_tokens,
+            ),
+            peak_lr=self.peak_lr,
             last_step=self.last_step,
             steps_per_epoch=self.data.steps_per_epoch,
             on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
-        self.global_step = 0
-        self.eval_metrics: dict[str, float] = {}
-        """of the evaluation after the newest update, empty when there was none"""
-        self._state: TrainState | None = None
-        self.hook_methods()
-        for hook in self.hooks("post-init"):
-            hook(self)
+
+    @classmethod
+    def default_callbacks(cls) -> list[Any]:
+        """Callbacks, or classes of them, that every run of this trainer has."""
+        return []
 
     # The objective: pure functions.
 
@@ -163,6 +159,10 @@ class Trainer(registry.Registered, kind="trainer"):
         """What an evaluation sums; the objective unless overridden."""
         return self.loss_fn(model, batch, key)
 
+    def backward(self, gradients: Any) -> Any:
+        """The summed gradients of a microbatch, as the optimizer is to get them. Pure; traced."""
+        return gradients
+
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, pure.Metrics]:
         """One update. Jitted; `state` is donated, use the one that comes back."""
         return pure.step(self._spec, state, batch)
@@ -176,18 +176,20 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def train(self) -> TrainOutput:
         """Run the recipe from its start, or from its newest checkpoint, to its end."""
+        if self.mode == "process-data":
+            raise RecipeError("mode 'process-data' prepares rows alone; make a trainer without it")
         began = time.perf_counter()
         self._refuse_foreign_folders()
         self._tell("on_init_end")
         self.start()
         if self.global_step < self.last_step:
-            self.run_folder.open(resumed_at=self.global_step)
-            self.console.header(header(self))
-            self._tell("on_train_begin")
             try:
+                self.run_folder.open(resumed_at=self.global_step)
+                self.console.header(header(self))
+                self._tell("on_train_begin")
                 if self.config.eval_at_start and self.global_step == 0:
                     self.evaluate()
-                while not self._ended:
+                for _ in self.epochs:
                     self.epoch()
                 self.report.flush()
                 self._tell("on_train_end")
@@ -218,33 +220,39 @@ class Trainer(registry.Registered, kind="trainer"):
             if self._evaluation_is_due:
                 self.evaluate()
             self.checkpoint()
-            if self._ended:
+            if self.training_finished:
                 break
         self._tell("on_epoch_end")
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics over all evaluation rows: sums over a whole set, divided once."""
-        if not self.data.evals:
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """Loss and metrics over all evaluation rows: sums over a whole set, divided once.
+
+        `dataset` is rows or names of sources; its metrics are returned, and neither logged nor told
+        to callbacks.
+        """
+        data = self.data if dataset is None else self.data_of(dataset)
+        if not data.evals:
             raise RecipeError(
                 "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
             )
         self.report.flush()
-        sums = {name: self._summed(name) for name in self.data.evals}
-        named = sums if len(sums) > 1 else {}
+        sums = {name: self._summed(data, name) for name in data.evals}
         unit = self.config.loss_weighting
-        self.eval_metrics = evaluated("eval", reduce(added, sums.values()), unit)
-        for name, loss in named.items():
-            self.eval_metrics |= evaluated(f"eval/{name}", loss, unit)
-        self.report.evaluation(self.global_step, self.eval_metrics)
-        self._tell("on_evaluate", metrics=self.eval_metrics)
-        self._sample()
-        return self.eval_metrics
+        metrics = evaluated("eval", reduce(added, sums.values()), unit)
+        for name, loss in sums.items() if len(sums) > 1 else ():
+            metrics |= evaluated(f"eval/{name}", loss, unit)
+        if dataset is None:
+            self.eval_metrics = metrics
+            self.report.evaluation(self.global_step, metrics)
+            self._tell("on_evaluate", metrics=metrics)
+            self._sample()
+        return metrics
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
         epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
         requested = self.control.taken("should_save")
-        moment = Moment(self.global_step, 0 if within else epoch, self._ended, requested)
+        moment = Moment(self.global_step, 0 if within else epoch, self.training_finished, requested)
         for engine in self.checkpoint_engines:
             if engine.is_due(moment):
                 self.report.flush()
@@ -270,14 +278,17 @@ class Trainer(registry.Registered, kind="trainer"):
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
 
-    def save_model(self, folder: Path | str) -> None:
-        """Export the weights to a folder that `transformers` loads."""
+    def save_model(self, output_dir: Path | str | None = None) -> Path:
+        """Export the weights to a folder that `transformers` loads; to where the recipe's
+        `huggingface` entry has those of this update when none is named."""
+        folder = Path(output_dir) if output_dir is not None else self._export_folder
         self.model.save(
-            Path(folder),
+            folder,
             self.average.told(self.state),
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
         )
+        return folder
 
     def start(self) -> None:
         """Read the weights, or restore the newest checkpoint; once."""
@@ -288,22 +299,21 @@ class Trainer(registry.Registered, kind="trainer"):
             self.global_step = engine.steps()[-1]
             with self.console.phase(f"restoring {engine.path(self.global_step)}"):
                 self._state = engine.load(self.state_shapes)
-            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
+            about = engine.about(self.global_step)
+            self._callbacks.load_state_dict(about["callbacks"])
+            self.report.load_state_dict(about["report"])
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
         with self.console.phase("reading the weights"), jax.set_mesh(self.mesh):
-            params = self.model.load(self.shardings.params, seed=self.config.seed)
+            if (given := self.given.get("model")) is not None:
+                params = self.model.copied(given, self.shardings.params)
+            else:
+                params = self.model.load(self.shardings.params, seed=self.config.seed)
             make = jax.jit(self._new_state, donate_argnums=0, out_shardings=self.shardings)
             self._state = make(params)
 
     # What the loop asks.
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The recipe's tokenizer, with its chat template."""
-        path = self.model_config.path
-        return self._made("tokenizer", self.config.tokenizer, path).create_tokenizer()
 
     @property
     def state(self) -> TrainState:
@@ -324,41 +334,15 @@ class Trainer(registry.Registered, kind="trainer"):
         for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
             yield self.geometry.on_devices(batch)
 
-    def eval_batches(self, name: str) -> Iterator[Batch]:
+    def eval_batches(self, name: str = "eval", data: TrainingData | None = None) -> Iterator[Batch]:
         """On the devices: every row of an evaluation set once, up to `max_eval_batches` batches."""
-        batches = self.data.eval_batches(name)
+        batches = (data or self.data).eval_batches(name)
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
-
-    @property
-    def training_horizon(self) -> int:
-        """Updates that the recipe plans, which is the length of the schedule."""
-        horizon = self.config.horizon(self.data.steps_per_epoch)
-        assert horizon is not None
-        return horizon
-
-    @property
-    def warmup_steps(self) -> int:
-        """Updates over which the rate rises."""
-        return self.config.scheduler.warmup_updates(self.training_horizon)
-
-    @property
-    def last_step(self) -> int:
-        """The update after which this run ends."""
-        return min(self.training_horizon, self.config.exit_iteration or self.training_horizon)
-
-    @property
-    def lineage(self) -> dict[str, Any]:
-        """What a checkpoint and a run that continues it must agree in."""
-        return lineage(self.config, global_batch=self.geometry.global_batch)
 
     @property
     def callback_states(self) -> dict[str, Any]:
         """State of the callbacks that keep any; part of a checkpoint."""
         return self._callbacks.state_dict()
-
-    @property
-    def _ended(self) -> bool:
-        return self.global_step >= self.last_step or self.control.should_training_stop
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -367,16 +351,28 @@ class Trainer(registry.Registered, kind="trainer"):
         if not self.data.evals:
             return False
         interval = self.config.eval_interval
-        at_end = self._ended and self.config.eval_at_end is not False
+        at_end = self.training_finished and self.config.eval_at_end is not False
         return at_end or bool(interval and self.global_step % interval == 0)
 
     def _tell(self, event: str, **more: Any) -> None:
         self._callbacks.tell(event, self, **more)
 
-    def _summed(self, eval_set: str) -> Loss:
+    def _summed(self, data: TrainingData, eval_set: str) -> Loss:
         key = jax.random.key(self.config.seed)
-        batches = self.eval_batches(eval_set)
-        return reduce(added, (self.loss(self.state, batch, key) for batch in batches))
+        losses = []
+        for batch in self.eval_batches(eval_set, data):
+            losses.append(self.loss(self.state, batch, key))
+            self._tell("on_prediction_step")
+        return reduce(added, losses)
+
+    @property
+    def _export_folder(self) -> Path:
+        for engine in self.checkpoint_engines:
+            if isinstance(engine, HFCheckpointEngine):
+                return engine.path(self.global_step)
+        raise RecipeError(
+            "checkpoint: no entry of type huggingface says where to; write save_model(folder)"
+        )
 
     def _sample(self) -> None:
         """Answers to the recipe's prompts, with the present weights."""
@@ -388,33 +384,17 @@ class Trainer(registry.Registered, kind="trainer"):
             found = answers(self.model, params, self.tokenizer, wanted)
         self.report.samples(self.global_step, wanted.prompts, found)
 
-    def _made(self, kind: str, config: Any, *values: Any) -> Any:
-        """The factory that a section of the recipe names."""
-        return registry.find(kind, config.type)(config, *values, trainer=self)
-
-    def _prepared_data(self) -> TrainingData:
-        """Rows to batches, for training and for every evaluation set."""
-        return prepare_data(
-            self.config.data,
-            self.tokenizer,
-            BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
-            max_positions=self.model_config.config.max_positions,
-            tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
-            trainer=self,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    def _compile(self) -> None:
-        """Turn `step` and `loss` into jitted functions on the mesh."""
+    @cached_property
+    def _spec(self) -> pure.StepSpec:
+        """Read when `step` and `loss` are traced, so that callbacks are around its functions."""
         stage = self.config.deepspeed.zero_stage
         placed = partial(parameter_shardings, self.mesh, self.model.shapes)
-        self._spec = pure.StepSpec(
+        return pure.StepSpec(
             merge=lambda params: self.model.merge(self.groups.held(params)),
-            loss_fn=self.hooked("loss", self.loss_fn),
-            on_gradients=self.hooked("backward", lambda gradients: gradients),
+            loss_fn=self.loss_fn,
+            on_gradients=self.backward,
             optimizer=self.optimizer,
-            schedule=self.schedule,
+            schedule=self.scheduler,
             average=self.average.after,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
@@ -423,11 +403,14 @@ class Trainer(registry.Registered, kind="trainer"):
             grad_shardings=placed(over_data=stage >= 2),
             whole_batch=self.geometry.whole_batch,
         )
-        inputs = (self.shardings, self.geometry.batch_sharding)
+
+    def _compile(self) -> None:
+        """Turn `step` and `loss` into jitted functions on the mesh."""
+        placed = (self.shardings, self.geometry.batch_sharding)
         step = jax.jit(
-            self.step, donate_argnums=0, in_shardings=inputs, out_shardings=(self.shardings, None)
+            self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)
         )
-        loss = jax.jit(self.loss, in_shardings=(*inputs, None))
+        loss = jax.jit(self.loss, in_shardings=(*placed, None))
         self.step = Compiled("train step", step, self.mesh, self.report)  # type: ignore[method-assign]
         self.loss = Compiled("evaluation", loss, self.mesh, self.report)  # type: ignore[method-assign]
 

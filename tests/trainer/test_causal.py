@@ -40,8 +40,9 @@ def test_arguments_of_the_tokenizer_decide_the_tokens(tmp_path, kwargs, count):
         },
     }
     run = trainer(written, cls=CausalTrainer)
-    row, eos = next(run.data.train_batches(0, 1)).tokens[0, 0], run.tokenizer.eos_token_id
-    document = row[1 : list(row).index(eos)]
+    row = list(next(run.data.train_batches(0, 1)).tokens[0, 0])
+    start = row.index(run.tokenizer.bos_token_id) + 1
+    document = row[start : row.index(run.tokenizer.eos_token_id, start)]
     pieces = run.tokenizer.convert_ids_to_tokens(document)
     assert "<s>a<|eot|>".startswith("".join(pieces))
     assert len(pieces) == count if count else "<s>" not in pieces
