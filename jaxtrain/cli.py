@@ -3,8 +3,10 @@ once."""
 
 import os
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import click
 
 from jaxtrain.recipe.errors import UserError
 
+COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -42,8 +45,14 @@ def cli(ctx: click.Context) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--python_profile",
+    type=click.Choice(["tottime", "cumtime", "disable"]),
+    default="disable",
+    help="At the end, print where this process's Python code spent its time, in this order.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
+def train(recipe: Path, overrides: tuple[str, ...], python_profile: str, debug: bool) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     from jaxtrain.recipe.resolve import resolve
 
@@ -55,7 +64,8 @@ def train(recipe: Path, overrides: tuple[str, ...], debug: bool) -> None:
     from jaxtrain import registry
 
     remember_compilations()
-    registry.find("trainer", config.type)(config).train()
+    with profiled(python_profile):
+        registry.find("trainer", config.type)(config).train()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -73,11 +83,19 @@ def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bo
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
-    if not dump_config:
-        click.echo(told(resolved))
-    config = resolved.checked()
     if dump_config:
-        click.echo(to_yaml(config), nl=False)
+        click.echo(to_yaml(resolved.checked()), nl=False)
+        return
+    if resolved.faults:
+        click.echo(f"{resolved.error}\n", err=True)
+    click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, told(resolved)))
+    sys.exit(resolved.error.exit_code if resolved.faults else 0)
+
+
+def coloured(match: re.Match[str]) -> str:
+    """The word that a line of the report begins with; `click.echo` drops colour off a terminal."""
+    word = match[0].strip()
+    return click.style(match[0], fg=COLOURS.get(word), bold=word not in COLOURS)
 
 
 @cli.command()
@@ -121,10 +139,13 @@ def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) ->
     """Prepare the rows of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
-    from jaxtrain.recipe.resolve import get_config
+    from jaxtrain.recipe.resolve import resolve
     from jaxtrain.tokenizer import model_files
 
-    config = get_config(recipe, as_overrides(overrides))
+    resolved = resolve(recipe, as_overrides(overrides), only_data=True)
+    config = resolved.checked()
+    for note in resolved.report.notes:
+        click.echo(f"note      {note}")
     model = model_files(config.model)
     make = registry.find("tokenizer", config.tokenizer.type)
     tokenizer = make(config.tokenizer, model.path).create_tokenizer()
@@ -171,6 +192,22 @@ def main() -> None:
             raise
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def profiled(order: str) -> Iterator[None]:
+    """Print the 30 functions that took longest, by `order`, also when the run fails."""
+    if order == "disable":
+        yield
+        return
+    import cProfile
+    import pstats
+
+    with cProfile.Profile() as profile:
+        try:
+            yield
+        finally:
+            pstats.Stats(profile).sort_stats(order).print_stats(30)
 
 
 def remember_compilations() -> None:

@@ -63,6 +63,8 @@ class BatchPlan:
     fused: np.ndarray | None = None
     """bool [rows]: rows whose documents share positions and attend to one another; None is no
     row."""
+    together: int = 1
+    """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,14 +85,15 @@ class BatchPlan:
     def row_numbers(self, step: int) -> np.ndarray:
         """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        size = self.shape.update_rows
-        taken = np.full(size, -1, dtype=np.int64)
-        part = slice(place * size, min((place + 1) * size, self.rows.num_rows))
+        size = self.shape.update_rows // self.together
+        count = self.rows.num_rows // self.together
+        taken = np.full((size, self.together), -1, dtype=np.int64)
+        part = slice(place * size, min((place + 1) * size, count))
         if self.seed is None:
             found = np.arange(part.start, part.stop)
         else:
-            found = _epoch_order(self.rows.num_rows, self.seed, epoch)[part]
-        taken[: len(found)] = found
+            found = _epoch_order(count, self.seed, epoch)[part]
+        taken[: len(found)] = found[:, None] * self.together + np.arange(self.together)
         return taken.reshape(self.shape.microbatches, self.shape.rows)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:

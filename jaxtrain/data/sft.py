@@ -22,7 +22,7 @@ class SFTDataFactory(DocumentFactory):
     config: SFTDataConfig
     retired = dict.fromkeys(
         ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
-        "what is trained is read off the rendered template; define `encoder(loaded)` instead",
+        "what is trained is found in the rendered template; for other rows define `encoder`",
     )
 
     def encoder(self, loaded: LoadedSource) -> Encoder:

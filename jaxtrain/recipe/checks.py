@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -90,6 +90,28 @@ def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
     for key, asked in (("on_nonfinite", config.on_nonfinite), ("divergence.action", action)):
         if asked == "rollback" and not has_state:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
+
+
+def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
+    """Apart from values that say the default, which the effective recipe writes."""
+    if not registry.is_built_in("data", config.data.type):
+        return  # a factory of the user reads what it likes
+    for place, source in config.data.placed_sources():
+        written = [
+            key
+            for key in ("column", "role_mapping", "content_key", "process")
+            if key in source.model_fields_set
+            and getattr(source, key) != type(source).model_fields[key].default
+        ]
+        for key in written:
+            owner = config.data.UNREAD_OF_SOURCES.get(key)
+            if owner:
+                what = f"belongs to data.type {owner}, {config.data.type} does not read it"
+            elif source.is_tokenised and key != "process":
+                what = "has no effect on rows that hold tokens; remove it, or process: false"
+            else:
+                continue
+            yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
 
 
 def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
@@ -186,6 +208,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("checkpoint", "data", "early_stopping"), _metrics_exist),
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
+    (("data",), _sources_write_what_is_read),
     (("mesh", "pipeline"), _microbatches_have_stages),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),

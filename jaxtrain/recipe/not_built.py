@@ -38,6 +38,11 @@ TABLE = (
     NotBuilt(
         "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
     ),
+    NotBuilt(
+        "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"
+    ),
+    NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
+    NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
     NotBuilt(
         "mesh.context", other_than(1), "write 1, and lower data.max_length if memory is short"
@@ -108,7 +113,7 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
 
 
 def _brief(value: Any) -> str:
-    fields = getattr(value, "model_fields_set", None)
-    return (
-        shown(value) if fields is None else shown({name: getattr(value, name) for name in fields})
-    )
+    written = getattr(value, "model_fields_set", None)
+    if written is None:
+        return shown(value)
+    return shown({k: getattr(value, k) for k in type(value).model_fields if k in written})

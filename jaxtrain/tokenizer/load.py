@@ -5,8 +5,7 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import is_offline_mode
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, shown

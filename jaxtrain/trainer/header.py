@@ -8,6 +8,7 @@ import jax
 from jaxtrain.recipe.mesh import AXES
 
 if TYPE_CHECKING:
+    from jaxtrain.model.config import Execution
     from jaxtrain.trainer.trainer import Trainer
 
 
@@ -19,7 +20,7 @@ def header(trainer: "Trainer") -> dict[str, str]:
     stage = config.deepspeed.zero_stage
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
-        f"{model.execution.compute_dtype}, remat {model.execution.remat}",
+        f"{model.execution.compute_dtype}, {_remat(model.execution)}",
         "kernels": model.attention,
         "optimizer": _optimizer(trainer),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -28,6 +29,11 @@ def header(trainer: "Trainer") -> dict[str, str]:
         **_rows(trainer),
         "run": str(trainer.run_folder.path),
     }
+
+
+def _remat(execution: "Execution") -> str:
+    every = f" of every {execution.remat_every} layers" if execution.remat_every > 1 else ""
+    return f"remat {execution.remat}{every}" + (", tiled MLP" if execution.tiled_mlp else "")
 
 
 def _optimizer(trainer: "Trainer") -> str:

@@ -22,6 +22,10 @@ def model(**keys):
     return {"model": {"name_or_path": "m", **keys}}
 
 
+def data(**keys):
+    return {"data": BASE["data"] | keys}
+
+
 def saves(**keys):
     return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
 
@@ -43,6 +47,9 @@ EXAMPLES = {
     "data.eval_sources.*.*.type": {
         "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
     },
+    "data.streaming": data(streaming=True),
+    "data.batch_tokens": data(batch_tokens=4096),
+    "data.max_length_buckets": data(max_length_buckets=4),
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "mesh.context": {"mesh": {"context": 2}},
     "mesh.expert": {"mesh": {"expert": 2}},
