@@ -1,5 +1,6 @@
 """Pre-training: texts joined and cut into rows that are full to the last token."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,12 @@ from jaxtrain.recipe.errors import DataError, RecipeError, shown
 class TextEncoder:
     """Text between BOS, where the tokenizer has one, and EOS; every token but the first trained."""
 
-    def __init__(self, tokenizer: Any, column: str):
+    def __init__(self, tokenizer: Any, column: str, kwargs: Mapping[str, Any]):
         if tokenizer.eos_token_id is None:
             raise RecipeError("tokenizer: has no EOS token, which ends every document")
-        self._backend = plain_backend(tokenizer)
+        self._tokenizer, self._backend = tokenizer, plain_backend(tokenizer)
         self._column = column
+        self._kwargs = dict(kwargs)
         self._before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._eos = tokenizer.eos_token_id
 
@@ -37,8 +39,12 @@ class TextEncoder:
         return row[column]
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
-        encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
-        return [self._outcome(encoding.ids) for encoding in encodings]
+        if not self._kwargs:
+            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
+            return [self._outcome(encoding.ids) for encoding in encodings]
+        asked = {**self._kwargs, "add_special_tokens": False, "return_attention_mask": False}
+        encoding = self._tokenizer(list(items), verbose=False, **asked)
+        return [self._outcome(ids) for ids in encoding["input_ids"]]
 
     def _outcome(self, ids: list[int]) -> Outcome:
         if not ids:
@@ -56,7 +62,12 @@ class CausalDataFactory(DocumentFactory):
     def encoder(self, loaded: LoadedSource) -> Encoder:
         if loaded.source.config.is_tokenised:
             return TokenisedEncoder(vocab_size=len(self.tokenizer), with_labels=False)
-        return TextEncoder(self.tokenizer, loaded.source.config.text_column)
+        column = loaded.source.config.text_column
+        return TextEncoder(self.tokenizer, column, self.tokenize_kwargs)
+
+    def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
+        kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)
+        return super().key_parts(loaded) | {"tokenizer.tokenize_kwargs": kwargs}
 
     def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
         """In the order of the documents. The tail that fills no row is left out of training, once,

@@ -33,7 +33,12 @@ def show_data(
     """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
     the same when `html` names one."""
     shape = batch_shape(config, devices)
-    factory = data_factory(config.data, tokenizer, max_positions=max_positions)
+    factory = data_factory(
+        config.data,
+        tokenizer,
+        max_positions=max_positions,
+        tokenize_kwargs=config.tokenizer.tokenize_kwargs,
+    )
     data = prepare_data(factory, shape)
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():

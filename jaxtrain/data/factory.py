@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxtrain.batch import Batch
@@ -113,6 +114,8 @@ class DataFactory(Factory, kind="data"):
         "create-dataloader": "create_dataloader",
     }
     config: DataConfig
+    tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
+    """Further arguments for a tokenizer that is given text."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
         super().__init__(config, trainer)

@@ -17,7 +17,12 @@ GivenRows = Iterable[dict[str, Any]]
 
 
 def data_factory(
-    config: DataConfig, tokenizer: Any, *, max_positions: int | None, trainer: Any = None
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    max_positions: int | None,
+    tokenize_kwargs: Mapping[str, Any],
+    trainer: Any = None,
 ) -> DataFactory:
     """`max_positions` are those of the model; RecipeError for a `max_length` beyond them, or for
     none at all."""
@@ -29,7 +34,9 @@ def data_factory(
             f"data.max_length: {max_length} is longer than the {max_positions} positions of the "
             "model; write at most that"
         )
-    return registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
+    factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
+    factory.tokenize_kwargs = tokenize_kwargs
+    return factory
 
 
 def prepare_data(

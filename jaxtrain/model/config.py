@@ -64,6 +64,10 @@ class Execution:
     """Implementation of the attention kernel."""
     remat: Literal["full", "dots", "none"] = "full"
     """What the backward pass finds: inputs of layers, their matrix products too, or everything."""
+    remat_every: int = 1
+    """Every how many layers of a stack one is treated so; the others keep everything."""
+    tiled_mlp: bool = False
+    """Feed-forward layers work on as many tokens at a time as the model is wide."""
     stages: int = 1
     """Pieces into which the stack is cut over the `pipeline` axis."""
     microbatches: int = 1

@@ -12,7 +12,9 @@ B batch, T tokens, D width, K key/value heads, G query heads to each, H head siz
 V vocabulary, L layers of one member of a group.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -132,8 +134,8 @@ class Decoder(nnx.Module):
         for name in self.layers:
             graph, params = split(self.layers[name])
             x_BTD, filled[name] = run_group(
-                graph, params, x_BTD, view,
-                remat=self.execution.remat, caches=None if caches is None else caches[name],
+                graph, params, x_BTD, view, self.execution,
+                caches=None if caches is None else caches[name],
             )  # fmt: skip
         return x_BTD, (None if caches is None else filled)
 
@@ -143,9 +145,8 @@ class Decoder(nnx.Module):
         (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
 
         def stage(params: Params, x_BTD: Array, view: View, first_layer: Array) -> Array:
-            remat = self.execution.remat
             return run_group(
-                graph, params, x_BTD, view, remat=remat, first=first_layer, end=num_layers
+                graph, params, x_BTD, view, self.execution, first=first_layer, end=num_layers
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.
@@ -181,8 +182,8 @@ def run_group(
     params: Params,
     x_BTD: Array,
     view: View,
+    execution: Execution,
     *,
-    remat: str = "full",
     caches: Mapping[str, Cache] | None = None,
     first: Array | int = 0,
     end: int | None = None,
@@ -193,28 +194,45 @@ def run_group(
     x as it is.
     """
 
-    def repeat(x_BTD: Array, scanned):
-        i, scanned = scanned
-        if end is None:
-            return whole(x_BTD, scanned)
-        return lax.cond(i < end, whole, lambda x, _: (x, None), x_BTD, scanned)
+    every, num_members = execution.remat_every, len(params)
 
-    def whole(x_BTD: Array, scanned):
+    def repeat(x_BTD: Array, scanned, before: int = 0):
+        i, scanned = scanned
+        run = partial(whole, before=before)
+        if end is None:
+            return run(x_BTD, scanned)
+        return lax.cond(i < end, run, lambda x, _: (x, None), x_BTD, scanned)
+
+    def whole(x_BTD: Array, scanned, *, before: int):
         params, caches = scanned
         members = nnx.merge(graph, params)
         filled = {}
-        for name in members:
+        for number, name in enumerate(members, before):
             block_graph, block_params = split(members[name])
 
-            @REMAT[remat]
+            @REMAT[execution.remat if number % every == 0 else "none"]
             def block(x_BTD, params, cache, graph=block_graph):
                 return nnx.merge(graph, params)(x_BTD, view, cache)
 
             x_BTD, filled[name] = block(x_BTD, block_params, caches and caches[name])
         return x_BTD, (caches and filled)
 
-    numbers = first + jnp.arange(jax.tree.leaves(params)[0].shape[0])
-    return lax.scan(repeat, x_BTD, (numbers, (params, caches)))
+    def several(x_BTD: Array, scanned):
+        """Repeats after which the pattern of rematerialised layers starts again."""
+        for j in range(jax.tree.leaves(scanned)[0].shape[0]):
+            one = jax.tree.map(lambda a, j=j: a[j], scanned)
+            x_BTD, _ = repeat(x_BTD, one, before=j * num_members)
+        return x_BTD, None
+
+    num_repeats = jax.tree.leaves(params)[0].shape[0]
+    scanned = (first + jnp.arange(num_repeats), (params, caches))
+    at_once = every // math.gcd(every, num_members)
+    if at_once == 1 or caches is not None:
+        return lax.scan(repeat, x_BTD, scanned)
+    loops, rest = divmod(num_repeats, at_once)
+    cut = lambda a: a[: loops * at_once].reshape(loops, at_once, *a.shape[1:])
+    x_BTD, _ = lax.scan(several, x_BTD, jax.tree.map(cut, scanned))
+    return several(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
 
 
 class Model(NamedTuple):

@@ -1,7 +1,7 @@
 """The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,21 @@ class Described:
     config: DecoderConfig
     hf_config: dict[str, Any]
     path: Path
+    stored_tokens: int | None = None
+    """tokens of the vocabulary that have weights at `path`, where that is not all"""
+
+    def with_room(self, tokens: int, config: ModelConfig) -> "Described":
+        """A model for so many tokens; RecipeError where it would have to grow and may not."""
+        room = self.config.vocab_size
+        if tokens <= room:
+            return self
+        if not config.resize_vocab:
+            raise RecipeError(
+                f"model.resize_vocab: the tokenizer has {tokens} tokens and the embedding room for "
+                f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
+            )
+        grown = replace(self.config, vocab_size=tokens)
+        return Described(grown, self.hf_config | {"vocab_size": tokens}, self.path, room)
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,14 @@ class LanguageModel:
                 decoder.init_params, config, self.execution, param_dtype=self.param_dtype
             )
             return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
-        path = self.described.path
-        return load_params(path, config, self.shapes, shardings, self.param_dtype)
+        return load_params(
+            self.described.path,
+            config,
+            self.shapes,
+            shardings,
+            self.param_dtype,
+            stored_tokens=self.described.stored_tokens,
+        )
 
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
@@ -156,6 +177,7 @@ class HFModelFactory(ModelFactory):
             row_tokens=data.row_tokens,
             stages=geometry.stages,
             microbatches=geometry.num_microbatches,
+            tiled_mlp=self.trainer.config.tiled_mlp_compute,
         )
 
 
@@ -167,6 +189,7 @@ def language_model(
     row_tokens: int,
     stages: int = 1,
     microbatches: int = 1,
+    tiled_mlp: bool = False,
 ) -> LanguageModel:
     """The model of a recipe on a mesh; RecipeError for what the mesh cannot compute."""
     on = platform(mesh)
@@ -188,6 +211,8 @@ def language_model(
         compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
         attention=attention.name,
         remat=config.remat_policy,
+        remat_every=config.remat_every_nth_layer,
+        tiled_mlp=tiled_mlp,
         stages=stages,
         microbatches=microbatches,
     )

@@ -7,6 +7,7 @@ B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = 
 a key/value head, H head size, F feed-forward, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -166,14 +167,35 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, initial: Initial, L: int):
+    def __init__(self, config: DecoderConfig, execution: Execution, initial: Initial, L: int):
         D, F = config.width, config.ffn_width
         self.gate_up = initial.normal(L, D, 2, F)
         self.down = initial.normal(L, F, D)
+        self.tile_tokens = D if execution.tiled_mlp else None
 
     def __call__(self, x_BTD: Array) -> Array:
-        gate_up = dense(x_BTD, self.gate_up[...])  # [B, T, 2, F]
-        return dense(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], self.down[...])
+        gate_up, down = self.gate_up[...], self.down[...]
+
+        def mlp(x_BtD: Array) -> Array:
+            wide = dense(x_BtD, gate_up)  # [B, t, 2, F]
+            return dense(jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :], down)
+
+        return mlp(x_BTD) if self.tile_tokens is None else tiled(mlp, x_BTD, self.tile_tokens)
+
+
+def tiled(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
+    """`layer` on pieces of a row, one after another, each made again in the backward pass: what a
+    layer makes on its way is held for one piece."""
+    B, T, D = x_BTD.shape
+    tiles = -(-T // tile_tokens)
+    if tiles == 1:
+        return layer(x_BTD)
+    tile_tokens = -(-T // tiles)  # equal pieces, so that little padding fills the last
+    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
+    pieces = x_BTD.reshape(B, tiles, tile_tokens, D).swapaxes(0, 1)
+    # Inside a loop nothing is merged with the forward pass, so the check against that can go.
+    done = lax.map(jax.checkpoint(layer, prevent_cse=False), pieces)
+    return done.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
 
 
 class Block(nnx.Module):
@@ -185,7 +207,7 @@ class Block(nnx.Module):
         self.attention_norm = initial.ones(L, config.width)
         self.attention = Attention(config, spec, execution, initial, L)
         self.mlp_norm = initial.ones(L, config.width)
-        self.mlp = GatedMLP(config, initial, L)
+        self.mlp = GatedMLP(config, execution, initial, L)
         self.eps = config.rms_eps
 
     def __call__(

@@ -5,6 +5,8 @@ L layers of one stacked parameter; the other letters are those of families.py.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,14 +101,25 @@ def tensor_shapes(config: DecoderConfig, shapes: Any) -> dict[str, tuple[int, ..
 
 
 def load_params(
-    path: Path, config: DecoderConfig, shapes: Any, shardings: Any, param_dtype: str = "float32"
+    path: Path,
+    config: DecoderConfig,
+    shapes: Any,
+    shardings: Any,
+    param_dtype: str = "float32",
+    *,
+    stored_tokens: int | None = None,
 ) -> Any:
     """Parameters read from a folder or a GGUF file; each device reads only its own part.
 
+    Where the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows.
     WeightError names every tensor that is missing, unknown or of another shape.
     """
     stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
-    _check(path, stored, tensor_shapes(config, shapes), config)
+    in_file = replace(config, vocab_size=stored_tokens or config.vocab_size)
+    _check(path, stored, tensor_shapes(in_file, shapes), config)
+    for name, shape in tensor_shapes(config, shapes).items():
+        if shape != stored[name].shape:
+            stored[name] = _grown(stored[name], shape)
     dtype = np.dtype(jax.numpy.dtype(param_dtype))
 
     def one(key_path, shape, sharding) -> jax.Array:
@@ -114,6 +127,18 @@ def load_params(
         return jax.make_array_from_callback(shape.shape, sharding, read)
 
     return jax.tree_util.tree_map_with_path(one, shapes, shardings)
+
+
+def _grown(tensor: Stored, shape: tuple[int, ...]) -> Stored:
+    """The tensor with more rows, each the mean of those it has."""
+
+    @cache
+    def read() -> np.ndarray:
+        rows = tensor.read()
+        mean = rows.mean(0, dtype=np.float32).astype(rows.dtype)
+        return np.concatenate([rows, np.broadcast_to(mean, (shape[0] - len(rows), *shape[1:]))])
+
+    return Stored(shape, read)
 
 
 def _reader(

@@ -37,7 +37,7 @@ class MuonFactory(OptimizerFactory):
                 nesterov=config.nesterov,
                 adam_b1=config.betas[0],
                 adam_b2=config.betas[1],
-                muon_weight_dimension_numbers=matrices(model),
+                muon_weight_dimension_numbers=matrices,
                 consistent_rms=RMS,
             ),
             # `muon` has turned the sign already.

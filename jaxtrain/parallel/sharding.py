@@ -73,8 +73,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """The sharding of every parameter, from the two tables.
+def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> Any:
+    """The sharding of every parameter, from the two tables; `over_data`: what `fsdp` splits is
+    split over `data` as well.
 
     RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
     for a parameter that no row names.
@@ -94,7 +95,7 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
             for axis, size in zip(axes, leaf.shape, strict=True)
             if axis and "tensor" in MESH_AXES[axis]
         )
-        return NamedSharding(mesh, P(*_mesh_axes(axes, leaf.shape, mesh)))
+        return NamedSharding(mesh, P(*_mesh_axes(axes, leaf.shape, mesh, over_data)))
 
     shardings = jax.tree_util.tree_map_with_path(one, shapes)
     tensor = mesh.shape["tensor"]
@@ -109,22 +110,27 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
 
 
 def _mesh_axes(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, over_data: bool
 ) -> list[tuple[str, ...] | None]:
     """Mesh axes of each dimension. What does not divide its own dimension moves to another that it
     does divide, so that parameters stay sharded; `tensor` never moves."""
     placed = [list(MESH_AXES[axis]) if axis else [] for axis in axes]
 
-    def parts(dimension: int) -> int:
-        return math.prod(mesh.shape[axis] for axis in placed[dimension])
+    def fits(dimension: int, *more: str) -> bool:
+        parts = math.prod(mesh.shape[axis] for axis in (*placed[dimension], *more))
+        return shape[dimension] % parts == 0
+
+    def settle(dimension: int, *more: str) -> None:
+        """Put mesh axes where they fit: in this dimension, else in the largest."""
+        for other in sorted(range(len(shape)), key=lambda i: (i != dimension, -shape[i])):
+            if axes[other] is not None and fits(other, *more):
+                placed[other] += more
+                return
 
     for dimension, axis in enumerate(axes):
-        if axis in ("embed", "layers") and shape[dimension] % parts(dimension):
+        if axis in ("embed", "layers") and not fits(dimension):
             moved, placed[dimension] = placed[dimension], []
-            size = math.prod(mesh.shape[a] for a in moved)
-            for other in sorted(range(len(shape)), key=lambda i: -shape[i]):
-                named = axes[other] is not None and other != dimension
-                if named and shape[other] % (parts(other) * size) == 0:
-                    placed[other] += moved
-                    break
+            settle(dimension, *moved)
+    if over_data and "embed" in axes:
+        settle(axes.index("embed"), "data")
     return [tuple(dimension) or None for dimension in placed]

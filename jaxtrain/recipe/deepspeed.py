@@ -195,6 +195,11 @@ class DeepSpeedConfig(
         return _without_auto(values)
 
     @property
+    def zero_stage(self) -> int:
+        """What `mesh.data` splits besides rows; see `ZeroConfig.stage`."""
+        return self.zero_optimization.stage if self.zero_optimization else 0
+
+    @property
     def offloads_optimizer(self) -> bool:
         zero = self.zero_optimization
         if zero is None:

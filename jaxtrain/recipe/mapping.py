@@ -3,7 +3,7 @@
 from functools import reduce
 from typing import Any, NamedTuple
 
-from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
 from jaxtrain.recipe.errors import Fault, shown
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -55,7 +55,6 @@ def mapped(config: TrainerConfig) -> Mapped:
             continue
         origins[target] = source
         config = replaced(config, target, value)
-    config = _sharded(config)
     for source, target in COMPUTED:
         value, computed = value_at(config, source), value_at(config, target)
         if value is not None and value != computed:
@@ -66,22 +65,14 @@ def mapped(config: TrainerConfig) -> Mapped:
 
 def without_carried(config: TrainerConfig) -> TrainerConfig:
     """`config` with each setting said once, so that its dump can be changed and run again."""
-    block = DeepSpeedConfig(train_batch_size=config.deepspeed.train_batch_size)
+    stage = config.deepspeed.zero_stage
+    block = DeepSpeedConfig(
+        train_batch_size=config.deepspeed.train_batch_size,
+        zero_optimization=ZeroConfig(stage=stage) if stage else None,
+    )
     # `base` has been laid under, and `name` is the type.
     consumed = ("sequence_parallel_size", "expert_parallel_size", "name", "base")
     return config.model_copy(update=dict.fromkeys(consumed) | {"deepspeed": block})
-
-
-def _sharded(config: TrainerConfig) -> TrainerConfig:
-    """ZeRO stages become the mesh axis over which all state is sharded.
-
-    The batch is split over `data` and `fsdp` alike, so moving devices from one to the other
-    changes where arrays live and nothing else.
-    """
-    zero, mesh = config.deepspeed.zero_optimization, config.mesh
-    if zero is None or not zero.stage or "fsdp" in mesh.model_fields_set:
-        return config
-    return replaced(replaced(config, "mesh.fsdp", mesh.data), "mesh.data", 1)
 
 
 def value_at(config: Any, key: str) -> Any:

@@ -1,11 +1,15 @@
 """The `model` and `tokenizer` sections."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from jaxtrain.recipe.errors import did_you_mean
 from jaxtrain.recipe.peft import PeftConfig
 from jaxtrain.recipe.section import DType, InputPath, TypedSection
+
+TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "truncation")
+"""Arguments of a tokenizer that decide the tokens of a text."""
 
 
 class ModelConfig(TypedSection):
@@ -36,13 +40,18 @@ class ModelConfig(TypedSection):
     """What is kept for the backward pass: layer inputs only (`full`, the default), matrix products
     too (`dots`), everything (`none`)."""
     remat_every_nth_layer: int = Field(default=1, ge=1)
-    """Rematerialise only every n-th layer."""
+    """Rematerialise only every n-th layer; the others keep everything."""
 
     @model_validator(mode="after")
     def _one_answer_on_remat(self) -> "ModelConfig":
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):
             raise ValueError(
                 f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
+            )
+        if self.remat_policy == "none" and self.remat_every_nth_layer != 1:
+            raise ValueError(
+                f"remat_every_nth_layer: {self.remat_every_nth_layer} has no effect when no layer "
+                "is rematerialised; remove it"
             )
         return self
 
@@ -57,16 +66,24 @@ class TokenizerConfig(TypedSection):
     chat_template: InputPath | None = None
     """Jinja text, or a file that holds it, in place of the tokenizer's own."""
     tokenize_kwargs: dict[str, Any] = {}
-    """Further arguments of the tokenizer, for causal rows."""
-    extra_tokens: tuple[str, ...] = ()
-    """Added as special tokens."""
-    pad_token: str | None = None
-    """The tokenizer's own when left out, else its end-of-sequence token."""
+    """Further arguments of the tokenizer, for causal rows: `truncation`, `max_length`,
+    `split_special_tokens`."""
+    extra_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Added as special tokens; `model.resize_vocab` makes room for those that do not fit."""
+    pad_token: str | None = Field(default=None, min_length=1)
+    """The tokenizer's own when left out, else its end-of-sequence token; added as a special token
+    when there is none of this name."""
 
     @model_validator(mode="after")
-    def _ends_are_added_by_hand(self) -> "TokenizerConfig":
+    def _arguments_change_tokens(self) -> "TokenizerConfig":
         if self.tokenize_kwargs.get("add_special_tokens"):
             raise ValueError(
                 "tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already"
             )
+        for name in self.tokenize_kwargs:
+            if name not in TOKENIZE_KWARGS:
+                raise ValueError(
+                    f"tokenize_kwargs.{name}: must be one of {', '.join(TOKENIZE_KWARGS)}"
+                    f"{did_you_mean(name, TOKENIZE_KWARGS)}"
+                )
         return self

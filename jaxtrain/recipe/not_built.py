@@ -31,11 +31,6 @@ TABLE = (
     NotBuilt("type", planned("trainer"), "use sft"),
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
     NotBuilt("model.peft_config", is_set, "remove it to train all weights"),
-    NotBuilt("model.resize_vocab", is_set, "use a tokenizer that the embedding has room for"),
-    NotBuilt("model.remat_every_nth_layer", other_than(1), "use remat: dots"),
-    NotBuilt("tokenizer.tokenize_kwargs", is_set, "remove it"),
-    NotBuilt("tokenizer.extra_tokens", is_set, "write them into the tokenizer's folder"),
-    NotBuilt("tokenizer.pad_token", is_set, "remove it: padding has no part in the loss"),
     *(
         NotBuilt(f"data.{place}.dataset_uri", is_set, "use table_name or sql")
         for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
@@ -46,8 +41,6 @@ TABLE = (
     NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
     NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
-    NotBuilt("optimizer.groups", is_set, "remove it"),
-    NotBuilt("optimizer.state_dtype", other_than("float32"), "remove it"),
     NotBuilt(
         "mesh.context", other_than(1), "write 1, and lower data.max_length if memory is short"
     ),
@@ -57,15 +50,10 @@ TABLE = (
     NotBuilt("exit_iteration_this_run", is_set, "use exit_iteration"),
     NotBuilt("min_iterations", is_set, "use train_iters with enough epochs"),
     NotBuilt("overfit_first_batch", is_set, "use data.sources.*.sample_count"),
-    NotBuilt("loss_weighting", other_than("token"), "use token"),
-    NotBuilt("label_smoothing", is_set, "remove it"),
-    NotBuilt("z_loss", is_set, "remove it"),
-    NotBuilt("ema", is_set, "remove it"),
     NotBuilt("on_nonfinite", other_than("stop"), "use stop"),
     NotBuilt("divergence", is_set, "remove it"),
     NotBuilt("replica_check_interval", is_set, "remove it"),
     NotBuilt("activation_checkpoint_cpu_offload", is_set, "use model.remat: full"),
-    NotBuilt("tiled_mlp_compute", is_set, "use model.remat: full"),
     NotBuilt("enable_routing_replay", is_set, "remove it: dense models route nothing"),
     NotBuilt("arctic_moe", lambda value: value is True, "remove it: there are no experts"),
     NotBuilt("eval_after_step", is_set, "use eval_interval alone"),

@@ -30,9 +30,12 @@ class OptimizerGroup(Section):
     """Settings for the parameters whose path matches; the first match counts."""
 
     match: Pattern
+    """Regular expression, found anywhere in a path such as `layers/0/0/attention/qkv`."""
     lr_scale: float = Field(default=1.0, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
+    """The section's when left out; never on norms and biases."""
     freeze: bool = False
+    """Neither gradient nor optimizer state."""
 
 
 class OptimizerConfig(TypedSection):

@@ -23,7 +23,7 @@ MAPPED = {
     "model.attn_implementation": "one of our kernels; the start message says which",
     "model.peft_config": "our own LoRA",
     "data.dl_num_workers": "prefetch threads of a process",
-    "deepspeed.zero_optimization": "mesh.fsdp and mesh.data",
+    "deepspeed.zero_optimization": "what is sharded over mesh.data",
     "deepspeed.zero_optimization.offload_optimizer": "where optimizer state lives",
     "deepspeed.zero_optimization.offload_param": "where parameters live",
     "deepspeed.zero_optimization.cpu_offload": "older spelling of offload_optimizer.device: cpu",
@@ -44,9 +44,9 @@ MAPPED = {
 
 STAGES = {
     0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
-    1: "mesh.fsdp: optimizer state is sharded, and gradients and parameters with it",
-    2: "mesh.fsdp: optimizer state and gradients are sharded, and parameters with them",
-    3: "mesh.fsdp: optimizer state, gradients and parameters are sharded",
+    1: "optimizer state and master weights are sharded over `mesh.data`, gathered once a step",
+    2: "as 1, and gradients are reduce-scattered over `mesh.data`",
+    3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
 }
 CHOICES = {
     "model.attn_implementation": {
@@ -218,6 +218,10 @@ def _by_value(key: str, value: Any, tree: dict[str, Any]) -> Line | None:
         target = registry.ALIASES.get((kind, str(value)))
         note = ALIAS_NOTES.get(str(value).removesuffix("_moe"), f"`{target}`")
         return Line(key, "mapped", note) if target else None
+    trainer = str(tree.get("type") or "sft")
+    if key == "tokenizer.tokenize_kwargs" and registry.is_built_in("trainer", trainer):
+        if trainer != "causal":
+            return Line(key, "no effect", f"only causal honours it, as upstream; this is {trainer}")
     if section == "scheduler" and name.startswith("warmup"):
         scheduler = tree["scheduler"]
         if scheduler.get("name") == "constant":

@@ -81,11 +81,13 @@ class TrainerConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
     loss_weighting: Literal["token", "sample"] = "token"
-    """What has equal weight in loss and gradient: each trained token, or each row."""
+    """What has equal weight in loss and gradient: each trained token, or each document of a packed
+    row."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over the vocabulary; not in evaluations."""
+    """Share of the target that is spread over the vocabulary; not in evaluations. It, `z_loss` and
+    `loss_weighting` are of the built-in objectives."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Coefficient of the squared log-partition term."""
+    """Coefficient of the squared log-partition term, which is logged apart from the loss."""
     seed: int = Field(default=42, ge=0)
     """The one seed: weights and every random number of the step."""
     ema: EmaConfig | None = None
@@ -97,7 +99,8 @@ class TrainerConfig(Section):
     activation_checkpoint_cpu_offload: bool = False
     """Keep what the backward pass needs in host memory."""
     tiled_mlp_compute: bool = False
-    """Run feed-forward layers in pieces along the sequence."""
+    """Run feed-forward layers in pieces along the sequence, each as many tokens as the model is
+    wide."""
     arctic_moe: bool | Literal["auto"] = False
     enable_arctic_moe_custom_optimization: bool = False
     enable_routing_replay: bool = False

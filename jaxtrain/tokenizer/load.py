@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import is_offline_mode
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, shown
@@ -18,7 +18,8 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer; `model_path` is where to look when the recipe names none.
 
-    A missing pad token becomes EOS: padding is told by position, so EOS stays trainable."""
+    Extra tokens, and a pad token that it lacks, are added as special ones. A missing pad token
+    becomes EOS: padding is told by position, so EOS stays trainable."""
     named = config.name_or_path
     path = Path(assets.fetch(named) if named and assets.is_asset(named) else named or model_path)
     if path.suffix == ".gguf":
@@ -30,6 +31,10 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
     if config.chat_template is not None:
         tokenizer.chat_template = _template_text(config.chat_template)
         _check_syntax(tokenizer)
+    for token in filter(None, (*config.extra_tokens, config.pad_token)):
+        tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
+    if config.pad_token:
+        tokenizer.pad_token = config.pad_token
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

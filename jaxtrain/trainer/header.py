@@ -8,6 +8,7 @@ import jax
 from jaxtrain.recipe.mesh import AXES
 
 if TYPE_CHECKING:
+    from jaxtrain.model.config import Execution
     from jaxtrain.trainer.trainer import Trainer
 
 
@@ -16,15 +17,31 @@ def header(trainer: "Trainer") -> dict[str, str]:
     config, model, mesh = trainer.config, trainer.model, trainer.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    stage = config.deepspeed.zero_stage
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
-        f"{model.execution.compute_dtype}, remat {model.execution.remat}",
+        f"{model.execution.compute_dtype}, {_remat(model.execution)}",
         "kernels": model.attention,
+        "optimizer": _optimizer(trainer),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        + (f", mesh {axes}" if axes else ""),
+        + (f", mesh {axes}" if axes else "")
+        + (f", ZeRO stage {stage}" if stage else ""),
         **_rows(trainer),
         "run": str(trainer.run_folder.path),
     }
+
+
+def _remat(execution: "Execution") -> str:
+    every = f" of every {execution.remat_every} layers" if execution.remat_every > 1 else ""
+    return f"remat {execution.remat}{every}" + (", tiled MLP" if execution.tiled_mlp else "")
+
+
+def _optimizer(trainer: "Trainer") -> str:
+    """Which, and how many parameters it decays, does not decay, and leaves alone."""
+    if trainer.given.get("optimizer") is not None:
+        return "as given"
+    counts = trainer.groups.counts().items()
+    return ", ".join((trainer.config.optimizer.type, *(f"{n:,} {kind}" for kind, n in counts)))
 
 
 def _rows(trainer: "Trainer") -> dict[str, str]:

@@ -19,6 +19,16 @@ class Loss(NamedTuple):
     """name → (sum, weight), each float32 []"""
 
 
+def of_documents(weights_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Weights that sum to 1 over each document of a packed row; 0 where nothing is trained."""
+
+    def row(weights_T: jax.Array, segments_T: jax.Array) -> jax.Array:
+        sums = jax.ops.segment_sum(weights_T, segments_T, num_segments=len(segments_T) + 1)
+        return weights_T / jnp.where(sums > 0, sums, 1)[segments_T]
+
+    return jax.vmap(row)(weights_BT, segments_BT)
+
+
 def added(a: Loss, b: Loss) -> Loss:
     """The loss of two batches together."""
     return jax.tree.map(lambda x, y: x + y, a, b)
@@ -30,11 +40,12 @@ def means(loss: Loss) -> dict[str, jax.Array]:
     return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
 
 
-def evaluated(prefix: str, loss: Loss) -> dict[str, float]:
-    """What an evaluation reports: means, perplexity, and the weight that they are means over."""
+def evaluated(prefix: str, loss: Loss, unit: str) -> dict[str, float]:
+    """What an evaluation reports: means, perplexity, and how many tokens or samples, which `unit`
+    says, they are means over."""
     metrics = {f"{prefix}/{name}": float(mean) for name, mean in means(loss).items()}
     perplexity = math.exp(min(metrics[f"{prefix}/loss"], 700.0))
-    return metrics | {f"{prefix}/perplexity": perplexity, f"{prefix}/tokens": float(loss.weight)}
+    return metrics | {f"{prefix}/perplexity": perplexity, f"{prefix}/{unit}s": float(loss.weight)}
 
 
 def checked(loss: Any, where: str) -> Loss:

@@ -13,8 +13,9 @@ from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.data import BatchShape, DataFactory, DataShape, TrainingData
 from jaxtrain.data.prepare import GivenRows, data_factory, prepare_data, prepare_evaluation
 from jaxtrain.model import Decoder, Described, LanguageModel, ModelFactory
+from jaxtrain.optimizer import Groups
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipe.errors import did_you_mean
+from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 from jaxtrain.trainer.geometry import Geometry
@@ -69,8 +70,11 @@ class Parts:
 
     @cached_property
     def model_config(self) -> Described:
-        """What the model is, and where its weights lie."""
-        return self._model_factory.create_config()
+        """What the model is, with room for the tokenizer, and where its weights lie."""
+        if isinstance(self.given.get("data"), DataShape):
+            return self._found_model  # no token will come
+        tokens = 1 + max(self.tokenizer.get_vocab().values())
+        return self._found_model.with_room(tokens, self.config.model)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -78,7 +82,7 @@ class Parts:
         for name in ("tokenizer", "processing_class"):
             if self.given.get(name) is not None:
                 return self.given[name]
-        path = self.model_config.path
+        path = self._found_model.path
         return self._made("tokenizer", self.config.tokenizer, path).create_tokenizer()
 
     @cached_property
@@ -113,8 +117,15 @@ class Parts:
         """Updates at the peak rate."""
         if (given := self.given.get("optimizer")) is not None:
             return given
+        return self.groups.optimizer(self._made("optimizer", self.config.optimizer))
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Which parameters are trained, and with which settings of the optimizer."""
         section = self.config.optimizer
-        return self._made("optimizer", section).create_optimizer(self.model.shapes, section)
+        if section.groups and self.given.get("optimizer") is not None:
+            raise RecipeError("optimizer.groups: excludes a given optimizer; remove one")
+        return Groups.of(section, self.model.shapes)
 
     @cached_property
     def scheduler(self) -> Schedule:
@@ -135,13 +146,24 @@ class Parts:
         return 1.0 if self.given.get("optimizer") else self.config.optimizer.learning_rate
 
     @cached_property
+    def _found_model(self) -> Described:
+        """As its files describe it."""
+        return self._model_factory.create_config()
+
+    @cached_property
     def _model_factory(self) -> ModelFactory:
         return self._made("model", self.config.model)
 
     @cached_property
     def _data_factory(self) -> DataFactory:
         positions = self.model_config.config.max_positions
-        return data_factory(self.config.data, self.tokenizer, max_positions=positions, trainer=self)
+        return data_factory(
+            self.config.data,
+            self.tokenizer,
+            max_positions=positions,
+            tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
+            trainer=self,
+        )
 
     @property
     def _batch_shape(self) -> BatchShape:

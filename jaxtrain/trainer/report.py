@@ -15,6 +15,7 @@ from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
 Item = TypeVar("Item")
+COUNTED = ("/tokens", "/samples")
 NO_PHASES = {"compile_time": 0.0, "save_time": 0.0}
 
 
@@ -86,7 +87,7 @@ class Report:
         if not every or self.num_evaluations % every:
             return
         shown = "  ".join(
-            f"{name} {value:,.0f}" if name.endswith("/tokens") else f"{name} {value:.4f}"
+            f"{name} {value:,.0f}" if name.endswith(COUNTED) else f"{name} {value:.4f}"
             for name, value in metrics.items()
         )
         self.console.line(f"evaluation at step {step}: {shown}")

@@ -35,14 +35,15 @@ def restore(trainer: "Trainer", engine: CheckpointEngine) -> None:
     saved, reset = engine.restored, engine.resets
     step = trainer.global_step = int(state.step)
     if "optimizer" in reset:
-        state = trainer.new_state(state.params)._replace(step=state.step, frozen=state.frozen)
+        kept = {"step": state.step, "frozen": state.frozen, "average": state.average}
+        state = trainer.new_state(state.params)._replace(**kept)
     trainer._state = state
     trainer.position = 0 if "data" in reset else saved.get("position", step)
     trainer.eval_metrics = saved.get("eval_metrics", {})
     _count_schedule_from(trainer, step if "scheduler" in reset else saved.get("schedule_start", 0))
     trainer._callbacks.load_state_dict({
-        name: kept
-        for name, kept in saved.get("callbacks", {}).items()
+        name: callback
+        for name, callback in saved.get("callbacks", {}).items()
         if _part_of(name) not in reset
     })  # fmt: skip
     if "report" in saved:

@@ -1,5 +1,6 @@
 """What a step reads and replaces: parameters, optimizer state, update count."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +22,34 @@ class TrainState(NamedTuple):
     frozen: PyTree
     """what is not: the base of an adapter, a reference model; empty in full training"""
     opt_state: PyTree
+    average: PyTree = {}
+    """of the parameters over the updates; empty without `ema`"""
 
 
-def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    average: Callable[[PyTree], PyTree] = lambda params: {},
+) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, {}, optimizer.init(params), average(params))
 
 
 def state_shardings(
-    mesh: Mesh, params: PyTree, optimizer: optax.GradientTransformation
+    mesh: Mesh,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    zero_stage: int = 0,
+    has_average: bool = False,
 ) -> TrainState:
-    """A sharding for every leaf of the state; moments live where their parameter does.
+    """A sharding for every leaf of the state; moments live where their parameter does, from stage 1
+    on a part on each device of `data`.
 
     `params` are shapes. RecipeError if the mesh does not divide the model.
     """
     replicated = NamedSharding(mesh, P())
-    param_shardings = parameter_shardings(mesh, params)
+    param_shardings = parameter_shardings(mesh, params, over_data=zero_stage >= 1)
     named = {
         path_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
@@ -55,7 +68,8 @@ def state_shardings(
 
     state = jax.eval_shape(optimizer.init, params)
     opt_state = jax.tree_util.tree_map_with_path(placed, state)
-    return TrainState(replicated, param_shardings, {}, opt_state)  # type: ignore[arg-type]
+    average = param_shardings if has_average else {}
+    return TrainState(replicated, param_shardings, {}, opt_state, average)  # type: ignore[arg-type]
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -31,13 +31,17 @@ class StepSpec(NamedTuple):
     """updates at the peak rate"""
     schedule: Callable[[jax.Array], jax.Array]
     """update number → share of the peak rate"""
+    average: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    """average so far, new parameters, update number → their average"""
     max_grad_norm: float
     """0 is off"""
     seed: int
     counts: Callable[[Batch], Metrics]
     """what else to report of a batch: its tokens"""
-    param_shardings: PyTree
-    """where parameters live, and so their gradients"""
+    compute_shardings: PyTree
+    """where the parameters live that the loss reads; the state may hold less of them on a device"""
+    grad_shardings: PyTree
+    """where the gradients are summed"""
     whole_batch: bool
     """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
 
@@ -60,7 +64,8 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
         grads = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), grads)
         updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + (share * u).astype(p.dtype), state.params, updates)
-        return state._replace(params=params, opt_state=opt_state)
+        average = spec.average(state.average, params, state.step)
+        return state._replace(params=params, opt_state=opt_state, average=average)
 
     # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
     applied = (loss.weight > 0) & jnp.isfinite(loss.total) & jnp.isfinite(norm)
@@ -70,17 +75,18 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     return state._replace(step=state.step + 1), metrics
 
 
-def loss(spec: StepSpec, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
+def loss(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> Loss:
     """The summed loss of a batch, without a gradient."""
-    return _over_microbatches(
-        spec, batch, key, lambda rows, key: _call(spec, state.params, rows, key)
-    )
+    params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
+    return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, params, rows, key))
 
 
 def loss_and_grads(
     spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[Loss, PyTree]:
     """The summed loss of a batch and the gradient of its total."""
+    # Gathered here, if at all: once for all microbatches.
+    params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
 
     def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
         def total(params: PyTree) -> tuple[jax.Array, Loss]:
@@ -90,7 +96,7 @@ def loss_and_grads(
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         # Said here, since the compiler may else gather the gradients of all shards on every device.
-        grads = jax.lax.with_sharding_constraint(grads, spec.param_shardings)
+        grads = jax.lax.with_sharding_constraint(grads, spec.grad_shardings)
         return loss, spec.on_gradients(grads)
 
     return _over_microbatches(spec, batch, key, one)

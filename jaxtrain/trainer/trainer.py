@@ -31,6 +31,7 @@ from jaxtrain.optimizer import (
     MuonFactory,
     SGDFactory,
 )
+from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -39,6 +40,7 @@ from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
 from jaxtrain.trainer import resume
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
+from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.facts import Facts
@@ -112,10 +114,17 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             self.console.line("\n".join(self.data.ledger.lines()))
             return
 
-        self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
-        make_state = partial(new_state, optimizer=self.optimizer)
+        self.average = Average(self.config.ema)
+        self.shardings = state_shardings(
+            self.mesh,
+            self.model.shapes,
+            self.optimizer,
+            zero_stage=self.config.deepspeed.zero_stage,
+            has_average=self.config.ema is not None,
+        )
+        self._new_state = partial(new_state, optimizer=self.optimizer, average=self.average.start)
         self.state_shapes = with_shardings(
-            jax.eval_shape(make_state, self.model.shapes), self.shardings
+            jax.eval_shape(self._new_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(self.config)
         self.report = Report(
@@ -165,7 +174,8 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
     def loss(self, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
         """The summed evaluation loss of a batch. Jitted."""
-        return pure.loss(self._spec._replace(loss_fn=self.eval_fn), state, batch, key)
+        spec = self._spec._replace(loss_fn=self.eval_fn)
+        return pure.loss(spec, self.average.told(state), batch, key)
 
     # The run: a loop on the host.
 
@@ -235,9 +245,10 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             )
         self.report.flush()
         sums = {name: self._summed(data, name) for name in data.evals}
-        metrics = evaluated("eval", reduce(added, sums.values()))
+        unit = self.config.loss_weighting
+        metrics = evaluated("eval", reduce(added, sums.values()), unit)
         for name, loss in sums.items() if len(sums) > 1 else ():
-            metrics |= evaluated(f"eval/{name}", loss)
+            metrics |= evaluated(f"eval/{name}", loss, unit)
         if dataset is None:
             self.eval_metrics = metrics
             self.report.evaluation(self.global_step, metrics)
@@ -294,7 +305,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         folder = Path(output_dir) if output_dir is not None else self._export_folder
         self.model.save(
             folder,
-            self.state.params,
+            self.average.told(self.state),
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
             max_shard_bytes=max_shard_bytes,
@@ -322,9 +333,9 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
     def new_state(self, params: Any) -> TrainState:
         """The state before the first update of these parameters, which are donated."""
-        make = partial(new_state, optimizer=self.optimizer)
+        make = jax.jit(self._new_state, donate_argnums=0, out_shardings=self.shardings)
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+            return make(params)
 
     def restore(self, engine: CheckpointEngine) -> None:
         """Go on from the engine's checkpoint."""
@@ -402,22 +413,27 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         if wanted is None or (self.report.num_evaluations - 1) % wanted.every_n_evals:
             return
         with self.report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
-            found = answers(self.model, self.state.params, self.tokenizer, wanted)
+            params = self.average.told(self.state)
+            found = answers(self.model, params, self.tokenizer, wanted)
         self.report.samples(self.global_step, wanted.prompts, found)
 
     @cached_property
     def _spec(self) -> pure.StepSpec:
         """Read when `step` and `loss` are traced, so that callbacks are around its functions."""
+        stage = self.config.deepspeed.zero_stage
+        placed = partial(parameter_shardings, self.mesh, self.model.shapes)
         return pure.StepSpec(
-            merge=self.model.merge,
+            merge=lambda params: self.model.merge(self.groups.held(params)),
             loss_fn=self.loss_fn,
             on_gradients=self.backward,
             optimizer=self.optimizer,
             schedule=self.scheduler,
+            average=self.average.after,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             counts=partial(counts, windows=self.model.windows),
-            param_shardings=self.shardings.params,
+            compute_shardings=placed(over_data=stage == 3),
+            grad_shardings=placed(over_data=stage >= 2),
             whole_batch=self.geometry.whole_batch,
         )
 

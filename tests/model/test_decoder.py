@@ -1,5 +1,6 @@
 """What a decoder must do whatever its weights: isolation of documents, causality, equal remat."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -127,15 +128,69 @@ def test_the_weighted_sum_is_that_of_the_log_probs():
 def test_remat_changes_neither_loss_nor_gradient():
     batch, _ = packed_rows(9, 1, 11)
 
-    def loss_and_gradient(remat):
-        model, params = made(Execution(remat=remat))
+    def loss_and_gradient(execution):
+        model, params = made(execution)
         loss = lambda p: merge(model.graph, p).token_log_probs(batch).sum()
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    plain = loss_and_gradient("none")
-    for remat in ("full", "dots"):
+    plain = loss_and_gradient(Execution(remat="none"))
+    for execution in (
+        Execution(remat="full"),
+        Execution(remat="dots"),
+        Execution(remat="full", remat_every=2),
+        Execution(remat="dots", remat_every=3),
+        Execution(remat="none", tiled_mlp=True),
+        Execution(remat="full", tiled_mlp=True),
+    ):
         close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-        jax.tree.map(close, loss_and_gradient(remat), plain)
+        jax.tree.map(close, loss_and_gradient(execution), plain)
+
+
+def rematerialised(jaxpr) -> int:
+    """How many blocks under `jax.checkpoint` a forward pass runs."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name in ("checkpoint", "remat2"):
+            count += 1
+        elif inner is not None:
+            count += times * rematerialised(getattr(inner, "jaxpr", inner))
+    return count
+
+
+@pytest.mark.parametrize(
+    ("members", "repeats", "every"), [(1, 8, 2), (1, 7, 3), (2, 4, 2), (2, 3, 3), (3, 2, 9)]
+)
+def test_every_nth_layer_is_rematerialised(members, repeats, every):
+    """And the stack gives the same, however its pattern and the recipe's fall together."""
+    layers = tuple(LayerSpec(window=4 + i) for i in range(members)) * repeats
+    config = dataclasses.replace(CONFIG, groups=grouped(layers))
+    assert len(config.groups) == 1
+    batch, _ = packed_rows(9, 1, 11)
+    params = jax.jit(partial(init_params, config, PLAIN))(jax.random.key(0))
+
+    def hidden(execution):
+        return lambda p: merge(abstract(config, execution).graph, p).hidden(batch)
+
+    some, all_of_them = hidden(Execution(remat_every=every)), hidden(PLAIN)
+    assert rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
+    assert rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
+    np.testing.assert_allclose(jax.jit(some)(params), jax.jit(all_of_them)(params), atol=1e-5)
+
+
+def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
+    config = dataclasses.replace(CONFIG, ffn_width=4096, groups=grouped((LayerSpec(),)))
+    batch = batch_of(random_tokens(2, 250))  # in eight tiles, the last of which is not full
+
+    def bytes_of(execution):
+        model = abstract(config, execution)
+        loss = lambda p: merge(model.graph, p).hidden(batch).sum()
+        lowered = jax.jit(jax.grad(loss)).lower(model.shapes)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    wide = 2 * 256 * 2 * 4096 * 4  # of one array [B, T, 2, F]
+    assert bytes_of(Execution(tiled_mlp=True)) < bytes_of(Execution()) - wide
 
 
 def test_dots_keeps_every_product_of_a_layer():
@@ -170,9 +225,10 @@ def test_a_group_may_be_run_in_slices():
     decoder = merge(model.graph, params)
     x_BTD, view = decoder.embedded(batch.tokens), decoder.view(batch)
     graph, layers = split(decoder.layers["0"])
-    whole, _ = run_group(graph, layers, x_BTD, view)
+    whole, _ = run_group(graph, layers, x_BTD, view, PLAIN)
     for i in range(2):
-        x_BTD, _ = run_group(graph, jax.tree.map(lambda p, i=i: p[i : i + 1], layers), x_BTD, view)
+        one = jax.tree.map(lambda p, i=i: p[i : i + 1], layers)
+        x_BTD, _ = run_group(graph, one, x_BTD, view, PLAIN)
     np.testing.assert_allclose(x_BTD, whole, atol=1e-6)
 
 

@@ -13,6 +13,8 @@ FACTS = "recipe/test_effects.py::test_the_facts_of_a_run_follow_the_key"
 MESH = "trainer/test_mesh.py::test_a_mesh_changes_no_number"
 RATES = "scheduler/test_schedules.py::test_the_rate_of_every_update"
 UPDATES = "optimizer/test_optimizers.py::test_every_key_changes_the_update"
+GROUPS = "optimizer/test_groups.py::test_a_group_is_the_optimizer_with_its_settings"
+AVERAGE = "trainer/test_average.py::test_it_is_the_exponential_average_from_its_start_on"
 RETENTION = "checkpoint/test_retention.py::test_the_last_and_the_best_stay"
 SAMPLING = "model/test_generate.py::test_sampling_follows_the_seed_and_a_small_top_p_is_greedy"
 SAMPLES = "data/test_sources.py::test_samples_are_drawn_once_and_kept_in_order"
@@ -53,7 +55,8 @@ BY_TEST = {
     "data.max_prompt_length": PROMPTS,
     "data.dpo_prompt_truncation_mode": PROMPTS,
     "deepspeed.train_batch_size": "trainer/test_geometry.py::test_the_batch_of_deepspeed_is_compared",
-    "deepspeed.zero_optimization.stage": "recipe/test_arctic.py::test_a_mapped_key_arrives",
+    "deepspeed.zero_optimization.stage": "trainer/test_zero.py::"
+    "test_a_stage_changes_no_loss_and_holds_what_it_says",
     "mesh.data": MESH,
     "mesh.fsdp": MESH,
     "mesh.pipeline": MESH,
@@ -65,6 +68,13 @@ BY_TEST = {
     "gradient_accumulation_steps": "trainer/test_step.py::test_accumulation_equals_one_larger_batch",
     "exit_iteration": "trainer/test_resume.py::test_a_resumed_run_is_bitwise_the_unbroken_one",
     "max_grad_norm": "trainer/test_step.py::test_the_norm_is_of_the_mean_gradient_and_before_clipping",
+    "z_loss": "trainer/test_loss.py::test_z_loss_is_trained_and_told_apart",
+    "label_smoothing": "trainer/test_loss.py::test_smoothing_is_trained_and_not_evaluated",
+    "loss_weighting": "trainer/test_loss.py::test_by_sample_each_document_counts_once",
+    "ema.decay": AVERAGE,
+    "ema.start_step": AVERAGE,
+    "ema.eval": "trainer/test_average.py::test_it_is_evaluated_and_exported",
+    "tiled_mlp_compute": FACTS,
     "seed": "recipe/test_effects.py::test_the_seed_makes_the_weights",
     "eval_interval": RUN,
     "eval_at_start": RUN,
@@ -87,6 +97,15 @@ BY_TEST = {
     "test_replaced_fields_of_the_config_are_used_and_exported",
     "model.disable_activation_checkpoint": FACTS,
     "model.remat": FACTS,
+    "model.remat_every_nth_layer": FACTS,
+    "model.resize_vocab": "trainer/test_vocabulary.py::"
+    "test_new_rows_are_the_mean_and_the_export_is_whole",
+    "tokenizer.extra_tokens": "tokenizer/test_tokenizer.py::"
+    "test_extra_tokens_are_special_and_whole",
+    "tokenizer.pad_token": "tokenizer/test_tokenizer.py::"
+    "test_a_pad_token_of_the_vocabulary_is_taken",
+    "tokenizer.tokenize_kwargs": "trainer/test_causal.py::"
+    "test_arguments_of_the_tokenizer_decide_the_tokens",
     "tokenizer.name_or_path": "tokenizer/test_tokenizer.py::"
     "test_the_recipes_tokenizer_goes_before_the_models",
     "tokenizer.chat_template": "tokenizer/test_tokenizer.py::test_a_template_as_text_or_as_a_file",
@@ -152,6 +171,11 @@ BY_TEST = {
     "optimizer.eps": UPDATES,
     "optimizer.momentum": UPDATES,
     "optimizer.nesterov": UPDATES,
+    "optimizer.groups.match": GROUPS,
+    "optimizer.groups.lr_scale": GROUPS,
+    "optimizer.groups.weight_decay": GROUPS,
+    "optimizer.groups.freeze": GROUPS,
+    "optimizer.state_dtype": "optimizer/test_groups.py::test_moments_have_the_dtype_that_is_said",
     "scheduler.warmup_ratio": "scheduler/test_schedules.py::test_warmup_is_a_share_of_the_horizon",
     "scheduler.warmup_steps": RATES,
     "scheduler.min_lr_ratio": "scheduler/test_schedules.py::test_a_floor_is_where_the_rate_ends",

@@ -43,11 +43,10 @@ def test_a_refused_recipe_says_why_by_key(name):
 @pytest.mark.parametrize(
     ("written", "key", "value"),
     [
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.fsdp", -1),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.data", 1),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "mesh": {"data": 4}}, "mesh.fsdp", 4),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}, "mesh": {"fsdp": 2}}, "mesh.data", -1),
-        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "mesh.fsdp", 1),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed.zero_stage", 3),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.fsdp", 1),
+        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed.zero_stage", 0),
+        ({"deepspeed": {"zero_optimization": {}}}, "deepspeed.zero_stage", 0),
         ({"deepspeed": {"gradient_clipping": 0}}, "max_grad_norm", 0),
         ({"deepspeed": {"gradient_clipping": 2}}, "max_grad_norm", 2),
         ({"deepspeed": {"gradient_clipping": "auto"}}, "max_grad_norm", 1),

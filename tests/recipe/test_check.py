@@ -70,12 +70,15 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
 
 
 def test_faults_come_with_exit_code_two(tmp_path):
-    code, _, said, imports, _ = check(tmp_path, RECIPE | {"epoch": 1}, "seed=x", "ema={decay: 0.9}")
+    code, _, said, imports, _ = check(
+        tmp_path, RECIPE | {"epoch": 1}, "seed=x", "enable_routing_replay=true"
+    )
     assert code == 2 and "jax" not in imports and "Traceback" not in said
     lines = said.splitlines()
     assert lines[0].endswith("epoch: unknown key (found 1); did you mean `epochs`?")
     assert "command line: seed: must be a number, found 'x'" in lines
-    assert "command line: ema: is not built yet, remove it (found {'decay': 0.9})" in lines
+    refused = "enable_routing_replay: is not built yet, remove it: dense models route nothing"
+    assert f"command line: {refused} (found true)" in lines
     assert lines[-1] == "3 errors in recipe.yaml; nothing was started"
 
 

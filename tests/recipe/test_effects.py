@@ -27,6 +27,10 @@ CHANGES = {  # the change; devices; the fact and what it says, before and after
     "mesh.fsdp": ({"mesh": {"fsdp": 2}}, 2, "devices", "1 x", "mesh fsdp 2"),
     "model.dtype": ({"model": {"dtype": "bf16"}}, 1, "model", "float32", "bfloat16"),
     "model.remat": ({"model": {"remat": "dots"}}, 1, "model", "remat full", "remat dots"),
+    "model.remat_every_nth_layer": (
+        {"model": {"remat_every_nth_layer": 2}}, 1, "model", "remat full", "full of every 2 layers",
+    ),
+    "tiled_mlp_compute": ({"tiled_mlp_compute": True}, 1, "model", "remat full", ", tiled MLP"),
     "model.disable_activation_checkpoint": (
         {"model": {"disable_activation_checkpoint": True}}, 1, "model", "remat full", "remat none",
     ),

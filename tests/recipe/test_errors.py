@@ -256,6 +256,10 @@ ACROSS = {
         "model.dtype "
         "and remove it",
     ),
+    "remat of none": (
+        model(remat="none", remat_every_nth_layer=2),
+        "model.remat_every_nth_layer: 2 has no effect when no layer is rematerialised; remove it",
+    ),
     "remat twice": (
         model(remat="full", disable_activation_checkpoint=True),
         "model.remat: full contradicts disable_activation_checkpoint: true; remove one",

@@ -284,10 +284,12 @@ HOMES = {
     "logger": ("metrics", "trainer"),
     "mesh": ("parallel", "trainer"),
     "pipeline": ("parallel", "trainer"),
-    "deepspeed": ("optimizer", "parallel", "trainer", "recipe/mapping.py"),
+    "deepspeed": (
+        "optimizer", "parallel", "trainer", "recipe/mapping.py", "recipe/deepspeed.py",
+    ),
     "eval_samples": ("trainer",),
     "profile": ("metrics",),
-}
+}  # fmt: skip
 """Section → the folders that may read it; the trainer's own keys may be read anywhere."""
 ANYWHERE = tuple(p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "recipe")
 CALLED = {

@@ -175,3 +175,22 @@ def test_the_metadata_is_what_the_gguf_package_reads(tmp_path):
     fields = pytest.importorskip("gguf").GGUFReader(path).fields
     expected = {k: f.contents() for k, f in fields.items() if not k.startswith("GGUF.")}
     assert read_metadata(path) == expected
+
+
+def test_extra_tokens_are_special_and_whole(folder, tmp_path):
+    tokenizer = load(folder, extra_tokens=["<tool>", "<|im_end|>"], pad_token="<pad>")
+    ids = tokenizer("a<tool>b<|im_end|>")["input_ids"]
+    assert ids[1] == 384 and ids[3] == tiny_tokenizer().eos_token_id, "what was there stays"
+    assert (tokenizer.pad_token_id, len(tokenizer)) == (385, 386)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    save_tokenizer(tokenizer, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again("a<tool>b<|im_end|>")["input_ids"] == ids
+    assert (again.pad_token, again.pad_token_id) == ("<pad>", 385)
+
+
+def test_a_pad_token_of_the_vocabulary_is_taken(folder):
+    tokenizer = load(folder, pad_token="</s>")
+    assert len(tokenizer) == 384
+    assert tokenizer.pad_token_id == tiny_tokenizer().convert_tokens_to_ids("</s>")
+    assert tokenizer.eos_token == "<|im_end|>"

@@ -1,0 +1,137 @@
+"""Groups of parameters, the dtype of moments, what is frozen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain import registry
+from jaxtrain.optimizer import Groups
+from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.resolve import get_config
+from tests.optimizer.test_optimizers import NAMES, parameters, stepped
+from tests.runs import host, losses, recipe, trainer
+
+
+def made(name, params, **keys):
+    written = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+    config = get_config(written | {"optimizer": {"type": name, **keys}}).optimizer
+    groups = Groups.of(config, jax.eval_shape(lambda: params))
+    return groups, groups.optimizer(registry.find("optimizer", name)(config))
+
+
+def bits(tree):
+    return {name: array.tobytes() for name, array in host(tree).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_is_the_optimizer_with_its_settings(name):
+    """Each parameter moves as in a run whose whole section has its group's settings."""
+    params = parameters()
+    groups = [
+        {"match": "attention", "lr_scale": 0.5, "weight_decay": 0.3},
+        {"match": "layers", "freeze": True},
+    ]
+    common = {"lr": 0.1, "weight_decay": 0.01}
+    _, optimizer = made(name, params, groups=groups, **common)
+    _, rest = made(name, params, **common)
+    _, attention = made(name, params, lr=0.05, weight_decay=0.3)
+    after = []
+    for one in (optimizer, rest, attention):
+        p, state = params, one.init(params)
+        for _ in range(3):
+            p, state = stepped(one, p, state)
+        after.append(p)
+    found, as_rest, as_attention = after
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    close(found["embed"]["embedding"], as_rest["embed"]["embedding"])
+    layers = found["layers"]
+    close(layers["attention"]["qkv"], as_attention["layers"]["attention"]["qkv"])
+    assert bits(layers["mlp"]) == bits(params["layers"]["mlp"])
+    assert bits(layers["mlp_norm"]) == bits(params["layers"]["mlp_norm"])
+    state = optimizer.init(params)
+    held = {p.shape for p in jax.tree.leaves(params["layers"]["mlp"])}
+    assert not held & {leaf.shape for leaf in jax.tree.leaves(state)}, "frozen: no moments"
+
+
+def test_a_frozen_zero_keeps_its_sign():
+    params = {"embed": jnp.array([-0.0, 1.0]), "norm": jnp.ones(2)}
+    _, optimizer = made("sgd", params, groups=[{"match": "embed", "freeze": True}])
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert bits(optax.apply_updates(params, updates)["embed"]) == bits(params["embed"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (
+            [{"match": "embed"}, {"match": "lm_head"}],
+            "optimizer.groups.1.match: 'lm_head' matches no parameter; there are embed/embedding, "
+            "layers/attention/qkv, layers/mlp/gate_up, layers/mlp_norm",
+        ),
+        (
+            [{"match": "layers"}, {"match": "mlp"}],
+            "optimizer.groups.1.match: every parameter that 'mlp' matches belongs to a group above",
+        ),
+        (
+            [{"match": ".", "freeze": True}],
+            "optimizer.groups: freeze every parameter; nothing is trained",
+        ),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(groups, expected):
+    with pytest.raises(RecipeError) as error:
+        made("adamw", parameters(), groups=groups)
+    assert expected in str(error.value)
+
+
+def test_parameters_are_counted_by_what_happens_to_them():
+    keys = {"groups": [{"match": "gate", "freeze": True}, {"match": "qkv", "weight_decay": 0}]}
+    groups, _ = made("adamw", parameters(), **keys)
+    embedding, qkv, gate_up, norm = 12 * 8, 2 * 8 * 2 * 3 * 4, 2 * 8 * 2 * 16, 2 * 8
+    assert groups.counts() == {
+        "decayed": embedding, "not decayed": qkv + norm, "frozen": gate_up
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_moments_have_the_dtype_that_is_said(name, params, dtype):
+    params = parameters(params)
+    more = {"momentum": 0.9} if name == "sgd" else {}
+    _, optimizer = made(name, params, state_dtype=dtype, **more)
+    state = optimizer.init(params)
+    grads = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    _, after = optimizer.update(grads, state, params)
+    want = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[dtype]
+    for tree in (state, after):
+        moments = [x for x in jax.tree.leaves(tree) if x.ndim and x.dtype != jnp.int32]
+        assert moments and {x.dtype for x in moments} == {jnp.dtype(want)}
+
+
+def test_a_run_trains_around_what_is_frozen(tmp_path):
+    groups = [{"match": "embed|attention", "freeze": True}]
+    optimizer = {"groups": groups, "state_dtype": "bf16"}
+    run = trainer(recipe(tmp_path, optimizer=optimizer, gradient_accumulation_steps=2))
+    before = bits(run.state.params)
+    plain = trainer(recipe(tmp_path / "plain", gradient_accumulation_steps=2))
+    metrics = [
+        one.step(one.state, one.geometry.on_devices(next(one.data.train_batches(0, 1))))[1]
+        for one in (run, plain)
+    ]
+    assert metrics[0]["grad_norm"] < metrics[1]["grad_norm"], "frozen: not in the norm"
+    run = trainer(recipe(tmp_path / "again", optimizer=optimizer, gradient_accumulation_steps=2))
+    found = losses(run, 4)
+    assert found[-1] < found[0]
+    for name, array in bits(run.state.params).items():
+        is_frozen = "embed" in name or "attention" in name
+        assert (array == before[name]) == is_frozen, name
+
+
+def test_weights_in_bfloat16_are_trained(tmp_path):
+    run = trainer(recipe(tmp_path, model={"param_dtype": "bf16"}))
+    found = losses(run, 4)
+    assert found[-1] < found[0]
+    assert {p.dtype for p in jax.tree.leaves(run.state.params)} == {jnp.dtype("bfloat16")}

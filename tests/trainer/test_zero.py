@@ -1,0 +1,122 @@
+"""A ZeRO stage changes what each device of `data` holds and nothing else."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.trainer import step as pure
+from tests.runs import host, losses, recipe, trainer
+
+STEPS = 20
+DATA = 4
+RUNS = [
+    *((stage, {"data": DATA}) for stage in range(4)),
+    (1, {"data": DATA, "fsdp": 2}),
+    (2, {"data": DATA, "tensor": 2}),
+    (3, {"data": DATA, "fsdp": 2}),
+]
+
+
+def run_of(folder, stage, mesh, **changes):
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    written = recipe(
+        folder,
+        mesh=mesh,
+        micro_batch_size=8 // shards,
+        gradient_accumulation_steps=2,
+        train_iters=STEPS,
+        deepspeed={"zero_optimization": {"stage": stage}},
+        **changes,
+    )
+    return trainer(written, devices=int(np.prod(list(mesh.values()) or [1])))
+
+
+def share(tree):
+    """Part of the matrices of a tree that one device holds."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 2]
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return held / sum(leaf.nbytes for leaf in leaves)
+
+
+def gradients(run):
+    batch = run.geometry.on_devices(next(run.data.train_batches(0, 1)))
+    one = jax.jit(lambda p, b: pure.loss_and_grads(run._spec, p, b, jax.random.key(0))[1])
+    with jax.set_mesh(run.mesh):
+        return one(run.state.params, batch)
+
+
+def gathers_of_parameters(run):
+    """Inside a loop, and outside of any: the all-gathers of float32 matrices in the step."""
+    shapes = run.geometry.batch_shapes(run.data.row_tokens)
+    text = run.step.lower(run.state_shapes, shapes).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    inside, outside, computation = 0, 0, ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
+            computation = head[1]
+        elif re.search(r"= f32\[[\d,]+\]\S* all-gather(-start)?\(", line):
+            inside, outside = (
+                inside + (computation in bodies),
+                outside + (computation not in bodies),
+            )
+    return inside, outside
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return losses(run_of(tmp_path_factory.mktemp("alone"), 0, {}), STEPS)
+
+
+@pytest.mark.parametrize(("stage", "mesh"), RUNS, ids=str)
+def test_a_stage_changes_no_loss_and_holds_what_it_says(tmp_path, alone, mesh, stage):
+    run = run_of(tmp_path, stage, mesh)
+    found = losses(run, STEPS)
+    assert np.abs(np.array(found) - alone).max() < 1e-5
+    always = 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
+    sharded = always / DATA
+    kept, computed, summed = (
+        (always, always, always),
+        (sharded, always, always),
+        (sharded, always, sharded),
+        (sharded, sharded, sharded),
+    )[stage]
+    assert share(run.state.params) == share(run.state.opt_state) == kept
+    assert share(gradients(run)) == summed
+    as_computed = jax.device_put(run.state.params, run._spec.compute_shardings)
+    assert share(as_computed) == computed
+
+
+def test_parameters_are_gathered_once_or_by_layer(tmp_path):
+    found = [
+        gathers_of_parameters(run_of(tmp_path / str(stage), stage, {"data": DATA}))
+        for stage in range(4)
+    ]
+    matrices = 5  # embedding and four of a layer, stacked
+    assert found[0] == (0, 0)
+    assert found[1] == found[2] == (0, matrices)
+    assert found[3][0] >= 4, "each matrix of a layer, in the loop over layers"
+
+
+def test_a_stage_works_with_a_pipeline(tmp_path, alone):
+    run = run_of(tmp_path, 2, {"data": DATA, "pipeline": 2})
+    assert np.abs(np.array(losses(run, STEPS)) - alone).max() < 1e-5
+
+
+def test_a_checkpoint_restores_across_stages(tmp_path):
+    def written(stage):
+        entry = {
+            "output_dir": str(tmp_path / "state"), "auto_resume": True, "save_every_n_steps": 2,
+        }  # fmt: skip
+        return run_of(tmp_path, stage, {"data": DATA}, checkpoint=[entry], exit_iteration=2)
+
+    first = written(1)
+    first.train()
+    expected = host(first.state)
+    for stage in (0, 2, 3):
+        again = written(stage)
+        again.start()
+        assert again.global_step == 2
+        for name, array in host(again.state).items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
