@@ -116,6 +116,12 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         for step in set(steps) - self.retained(steps):
             shutil.rmtree(self.path(step))
 
+    def delete_after(self, step: int) -> None:
+        """Remove what was saved of updates that a rollback has taken back."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later))
+
     def refuse_foreign(self, *, may_resume: bool) -> None:
         """RecipeError if the folder holds checkpoints and this run does not continue any."""
         if self.config.enabled and self.steps() and not may_resume:

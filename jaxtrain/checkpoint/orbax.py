@@ -55,6 +55,8 @@ class OrbaxEngine(CheckpointEngine):
         step = trainer.global_step
         about = {
             "step": step,
+            "position": trainer.position,
+            "eval_metrics": trainer.eval_metrics,
             "shapes": _described(trainer.state),
             "lineage": trainer.lineage,
             "callbacks": trainer.callback_states,

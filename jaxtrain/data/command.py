@@ -33,7 +33,9 @@ def show_data(
     """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
     the same when `html` names one."""
     shape = batch_shape(config, devices)
-    data = prepare_data(config.data, tokenizer, shape, max_positions=max_positions)
+    data = prepare_data(config.data, tokenizer, shape, max_positions=max_positions).repeated(
+        min_updates=config.min_iterations, first_only=config.overfit_first_batch
+    )
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
         console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))

@@ -1,7 +1,7 @@
 """What every data factory is, and what it makes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jaxtrain.batch import Batch
@@ -56,7 +56,8 @@ class TrainingData:
 
     @property
     def train_rows(self) -> int:
-        return self.train.rows.num_rows
+        """Of an epoch."""
+        return self.train.rows.num_rows * self.train.passes
 
     @property
     def eval_rows(self) -> int:
@@ -67,6 +68,11 @@ class TrainingData:
     def trained_share(self) -> float:
         """Of the training tokens, those that have a weight."""
         return self.ledger.sets[0].trained_tokens / self.ledger.sets[0].tokens
+
+    def repeated(self, *, min_updates: int, first_only: bool) -> "TrainingData":
+        """The same with longer epochs, of at least so many updates, or with one update for ever."""
+        train = replace(self.train.repeated(min_updates), first_only=first_only)
+        return replace(self, train=train)
 
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""

@@ -86,11 +86,12 @@ def shards(mesh: MeshConfig, num_devices: int) -> int:
 
 def updates(config: TrainerConfig, horizon: int | None) -> str:
     if horizon is None:
-        epochs = 1 if config.epochs is None else config.epochs
+        epochs = config.passes
         first = f"{config.train_iters:,}, or " if config.train_iters else ""
         return f"{first}{epochs} epoch{'s' * (epochs != 1)}, counted when the data is read"
-    end = config.exit_iteration
-    return f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    end, this_run = config.exit_iteration, config.exit_iteration_this_run
+    told = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    return told + (f", at most {this_run:,} of one process" if this_run else "")
 
 
 def warmup(config: TrainerConfig, horizon: int | None) -> str:
@@ -104,6 +105,8 @@ def warmup(config: TrainerConfig, horizon: int | None) -> str:
 
 def evaluation(config: TrainerConfig) -> str:
     moments = [f"every {config.eval_interval:,} updates"] if config.eval_interval else []
+    epochs = config.eval_every_n_epochs
+    moments += [f"every {epochs:,} epoch{'s' * (epochs > 1)}"] if epochs else []
     moments += ["at the start"] if config.eval_at_start else []
     moments += ["at the end"] if config.eval_at_end is not False else []
     return ", ".join(moments)

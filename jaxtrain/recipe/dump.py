@@ -44,6 +44,7 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
         **{f"data.{key}": value for key, value in data.items()},
         "optimizer.type": tree["optimizer"]["type"],
         "seed": tree["seed"],
+        "min_iterations": tree["min_iterations"],
         "rows an update (micro_batch_size x gradient_accumulation_steps x batch shards)": (
             global_batch
         ),

@@ -5,8 +5,10 @@ for each update `on_step_begin`, `on_optimizer_step`, `on_step_end`, then, where
 `on_log`, `on_evaluate`, `on_save`, and at last `on_epoch_end` and `on_train_end`.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtrain.recipe.errors import CheckpointError
 
@@ -31,6 +33,12 @@ class Control:
     """Save full state at this update."""
     should_evaluate: bool = False
     """Evaluate at this update, before a save."""
+    should_log: bool = False
+    """Write the metrics of this update now."""
+    should_roll_back: bool = False
+    """Restore the newest full state and go on behind the batches that led here."""
+    should_abort_without_save: bool = False
+    """Finish the update and end the run with an error; nothing is saved."""
 
     def taken(self, request: str) -> bool:
         """Was this asked for? It no longer is."""
@@ -46,12 +54,15 @@ class Callback:
     `state_dict()` and `load_state_dict(state)` (JSON data) goes on where it was after a resume.
     """
 
+    key: ClassVar[str] = ""
+    """Of the recipe, where that made the callback."""
+
 
 class Callbacks:
     """The callbacks of a run, in the order in which they were added."""
 
-    def __init__(self) -> None:
-        self.items: list[Any] = []
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        self.items = list(items)
         self.control = Control()
 
     def add(self, callback: Any) -> None:
@@ -80,20 +91,29 @@ class Callbacks:
                     setattr(self.control, field.name, wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Class name and number → state, for those that have one."""
-        return {
-            f"{type(callback).__name__}.{i}": callback.state_dict()
-            for i, callback in enumerate(self.items)
-            if hasattr(callback, "state_dict")
-        }
+        """Name → state, for those that have one."""
+        named = self._named().items()
+        return {name: item.state_dict() for name, item in named if hasattr(item, "state_dict")}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """CheckpointError when a saved state has no callback to take it."""
-        here = {f"{type(callback).__name__}.{i}": callback for i, callback in enumerate(self.items)}
-        if missing := sorted(saved.keys() - here.keys()):
+        """CheckpointError when a saved state has no callback to take it; that of a key which the
+        recipe no longer has is dropped."""
+        here = self._named()
+        if missing := sorted(name for name in saved.keys() - here.keys() if "." in name):
+            own = [name for name in here if "." in name]
             raise CheckpointError(
                 f"the checkpoint has the state of callback {missing[0]}, and the run has "
-                f"{', '.join(here) or 'none'}; add it before training"
+                f"{', '.join(own) or 'none'}; add it before training"
             )
-        for name, state in saved.items():
-            here[name].load_state_dict(state)
+        for name in saved.keys() & here.keys():
+            here[name].load_state_dict(saved[name])
+
+    def _named(self) -> dict[str, Any]:
+        """The recipe key of a callback, else its class and its number among those of the class."""
+        numbers: Counter[str] = Counter()
+        named = {}
+        for item in self.items:
+            kind = type(item).__name__
+            named[getattr(item, "key", "") or f"{kind}.{numbers[kind]}"] = item
+            numbers[kind] += 1
+        return named

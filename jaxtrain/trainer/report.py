@@ -1,5 +1,6 @@
 """What a run tells: a line an update, evaluations, samples; on screen and in the metrics file."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,42 +28,53 @@ class Report:
         *,
         peak_lr: float,
         last_step: int,
-        steps_per_epoch: int,
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
         self.console, self.folder, self.meter = console, folder, meter
-        self.peak_lr, self.last_step, self.steps_per_epoch = peak_lr, last_step, steps_per_epoch
+        self.peak_lr, self.last_step = peak_lr, last_step
         self.on_row = on_row
         self.num_evaluations = 0
         self.last_loss = float("nan")
-        self._held: tuple[int, dict[str, jax.Array]] | None = None
+        self._held: tuple[int, float, dict[str, jax.Array]] | None = None
         self._phases: dict[str, float] = {}
 
-    def update(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of an update that was just dispatched; report the one before it."""
+    def update(self, step: int, metrics: dict[str, jax.Array], *, epoch: float) -> None:
+        """Take the metrics of an update that was just dispatched; report the one before it.
+        `epoch` is how often all rows were taken."""
         self.flush()
-        self._held = (step, metrics)
+        self._held = (step, epoch, metrics)
 
     def flush(self) -> None:
         """Report what is held back. NonFiniteError if that update was not finite."""
         if self._held is None:
             return
-        (step, metrics), self._held = self._held, None
+        (step, epoch, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         rates = self.meter.row(values, updates_left=self.last_step - step)
-        applied, share = values.pop("applied"), values.pop("lr_share")
-        row = {"iter": step, "epoch": step / self.steps_per_epoch, "lr": share * self.peak_lr}
+        finite, share = values.pop("finite"), values.pop("lr_share")
+        row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr}
         row |= values | rates | self._phases
         self._phases = {}
         self.last_loss = values["loss"]
         self.folder.write(row)
         self.console.progress(row, self.last_step)
         self.on_row(row)
-        if not applied and values["trained_tokens"]:
+        if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
                 f"update {step} is not finite: loss {values['loss']}, grad norm "
                 f"{values['grad_norm']}; the weights are still those of update {step - 1}"
             )
+
+    def rolled_back(self, step: int, row: dict[str, Any]) -> None:
+        """Forget what came behind this update, and write a row that says so."""
+        self._held = None
+        self.folder.cut(step)
+        self.folder.write({"iter": step, **row})
+        self.console.line(
+            f"rolled back from step {row['rolled_back_from']} to step {step}, to go on behind the "
+            "batches that led there"
+        )
+        self.meter.restart()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.num_evaluations += 1

@@ -71,6 +71,12 @@ class RunFolder:
         open_log(folder, process=jax.process_index(), level=logger.level)
         self.metrics = JsonLines(self.metrics_file, resumed_at=resumed_at)
 
+    def cut(self, step: int) -> None:
+        """Forget the rows behind this update."""
+        assert self.metrics is not None, "open comes first"
+        self.metrics.close()
+        self.metrics = JsonLines(self.metrics_file, resumed_at=step)
+
     def write(self, row: dict[str, Any]) -> None:
         assert self.metrics is not None, "open comes first"
         self.metrics.write(row)

@@ -34,7 +34,7 @@ from jaxtrain.optimizer import (
 )
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import lineage
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import AbortedError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
@@ -43,11 +43,15 @@ from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.guards import NonFinite, guards
 from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
+from jaxtrain.trainer.progress import Progress
 from jaxtrain.trainer.report import Report
+from jaxtrain.trainer.rollback import roll_back
 from jaxtrain.trainer.run_folder import RunFolder
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
+from jaxtrain.trainer.stop import StopRequests, ended_by_signal
 
 
 class TrainOutput(NamedTuple):
@@ -58,7 +62,7 @@ class TrainOutput(NamedTuple):
     """of the last evaluation, and `train_runtime` in seconds"""
 
 
-class Trainer(registry.Registered, kind="trainer"):
+class Trainer(Progress, registry.Registered, kind="trainer"):
     """One run of one objective. Annotations say which factories a recipe may name; the first is the
     default.
 
@@ -93,7 +97,8 @@ class Trainer(registry.Registered, kind="trainer"):
         for hook in self.hooks("pre-init"):
             hook(self, config)
         self.config = config
-        self._callbacks = Callbacks()
+        self.nonfinite = NonFinite(config.on_nonfinite)
+        self._callbacks = Callbacks([self.nonfinite, *guards(config)])
         self.console = Console(is_writer=jax.process_index() == 0)
         self.mesh = make_mesh(config.mesh, devices or jax.devices())
         self.geometry = Geometry.of(config, self.mesh)
@@ -117,19 +122,19 @@ class Trainer(registry.Registered, kind="trainer"):
             jax.eval_shape(make_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(config)
+        self.stop = StopRequests(
+            Path(config.kill_switch_path or self.run_folder.path / "stop").expanduser()
+        )
+        self._has_begun = False
         self.report = Report(
             self.console,
             self.run_folder,
             Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
             peak_lr=config.optimizer.learning_rate,
             last_step=self.last_step,
-            steps_per_epoch=self.data.steps_per_epoch,
             on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
-        self.global_step = 0
-        self.eval_metrics: dict[str, float] = {}
-        """of the evaluation after the newest update, empty when there was none"""
         self._state: TrainState | None = None
         self.hook_methods()
         for hook in self.hooks("post-init"):
@@ -162,32 +167,51 @@ class Trainer(registry.Registered, kind="trainer"):
     # The run: a loop on the host.
 
     def train(self) -> TrainOutput:
-        """Run the recipe from its start, or from its newest checkpoint, to its end."""
+        """Run the recipe from its start, or from its newest checkpoint, to its end; once.
+
+        PreemptedError when a signal ended it and full state is saved, AbortedError when nothing is;
+        NonFiniteError as the recipe says.
+        """
+        if self._has_begun:
+            raise RuntimeError("this trainer has trained already; make a new one to train again")
+        self._has_begun = True
         began = time.perf_counter()
         self._refuse_foreign_folders()
+        if self.config.kill_switch_path is None:
+            self.stop.file.unlink(missing_ok=True)  # of a run that ended before it was seen
         self._tell("on_init_end")
-        self.start()
-        if self.global_step < self.last_step:
-            self.run_folder.open(resumed_at=self.global_step)
-            self.console.header(header(self))
-            self._tell("on_train_begin")
-            try:
-                if self.config.eval_at_start and self.global_step == 0:
-                    self.evaluate()
-                while not self._ended:
-                    self.epoch()
-                self.report.flush()
-                self._tell("on_train_end")
-                for engine in self.checkpoint_engines:
-                    engine.wait()
-            finally:
-                self.report.close()
+        with self.stop.listening():
+            self.start()
+            how = "already finished"
+            if not self.training_finished:
+                self._run()
+                how = f"ended early, {self.early_stop_reason}" if self.early_stop else "finished"
         runtime = time.perf_counter() - began
         done = f"{self.global_step} updates done, {duration(runtime)}"
-        self.console.line(f"finished: {done}, {self.run_folder.path}")
+        self.console.line(f"{how}: {done}, {self.run_folder.path}")
         return TrainOutput(
             self.global_step, self.report.last_loss, {**self.eval_metrics, "train_runtime": runtime}
         )
+
+    def _run(self) -> None:
+        self.run_folder.open(resumed_at=self.global_step)
+        self.report.last_step = self.last_step
+        self.console.header(header(self))
+        self._tell("on_train_begin")
+        try:
+            if self.config.eval_at_start and self.global_step == 0:
+                self.evaluate()
+            self.early_stop = self.need_early_exit()
+            while not self.training_finished:
+                self.epoch()
+            self.report.flush()
+            self._tell("on_train_end")
+            for engine in self.checkpoint_engines:
+                engine.wait()
+        finally:
+            self.report.close()
+        if self.is_preempted:
+            raise ended_by_signal(self)
 
     def epoch(self) -> None:
         """The updates from here to the end of the epoch, or of the run."""
@@ -195,17 +219,22 @@ class Trainer(registry.Registered, kind="trainer"):
         for batch in self.train_batches:
             self._tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
-            self.global_step += 1
-            # The device is busy with this update, so reading the metrics of the one before costs
-            # nothing.
-            self.report.update(self.global_step, metrics)
-            self.eval_metrics = {}
-            self._tell("on_optimizer_step")
+            self.position += 1
+            if self.nonfinite.takes(metrics, self.control):
+                self.global_step += 1
+                # The device is busy with this update, so reading the metrics of the one before
+                # costs nothing.
+                epoch = self.position / self.data.steps_per_epoch
+                self.report.update(self.global_step, metrics, epoch=epoch)
+                self.eval_metrics = {}
+                self._tell("on_optimizer_step")
             self._tell("on_step_end")
-            if self._evaluation_is_due:
+            self._obey()
+            if self.evaluation_is_due:
                 self.evaluate()
+                self.early_stop |= self.need_early_exit()
             self.checkpoint()
-            if self._ended:
+            if self.training_finished or self.epoch_finished:
                 break
         self._tell("on_epoch_end")
 
@@ -217,6 +246,8 @@ class Trainer(registry.Registered, kind="trainer"):
             )
         self.report.flush()
         sums = {name: self._summed(name) for name in self.data.evals}
+        if self._must_leave:
+            return {}
         named = sums if len(sums) > 1 else {}
         self.eval_metrics = evaluated("eval", reduce(added, sums.values()))
         for name, loss in named.items():
@@ -228,12 +259,17 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
-        epoch, within = divmod(self.global_step, self.data.steps_per_epoch)
-        requested = self.control.taken("should_save")
-        moment = Moment(self.global_step, 0 if within else epoch, self._ended, requested)
+        moment = Moment(
+            self.global_step,
+            epoch_ended=self.epoch_idx if self.epoch_finished else 0,
+            training_ended=self.training_finished and not self.is_preempted,
+            requested=self.control.taken("should_save"),
+        )
         for engine in self.checkpoint_engines:
             if engine.is_due(moment):
                 self.report.flush()
+                if self.control.should_roll_back:
+                    return  # the row just told says that this state is none to keep
                 engine.note_score(moment.step, self.eval_metrics)
                 path = engine.path(moment.step)
                 with self.report.phase(f"saving {path}", key="save_time"):
@@ -271,10 +307,8 @@ class Trainer(registry.Registered, kind="trainer"):
             return
         engine = next((e for e in self.checkpoint_engines if e.config.auto_resume), None)
         if engine is not None and engine.steps():
-            self.global_step = engine.steps()[-1]
-            with self.console.phase(f"restoring {engine.path(self.global_step)}"):
-                self._state = engine.load(self.state_shapes)
-            self._callbacks.load_state_dict(engine.about(self.global_step)["callbacks"])
+            self.restore(engine)
+            self.first_step = self.global_step
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
@@ -282,6 +316,16 @@ class Trainer(registry.Registered, kind="trainer"):
             params = self.model.load(self.shardings.params, seed=self.config.seed)
             make = partial(new_state, optimizer=self.optimizer)
             self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
+
+    def restore(self, engine: CheckpointEngine) -> None:
+        """Go on from the engine's newest checkpoint."""
+        self.global_step = engine.steps()[-1]
+        self._state = None  # its memory is needed
+        with self.console.phase(f"restoring {engine.path(self.global_step)}"):
+            self._state = engine.load(self.state_shapes)
+        about = engine.about(self.global_step)
+        self.position, self.eval_metrics = about["position"], about["eval_metrics"]
+        self._callbacks.load_state_dict(about["callbacks"])
 
     # What the loop asks.
 
@@ -304,33 +348,15 @@ class Trainer(registry.Registered, kind="trainer"):
 
     @property
     def train_batches(self) -> Iterator[Batch]:
-        """On the devices, from here to the end of the epoch, or of the run."""
-        of_epoch = self.data.steps_per_epoch
-        end = min((self.global_step // of_epoch + 1) * of_epoch, self.last_step)
-        for batch in self.report.timed(self.data.train_batches(self.global_step, end)):
+        """On the devices, from here to the end of the epoch."""
+        end = (self.epoch_idx + 1) * self.data.steps_per_epoch
+        for batch in self.report.timed(self.data.train_batches(self.position, end)):
             yield self.geometry.on_devices(batch)
 
     def eval_batches(self, name: str) -> Iterator[Batch]:
         """On the devices: every row of an evaluation set once, up to `max_eval_batches` batches."""
         batches = self.data.eval_batches(name)
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
-
-    @property
-    def training_horizon(self) -> int:
-        """Updates that the recipe plans, which is the length of the schedule."""
-        horizon = self.config.horizon(self.data.steps_per_epoch)
-        assert horizon is not None
-        return horizon
-
-    @property
-    def warmup_steps(self) -> int:
-        """Updates over which the rate rises."""
-        return self.config.scheduler.warmup_updates(self.training_horizon)
-
-    @property
-    def last_step(self) -> int:
-        """The update after which this run ends."""
-        return min(self.training_horizon, self.config.exit_iteration or self.training_horizon)
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -343,26 +369,39 @@ class Trainer(registry.Registered, kind="trainer"):
         return self._callbacks.state_dict()
 
     @property
-    def _ended(self) -> bool:
-        return self.global_step >= self.last_step or self.control.should_training_stop
+    def full_state_engines(self) -> list[CheckpointEngine]:
+        return [e for e in self.checkpoint_engines if e.is_full_state and e.config.enabled]
 
     @property
-    def _evaluation_is_due(self) -> bool:
-        if self.control.taken("should_evaluate"):
-            return True
-        if not self.data.evals:
-            return False
-        interval = self.config.eval_interval
-        at_end = self._ended and self.config.eval_at_end is not False
-        return at_end or bool(interval and self.global_step % interval == 0)
+    def _must_leave(self) -> bool:
+        """Did a signal come that an evaluation is not to be finished for?"""
+        return self.stop.signal is not None and not self.is_complete
+
+    def _obey(self) -> None:
+        """What is asked for after this update, but for evaluations and saves."""
+        control = self.control
+        if control.should_abort_without_save:
+            raise AbortedError(
+                f"a callback ended the run at update {self.global_step}; nothing was saved of it"
+            )
+        if control.taken("should_log"):
+            self.report.flush()
+        if control.taken("should_roll_back"):
+            roll_back(self)
+        if control.taken("should_epoch_stop"):
+            self.skip_epoch()
+        self.early_stop |= self.need_early_exit()
 
     def _tell(self, event: str, **more: Any) -> None:
         self._callbacks.tell(event, self, **more)
 
     def _summed(self, eval_set: str) -> Loss:
         key = jax.random.key(self.config.seed)
-        batches = self.eval_batches(eval_set)
-        return reduce(added, (self.loss(self.state, batch, key) for batch in batches))
+        losses = (self.loss(self.state, batch, key) for batch in self.eval_batches(eval_set))
+        total = next(losses)
+        while not self._must_leave and (loss := next(losses, None)):
+            total = added(total, loss)
+        return total
 
     def _sample(self) -> None:
         """Answers to the recipe's prompts, with the present weights."""
@@ -379,7 +418,7 @@ class Trainer(registry.Registered, kind="trainer"):
 
     def _prepared_data(self) -> TrainingData:
         """Rows to batches, for training and for every evaluation set."""
-        return prepare_data(
+        data = prepare_data(
             self.config.data,
             self.tokenizer,
             BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
@@ -387,7 +426,11 @@ class Trainer(registry.Registered, kind="trainer"):
             trainer=self,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+        ).repeated(
+            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
         )
+        self.geometry.refuse_too_few(data.train_rows)
+        return data
 
     def _compile(self) -> None:
         """Turn `step` and `loss` into jitted functions on the mesh."""
