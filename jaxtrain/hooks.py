@@ -2,17 +2,19 @@
 
 A class names them in `callbacks = [("post-step", fn)]` or as a method `pre_step_callback`. Parents
 come first, then the list of a class, then its method. A pre callback gets the arguments of the
-method and may return them changed, in the same order; a post callback gets and may change what the
-method returned.
+method, as many as it takes, and may return them changed, in the same order; a post callback gets
+and may change what the method returned.
 """
 
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtrain.recipe.errors import did_you_mean
 
 Hook = Callable[..., Any]
+Made = TypeVar("Made")
 
 
 class Hooked:
@@ -22,11 +24,22 @@ class Hooked:
         self.owner, self.method, self.pre, self.post = owner, method, pre, post
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        bound = inspect.signature(self.method).bind(*args, **named)
+        bound.apply_defaults()
         for hook in self.pre:
-            changed = hook(self.owner, *args, **named)
-            if changed is not None:
-                args = changed if isinstance(changed, tuple) and len(args) > 1 else (changed,)
-        result = self.method(*args, **named)
+            names = list(bound.arguments)[: num_values(hook)]
+            changed = hook(self.owner, *(bound.arguments[name] for name in names))
+            if changed is None:
+                continue
+            values = changed if len(names) > 1 else (changed,)
+            if not isinstance(values, tuple) or len(values) != len(names):
+                raise ValueError(
+                    f"{type(self.owner).__qualname__}: a callback before "
+                    f"{self.method.__name__} must return ({', '.join(names)}) or nothing, "
+                    f"found {type(changed).__name__}"
+                )
+            bound.arguments.update(zip(names, values, strict=True))
+        result = self.method(*bound.args, **bound.kwargs)
         for hook in self.post:
             changed = hook(self.owner) if result is None else hook(self.owner, result)
             result = result if changed is None else changed
@@ -36,59 +49,69 @@ class Hooked:
         return getattr(self.method, name)
 
 
-class HasHooks:
-    """A base whose subclasses may name callbacks; `events` maps an event to the method it is
-    about."""
+class _Hooking(ABCMeta):
+    """Makes an object between its `init` callbacks, and puts the others around its methods."""
+
+    def __call__(cls: type[Made], *args: Any, **named: Any) -> Made:
+        made: Any = cls.__new__(cls)
+        Hooked(made, made.__init__, made.hooks("pre-init"), [])(*args, **named)
+        for event, name in made.events.items():
+            pre, post = made.hooks(f"pre-{event}"), made.hooks(f"post-{event}")
+            if pre or post:
+                setattr(made, name, Hooked(made, getattr(made, name), pre, post))
+        for hook in made.hooks("post-init"):
+            hook(made)
+        return made
+
+
+class HasHooks(metaclass=_Hooking):
+    """A base whose subclasses may name callbacks."""
 
     events: ClassVar[dict[str, str]] = {}
-    traced_events: ClassVar[tuple[str, ...]] = ()
-    """Events inside the jitted functions: their callbacks are pure and run once a compilation."""
+    """Event → the method it is about; `init` is known to all."""
     callbacks: ClassVar[list[tuple[str, Hook]]] = []
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        for event, _ in own_hooks(cls):
-            when, _, what = event.replace("_", "-").partition("-")
-            if when not in ("pre", "post") or what not in known_events(cls):
-                known = [f"{w}-{e}" for w in ("pre", "post") for e in known_events(cls)]
+        known = {"init": "__init__", **cls.events}
+        for event, hook in own_hooks(cls):
+            when, _, what = event.partition("-")
+            if when not in ("pre", "post") or what not in known:
+                near = did_you_mean(event, [f"{w}-{e}" for w in ("pre", "post") for e in known])
                 raise ValueError(
-                    f"{cls.__qualname__}: no event {event!r}{did_you_mean(event, known)} "
-                    f"(events: {', '.join(sorted(known_events(cls)))})"
+                    f"{cls.__qualname__}: no event {event!r}{near} "
+                    f"(events: {', '.join(sorted(known))})"
                 )
-
-    def hook_methods(self) -> None:
-        """Put the callbacks around this object's methods; called once it is made."""
-        for event, name in self.events.items():
-            method = getattr(self, name)
-            if (hooked := self.hooked(event, method)) is not method:
-                setattr(self, name, hooked)
-
-    def hooked(self, event: str, method: Any) -> Any:
-        """`method` between the callbacks of an event; itself when there are none."""
-        pre, post = self.hooks(f"pre-{event}"), self.hooks(f"post-{event}")
-        return Hooked(self, method, pre, post) if pre or post else method
+            given = ["result"]
+            if when == "pre":
+                given = list(inspect.signature(getattr(cls, known[what])).parameters)[1:]
+            if (num_values(hook) or 0) > len(given):
+                raise ValueError(
+                    f"{cls.__qualname__}: the {event} callback takes {num_values(hook)} values "
+                    f"beside self; it is called as ({', '.join(['self', *given])})"
+                )
 
     def hooks(self, event: str) -> list[Hook]:
         """Callbacks of one event, in the order in which they run."""
-        return [
-            hook
-            for cls in reversed(type(self).__mro__)
-            for name, hook in own_hooks(cls)
-            if name.replace("_", "-") == event
-        ]
-
-
-def known_events(cls: type) -> set[str]:
-    return {"init", *getattr(cls, "events", {}), *getattr(cls, "traced_events", ())}
+        mro = reversed(type(self).__mro__)
+        return [hook for cls in mro for name, hook in own_hooks(cls) if name == event]
 
 
 def own_hooks(cls: type) -> list[tuple[str, Hook]]:
-    """Event and function of every callback that the body of a class names."""
+    """Event, with hyphens, and function of every callback that the body of a class names."""
     listed = [(str(event), hook) for event, hook in vars(cls).get("callbacks", [])]
     methods = [
-        (name.removesuffix("_callback").replace("_", "-"), function)
+        (name.removesuffix("_callback"), function)
         for name, function in vars(cls).items()
         if name.startswith(("pre_", "post_")) and name.endswith("_callback")
         if inspect.isfunction(function)
     ]
-    return listed + methods
+    return [(event.replace("_", "-"), hook) for event, hook in listed + methods]
+
+
+def num_values(hook: Hook) -> int | None:
+    """How many values a callback takes beside `self`; None takes all there are."""
+    kinds = [p.kind for p in inspect.signature(hook).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    return kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) - 1

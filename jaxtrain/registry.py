@@ -84,6 +84,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
         "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
         "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
+        "given": _source("given:GivenSource", "RowsConfig"),
         "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
         "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
         "json": _source("local:JsonSource", "LocalDataSourceConfig"),
@@ -156,8 +157,21 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 
+OLDER = {
+    "config_type": "config",
+    **{f"{attribute}_type": attribute for attribute in SECTIONS.values()},
+}
+"""Class attributes of older trainers → the annotation that says the same."""
+
+ALSO_CALLED = {"create_model": {"config": "model_config"}, "save_model": {"dir": "output_dir"}}
+"""Method → argument names that the shared format's documentation has for ours."""
+
 _user: dict[tuple[str, str], type] = {}
 _contested: dict[tuple[str, str], str] = {}
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("jaxtrain.")
 
 
 class Registered(HasHooks):
@@ -165,14 +179,21 @@ class Registered(HasHooks):
 
     kind: ClassVar[str]
     name: ClassVar[str]
+    retired: ClassVar[dict[str, str]] = {}
+    """Methods of the shared format that nothing calls here → what to write instead."""
+    notes: ClassVar[tuple[str, ...]] = ()
+    """What the report on a recipe says of this class."""
 
     def __init_subclass__(cls, *, kind: str | None = None, abstract: bool = False, **options: Any):
         """`kind` makes a base of its own; `abstract` a class that only others derive from."""
         super().__init_subclass__(**options)
         if kind is not None:
             cls.kind = kind
-        elif not abstract:
-            _check_signatures(cls)
+        elif not _is_ours(cls):
+            _check_methods(cls)
+            _read_older_hints(cls)
+            _check_hints(cls)
+        if kind is None and not abstract:
             _enter(cls, force=False)
 
 
@@ -185,7 +206,6 @@ class Factory(Registered, abstract=True):
     def __init__(self, config: Any, trainer: Any = None):
         self.config = config
         self.trainer = trainer
-        self.hook_methods()
 
 
 def register(cls: type | None = None, *, force: bool = False) -> Any:
@@ -198,7 +218,8 @@ def register(cls: type | None = None, *, force: bool = False) -> Any:
         return lambda cls: register(cls, force=force)
     if not issubclass(cls, Registered):
         raise ValueError(
-            f"{cls.__qualname__} is no subclass of a jaxtrain base; derive it from one"
+            f"{cls.__qualname__} is no subclass of a base that recipes name, which are "
+            f"{', '.join(BUILT_IN)}; a callback is given by `default_callbacks` of a trainer"
         )
     _enter(cls, force=force)
     settle()
@@ -213,7 +234,7 @@ def _enter(cls: type[Registered], *, force: bool) -> None:
         raise ValueError(f'{cls.__qualname__} needs a line `name = "..."` in its class body')
     key = (cls.kind, name)
     built_in = BUILT_IN[cls.kind].get(name)
-    if built_in is not None and cls.__module__.startswith("jaxtrain."):
+    if built_in is not None and _is_ours(cls):
         return
     _contested.pop(key, None)
     known = _user.get(key)
@@ -230,33 +251,81 @@ def _enter(cls: type[Registered], *, force: bool) -> None:
 def settle() -> None:
     """ValueError for a name that two classes claim; to be called when both are made."""
     if _contested:
-        raise ValueError(_contested.popitem()[1])
+        what = next(iter(_contested.values()))
+        _contested.clear()
+        raise ValueError(what)
 
 
-def _check_signatures(cls: type) -> None:
-    """ValueError for a method that does not take what its base's method is given."""
+def _check_methods(cls: type[Registered]) -> None:
+    """ValueError for a method that nothing would call, or that does not take what its base's is
+    given."""
     for name, method in vars(cls).items():
         base = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
-        if name.startswith("_") or not (inspect.isfunction(method) and inspect.isfunction(base)):
+        if not inspect.isfunction(method):
             continue
-        wanted, given = inspect.signature(base), inspect.signature(method)
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in given.parameters.values())
-        missing = [p for p in wanted.parameters if p not in given.parameters and not takes_all]
-        extra = [
-            p.name
-            for p in given.parameters.values()
-            if p.name not in wanted.parameters
-            and p.default is p.empty
-            and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        ]
-        if missing or extra:
-            at_fault = [f"lacks {p!r}" for p in missing] + [f"demands {p!r}" for p in extra]
-            hint = getattr(cls, "signature_hints", {}).get(name, "")
-            called = f"{name}({', '.join(wanted.parameters)})"
-            raise ValueError(
-                f"{cls.__qualname__}: {name}({', '.join(given.parameters)}) "
-                f"{' and '.join(at_fault)}; it is called as {called}{hint and '; ' + hint}"
-            )
+        if base is None and name in cls.retired:
+            raise ValueError(f"{cls.__qualname__}: {name} is not called; {cls.retired[name]}")
+        if inspect.isfunction(base) and not name.startswith("_"):
+            _check_signature(cls, name, inspect.signature(method), inspect.signature(base))
+
+
+def _check_signature(
+    cls: type[Registered], name: str, given: inspect.Signature, wanted: inspect.Signature
+) -> None:
+    spelled = ALSO_CALLED.get(name, {})
+    named = {spelled.get(p.name, p.name): p for p in given.parameters.values()}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
+    required = [n for n, p in wanted.parameters.items() if p.default is p.empty]
+    missing = [name for name in required if name not in named and not takes_all]
+    extra = [
+        p.name
+        for known, p in named.items()
+        if known not in wanted.parameters
+        and p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if missing or extra:
+        at_fault = [f"lacks {p!r}" for p in missing] + [f"demands {p!r}" for p in extra]
+        hint = cls.retired.get(name, "")
+        raise ValueError(
+            f"{cls.__qualname__}: {name}({', '.join(given.parameters)}) {' and '.join(at_fault)}; "
+            f"it is called as {name}({', '.join(wanted.parameters)}){hint and '; ' + hint}"
+        )
+
+
+def _read_older_hints(cls: type[Registered]) -> None:
+    """Take over `data_factory_type = A` as `data_factory: A`, with a note."""
+    for older in OLDER.keys() & vars(cls).keys():
+        cls.__annotations__[OLDER[older]] = vars(cls)[older]
+        cls.notes += (f"{cls.__qualname__}: write `{OLDER[older]}: …` for `{older} = …`",)
+
+
+def _check_hints(cls: type[Registered]) -> None:
+    """ValueError for an annotation that names no class of its kind; one that names a class which
+    is defined further down is left to the look-up."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:
+        return
+    base = next(b for b in cls.__mro__ if "kind" in vars(b))
+    for kind, attribute in SECTIONS.items() if cls.kind == "trainer" else ():
+        for named in _classes(hints[attribute]):
+            if getattr(named, "kind", None) != kind:
+                raise ValueError(
+                    f"{cls.__qualname__}: {attribute} must name factories of kind {kind!r}, one or "
+                    f"a union, found {named!r}"
+                )
+    config, section = hints["config"], typing.get_type_hints(base)["config"]
+    if not (isinstance(config, type) and issubclass(config, section)):
+        raise ValueError(
+            f"{cls.__qualname__}: config must be {section.__name__} or a subclass, found {config!r}"
+        )
+
+
+def _classes(hint: Any) -> tuple[Any, ...]:
+    """Of `A`, `Union[A, B]` or `A | B`."""
+    union = typing.get_origin(hint) in (typing.Union, UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _where(cls: type) -> str:
@@ -319,5 +388,9 @@ def allowed(trainer: str, section: str) -> tuple[str, ...]:
     if ("trainer", trainer) not in _user:
         return ALLOWED[trainer][section]
     hint = typing.get_type_hints(find("trainer", trainer))[SECTIONS[section]]
-    union = typing.get_origin(hint) in (typing.Union, UnionType)
-    return tuple(cls.name for cls in (typing.get_args(hint) if union else (hint,)))
+    return tuple(cls.name for cls in _classes(hint))
+
+
+def notes(kind: str, name: str) -> tuple[str, ...]:
+    """What the report on a recipe says of a class that it names."""
+    return getattr(_user.get((kind, canonical(kind, name))), "notes", ())

@@ -4,6 +4,7 @@ from jaxtrain.data.factory import DataFactory as DataFactory
 from jaxtrain.data.factory import DataShape as DataShape
 from jaxtrain.data.factory import LoadedSource as LoadedSource
 from jaxtrain.data.factory import TrainingData as TrainingData
+from jaxtrain.data.given import GivenSource as GivenSource
 from jaxtrain.data.hub import HuggingFaceCausalSource as HuggingFaceCausalSource
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
 from jaxtrain.data.hub import HuggingFaceSource as HuggingFaceSource

@@ -5,6 +5,8 @@ import hashlib
 import inspect
 import sys
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 ENCODING_FILES = (
     "causal.py", "conversation.py", "documents.py", "encode.py", "render.py", "spans.py",
@@ -27,8 +29,8 @@ def code_digest(cls: type) -> str:
     files: dict[Path, None] = {}
     for base in cls.__mro__:
         if base.__module__.split(".")[0] not in ("jaxtrain", "builtins", "typing", "abc"):
-            _add_file(base.__module__, files)
-    # A class made where no file is, as in a notebook, has at least its own text.
+            _add_file(_file_of(base.__module__), files)
+    # A class made where no file is, as in a notebook, has at least its own functions.
     return _digest([path.read_bytes() for path in files] or [_text_of(cls)])
 
 
@@ -38,22 +40,25 @@ def _digest(texts: list[bytes]) -> str:
 
 
 def _text_of(cls: type) -> bytes:
-    try:
-        return inspect.getsource(cls).encode()
-    except (OSError, TypeError):
-        return repr(sorted(vars(cls))).encode()
+    functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    return repr([sorted(vars(cls)), *(_compiled(f.__code__) for f in functions)]).encode()
 
 
-def _add_file(module: str, files: dict[Path, None]) -> None:
-    """The module's file, and those of its imports that lie in the same folder or below."""
-    path = _file_of(module)
+def _compiled(code: CodeType) -> list[Any]:
+    inner = [_compiled(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return [code.co_code, code.co_names, *inner]
+
+
+def _add_file(path: Path | None, files: dict[Path, None]) -> None:
+    """A file, and those that it imports from its folder or below."""
     if path is None or path in files:
         return
     files[path] = None
     for name in _imports(path):
-        other = _file_of(name)
-        if other is not None and other.is_relative_to(path.parent):
-            _add_file(name, files)
+        place = path.parent.joinpath(*name.split("."))
+        for other in (place.with_suffix(".py"), place / "__init__.py"):
+            if other.is_file():
+                _add_file(other, files)
 
 
 def _file_of(module: str) -> Path | None:
@@ -67,6 +72,7 @@ def _imports(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
+        elif isinstance(node, ast.ImportFrom):
+            start = f"{node.module}." if node.module else ""
+            names += [start.rstrip("."), *(f"{start}{alias.name}" for alias in node.names)]
+    return [name for name in names if name]

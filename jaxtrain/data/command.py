@@ -11,7 +11,7 @@ from rich.text import Text
 from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.page import page
 from jaxtrain.data.plan import BatchShape
-from jaxtrain.data.prepare import prepare_data
+from jaxtrain.data.prepare import data_factory, prepare_data
 from jaxtrain.data.preview import as_text, batch_samples, legend, samples
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -33,7 +33,8 @@ def show_data(
     """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
     the same when `html` names one."""
     shape = batch_shape(config, devices)
-    data = prepare_data(config.data, tokenizer, shape, max_positions=max_positions).repeated(
+    factory = data_factory(config.data, tokenizer, max_positions=max_positions)
+    data = prepare_data(factory, shape).repeated(
         min_updates=config.min_iterations, first_only=config.overfit_first_batch
     )
     console = Console(highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,18 @@ from jaxtrain.data.warnings import (
 )
 from jaxtrain.recipe.errors import DataError
 
+
+class RowSet(NamedTuple):
+    """The rows of one set, before they are cut into batches."""
+
+    documents: Documents
+    rows: RowPlan
+    shape: BatchShape
+    row_tokens: int
+    """T, one for all sets of a run, since every further length compiles the step once more"""
+    is_train: bool
+
+
 Processed = tuple[Documents, tuple[SourceCounts, ...]]
 COUNTS_FILE = "counts.json"
 
@@ -49,13 +62,13 @@ class DocumentFactory(DataFactory, abstract=True):
         """T, one for all sets, since every further length compiles the step once more."""
         return self.max_length
 
-    def process(self, loaded: Sequence[LoadedSource]) -> Processed:
+    def process(self, dataset: Sequence[LoadedSource]) -> Processed:
         """Every row to a document or a counted drop; `DataError` when no document is left."""
-        counts = tuple(SourceCounts(one.label) for one in loaded)
+        counts = tuple(SourceCounts(one.label) for one in dataset)
         tolerance = Tolerance(self.config.max_rows_with_errors)
         with _scratch() as folder:
             with DocumentWriter(folder) as writer:
-                for number, (one, count) in enumerate(zip(loaded, counts, strict=True)):
+                for number, (one, count) in enumerate(zip(dataset, counts, strict=True)):
                     workers = workers_for(len(one.rows), self.config.num_proc)
                     tokenise(
                         one.rows, self.encoder(one), writer, count,
@@ -113,25 +126,26 @@ class DocumentFactory(DataFactory, abstract=True):
             }
         return parts
 
-    def split_data(self, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
+    def split_data(self, training_data: Documents) -> tuple[np.ndarray, np.ndarray]:
         """By `train_eval_split`, before packing; equal documents stay on one side."""
         share = self.config.train_eval_split[1]
         if not share:
-            return np.arange(len(documents.index)), np.zeros(0, dtype=np.int64)
-        return split_by_content(documents.index["digest"], share, self.config.seed)
+            return np.arange(len(training_data.index)), np.zeros(0, dtype=np.int64)
+        return split_by_content(training_data.index["digest"], share, self.config.seed)
 
-    def create_dataloader(
-        self,
-        documents: Documents,
-        rows: RowPlan,
-        shape: BatchShape,
-        *,
-        row_tokens: int,
-        train: bool,
-    ) -> BatchPlan:
+    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order."""
-        seed = self.config.seed if train else None
+        documents, rows, shape, row_tokens, is_train = dataset
+        seed = self.config.seed if is_train else None
         return BatchPlan(documents, rows, shape, row_tokens, seed)
+
+    def evaluation(
+        self, sources: Sequence[DataSource], shape: BatchShape, *, row_tokens: int
+    ) -> BatchPlan:
+        documents, _ = self.cached(self.load(sources))
+        rows = self.plan_rows(documents, np.arange(len(documents.index)), train=False)
+        row_tokens = max(row_tokens, self.row_tokens([rows]))
+        return self.create_dataloader(RowSet(documents, rows, shape, row_tokens, is_train=False))
 
     def prepare(
         self,
@@ -142,7 +156,7 @@ class DocumentFactory(DataFactory, abstract=True):
         process_index: int = 0,
         process_count: int = 1,
     ) -> TrainingData:
-        loaded = self.load(sources, "train")
+        loaded = self.load(sources)
         documents, ledger = self.cached(loaded)
         chosen, held_out = self.split_data(documents)
         weights = [source.config.weight for source in sources]
@@ -151,15 +165,13 @@ class DocumentFactory(DataFactory, abstract=True):
         if len(held_out):
             planned["eval"] = (documents, self.plan_rows(documents, held_out, train=False))
         for name, named in eval_sources.items():
-            evaluated, of_set = self.cached(self.load(named, "eval"))
+            evaluated, of_set = self.cached(self.load(named))
             everything = np.arange(len(evaluated.index))
             planned[name] = (evaluated, self.plan_rows(evaluated, everything, train=False))
             ledger = ledger.joined(of_set)
         row_tokens = self.row_tokens([rows for _, rows in planned.values()])
         plans = {
-            name: self.create_dataloader(
-                docs, rows, shape, row_tokens=row_tokens, train=name == "train"
-            )
+            name: self.create_dataloader(RowSet(docs, rows, shape, row_tokens, name == "train"))
             for name, (docs, rows) in planned.items()
         }
         sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())

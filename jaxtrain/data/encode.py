@@ -1,10 +1,12 @@
 """Conversations to tokens with loss weights: one tokenisation of the rendered text, by offsets."""
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding
 
 from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.render import Renderer
@@ -16,6 +18,8 @@ UNTRAINED = "no assistant text to train on"
 CUT_AWAY = "no assistant text left after truncation"
 NOTHING = "renders to nothing"
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+HEAD_CHARACTERS = 6
+"""So many for each token that a row holds are nearly always more tokens than that."""
 
 
 class Encoded(NamedTuple):
@@ -70,6 +74,7 @@ class ConversationEncoder:
         self._completion_only = completion_only
         self._ignore_empty_think = ignore_empty_think
         self._markup = frozenset(tokenizer.added_tokens_decoder)
+        self._borders = borders(tokenizer)
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
         return to_conversation(row)
@@ -84,28 +89,43 @@ class ConversationEncoder:
             except DataError as fault:
                 outcomes[index] = Fault(str(fault))
         texts = {index: text for index, text in texts.items() if text}
-        if not texts:
-            return outcomes
-        # The template has written BOS already where it belongs.
-        encoding = self._tokenizer(
-            list(texts.values()),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        for (index, text), (ids, offsets) in zip(texts.items(), encoded, strict=True):
+        encodings = self._encodings(list(texts.values()))
+        for (index, text), encoding in zip(texts.items(), encodings, strict=True):
             try:
-                outcomes[index] = self._outcome(conversations[index], text, ids, offsets)
+                outcomes[index] = self._outcome(conversations[index], text, encoding)
             except DataError as fault:
                 outcomes[index] = Fault(str(fault))
         return outcomes
 
-    def _outcome(
-        self, conversation: Conversation, text: str, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> Outcome:
-        length = len(ids)
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        """Of each text, or of so much of it that is longer than a row."""
+        # The template has written BOS already where it belongs.
+        encode = self._tokenizer.backend_tokenizer.encode_batch
+        heads = [self._head(text) for text in texts]
+        encodings = encode(heads, add_special_tokens=False)
+        short = [
+            index
+            for index, encoding in enumerate(encodings)
+            if heads[index] != texts[index] and not self._is_head(encoding)
+        ]
+        whole = encode([texts[index] for index in short], add_special_tokens=False)
+        for index, encoding in zip(short, whole, strict=True):
+            encodings[index] = encoding
+        return encodings
+
+    def _head(self, text: str) -> str:
+        """What stands behind a row's length is cut or dropped anyway. A tokenizer splits a text at
+        added tokens before all else, so that what precedes one does not depend on what follows."""
+        if self._overlong == "error" or self._borders is None:
+            return text
+        border = self._borders.search(text, HEAD_CHARACTERS * self._max_length)
+        return text[: border.end()] if border else text
+
+    def _is_head(self, encoding: Encoding) -> bool:
+        return len(encoding) > self._max_length and encoding.ids[-1] in self._markup
+
+    def _outcome(self, conversation: Conversation, text: str, encoding: Encoding) -> Outcome:
+        length = len(encoding)
         if length == 0:
             return Dropped(NOTHING, 0)
         if length > self._max_length:
@@ -113,11 +133,11 @@ class ConversationEncoder:
                 return too_long(length, self._max_length)
             if self._overlong == "drop":
                 return Dropped(OVERLONG, length)
-        tokens = np.array(ids[: self._max_length], dtype=np.int32)
+        tokens = np.array(encoding.ids[: self._max_length], dtype=np.int32)
         is_pair = conversation.prompt_turns > 0
         if self._mask_inputs and (self._completion_only or not is_pair):
             spans = self._spans(conversation, text)
-            weights, turns, ended = self._weights(tokens, offsets[: self._max_length], text, spans)
+            weights, turns, ended = self._weights(tokens, encoding, text, spans)
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
         weights[0] = 0  # nothing stands before it that could predict it
@@ -137,14 +157,13 @@ class ConversationEncoder:
         ]
 
     def _weights(
-        self, tokens: np.ndarray, offsets: list[tuple[int, int]], text: str, spans: Sequence[Span]
+        self, tokens: np.ndarray, encoding: Encoding, text: str, spans: Sequence[Span]
     ) -> tuple[np.ndarray, int, int]:
         """uint8 [n], the number of trained turns, and how many of them end in an end-of-turn."""
         weights = np.zeros(len(tokens), dtype=np.uint8)
-        starts, ends = np.array(offsets, dtype=np.int64).T
-        turns = ended = 0
+        turns = ended = last = 0
         for span in spans:
-            first, last = self._token_range(tokens, starts, ends, text, span)
+            first, last = self._token_range(tokens, encoding, text, span, last)
             if first < last:
                 weights[first:last] = 1
                 turns += 1
@@ -152,25 +171,48 @@ class ConversationEncoder:
         return weights, turns, ended
 
     def _token_range(
-        self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str, span: Span
+        self, tokens: np.ndarray, encoding: Encoding, text: str, span: Span, begin: int
     ) -> tuple[int, int]:
-        """The tokens [first, last) of a span.
+        """The tokens [first, last) of a span, from token `begin` on.
 
         A token over the edge counts if only white space of it lies outside: many tokenizers bind
         a blank to the word behind it. White space after the end-of-turn token does not count: the
         model is stopped there."""
-        first = int(np.searchsorted(ends, span.start, side="right"))
-        last = int(np.searchsorted(starts, span.end, side="left"))
-        if first < last and text[starts[first] : span.start].strip():
+
+        def starts(index: int) -> int:
+            return encoding.token_to_chars(index)[0]
+
+        def ends(index: int) -> int:
+            return encoding.token_to_chars(index)[1]
+
+        places = range(len(tokens))  # a list of all offsets would cost more than a few look-ups
+        first = bisect_right(places, span.start, begin, key=ends)
+        last = bisect_left(places, span.end, first, key=starts)
+        if first < last and text[starts(first) : span.start].strip():
             first += 1
-        if first < last and text[span.end : ends[last - 1]].strip():
+        if first < last and text[span.end : ends(last - 1)].strip():
             last -= 1
-        end = min(span.end, int(ends[last - 1])) if first < last else span.end
+        if first >= last:
+            return first, last
+        end = min(span.end, ends(last - 1))
         closing = (i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup)
         index = next(closing, None)
-        if index is not None and not text[ends[index] : end].strip():
+        if index is not None and not text[ends(index) : end].strip():
             last = index + 1
         return first, last
+
+
+def borders(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds added tokens that stand for themselves wherever they are written."""
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    contents = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    plain = [
+        re.escape(token.content)
+        for token in added
+        if not (token.single_word or token.normalized)
+        and not any(token.content in other for other in contents if other != token.content)
+    ]
+    return re.compile("|".join(plain)) if plain else None
 
 
 def too_long(length: int, max_length: int) -> Fault:

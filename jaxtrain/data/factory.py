@@ -74,6 +74,10 @@ class TrainingData:
         train = replace(self.train.repeated(min_updates), first_only=first_only)
         return replace(self, train=train)
 
+    def with_evals(self, evals: Mapping[str, BatchPlan]) -> "TrainingData":
+        """The same, with other evaluation sets."""
+        return replace(self, evals=evals)
+
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""
         return self._iterate(self.train, start, stop)
@@ -94,6 +98,12 @@ class DataFactory(Factory, kind="data"):
     """Rows of sources to batches. A subclass has a `name`, a `config` annotation and the methods
     below; `prepare` calls them in this order."""
 
+    events = {
+        "load": "load",
+        "process": "process",
+        "split": "split_data",
+        "create-dataloader": "create_dataloader",
+    }
     config: DataConfig
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
@@ -101,18 +111,29 @@ class DataFactory(Factory, kind="data"):
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def load(self, sources: Sequence[DataSource], split: str = "train") -> list[LoadedSource]:
-        """The rows of every source; `split` for those whose recipe names none."""
+    def load(self, data_sources: Sequence[DataSource]) -> list[LoadedSource]:
+        """The rows of every source; of the split `train` for one that names none."""
         limits = Limits(self.max_length, len(self.tokenizer), self.config.seed)
-        return [LoadedSource(source, source.read(split, limits)) for source in sources]
+        return [LoadedSource(source, source.read("train", limits)) for source in data_sources]
 
-    def process(self, loaded: Sequence[LoadedSource]) -> Any:
+    def process(self, dataset: Sequence[LoadedSource]) -> Any:
         """Rows to documents."""
-        raise NotImplementedError(f"{type(self).__name__} must define process(loaded)")
+        raise NotImplementedError(f"{type(self).__name__} must define process(dataset)")
 
-    def split_data(self, documents: Any) -> tuple[Any, Any]:
+    def split_data(self, training_data: Any) -> tuple[Any, Any]:
         """Numbers of the documents for training and for evaluation."""
-        raise NotImplementedError(f"{type(self).__name__} must define split_data(documents)")
+        raise NotImplementedError(f"{type(self).__name__} must define split_data(training_data)")
+
+    def create_dataloader(self, dataset: Any) -> BatchPlan:
+        """The batches of one set."""
+        raise NotImplementedError(f"{type(self).__name__} must define create_dataloader(dataset)")
+
+    def evaluation(
+        self, sources: Sequence[DataSource], shape: BatchShape, *, row_tokens: int
+    ) -> BatchPlan:
+        """The batches of an evaluation set that is none of the recipe's, in rows of at least
+        `row_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluation")
 
     def prepare(
         self,

@@ -1,26 +1,26 @@
 """From the `data` section of a recipe to the batches of its run."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.data.factory import TrainingData
-from jaxtrain.data.plan import BatchShape
+from jaxtrain.data.factory import DataFactory, TrainingData
+from jaxtrain.data.given import GivenSource
+from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.resolve import eval_sources
+
+GivenRows = Iterable[dict[str, Any]]
+"""Rows as a source gives them."""
 
 
-def prepare_data(
-    config: DataConfig,
-    tokenizer: Any,
-    shape: BatchShape,
-    *,
-    max_positions: int | None,
-    trainer: Any = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> TrainingData:
-    """Rows to batches, for training and for every evaluation set. `max_positions` are those of the
-    model; RecipeError for a `max_length` beyond them, or for none at all."""
+def data_factory(
+    config: DataConfig, tokenizer: Any, *, max_positions: int | None, trainer: Any = None
+) -> DataFactory:
+    """`max_positions` are those of the model; RecipeError for a `max_length` beyond them, or for
+    none at all."""
     max_length = config.max_length or max_positions
     if max_length is None:
         raise RecipeError("data.max_length: is required, since the model's config names no length")
@@ -29,15 +29,49 @@ def prepare_data(
             f"data.max_length: {max_length} is longer than the {max_positions} positions of the "
             "model; write at most that"
         )
+    return registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
 
-    def sources(listed: Any) -> list[Any]:
-        return [registry.find("data_source", s.type)(s, trainer=trainer) for s in listed]
 
-    factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
+def prepare_data(
+    factory: DataFactory,
+    shape: BatchShape,
+    *,
+    train_data: GivenRows | None = None,
+    eval_data: GivenRows | Mapping[str, GivenRows] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingData:
+    """Rows to batches, for training and for every evaluation set; given rows stand in for the
+    recipe's sources, as one set or by the names of several."""
+    config, trainer = factory.config, factory.trainer
+    train = _made(config.sources, trainer)
+    evals = {name: _made(listed, trainer) for name, listed in config.eval_sets.items()}
+    if train_data is not None:
+        train = [GivenSource.of(train_data, config.sources[0])]
+    if eval_data is not None:
+        if config.train_eval_split[1]:
+            raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
+        named = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
+        evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
     return factory.prepare(
-        sources(config.sources),
-        {name: sources(listed) for name, listed in config.eval_sets.items()},
-        shape,
-        process_index=process_index,
-        process_count=process_count,
+        train, evals, shape, process_index=process_index, process_count=process_count
     )
+
+
+def prepare_evaluation(
+    factory: DataFactory, dataset: Any, shape: BatchShape, *, row_tokens: int
+) -> BatchPlan:
+    """The batches of a data set that is none of the recipe's: rows, or what a recipe may write
+    under `data.eval_sources`, maps with their `type`."""
+    if isinstance(dataset, str):
+        dataset = [dataset]
+    rows = dataset if isinstance(dataset, Sequence) else list(dataset)
+    known = registry.names("data_source")
+    names = any(isinstance(row, str) or row.get("type") in known for row in rows[:1])
+    listed = eval_sources(rows, factory.config) if names else ()
+    sources = _made(listed, factory.trainer) if names else [GivenSource.of(rows)]
+    return factory.evaluation(sources, shape, row_tokens=row_tokens)
+
+
+def _made(listed: Iterable[Any], trainer: Any) -> list[DataSource]:
+    return [registry.find("data_source", s.type)(s, trainer=trainer) for s in listed]

@@ -30,6 +30,7 @@ class Renderer:
                 "text or as a file"
             )
         self._tokenizer = tokenizer
+        self._special_tokens = tokenizer.special_tokens_map
 
     def text(self, conversation: Conversation) -> str:
         """The whole conversation; DataError when the template refuses it or hides its tools."""
@@ -66,6 +67,8 @@ class Renderer:
     def _render_or_none(self, tools: list[Any] | None) -> Render:
 
         def render(messages: list[Message], prompt: bool) -> str | None:
+            if not messages:  # templates look at the first
+                return None
             try:
                 return self._render(messages, tools, prompt=prompt)
             except TEMPLATE_FAULTS:  # it wants whole conversations, or one more turn
@@ -76,9 +79,14 @@ class Renderer:
     def _render(
         self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False
     ) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+        ((text,), _) = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=self._tokenizer.get_chat_template(None, tools),
+            add_generation_prompt=prompt,
+            **self._special_tokens,
         )
+        return text
 
     def _spans_of_template(
         self, conversation: Conversation, template: str, text: str
@@ -89,7 +97,7 @@ class Renderer:
                 tools=conversation.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
+                **self._special_tokens,
             )
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")

@@ -1,15 +1,16 @@
 """Supervised fine-tuning: conversations to packed rows with loss on what the assistant says."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from jaxtrain.data.document_factory import DocumentFactory
+from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, plan_rows, slices
-from jaxtrain.data.plan import BatchPlan, BatchShape, fused_rows
+from jaxtrain.data.plan import BatchPlan, fused_rows
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
@@ -19,6 +20,10 @@ from jaxtrain.recipe.errors import DataError
 class SFTDataFactory(DocumentFactory):
     name = "sft"
     config: SFTDataConfig
+    retired = dict.fromkeys(
+        ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
+        "what is trained is read off the rendered template; define `encoder(loaded)` for other rows",
+    )
 
     def encoder(self, loaded: LoadedSource) -> Encoder:
         if loaded.source.config.is_tokenised:
@@ -75,18 +80,10 @@ class SFTDataFactory(DocumentFactory):
         longest = max(int(rows.row_lengths.max()) for rows in plans)
         return min(-(-longest // self.config.div_length) * self.config.div_length, self.max_length)
 
-    def create_dataloader(
-        self,
-        documents: Documents,
-        rows: RowPlan,
-        shape: BatchShape,
-        *,
-        row_tokens: int,
-        train: bool,
-    ) -> BatchPlan:
+    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order and fuses nothing."""
-        if not train:
-            return BatchPlan(documents, rows, shape, row_tokens, seed=None)
-        share, seed = self.config.fuse_positions_prob, self.config.seed
-        fused = fused_rows(rows.num_rows, share, seed) if share else None
-        return BatchPlan(documents, rows, shape, row_tokens, seed, fused)
+        plan = super().create_dataloader(dataset)
+        share = self.config.fuse_positions_prob
+        if not dataset.is_train or not share:
+            return plan
+        return replace(plan, fused=fused_rows(plan.rows.num_rows, share, self.config.seed))

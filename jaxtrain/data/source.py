@@ -24,6 +24,8 @@ class Limits(NamedTuple):
 class DataSource(Factory, kind="data_source"):
     """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
 
+    events = {"load": "load"}
+    retired = {"load_fn": "define `load(config, split)`, which returns the rows of a split"}
     config: DataSourceConfig
 
     @property

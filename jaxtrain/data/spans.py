@@ -204,13 +204,15 @@ def is_bare_call(message: Message) -> bool:
     return bool(message.get("tool_calls")) and not message["content"].strip()
 
 
+MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([se])")
+
+
 class _Marks:
     """Markers that look like a word, so that no template strips, escapes or splits them."""
 
     def __init__(self, text: str):
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         self._stem = f"Mark{digest}n"
-        self._pattern = re.compile(rf"{self._stem}(\d+)([se])")
 
     def ended(self, message: Message, number: int) -> Message:
         """Inside of trailing white space, which templates may strip; in a turn that is nothing but
@@ -238,11 +240,13 @@ class _Marks:
         places: dict[tuple[str, int], int] = {}
         repeated: set[tuple[str, int]] = set()
         pieces, cut, length = [], 0, 0
-        for match in self._pattern.finditer(rendered):
+        for match in MARK.finditer(rendered):
+            if match[1] != self._stem:  # the conversation speaks of markers
+                continue
             pieces.append(rendered[cut : match.start()])
             length += len(pieces[-1])
             cut = match.end()
-            mark = (match[2], int(match[1]))
+            mark = (match[3], int(match[2]))
             if mark in places:
                 repeated.add(mark)
             places[mark] = length

@@ -1,11 +1,13 @@
 """All rows of a source to documents, in the order of the rows, by one process or by several."""
 
 import os
+import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtrain.data.documents import DocumentWriter
@@ -13,6 +15,7 @@ from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.progress import progress
 from jaxtrain.data.rows import Rows
+from jaxtrain.recipe.code import files_named_in, run_user_code
 from jaxtrain.recipe.errors import DataError
 
 BATCH_ROWS = 128
@@ -118,9 +121,11 @@ def _outcomes(encoder: Encoder, items: Items) -> list[Outcome]:
 _encoder: Encoder  # of a worker process, set once when it starts
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(pickled: bytes, user_files: Sequence[Path]) -> None:
     global _encoder
-    _encoder = encoder
+    for file in user_files:  # which are no modules that a new process could find
+        run_user_code(file)
+    _encoder = pickle.loads(pickled)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
 
 
@@ -135,12 +140,9 @@ def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
         pool, encode = ThreadPoolExecutor(THREADS), partial(_outcomes, encoder)
     else:
         # Forked children would inherit the threads' locks of jax and of the tokenizer.
-        pool, encode = (
-            ProcessPoolExecutor(
-                workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
-            ),
-            _encode,
-        )
+        pickled = pickle.dumps(encoder)
+        start = partial(_start_worker, pickled, files_named_in(pickled))
+        pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode
     waiting: deque[tuple[int, Future[list[Outcome]]]] = deque()
     try:
         for start, batch in batches:

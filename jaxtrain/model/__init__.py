@@ -1,5 +1,6 @@
 """One decoder, its families as data, and its weights in and out of Hugging Face folders."""
 
+from jaxtrain.model.decoder import Decoder as Decoder
 from jaxtrain.model.factory import Described as Described
 from jaxtrain.model.factory import HFModelFactory as HFModelFactory
 from jaxtrain.model.factory import LanguageModel as LanguageModel

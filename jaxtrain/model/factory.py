@@ -20,7 +20,8 @@ from jaxtrain.model.generate import generate
 from jaxtrain.model.source import locate, read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.mesh import platform
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.parallel.sharding import path_name
+from jaxtrain.recipe.errors import RecipeError, WeightError
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.registry import Factory
 
@@ -76,6 +77,18 @@ class LanguageModel:
         path = self.described.path
         return load_params(path, config, self.shapes, shardings, self.param_dtype)
 
+    def copied(self, module: Decoder, shardings: Any) -> Params:
+        """The parameters of a module of this shape; WeightError for one of another."""
+        _, params = decoder.split(module)
+        wanted, found = map(_described, (self.shapes, params))
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise WeightError(
+                    f"model: {name} is {found.get(name, 'missing')} in the given model and "
+                    f"{wanted.get(name, 'missing')} in the recipe's"
+                )
+        return jax.device_put(params, shardings, may_alias=False)
+
     def save(
         self, folder: Path, params: Params, *, dtype: str, add_files: Callable[[Path], None]
     ) -> None:
@@ -93,6 +106,12 @@ class LanguageModel:
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:
         """New tokens after each prompt; see `jaxtrain.model.generate`."""
         return generate(self.graph, params, prompts, **sampling)
+
+
+def _described(params: Params) -> dict[str, str]:
+    """Name → dtype and shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_name(path): f"{a.dtype}{list(a.shape)}" for path, a in leaves}
 
 
 class ModelFactory(Factory, kind="model"):

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import optax
 
+from jaxtrain.recipe.optimizer import OptimizerConfig
 from jaxtrain.registry import Factory
 
 
 class OptimizerFactory(Factory, kind="optimizer"):
     events = {"create-optimizer": "create_optimizer"}
+    config: OptimizerConfig
 
     def create_optimizer(self, model: Any, optimizer_config: Any) -> optax.GradientTransformation:
         """An optax transformation at the peak rate; the step multiplies its updates by the

@@ -1,5 +1,7 @@
 """The Python file that a recipe names: imported once, its faults said by line."""
 
+import ast
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -8,21 +10,31 @@ from pathlib import Path
 from jaxtrain import registry
 from jaxtrain.recipe.errors import Fault, Place, RecipeError
 
+UPSTREAM = "arctic_training"
+
+_texts: dict[Path, dict[Path, bytes]] = {}
+"""File that was run → what it, and what it imported from beside itself, held then."""
+
 
 def run_user_code(file: Path) -> None:
-    """Import a user's Python file once, with its folder on the path; RecipeError names the
-    failing line."""
+    """Import a user's Python file; again only when it, or what it imports from beside itself, has
+    changed. RecipeError names the failing line.
+
+    Two files of one name in two folders are two modules, and what they import is kept apart too.
+    """
     file = file.resolve()
-    name = f"jaxtrain_user_{file.stem}"
-    module = sys.modules.get(name)
-    if module is not None and getattr(module, "__file__", None) == str(file):
+    if file in _texts and all(_holds(path, text) for path, text in _texts[file].items()):
         return
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))
+    _forget_namesakes(file.parent)
+    folder = str(file.parent)
+    sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+    name = module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    upstream = sys.modules.get(UPSTREAM)
+    sys.modules[UPSTREAM] = None  # type: ignore[assignment] # its classes would register nowhere
     try:
         spec.loader.exec_module(module)
         registry.settle()
@@ -30,7 +42,67 @@ def run_user_code(file: Path) -> None:
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):
             raise
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", 0)
-        place = Place(str(file), line or 0)
-        raise RecipeError([Fault("", f"{type(error).__name__}: {error}", place)]) from error
+        raise RecipeError([_fault(error, file)]) from error
+    finally:
+        del sys.modules[UPSTREAM]
+        if upstream is not None:
+            sys.modules[UPSTREAM] = upstream
+    beside = _modules_in(file.parent).values()
+    _texts[file] = {path: path.read_bytes() for path in {file, *beside}}
+
+
+def module_name(file: Path) -> str:
+    """What the module of a user's file is called; two folders never share a name."""
+    return f"jaxtrain_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+
+
+def files_named_in(pickled: bytes) -> list[Path]:
+    """Files that another process has to run before it can read what was pickled here."""
+    return [file for file in _texts if module_name(file).encode() in pickled]
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Let the imports of a file in `folder` find the modules beside it, as they are now, and not
+    those of the same name that a user's file imported before."""
+    here = {path.stem for path in folder.iterdir()}
+    for known in {file.parent for file in _texts} | {folder}:
+        for name in _modules_in(known):
+            if name.split(".")[0] in here:
+                del sys.modules[name]
+
+
+def _modules_in(folder: Path) -> dict[str, Path]:
+    """Modules that were imported from a folder of a user, with their files."""
+    found = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    places = {name: folder.joinpath(*name.split(".")) for name in found}
+    return {
+        name: Path(file)
+        for name, file in found.items()
+        if file in (f"{places[name]}.py", str(places[name] / "__init__.py"))
+        if name.split(".")[0] != "jaxtrain"
+    }
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == text
+
+
+def _fault(error: BaseException, file: Path) -> Fault:
+    """The error in one line, with the innermost place in the user's own files."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return Fault("", what, Place(error.filename or str(file), error.lineno or 0))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(file.parent)]
+    place = Place(own[-1].filename, own[-1].lineno or 0) if own else Place(str(file), 0)
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.split(".")[0] == UPSTREAM:
+        what = f"imports {UPSTREAM}; write `{_import_instead(place)}`"
+    return Fault("", what, place)
+
+
+def _import_instead(place: Place) -> str:
+    for node in ast.walk(ast.parse(Path(place.file).read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.lineno == place.line:
+            return f"from jaxtrain import {', '.join(alias.name for alias in node.names)}"
+    return "import jaxtrain"

@@ -10,7 +10,7 @@ from jaxtrain import registry
 from jaxtrain.recipe.checks import CHECKS
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.data import source_from_text
+from jaxtrain.recipe.data import DataConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe
@@ -68,6 +68,16 @@ def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
     return Resolved(recipe, config, (), report(recipe.tree, (), notes))
 
 
+def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
+    """The typed sources of a list as it may stand under `data.eval_sources`; RecipeError with
+    every fault."""
+    resolver = _Resolver(compose({}))
+    found = resolver.sources(written, (), "eval", data.default_source)
+    if resolver.faults:
+        raise RecipeError(resolver.faults)
+    return tuple(found)
+
+
 class _Resolver:
     """Validates section by section and collects what is wrong."""
 
@@ -95,6 +105,7 @@ class _Resolver:
             )
             for i, entry in enumerate(entries if is_list else [entries])
         ]
+        self.notes += registry.notes("trainer", trainer)
         config = self.whole(registry.config_class("trainer", trainer))
         return None if config is None else self.settled(config)
 
@@ -184,6 +195,7 @@ class _Resolver:
 
     def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
         cls = registry.config_class(kind, name)
+        self.notes += registry.notes(kind, name)
         try:
             return cls.model_validate(value, context=self.context)
         except ValidationError as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.scheduler import HFSchedulerConfig, WSDSchedulerConfig
+from jaxtrain.recipe.scheduler import HFSchedulerConfig, SchedulerConfig, WSDSchedulerConfig
 from jaxtrain.registry import Factory
 from jaxtrain.scheduler import schedules
 from jaxtrain.scheduler.schedules import Schedule as Schedule
@@ -14,6 +14,7 @@ class SchedulerFactory(Factory, kind="scheduler"):
     """Makes the schedule; `self.trainer` has `training_horizon` and `warmup_steps`, in updates."""
 
     events = {"create-scheduler": "create_scheduler"}
+    config: SchedulerConfig
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
         """A function from the update number (from 0) to a share of the optimizer's own rate."""

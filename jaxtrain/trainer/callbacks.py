@@ -2,23 +2,32 @@
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
 for each update `on_step_begin`, `on_optimizer_step`, `on_step_end`, then, where they are due,
-`on_log`, `on_evaluate`, `on_save`, and at last `on_epoch_end` and `on_train_end`.
+`on_log`, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at
+last `on_epoch_end` and `on_train_end`.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxtrain.recipe.errors import CheckpointError
+from jaxtrain.recipe.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
     from jaxtrain.trainer.trainer import Trainer
 
 EVENTS = (
     "on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end",
-    "on_step_begin", "on_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save",
+    "on_step_begin", "on_optimizer_step", "on_step_end", "on_log", "on_prediction_step",
+    "on_evaluate", "on_save",
 )  # fmt: skip
+ATTRIBUTES = {
+    "model": "model_unwrapped", "params": "params", "tokenizer": "tokenizer",
+    "processing_class": "tokenizer", "optimizer": "optimizer", "lr_scheduler": "scheduler",
+    "train_dataloader": "train_dataloader", "eval_dataloader": "eval_dataloader",
+}  # fmt: skip
+"""Argument that a callback may name → the trainer's attribute that it gets."""
 
 
 @dataclass
@@ -50,20 +59,33 @@ class Control:
 class Callback:
     """Derive from it and define the events that matter: `on_…(args, state, control, **more)`.
 
-    `args` is the trainer's config, `state` the trainer, `control` takes requests. One with
-    `state_dict()` and `load_state_dict(state)` (JSON data) goes on where it was after a resume.
+    `args` is the trainer's config, `state` the trainer, `control` takes requests; all are given by
+    name, those alone that are asked for, and so are `logs`, `metrics`, `engine` and `path` of their
+    events and what `ATTRIBUTES` has. One with `state_dict()` and `load_state_dict(state)` (JSON
+    data) goes on where it was after a resume.
     """
 
     key: ClassVar[str] = ""
-    """Of the recipe, where that made the callback."""
+    """of the recipe, where that made the callback"""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name in vars(cls):
+            if name.startswith("on_") and name not in EVENTS:
+                raise ValueError(
+                    f"{cls.__qualname__}: no event {name!r}{did_you_mean(name, EVENTS)} "
+                    f"(events: {', '.join(EVENTS)})"
+                )
 
 
 class Callbacks:
     """The callbacks of a run, in the order in which they were added."""
 
-    def __init__(self, items: Iterable[Any] = ()) -> None:
-        self.items = list(items)
+    def __init__(self, given: Iterable[Any] = ()) -> None:
+        self.items: list[Any] = []
         self.control = Control()
+        for callback in given:
+            self.add(callback)
 
     def add(self, callback: Any) -> None:
         """An object, or a class that is then made."""
@@ -84,7 +106,8 @@ class Callbacks:
             listener = getattr(callback, event, None)
             if listener is None:
                 continue
-            asked = listener(trainer.config, trainer, self.control, **more)
+            given = {"args": trainer.config, "state": trainer, "control": self.control, **more}
+            asked = listener(**_wanted(listener, given, trainer))
             if isinstance(asked, Control):
                 for field in fields(Control):
                     wanted = getattr(self.control, field.name) or getattr(asked, field.name)
@@ -117,3 +140,11 @@ class Callbacks:
             named[getattr(item, "key", "") or f"{kind}.{numbers[kind]}"] = item
             numbers[kind] += 1
         return named
+
+
+def _wanted(listener: Any, given: dict[str, Any], trainer: "Trainer") -> dict[str, Any]:
+    """What a callback names of an event's values, or all of them, and of the trainer's parts."""
+    parameters = inspect.signature(listener).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parts = {name: getattr(trainer, ATTRIBUTES[name]) for name in parameters if name in ATTRIBUTES}
+    return parts | {name: v for name, v in given.items() if takes_all or name in parameters}

@@ -13,7 +13,7 @@ class Compiled:
 
     def __init__(self, name: str, jitted: Any, mesh: Mesh, report: Report):
         self.name, self.mesh, self.report = name, mesh, report
-        self._jitted = jitted
+        self._jitted = self.__wrapped__ = jitted  # the latter for `inspect.signature`
 
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self.mesh):

@@ -37,10 +37,10 @@ class EarlyStopping(Callback):
         self.stale = 0
         """evaluations since the best"""
 
-    def on_train_begin(self, args: Any, state: Any, control: Control) -> None:
+    def on_train_begin(self, state: Any) -> None:
         self._end_if_stale(state)
 
-    def on_evaluate(self, args: Any, state: Any, control: Control, metrics: Any) -> None:
+    def on_evaluate(self, state: Any, metrics: Any) -> None:
         if self.config.metric not in metrics:
             raise RecipeError(
                 f"early_stopping.metric: no evaluation gives {self.config.metric!r}; found "
@@ -79,11 +79,11 @@ class Divergence(Callback):
         """short, long"""
         self.is_apart = False
 
-    def on_log(self, args: Any, state: Any, control: Control, logs: Any) -> None:
+    def on_log(self, control: Control, logs: Any) -> None:
         if not self.config.metric.startswith("eval/"):
             self._see(logs, control)
 
-    def on_evaluate(self, args: Any, state: Any, control: Control, metrics: Any) -> None:
+    def on_evaluate(self, control: Control, metrics: Any) -> None:
         if self.config.metric.startswith("eval/"):
             self._see(metrics, control)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, partial, reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 
@@ -19,8 +19,7 @@ from jaxtrain import registry
 from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.engine import Moment
-from jaxtrain.data import BatchShape, DataShape, SFTDataFactory, TrainingData
-from jaxtrain.data.prepare import prepare_data
+from jaxtrain.data import SFTDataFactory, TrainingData
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.flops import counts
 from jaxtrain.metrics.meter import Meter
@@ -32,8 +31,6 @@ from jaxtrain.optimizer import (
     MuonFactory,
     SGDFactory,
 )
-from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipe.dump import lineage
 from jaxtrain.recipe.errors import AbortedError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
@@ -42,11 +39,11 @@ from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.answers import answers
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
-from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.facts import Facts
 from jaxtrain.trainer.guards import NonFinite, guards
 from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
-from jaxtrain.trainer.progress import Progress
+from jaxtrain.trainer.parts import Given, known
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.rollback import roll_back
 from jaxtrain.trainer.run_folder import RunFolder
@@ -62,7 +59,7 @@ class TrainOutput(NamedTuple):
     """of the last evaluation, and `train_runtime` in seconds"""
 
 
-class Trainer(Progress, registry.Registered, kind="trainer"):
+class Trainer(Facts, registry.Registered, kind="trainer"):
     """One run of one objective. Annotations say which factories a recipe may name; the first is the
     default.
 
@@ -70,9 +67,11 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
     before `train`.
     """
 
-    events = {name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint")}
-    traced_events = ("loss", "backward")
-    signature_hints: ClassVar[dict[str, str]] = {
+    events = {
+        **{name: name for name in ("train", "epoch", "step", "evaluate", "checkpoint", "backward")},
+        "loss": "loss_fn",
+    }
+    retired: ClassVar[dict[str, str]] = {
         "loss": "define `loss_fn`; `loss(self, batch)` is the PyTorch hook",
         "step": "define `loss_fn`; `step(self, batch)` is the PyTorch hook",
     }
@@ -88,33 +87,26 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
     def __init__(
         self,
         config: TrainerConfig,
+        mode: Literal["train", "process-data"] = "train",
         *,
-        devices: Sequence[Any] | None = None,
-        data: TrainingData | DataShape | None = None,
+        callbacks: Sequence[Any] | None = None,
+        **given: Unpack[Given],
     ):
-        """`devices` make up the mesh, all there are when left out; they need not be present to
-        lower the step. `data` stands in for the recipe's."""
-        for hook in self.hooks("pre-init"):
-            hook(self, config)
-        self.config = config
-        self.nonfinite = NonFinite(config.on_nonfinite)
-        self._callbacks = Callbacks([self.nonfinite, *guards(config)])
-        self.console = Console(is_writer=jax.process_index() == 0)
-        self.mesh = make_mesh(config.mesh, devices or jax.devices())
-        self.geometry = Geometry.of(config, self.mesh)
+        """`process-data` prepares the rows, and nothing that could be trained. `callbacks` stand in
+        for the default ones.
 
-        # Data comes before weights: a recipe that trains nothing is found in seconds.
-        model_factory = self._made("model", config.model)
-        self.model_config = model_factory.create_config()
-        self.data = cast(TrainingData, data or self._prepared_data())
-        self.model = model_factory.create_model(self.model_config)
-        self.optimizer = self._made("optimizer", config.optimizer).create_optimizer(
-            self.model.shapes, config.optimizer
-        )
-        self.schedule = self._made("scheduler", config.scheduler).create_scheduler(config.optimizer)
-        self.checkpoint_engines: list[CheckpointEngine] = [
-            self._made("checkpoint", entry) for entry in config.checkpoint
-        ]
+        The other arguments are ready-made objects in place of what the recipe names: see `Given`.
+        """
+        self.config, self.mode, self.given = config, mode, known(given)
+        self.nonfinite = NonFinite(config.on_nonfinite)
+        others = self.default_callbacks() if callbacks is None else callbacks
+        self._callbacks = Callbacks([self.nonfinite, *guards(config), *others])
+        self.console = Console(is_writer=jax.process_index() == 0)
+        self._state: TrainState | None = None
+        self._has_begun = False
+        if mode == "process-data":
+            self.console.line("\n".join(self.data.ledger.lines()))
+            return
 
         self.shardings = state_shardings(self.mesh, self.model.shapes, self.optimizer)
         make_state = partial(new_state, optimizer=self.optimizer)
@@ -122,23 +114,22 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
             jax.eval_shape(make_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(config)
-        self.stop = StopRequests(
-            Path(config.kill_switch_path or self.run_folder.path / "stop").expanduser()
-        )
-        self._has_begun = False
+        stop_file = config.kill_switch_path or self.run_folder.path / "stop"
+        self.stop = StopRequests(Path(stop_file).expanduser())
         self.report = Report(
             self.console,
             self.run_folder,
             Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
-            peak_lr=config.optimizer.learning_rate,
+            peak_lr=self.peak_lr,
             last_step=self.last_step,
             on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
-        self._state: TrainState | None = None
-        self.hook_methods()
-        for hook in self.hooks("post-init"):
-            hook(self)
+
+    @classmethod
+    def default_callbacks(cls) -> list[Any]:
+        """Callbacks, or classes of them, that every run of this trainer has."""
+        return []
 
     # The objective: pure functions.
 
@@ -155,6 +146,10 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
     def eval_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """What an evaluation sums; the objective unless overridden."""
         return self.loss_fn(model, batch, key)
+
+    def backward(self, gradients: Any) -> Any:
+        """The summed gradients of a microbatch, as the optimizer is to get them. Pure; traced."""
+        return gradients
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, pure.Metrics]:
         """One update. Jitted; `state` is donated, use the one that comes back."""
@@ -175,6 +170,8 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         if self._has_begun:
             raise RuntimeError("this trainer has trained already; make a new one to train again")
         self._has_begun = True
+        if self.mode == "process-data":
+            raise RecipeError("mode 'process-data' prepares rows alone; make a trainer without it")
         began = time.perf_counter()
         self._refuse_foreign_folders()
         if self.config.kill_switch_path is None:
@@ -202,7 +199,7 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
             if self.config.eval_at_start and self.global_step == 0:
                 self.evaluate()
             self.early_stop = self.need_early_exit()
-            while not self.training_finished:
+            for _ in self.epochs:
                 self.epoch()
             self.report.flush()
             self._tell("on_train_end")
@@ -238,24 +235,30 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
                 break
         self._tell("on_epoch_end")
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics over all evaluation rows: sums over a whole set, divided once."""
-        if not self.data.evals:
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """Loss and metrics over all evaluation rows: sums over a whole set, divided once.
+
+        `dataset` is rows or names of sources; its metrics are returned, and neither logged nor told
+        to callbacks.
+        """
+        data = self.data if dataset is None else self.data_of(dataset)
+        if not data.evals:
             raise RecipeError(
                 "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
             )
         self.report.flush()
-        sums = {name: self._summed(name) for name in self.data.evals}
+        sums = {name: self._summed(data, name) for name in data.evals}
         if self._must_leave:
             return {}
-        named = sums if len(sums) > 1 else {}
-        self.eval_metrics = evaluated("eval", reduce(added, sums.values()))
-        for name, loss in named.items():
-            self.eval_metrics |= evaluated(f"eval/{name}", loss)
-        self.report.evaluation(self.global_step, self.eval_metrics)
-        self._tell("on_evaluate", metrics=self.eval_metrics)
-        self._sample()
-        return self.eval_metrics
+        metrics = evaluated("eval", reduce(added, sums.values()))
+        for name, loss in sums.items() if len(sums) > 1 else ():
+            metrics |= evaluated(f"eval/{name}", loss)
+        if dataset is None:
+            self.eval_metrics = metrics
+            self.report.evaluation(self.global_step, metrics)
+            self._tell("on_evaluate", metrics=metrics)
+            self._sample()
+        return metrics
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this update."""
@@ -292,14 +295,32 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
 
-    def save_model(self, folder: Path | str) -> None:
-        """Export the weights to a folder that `transformers` loads."""
+    def request_stop(self, reason: str = "asked to") -> None:
+        """Finish the update and end the run, saved as at its end."""
+        self.control.should_training_stop = True
+        self.early_stop_reason = self.early_stop_reason or reason
+
+    def need_early_exit(self) -> bool:
+        """Does anything ask that the run ends after this update? Looked at once an update; may be
+        overridden."""
+        if reason := self.stop.asked():
+            self.control.should_save = True
+            self.request_stop(reason)
+        elif self.control.should_training_stop:
+            self.request_stop("a callback asked to")
+        return self.control.should_training_stop
+
+    def save_model(self, output_dir: Path | str | None = None) -> Path:
+        """Export the weights to a folder that `transformers` loads; to where the recipe's
+        `huggingface` entry has those of this update when none is named."""
+        folder = Path(output_dir) if output_dir is not None else self._export_folder
         self.model.save(
-            Path(folder),
+            folder,
             self.state.params,
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
         )
+        return folder
 
     def start(self) -> None:
         """Read the weights, or restore the newest checkpoint; once."""
@@ -313,7 +334,10 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
         with self.console.phase("reading the weights"), jax.set_mesh(self.mesh):
-            params = self.model.load(self.shardings.params, seed=self.config.seed)
+            if (given := self.given.get("model")) is not None:
+                params = self.model.copied(given, self.shardings.params)
+            else:
+                params = self.model.load(self.shardings.params, seed=self.config.seed)
             make = partial(new_state, optimizer=self.optimizer)
             self._state = jax.jit(make, donate_argnums=0, out_shardings=self.shardings)(params)
 
@@ -328,12 +352,6 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         self._callbacks.load_state_dict(about["callbacks"])
 
     # What the loop asks.
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The recipe's tokenizer, with its chat template."""
-        path = self.model_config.path
-        return self._made("tokenizer", self.config.tokenizer, path).create_tokenizer()
 
     @property
     def state(self) -> TrainState:
@@ -353,33 +371,19 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         for batch in self.report.timed(self.data.train_batches(self.position, end)):
             yield self.geometry.on_devices(batch)
 
-    def eval_batches(self, name: str) -> Iterator[Batch]:
+    def eval_batches(self, name: str = "eval", data: TrainingData | None = None) -> Iterator[Batch]:
         """On the devices: every row of an evaluation set once, up to `max_eval_batches` batches."""
-        batches = self.data.eval_batches(name)
+        batches = (data or self.data).eval_batches(name)
         return map(self.geometry.on_devices, islice(batches, self.config.max_eval_batches or None))
-
-    @property
-    def lineage(self) -> dict[str, Any]:
-        """What a checkpoint and a run that continues it must agree in."""
-        return lineage(self.config, global_batch=self.geometry.global_batch)
 
     @property
     def callback_states(self) -> dict[str, Any]:
         """State of the callbacks that keep any; part of a checkpoint."""
         return self._callbacks.state_dict()
 
-    @property
-    def full_state_engines(self) -> list[CheckpointEngine]:
-        return [e for e in self.checkpoint_engines if e.is_full_state and e.config.enabled]
-
-    @property
-    def _must_leave(self) -> bool:
-        """Did a signal come that an evaluation is not to be finished for?"""
-        return self.stop.signal is not None and not self.is_complete
-
     def _obey(self) -> None:
         """What is asked for after this update, but for evaluations and saves."""
-        control = self.control
+        control, of_epoch = self.control, self.data.steps_per_epoch
         if control.should_abort_without_save:
             raise AbortedError(
                 f"a callback ended the run at update {self.global_step}; nothing was saved of it"
@@ -389,19 +393,35 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
         if control.taken("should_roll_back"):
             roll_back(self)
         if control.taken("should_epoch_stop"):
-            self.skip_epoch()
+            self.position = -(-self.position // of_epoch) * of_epoch
         self.early_stop |= self.need_early_exit()
+
+    @property
+    def _must_leave(self) -> bool:
+        """Has a signal come that an evaluation gives way to?"""
+        return self.stop.signal is not None and not self.is_complete
 
     def _tell(self, event: str, **more: Any) -> None:
         self._callbacks.tell(event, self, **more)
 
-    def _summed(self, eval_set: str) -> Loss:
+    def _summed(self, data: TrainingData, eval_set: str) -> Loss:
         key = jax.random.key(self.config.seed)
-        losses = (self.loss(self.state, batch, key) for batch in self.eval_batches(eval_set))
-        total = next(losses)
-        while not self._must_leave and (loss := next(losses, None)):
-            total = added(total, loss)
-        return total
+        losses = []
+        for batch in self.eval_batches(eval_set, data):
+            losses.append(self.loss(self.state, batch, key))
+            self._tell("on_prediction_step")
+            if self._must_leave:
+                break
+        return reduce(added, losses)
+
+    @property
+    def _export_folder(self) -> Path:
+        for engine in self.checkpoint_engines:
+            if isinstance(engine, HFCheckpointEngine):
+                return engine.path(self.global_step)
+        raise RecipeError(
+            "checkpoint: no entry of type huggingface says where to; write save_model(folder)"
+        )
 
     def _sample(self) -> None:
         """Answers to the recipe's prompts, with the present weights."""
@@ -412,40 +432,24 @@ class Trainer(Progress, registry.Registered, kind="trainer"):
             found = answers(self.model, self.state.params, self.tokenizer, wanted)
         self.report.samples(self.global_step, wanted.prompts, found)
 
-    def _made(self, kind: str, config: Any, *values: Any) -> Any:
-        """The factory that a section of the recipe names."""
-        return registry.find(kind, config.type)(config, *values, trainer=self)
-
-    def _prepared_data(self) -> TrainingData:
-        """Rows to batches, for training and for every evaluation set."""
-        data = prepare_data(
-            self.config.data,
-            self.tokenizer,
-            BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows),
-            max_positions=self.model_config.config.max_positions,
-            trainer=self,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ).repeated(
-            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
-        )
-        self.geometry.refuse_too_few(data.train_rows)
-        return data
-
-    def _compile(self) -> None:
-        """Turn `step` and `loss` into jitted functions on the mesh."""
-        self._spec = pure.StepSpec(
+    @cached_property
+    def _spec(self) -> pure.StepSpec:
+        """Read when `step` and `loss` are traced, so that callbacks are around its functions."""
+        return pure.StepSpec(
             merge=self.model.merge,
-            loss_fn=self.hooked("loss", self.loss_fn),
-            on_gradients=self.hooked("backward", lambda gradients: gradients),
+            loss_fn=self.loss_fn,
+            on_gradients=self.backward,
             optimizer=self.optimizer,
-            schedule=self.schedule,
+            schedule=self.scheduler,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             counts=partial(counts, windows=self.model.windows),
             param_shardings=self.shardings.params,
             whole_batch=self.geometry.whole_batch,
         )
+
+    def _compile(self) -> None:
+        """Turn `step` and `loss` into jitted functions on the mesh."""
         placed = (self.shardings, self.geometry.batch_sharding)
         step = jax.jit(
             self.step, donate_argnums=0, in_shardings=placed, out_shardings=(self.shardings, None)

@@ -35,7 +35,7 @@ def test_events_come_in_the_documented_order(tmp_path):
         ("on_init_end", 0), ("on_train_begin", 0), ("on_epoch_begin", 0),
         ("on_step_begin", 0), ("on_optimizer_step", 1), ("on_step_end", 1),
         ("on_step_begin", 1), ("on_log", 2), ("on_optimizer_step", 2), ("on_step_end", 2),
-        ("on_log", 2), ("on_evaluate", 2), ("on_save", 2), ("on_epoch_end", 2), ("on_train_end", 2),
+        ("on_log", 2), *[("on_prediction_step", 2)] * 5, ("on_evaluate", 2), ("on_save", 2), ("on_epoch_end", 2), ("on_train_end", 2),
     ]  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """A mesh changes where arrays live and nothing else."""
 
+from pathlib import Path
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import Loss, SFTTrainer, TrainerConfig, register
+from jaxtrain import registry
+from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.errors import RecipeError
 from tests.runs import host, losses, model_folder, recipe, trainer
 
 ROWS = 8  # an update, on every mesh
 STEPS = 20
+FOCAL = Path(__file__).parents[2] / "recipes" / "focal.py"
 MESHES = [
     {"data": 8},
     {"fsdp": 8},
@@ -21,28 +24,16 @@ MESHES = [
 ]
 
 
-class FocalConfig(TrainerConfig):
-    gamma: float = 2.0
-
-
-@register
-class FocalTrainer(SFTTrainer):
-    name = "focal-of-test-mesh"
-    config: FocalConfig
-
-    def loss_fn(self, model, batch, key):
-        nll = -model.token_log_probs(batch)
-        w = batch.loss_weights
-        return Loss((nll * (1 - jnp.exp(-nll)) ** self.config.gamma * w).sum(), w.sum())
-
-
 def on_mesh(folder, mesh, **changes):
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     devices = int(np.prod(list(mesh.values()) or [1]))
     written = recipe(
         folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes
     )
-    return trainer(written, devices=devices, cls=FocalTrainer if "type" in changes else SFTTrainer)
+    run_user_code(FOCAL)
+    return trainer(
+        written, devices=devices, cls=registry.find("trainer", changes.get("type", "sft"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def alone(tmp_path_factory):
         run = on_mesh(
             tmp_path_factory.mktemp(kind),
             {},
-            **({"type": "focal-of-test-mesh"} if kind == "focal" else {}),
+            **({"type": "focal"} if kind == "focal" else {}),
         )
         params = host(run.state.params)
         found[kind] = (params, losses(run, STEPS))
@@ -65,7 +56,7 @@ def alone(tmp_path_factory):
 )
 @pytest.mark.parametrize("kind", ["sft", "focal"])
 def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
-    run = on_mesh(tmp_path, mesh, **({"type": "focal-of-test-mesh"} if kind == "focal" else {}))
+    run = on_mesh(tmp_path, mesh, **({"type": "focal"} if kind == "focal" else {}))
     params, expected = alone[kind]
     for name, array in host(run.state.params).items():
         np.testing.assert_array_equal(array, params[name], err_msg=name)

@@ -1,0 +1,154 @@
+"""What a run is made of: each part from its section of the recipe, or given ready-made."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypedDict
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxtrain import registry
+from jaxtrain.checkpoint import CheckpointEngine
+from jaxtrain.data import BatchShape, DataFactory, DataShape, TrainingData
+from jaxtrain.data.prepare import GivenRows, data_factory, prepare_data, prepare_evaluation
+from jaxtrain.model import Decoder, Described, LanguageModel, ModelFactory
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipe.errors import did_you_mean
+from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.scheduler import Schedule
+from jaxtrain.trainer.geometry import Geometry
+
+
+class Given(TypedDict, total=False):
+    """Ready-made objects, each in place of what a section of the recipe makes."""
+
+    model: Decoder | None
+    """With the weights to start from, such as the `model_unwrapped` of another trainer."""
+    tokenizer: Any
+    processing_class: Any
+    """Another name for `tokenizer`."""
+    train_data: GivenRows | None
+    eval_data: GivenRows | Mapping[str, GivenRows] | None
+    """Rows of one set, or of several by their names."""
+    optimizer: optax.GradientTransformation | None
+    """At its own peak rate."""
+    scheduler: Schedule | None
+    """Update number, from 0 → share of that rate."""
+    devices: Sequence[Any] | None
+    """Of the mesh; to lower the step they need not be present."""
+    data: TrainingData | DataShape | None
+    """All batches, or their shape where nothing but a step is lowered."""
+
+
+def known(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """TypeError for an argument that no trainer has."""
+    for name in given.keys() - Given.__annotations__.keys():
+        names = ["mode", "callbacks", *Given.__annotations__]
+        raise TypeError(f"a trainer takes no {name!r}{did_you_mean(name, names)}")
+    return given
+
+
+class Parts:
+    """Of a trainer. A part is made when it is first asked for, since one asks for another: a model
+    for the length of a row, a schedule for that of the run."""
+
+    config: TrainerConfig
+    given: Mapping[str, Any]
+    """what `Given` names"""
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.config.mesh, self.given.get("devices") or jax.devices())
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.config, self.mesh)
+
+    @cached_property
+    def model_config(self) -> Described:
+        """What the model is, and where its weights lie."""
+        return self._model_factory.create_config()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """With its chat template."""
+        for name in ("tokenizer", "processing_class"):
+            if self.given.get(name) is not None:
+                return self.given[name]
+        path = self.model_config.path
+        return self._made("tokenizer", self.config.tokenizer, path).create_tokenizer()
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """Rows to batches, for training and for every evaluation set."""
+        if self.given.get("data") is not None:
+            return self.given["data"]
+        data = prepare_data(
+            self._data_factory,
+            self._batch_shape,
+            train_data=self.given.get("train_data"),
+            eval_data=self.given.get("eval_data"),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ).repeated(
+            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
+        )
+        self.geometry.refuse_too_few(data.train_rows)
+        return data
+
+    def data_of(self, dataset: Any) -> TrainingData:
+        """With a data set for evaluation that is none of the recipe's, in place of those."""
+        row_tokens = self.data.row_tokens
+        plan = prepare_evaluation(
+            self._data_factory, dataset, self._batch_shape, row_tokens=row_tokens
+        )
+        return self.data.with_evals({"eval": plan})
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """As the mesh computes it, without its weights."""
+        return self._model_factory.create_model(self.model_config)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Updates at the peak rate."""
+        if (given := self.given.get("optimizer")) is not None:
+            return given
+        section = self.config.optimizer
+        return self._made("optimizer", section).create_optimizer(self.model.shapes, section)
+
+    @cached_property
+    def scheduler(self) -> Schedule:
+        """Update number → share of the peak rate."""
+        if (given := self.given.get("scheduler")) is not None:
+            return given
+        return self._made("scheduler", self.config.scheduler).create_scheduler(
+            self.config.optimizer
+        )
+
+    @cached_property
+    def checkpoint_engines(self) -> list[CheckpointEngine]:
+        return [self._made("checkpoint", entry) for entry in self.config.checkpoint]
+
+    @property
+    def peak_lr(self) -> float:
+        """What the schedule is a share of; 1 for a given optimizer, whose rate nobody knows."""
+        return 1.0 if self.given.get("optimizer") else self.config.optimizer.learning_rate
+
+    @cached_property
+    def _model_factory(self) -> ModelFactory:
+        return self._made("model", self.config.model)
+
+    @cached_property
+    def _data_factory(self) -> DataFactory:
+        positions = self.model_config.config.max_positions
+        return data_factory(self.config.data, self.tokenizer, max_positions=positions, trainer=self)
+
+    @property
+    def _batch_shape(self) -> BatchShape:
+        return BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows)
+
+    def _made(self, kind: str, config: Any, *values: Any) -> Any:
+        """The factory that a section of the recipe names."""
+        return registry.find(kind, config.type)(config, *values, trainer=self)
