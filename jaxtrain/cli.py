@@ -121,10 +121,13 @@ def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) ->
     """Prepare the rows of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
-    from jaxtrain.recipe.resolve import get_config
+    from jaxtrain.recipe.resolve import resolve
     from jaxtrain.tokenizer import model_files
 
-    config = get_config(recipe, as_overrides(overrides))
+    resolved = resolve(recipe, as_overrides(overrides), only_data=True)
+    config = resolved.checked()
+    for note in resolved.report.notes:
+        click.echo(f"note      {note}")
     model = model_files(config.model)
     make = registry.find("tokenizer", config.tokenizer.type)
     tokenizer = make(config.tokenizer, model.path).create_tokenizer()

@@ -61,6 +61,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "cpo": _objective("CPOConfig"),
         "orpo": _objective("ORPOConfig"),
         "simpo": _objective("SimPOConfig"),
+        "kto": Entry("", "jaxtrain.recipe.trainer:TrainerConfig"),
         "reward": _objective("RewardConfig"),
         "distill": _objective("DistillConfig"),
         "grpo": _objective("GRPOConfig"),
@@ -78,7 +79,13 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "causal": Entry(
             "jaxtrain.data.causal:CausalDataFactory", "jaxtrain.recipe.data:CausalDataConfig"
         ),
-        "dpo": _objective("PreferenceDataConfig"),
+        "dpo": Entry(
+            "jaxtrain.data.preference:DPODataFactory",
+            "jaxtrain.recipe.objectives:PreferenceDataConfig",
+        ),
+        "kto": Entry(
+            "jaxtrain.data.preference:KTODataFactory", "jaxtrain.recipe.objectives:JudgedDataConfig"
+        ),
     },
     "data_source": {
         "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
@@ -154,6 +161,7 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
     "distill": {"data": ("sft",), **_FACTORIES},
     "grpo": {"data": ("sft",), **_FACTORIES},
     **{name: {"data": ("dpo",), **_FACTORIES} for name in _PAIRS},
+    "kto": {"data": ("kto",), **_FACTORIES},
 }
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 

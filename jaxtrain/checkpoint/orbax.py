@@ -60,6 +60,7 @@ class OrbaxEngine(CheckpointEngine):
             "shapes": _described(trainer.state),
             "lineage": trainer.lineage,
             "callbacks": trainer.callback_states,
+            "report": trainer.report.state_dict(),
         }
         parts = {"state": trainer.state._asdict(), "about": about}
         if self.config.async_save:

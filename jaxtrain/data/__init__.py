@@ -17,6 +17,8 @@ from jaxtrain.data.local import ParquetSource as ParquetSource
 from jaxtrain.data.local import TextSource as TextSource
 from jaxtrain.data.plan import BatchPlan as BatchPlan
 from jaxtrain.data.plan import BatchShape as BatchShape
+from jaxtrain.data.preference import DPODataFactory as DPODataFactory
+from jaxtrain.data.preference import KTODataFactory as KTODataFactory
 from jaxtrain.data.rows import Rows as Rows
 from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import DataSource as DataSource

@@ -41,8 +41,8 @@ class DataCache:
     """The entries of one folder; the user's cache folder when none is given."""
 
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
-        self.is_own = folder is None
         self.folder = cache_folder() / "data" if folder is None else Path(folder).expanduser()
+        self.is_own = self.folder.is_relative_to(cache_folder())
         written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES")
         self.limit_bytes = limit_bytes or (int(written) if written else LIMIT_BYTES)
 

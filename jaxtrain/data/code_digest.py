@@ -9,8 +9,8 @@ from types import CodeType
 from typing import Any
 
 ENCODING_FILES = (
-    "causal.py", "conversation.py", "documents.py", "encode.py", "render.py", "spans.py",
-    "tokenise.py", "tokenised.py",
+    "causal.py", "conversation.py", "documents.py", "encode.py", "preference.py", "render.py",
+    "spans.py", "tokenise.py", "tokenised.py",
 )  # fmt: skip
 """Our files that decide tokens and weights: hashed, since a number would be forgotten in some
 change."""

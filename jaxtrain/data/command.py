@@ -73,7 +73,8 @@ def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     """Rows of an update on so many devices; on as many as the recipe's mesh names when None."""
     sizes = config.mesh.sizes(devices or _smallest(config.mesh))
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    return BatchShape(config.gradient_accumulation_steps, config.micro_batch_size * shards)
+    rows = config.micro_batch_size * config.data.ROWS_A_SAMPLE
+    return BatchShape(config.gradient_accumulation_steps, rows * shards)
 
 
 def _smallest(mesh: MeshConfig) -> int:

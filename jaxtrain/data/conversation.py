@@ -93,7 +93,25 @@ def to_conversation(row: Row) -> Conversation:
         )
     if not messages:
         raise DataError("messages: empty conversation")
-    return Conversation(messages, _tools(row), prompt_turns)
+    return Conversation(messages, tools_of(row), prompt_turns)
+
+
+def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
+    """The checked turns of a column: text, which `role` says; one turn; or a list of turns."""
+    if column not in row:
+        raise missing_column(column, row)
+    value = row[column]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        raise DataError(f"{column}: must be text or a list of turns, found {shown(value)}")
+    checked = []
+    for index, turn in enumerate(turns):
+        place = f"{column}[{index}]"
+        is_shared = isinstance(turn, Mapping) and "from" in turn
+        checked.append(_checked(_shared_turn(turn, place) if is_shared else turn, place))
+    return checked
 
 
 def _messages(row: Row) -> list[Message]:
@@ -102,25 +120,24 @@ def _messages(row: Row) -> list[Message]:
 
 def _shared(row: Row) -> list[Message]:
     """ShareGPT's form: `conversations` of `{from, value}`, or of `{role, content}`."""
-    messages = _system(row)
-    for index, turn in enumerate(_list(row, "conversations")):
-        place = f"conversations[{index}]"
-        if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
-            messages.append(dict(turn))
-            continue
-        sender = _field(turn, "from", place)
-        role = SHARED_NAMES.get(sender) if isinstance(sender, str) else None
-        if role is None:
-            raise DataError(
-                f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHARED_NAMES)}"
-                f"{did_you_mean(str(sender), SHARED_NAMES)}"
-            )
-        value = _field(turn, "value", place)
-        if sender == "function_call":
-            messages.append(_call(value, f"{place}.value"))
-        else:
-            messages.append({"role": role, "content": value})
-    return messages
+    turns = enumerate(_list(row, "conversations"))
+    return system_turns(row) + [_shared_turn(turn, f"conversations[{i}]") for i, turn in turns]
+
+
+def _shared_turn(turn: Any, place: str) -> Message:
+    if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
+        return dict(turn)
+    sender = _field(turn, "from", place)
+    role = SHARED_NAMES.get(sender) if isinstance(sender, str) else None
+    if role is None:
+        raise DataError(
+            f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHARED_NAMES)}"
+            f"{did_you_mean(str(sender), SHARED_NAMES)}"
+        )
+    value = _field(turn, "value", place)
+    if sender == "function_call":
+        return _call(value, f"{place}.value")
+    return {"role": role, "content": value}
 
 
 def _call(value: Any, place: str) -> Message:
@@ -138,11 +155,7 @@ def _prompt(reply: str) -> Callable[[Row], list[Message]]:
     """Both sides are text, or lists of turns."""
 
     def read(row: Row) -> list[Message]:
-        messages = _system(row)
-        for role, column in (("user", "prompt"), ("assistant", reply)):
-            value = row[column]
-            messages += value if isinstance(value, list) else _column(row, role, column)
-        return messages
+        return [*system_turns(row), *turns_of(row, "prompt", "user"), *turns_of(row, reply)]
 
     return read
 
@@ -153,14 +166,14 @@ def _instruction(row: Row) -> list[Message]:
         if not isinstance(given, str):
             raise DataError(f"input: must be text, found {shown(given)}")
         turn["content"] += f"\n{given}"
-    return [*_system(row), turn, *_column(row, "assistant", "output")]
+    return [*system_turns(row), turn, *_column(row, "assistant", "output")]
 
 
 def _two_columns(row: Row) -> list[Message]:
     return MappedRoles({"user": "user", "assistant": "assistant"})(row)["messages"]
 
 
-def _system(row: Row) -> list[Message]:
+def system_turns(row: Row) -> list[Message]:
     return _column(row, "system", "system") if row.get("system") else []
 
 
@@ -235,7 +248,7 @@ def _text(content: Any, place: str) -> str:
     return "".join(parts)
 
 
-def _tools(row: Row) -> list[Any] | None:
+def tools_of(row: Row) -> list[Any] | None:
     tools = row.get("tools")
     if not tools:
         return None

@@ -62,6 +62,10 @@ class DocumentFactory(DataFactory, abstract=True):
         """T, one for all sets, since every further length compiles the step once more."""
         return self.max_length
 
+    def remarks(self) -> list[str]:
+        """What this factory does otherwise than the recipe says, for the ledger."""
+        return []
+
     def process(self, dataset: Sequence[LoadedSource]) -> Processed:
         """Every row to a document or a counted drop; `DataError` when no document is left."""
         counts = tuple(SourceCounts(one.label) for one in dataset)
@@ -77,7 +81,7 @@ class DocumentFactory(DataFactory, abstract=True):
             documents = Documents.open(folder)
         for number, count in enumerate(counts):
             of_source = documents.index["source"] == number
-            count.lengths = length_percentiles(documents.lengths[of_source])
+            count.lengths = length_percentiles(documents.sequence_lengths[of_source])
         if not len(documents.index):
             raise DataError(f"no row is left: {_drops(counts)}")
         return documents, counts
@@ -175,16 +179,17 @@ class DocumentFactory(DataFactory, abstract=True):
             for name, (docs, rows) in planned.items()
         }
         sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())
+        can_pack = "pack_samples" in type(self.config).model_fields
         warnings = [
             *(text for one in loaded for text in sample_warnings(one)),
             *(text for source in ledger.sources for text in source_warnings(source)),
-            *(text for counts in sets for text in set_warnings(counts)),
+            *(text for counts in sets if can_pack for text in set_warnings(counts)),
             *document_warnings(documents, self.tokenizer.bos_token_id),
         ]
         return TrainingData(
             train=plans.pop("train"),
             evals=plans,
-            ledger=Ledger(ledger.sources, sets, ledger.notes, tuple(warnings)),
+            ledger=Ledger(ledger.sources, sets, (*self.remarks(), *ledger.notes), tuple(warnings)),
             threads=self.config.dl_num_workers,
             process_index=process_index,
             process_count=process_count,

@@ -13,13 +13,19 @@ INDEX_DTYPE = np.dtype(
         ("row", np.int64),  # number of the row in its source
         ("trained", np.int32),  # tokens with a weight
         ("digest", np.uint64),  # of the tokens: equal for equal documents
+        ("border", np.int64),  # where the rejected reply's sequence begins; the length if none does
+        ("scores", np.float32, 2),  # of a preference, as the data set has them; else not a number
     ]
 )
 FILES = ("tokens.bin", "weights.bin", "index.bin")
 
 
+NO_SCORES = (float("nan"), float("nan"))
+
+
 class Documents(NamedTuple):
-    """Document d is `tokens[offsets[d]:offsets[d + 1]]`, and its weights likewise."""
+    """Document d is `tokens[offsets[d]:offsets[d + 1]]`, and its weights likewise. A preference is
+    one document: the sequence of the chosen reply, then that of the rejected one."""
 
     tokens: np.ndarray
     """int32 [sum of lengths]"""
@@ -33,6 +39,11 @@ class Documents(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """int64 [documents]: as `lengths`, but of the longer sequence of a preference."""
+        return np.maximum(self.index["border"], self.lengths - self.index["border"])
 
     @classmethod
     def open(cls, folder: Path, weights: type = np.uint8) -> "Documents":
@@ -58,13 +69,25 @@ class DocumentWriter:
         self._end = 0
         self.count = 0
 
-    def append(self, tokens: np.ndarray, weights: np.ndarray, *, source: int, row: int) -> None:
+    def append(
+        self,
+        tokens: np.ndarray,
+        weights: np.ndarray,
+        *,
+        source: int,
+        row: int,
+        border: int | None = None,
+        scores: tuple[float, float] = NO_SCORES,
+    ) -> None:
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         self._end += len(tokens)
         self.count += 1
         trained = int(np.count_nonzero(weights))
-        record = (self._end, source, row, trained, int.from_bytes(digest, "little"))
+        border = len(tokens) if border is None else border
+        record = (
+            self._end, source, row, trained, int.from_bytes(digest, "little"), border, scores
+        )  # fmt: skip
         parts = (tokens, weights.astype(self._weights), np.array([record], dtype=INDEX_DTYPE))
         for file, part in zip(self._files, parts, strict=True):
             file.write(part.tobytes())

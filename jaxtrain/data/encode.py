@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from jaxtrain.data.conversation import Conversation, to_conversation
+from jaxtrain.data.documents import NO_SCORES
 from jaxtrain.data.render import Renderer
 from jaxtrain.data.spans import Span
 from jaxtrain.recipe.errors import DataError
@@ -33,6 +34,9 @@ class Encoded(NamedTuple):
     """Assistant turns that are trained, and those of them whose last token ends a turn."""
     ended: int
     truncated: bool
+    border: int | None = None
+    """Of a preference: where the rejected reply's sequence begins."""
+    scores: tuple[float, float] = NO_SCORES
 
 
 class Dropped(NamedTuple):

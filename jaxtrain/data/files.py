@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.assets import cache_folder
+from jaxtrain.data.remote import fetched, is_remote
 from jaxtrain.data.rows import ConcatenatedRows, Rows
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -40,11 +41,14 @@ def temporary_file() -> Any:
 
 
 def data_files(paths: str | Sequence[str]) -> list[Path]:
-    """Files, globs and folders as a sorted list of files; RecipeError for one that is not there."""
+    """Files, globs and folders, here or at a URL, as a sorted list of local files; RecipeError for
+    one that is not there."""
     found: list[Path] = []
     for written in [paths] if isinstance(paths, str) else paths:
         path = Path(written).expanduser()
-        if path.is_file():
+        if is_remote(written):
+            found += fetched(written)
+        elif path.is_file():
             found.append(path)
         elif path.is_dir():
             files = sorted(f for f in path.rglob("*") if f.is_file() and file_format(f.name))

@@ -1,7 +1,7 @@
 """Which documents share a row. Planned once over the whole set, so that the number of rows, and
 with it the length of an epoch, is known before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +132,12 @@ def slices(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> RowPlan:
     starts = cuts - (ends - lengths[chosen])[owner]
     offsets = np.append(np.searchsorted(cuts, borders), len(cuts))
     return RowPlan(chosen[owner], starts, np.diff(cuts, append=total), offsets.astype(np.int64))
+
+
+def fitting_length(plans: Sequence[RowPlan], multiple: int, most: int) -> int:
+    """The smallest multiple that holds the longest row of any plan, or `most`."""
+    longest = max(int(rows.row_lengths.max()) for rows in plans)
+    return min(-(-longest // multiple) * multiple, most)
 
 
 def plan_rows(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> RowPlan:

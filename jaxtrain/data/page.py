@@ -36,7 +36,7 @@ def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: st
     ledger = data.ledger
     warnings = [f'<p class="warning">{escape(text)}</p>' for text in ledger.warnings]
     notes = [f"<p>{escape(text)}</p>" for text in ledger.notes]
-    lengths = data.train.documents.lengths[np.unique(data.train.rows.documents)]
+    lengths = data.train.documents.sequence_lengths[np.unique(data.train.rows.documents)]
     return "\n".join([
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',

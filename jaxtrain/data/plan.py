@@ -67,6 +67,8 @@ class BatchPlan:
     """Times that an epoch takes all rows, in an order of its own each time."""
     first_only: bool = False
     """Every update has the rows of the first."""
+    together: int = 1
+    """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,15 +94,16 @@ class BatchPlan:
     def row_numbers(self, step: int) -> np.ndarray:
         """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
         epoch, place = divmod(0 if self.first_only else step, self.steps_per_epoch)
-        size, count = self.shape.update_rows, self.rows.num_rows
-        taken = np.full(size, -1, dtype=np.int64)
+        size = self.shape.update_rows // self.together
+        count = self.rows.num_rows // self.together
+        taken = np.full((size, self.together), -1, dtype=np.int64)
         part = np.arange(place * size, min((place + 1) * size, count * self.passes))
         turns, found = np.divmod(part, count)
         if self.seed is not None:
             for turn in np.unique(turns):
                 order = _epoch_order(count, self.seed, epoch * self.passes + int(turn))
                 found[turns == turn] = order[found[turns == turn]]
-        taken[: len(found)] = found
+        taken[: len(found)] = found[:, None] * self.together + np.arange(self.together)
         return taken.reshape(self.shape.microbatches, self.shape.rows)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:

@@ -47,7 +47,9 @@ def samples(data: TrainingData, tokenizer: Any, *, most_tokens: int) -> list[Sam
     sources = plan.documents.index["source"][plan.rows.documents]
     firsts = [int(pieces[sources == number][0]) for number in np.unique(sources)]
     spread = np.linspace(0, len(pieces) - 1, SHOWN_DOCUMENTS).astype(int).tolist()
-    chosen = sorted({*firsts, *spread[: max(0, SHOWN_DOCUMENTS - len(firsts))]})
+    spread = [*firsts, *spread[: max(0, SHOWN_DOCUMENTS - len(firsts))]]
+    whole = range(plan.together)
+    chosen = sorted({piece - piece % plan.together + i for piece in spread for i in whole})
     row_of = np.searchsorted(plan.rows.offsets, chosen, side="right") - 1
     return [
         _sample(data, plan, tokenizer, int(row), piece - int(plan.rows.offsets[row]), most_tokens)
@@ -75,8 +77,9 @@ def _sample(
     origin = plan.origins(row)[place]
     title = f"{data.ledger.sources[origin.source].label}, row {origin.row}"
     first = int(plan.rows.starts[plan.rows.offsets[row] + place])
-    if first:
+    if plan.together == 1 and first:
         title += f" from token {first}"
+    title += _preference(plan, row, place)
     return Sample(
         title=f"{title} (packed row {row}, document {place + 1} of {len(ends)})",
         pieces=tuple(pieces_of(tokenizer, tokens[:most_tokens], weights[:most_tokens])),
@@ -84,6 +87,17 @@ def _sample(
         trained=int(np.count_nonzero(weights)),
         left_out=max(0, len(tokens) - most_tokens),
     )
+
+
+def _preference(plan: BatchPlan, row: int, place: int) -> str:
+    """What the data set says of a sequence; nothing where it is no preference."""
+    side = row % plan.together
+    piece = plan.rows.documents[plan.rows.offsets[row] + place]
+    score = float(plan.documents.index["scores"][piece][side])
+    if plan.together == 1:
+        return "" if np.isnan(score) else f", label {str(bool(score)).lower()}"
+    reference = "" if np.isnan(score) else f", reference score {score:g}"
+    return f", {('chosen', 'rejected')[side]}{reference}"
 
 
 def pieces_of(tokenizer: Any, tokens: np.ndarray, weights: np.ndarray) -> Iterator[Piece]:

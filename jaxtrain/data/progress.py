@@ -8,13 +8,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress(label: str, rows: int) -> Iterator[Callable[[int], None]]:
-    """Gives what is told the number of rows done so far."""
+def progress(label: str, total: int, doing: str = "tokenising") -> Iterator[Callable[[int], None]]:
+    """Gives what is told the number of rows, or of whatever `total` counts, done so far."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(f"tokenising {label}", total=rows)
+        task = bar.add_task(f"{doing} {label}", total=total)
         yield lambda done: bar.update(task, completed=done)

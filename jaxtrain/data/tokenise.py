@@ -85,7 +85,10 @@ def tokenise(
                     continue
                 counts.add(outcome)
                 if isinstance(outcome, Encoded):
-                    writer.append(outcome.tokens, outcome.weights, source=source, row=row)
+                    writer.append(
+                        outcome.tokens, outcome.weights, source=source, row=row,
+                        border=outcome.border, scores=outcome.scores,
+                    )  # fmt: skip
             report(start + len(outcomes))
 
 

@@ -13,10 +13,10 @@ from jaxtrain.metrics.log import screen
 
 
 class Console:
-    """Writes to the terminal of process 0; other processes are silent."""
+    """Writes to the terminal; silent in processes that shall not print."""
 
-    def __init__(self, *, is_writer: bool = True):
-        self._console = RichConsole(quiet=not is_writer, highlight=False, soft_wrap=True)
+    def __init__(self, *, prints: bool = True):
+        self._console = RichConsole(quiet=not prints, highlight=False, soft_wrap=True)
         self._live: Live | None = None
 
     def header(self, facts: dict[str, str]) -> None:
@@ -46,7 +46,6 @@ class Console:
 
     def progress(self, row: dict[str, Any], total: int) -> None:
         """One update: replaces the line of the one before, if the terminal can."""
-        screen.info(progress_line(row, total))
         text = Text(progress_line(row, total))
         if not self._console.is_terminal:
             self._console.print(text)

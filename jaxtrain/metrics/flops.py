@@ -47,7 +47,8 @@ def matmul_parameters(params: Any) -> int:
 
 
 def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
-    """Tokens, trained tokens, and pairs of a query and a key that it sees, summed over the layers.
+    """Rows that have a token, tokens, trained tokens, and pairs of a query and a key that it sees,
+    summed over the layers.
 
     `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a
     window.
@@ -58,6 +59,7 @@ def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
         seen = visible if window is None else jnp.minimum(visible, window)
         pairs += layers * jnp.sum(seen, dtype=jnp.float32)
     return {
+        "rows": jnp.sum(batch.segments[..., 0] > 0, dtype=jnp.int32),
         "tokens": jnp.sum(batch.segments > 0, dtype=jnp.int32),
         "trained_tokens": jnp.sum(batch.loss_weights > 0, dtype=jnp.int32),
         "pairs": pairs,

@@ -1,31 +1,34 @@
 """The log of a process: a file with everything, and warnings on the terminal."""
 
 import logging
-import os
 from pathlib import Path
+
+from jaxtrain.recipe.logger import LoggerConfig, is_among
 
 log = logging.getLogger("jaxtrain")
 screen = logging.getLogger("jaxtrain.screen")
 """What the console has shown already; it goes into the file alone."""
-LEVEL_VARIABLES = ("JAXTRAIN_LOG_LEVEL", "AT_LOG_LEVEL")
 
 
-def open_log(folder: Path, *, process: int, level: str | None) -> None:
-    """Write `folder/logs/rank_N.log`; the terminal gets what is at `level` or above.
-
-    An environment variable goes before the recipe's level; WARNING when neither is written.
-    """
+def open_log(folder: Path, logger: LoggerConfig, *, process: int) -> None:
+    """Write `folder/logs/rank_N.log`, and to the terminal what has the level or a higher one, where
+    this process is asked to."""
     close_log()
-    written = next((os.environ[name] for name in LEVEL_VARIABLES if os.environ.get(name)), level)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "logs" / f"rank_{process}.log", encoding="utf-8")
-    terminal = logging.StreamHandler()
-    terminal.setLevel((written or "WARNING").upper())
-    terminal.addFilter(lambda record: record.name != screen.name)
-    for handler in (file, terminal):
+    _, level = logger.written_level()
+    handlers: list[logging.Handler] = []
+    if is_among(process, logger.file_output_ranks):
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        file = folder / "logs" / f"rank_{process}.log"
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    if is_among(process, logger.print_output_ranks):
+        terminal = logging.StreamHandler()
+        terminal.setLevel(level)
+        terminal.addFilter(lambda record: record.name != screen.name)
+        handlers.append(terminal)
+    for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
-    log.setLevel(min(logging.INFO, terminal.level))
+    log.setLevel(min(logging.INFO, logging.getLevelNamesMapping()[level]))
     log.propagate = False
 
 

@@ -1,31 +1,50 @@
 """Time, tokens and FLOPs of the run, as the rows of the metrics file."""
 
+import sys
 import time
+from collections import defaultdict
 from typing import Any
+
+import jax
 
 from jaxtrain.metrics.flops import matmul_parameters, peak_flops
 
 
 class Meter:
-    """`row` is called once an update, when its metrics have arrived; it divides the time since
-    `restart`."""
+    """`count` is called once an update, when its metrics have arrived; it has the time since
+    `restart`. `row` is of the updates since the row before."""
 
-    def __init__(self, *, flops_per_token: float, flops_per_pair: float, peak_flops: float | None):
+    def __init__(
+        self,
+        *,
+        flops_per_token: float,
+        flops_per_pair: float,
+        peak_flops: float | None,
+        num_devices: int,
+        update_rows: int,
+        row_tokens: int,
+    ):
+        """`peak_flops` is of one device; rows and their tokens count padding."""
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
-        self.peak_flops = peak_flops
+        self.peak_flops, self.num_devices = peak_flops, num_devices
+        self.update_rows, self.row_tokens = update_rows, row_tokens
         self.tokens_seen = 0
+        self._since_row: dict[str, float] = defaultdict(float)
         self._updates, self._training_s = 0, 0.0
         self.restart()
 
     @classmethod
-    def of(cls, model: Any, device_kind: str, num_devices: int) -> "Meter":
-        """For a language model; `model` has `shapes` and `described.config`."""
+    def of(cls, model: Any, devices: Any, *, update_rows: int, row_tokens: int) -> "Meter":
+        """For a language model; `model` has `shapes` and `described.config`, `devices` is an
+        array."""
         config = model.described.config
-        peak = peak_flops(device_kind)
         return cls(
             flops_per_token=6.0 * matmul_parameters(model.shapes),
             flops_per_pair=12.0 * config.num_heads * config.head_size,
-            peak_flops=peak and peak * num_devices,
+            peak_flops=peak_flops(devices.flat[0].device_kind),
+            num_devices=devices.size,
+            update_rows=update_rows,
+            row_tokens=row_tokens,
         )
 
     def restart(self) -> None:
@@ -37,25 +56,55 @@ class Meter:
     def waited_for_data(self, seconds: float) -> None:
         self._data_s += seconds
 
-    def row(self, metrics: dict[str, float], *, updates_left: int) -> dict[str, Any]:
-        """Seconds, rates and shares of one update, and the seconds that the rest will take."""
+    def count(self, metrics: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        tokens = metrics["tokens"]
-        self.tokens_seen += int(tokens)
+        counted = {"updates": 1, "seconds": seconds, "data": self._data_s}
+        for name in ("tokens", "trained_tokens", "pairs"):
+            counted[name] = metrics[name]
+        for name, value in counted.items():
+            self._since_row[name] += value
+        self.tokens_seen += int(metrics["tokens"])
         self._updates += 1
         self._training_s += seconds
-        flops = self.flops_per_token * tokens + self.flops_per_pair * metrics["pairs"]
-        row = {
-            "step_time": seconds,
-            "iter_time": seconds,
-            "data_time": self._data_s,
-            "data_share": min(self._data_s / seconds, 1.0),
-            "tokens_per_sec": tokens / seconds,
-            "trained_tokens_per_sec": metrics["trained_tokens"] / seconds,
+        self.restart()
+
+    def row(self, metrics: dict[str, float], *, updates_left: int) -> dict[str, Any]:
+        """Seconds, rates and shares of an update, means since the row before, and the seconds that
+        the rest will take; how full the rows of the newest update are."""
+        since, self._since_row = self._since_row, defaultdict(float)
+        seconds, updates = since["seconds"], since["updates"]
+        flops = self.flops_per_token * since["tokens"] + self.flops_per_pair * since["pairs"]
+        tflops = flops / seconds / self.num_devices / 1e12
+        places = metrics["rows"] * self.row_tokens
+        return {
+            # The device works on while the host waits for data, so both are one time.
+            "iter_time": seconds / updates,
+            "step_time": seconds / updates,
+            "iter_tflops": tflops,
+            "step_tflops": tflops,
+            "data_time": since["data"] / updates,
+            "data_share": min(since["data"] / seconds, 1.0),
+            "tokens_per_sec": since["tokens"] / seconds,
+            "trained_tokens_per_sec": since["trained_tokens"] / seconds,
             "tokens_seen": self.tokens_seen,
-            "step_tflops": flops / seconds / 1e12,
-            "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "seqlen": self.row_tokens,
+            "padding_ratio": 1 - metrics["tokens"] / (self.update_rows * self.row_tokens),
+            "packing_efficiency": metrics["tokens"] / places if places else None,
+            "mfu": tflops * 1e12 / self.peak_flops if self.peak_flops else None,
+            "mem_peak": peak_memory_bytes(),
             "eta": updates_left * self._training_s / self._updates,
         }
-        self.restart()
-        return row
+
+
+def peak_memory_bytes() -> int | None:
+    """Most that was in use so far on the fullest device of this process; of the process, where
+    devices keep no count, as on CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peaks := [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]:
+        return max(peaks)
+    try:
+        import resource
+    except ImportError:  # no such count on this system
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

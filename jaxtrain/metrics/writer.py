@@ -1,10 +1,27 @@
-"""Metrics as JSON lines, and the loss as a picture."""
+"""Who takes the rows of a run; rows as JSON lines, and the loss as a picture."""
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+"""Name → value of one moment; `iter` is its update. A service is told the numbers alone."""
+
+
+class Writer(Protocol):
+    """Takes rows in the order of their updates."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None:
+        """Return when all of it is kept."""
+        ...
+
+
+def numbers(row: Row) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "iter"}
 
 
 class JsonLines:
@@ -20,7 +37,7 @@ class JsonLines:
             os.replace(partial, file)
         self._stream = file.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -31,7 +48,7 @@ class JsonLines:
         self._stream.close()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Row]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -42,18 +59,24 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_loss(rows: list[dict[str, Any]], file: Path) -> None:
-    """Training and evaluation loss over updates, as PNG. ImportError without matplotlib."""
+def plot_loss(rows: list[Row], file: Path) -> None:
+    """Training and evaluation loss over updates, as PNG; no picture without either. ImportError
+    without matplotlib."""
     import matplotlib  # lazy: an extra, and slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    curves = {
+        key: [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+        for key in ("loss", "eval/loss")
+    }
+    if not any(curves.values()):
+        return
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for key, marker in (("loss", ""), ("eval/loss", "o")):
-        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
+    for key, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=key, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if "/" in key else "")
     axes.set_xlabel("update")
     axes.set_ylabel("nats a trained token")
     axes.grid(alpha=0.3)

@@ -12,7 +12,6 @@ from jaxtrain.recipe.standing import Report
 from jaxtrain.recipe.trainer import TrainerConfig
 
 DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is told
-RUN_FILES = ("recipe.yaml", "run.json", "train-log-metrics.jsonl", "loss.png")
 
 
 def told(resolved: Resolved) -> str:
@@ -44,7 +43,7 @@ def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
     yield "warm-up", warmup(config, horizon)
     if config.data.has_eval:
         yield "evaluation", evaluation(config)
-    yield "files", ", ".join(str(Path(config.run_dir or "") / file) for file in RUN_FILES)
+    yield "files", ", ".join(map(str, files(config)))
     for entry in config.checkpoint:
         if entry.enabled:
             yield "checkpoint", f"{entry.output_dir}/global_step_N ({entry.type}), {moments(entry)}"
@@ -110,6 +109,23 @@ def evaluation(config: TrainerConfig) -> str:
     moments += ["at the start"] if config.eval_at_start else []
     moments += ["at the end"] if config.eval_at_end is not False else []
     return ", ".join(moments)
+
+
+def files(config: TrainerConfig) -> Iterator[Path]:
+    """What the run writes beside checkpoints."""
+    trace = config.profile
+    yield from (config.output(None, name) for name in ("recipe.yaml", "run.json"))
+    yield config.output(config.logger.output_dir, "") / "logs"
+    yield config.output(config.train_log_metrics_path, "train-log-metrics.jsonl")
+    yield config.output(None, "loss.png")
+    for is_written, written, name in (
+        (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
+        (config.wandb.is_on, None, "wandb"),
+        (trace is not None, trace and trace.dir, "profile"),
+        (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
+    ):
+        if is_written:
+            yield config.output(written, name)
 
 
 def moments(entry: CheckpointConfig) -> str:

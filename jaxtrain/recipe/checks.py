@@ -1,12 +1,14 @@
 """Checks that need more than one section of a recipe."""
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
+from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -90,6 +92,28 @@ def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
 
 
+def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
+    """Apart from values that say the default, which the effective recipe writes."""
+    if not registry.is_built_in("data", config.data.type):
+        return  # a factory of the user reads what it likes
+    for place, source in config.data.placed_sources():
+        written = [
+            key
+            for key in ("column", "role_mapping", "content_key", "process")
+            if key in source.model_fields_set
+            and getattr(source, key) != type(source).model_fields[key].default
+        ]
+        for key in written:
+            owner = config.data.UNREAD_OF_SOURCES.get(key)
+            if owner:
+                what = f"belongs to data.type {owner}, {config.data.type} does not read it"
+            elif source.is_tokenised and key != "process":
+                what = "has no effect on rows that hold tokens; remove it, or process: false"
+            else:
+                continue
+            yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
+
+
 def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
     if config.pipeline.microbatches and config.mesh.pipeline == 1:
         yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
@@ -150,6 +174,32 @@ def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
+def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
+    where, level = config.logger.written_level()
+    if level not in LEVELS:
+        what = f"the variable {where} must be one of {', '.join(LEVELS)}, found {level!r}"
+        yield Fault("logger.level", what)
+
+
+def _extras_are_installed(config: TrainerConfig) -> Iterator[Fault]:
+    for key, is_on, package in (
+        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
+        ("wandb", config.wandb.is_on, "wandb"),
+    ):
+        try:
+            if is_on:  # not by `find_spec`: wandb leaves a folder of its own name where it runs
+                metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
+            yield Fault(f"{key}.enable", what)
+
+
+def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
+    *folders, name = Path(config.run_dir or "x").parts
+    if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
+        yield Fault("run_dir", f"takes one {{n}}, in its last part, found {config.run_dir!r}")
+
+
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
@@ -158,6 +208,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("checkpoint", "data", "early_stopping"), _metrics_exist),
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
+    (("data",), _sources_write_what_is_read),
     (("mesh", "pipeline"), _microbatches_have_stages),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
@@ -168,5 +219,8 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
     (("deepspeed", "model"), _dtype_is_said_once),
     (("kill_switch_path",), _stop_file_is_fresh),
+    (("logger",), _log_level_is_known),
+    (("tensorboard", "wandb"), _extras_are_installed),
+    (("run_dir",), _run_name_is_known),
 )
 """Each with the keys that must be sound before it can be asked."""

@@ -1,7 +1,7 @@
 """The `data` section and its sources."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\
 
 def file_format(path: str) -> str | None:
     """The source type for a file name, compressed or not; None when the suffix says nothing."""
+    path = path.partition("?")[0] if "://" in path else path
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -39,21 +40,21 @@ def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
 
 
 def source_from_text(text: str, *, registered: Collection[str], default: str) -> dict[str, Any]:
-    """The map that a source written as a string stands for: a registered name, else a local file,
-    else what the factory's `default` source makes of it."""
+    """The map that a source written as a string stands for: a registered name, else a file, here or
+    at a URL, else what the factory's `default` source makes of it."""
     name, split = split_suffix(text)
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
     kind = file_format(name)
-    if kind and (Path(name).is_file() or "://" not in name):
+    if kind:
         return {"type": kind, "path": name, **given}
     return {"type": default, "name_or_path": text}
 
 
 def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     """A glob goes by the recipe's folder first, as plain paths do."""
-    if not isinstance(value, str) or not set("*?[") & set(value):
+    if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
     folder = (info.context or {}).get("folder")
     if folder is not None and any(Path(folder).glob(value)):
@@ -191,7 +192,8 @@ class SyntheticDataSourceConfig(DataSourceConfig):
 
 
 class LocalDataSourceConfig(RowsConfig):
-    """Local files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too."""
+    """Files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too. Paths may
+    be URLs that fsspec reads, such as `s3://`: those are copied into the user's cache."""
 
     path: InputPattern | tuple[InputPattern, ...]
     columns: dict[str, str] = {}
@@ -214,10 +216,16 @@ class TextDataSourceConfig(LocalDataSourceConfig):
 
 
 class AnyLocalDataSourceConfig(TextDataSourceConfig):
-    """Local files of any format."""
+    """Files of any format."""
 
     format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = "auto"
     """What all files are; `auto` goes by the suffix of each."""
+
+    @model_validator(mode="after")
+    def _lines_are_of_text(self) -> "AnyLocalDataSourceConfig":
+        if self.per_line and self.format not in ("auto", "text"):
+            raise ValueError(f"per_line has no effect with format: {self.format}; remove it")
+        return self
 
 
 class DataConfig(TypedSection):
@@ -243,19 +251,34 @@ class DataConfig(TypedSection):
     cache_dir: str | None = None
     """Folder of prepared rows; one that several machines share is prepared by the first of them.
     In the user's cache folder when left out."""
+    cache_fs_type: Literal["auto", "local", "shared"] = "auto"
+    use_data_cache: bool | None = None
+    cache_processed_data: bool | None = None
     fail_on_missing_cache: bool = False
     """Stop where rows would have to be prepared."""
+    streaming: bool = False
+    """Read without preparing."""
+    batch_tokens: int = Field(default=0, ge=0)
+    """Fill batches to so many tokens, not to `micro_batch_size` rows; 0 is off."""
+    max_length_buckets: int | None = Field(default=None, ge=1)
+    """Bound of the number of padded lengths; one when left out."""
 
     CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
-        "num_proc", "dl_num_workers", "cache_dir", "fail_on_missing_cache",
+        "num_proc", "dl_num_workers", "cache_dir", "cache_fs_type", "use_data_cache",
+        "cache_processed_data", "fail_on_missing_cache",
     ))  # fmt: skip
     """Keys of place and speed."""
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
-        "sources", "eval_sources", "train_eval_split", "max_length", "seed",
+        "sources", "eval_sources", "train_eval_split", "max_length", "seed", "batch_tokens",
+        "max_length_buckets", "streaming",
     }  # fmt: skip
     """Keys that change no document: these, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
     """Type of a source that names none."""
+    ROWS_A_SAMPLE: ClassVar[int] = 1
+    """Rows of a batch for each of `micro_batch_size`."""
+    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {}
+    """Key of a source that this factory does not read → the type of `data` that does."""
 
     @model_validator(mode="after")
     def _sources_and_split(self) -> "DataConfig":
@@ -293,6 +316,15 @@ class DataConfig(TypedSection):
             return self.eval_sources
         return {"eval": self.eval_sources} if self.eval_sources else {}
 
+    def placed_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
+        """(dotted key, source) of every source."""
+        for key in ("sources", "eval_sources"):
+            written = getattr(self, key)
+            named = written if isinstance(written, dict) else {"": written}
+            for name, sources in named.items():
+                place = f"data.{key}.{name}".rstrip(".")
+                yield from ((f"{place}.{i}", source) for i, source in enumerate(sources))
+
     @property
     def has_eval(self) -> bool:
         return bool(self.eval_sources) or self.train_eval_split[1] > 0
@@ -303,6 +335,7 @@ class SFTDataConfig(DataConfig):
         "div_length", "pad_to", "pack_samples", "packing", "always_max_length", "drop_last",
         "fuse_positions_prob", "repeat_to_pack_max_length",
     }  # fmt: skip
+    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"column": "causal"}
     default_source: ClassVar[str] = "huggingface_instruct"
 
     div_length: int = Field(default=256, ge=1)
@@ -377,6 +410,8 @@ class SFTDataConfig(DataConfig):
 
 class CausalDataConfig(DataConfig):
     """Text joined with BOS and EOS and cut into rows of exactly `max_length` tokens."""
+
+    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
 
     @model_validator(mode="before")
     @classmethod

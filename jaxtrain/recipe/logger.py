@@ -1,10 +1,16 @@
 """The sections that say what is told of a run, and to whom."""
 
-from typing import Annotated, Any, Literal
+import os
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxtrain.recipe.section import Section
+
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LEVELS: tuple[str, ...] = get_args(Level)
+LEVEL_VARIABLES = ("JAXTRAIN_LOG_LEVEL", "AT_LOG_LEVEL")
+Ranks = tuple[int, ...] | Literal["*"]
 
 
 def _no_folder(value: Any) -> Any:
@@ -16,12 +22,24 @@ class LoggerConfig(Section):
 
     output_dir: Annotated[str | None, BeforeValidator(_no_folder)] = None
     """Folder of the log files; `run_dir` when left out."""
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
-    """What the log shows; JAXTRAIN_LOG_LEVEL goes first, else WARNING."""
-    print_output_ranks: tuple[int, ...] | Literal["*"] = (0,)
-    """Processes that print."""
-    file_output_ranks: tuple[int, ...] | Literal["*"] = "*"
-    """Processes with a log file."""
+    level: Level | None = None
+    """What the terminal shows of the log, WARNING when left out; the environment variables
+    JAXTRAIN_LOG_LEVEL and AT_LOG_LEVEL go first. The log file has INFO in any case."""
+    print_output_ranks: Ranks = (0,)
+    """Numbers of the processes that print; `*` is all."""
+    file_output_ranks: Ranks = "*"
+    """Numbers of the processes with a log file; `*` is all."""
+
+    def written_level(self) -> tuple[str, str]:
+        """Where the level is said, and the level, which only a variable can have wrong."""
+        for name in LEVEL_VARIABLES:
+            if level := os.environ.get(name):
+                return name, level.upper()
+        return "logger.level", self.level or "WARNING"
+
+
+def is_among(process: int, ranks: Ranks) -> bool:
+    return ranks == "*" or process in ranks
 
 
 class WandbConfig(Section):
@@ -34,6 +52,12 @@ class WandbConfig(Section):
     id: str | None = None
     """Run id; made at the first start and kept on resume when left out."""
     mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` keeps the run in `run_dir/wandb`, for `wandb sync`; `disabled` is as good as
+    `enable: false`."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.enable and self.mode != "disabled"
 
 
 class TensorboardConfig(Section):
@@ -50,10 +74,11 @@ class TensorboardConfig(Section):
 
 
 class ProfileConfig(Section):
-    """A trace of some updates."""
+    """A trace of some updates, for TensorBoard's profile page or Perfetto."""
 
     start_step: int = Field(ge=0)
-    """First update of the trace."""
+    """Updates that are done when the trace begins; 0 has the compilation in it."""
     num_steps: int = Field(default=3, ge=1)
+    """Updates in the trace."""
     dir: str | None = None
     """`run_dir/profile` when left out."""

@@ -27,10 +27,6 @@ def planned(kind: str) -> Callable[[Any], bool]:
     return lambda name: registry.is_planned(kind, str(name))
 
 
-def without_first(ranks: Any) -> bool:
-    return ranks != "*" and 0 not in ranks
-
-
 TABLE = (
     NotBuilt("type", planned("trainer"), "use sft"),
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
@@ -47,6 +43,11 @@ TABLE = (
     NotBuilt(
         "data.eval_sources.*.*.type", planned("data_source"), "export the rows to a parquet file"
     ),
+    NotBuilt(
+        "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"
+    ),
+    NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
+    NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
     NotBuilt("optimizer.groups", is_set, "remove it"),
     NotBuilt("optimizer.state_dtype", other_than("float32"), "remove it"),
@@ -65,17 +66,6 @@ TABLE = (
     NotBuilt("tiled_mlp_compute", is_set, "use model.remat: full"),
     NotBuilt("enable_routing_replay", is_set, "remove it: dense models route nothing"),
     NotBuilt("arctic_moe", lambda value: value is True, "remove it: there are no experts"),
-    NotBuilt("train_log_iter_interval", other_than(1), "remove it"),
-    NotBuilt("train_log_metrics_path", is_set, "use run_dir: the file lies in it"),
-    NotBuilt("loss_log_interval", other_than(1), "remove it"),
-    NotBuilt("eval_log_iter_interval", other_than(1), "remove it"),
-    NotBuilt("profile", is_set, "remove it"),
-    NotBuilt("mem_profiler", is_set, "remove it"),
-    NotBuilt("mem_profiler_dir", is_set, "remove it"),
-    NotBuilt("tensorboard.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
-    NotBuilt("wandb.enable", is_set, "read train-log-metrics.jsonl in run_dir"),
-    NotBuilt("logger.print_output_ranks", without_first, "process 0 prints, remove it"),
-    NotBuilt("logger.file_output_ranks", without_first, "every process has a file, remove it"),
     NotBuilt("checkpoint.*.save_after_step", is_set, "remove it"),
     NotBuilt("checkpoint.*.keep_every_n_steps", is_set, "use keep_last_n or keep_best_n"),
     NotBuilt("checkpoint.*.save_model_only", is_set, "use a `huggingface` entry"),

@@ -1,6 +1,7 @@
 """Recipes of the objectives beyond supervised fine-tuning."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,23 +11,40 @@ from jaxtrain.recipe.section import refused_when_on
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
-class PreferenceDataConfig(DataConfig):
-    """Pairs of a chosen and a rejected reply."""
+class JudgedDataConfig(DataConfig):
+    """Replies with a label that says whether they are good."""
+
+    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {
+        "column": "causal", "role_mapping": "sft", "content_key": "sft", "process": "sft",
+    }  # fmt: skip
 
     max_prompt_length: int = Field(default=4096, ge=1)
     """Longest prompt, when prompt and longer reply exceed `max_length`."""
     dpo_prompt_truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    """Which end of a prompt survives; BOS does in either case."""
     overlong: Literal["drop", "truncate", "error"] = "truncate"
+    """What happens to rows longer than `max_length`; cut is the prompt first, then the reply."""
+
+    @property
+    def limits_prompt(self) -> bool:
+        """Whether a limit was written; the effective recipe writes the default too."""
+        default = type(self).model_fields["max_prompt_length"].default
+        return self.max_prompt_length != default
 
     @model_validator(mode="after")
-    def _a_reply_has_room(self) -> "PreferenceDataConfig":
-        written = "max_prompt_length" in self.model_fields_set
-        if written and self.max_length and self.max_prompt_length >= self.max_length:
+    def _a_reply_has_room(self) -> "JudgedDataConfig":
+        if self.limits_prompt and self.max_length and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for a reply in "
                 f"max_length {self.max_length}; use at most {self.max_length - 1}"
             )
         return self
+
+
+class PreferenceDataConfig(JudgedDataConfig):
+    """Pairs of a chosen and a rejected reply."""
+
+    ROWS_A_SAMPLE: ClassVar[int] = 2
 
 
 class DPOTrainerConfig(TrainerConfig):

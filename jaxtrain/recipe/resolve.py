@@ -23,6 +23,8 @@ from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
+DATA_SECTIONS = ("data", "model", "tokenizer")
+"""What preparing rows reads of a recipe."""
 
 
 class Resolved(NamedTuple):
@@ -49,11 +51,13 @@ def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = (
     return resolve(source, overrides).checked()
 
 
-def resolve(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Resolved:
+def resolve(
+    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
+) -> Resolved:
     """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
-    be read at all."""
+    be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
-    resolver = _Resolver(recipe)
+    resolver = _Resolver(recipe, only_data)
     config = resolver.resolve()
     faults = [resolver.private(fault) for fault in dict.fromkeys(resolver.faults)]
     notes = [hidden(note, recipe.secrets) for note in resolver.notes]
@@ -81,8 +85,9 @@ def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
 class _Resolver:
     """Validates section by section and collects what is wrong."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, only_data: bool = False):
         self.recipe = recipe
+        self.only_data = only_data
         self.tree = dict(recipe.tree)
         self.faults: list[Fault] = []
         self.notes: list[str] = []
@@ -223,7 +228,11 @@ class _Resolver:
         for needs, check in CHECKS:
             if not faulty & set(needs):
                 found += check(carried.config)
-        found += not_built(carried.config, carried.origins)
+        for fault in not_built(carried.config, carried.origins):
+            if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:
+                self.notes.append(f"a run is refused: {fault}")
+            else:
+                found.append(fault)
         self.faults += [
             fault._replace(place=self.recipe.place(self.key(fault.key)))
             for fault in found

@@ -69,11 +69,11 @@ _PEFT_OTHER = """layers_pattern fan_in_fan_out task_type inference_mode megatron
 _NO_EFFECT = (
     ("", "arctic_moe enable_arctic_moe_custom_optimization", "experts and kernels are our own"),
     ("", "mem_profiler_max_entries", "JAX profiles have no history limit"),
-    ("wandb", "entity project name id mode", "only `wandb.enable: true` would use it"),
     ("deepspeed.tensorboard", "output_path job_name", "see `tensorboard`"),
     ("model", "save_name", "nothing reads it, upstream neither"),
     ("model.peft_config", _PEFT_OTHER, "nothing here depends on it"),
     ("data", "use_data_cache cache_processed_data", "the cache is always on, remove the key"),
+    ("data", "cache_fs_type", "whoever comes first claims rows by a file, and prepares them"),
     *(("deepspeed", names, why) for why, names in deepspeed.NO_EFFECT.items()),
     *(
         (f"deepspeed.{section}", names, why)
@@ -209,6 +209,13 @@ def _by_value(key: str, value: Any, tree: dict[str, Any]) -> Line | None:
         scheduler = tree["scheduler"]
         if scheduler.get("name") == "constant":
             return Line(key, "no effect", "`constant` has no warm-up, as upstream")
+    wandb = tree.get("wandb")
+    if section == "wandb" and isinstance(wandb, dict) and not wandb.get("enable"):
+        if name == "enable":
+            return None
+        return Line(key, "no effect", "only `wandb.enable: true` would use it")
+    if key == "mem_profiler_dir" and not tree.get("mem_profiler"):
+        return Line(key, "no effect", "only `mem_profiler` would write there")
     if section == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
             return Line(

@@ -1,5 +1,6 @@
 """The whole recipe: `TrainerConfig`."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny, SkipValidation
@@ -125,20 +126,23 @@ class TrainerConfig(Section):
 
     run_dir: str | None = None
     """Metrics, logs, resolved recipe; `logger.output_dir`, else `runs/<recipe name>-<hash>`, when
-    left out."""
+    left out. A folder that holds a run is continued by `auto_resume`, else refused. With `{n}` in
+    the last part of the name every run gets the next number, unless it continues the newest; write
+    `{run_dir}/…` as a checkpoint's `output_dir` to have the checkpoints beside it."""
     train_log_iter_interval: int = Field(default=1, ge=0)
-    """Updates between rows of training metrics; 0 is none."""
+    """Updates between rows of training metrics, shown and written; the first always has one. 0 is
+    none."""
     train_log_metrics_path: str | None = None
     """The metrics file; `run_dir/train-log-metrics.jsonl` when left out."""
     loss_log_interval: int = Field(default=1, ge=0)
     """Updates between losses in the log; 0 is none."""
     eval_log_iter_interval: int = Field(default=1, ge=0)
-    """Evaluations between those that are printed; 0 prints none."""
+    """Evaluations between those that are printed, 0 prints none; the metrics file has all."""
     kill_switch_path: str | None = None
     """A file that ends the run when it appears; `run_dir/stop` when left out."""
     profile: ProfileConfig | None = None
     mem_profiler: Literal["step", "e2e"] | None = None
-    """Device memory profile of each logged update, or of the end."""
+    """Device memory profile (pprof) of each logged update, or of the end."""
     mem_profiler_dir: str | None = None
     """`run_dir/mem-prof` when left out."""
     mem_profiler_max_entries: int = Field(default=100_000, ge=1)
@@ -154,6 +158,10 @@ class TrainerConfig(Section):
     def passes(self) -> int | None:
         """Times that all rows are taken; None for as often as `train_iters` needs."""
         return 1 if self.epochs is None and not self.train_iters else self.epochs
+
+    def output(self, written: str | None, name: str) -> Path:
+        """An output path of the recipe, or what it is in the run's folder when left out."""
+        return Path(written) if written else Path(self.run_dir or "") / name
 
     def horizon(self, updates_per_epoch: int | None) -> int | None:
         """Updates that the recipe plans; None when that takes the unknown length of an epoch."""

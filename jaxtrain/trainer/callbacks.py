@@ -2,8 +2,9 @@
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
 for each update `on_step_begin`, `on_optimizer_step`, `on_step_end`, then, where they are due,
-`on_log`, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at
-last `on_epoch_end` and `on_train_end`.
+`on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at last
+`on_epoch_end` and `on_train_end`. `on_train_metrics`, and `on_log` with a row of them, come when
+the numbers of an update have arrived, which is while the next one is computed.
 """
 
 import inspect
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 EVENTS = (
     "on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end",
-    "on_step_begin", "on_optimizer_step", "on_step_end", "on_log", "on_prediction_step",
-    "on_evaluate", "on_save",
+    "on_step_begin", "on_optimizer_step", "on_step_end", "on_train_metrics", "on_log",
+    "on_prediction_step", "on_evaluate", "on_save",
 )  # fmt: skip
 ATTRIBUTES = {
     "model": "model_unwrapped", "params": "params", "tokenizer": "tokenizer",

@@ -41,7 +41,8 @@ class Geometry:
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        return cls(mesh, stages, num_microbatches, computed // num_microbatches)
+        microbatch_rows = computed // num_microbatches * config.data.ROWS_A_SAMPLE
+        return cls(mesh, stages, num_microbatches, microbatch_rows)
 
     @property
     def global_batch(self) -> int:

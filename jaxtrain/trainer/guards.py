@@ -79,9 +79,9 @@ class Divergence(Callback):
         """short, long"""
         self.is_apart = False
 
-    def on_log(self, control: Control, logs: Any) -> None:
+    def on_train_metrics(self, control: Control, metrics: Any) -> None:
         if not self.config.metric.startswith("eval/"):
-            self._see(logs, control)
+            self._see(metrics, control)
 
     def on_evaluate(self, control: Control, metrics: Any) -> None:
         if self.config.metric.startswith("eval/"):

@@ -1,4 +1,5 @@
-"""What a run tells: a line an update, evaluations, samples; on screen and in the metrics file."""
+"""What a run tells: a line an update, evaluations, samples; on screen, in the log and to the
+writers of the run."""
 
 import math
 import time
@@ -8,12 +9,15 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.metrics.console import Console
+from jaxtrain.metrics.console import Console, progress_line
+from jaxtrain.metrics.log import log, screen
 from jaxtrain.metrics.meter import Meter
+from jaxtrain.metrics.writer import Row
 from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
 Item = TypeVar("Item")
+NO_PHASES = {"compile_time": 0.0, "save_time": 0.0}
 
 
 class Report:
@@ -28,37 +32,49 @@ class Report:
         *,
         peak_lr: float,
         last_step: int,
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_values: Callable[[Row], None],
+        on_row: Callable[[Row], None],
     ):
         self.console, self.folder, self.meter = console, folder, meter
-        self.peak_lr, self.last_step = peak_lr, last_step
-        self.on_row = on_row
+        self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
+        self.on_values, self.on_row = on_values, on_row
         self.num_evaluations = 0
         self.last_loss = float("nan")
         self._held: tuple[int, float, dict[str, jax.Array]] | None = None
-        self._phases: dict[str, float] = {}
+        self._phases = dict(NO_PHASES)
 
     def update(self, step: int, metrics: dict[str, jax.Array], *, epoch: float) -> None:
         """Take the metrics of an update that was just dispatched; report the one before it.
         `epoch` is how often all rows were taken."""
         self.flush()
         self._held = (step, epoch, metrics)
+        profiler = self.folder.profiler
+        if profiler and profiler.turns_at(step):
+            self.flush()  # waits for the update
+            profiler.turn()
+            self.meter.restart()
 
-    def flush(self) -> None:
-        """Report what is held back. NonFiniteError if that update was not finite."""
+    def flush(self, *, asked: bool = False) -> None:
+        """Report what is held back, with a row when one is due or asked for. NonFiniteError if that
+        update was not finite."""
         if self._held is None:
             return
         (step, epoch, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        rates = self.meter.row(values, updates_left=self.last_step - step)
         finite, share = values.pop("finite"), values.pop("lr_share")
-        row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr}
-        row |= values | rates | self._phases
-        self._phases = {}
+        row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr, **values}
         self.last_loss = values["loss"]
-        self.folder.write(row)
-        self.console.progress(row, self.last_step)
-        self.on_row(row)
+        self.meter.count(values)
+        self.on_values(row)
+        has_row = asked or is_due(step, self.config.train_log_iter_interval)
+        if has_row:
+            row |= self.meter.row(values, updates_left=self.last_step - step) | self._phases
+            self._phases = dict(NO_PHASES)
+            self.folder.write(row)
+            self.console.progress(row, self.last_step)
+            self.on_row(row)
+        if is_due(step, self.config.loss_log_interval):
+            (screen if has_row else log).info(progress_line(row, self.last_step))
         if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
                 f"update {step} is not finite: loss {values['loss']}, grad norm "
@@ -79,12 +95,15 @@ class Report:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.num_evaluations += 1
         self.folder.write({"iter": step, **metrics, "loss/eval": metrics["eval/loss"]})
+        self.meter.restart()
+        every = self.config.eval_log_iter_interval
+        if not every or self.num_evaluations % every:
+            return
         shown = "  ".join(
             f"{name} {value:,.0f}" if name.endswith("/tokens") else f"{name} {value:.4f}"
             for name, value in metrics.items()
         )
         self.console.line(f"evaluation at step {step}: {shown}")
-        self.meter.restart()
 
     def samples(self, step: int, prompts: Iterable[str], answers: Iterable[str]) -> None:
         """What the model says at this step."""
@@ -114,7 +133,20 @@ class Report:
         self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - began
         self.meter.restart()
 
+    def state_dict(self) -> dict[str, int]:
+        """What goes on counting after a resume."""
+        return {"tokens_seen": self.meter.tokens_seen, "num_evaluations": self.num_evaluations}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.meter.tokens_seen = saved["tokens_seen"]
+        self.num_evaluations = saved["num_evaluations"]
+
     def close(self) -> None:
         self.console.close()
         if told := self.folder.close():
             self.console.line(told)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Of the first update and of every n-th, so that a resume does not move them; 0 is never."""
+    return bool(every) and (step == 1 or step % every == 0)

@@ -3,16 +3,24 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import reduce
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
+from jax.experimental import multihost_utils
 
+from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.metrics.log import close_log, open_log
-from jaxtrain.metrics.writer import JsonLines, plot_loss, read_rows
-from jaxtrain.recipe.dump import to_yaml
+from jaxtrain.metrics.profile import Profiler
+from jaxtrain.metrics.tensorboard import TensorBoard
+from jaxtrain.metrics.wandb import Wandb, refuse_without_key
+from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
+from jaxtrain.recipe.dump import effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -29,71 +37,148 @@ PACKAGES = (
 
 
 class RunFolder:
-    """Nothing is written before `open`."""
+    """Nothing is written before `open`, and only process 0 writes more than its own log and
+    profiles."""
 
     def __init__(self, config: TrainerConfig):
         assert config.run_dir is not None  # get_config fills it in
         self.config = config
         self.path = Path(config.run_dir).expanduser().absolute()
-        self.metrics_file = self.path / "train-log-metrics.jsonl"
-        self.metrics: JsonLines | None = None
+        self.metrics_file = self.output(config.train_log_metrics_path, "train-log-metrics.jsonl")
+        self.writers: list[Writer] = []
+        self.profiler: Profiler | None = None
+        self.is_new = True
+
+    def output(self, written: str | None, name: str) -> Path:
+        return self.config.output(written, name).expanduser().absolute()
 
     def refuse_foreign(self, *, may_resume: bool) -> None:
-        """RecipeError if the folder holds a run that this one may not go on with."""
+        """RecipeError if the folder holds a run that this one may not go on with, or a file of the
+        recipe holds the rows of another."""
         recipe = self.path / "recipe.yaml"
-        if not recipe.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise RecipeError(
-                    f"run_dir: {self.path} is not empty and holds no run; use another"
-                )
-            return
-        differing = _differences(
-            yaml.safe_load(recipe.read_text()), yaml.safe_load(to_yaml(self.config))
-        )
-        if differing and not may_resume:
+        before = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+        if before is None and _holds_something(self.path):
+            raise RecipeError(f"run_dir: {self.path} is not empty and holds no run; use another")
+        if before is not None and not may_resume:
+            differing = _differences(before, yaml.safe_load(to_yaml(self.config)))
+            other = f"the run of another recipe (differs in {', '.join(differing[:5])})"
             raise RecipeError(
-                f"run_dir: {self.path} holds the run of another recipe (differs in "
-                f"{', '.join(differing[:5])}); use another folder"
+                f"run_dir: {self.path} holds {other if differing else 'a run of this recipe'}; "
+                "remove it, write another run_dir ({n} in its name is the next free number), or "
+                "set auto_resume on an `orbax` checkpoint entry"
             )
-        if not may_resume:
-            raise RecipeError(
-                f"run_dir: {self.path} holds a run of this recipe; remove it, write another "
-                "run_dir, or set auto_resume on an `orbax` checkpoint entry"
-            )
+        tensorboard = self.config.tensorboard
+        for key, written in (
+            ("train_log_metrics_path", self.config.train_log_metrics_path),
+            ("tensorboard.dir", tensorboard.dir if tensorboard.enable else None),
+        ):
+            is_ours = before is not None and _value_at(before, key) == written
+            if written and not is_ours and _holds_something(self.output(written, "")):
+                raise RecipeError(f"{key}: {written} holds rows of another run; use another")
+        if self.config.wandb.is_on and jax.process_index() == 0:
+            refuse_without_key(self.config.wandb)
+        self.is_new = before is None
 
     def open(self, *, resumed_at: int) -> None:
-        """Make the folder and say in it what is run; metrics rows behind `resumed_at` are cut."""
+        """Make the folder and say in it what is run; rows behind `resumed_at` are cut."""
+        logger, process = self.config.logger, jax.process_index()
+        if process == 0:
+            self._claim()
+            (self.path / "run.json").write_text(json.dumps(_circumstances(), indent=2) + "\n")
+        open_log(self.output(logger.output_dir, ""), logger, process=process)
+        if process == 0:
+            self.writers += self._row_writers(resumed_at)
+        self.profiler = Profiler(self.config, started_at=resumed_at)
+        self.writers.append(self.profiler)
+
+    def _claim(self) -> None:
+        """Write the recipe; RecipeError where another run did since this one looked."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.yaml").write_text(to_yaml(self.config))
-        (self.path / "run.json").write_text(json.dumps(_circumstances(), indent=2) + "\n")
-        logger = self.config.logger
-        folder = Path(logger.output_dir).expanduser() if logger.output_dir else self.path
-        open_log(folder, process=jax.process_index(), level=logger.level)
-        self.metrics = JsonLines(self.metrics_file, resumed_at=resumed_at)
+        try:
+            with (self.path / "recipe.yaml").open("x" if self.is_new else "w") as file:
+                file.write(to_yaml(self.config))
+        except FileExistsError:
+            raise RecipeError(f"run_dir: another run has just begun in {self.path}") from None
+
+    def _row_writers(self, resumed_at: int) -> Iterator[Writer]:
+        config = self.config
+        yield JsonLines(self.metrics_file, resumed_at=resumed_at)
+        if config.tensorboard.enable:
+            folder = self.output(config.tensorboard.dir, "tensorboard")
+            yield TensorBoard(folder, resumed_at=resumed_at)
+        if config.wandb.is_on:
+            yield Wandb(config.wandb, self.path, effective(config))
 
     def cut(self, step: int) -> None:
-        """Forget the rows behind this update."""
-        assert self.metrics is not None, "open comes first"
-        self.metrics.close()
-        self.metrics = JsonLines(self.metrics_file, resumed_at=step)
+        """Have the rows behind this update forgotten, as a resume does."""
+        kept = [writer for writer in self.writers if writer is self.profiler]
+        takers = [writer for writer in self.writers if writer is not self.profiler]
+        for writer in takers:
+            writer.close()
+        self.writers = [*(self._row_writers(step) if takers else ()), *kept]
 
-    def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics; what is asked for outside a run, an evaluation, leaves none."""
-        if self.metrics is not None:
-            self.metrics.write(row)
+    def write(self, row: Row) -> None:
+        """To everyone who takes rows; to nobody while no run is open."""
+        for writer in self.writers:
+            writer.write(row)
 
     def close(self) -> str | None:
-        """Close the metrics and draw the loss; returns what to tell the person, if anything."""
-        if self.metrics is None:
-            return None
-        self.metrics.close()
-        self.metrics = None
+        """Close what is open and draw the loss; returns what to tell the person, if anything."""
+        for writer in self.writers:
+            writer.close()
+        has_rows = any(isinstance(writer, JsonLines) for writer in self.writers)
+        self.writers, self.profiler = [], None
         close_log()
         try:
-            plot_loss(read_rows(self.metrics_file), self.path / "loss.png")
+            if has_rows:
+                plot_loss(read_rows(self.metrics_file), self.path / "loss.png")
         except ImportError:
             return "no loss.png: it needs matplotlib, pip install 'jaxtrain[demo]'"
         return None
+
+
+def named(config: TrainerConfig) -> TrainerConfig:
+    """`config` with the `{n}` of its `run_dir` and the `{run_dir}` of its checkpoints filled in.
+
+    A run with a checkpoint to continue keeps the newest number, any other takes the next; process 0
+    decides.
+    """
+    assert config.run_dir is not None  # get_config fills it in
+    run_dir = config.run_dir
+    folder = Path(run_dir).expanduser()
+    before, mark, after = folder.name.partition("{n}")
+    if not mark:
+        return _inside(config, run_dir)
+    names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    numbers = [
+        name.removeprefix(before).removesuffix(after)
+        for name in names
+        if name.startswith(before) and name.endswith(after)
+    ]
+    newest = max((int(number) for number in numbers if number.isdigit()), default=0)
+    filled = lambda number: _inside(config, run_dir.replace("{n}", str(number)))
+    continues = newest and any(
+        entry.auto_resume and CheckpointEngine(entry).steps() for entry in filled(newest).checkpoint
+    )
+    number = np.int32(newest if continues else newest + 1)
+    return filled(int(multihost_utils.broadcast_one_to_all(number)))
+
+
+def _inside(config: TrainerConfig, run_dir: str) -> TrainerConfig:
+    entries = tuple(
+        entry.model_copy(update={"output_dir": entry.output_dir.replace("{run_dir}", run_dir)})
+        for entry in config.checkpoint
+    )
+    return config.model_copy(update={"run_dir": run_dir, "checkpoint": entries})
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """The value of a dotted key of plain data; None where it is left out."""
+    return reduce(lambda part, name: (part or {}).get(name), key.split("."), tree)
 
 
 def _circumstances() -> dict[str, Any]:

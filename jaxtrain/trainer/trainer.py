@@ -32,6 +32,7 @@ from jaxtrain.optimizer import (
     SGDFactory,
 )
 from jaxtrain.recipe.errors import AbortedError, RecipeError
+from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory, save_tokenizer
@@ -46,7 +47,7 @@ from jaxtrain.trainer.loss import Loss, added, evaluated
 from jaxtrain.trainer.parts import Given, known
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.rollback import roll_back
-from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.run_folder import RunFolder, named
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
 from jaxtrain.trainer.stop import StopRequests, ended_by_signal
 
@@ -97,11 +98,12 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
-        self.config, self.mode, self.given = config, mode, known(given)
+        self.config, self.mode, self.given = named(config), mode, known(given)
         self.nonfinite = NonFinite(config.on_nonfinite)
         others = self.default_callbacks() if callbacks is None else callbacks
         self._callbacks = Callbacks([self.nonfinite, *guards(config), *others])
-        self.console = Console(is_writer=jax.process_index() == 0)
+        ranks = config.logger.print_output_ranks
+        self.console = Console(prints=is_among(jax.process_index(), ranks))
         self._state: TrainState | None = None
         self._has_begun = False
         if mode == "process-data":
@@ -113,15 +115,20 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         self.state_shapes = with_shardings(
             jax.eval_shape(make_state, self.model.shapes), self.shardings
         )
-        self.run_folder = RunFolder(config)
-        stop_file = config.kill_switch_path or self.run_folder.path / "stop"
-        self.stop = StopRequests(Path(stop_file).expanduser())
+        self.run_folder = RunFolder(self.config)
+        self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.model, self.mesh.devices.flat[0].device_kind, self.mesh.size),
+            Meter.of(
+                self.model,
+                self.mesh.devices,
+                update_rows=self.geometry.global_batch,
+                row_tokens=self.data.row_tokens,
+            ),
             peak_lr=self.peak_lr,
             last_step=self.last_step,
+            on_values=lambda values: self._tell("on_train_metrics", metrics=values),
             on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
@@ -191,11 +198,11 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         )
 
     def _run(self) -> None:
-        self.run_folder.open(resumed_at=self.global_step)
-        self.report.last_step = self.last_step
-        self.console.header(header(self))
-        self._tell("on_train_begin")
         try:
+            self.run_folder.open(resumed_at=self.global_step)
+            self.report.last_step = self.last_step
+            self.console.header(header(self))
+            self._tell("on_train_begin")
             if self.config.eval_at_start and self.global_step == 0:
                 self.evaluate()
             self.early_stop = self.need_early_exit()
@@ -350,6 +357,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         about = engine.about(self.global_step)
         self.position, self.eval_metrics = about["position"], about["eval_metrics"]
         self._callbacks.load_state_dict(about["callbacks"])
+        self.report.load_state_dict(about["report"])
 
     # What the loop asks.
 
@@ -389,7 +397,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
                 f"a callback ended the run at update {self.global_step}; nothing was saved of it"
             )
         if control.taken("should_log"):
-            self.report.flush()
+            self.report.flush(asked=True)
         if control.taken("should_roll_back"):
             roll_back(self)
         if control.taken("should_epoch_stop"):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from jaxtrain.data.command import show_data
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
 from tests.runs import model_folder
 from tests.tiny import chat, tiny_tokenizer
@@ -126,6 +127,48 @@ def test_the_page_says_the_same(recipe, tmp_path, capsys):
     counts = [int(n) for n in re.findall(r"tokens: (\d+) documents</title>", page)]
     assert sum(counts) == 10
     assert not re.search(r'(src|href)="', page) and "http" not in page  # it needs nothing else
+
+
+PAIRS = [
+    {"prompt": f"number {n}?", "chosen": "yes <b>", "rejected": "no", "reference_score_chosen": n}
+    for n in range(5)
+]
+JUDGED = [{"prompt": f"number {n}?", "completion": "yes", "label": n < 3} for n in range(5)]
+
+
+def objective(recipe, tmp_path, kind, rows):
+    """The recipe for another trainer, which is checked and not built."""
+    written = yaml.safe_load(recipe.read_text()) | {"type": kind}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    del written["data"]["pack_samples"]
+    written["data"]["max_prompt_length"] = 64
+    recipe.write_text(yaml.safe_dump(written))
+
+
+def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
+    objective(recipe, tmp_path, "dpo", PAIRS)
+    page = tmp_path / "page.html"
+    text = run(recipe, "data", "--html", str(page), "--batch", "1")
+    assert "note      a run is refused: type: is not built yet, use sft (found 'dpo')" in text
+    assert "chats: 5 rows read, 5 documents" in text and "5 documents in 10 rows" in text
+    titles = re.findall(r"── chats, row (\d), (\w+)(?:, reference score (\d))? ", text)
+    assert len(titles) == 8  # 2 pairs, accumulated twice
+    for chosen, rejected in zip(titles[::2], titles[1::2], strict=True):
+        assert chosen == (chosen[0], "chosen", chosen[0])
+        assert rejected == (chosen[0], "rejected", "")
+    assert {*trained_on_terminal(text)} == {"yes <b><|im_end|>", "no<|im_end|>"}
+    assert "yes &lt;b&gt;" in page.read_text() and ", rejected (" in page.read_text()
+    with pytest.raises(RecipeError, match="type: is not built yet, use sft"):
+        get_config(recipe)
+
+
+def test_judged_rows_are_shown_with_their_label(recipe, tmp_path):
+    objective(recipe, tmp_path, "kto", JUDGED)
+    text = run(recipe, "data", "--batch", "1")
+    labels = re.findall(r"── chats, row (\d), label (\w+) ", text)
+    assert len(labels) == 4
+    assert all(label == ("true" if int(row) < 3 else "false") for row, label in labels)
+    assert "yes<|im_end|>" in trained_on_terminal(text) and "pack_samples" not in text
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -153,7 +153,7 @@ BAD = {
         {"conversations": [{"from": "human"}]},
         "conversations[0]: no field 'value', found from",
     ),
-    "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text, found 3"),
+    "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text or a list of turns, found 3"),
     "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
     "call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},

@@ -93,6 +93,8 @@ ACCEPTED = {
     },
     "sequence parallel of one": SMALL | {"sequence_parallel_size": 1, "expert_parallel_size": 1},
     "ranks": SMALL | {"logger": {"print_output_ranks": [0, 1, 2, 3, 4, 5, 6, 7]}},
+    "memory profile": SMALL | {"mem_profiler": "step", "mem_profiler_dir": "profiles"},
+    "a folder without a profile": SMALL | {"mem_profiler_dir": "profiles"},
     "weights and biases off": SMALL | {"wandb": {"enable": False, "project": "p", "entity": "e"}},
     "mixture and samples": SMALL
     | {
@@ -231,7 +233,6 @@ REFUSED = {
         SMALL | {"deepspeed": {"zero_optimisation": {"stage": 3}}},
         {"deepspeed.zero_optimisation"},
     ),
-    "memory profile": (SMALL | {"mem_profiler": "step"}, {"mem_profiler"}),
     "kill switch": (SMALL | {"kill_switch_path": "stop"}, {"kill_switch_path"}),
 }
 """Name → a recipe that does not run here, and the keys that say why."""

@@ -61,7 +61,7 @@ KEYS = {
     "unknown trainer": (
         {"type": "stf"},
         "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft, causal, dpo, cpo, "
-        "orpo, simpo, "
+        "orpo, simpo, kto, "
         "reward, distill, grpo); trainers of projects live in user code, named by `code`",
     ),
     "name and type": (
@@ -194,6 +194,59 @@ ACROSS = {
     "remat twice": (
         model(remat="full", disable_activation_checkpoint=True),
         "model.remat: full contradicts disable_activation_checkpoint: true; remove one",
+    ),
+    "a text column of conversations": (
+        {"data": {"sources": [{"type": "jsonl", "path": "a.jsonl", "column": "body"}]}},
+        "data.sources.0.column: belongs to data.type causal, sft does not read it (found 'body')",
+    ),
+    "roles of plain text": (
+        {"type": "causal", **source(role_mapping={"user": "q"})},
+        "data.sources.0.role_mapping: belongs to data.type sft, causal does not read it (found "
+        "{'user': 'q'})",
+    ),
+    "a field of plain text, in a named set": (
+        {
+            "type": "causal",
+            "eval_interval": 1,
+            "data": {
+                "sources": ["a/b"],
+                "eval_sources": {"x": ["a/b", {"name_or_path": "c/d", "content_key": "text"}]},
+            },
+        },
+        "data.eval_sources.x.1.content_key: belongs to data.type sft, causal does not read it "
+        "(found 'text')",
+    ),
+    "tokens of pairs": (
+        {"type": "dpo", **source(process=False)},
+        "data.sources.0.process: belongs to data.type sft, dpo does not read it (found false)",
+    ),
+    "roles of tokens": (
+        source(process=False, role_mapping={"user": "q"}),
+        "data.sources.0.role_mapping: has no effect on rows that hold tokens; remove it, or "
+        "process: false (found {'user': 'q'})",
+    ),
+    "lines of objects": (
+        {"data": {"sources": [{"type": "local", "path": "a", "per_line": True, "format": "json"}]}},
+        "data.sources.0.per_line: has no effect with format: json; remove it",
+    ),
+    "weight in an evaluation": (
+        {
+            "eval_interval": 1,
+            "data": {"sources": ["a/b"], "eval_sources": [{"name_or_path": "c/d", "weight": 1}]},
+        },
+        "data: weight has no effect in eval_sources; remove it",
+    ),
+    "padding of pairs": (
+        {"type": "dpo", **data(pad_to="max_length")},
+        "data.pad_to: unknown key (found 'max_length'); it belongs to type sft, not dpo",
+    ),
+    "no room for a reply": (
+        {"type": "dpo", **data(max_prompt_length=64, max_length=64)},
+        "data.max_prompt_length: 64 leaves no room for a reply in max_length 64; use at most 63",
+    ),
+    "file system": (
+        data(cache_fs_type="nfs"),
+        "data.cache_fs_type: must be one of 'auto', 'local' or 'shared', found 'nfs'",
     ),
     "stages": (
         {"pipeline": {"microbatches": 2}},

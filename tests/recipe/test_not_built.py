@@ -22,6 +22,10 @@ def model(**keys):
     return {"model": {"name_or_path": "m", **keys}}
 
 
+def data(**keys):
+    return {"data": BASE["data"] | keys}
+
+
 def saves(**keys):
     return {"checkpoint": [{"output_dir": "a", "save_every_n_steps": 10, **keys}]}
 
@@ -48,6 +52,9 @@ EXAMPLES = {
     "data.eval_sources.*.*.type": {
         "data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}
     },
+    "data.streaming": data(streaming=True),
+    "data.batch_tokens": data(batch_tokens=4096),
+    "data.max_length_buckets": data(max_length_buckets=4),
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "optimizer.groups": {"optimizer": {"groups": [{"match": "embed"}]}},
     "optimizer.state_dtype": {"optimizer": {"state_dtype": "bf16"}},
@@ -64,17 +71,6 @@ EXAMPLES = {
     "tiled_mlp_compute": True,
     "enable_routing_replay": True,
     "arctic_moe": True,
-    "train_log_iter_interval": 0,
-    "train_log_metrics_path": "x.jsonl",
-    "loss_log_interval": 0,
-    "eval_log_iter_interval": 0,
-    "profile": {"start_step": 1},
-    "mem_profiler": "e2e",
-    "mem_profiler_dir": "x",
-    "tensorboard.enable": {"tensorboard": True},
-    "wandb.enable": {"wandb": {"enable": True}},
-    "logger.print_output_ranks": {"logger": {"print_output_ranks": [1]}},
-    "logger.file_output_ranks": {"logger": {"file_output_ranks": []}},
     "checkpoint.*.save_after_step": saves(save_after_step=5),
     "checkpoint.*.keep_every_n_steps": saves(keep_every_n_steps=20),
     "checkpoint.*.save_model_only": saves(save_model_only="all_but_last"),

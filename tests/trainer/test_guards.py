@@ -99,7 +99,7 @@ def first_apart(guard, losses):
     """Number of the first loss at which the guard asks to go back."""
     for count, loss in enumerate(losses):
         control = Control()
-        guard.on_log(control, {"loss": loss})
+        guard.on_train_metrics(control, {"loss": loss})
         if control.should_roll_back:
             return count
     return None

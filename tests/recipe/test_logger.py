@@ -1,0 +1,95 @@
+"""Whom a run tells: what is wrong with that is said by `check` already."""
+
+from importlib import metadata
+
+import pytest
+
+from jaxtrain.recipe.check import told
+from jaxtrain.recipe.resolve import resolve
+
+BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+
+
+@pytest.fixture
+def _nothing_is_installed(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+
+
+@pytest.mark.parametrize(
+    ("written", "fault"),
+    [
+        (
+            {"tensorboard": True},
+            "tensorboard.enable: needs the package tensorboardX; "
+            "pip install 'jaxtrain[tensorboard]', or write false",
+        ),
+        (
+            {"wandb": {"enable": True}},
+            "wandb.enable: needs the package wandb; pip install 'jaxtrain[wandb]', or write false",
+        ),
+        ({"wandb": {"enable": True, "mode": "disabled"}}, None),
+        ({"wandb": {"enable": False}, "tensorboard": {"enable": False, "dir": "x"}}, None),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_is_installed")
+def test_a_missing_extra_is_named(written, fault):
+    faults = resolve(BASE | written).faults
+    assert [str(found) for found in faults] == ([fault] if fault else [])
+
+
+def test_a_variable_with_no_level_is_a_fault(monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_LOG_LEVEL", "loud")
+    (fault,) = resolve(BASE | {"logger": {"level": "INFO"}}).faults
+    assert str(fault) == (
+        "logger.level: the variable JAXTRAIN_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, "
+        "CRITICAL, found 'LOUD'"
+    )
+
+
+@pytest.mark.parametrize("run_dir", ["a/{n}/b", "a/{n}-{n}"])
+def test_a_number_stands_once_and_last(run_dir):
+    (fault,) = resolve(BASE | {"run_dir": run_dir}).faults
+    assert str(fault) == f"run_dir: takes one {{n}}, in its last part, found {run_dir!r}"
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            {"wandb": {"enable": False, "project": "p"}},
+            "no effect wandb.project: only `wandb.enable: true` would use it",
+        ),
+        (
+            {"mem_profiler_dir": "x"},
+            "no effect mem_profiler_dir: only `mem_profiler` would write there",
+        ),
+    ],
+)
+def test_a_key_that_only_another_would_use_is_listed(written, said):
+    assert said in resolve(BASE | written).report.changes()
+
+
+def test_check_names_the_files_of_a_run(monkeypatch):
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)
+    everything = {
+        "run_dir": "runs/a",
+        "train_log_metrics_path": "rows.jsonl",
+        "tensorboard": {"dir": "events"},
+        "wandb": {"enable": True},
+        "profile": {"start_step": 1},
+        "mem_profiler": "e2e",
+    }
+    (line,) = (x for x in told(resolve(BASE | everything)).splitlines() if x.startswith("files"))
+    assert line.split()[1:] == [
+        "runs/a/recipe.yaml,", "runs/a/run.json,", "runs/a/logs,", "rows.jsonl,", "runs/a/loss.png,",
+        "events,", "runs/a/wandb,", "runs/a/profile,", "runs/a/mem-prof",
+    ]  # fmt: skip
+    (line,) = (
+        x for x in told(resolve(BASE | {"run_dir": "b"})).splitlines() if x.startswith("files")
+    )
+    assert line.split()[1:] == [
+        "b/recipe.yaml,", "b/run.json,", "b/logs,", "b/train-log-metrics.jsonl,", "b/loss.png",
+    ]  # fmt: skip
