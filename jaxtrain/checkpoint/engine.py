@@ -136,18 +136,18 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         for step in set(steps) - self.retained(steps):
             remove(self.path(step))
 
-    def delete_after(self, step: int) -> None:
-        """Remove what was saved of updates that a rollback has taken back."""
-        self.last_saved = step
-        for later in self.steps():
-            if later > step:
-                remove(self.path(later))
-
     def begin(self, step: int) -> None:
         """Called when the run begins, with the step that it starts from."""
         self.last_saved = step
         if jax.process_index() == 0:
             self.tidy(step)
+
+    def roll_back(self, step: int) -> None:
+        """Remove what was saved and scored of updates that are taken back."""
+        for later in self.steps() if jax.process_index() == 0 else ():
+            if later > step:
+                remove(self.path(later))
+        self.begin(step)
 
     def tidy(self, step: int) -> None:
         """What was left half done goes, and what another future scored is forgotten."""

@@ -39,7 +39,9 @@ def show_data(
         max_positions=max_positions,
         tokenize_kwargs=config.tokenizer.tokenize_kwargs,
     )
-    data = prepare_data(factory, shape)
+    data = prepare_data(factory, shape).repeated(
+        min_updates=config.min_iterations, first_only=config.overfit_first_batch
+    )
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
         console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))

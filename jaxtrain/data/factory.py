@@ -57,7 +57,8 @@ class TrainingData:
 
     @property
     def train_rows(self) -> int:
-        return self.train.rows.num_rows
+        """Of an epoch."""
+        return self.train.rows.num_rows * self.train.passes
 
     @property
     def eval_rows(self) -> int:
@@ -68,6 +69,11 @@ class TrainingData:
     def trained_share(self) -> float:
         """Of the training tokens, those that have a weight."""
         return self.ledger.sets[0].trained_tokens / self.ledger.sets[0].tokens
+
+    def repeated(self, *, min_updates: int, first_only: bool) -> "TrainingData":
+        """The same with longer epochs, of at least so many updates, or with one update for ever."""
+        train = replace(self.train.repeated(min_updates), first_only=first_only)
+        return replace(self, train=train)
 
     def with_evals(self, evals: Mapping[str, BatchPlan]) -> "TrainingData":
         """The same, with other evaluation sets."""

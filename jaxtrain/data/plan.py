@@ -3,7 +3,7 @@
 M microbatches of an update, B rows of a microbatch over all shards, T tokens of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -63,12 +63,21 @@ class BatchPlan:
     fused: np.ndarray | None = None
     """bool [rows]: rows whose documents share positions and attend to one another; None is no
     row."""
+    passes: int = 1
+    """Times that an epoch takes all rows, in an order of its own each time."""
+    first_only: bool = False
+    """Every update has the rows of the first."""
     together: int = 1
     """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows.num_rows // self.shape.update_rows)
+        return -(-self.rows.num_rows * self.passes // self.shape.update_rows)
+
+    def repeated(self, min_updates: int) -> "BatchPlan":
+        """With as many passes an epoch as fill so many updates."""
+        filled = max(min_updates - 1, 0) * self.shape.update_rows
+        return replace(self, passes=filled // self.rows.num_rows + 1)
 
     @property
     def trained_tokens(self) -> int:
@@ -84,15 +93,16 @@ class BatchPlan:
 
     def row_numbers(self, step: int) -> np.ndarray:
         """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, place = divmod(0 if self.first_only else step, self.steps_per_epoch)
         size = self.shape.update_rows // self.together
         count = self.rows.num_rows // self.together
         taken = np.full((size, self.together), -1, dtype=np.int64)
-        part = slice(place * size, min((place + 1) * size, count))
-        if self.seed is None:
-            found = np.arange(part.start, part.stop)
-        else:
-            found = _epoch_order(count, self.seed, epoch)[part]
+        part = np.arange(place * size, min((place + 1) * size, count * self.passes))
+        turns, found = np.divmod(part, count)
+        if self.seed is not None:
+            for turn in np.unique(turns):
+                order = _epoch_order(count, self.seed, epoch * self.passes + int(turn))
+                found[turns == turn] = order[found[turns == turn]]
         taken[: len(found)] = found[:, None] * self.together + np.arange(self.together)
         return taken.reshape(self.shape.microbatches, self.shape.rows)
 

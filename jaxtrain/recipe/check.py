@@ -102,9 +102,10 @@ def shards(mesh: MeshConfig, num_devices: int) -> int:
 
 def updates(config: TrainerConfig, horizon: int | None) -> str:
     if horizon is not None:
-        end = config.exit_iteration
-        return f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
-    epochs = 1 if config.epochs is None else config.epochs
+        end, this_run = config.exit_iteration, config.exit_iteration_this_run
+        told = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+        return told + (f", at most {this_run:,} of one process" if this_run else "")
+    epochs = config.passes
     first = f"{config.train_iters:,}, or " if config.train_iters else ""
     known = "counted when the data is read"
     if rows := local_rows(config):
@@ -150,6 +151,8 @@ def warmup(config: TrainerConfig, horizon: int | None) -> str:
 
 def evaluation(config: TrainerConfig) -> str:
     moments = [f"every {config.eval_interval:,} updates"] if config.eval_interval else []
+    epochs = config.eval_every_n_epochs
+    moments += [f"every {epochs:,} epoch{'s' * (epochs > 1)}"] if epochs else []
     moments += ["at the start"] if config.eval_at_start else []
     moments += ["at the end"] if config.eval_at_end is not False else []
     return ", ".join(moments)

@@ -44,6 +44,7 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
         **{f"data.{key}": value for key, value in data.items()},
         "optimizer.type": tree["optimizer"]["type"],
         "seed": tree["seed"],
+        "min_iterations": tree["min_iterations"],
         "global_batch": global_batch,
     }
 

@@ -70,13 +70,23 @@ class MemoryFitError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient norm is not finite."""
+    """The loss or the gradient norm is not finite, or the loss diverges."""
 
     exit_code = 5
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or trusted."""
+
+
+class AbortedError(UserError):
+    """The run was ended early, and nothing was saved."""
+
+
+class PreemptedError(UserError):
+    """A signal ended the run early. Its full state is saved: the same command goes on with it."""
+
+    exit_code = 75
 
 
 def shown(value: Any) -> str:

@@ -157,16 +157,20 @@ class TrainerConfig(Section):
         """What came from the environment, which no message and no file may hold."""
         return self._secrets
 
+    @property
+    def passes(self) -> int | None:
+        """Times that all rows are taken; None for as often as `train_iters` needs."""
+        return 1 if self.epochs is None and not self.train_iters else self.epochs
+
     def output(self, written: str | None, name: str) -> Path:
         """An output path of the recipe, or what it is in the run's folder when left out."""
         return Path(written) if written else Path(self.run_dir or "") / name
 
     def horizon(self, updates_per_epoch: int | None) -> int | None:
         """Updates that the recipe plans; None when that takes the unknown length of an epoch."""
-        epochs = 1 if self.epochs is None and not self.train_iters else self.epochs
         limits = [self.train_iters] if self.train_iters else []
-        if epochs is not None:
+        if self.passes is not None:
             if updates_per_epoch is None:
-                return 0 if epochs == 0 else None
-            limits.append(epochs * updates_per_epoch)
+                return 0 if self.passes == 0 else None
+            limits.append(self.passes * updates_per_epoch)
         return min(limits)

@@ -2,14 +2,16 @@
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
 for each update `on_step_begin`, `on_optimizer_step`, `on_step_end`, then, where they are due,
-`on_log`, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at
-last `on_epoch_end` and `on_train_end`.
+`on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at last
+`on_epoch_end` and `on_train_end`. `on_train_metrics`, and `on_log` with a row of them, come when
+the numbers of an update have arrived, which is while the next one is computed.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtrain.recipe.errors import CheckpointError, did_you_mean
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 EVENTS = (
     "on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end",
-    "on_step_begin", "on_optimizer_step", "on_step_end", "on_log", "on_prediction_step",
-    "on_evaluate", "on_save",
+    "on_step_begin", "on_optimizer_step", "on_step_end", "on_train_metrics", "on_log",
+    "on_prediction_step", "on_evaluate", "on_save",
 )  # fmt: skip
 ATTRIBUTES = {
     "model": "model_unwrapped", "params": "params", "tokenizer": "tokenizer",
@@ -41,6 +43,12 @@ class Control:
     """Save full state at this update."""
     should_evaluate: bool = False
     """Evaluate at this update, before a save."""
+    should_log: bool = False
+    """Write the metrics of this update now."""
+    should_roll_back: bool = False
+    """Restore the newest full state and go on behind the batches that led here."""
+    should_abort_without_save: bool = False
+    """Finish the update and end the run with an error; nothing is saved."""
 
     def taken(self, request: str) -> bool:
         """Was this asked for? It no longer is."""
@@ -57,6 +65,9 @@ class Callback:
     events and what `ATTRIBUTES` has. One with `state_dict()` and `load_state_dict(state)` (JSON
     data) goes on where it was after a resume.
     """
+
+    key: ClassVar[str] = ""
+    """of the recipe, where that made the callback"""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -104,23 +115,32 @@ class Callbacks:
                     setattr(self.control, field.name, wanted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Class name and number → state, for those that have one."""
-        return {
-            f"{type(callback).__name__}.{i}": callback.state_dict()
-            for i, callback in enumerate(self.items)
-            if hasattr(callback, "state_dict")
-        }
+        """Name → state, for those that have one."""
+        named = self._named().items()
+        return {name: item.state_dict() for name, item in named if hasattr(item, "state_dict")}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """CheckpointError when a saved state has no callback to take it."""
-        here = {f"{type(callback).__name__}.{i}": callback for i, callback in enumerate(self.items)}
-        if missing := sorted(saved.keys() - here.keys()):
+        """CheckpointError when a saved state has no callback to take it; that of a key which the
+        recipe no longer has is dropped."""
+        here = self._named()
+        if missing := sorted(name for name in saved.keys() - here.keys() if "." in name):
+            own = [name for name in here if "." in name]
             raise CheckpointError(
                 f"the checkpoint has the state of callback {missing[0]}, and the run has "
-                f"{', '.join(here) or 'none'}; add it before training"
+                f"{', '.join(own) or 'none'}; add it before training"
             )
-        for name, state in saved.items():
-            here[name].load_state_dict(state)
+        for name in saved.keys() & here.keys():
+            here[name].load_state_dict(saved[name])
+
+    def _named(self) -> dict[str, Any]:
+        """The recipe key of a callback, else its class and its number among those of the class."""
+        numbers: Counter[str] = Counter()
+        named = {}
+        for item in self.items:
+            kind = type(item).__name__
+            named[getattr(item, "key", "") or f"{kind}.{numbers[kind]}"] = item
+            numbers[kind] += 1
+        return named
 
 
 def _wanted(listener: Any, given: dict[str, Any], trainer: "Trainer") -> dict[str, Any]:

@@ -1,25 +1,37 @@
 """Where a run is, as callbacks, factories and checkpoint engines may read it at any time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.model import Decoder
 from jaxtrain.recipe.dump import lineage
 from jaxtrain.trainer.callbacks import Control
 from jaxtrain.trainer.parts import Parts
 from jaxtrain.trainer.state import PyTree, TrainState
+from jaxtrain.trainer.stop import StopRequests
 
 
 class Facts(Parts):
     """Of a trainer; numbers count updates, of all microbatches and devices together."""
 
-    global_step: int
+    global_step: int = 0
     """updates done; the label of every checkpoint and log line"""
     position: int = 0
-    """number of the next batch"""
+    """number of the next batch; above the step once batches were skipped, and saved with it"""
+    first_step: int = 0
+    """updates that were done when this process began"""
+    num_rollbacks: int = 0
+    """of this process"""
+    eval_metrics: Mapping[str, float] = {}
+    """of the evaluation after the newest update, empty when there was none"""
+    early_stop: bool = False
+    """does the run end with this update, though not all is trained?"""
+    early_stop_reason: str | None = None
     state: TrainState
+    stop: StopRequests
     control: Control
 
     @property
@@ -42,7 +54,14 @@ class Facts(Parts):
     @property
     def last_step(self) -> int:
         """The update after which this run ends."""
-        return min(self.planned_updates, self.config.exit_iteration or self.planned_updates)
+        this_run = self.config.exit_iteration_this_run
+        limits = (self.config.exit_iteration, this_run and self.first_step + this_run)
+        return min(self.planned_updates, *(limit or self.planned_updates for limit in limits))
+
+    @property
+    def global_step_this_run(self) -> int:
+        """Updates of this process."""
+        return self.global_step - self.first_step
 
     @property
     def epochs(self) -> Iterator[int]:
@@ -57,22 +76,48 @@ class Facts(Parts):
 
     @property
     def train_batch_idx(self) -> int:
-        """Microbatches done."""
-        return self.global_step * self.geometry.num_microbatches
+        """Microbatches taken."""
+        return self.position * self.geometry.num_microbatches
 
     @property
     def epoch_finished(self) -> bool:
-        """Was the newest update the last one of an epoch?"""
+        """Was the newest batch the last one of an epoch?"""
         return self.position > 0 and self.position % self.data.steps_per_epoch == 0
 
     @property
-    def training_finished(self) -> bool:
-        return self.global_step >= self.last_step or self.control.should_training_stop
+    def is_complete(self) -> bool:
+        """Was everything trained that the recipe asks of this run?"""
+        passes = self.config.passes
+        passed = passes is not None and self.epoch_idx >= passes
+        return passed or self.global_step >= self.last_step
 
     @property
-    def early_stop(self) -> bool:
-        """Did somebody ask for the end of the run?"""
-        return self.control.should_training_stop
+    def training_finished(self) -> bool:
+        return self.early_stop or self.is_complete
+
+    @property
+    def is_preempted(self) -> bool:
+        """Does a signal end the run before it is complete?"""
+        return self.stop.obeyed is not None and not self.is_complete
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """After this update, once; a signal that ends the run does not wait for it."""
+        if self.control.taken("should_evaluate"):
+            return True
+        if not self.data.evals or self.eval_metrics or self.is_preempted:
+            return False
+        config, step = self.config, self.global_step
+        at_end = self.training_finished and config.eval_at_end is not False
+        by_step = config.eval_interval and step % config.eval_interval == 0
+        epochs = self.epoch_finished and config.eval_every_n_epochs
+        by_epoch = epochs and self.epoch_idx % epochs == 0
+        return at_end or bool((by_step or by_epoch) and step >= config.eval_after_step)
+
+    @property
+    def full_state_engines(self) -> list[CheckpointEngine]:
+        """Those from whose checkpoints a run can go on."""
+        return [e for e in self.checkpoint_engines if e.is_full_state and e.config.enabled]
 
     @property
     def devices(self) -> list[Any]:

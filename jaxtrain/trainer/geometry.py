@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.batch import Batch
 from jaxtrain.parallel.mesh import num_batch_shards
 from jaxtrain.parallel.sharding import MESH_AXES
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
@@ -48,6 +48,14 @@ class Geometry:
     def global_batch(self) -> int:
         """Rows an update."""
         return self.num_microbatches * self.microbatch_rows
+
+    def refuse_too_few(self, train_rows: int) -> None:
+        """DataError when some shard would never see a row."""
+        if train_rows < (shards := num_batch_shards(self.mesh)):
+            raise DataError(
+                f"{train_rows} training rows are fewer than the {shards} batch shards; write "
+                "min_iterations to repeat them, or a smaller mesh.data and mesh.fsdp"
+            )
 
     @property
     def whole_batch(self) -> bool:

@@ -90,14 +90,18 @@ class Parts:
         """Rows to batches, for training and for every evaluation set."""
         if self.given.get("data") is not None:
             return self.given["data"]
-        return prepare_data(
+        data = prepare_data(
             self._data_factory,
             self._batch_shape,
             train_data=self.given.get("train_data"),
             eval_data=self.given.get("eval_data"),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+        ).repeated(
+            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
         )
+        self.geometry.refuse_too_few(data.train_rows)
+        return data
 
     def data_of(self, dataset: Any) -> TrainingData:
         """With a data set for evaluation that is none of the recipe's, in place of those."""

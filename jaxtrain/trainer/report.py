@@ -1,6 +1,7 @@
 """What a run tells: a line an update, evaluations, samples; on screen, in the log and to the
 writers of the run."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import jax
 from jaxtrain.metrics.console import Console, progress_line
 from jaxtrain.metrics.log import log, screen
 from jaxtrain.metrics.meter import Meter
+from jaxtrain.metrics.writer import Row
 from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
@@ -31,40 +33,41 @@ class Report:
         *,
         peak_lr: float,
         last_step: int,
-        steps_per_epoch: int,
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_values: Callable[[Row], None],
+        on_row: Callable[[Row], None],
     ):
         self.console, self.folder, self.meter = console, folder, meter
         self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
-        self.steps_per_epoch = steps_per_epoch
-        self.on_row = on_row
+        self.on_values, self.on_row = on_values, on_row
         self.num_evaluations = 0
         self.last_loss = float("nan")
-        self._held: tuple[int, dict[str, jax.Array]] | None = None
+        self._held: tuple[int, float, dict[str, jax.Array]] | None = None
         self._phases = dict(NO_PHASES)
 
-    def update(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of an update that was just dispatched; report the one before it."""
+    def update(self, step: int, metrics: dict[str, jax.Array], *, epoch: float) -> None:
+        """Take the metrics of an update that was just dispatched; report the one before it.
+        `epoch` is how often all rows were taken."""
         self.flush()
-        self._held = (step, metrics)
+        self._held = (step, epoch, metrics)
         profiler = self.folder.profiler
         if profiler and profiler.turns_at(step):
             self.flush()  # waits for the update
             profiler.turn()
             self.meter.restart()
 
-    def flush(self) -> None:
-        """Report what is held back. NonFiniteError if that update was not finite."""
+    def flush(self, *, asked: bool = False) -> None:
+        """Report what is held back, with a row when one is due or asked for. NonFiniteError if that
+        update was not finite."""
         if self._held is None:
             return
-        (step, metrics), self._held = self._held, None
+        (step, epoch, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        applied, share = values.pop("applied"), values.pop("lr_share")
-        row = {"iter": step, "epoch": step / self.steps_per_epoch, "lr": share * self.peak_lr}
-        row |= values
+        finite, share = values.pop("finite"), values.pop("lr_share")
+        row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr, **values}
         self.last_loss = values["loss"]
         self.meter.count(values)
-        has_row = is_due(step, self.config.train_log_iter_interval)
+        self.on_values(row)
+        has_row = asked or is_due(step, self.config.train_log_iter_interval)
         if has_row:
             row |= self.meter.row(values, updates_left=self.last_step - step) | self._phases
             self._phases = dict(NO_PHASES)
@@ -73,11 +76,22 @@ class Report:
             self.on_row(row)
         if is_due(step, self.config.loss_log_interval):
             (screen if has_row else log).info(progress_line(row, self.last_step))
-        if not applied and values["trained_tokens"]:
+        if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
                 f"update {step} is not finite: loss {values['loss']}, grad norm "
                 f"{values['grad_norm']}; the weights are still those of update {step - 1}"
             )
+
+    def rolled_back(self, step: int, row: dict[str, Any]) -> None:
+        """Forget what came behind this update, and write a row that says so."""
+        self._held = None
+        self.folder.cut(step)
+        self.folder.write({"iter": step, **row})
+        self.console.line(
+            f"rolled back from step {row['rolled_back_from']} to step {step}, to go on behind the "
+            "batches that led there"
+        )
+        self.meter.restart()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.num_evaluations += 1

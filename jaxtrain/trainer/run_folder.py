@@ -109,6 +109,14 @@ class RunFolder:
         if config.wandb.is_on:
             yield Wandb(config.wandb, self.path, effective(config))
 
+    def cut(self, step: int) -> None:
+        """Have the rows behind this update forgotten, as a resume does."""
+        kept = [writer for writer in self.writers if writer is self.profiler]
+        takers = [writer for writer in self.writers if writer is not self.profiler]
+        for writer in takers:
+            writer.close()
+        self.writers = [*(self._row_writers(step) if takers else ()), *kept]
+
     def write(self, row: Row) -> None:
         """To everyone who takes rows; to nobody while no run is open."""
         for writer in self.writers:

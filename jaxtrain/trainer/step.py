@@ -50,7 +50,8 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     """One optimizer update.
 
     A batch in which nothing is trained, or whose loss or gradient norm is not finite, leaves
-    parameters and optimizer state as they are; `metrics["applied"]` is 0 then.
+    parameters and optimizer state as they are; the latter is no update, `metrics["finite"]` is 0
+    then.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
     loss, grads = loss_and_grads(spec, state.params, batch, key)
@@ -68,11 +69,11 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
         return state._replace(params=params, opt_state=opt_state, average=average)
 
     # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
-    applied = (loss.weight > 0) & jnp.isfinite(loss.total) & jnp.isfinite(norm)
-    state = jax.lax.cond(applied, updated, lambda state, _: state, state, grads)
+    finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+    state = jax.lax.cond(finite & (loss.weight > 0), updated, lambda state, _: state, state, grads)
     metrics = spec.counts(batch) | means(loss)
-    metrics |= {"grad_norm": norm, "lr_share": share, "applied": applied.astype(jnp.float32)}
-    return state._replace(step=state.step + 1), metrics
+    metrics |= {"grad_norm": norm, "lr_share": share, "finite": finite.astype(jnp.float32)}
+    return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
 
 
 def loss(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> Loss:

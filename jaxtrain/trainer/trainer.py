@@ -32,7 +32,7 @@ from jaxtrain.optimizer import (
     SGDFactory,
 )
 from jaxtrain.parallel.sharding import parameter_shardings
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import AbortedError, RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
@@ -44,12 +44,15 @@ from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.compiled import Compiled
 from jaxtrain.trainer.facts import Facts
+from jaxtrain.trainer.guards import NonFinite, guards
 from jaxtrain.trainer.header import header
 from jaxtrain.trainer.loss import Loss, added, evaluated
 from jaxtrain.trainer.parts import Given, known
 from jaxtrain.trainer.report import Report
+from jaxtrain.trainer.rollback import roll_back
 from jaxtrain.trainer.run_folder import RunFolder, named
 from jaxtrain.trainer.state import TrainState, new_state, state_shardings, with_shardings
+from jaxtrain.trainer.stop import StopRequests, ended_by_signal
 
 
 class TrainOutput(NamedTuple):
@@ -103,13 +106,13 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
         self.config, self.mode, self.given = named(config), mode, known(given)
-        self._callbacks = Callbacks(self.default_callbacks() if callbacks is None else callbacks)
+        self.nonfinite = NonFinite(config.on_nonfinite)
+        others = self.default_callbacks() if callbacks is None else callbacks
+        self._callbacks = Callbacks([self.nonfinite, *guards(config), *others])
         ranks = config.logger.print_output_ranks
         self.console = Console(prints=is_among(jax.process_index(), ranks))
-        self.global_step = 0
-        self.eval_metrics: dict[str, float] = {}
-        """of the evaluation after the newest update, empty when there was none"""
         self._state: TrainState | None = None
+        self._has_begun = False
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
             return
@@ -127,6 +130,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             jax.eval_shape(self._new_state, self.model.shapes), self.shardings
         )
         self.run_folder = RunFolder(self.config)
+        self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
         self.report = Report(
             self.console,
             self.run_folder,
@@ -138,7 +142,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             ),
             peak_lr=self.peak_lr,
             last_step=self.last_step,
-            steps_per_epoch=self.data.steps_per_epoch,
+            on_values=lambda values: self._tell("on_train_metrics", metrics=values),
             on_row=lambda row: self._tell("on_log", logs=row),
         )
         self._compile()
@@ -180,36 +184,55 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
     # The run: a loop on the host.
 
     def train(self) -> TrainOutput:
-        """Run the recipe from its start, or from its newest checkpoint, to its end."""
+        """Run the recipe from its start, or from its newest checkpoint, to its end; once.
+
+        PreemptedError when a signal ended it and full state is saved, AbortedError when nothing is;
+        NonFiniteError as the recipe says.
+        """
+        if self._has_begun:
+            raise RuntimeError("this trainer has trained already; make a new one to train again")
+        self._has_begun = True
         if self.mode == "process-data":
             raise RecipeError("mode 'process-data' prepares rows alone; make a trainer without it")
         began = time.perf_counter()
         self._refuse_foreign_folders()
+        if self.config.kill_switch_path is None:
+            self.stop.file.unlink(missing_ok=True)  # of a run that ended before it was seen
         self._tell("on_init_end")
-        self.start()
-        if self.global_step < self.last_step:
-            try:
-                self.run_folder.open(resumed_at=self.global_step)
-                for engine in self.checkpoint_engines:
-                    engine.begin(self.global_step)
-                self.console.header(header(self))
-                self._tell("on_train_begin")
-                if self.config.eval_at_start and self.global_step == 0:
-                    self.evaluate()
-                for _ in self.epochs:
-                    self.epoch()
-                self.report.flush()
-                self._tell("on_train_end")
-                for engine in self.checkpoint_engines:
-                    engine.wait()
-            finally:
-                self.report.close()
+        with self.stop.listening():
+            self.start()
+            how = "already finished"
+            if not self.training_finished:
+                self._run()
+                how = f"ended early, {self.early_stop_reason}" if self.early_stop else "finished"
         runtime = time.perf_counter() - began
         done = f"{self.global_step} updates done, {duration(runtime)}"
-        self.console.line(f"finished: {done}, {self.run_folder.path}")
+        self.console.line(f"{how}: {done}, {self.run_folder.path}")
         return TrainOutput(
             self.global_step, self.report.last_loss, {**self.eval_metrics, "train_runtime": runtime}
         )
+
+    def _run(self) -> None:
+        try:
+            self.run_folder.open(resumed_at=self.global_step)
+            self.report.last_step = self.last_step
+            for engine in self.checkpoint_engines:
+                engine.begin(self.global_step)
+            self.console.header(header(self))
+            self._tell("on_train_begin")
+            if self.config.eval_at_start and self.global_step == 0:
+                self.evaluate()
+            self.early_stop = self.need_early_exit()
+            for _ in self.epochs:
+                self.epoch()
+            self.report.flush()
+            self._tell("on_train_end")
+            for engine in self.checkpoint_engines:
+                engine.wait()
+        finally:
+            self.report.close()
+        if self.is_preempted:
+            raise ended_by_signal(self)
 
     def epoch(self) -> None:
         """The updates from here to the end of the epoch, or of the run."""
@@ -217,18 +240,22 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         for batch in self.train_batches:
             self._tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
-            self.global_step += 1
             self.position += 1
-            # The device is busy with this update, so reading the metrics of the one before costs
-            # nothing.
-            self.report.update(self.global_step, metrics)
-            self.eval_metrics = {}
-            self._tell("on_optimizer_step")
+            if self.nonfinite.takes(metrics, self.control):
+                self.global_step += 1
+                # The device is busy with this update, so reading the metrics of the one before
+                # costs nothing.
+                epoch = self.position / self.data.steps_per_epoch
+                self.report.update(self.global_step, metrics, epoch=epoch)
+                self.eval_metrics = {}
+                self._tell("on_optimizer_step")
             self._tell("on_step_end")
-            if self._evaluation_is_due:
+            self._obey()
+            if self.evaluation_is_due:
                 self.evaluate()
+                self.early_stop |= self.need_early_exit()
             self.checkpoint()
-            if self.training_finished:
+            if self.training_finished or self.epoch_finished:
                 break
         self._tell("on_epoch_end")
 
@@ -245,6 +272,8 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             )
         self.report.flush()
         sums = {name: self._summed(data, name) for name in data.evals}
+        if self._must_leave:
+            return {}
         unit = self.config.loss_weighting
         metrics = evaluated("eval", reduce(added, sums.values()), unit)
         for name, loss in sums.items() if len(sums) > 1 else ():
@@ -261,13 +290,15 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         moment = Moment(
             self.global_step,
             epoch_ended=self.epoch_idx if self.epoch_finished else 0,
-            training_ended=self.training_finished,
+            training_ended=self.training_finished and not self.is_preempted,
             requested=self.control.taken("should_save"),
         )
         for engine in self.checkpoint_engines:
             engine.note_score(moment.step, self.eval_metrics)
             if engine.is_due(moment):
                 self.report.flush()
+                if self.control.should_roll_back:
+                    return  # the row just told says that this state is none to keep
                 path = engine.path(moment.step)
                 with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)
@@ -289,6 +320,21 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
     def control(self) -> Control:
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
+
+    def request_stop(self, reason: str = "asked to") -> None:
+        """Finish the update and end the run, saved as at its end."""
+        self.control.should_training_stop = True
+        self.early_stop_reason = self.early_stop_reason or reason
+
+    def need_early_exit(self) -> bool:
+        """Does anything ask that the run ends after this update? Looked at once an update; may be
+        overridden."""
+        if reason := self.stop.asked():
+            self.control.should_save = True
+            self.request_stop(reason)
+        elif self.control.should_training_stop:
+            self.request_stop("a callback asked to")
+        return self.control.should_training_stop
 
     def save_model(
         self,
@@ -321,6 +367,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         engine = next(resumes, None)
         if engine is not None and (engine.config.start or engine.steps()):
             self.restore(engine)
+            self.first_step = self.global_step
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
@@ -356,9 +403,8 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
 
     @property
     def train_batches(self) -> Iterator[Batch]:
-        """On the devices, from here to the end of the epoch, or of the run."""
-        end_of_run = self.position + self.last_step - self.global_step
-        end = min((self.epoch_idx + 1) * self.data.steps_per_epoch, end_of_run)
+        """On the devices, from here to the end of the epoch."""
+        end = (self.epoch_idx + 1) * self.data.steps_per_epoch
         for batch in self.report.timed(self.data.train_batches(self.position, end)):
             yield self.geometry.on_devices(batch)
 
@@ -377,15 +423,25 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         """State of the callbacks that keep any; part of a checkpoint."""
         return self._callbacks.state_dict()
 
+    def _obey(self) -> None:
+        """What is asked for after this update, but for evaluations and saves."""
+        control, of_epoch = self.control, self.data.steps_per_epoch
+        if control.should_abort_without_save:
+            raise AbortedError(
+                f"a callback ended the run at update {self.global_step}; nothing was saved of it"
+            )
+        if control.taken("should_log"):
+            self.report.flush(asked=True)
+        if control.taken("should_roll_back"):
+            roll_back(self)
+        if control.taken("should_epoch_stop"):
+            self.position = -(-self.position // of_epoch) * of_epoch
+        self.early_stop |= self.need_early_exit()
+
     @property
-    def _evaluation_is_due(self) -> bool:
-        if self.control.taken("should_evaluate"):
-            return True
-        if not self.data.evals:
-            return False
-        interval = self.config.eval_interval
-        at_end = self.training_finished and self.config.eval_at_end is not False
-        return at_end or bool(interval and self.global_step % interval == 0)
+    def _must_leave(self) -> bool:
+        """Has a signal come that an evaluation gives way to?"""
+        return self.stop.signal is not None and not self.is_complete
 
     def _tell(self, event: str, **more: Any) -> None:
         self._callbacks.tell(event, self, **more)
@@ -396,6 +452,8 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
         for batch in self.eval_batches(eval_set, data):
             losses.append(self.loss(self.state, batch, key))
             self._tell("on_prediction_step")
+            if self._must_leave:
+                break
         return reduce(added, losses)
 
     @property

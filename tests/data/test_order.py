@@ -75,6 +75,18 @@ def test_a8_every_epoch_is_complete_and_in_another_order(plan):
     assert len({tuple(order) for order in orders}) == 3
 
 
+def test_an_epoch_may_take_all_rows_several_times(plan):
+    assert plan.repeated(0).passes == plan.repeated(3).passes == 1
+    for wanted in (4, 5, 6, 100):
+        repeated = plan.repeated(wanted)
+        assert repeated.steps_per_epoch >= wanted > (repeated.passes - 1) * plan.rows.num_rows // 8
+    repeated = plan.repeated(4)
+    assert repeated.passes == 2 and repeated.steps_per_epoch == -(-2 * plan.rows.num_rows // 8)
+    copies = [epoch_rows(repeated, epoch)[: 2 * plan.rows.num_rows] for epoch in (0, 1)]
+    orders = [tuple(order) for copy in copies for order in np.split(copy, 2)]
+    assert orders == [tuple(epoch_rows(plan, n)[: plan.rows.num_rows]) for n in range(4)]
+
+
 def test_other_seeds_have_other_orders(plan):
     other = BatchPlan(plan.documents, plan.rows, plan.shape, plan.row_tokens, seed=7)
     assert tuple(epoch_rows(other, 0)) != tuple(epoch_rows(plan, 0))

@@ -34,8 +34,10 @@ def test_events_come_in_the_documented_order(tmp_path):
     assert recorder.events == [
         ("on_init_end", 0), ("on_train_begin", 0), ("on_epoch_begin", 0),
         ("on_step_begin", 0), ("on_optimizer_step", 1), ("on_step_end", 1),
-        ("on_step_begin", 1), ("on_log", 2), ("on_optimizer_step", 2), ("on_step_end", 2),
-        ("on_log", 2), *[("on_prediction_step", 2)] * 5, ("on_evaluate", 2), ("on_save", 2), ("on_epoch_end", 2), ("on_train_end", 2),
+        ("on_step_begin", 1), ("on_train_metrics", 2), ("on_log", 2), ("on_optimizer_step", 2),
+        ("on_step_end", 2), ("on_train_metrics", 2), ("on_log", 2),
+        *[("on_prediction_step", 2)] * 5, ("on_evaluate", 2), ("on_save", 2),
+        ("on_epoch_end", 2), ("on_train_end", 2),
     ]  # fmt: skip
 
 
@@ -85,19 +87,22 @@ def test_callbacks_can_be_taken_out_by_object_or_class(tmp_path):
     assert run.pop_callback(two) is None
 
 
-def test_a_requested_evaluation_happens_at_that_update(tmp_path):
+def test_what_is_requested_happens_at_that_update(tmp_path):
     class Ask(Callback):
         def on_step_end(self, args, state, control, **more):
             control.should_evaluate = state.global_step == 1
+            control.should_log = state.global_step == 2
 
     written = recipe(
-        tmp_path, rows=40, train_iters=3, eval_interval=3, data={"train_eval_split": [0.8, 0.2]}
-    )
+        tmp_path, rows=40, train_iters=4, eval_interval=4, train_log_iter_interval=100,
+        data={"train_eval_split": [0.8, 0.2]},
+    )  # fmt: skip
     run = trainer(written)
     run.add_callback(Ask)
     run.train()
     rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
-    assert [row["iter"] for row in rows if "eval/loss" in row] == [1, 3]
+    assert [row["iter"] for row in rows if "eval/loss" in row] == [1, 4]
+    assert [row["iter"] for row in rows if "loss" in row] == [1, 2]  # 1 is due, 2 was asked for
 
 
 order = []

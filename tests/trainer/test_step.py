@@ -60,7 +60,7 @@ def test_a_batch_without_trained_tokens_changes_nothing_but_the_count(tmp_path):
     masked = batch._replace(loss_weights=jnp.zeros_like(batch.loss_weights))
     before = host(run.state)
     state, metrics = run.step(run.state, masked)
-    assert np.isnan(metrics["loss"]) and metrics["applied"] == 0
+    assert np.isnan(metrics["loss"]) and metrics["finite"] == 1
     for name, array in host(state).items():
         if name != ".step":
             np.testing.assert_array_equal(array, before[name])
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state(tmp_path):
     run = trainer(recipe(tmp_path) | {"type": "sft"}, cls=Broken)
     before = host(run.state.params)
     state, metrics = run.step(run.state, first_batch(run))
-    assert metrics["applied"] == 0
+    assert metrics["finite"] == 0 and int(state.step) == 0
     for name, array in host(state.params).items():
         np.testing.assert_array_equal(array, before[name])
 

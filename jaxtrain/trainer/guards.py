@@ -1,0 +1,159 @@
+"""The callbacks that a recipe's guards ask for: each watches the run, and its state is saved."""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxtrain.metrics.log import log
+from jaxtrain.recipe.errors import NonFiniteError, RecipeError
+from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, direction
+from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.trainer.callbacks import Callback, Control
+
+MOST_SKIPPED = 10  # in a row
+
+
+def guards(config: TrainerConfig) -> list[Callback]:
+    """Those that the recipe asks for, besides `on_nonfinite`."""
+    made: list[Callback] = []
+    if config.early_stopping is not None:
+        made.append(EarlyStopping(config.early_stopping))
+    if config.divergence is not None:
+        made.append(Divergence(config.divergence))
+    return made
+
+
+class EarlyStopping(Callback):
+    """Ends the run when a metric of its evaluations has stopped getting better. NaN is never
+    better."""
+
+    key = "early_stopping"
+
+    def __init__(self, config: EarlyStoppingConfig):
+        self.config = config
+        self.sign = -1.0 if direction(config.metric, config.mode) == "max" else 1.0
+        self.best: float | None = None
+        self.stale = 0
+        """evaluations since the best"""
+
+    def on_train_begin(self, state: Any) -> None:
+        self._end_if_stale(state)
+
+    def on_evaluate(self, state: Any, metrics: Any) -> None:
+        if self.config.metric not in metrics:
+            raise RecipeError(
+                f"early_stopping.metric: no evaluation gives {self.config.metric!r}; found "
+                f"{', '.join(metrics)}"
+            )
+        value = float(metrics[self.config.metric])
+        gain = math.inf if self.best is None else self.sign * (self.best - value)
+        if gain > self.config.min_delta and not math.isnan(value):
+            self.best, self.stale = value, 0
+        else:
+            self.stale += 1
+        self._end_if_stale(state)
+
+    def _end_if_stale(self, state: Any) -> None:
+        if self.stale >= self.config.patience:
+            best = "no value was a number" if self.best is None else f"best {self.best:.6g}"
+            state.request_stop(
+                f"{self.config.metric} got no better in {self.stale} evaluations ({best})"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "stale": self.stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.stale = state["best"], state["stale"]
+
+
+class Divergence(Callback):
+    """Compares a short with a long exponential average; a spike alone does not part them."""
+
+    key = "divergence"
+
+    def __init__(self, config: DivergenceConfig):
+        self.config = config
+        self.averages: tuple[float, float] | None = None
+        """short, long"""
+        self.is_apart = False
+
+    def on_train_metrics(self, control: Control, metrics: Any) -> None:
+        if not self.config.metric.startswith("eval/"):
+            self._see(metrics, control)
+
+    def on_evaluate(self, control: Control, metrics: Any) -> None:
+        if self.config.metric.startswith("eval/"):
+            self._see(metrics, control)
+
+    def _see(self, row: Any, control: Control) -> None:
+        config = self.config
+        value = row.get(config.metric)
+        if value is None:
+            raise RecipeError(
+                f"divergence.metric: no row has {config.metric!r}; found {', '.join(row)}"
+            )
+        if not math.isfinite(value):
+            return
+        short, long = self.averages or (value, value)
+        short += config.short_alpha * (value - short)
+        long += config.long_alpha * (value - long)
+        self.averages = short, long
+        was_apart, self.is_apart = self.is_apart, short - long >= config.threshold
+        if was_apart or not self.is_apart:
+            return
+        what = (
+            f"{config.metric} diverges: its short average {short:.4g} is {config.threshold:g} or "
+            f"more above its long one {long:.4g}"
+        )
+        if config.action == "stop":
+            raise NonFiniteError(what)
+        log.warning(what)
+        control.should_roll_back |= config.action == "rollback"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self.averages and list(self.averages), "is_apart": self.is_apart}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.averages = state["averages"] and tuple(state["averages"])
+        self.is_apart = state["is_apart"]
+
+
+class NonFinite(Callback):
+    """What becomes of an update whose loss or gradient norm is not finite; the step has left the
+    state as it was. Under `stop` the report raises when it comes to that update."""
+
+    key = "on_nonfinite"
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def takes(self, metrics: dict[str, jax.Array], control: Control) -> bool:
+        """Does this count as an update? All but `stop` wait for the device to know; NonFiniteError
+        when ten in a row do not."""
+        if self.policy == "stop":
+            return True
+        is_finite = bool(metrics["finite"])
+        if not is_finite:
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            log.warning("not finite, %s: loss %s, grad norm %s", self.policy, loss, norm)
+        if self.policy == "rollback":
+            control.should_roll_back |= not is_finite
+            return is_finite
+        self.in_a_row = 0 if is_finite else self.in_a_row + 1
+        self.skipped += not is_finite
+        if self.in_a_row == MOST_SKIPPED:
+            raise NonFiniteError(
+                f"{MOST_SKIPPED} updates in a row are not finite: on_nonfinite: skip gives up"
+            )
+        metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
+        return is_finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

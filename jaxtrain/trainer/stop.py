@@ -1,0 +1,73 @@
+"""What asks from outside that a run ends: a file, or a signal."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from jaxtrain.recipe.errors import AbortedError, PreemptedError, UserError
+
+if TYPE_CHECKING:
+    from jaxtrain.trainer.trainer import Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequests:
+    """Noted when they come, and looked at once an update, so that the update is finished first."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.signal: signal.Signals | None = None
+        """the newest that came"""
+        self.obeyed: signal.Signals | None = None
+        """the one for which the run ends"""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are noted instead of ending the process; outside the main thread nothing
+        changes. A second SIGINT is a KeyboardInterrupt."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # One that is ignored, as SIGINT is in the background jobs of a script, stays ignored.
+        numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        # A print could meet another one half done; a write to the descriptor cannot.
+        again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+        os.write(2, f"\n{self.signal.name}: ending after this update{again}\n".encode())
+
+    def asked(self) -> str | None:
+        """Why the run is to end, None while nothing asks; a stop file that is obeyed is removed."""
+        if self.signal is not None:
+            self.obeyed = self.signal
+            return self.signal.name
+        if self.file.exists():
+            self.file.unlink(missing_ok=True)
+            return f"the stop file {self.file}"
+        return None
+
+
+def ended_by_signal(trainer: "Trainer") -> UserError:
+    """What a run raises that a signal has ended: PreemptedError if its state is saved."""
+    assert trainer.stop.obeyed is not None
+    when = f"{trainer.stop.obeyed.name}: ended after update {trainer.global_step}"
+    if not trainer.full_state_engines:
+        return AbortedError(f"{when}; nothing could be saved: the recipe has no `orbax` entry")
+    resumes = any(engine.config.auto_resume for engine in trainer.checkpoint_engines)
+    how = "" if resumes else "with `auto_resume: true` on its `orbax` entry, "
+    return PreemptedError(f"{when}, its full state is saved; {how}run it again to go on")
