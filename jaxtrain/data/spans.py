@@ -101,7 +101,7 @@ class _MarkedSearch:
         self._text = text
         self._marks = _Marks(text)
         self._openings: dict[str, str] = {}
-        self._closings: set[str] = set()
+        self._closings: dict[str, str] = {}  # by role, as the openings of what follows one
         anchors = {*turns, *(turn - 1 for turn in turns if turn)}
         self._ended = [
             self._marks.ended(message, index) if index in anchors else message
@@ -168,10 +168,9 @@ class _MarkedSearch:
             return len(self._text)
         message = self._messages[turn]
         is_plain = message.keys() == {"role", "content"} and not message["content"][-1:].isspace()
-        if is_plain:
-            for closing in self._closings:
-                if self._text.startswith(closing, end):
-                    return end + len(closing)
+        known = self._closings.get(message["role"]) if is_plain else None
+        if known is not None and self._text.startswith(known, end):
+            return end + len(known)
         rendered, places = self._unmarked(self._ended[: turn + 1], False)
         place = places.get(("e", turn))
         if place is None:
@@ -180,7 +179,7 @@ class _MarkedSearch:
         # of turn; a token that is cut here is not of the turn.
         closing = _shared_start(rendered[place:], self._text[end:])
         if is_plain and len(closing) == len(rendered) - place:
-            self._closings.add(closing)
+            self._closings.setdefault(message["role"], closing)
         return end + len(closing)
 
     def _places_in_text(self, marked: list[Message]) -> dict[tuple[str, int], int] | None:
