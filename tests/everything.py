@@ -143,7 +143,9 @@ class MyEngine(CheckpointEngine):
         folder.mkdir(parents=True)
         leaves = jax.tree.leaves(self.trainer.state)
         np.savez(folder / self.config.file, *(np.asarray(leaf) for leaf in leaves))
-        (folder / "about.json").write_text(json.dumps({"callbacks": self.trainer.callback_states}))
+        about = {"callbacks": self.trainer.callback_states}
+        about["report"] = self.trainer.report.state_dict()
+        (folder / "about.json").write_text(json.dumps(about))
 
     def load(self, model):
         saved = np.load(self.path(self.steps()[-1]) / f"{self.config.file}.npz")
