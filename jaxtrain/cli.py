@@ -3,8 +3,10 @@ once."""
 
 import os
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import click
 
 from jaxtrain.recipe.errors import UserError
 
+COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -49,8 +52,20 @@ def cli(ctx: click.Context) -> None:
     metavar="KEY",
     help="Resume though this key of the recipe has changed and the state may not fit it.",
 )
+@click.option(
+    "--python_profile",
+    type=click.Choice(["tottime", "cumtime", "disable"]),
+    default="disable",
+    help="At the end, print where this process's Python code spent its time, in this order.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def train(recipe: Path, overrides: tuple[str, ...], allowed: tuple[str, ...], debug: bool) -> None:
+def train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    allowed: tuple[str, ...],
+    python_profile: str,
+    debug: bool,
+) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     from jaxtrain.recipe.resolve import resolve
 
@@ -62,9 +77,10 @@ def train(recipe: Path, overrides: tuple[str, ...], allowed: tuple[str, ...], de
     from jaxtrain import registry
 
     remember_compilations()
-    trainer = registry.find("trainer", config.type)(config)
-    trainer.allowed_changes = allowed
-    trainer.train()
+    with profiled(python_profile):
+        trainer = registry.find("trainer", config.type)(config)
+        trainer.allowed_changes = allowed
+        trainer.train()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -82,11 +98,19 @@ def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bo
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
-    if not dump_config:
-        click.echo(told(resolved))
-    config = resolved.checked()
     if dump_config:
-        click.echo(to_yaml(config), nl=False)
+        click.echo(to_yaml(resolved.checked()), nl=False)
+        return
+    if resolved.faults:
+        click.echo(f"{resolved.error}\n", err=True)
+    click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, told(resolved)))
+    sys.exit(resolved.error.exit_code if resolved.faults else 0)
+
+
+def coloured(match: re.Match[str]) -> str:
+    """The word that a line of the report begins with; `click.echo` drops colour off a terminal."""
+    word = match[0].strip()
+    return click.style(match[0], fg=COLOURS.get(word), bold=word not in COLOURS)
 
 
 @cli.command()
@@ -183,6 +207,22 @@ def main() -> None:
             raise
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def profiled(order: str) -> Iterator[None]:
+    """Print the 30 functions that took longest, by `order`, also when the run fails."""
+    if order == "disable":
+        yield
+        return
+    import cProfile
+    import pstats
+
+    with cProfile.Profile() as profile:
+        try:
+            yield
+        finally:
+            pstats.Stats(profile).sort_stats(order).print_stats(30)
 
 
 def remember_compilations() -> None:

@@ -1,3 +1,9 @@
-"""The names of the package, where recipes' code of ArcticTraining looks for some of them."""
+"""The names of the package once more, since code written for ArcticTraining looks here too."""
 
-from jaxtrain import __getattr__ as __getattr__
+from typing import Any
+
+import jaxtrain
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(jaxtrain, name)

@@ -70,7 +70,10 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     assert [row["iter"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     exported = {p.name for p in (tmp_path / "out" / "global_step_3").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
-    assert jaxtrain(tmp_path, run / "recipe.yaml", "run_dir=again", "checkpoint=[]").returncode == 0
+    changes = ("run_dir=again", "checkpoint=[]", "--python_profile", "cumtime")
+    again = jaxtrain(tmp_path, run / "recipe.yaml", *changes)
+    assert again.returncode == 0 and "Ordered by: cumulative time" in again.stdout
+    assert "Ordered by" not in done.stdout
 
 
 def broken_row(folder, written):
@@ -169,3 +172,12 @@ def test_a_wrong_call_is_said(tmp_path, arguments, expected):
     written(tmp_path, {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
     done = jaxtrain(tmp_path, *arguments)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_exit_codes_of_a_clean_check_and_of_a_loss_that_is_not_finite(tmp_path):
+    file = written(tmp_path, recipe(tmp_path, rows=16, optimizer={"lr": 1e38}))
+    done = jaxtrain(tmp_path, "check", file)
+    assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
+    done = jaxtrain(tmp_path, file)
+    assert done.returncode == 5 and "not finite" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1

@@ -17,7 +17,7 @@ FLOORS = (
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
     {"trainer"},
-    {"cli", "__main__", "__init__"},
+    {"cli", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
 HOMES = {

@@ -1,11 +1,20 @@
 import importlib.util
 import typing
+from typing import Union
 
 import pytest
 
-from jaxtrain import OptimizerFactory, SFTTrainer, registry
-from jaxtrain.recipe.optimizer import OptimizerConfig
-from jaxtrain.recipe.resolve import run_user_code
+from jaxtrain import (
+    Callback,
+    DataSource,
+    OptimizerFactory,
+    SFTDataFactory,
+    SFTTrainer,
+    TrainerConfig,
+    registry,
+)
+from jaxtrain.recipe.optimizer import AdamWConfig, OptimizerConfig
+from jaxtrain.recipe.resolve import resolve, run_user_code
 
 
 @pytest.mark.parametrize(
@@ -73,13 +82,100 @@ def test_a_taken_name_says_who_has_it_and_force_replaces():
         ("def loss_fn(self, model, rows, key): ...", "lacks 'batch' and demands 'rows'"),
         ("def pre_stp_callback(self): ...", "no event 'pre-stp'; did you mean `pre-step`"),
         ("callbacks = [('before-step', print)]", "no event 'before-step'"),
+        (
+            "def pre_epoch_callback(self, batch): ...",
+            "the pre-epoch callback takes 1 values beside self; it is called as (self)",
+        ),
+        (
+            "callbacks = [('post-step', lambda self, state, batch: None)]",
+            "the post-step callback takes 2 values beside self; it is called as (self, result)",
+        ),
+        ("def backward(self, loss): ...", "it is called as backward(self, gradients)"),
+        (
+            "data_factory: AdamWConfig",
+            "data_factory must name factories of kind 'data', one or a union, found <class 'jaxtrain",
+        ),
+        (
+            "config: AdamWConfig",
+            "config must be TrainerConfig or a subclass, found <class 'jaxtrain",
+        ),
     ],
 )
 def test_a_mistake_is_found_when_the_class_is_made(body, expected):
     source = f"class Mine(SFTTrainer):\n    name = 'mistaken-of-test'\n    {body}\n"
     with pytest.raises(ValueError) as error:
-        exec(source, {"SFTTrainer": SFTTrainer, "__name__": "user"})
+        exec(source, {"SFTTrainer": SFTTrainer, "AdamWConfig": AdamWConfig, "__name__": "user"})
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "expected"),
+    [
+        (DataSource, "load_fn", "load_fn is not called; define `load(config, split)`"),
+        (SFTDataFactory, "get_masked_labels", "define `encoder`"),
+        (SFTDataFactory, "get_assistant_start_end_indices", "define `encoder`"),
+        (SFTDataFactory, "tokenize_messages", "define `encoder`"),
+    ],
+)
+def test_a_method_that_nothing_calls_is_answered_with_what_to_write(base, method, expected):
+    with pytest.raises(ValueError) as error:
+        type("Mine", (base,), {"name": "retired-of-test", method: lambda self, rows: rows})
+    assert str(error.value).startswith("Mine: ") and expected in str(error.value)
+
+
+def test_a_callback_object_is_told_where_it_belongs():
+    with pytest.raises(ValueError, match="a callback is given by `default_callbacks` of a trainer"):
+
+        @registry.register
+        class Mine(Callback):
+            pass
+
+
+class One(OptimizerFactory):
+    name = "one-of-test"
+
+
+class Two(OptimizerFactory):
+    name = "two-of-test"
+
+
+def trainer_with(name, **body):
+    return type("Mine", (SFTTrainer,), {"name": name, "__module__": "user", **body})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("union-of-test", Union[One, Two]), ("bar-of-test", One | Two)],  # noqa: UP007
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_hints_are_read_in_both_forms_and_under_both_names(name, hint, older):
+    """Trap A39."""
+    body = (
+        {"optimizer_factory_type": hint}
+        if older
+        else {"__annotations__": {"optimizer_factory": hint}}
+    )
+    trainer_with(f"{name}-{older}", **body)
+    assert registry.allowed(f"{name}-{older}", "optimizer") == ("one-of-test", "two-of-test")
+    assert registry.allowed(f"{name}-{older}", "data") == ("sft",)  # a missing hint is inherited
+
+
+def test_every_older_attribute_is_read_with_a_note_in_the_report():
+    class Config(TrainerConfig):
+        extra: int = 1
+
+    hints = typing.get_type_hints(SFTTrainer)
+    body = {f"{attribute}_type": hints[attribute] for attribute in registry.SECTIONS.values()}
+    trainer_with("older-of-test", config_type=Config, **body)
+    for section in registry.SECTIONS:
+        named = registry.allowed("older-of-test", section)
+        assert set(named) <= set(registry.allowed("sft", section)) and named
+    recipe = {"type": "older-of-test", "extra": 2, "model": {"name_or_path": "m"}}
+    resolved = resolve(recipe | {"data": {"sources": ["a/b"]}})
+    assert resolved.checked().extra == 2
+    notes = set(resolved.report.notes)
+    assert "Mine: write `data_factory: …` for `data_factory_type = …`" in notes
+    assert len(notes) == len(registry.OLDER)
 
 
 def test_optional_arguments_may_be_added():

@@ -51,7 +51,7 @@ def prepare_data(
     if eval_data is not None:
         if config.train_eval_split[1]:
             raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
-        named = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
+        named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
         evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
     return factory.prepare(
         train, evals, shape, process_index=process_index, process_count=process_count

@@ -9,7 +9,7 @@ class TensorBoard:
     """On resume, TensorBoard is told to forget what lies behind the restored step."""
 
     def __init__(self, folder: Path, *, resumed_at: int):
-        import tensorboardX  # an extra
+        import tensorboardX  # an extra  # pyright: ignore[reportMissingImports]
 
         # The suffix keeps apart two starts within a second, which else share a file name.
         self._events = tensorboardX.SummaryWriter(

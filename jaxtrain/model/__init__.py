@@ -1,8 +1,18 @@
-"""One decoder, its families as data, and its weights in and out of Hugging Face folders."""
+"""One decoder, its families as data, and its weights in and out of Hugging Face folders.
 
+The names of the package are found here too, as in ArcticTraining.
+"""
+
+from typing import Any
+
+import jaxtrain
 from jaxtrain.model.decoder import Decoder as Decoder
 from jaxtrain.model.factory import Described as Described
 from jaxtrain.model.factory import HFModelFactory as HFModelFactory
 from jaxtrain.model.factory import LanguageModel as LanguageModel
 from jaxtrain.model.factory import ModelFactory as ModelFactory
 from jaxtrain.model.factory import language_model as language_model
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(jaxtrain, name)

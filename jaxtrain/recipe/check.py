@@ -2,33 +2,43 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
+from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.resolve import Resolved
-from jaxtrain.recipe.standing import Report
+from jaxtrain.recipe.standing import Report, braced
 from jaxtrain.recipe.trainer import TrainerConfig
 
 DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is told
+WIDTH = 100
+COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth of a second
 
 
 def told(resolved: Resolved) -> str:
     """The report of a recipe's keys and, when nothing is wrong with it, the run that it asks
     for."""
-    parts = ["\n".join(report_lines(resolved.report))]
+    parts = [report_lines(resolved.report)]
     if resolved.config is not None:
-        facts = [f"{name:11} {fact}" for name, fact in run_facts(resolved.config)]
-        parts.append("\n".join(facts))
-    return "\n\n".join(part for part in parts if part)
+        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config)])
+    wrap = partial(
+        textwrap.fill, width=WIDTH, subsequent_indent=" " * 11,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n\n".join("\n".join(map(wrap, lines)) for lines in parts if lines)
 
 
 def report_lines(report: Report) -> list[str]:
-    """One line for the keys that mean what they mean upstream, one for each that does not."""
-    same = ", ".join(line.key for line in report.of("same"))
-    refused = [str(line) for line in report.of("refused")]
-    return [*([f"{'same':9} {same}"] if same else []), *report.changes(), *refused]
+    """Keys that mean what they mean upstream, keys that do not with the reason, refused ones."""
+    same, refused = (
+        [f"{word:10} {braced(line.key for line in lines)}"] if (lines := report.of(word)) else []
+        for word in ("same", "refused")
+    )
+    return [*same, *report.changes(), *refused]
 
 
 def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
@@ -36,14 +46,19 @@ def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
     horizon = config.horizon(None)
     name = config.model.name_or_path.split("#")[0]
     yield "trainer", config.type
-    yield "model", name if Path(name).exists() else f"{name} (not on this disk; a run fetches it)"
+    yield "model", name if Path(name).exists() else f"{name}, of the local cache or fetched"
     yield "rows", row_length(config)
     yield "batch", batch(config)
     yield "updates", updates(config, horizon)
     yield "warm-up", warmup(config, horizon)
     if config.data.has_eval:
         yield "evaluation", evaluation(config)
-    yield "files", ", ".join(map(str, files(config)))
+    folder = Path(config.run_dir or "")
+    names = [
+        str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+        for file in files(config)
+    ]
+    yield "files", f"{folder}: {', '.join(names)}"
     for entry in config.checkpoint:
         if entry.enabled:
             yield "checkpoint", f"{entry.output_dir}/global_step_N ({entry.type}), {moments(entry)}"
@@ -66,15 +81,21 @@ def row_length(config: TrainerConfig) -> str:
 def batch(config: TrainerConfig) -> str:
     """Rows an update."""
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
-    of_shard = f"{rows} x {pieces} accumulated = {rows * pieces} rows a batch shard"
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if open_axis is None:
-        return f"{of_shard}, {rows * pieces * shards(config.mesh, fixed):,} on {fixed} devices"
-    counts = [fixed * n for n in DEVICE_COUNTS]
-    each = [f"{rows * pieces * shards(config.mesh, n):,} on {n}" for n in counts]
-    return f"{of_shard}; {', '.join(each)} devices"
+    sizes = batch_sizes(config)
+    (n, size), *others = sizes.items()
+    counts = [f"{size:,} row{'s' * (size != 1)} an update on {n}"]
+    counts += [f"{size:,} on {n}" for n, size in others]
+    devices = "device" if [*sizes] == [1] else "devices"
+    return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"
+
+
+def batch_sizes(config: TrainerConfig) -> dict[int, int]:
+    """Devices → rows an update; one entry where the mesh says how many devices there are."""
+    sizes = [getattr(config.mesh, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    rows = config.micro_batch_size * config.gradient_accumulation_steps
+    counts = [fixed * n for n in DEVICE_COUNTS] if -1 in sizes else [fixed]
+    return {n: rows * shards(config.mesh, n) for n in counts}
 
 
 def shards(mesh: MeshConfig, num_devices: int) -> int:
@@ -84,12 +105,42 @@ def shards(mesh: MeshConfig, num_devices: int) -> int:
 
 
 def updates(config: TrainerConfig, horizon: int | None) -> str:
-    if horizon is None:
-        epochs = 1 if config.epochs is None else config.epochs
-        first = f"{config.train_iters:,}, or " if config.train_iters else ""
-        return f"{first}{epochs} epoch{'s' * (epochs != 1)}, counted when the data is read"
-    end = config.exit_iteration
-    return f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    if horizon is not None:
+        end = config.exit_iteration
+        return f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    epochs = 1 if config.epochs is None else config.epochs
+    first = f"{config.train_iters:,}, or " if config.train_iters else ""
+    known = "counted when the data is read"
+    if rows := local_rows(config):
+        (devices, size), *_ = batch_sizes(config).items()
+        on = f"{devices} device{'s' * (devices > 1)}"
+        known = f"at most {-(-rows // size):,} updates each on {on}: {rows:,} local rows"
+    return f"{first}{epochs} epoch{'s' * (epochs != 1)}, {known}"
+
+
+def local_rows(config: TrainerConfig) -> int | None:
+    """Rows of an epoch before any is dropped or packed, counted by the lines of local files; None
+    where that takes reading them."""
+    if not isinstance(config.data, SFTDataConfig):
+        return None
+    total, left = 0.0, COUNTED_BYTES
+    for source in config.data.sources:
+        if isinstance(source, SyntheticDataSourceConfig):
+            rows = source.rows
+        elif isinstance(source, LocalDataSourceConfig) and source.split == "train":
+            paths = [
+                Path(p) for p in ([source.path] if isinstance(source.path, str) else source.path)
+            ]
+            left -= sum(p.stat().st_size for p in paths if p.is_file())
+            if left < 0 or not all(
+                p.is_file() and p.suffix in (".jsonl", ".ndjson") for p in paths
+            ):
+                return None
+            rows = sum(bool(line.strip()) for p in paths for line in p.open("rb"))
+        else:
+            return None
+        total += min(rows * (source.sample_ratio or 1), source.sample_count or rows)
+    return math.ceil(total * config.data.train_eval_split[0])
 
 
 def warmup(config: TrainerConfig, horizon: int | None) -> str:
@@ -98,7 +149,7 @@ def warmup(config: TrainerConfig, horizon: int | None) -> str:
         return f"{scheduler.warmup_updates(horizon):,} updates"
     if scheduler.warmup_ratio is None and scheduler.warmup_updates(0):
         return f"{scheduler.warmup_updates(0):,} updates"
-    return f"{scheduler.warmup_updates(1_000) / 1_000:.1%} of the updates"
+    return f"{scheduler.warmup_updates(1_000) / 10:g}% of the updates"
 
 
 def evaluation(config: TrainerConfig) -> str:

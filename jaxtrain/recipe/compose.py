@@ -97,6 +97,7 @@ def _override(recipe: Recipe, text: str) -> Key:
         step = _step(here, part)
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
+            recipe.places[(*key, part)] = COMMAND_LINE
         if step is None or (isinstance(here, dict) and part not in here):
             raise _no_such(name, key, part, here)
         key, here = (*key, step), here[step]

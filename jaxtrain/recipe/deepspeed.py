@@ -2,81 +2,86 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from jaxtrain.recipe.section import Section, is_off, refused_when_on
 
-XLA_SCHEDULES = "XLA schedules communication; exports always gather"
 HAS_NO_COUNTERPART = "belongs to DeepSpeed's engine"
-
-ZERO_NO_EFFECT = {
-    XLA_SCHEDULES: """
-        reduce_bucket_size allgather_bucket_size sub_group_size overlap_comm contiguous_gradients
-        reduce_scatter allgather_partitions round_robin_gradients memory_efficient_linear
-        use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
-        stage3_param_persistence_threshold stage3_model_persistence_threshold
-        stage3_max_live_parameters stage3_max_reuse_distance stage3_use_all_reduce_for_fetch_params
-        stage3_module_granularity_threshold stage3_allgather_sequential
-        stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save""",
-    HAS_NO_COUNTERPART: """
-        elastic_checkpoint load_from_fp32_weights leaf_module prefetch_bucket_size
-        param_persistence_threshold model_persistence_threshold max_live_parameters
-        max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
-        ignore_unused_parameters legacy_stage1 override_module_apply log_trace_cache_warnings
-        cpu_offload_use_pin_memory enable_sanity_checks zero_hpz_partition_size_auto""",
-}
-NO_EFFECT = {
-    "collectives carry the array's dtype": """
-        communication_data_type seq_parallel_communication_data_type""",
-    "gradients are summed in fp32 and divided once": "prescale_gradients gradient_predivide_factor",
-    "see `wandb`": "wandb csv_monitor comet",
-    "times, memory and FLOPs are always in the metrics": """
-        steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger
-        flops_profiler""",
-    HAS_NO_COUNTERPART: """
-        gradient_allreduce_op managed_gradient_accumulation pipeline nebula vocabulary_size
-        use_data_before_expert_parallelism zero_allow_untested_optimizer
-        zero_force_ds_cpu_optimizer sparse_gradients disable_allgather dataloader_drop_last
-        checkpoint aio compile graph_harvesting timers""",
-}
-ACTIVATION_NO_EFFECT = {
-    "layers are rematerialised per policy": """
-        partition_activations contiguous_memory_optimization number_checkpoints
-        synchronize_checkpoint_boundary profile"""
-}
-BF16_NO_EFFECT = {
-    "see `on_nonfinite`": "check_grad_overflow immediate_grad_update bf16_master_weights_and_grads "
-    "bf16_optimizer_states"
-}
-FP16_NO_EFFECT = {
-    "only fp16 has a loss scaler": """
-        loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-        min_loss_scale auto_cast fp16_master_weights_and_grads"""
-}
-OFFLOAD_NO_EFFECT = {
+OFFLOAD = {
     "XLA moves the arrays": """
         pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read pipeline_write
         fast_init super_offload cpuadam_cores_perc"""
 }
-ZERO_REFUSED = """zero_quantized_weights zero_quantized_nontrainable_weights
-    zero_quantized_gradients zeropp_loco_param zenflow"""
-WOULD_CHANGE = """autotuning elasticity compression_training curriculum_learning data_efficiency
-    progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training"""
+BF16 = {
+    "see `on_nonfinite`": """
+        check_grad_overflow immediate_grad_update bf16_master_weights_and_grads
+        bf16_optimizer_states"""
+}
+NO_EFFECT: dict[str, dict[str, str]] = {
+    "": {
+        "collectives carry the array's dtype": """
+            communication_data_type seq_parallel_communication_data_type""",
+        "gradients are summed in fp32 and divided once": """
+            prescale_gradients gradient_predivide_factor""",
+        "see `wandb`": "wandb csv_monitor comet",
+        "times, memory and FLOPs are always in the metrics": """
+            steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger
+            flops_profiler""",
+        HAS_NO_COUNTERPART: """
+            gradient_allreduce_op managed_gradient_accumulation pipeline nebula vocabulary_size
+            use_data_before_expert_parallelism zero_allow_untested_optimizer
+            zero_force_ds_cpu_optimizer sparse_gradients disable_allgather dataloader_drop_last
+            checkpoint aio compile graph_harvesting timers""",
+    },
+    "zero_optimization": {
+        "XLA schedules communication; exports always gather": """
+            reduce_bucket_size allgather_bucket_size sub_group_size overlap_comm
+            contiguous_gradients reduce_scatter allgather_partitions round_robin_gradients
+            memory_efficient_linear use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
+            stage3_param_persistence_threshold stage3_model_persistence_threshold
+            stage3_max_live_parameters stage3_max_reuse_distance
+            stage3_use_all_reduce_for_fetch_params stage3_module_granularity_threshold
+            stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
+            stage3_gather_fp16_weights_on_model_save""",
+        HAS_NO_COUNTERPART: """
+            elastic_checkpoint load_from_fp32_weights leaf_module prefetch_bucket_size
+            param_persistence_threshold model_persistence_threshold max_live_parameters
+            max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
+            ignore_unused_parameters legacy_stage1 override_module_apply log_trace_cache_warnings
+            cpu_offload_use_pin_memory enable_sanity_checks zero_hpz_partition_size_auto""",
+    },
+    "zero_optimization.offload_optimizer": OFFLOAD,
+    "zero_optimization.offload_param": OFFLOAD,
+    "activation_checkpointing": {
+        "layers are rematerialised per policy": """
+            partition_activations contiguous_memory_optimization number_checkpoints
+            synchronize_checkpoint_boundary profile"""
+    },
+    "bf16": BF16,
+    "bfloat16": BF16,
+    "fp16": {
+        "only fp16 has a loss scaler": """
+            loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+            min_loss_scale auto_cast fp16_master_weights_and_grads"""
+    },
+    "tensorboard": {"see `tensorboard`": "output_path job_name"},
+}
+"""Section of the block → why keys of it change nothing here → those keys."""
+_CHANGES_RESULT = refused_when_on("is not supported: it would change the result")
 
 
-def _fields(names: str, kind: Any) -> dict[str, Any]:
-    return {name: (kind, None) for name in names.split()}
+def _keys(section: str, **more: Any) -> Any:
+    """A base with the keys of a section that change nothing, and others by (type, default)."""
+    names = " ".join(NO_EFFECT[section].values()).split()
+    fields = dict.fromkeys(names, (Any, None)) | more
+    return create_model(f"{section}Keys", __base__=Section, __module__=__name__, **fields)
 
 
-def _ignored(table: dict[str, str]) -> dict[str, Any]:
-    return _fields(" ".join(table.values()), Any)
+def _refused(names: str, why: BeforeValidator) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), (Annotated[Any, why], None))
 
 
-def _section(name: str, **fields: Any) -> Any:
-    return create_model(name, __base__=Section, __module__=__name__, **fields)
-
-
-class OffloadConfig(_section("OffloadKeys", **_ignored(OFFLOAD_NO_EFFECT))):
+class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state lives."""
 
     device: Literal["none", "cpu"] | None = None
@@ -91,12 +96,12 @@ class OffloadConfig(_section("OffloadKeys", **_ignored(OFFLOAD_NO_EFFECT))):
 
 
 class ZeroConfig(
-    _section(
-        "ZeroKeys",
-        **_ignored(ZERO_NO_EFFECT),
-        **_fields(
-            ZERO_REFUSED,
-            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+    _keys(
+        "zero_optimization",
+        **_refused(
+            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+            "zeropp_loco_param zenflow",
+            _CHANGES_RESULT,
         ),
     )
 ):
@@ -122,7 +127,7 @@ class ZeroConfig(
         return self
 
 
-class EnabledConfig(_section("BF16Keys", **_ignored(BF16_NO_EFFECT))):
+class EnabledConfig(_keys("bf16")):
     enabled: bool | None = None
 
 
@@ -139,7 +144,7 @@ class FP16Config(Section):
     fp16_master_weights_and_grads: bool | None = None
 
 
-class ActivationConfig(_section("ActivationKeys", **_ignored(ACTIVATION_NO_EFFECT))):
+class ActivationConfig(_keys("activation_checkpointing")):
     cpu_checkpointing: bool = False
 
 
@@ -151,23 +156,21 @@ class TensorParallelConfig(Section):
     autotp_size: int = Field(default=0, ge=0)
 
 
-class MonitorConfig(Section):
+class MonitorConfig(_keys("tensorboard")):
     enabled: bool = False
-    output_path: Any = None
-    job_name: Any = None
 
 
 class DeepSpeedConfig(
-    _section(
-        "DeepSpeedKeys",
-        **_ignored(NO_EFFECT),
-        **_fields(
-            WOULD_CHANGE,
-            Annotated[Any, refused_when_on("is not supported: it would change the result")],
+    _keys(
+        "",
+        **_refused(
+            "autotuning elasticity compression_training curriculum_learning data_efficiency "
+            "progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training",
+            _CHANGES_RESULT,
         ),
-        **_fields("amp torch_autocast", Annotated[Any, refused_when_on("use `model.dtype`")]),
-        optimizer=(Annotated[Any, refused_when_on("write it under `optimizer:`")], None),
-        scheduler=(Annotated[Any, refused_when_on("write it under `scheduler:`")], None),
+        **_refused("amp torch_autocast", refused_when_on("use `model.dtype`")),
+        **_refused("optimizer", refused_when_on("write it under `optimizer:`")),
+        **_refused("scheduler", refused_when_on("write it under `scheduler:`")),
     )
 ):
     """Settings of DeepSpeed, mapped key by key; a text `auto` counts as not written."""

@@ -10,6 +10,7 @@ from jaxtrain.recipe.errors import did_you_mean, shown
 from jaxtrain.recipe.load import Key
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+MOST_KEYS = 10  # of a section, that a message lists
 SIDES = (("gt", "ge"), ("lt", "le"))
 KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
 
@@ -40,8 +41,10 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
         section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
         if full := section and full_name(section, name):
             return f"is another name of `{full}`, which is written too; remove one"
-        near = did_you_mean(name, known_keys(cls, detail["loc"][:-1]))
-        return f"unknown key (found {shown(found)}){near}"
+        known = known_keys(cls, detail["loc"][:-1])
+        all_known = f"; known: {', '.join(known)}" if known and "type" not in known else ""
+        help = did_you_mean(name, known) or (all_known if len(known) <= MOST_KEYS else "")
+        return f"unknown key (found {shown(found)}){help}"
     if kind == "missing":
         return "is required"
     if kind == "value_error":

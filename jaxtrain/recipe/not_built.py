@@ -117,7 +117,7 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
 
 
 def _brief(value: Any) -> str:
-    fields = getattr(value, "model_fields_set", None)
-    return (
-        shown(value) if fields is None else shown({name: getattr(value, name) for name in fields})
-    )
+    written = getattr(value, "model_fields_set", None)
+    if written is None:
+        return shown(value)
+    return shown({k: getattr(value, k) for k in type(value).model_fields if k in written})

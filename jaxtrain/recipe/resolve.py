@@ -15,7 +15,7 @@ from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe
 from jaxtrain.recipe.mapping import mapped, without_carried
-from jaxtrain.recipe.messages import said
+from jaxtrain.recipe.messages import known_keys, said
 from jaxtrain.recipe.not_built import not_built
 from jaxtrain.recipe.secrets import hidden
 from jaxtrain.recipe.standing import Report, report
@@ -25,6 +25,9 @@ SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
 DATA_SECTIONS = ("data", "model", "tokenizer")
 """What preparing rows reads of a recipe."""
+
+TRAINER_KEYS = ("type", "name", "code", "base")
+"""Keys whose meaning does not hang on the trainer."""
 
 
 class Resolved(NamedTuple):
@@ -38,8 +41,12 @@ class Resolved(NamedTuple):
     def checked(self) -> TrainerConfig:
         """The config; RecipeError with every fault at once."""
         if self.faults or self.config is None:
-            raise RecipeError(self.faults, recipe=self.recipe.file)
+            raise self.error
         return self.config
+
+    @property
+    def error(self) -> RecipeError:
+        return RecipeError(self.faults, recipe=self.recipe.file)
 
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
@@ -58,18 +65,21 @@ def resolve(
     be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
     resolver = _Resolver(recipe, only_data)
-    config = resolver.resolve()
-    faults = [resolver.private(fault) for fault in dict.fromkeys(resolver.faults)]
+    trainer = resolver.trainer_name()
+    config = resolver.config(trainer) if trainer else None
+    faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))
     notes = [hidden(note, recipe.secrets) for note in resolver.notes]
-    if faults or config is None:
-        return Resolved(recipe, None, tuple(faults), report(recipe.tree, faults, notes))
+    # Which keys there are depends on the trainer.
+    told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
+    if config is None or faults:
+        return Resolved(recipe, None, faults, report(told, faults, notes))
     if config.run_dir is None:
         folder = config.logger.output_dir
         if folder is None:
             name = recipe.file.stem if recipe.file else "run"
             folder = f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})
-    return Resolved(recipe, config, (), report(recipe.tree, (), notes))
+    return Resolved(recipe, config, (), report(told, (), notes))
 
 
 def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
@@ -93,23 +103,19 @@ class _Resolver:
         self.notes: list[str] = []
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
-    def resolve(self) -> TrainerConfig | None:
-        trainer = self.trainer_name()
-        if trainer is None:
-            return None
+    def config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
-            if section != "checkpoint":
-                self.tree[section] = self.typed(
-                    section, trainer, self.tree.get(section), (section,)
-                )
-        entries = self.tree.get("checkpoint") or []
-        is_list = isinstance(entries, list)
-        self.tree["checkpoint"] = [
-            self.typed(
-                "checkpoint", trainer, entry, ("checkpoint", i) if is_list else ("checkpoint",)
-            )
-            for i, entry in enumerate(entries if is_list else [entries])
-        ]
+            value = self.tree.get(section)
+            if section == "checkpoint":
+                entries = value if isinstance(value, list) else [value] if value else []
+                self.tree[section] = [
+                    self.typed(
+                        section, trainer, entry, (section, i) if entries is value else (section,)
+                    )
+                    for i, entry in enumerate(entries)
+                ]
+            else:
+                self.tree[section] = self.typed(section, trainer, value, (section,))
         self.notes += registry.notes("trainer", trainer)
         config = self.whole(registry.config_class("trainer", trainer))
         return None if config is None else self.settled(config)
@@ -119,6 +125,7 @@ class _Resolver:
         older, name = self.tree.get("name"), self.tree.get("type")
         if older is not None and name is not None and older != name:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
+        key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
         code = load_code(self.recipe, name)
         if code.fault:
@@ -130,7 +137,6 @@ class _Resolver:
         known = registry.names("trainer")
         if isinstance(name, str) and registry.canonical("trainer", name) in known:
             return registry.canonical("trainer", name)
-        key = "type" if "type" in self.recipe.tree or older is None else "name"
         what = registry.unknown("trainer", str(name), known)
         self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
@@ -147,17 +153,15 @@ class _Resolver:
             self.fault(key, f"must be a map of keys, found {shown(value)}")
             return stand_in
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
-        known = registry.names(section)
-        if name not in known or (
-            name not in allowed and self.tree.get("skip_validation") is not True
-        ):
-            what = (
+        if name not in registry.names(section):
+            self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
+            return stand_in
+        if name not in allowed and self.tree.get("skip_validation") is not True:
+            self.fault(
+                (*key, "type"),
                 f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows it"
-                f" (allowed: {', '.join(allowed)})"
-                if name in known
-                else registry.unknown(section, name, list(allowed))
+                f" (allowed: {', '.join(allowed)})",
             )
-            self.fault((*key, "type"), what)
             return stand_in
         if section == "data":
             default = registry.config_class("data", name).default_source
@@ -204,7 +208,7 @@ class _Resolver:
         try:
             return cls.model_validate(value, context=self.context)
         except ValidationError as error:
-            self.note(error, cls, key, kind=kind, name=name)
+            self.note(error, cls, key, kind, name)
             return cls.model_construct()  # stands in until all faults are known
 
     def whole(self, cls: type[TrainerConfig]) -> TrainerConfig | None:
@@ -215,7 +219,7 @@ class _Resolver:
             try:
                 return cls.model_validate(tree, context=self.context)
             except ValidationError as error:
-                self.note(error, cls, ())
+                self.note(error, cls, (), "trainer", str(self.tree["type"]))
                 for detail in error.errors():
                     tree.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
         return None
@@ -243,28 +247,12 @@ class _Resolver:
         return config
 
     def note(
-        self,
-        error: ValidationError,
-        cls: type[BaseModel],
-        key: Key,
-        *,
-        kind: str = "",
-        name: str = "",
+        self, error: ValidationError, cls: type[BaseModel], key: Key, kind: str, name: str
     ) -> None:
         for loc, what in said(error, cls):
-            if kind and what.startswith("unknown key") and len(loc) == 1:
-                what += self.owner(str(loc[0]), kind, name)
+            if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
+                what += owner(str(loc[0]), kind, name)
             self.fault((*key, *loc), what)
-
-    def owner(self, key: str, kind: str, name: str) -> str:
-        """The types of a section that a key belongs to, when not to the one in force."""
-        others = [
-            other
-            for other in registry.names(kind)
-            if registry.is_built_in(kind, other)
-            and key in registry.config_class(kind, other).model_fields
-        ]
-        return f"; it belongs to type {' and '.join(others)}, not {name}" if others else ""
 
     def fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
@@ -278,6 +266,22 @@ class _Resolver:
 
     def private(self, fault: Fault) -> Fault:
         return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+
+
+def owner(key: str, kind: str, name: str) -> str:
+    """Whose a key is that the type of section in force does not have."""
+    types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
+    if types:
+        return f"; it belongs to type {' and '.join(types)}, not {name}"
+    for section in registry.SECTIONS:
+        if any(key in keys_of(section, n) for n in registry.BUILT_IN[section]):
+            return f"; it is a key of `{section}`"
+    return "; remove it, or name the file of the class that reads it by `code`"
+
+
+def keys_of(kind: str, name: str) -> list[str]:
+    """The keys of a built-in class's section, in all their spellings."""
+    return known_keys(registry.config_class(kind, name), ())
 
 
 class Code(NamedTuple):

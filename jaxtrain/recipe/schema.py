@@ -1,5 +1,6 @@
 """The keys of a recipe as JSON Schema, and as a page to read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from jaxtrain.recipe.deepspeed import DeepSpeedConfig
 from jaxtrain.recipe.errors import shown
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import SOURCES, load_code
-from jaxtrain.recipe.standing import standing
+from jaxtrain.recipe.section import TypedSection, why_refused
+from jaxtrain.recipe.standing import CHOICES, standing
 
 HEADER = "# yaml-language-server: $schema=jaxtrain.schema.json"
 """First line of a recipe, from which an editor completes keys."""
@@ -69,14 +71,51 @@ def reference() -> str:
 
 
 def shared_keys() -> str:
-    """The table of what every key of ArcticTraining becomes."""
-    rows = []
-    for key, cls in _shared_sections():
+    """What becomes of every key of ArcticTraining, by section; keys of one fate together."""
+    not_built = {row.key.replace(".*", ""): row.instead for row in TABLE}
+    fates: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for section, name, field in _every_field():
+        found = standing(f"{section}.{name}".lstrip("."))
+        word, how = (
+            found.standing,
+            found.reason
+            or "; ".join(
+                f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items()
+            ),
+        )
+        if word == "own" or field.exclude:
+            continue
+        if why := why_refused(field):
+            word, how = "refused", why
+        if instead := not_built.get(found.key):
+            how = f"{how}; refused where not built: {instead}".removeprefix("; ")
+        fates.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
+    parts = []
+    for section, by_fate in fates.items():
+        rows = [
+            f"| {', '.join(dict.fromkeys(keys))} | {word} | {why} |"
+            for (word, why), keys in by_fate.items()
+        ]
+        title = f"`{section}`" if section else "Top level"
+        parts.append(f"### {title}\n\n| keys | here | how |\n|---|---|---|\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _every_field() -> Iterator[tuple[str, str, FieldInfo]]:
+    """(section, key, field) of every section that recipes of ArcticTraining have."""
+
+    def inside(key: str, cls: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+        yield from ((key, name, field) for name, field in cls.model_fields.items())
         for name, field in cls.model_fields.items():
-            found = standing(f"{key}.{name}".lstrip("."))
-            if found.standing != "own" and field.exclude is None:
-                rows.append(f"| `{found.key}` | {found.standing} | {found.reason} |")
-    return "| key | here | how |\n|---|---|---|\n" + "\n".join(dict.fromkeys(rows)) + "\n"
+            dotted = f"{key}.{name}".lstrip(".")
+            if name not in registry.SECTIONS and standing(dotted).standing != "own":
+                for inner in sections_in(field.annotation):
+                    if not issubclass(inner, TypedSection):
+                        yield from inside(dotted, inner)
+
+    for kind, level in LEVELS.items():
+        for name in registry.BUILT_IN[kind] if kind != "trainer" else ("sft", "dpo"):
+            yield from inside(level, registry.config_class(kind, name))
 
 
 INTRODUCTION = """# Recipe reference
@@ -144,7 +183,7 @@ def _table(kind: str, level: str, name: str) -> list[str]:
     said = (cls.__dict__.get("__doc__") or "").strip()
     parts = [f"## {title}", *([" ".join(said.split())] if said else []), _rows(cls, level)]
     for key, field in cls.model_fields.items():
-        for inner in _sections(field.annotation):
+        for inner in sections_in(field.annotation):
             if inner is not DeepSpeedConfig and key not in registry.SECTIONS:
                 parts += [f"### `{level}.{key}`".replace("`.", "`"), _rows(inner, f"{level}.{key}")]
     return parts
@@ -155,7 +194,7 @@ def _rows(cls: type[BaseModel], level: str) -> str:
     for name, field in cls.model_fields.items():
         if field.exclude:
             continue
-        found = standing(f"{level}.{name}".lstrip(".").replace("data.sources.", "data.sources.0."))
+        found = standing(f"{level}.{name}".lstrip("."))
         said = " ".join((field.description or "").split())
         if found.standing == "no effect":
             said = f"No effect: {found.reason}."
@@ -202,29 +241,8 @@ def _default(field: FieldInfo) -> str:
     return f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for a in getattr(annotation, "__args__", ()) for m in _sections(a)]
-
-
-def _shared_sections() -> list[tuple[str, type[BaseModel]]]:
-    """(key, class) of every section that recipes of ArcticTraining have, inner ones too."""
-    found: list[tuple[str, type[BaseModel]]] = []
-
-    def add(key: str, cls: type[BaseModel]) -> None:
-        found.append((key, cls))
-        for name, field in cls.model_fields.items():
-            dotted = f"{key}.{name}".lstrip(".")
-            if name not in registry.SECTIONS and standing(dotted).standing != "own":
-                for inner in _sections(field.annotation):
-                    add(dotted, inner)
-
-    add("", registry.config_class("trainer", "sft"))
-    for kind in (*registry.SECTIONS, "data_source"):
-        for name in registry.names(kind):
-            add(
-                "data.sources.0" if kind == "data_source" else kind,
-                registry.config_class(kind, name),
-            )
-    return found
+    return [m for a in getattr(annotation, "__args__", ()) for m in sections_in(a)]

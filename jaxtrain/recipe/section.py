@@ -4,10 +4,12 @@ numbers."""
 import math
 import re
 import types
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from jaxtrain.recipe.errors import shown
 
@@ -163,10 +165,16 @@ def is_off(value: Any) -> bool:
 
 def refused_when_on(why: str) -> BeforeValidator:
     """For a key that may only say what would happen without it."""
+    return BeforeValidator(partial(_refuse_when_on, why))
 
-    def check(value: Any) -> Any:
-        if not is_off(value):
-            raise ValueError(f"{why}, found {shown(value)}")
-        return None
 
-    return BeforeValidator(check)
+def _refuse_when_on(why: str, value: Any) -> None:
+    if not is_off(value):
+        raise ValueError(f"{why}, found {shown(value)}")
+
+
+def why_refused(field: FieldInfo) -> str | None:
+    """The reason why a key may only be off; None for any other."""
+    calls = [getattr(validator, "func", None) for validator in field.metadata]
+    found = [c for c in calls if isinstance(c, partial) and c.func is _refuse_when_on]
+    return found[0].args[0] if found else None

@@ -64,34 +64,27 @@ ALIAS_NOTES = {
     "deepspeed": "`orbax`, our full-state engine",
 }
 
-_PEFT_OTHER = """layers_pattern fan_in_fan_out task_type inference_mode megatron_config
-    megatron_core runtime_config"""
-_NO_EFFECT = (
-    ("", "arctic_moe enable_arctic_moe_custom_optimization", "experts and kernels are our own"),
-    ("", "mem_profiler_max_entries", "JAX profiles have no history limit"),
-    ("deepspeed.tensorboard", "output_path job_name", "see `tensorboard`"),
-    ("model", "save_name", "nothing reads it, upstream neither"),
-    ("model.peft_config", _PEFT_OTHER, "nothing here depends on it"),
-    ("data", "use_data_cache cache_processed_data", "the cache is always on, remove the key"),
-    ("data", "cache_fs_type", "whoever comes first claims rows by a file, and prepares them"),
-    *(("deepspeed", names, why) for why, names in deepspeed.NO_EFFECT.items()),
-    *(
-        (f"deepspeed.{section}", names, why)
-        for section, table in (
-            ("zero_optimization", deepspeed.ZERO_NO_EFFECT),
-            ("zero_optimization.offload_optimizer", deepspeed.OFFLOAD_NO_EFFECT),
-            ("zero_optimization.offload_param", deepspeed.OFFLOAD_NO_EFFECT),
-            ("activation_checkpointing", deepspeed.ACTIVATION_NO_EFFECT),
-            ("bf16", deepspeed.BF16_NO_EFFECT),
-            ("fp16", deepspeed.FP16_NO_EFFECT),
-            ("bfloat16", deepspeed.BF16_NO_EFFECT),
-        )
-        for why, names in table.items()
-    ),
-)
+_NO_EFFECT = {
+    "": {
+        "experts and kernels are our own": "arctic_moe enable_arctic_moe_custom_optimization",
+        "JAX profiles have no history limit": "mem_profiler_max_entries",
+    },
+    "model": {"nothing reads it, upstream neither": "save_name"},
+    "model.peft_config": {
+        "nothing here depends on it": """
+            layers_pattern fan_in_fan_out task_type inference_mode megatron_config megatron_core
+            runtime_config"""
+    },
+    "data": {
+        "the cache is always on, remove the key": "use_data_cache cache_processed_data",
+        "whoever comes first claims rows by a file, and prepares them": "cache_fs_type",
+    },
+    **{f"deepspeed.{section}".rstrip("."): why for section, why in deepspeed.NO_EFFECT.items()},
+}
 NO_EFFECT = {
     f"{section}.{name}".lstrip("."): why
-    for section, names, why in _NO_EFFECT
+    for section, reasons in _NO_EFFECT.items()
+    for why, names in reasons.items()
     for name in names.split()
 }
 """Key → why it changes nothing."""
@@ -104,7 +97,8 @@ _OWN = {
     "model": "from_scratch param_dtype resize_vocab remat remat_every_nth_layer",
     "tokenizer": "chat_template extra_tokens pad_token",
     "data": """streaming batch_tokens max_length_buckets overlong packing loss_roles
-        completion_only""",
+        completion_only max_rows_with_errors""",
+    "data.sources": "weight name path columns per_line format rows vocab_size",
     "optimizer": "eps momentum nesterov groups state_dtype",
     "scheduler": "warmup_steps min_lr_ratio",
     "checkpoint": """keep_last_n keep_best_n keep_every_n_steps metric mode async_save
@@ -128,9 +122,6 @@ class Line(NamedTuple):
     standing: Standing
     reason: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.standing:9} {self.key}" + (f": {self.reason}" if self.reason else "")
-
 
 class Report(NamedTuple):
     """What became of every key of the shared format that a recipe writes."""
@@ -142,9 +133,25 @@ class Report(NamedTuple):
         return tuple(line for line in self.lines if line.standing == standing)
 
     def changes(self) -> list[str]:
-        """Everything but the keys that do here what they do upstream."""
-        changed = [str(line) for line in self.lines if line.standing in ("mapped", "no effect")]
-        return [*changed, *(f"note      {note}" for note in self.notes)]
+        """Everything but the keys that do here what they do upstream; one line a reason."""
+        keys: dict[tuple[str, str], list[str]] = {}
+        for line in (*self.of("mapped"), *self.of("no effect")):
+            keys.setdefault((line.standing, line.reason), []).append(line.key)
+        changed = [f"{word:10} {braced(found)}: {why}" for (word, why), found in keys.items()]
+        return [*changed, *(f"{'note':10} {note}" for note in self.notes)]
+
+
+def braced(keys: Iterable[str]) -> str:
+    """`a, b.c, d.{e, f}`: keys of one section together, in the order of their first."""
+    sections: dict[str, list[str]] = {}
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, []).append(name)
+    joined = {section: ", ".join(names) for section, names in sections.items()}
+    return ", ".join(
+        names if not section else f"{section}.{names if ',' not in names else f'{{{names}}}'}"
+        for section, names in joined.items()
+    )
 
 
 def standing(key: str, value: Any = None) -> Line:
@@ -169,13 +176,17 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     lines = []
     for key, value in written_keys(tree):
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        plain = plain.replace("eval_sources.", "sources.")
         found = _by_value(plain, value, tree) or standing(plain, value)
-        if found.standing == "own":
-            continue
-        if why := next((wrong[k] for k in (key, _respelled(key)) if k in wrong), None):
-            found = Line(key, "refused", why)
-        lines.append(found._replace(key=key))
-    return Report(tuple(lines), tuple(dict.fromkeys(notes)))
+        parts = key.split(".")
+        around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        if refused := next((k for k in (*around, _respelled(key)) if k in wrong), None):
+            lines.append(
+                Line(key if refused == _respelled(key) else refused, "refused", wrong[refused])
+            )
+        elif found.standing != "own":
+            lines.append(found._replace(key=key))
+    return Report(tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(notes)))
 
 
 def written_keys(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

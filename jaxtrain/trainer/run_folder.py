@@ -18,7 +18,7 @@ from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
-from jaxtrain.metrics.wandb import Wandb, refuse_without_key
+from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
 from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
 from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError

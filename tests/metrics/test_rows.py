@@ -10,38 +10,14 @@ from tests.runs import recipe, trainer
 
 STEPS = 6
 EVALUATED = {"data": {"train_eval_split": [0.9, 0.1]}, "eval_interval": 1}
-TRAINING = set(
-    # of the shared format
-    [
-        "epoch",
-        "iter",
-        "lr",
-        "loss",
-        "iter_time",
-        "iter_tflops",
-        "seqlen",
-        "step_time",
-        "step_tflops",
-        "grad_norm",
-        "tokens_per_sec",
-        "tokens_seen",
-        "mfu",
-        "data_time",
-        "compile_time",
-        "save_time",
-        "padding_ratio",
-        "packing_efficiency",
-        "mem_peak",
-        "eta",
-        "rows",
-        "tokens",
-        "trained_tokens",
-        "pairs",
-        "token_accuracy",
-        "trained_tokens_per_sec",
-        "data_share",
-    ]
-)
+SHARED = {
+    "epoch", "iter", "lr", "loss", "iter_time", "iter_tflops", "seqlen", "step_time", "step_tflops"
+}  # fmt: skip
+TRAINING = SHARED | {
+    "grad_norm", "token_accuracy", "rows", "tokens", "trained_tokens", "pairs", "tokens_seen",
+    "tokens_per_sec", "trained_tokens_per_sec", "mfu", "data_time", "data_share", "compile_time",
+    "save_time", "padding_ratio", "packing_efficiency", "mem_peak", "eta",
+}  # fmt: skip
 EVALUATION = {
     "iter",
     "eval/loss",
@@ -87,6 +63,15 @@ def test_a_row_has_these_names(every_row):
         assert row["packing_efficiency"] == row["tokens"] / (row["rows"] * row["seqlen"])
         assert row["step_time"] + row["compile_time"] < 600 and row["mem_peak"] > 10_000_000
     assert rows[STEPS]["eta"] == 0
+
+
+def test_a_row_has_the_flops_of_the_model(every_row):
+    """6 FLOPs a parameter and token, 12 a head's width and pair; the sizes of `tests.runs`."""
+    parameters = 6 * (32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 64) + 384 * 32
+    for row in training_rows(every_row[0]).values():
+        flops = 6 * parameters * row["tokens"] + 12 * 8 * 8 * row["pairs"]
+        assert row["step_tflops"] * row["step_time"] == pytest.approx(flops / 1e12)
+        assert row["iter_tflops"] == row["step_tflops"] and row["mfu"] is None
 
 
 def test_fewer_rows_count_and_print_the_same_run(tmp_path, every_row, capsys):

@@ -56,14 +56,14 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
     assert not imports & {"jax", "numpy", "transformers", "optax", "flax", "datasets"}
     assert min(result[-1] for result in results) < 1.0
     for line in (
-        "mapped    deepspeed.gradient_clipping: max_grad_norm",
-        "no effect deepspeed.steps_per_print: times, memory and FLOPs are always in the metrics",
-        "batch       2 x 4 accumulated = 8 rows a batch shard, 32 on 4 devices",
-        "updates     200",
-        "warm-up     20 updates",
-        "evaluation  every 50 updates, at the end",
-        "checkpoint  state/global_step_N (orbax), every 50 updates, at the end",
-        "rows        at most 2,048 tokens",
+        "mapped     deepspeed.gradient_clipping: max_grad_norm",
+        "no effect  deepspeed.steps_per_print: times, memory and FLOPs are always in the metrics",
+        "batch      32 rows an update on 4 devices: 2 x 4 on each batch shard",
+        "updates    200",
+        "warm-up    20 updates",
+        "evaluation every 50 updates, at the end",
+        "checkpoint state/global_step_N (orbax), every 50 updates, at the end",
+        "rows       at most 2,048 tokens",
     ):
         assert line in out.splitlines(), out
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml"}
@@ -90,29 +90,27 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
     [
         (
             {"mesh": {}},
-            "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 1, 64 on 8, 512 on 64 "
-            "devices",
+            "batch      8 rows an update on 1, 64 on 8, 512 on 64 devices: 2 x 4 on each batch shard",
         ),
         (
             {"mesh": {"tensor": 2}},
-            "batch       2 x 4 accumulated = 8 rows a batch shard; 8 on 2, 64 on 16, 512 on 128 "
-            "devices",
+            "batch      8 rows an update on 2, 64 on 16, 512 on 128 devices: 2 x 4 on each batch shard",
         ),
-        ({"train_iters": 0}, "updates     1 epoch, counted when the data is read"),
+        ({"train_iters": 0}, "updates    1 epoch, counted when the data is read"),
         (
             {"train_iters": 0, "scheduler": {"warmup_ratio": "3%"}},
-            "warm-up     3.0% of the updates",
+            "warm-up    3% of the updates",
         ),
-        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up     7 updates"),
-        ({"exit_iteration": 20}, "updates     200, ends at 20"),
-        ({"epochs": 2}, "updates     200, or 2 epochs, counted when the data is read"),
+        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 updates"),
+        ({"exit_iteration": 20}, "updates    200, ends at 20"),
+        ({"epochs": 2}, "updates    200, or 2 epochs, counted when the data is read"),
         (
             {"eval_at_start": True, "eval_at_end": False},
-            "evaluation  every 50 updates, at the start",
+            "evaluation every 50 updates, at the start",
         ),
         (
             {"data": {"sources": ["a/b"]}, "eval_interval": 0},
-            "rows        length still open: the model's positions, read when it is there; see "
+            "rows       length still open: the model's positions, read when it is there; see "
             "data.max_length",
         ),
     ],
@@ -128,4 +126,36 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
         "data": {"sources": ["a/b"]},
         "eval_interval": 0,
     }
-    assert "rows        at most 512 tokens, the model's positions" in told(resolve(recipe))
+    assert "rows       at most 512 tokens, the model's positions" in told(resolve(recipe))
+
+
+def test_the_updates_of_local_rows_are_counted(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n\n' * 100)
+    recipe = {"model": {"name_or_path": "m"}, "micro_batch_size": 8}
+    for sources, expected in (
+        ([str(rows)], "13 updates each on 1 device: 100 local rows"),
+        (
+            [{"type": "jsonl", "path": str(rows), "sample_count": 30}],
+            "4 updates each on 1 device: 30 local rows",
+        ),
+        (
+            [str(rows), {"type": "synthetic", "rows": 20}],
+            "15 updates each on 1 device: 120 local rows",
+        ),
+        ([str(rows), "a/b"], "counted when the data is read"),
+        ([f"{rows}:train[:10]"], "counted when the data is read"),
+    ):
+        said = told(resolve(recipe | {"data": {"sources": sources}}))
+        assert expected in said, said
+
+
+def test_what_stands_below_a_refused_key_is_refused_with_it():
+    changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
+    report = resolve(RECIPE | changed).report
+    assert [line.key for line in report.of("refused")] == ["deepspeed.zero_optimisation"]
+
+
+def test_of_an_unknown_trainer_no_other_key_is_told():
+    report = resolve(RECIPE | {"type": "mlp_speculator", "gen_train": True}).report
+    assert [(line.key, line.standing) for line in report.lines] == [("type", "refused")]

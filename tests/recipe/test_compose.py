@@ -102,6 +102,7 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "command line: base: is read before the command line, write it in the recipe",
         ),
         ("checkpoint.7.x=1", "command line: checkpoint.7.x: checkpoint has no '7'"),
+        ("sceduler.name=x", "command line: sceduler: unknown key (found {'name': 'x'}); did you"),
         ("seed=[1", "command line: seed: the value is not YAML: '[1'"),
         ("seed=&a [*a]", "the value is not YAML: '&a [*a]' (an alias that contains itself)"),
     ],

@@ -1,10 +1,12 @@
 """What a faulty recipe gets: the exact line for each row of the format's tables of errors."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxtrain import registry
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.resolve import get_config
+from jaxtrain.recipe.resolve import get_config, resolve
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
 HELD_OUT = {"data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}, "eval_interval": 10}
@@ -53,6 +55,19 @@ KEYS = {
     "typo in deepspeed": (
         zero(stge=2),
         "deepspeed.zero_optimization.stge: unknown key (found 2); did you mean `stage`?",
+    ),
+    "of no section": (
+        {"mesh": {"sequence": 2}},
+        "mesh.sequence: unknown key (found 2); known: data, fsdp, pipeline, context, expert, tensor",
+    ),
+    "of another section": (
+        {"lr": 1e-5},
+        "lr: unknown key (found 1e-05); it is a key of `optimizer`",
+    ),
+    "of a project": (
+        model(num_key_value_layers=16),
+        "model.num_key_value_layers: unknown key (found 16); remove it, or name the file of the "
+        "class that reads it by `code`",
     ),
     "of another type": (
         {"optimizer": {"momentum": 0.9}},
@@ -194,6 +209,21 @@ ACROSS = {
         HELD_OUT | saves(keep_best_n=2, metric="eval/bleu", mode="max"),
         "checkpoint.0.metric: must be one of eval/loss, eval/perplexity, eval/token_accuracy, "
         "found 'eval/bleu'",
+    ),
+    "unknown metric to stop on": (
+        HELD_OUT | {"early_stopping": {"patience": 1, "metric": "eval/bleu", "mode": "max"}},
+        "early_stopping.metric: must be one of eval/loss, eval/perplexity, eval/token_accuracy, "
+        "found 'eval/bleu'",
+    ),
+    "metric of a set that is not there": (
+        {"data": {"sources": ["a/b"], "eval_sources": {"chat": ["c/d"]}}, "eval_interval": 10}
+        | saves(keep_best_n=1, save_every_n_steps=10, metric="eval/math/loss"),
+        "checkpoint.0.metric: must be one of eval/loss, eval/perplexity, eval/token_accuracy, "
+        "eval/chat/loss, eval/chat/perplexity, eval/chat/token_accuracy, found 'eval/math/loss'",
+    ),
+    "best without a direction": (
+        HELD_OUT | saves(keep_best_n=2, save_every_n_steps=10, metric="reward"),
+        "checkpoint.0: cannot tell whether a smaller reward is better; write `mode`",
     ),
     "kept off the grid": (
         saves(keep_every_n_steps=15, save_every_n_steps=10),
@@ -456,3 +486,85 @@ def test_a_used_stop_file_is_stale(tmp_path):
     (tmp_path / "stop").touch()
     with pytest.raises(RecipeError, match=r"kill_switch_path: .* exists already; remove it"):
         get_config(BASE | {"kill_switch_path": str(tmp_path / "stop")})
+
+
+@pytest.mark.parametrize("name", ["wsd", "wds"])
+@pytest.mark.parametrize("trainer", registry.ALLOWED)
+def test_a32_the_scheduler_has_both_names_in_every_trainer(trainer, name):
+    """Trap A32."""
+    scheduler = {"type": name, "num_warmup_steps": 1, "num_decay_steps": 9}
+    resolved = resolve(BASE | {"type": trainer, "scheduler": scheduler, "train_iters": 20})
+    assert not [fault for fault in resolved.faults if fault.key.startswith("scheduler")]
+
+
+def test_f13_the_last_and_the_best_are_kept_together():
+    """Trap F13."""
+    entry = get_config(
+        BASE | HELD_OUT | saves(keep_last_n=2, keep_best_n=3, save_every_n_steps=20)
+    ).checkpoint[0]
+    assert (entry.keep_last_n, entry.keep_best_n) == (2, 3)
+
+
+def test_a46_a_hundred_faults_come_at_once(tmp_path):
+    """Trap A46: one message with every fault, sorted by line, each line once."""
+    lines = ["model: {name_or_path: m}", "data: {sources: [a/b]}"]
+    lines += [f"no_such_key_{n}: 1" for n in range(100)]
+    file = tmp_path / "recipe.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(RecipeError) as error:
+        get_config(file, ["epochs=-1"])
+    *faults, first, last = str(error.value).splitlines()[-102:]
+    assert [line.split(":")[1] for line in [*faults, first][:100]] == [
+        str(n) for n in range(3, 103)
+    ]
+    assert last == "101 errors in recipe.yaml; nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("x" * 200, "'" + "x" * 58 + "…"),
+        ([1] * 100, "[" + "1, " * 19 + "1…"),
+        (False, "false"),
+        (1e-5, "1e-05"),
+        (None, "None"),
+    ],
+)
+def test_a_found_value_is_shown_in_sixty_characters(value, found):
+    (fault,) = resolve(BASE | {"no_such_key_at_all": value}).faults
+    assert fault.what.startswith(f"unknown key (found {found})")
+    assert len(found) <= 60
+
+
+def test_the_place_is_a_line_or_the_command_line_or_none(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {name_or_path: m}\ndata:\n  sources: [a/b]\nseed: x\n")
+    (fault,) = resolve(file).faults
+    assert str(fault) == f"{file}:4: seed: must be a number, found 'x'"
+    (fault,) = resolve(BASE, ["seed=x"]).faults
+    assert str(fault) == "command line: seed: must be a number, found 'x'"
+    (fault,) = resolve(BASE | {"seed": "x"}).faults
+    assert str(fault) == "seed: must be a number, found 'x'"
+
+
+ELSEWHERE = {
+    "A18": "model/test_source.py::test_a_change_of_shapes_needs_from_scratch",
+    "A23": "recipe/test_check.py::test_a_clean_recipe_is_told_quickly_without_jax",
+    "A25": "recipe/test_effects.py::test_a25_batches_are_made_ahead_or_in_the_loop",
+    "A33": "data/test_sources.py::test_a33_a_split_that_is_not_there_lists_those_that_are",
+    "A34": "data/test_sources.py::test_a34_a_colon_in_a_path_is_no_split",
+    "A36": "data/test_mixtures.py::test_a36_a_sample_that_cannot_be_is_a_fault_of_the_recipe",
+    "A37": "recipe/test_numbers.py::test_a37_whole_numbers",
+    "A39": "test_registry.py::test_a_mistake_is_found_when_the_class_is_made",
+    "A43": "test_recipes.py::test_a43_every_recipe_that_is_shown_is_valid",
+    "A44": "recipe/test_keys.py::test_a44_a_computed_key_must_be_what_it_comes_to",
+    "F3": "recipe/test_keys.py::test_a_key_has_a_reader",
+    "F9": "test_recipes.py::test_a_shipped_recipe_is_valid",
+}
+"""Trap of a recipe → the test that shows it, where that is not here."""
+
+
+@pytest.mark.parametrize("trap", ELSEWHERE)
+def test_the_test_of_a_trap_is_there(trap):
+    path, _, name = ELSEWHERE[trap].partition("::")
+    assert f"def {name}(" in (Path(__file__).parents[1] / path).read_text()

@@ -12,7 +12,7 @@ BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
      ("1e3", 1000), (1e3, 1000), ("1.5", None), (1.5, None), (True, None), ("nan", None), (float("inf"), None),
      ("ten", None), (".", None), ("", None), ("-", None)],
 )  # fmt: skip
-def test_whole_numbers(written, value):
+def test_a37_whole_numbers(written, value):
     recipe = BASE | {"train_iters": written}
     if value is None:
         with pytest.raises(RecipeError, match="train_iters: must be a"):
@@ -26,7 +26,7 @@ def test_whole_numbers(written, value):
     [("10%", 0.1), ("1e-5", 1e-5), (1, 1.0), ("2^-3", 0.125), ("2.5^2", 6.25), (False, None), ("inf", None),
      ("nan", None), ("1.2.3", None)],
 )  # fmt: skip
-def test_numbers(written, value):
+def test_a37_numbers(written, value):
     recipe = BASE | {"max_grad_norm": written}
     if value is None:
         with pytest.raises(RecipeError, match="max_grad_norm: must be a"):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.metrics.wandb import refuse_without_key
+from jaxtrain.metrics.wandb_run import refuse_without_key
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import WandbConfig

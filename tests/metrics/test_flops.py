@@ -1,0 +1,38 @@
+"""What an update costs is counted from the model and the batch, as the formula says. Trap G4."""
+
+import numpy as np
+import pytest
+
+from jaxtrain.batch import Batch
+from jaxtrain.metrics.flops import counts, matmul_parameters, peak_flops
+from tests.model.tiny_models import FAMILIES, described, hf_model, saved
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
+    """Those of the torch model: all but an embedding that is only looked up."""
+    matrices = {n: p.numel() for n, p in hf_model(name).named_parameters() if p.ndim == 2}
+    if "lm_head.weight" in matrices:
+        del matrices["model.embed_tokens.weight"]
+    _, _, model = described(saved(name, tmp_path))
+    assert matmul_parameters(model.shapes) == sum(matrices.values())
+
+
+def test_pairs_are_what_the_rows_let_each_token_see():
+    """Documents of 3 and 2 tokens, then padding; a filler row. Layers without and with a window."""
+    segments = np.array([[[1, 1, 1, 2, 2, 0]], [[0] * 6]])
+    positions = np.array([[[0, 1, 2, 0, 1, 0]], [[0] * 6]])
+    weights = np.array([[[0.0, 1, 1, 0, 1, 0]], [[0.0] * 6]])
+    batch = Batch(segments, positions, segments, weights, np.zeros((2, 1)))
+    found = {name: float(value) for name, value in counts(batch, (None, None, 2)).items()}
+    whole, windowed = 6 + 3, (1 + 2 + 2) + 3
+    pairs = 2 * whole + windowed
+    assert found == {"rows": 1, "tokens": 5, "trained_tokens": 3, "pairs": pairs}
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 PCIe", 756e12), ("cpu", None)],
+)
+def test_a_kind_of_device_has_the_peak_of_its_longest_name(kind, peak):
+    assert peak_flops(kind) == peak
