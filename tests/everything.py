@@ -143,18 +143,13 @@ class MyEngine(CheckpointEngine):
         folder.mkdir(parents=True)
         leaves = jax.tree.leaves(self.trainer.state)
         np.savez(folder / self.config.file, *(np.asarray(leaf) for leaf in leaves))
-        about = {"callbacks": self.trainer.callback_states}
-        about["report"] = self.trainer.report.state_dict()
-        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "metadata.json").write_text(json.dumps(self.trainer.metadata))
 
     def load(self, model):
         saved = np.load(self.path(self.steps()[-1]) / f"{self.config.file}.npz")
         shapes, tree = jax.tree.flatten(model)
         leaves = [jax.device_put(saved[f"arr_{i}"], s.sharding) for i, s in enumerate(shapes)]
         return tree.unflatten(leaves)
-
-    def about(self, step):
-        return json.loads((self.path(step) / "about.json").read_text())
 
 
 class MyConfig(TrainerConfig):

@@ -94,8 +94,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         return order[0] if order else None
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What a full-state checkpoint says about itself, nothing for the others; CheckpointError
-        when it cannot be read."""
+        """What the trainer's `metadata` was, nothing if the engine keeps none; CheckpointError when
+        it cannot be read."""
         return read_metadata(self.path(step))
 
     def scores(self) -> dict[int, float]:

@@ -12,11 +12,9 @@ class HFCheckpointEngine(CheckpointEngine):
     config: HFCheckpointConfig
 
     def save(self, model: Any) -> None:
-        step, config = self.trainer.global_step, self.config
+        step = self.trainer.global_step
         try:
-            self.trainer.save_model(
-                self.path(step), max_shard_bytes=config.max_shard_bytes, verify=config.verify_export
-            )
+            self.trainer.save_model(self.path(step))
         except OSError as error:
             raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
         self.delete_surplus(step)

@@ -32,8 +32,8 @@ def restore(trainer: "Trainer", engine: CheckpointEngine) -> None:
     trainer._state = None  # its memory is needed
     with trainer.console.phase(f"restoring from {engine.directory}"):
         state = engine.load(trainer.state_shapes)
-    saved, reset = engine.restored, engine.resets
     step = trainer.global_step = int(state.step)
+    saved, reset = engine.restored or engine.metadata(step), engine.resets
     if "optimizer" in reset:
         kept = {"step": state.step, "frozen": state.frozen, "average": state.average}
         state = trainer.new_state(state.params)._replace(**kept)

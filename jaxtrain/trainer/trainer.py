@@ -32,6 +32,7 @@ from jaxtrain.optimizer import (
     SGDFactory,
 )
 from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.checkpoint import HFCheckpointConfig
 from jaxtrain.recipe.errors import AbortedError, RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -336,26 +337,27 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             self.request_stop("a callback asked to")
         return self.control.should_training_stop
 
-    def save_model(
-        self,
-        output_dir: Path | str | None = None,
-        *,
-        max_shard_bytes: float = 4e9,
-        verify: bool = True,
-    ) -> Path:
-        """Export the weights to a folder that `transformers` loads; to where the recipe's
+    def save_model(self, output_dir: Path | str | None = None) -> Path:
+        """Export the weights to a folder that `transformers` loads; to where the recipe's first
         `huggingface` entry has those of this update when none is named.
 
         CheckpointError if the folder reads back as something else; it is not there then.
         """
-        folder = Path(output_dir) if output_dir is not None else self._export_folder
+        exports = [e for e in self.checkpoint_engines if isinstance(e, HFCheckpointEngine)]
+        if output_dir is None and not exports:
+            raise RecipeError(
+                "checkpoint: no entry of type huggingface says where to; write save_model(folder)"
+            )
+        folder = Path(output_dir or exports[0].path(self.global_step)).absolute()
+        own = (engine.config for engine in exports if engine.directory == folder.parent)
+        entry = next(own, HFCheckpointConfig(output_dir=str(folder.parent)))
         self.model.save(
             folder,
             self.average.told(self.state),
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
-            max_shard_bytes=max_shard_bytes,
-            verify=verify,
+            max_shard_bytes=entry.max_shard_bytes,
+            verify=entry.verify_export,
         )
         return folder
 
@@ -455,15 +457,6 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             if self._must_leave:
                 break
         return reduce(added, losses)
-
-    @property
-    def _export_folder(self) -> Path:
-        for engine in self.checkpoint_engines:
-            if isinstance(engine, HFCheckpointEngine):
-                return engine.path(self.global_step)
-        raise RecipeError(
-            "checkpoint: no entry of type huggingface says where to; write save_model(folder)"
-        )
 
     def _sample(self) -> None:
         """Answers to the recipe's prompts, with the present weights."""
