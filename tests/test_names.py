@@ -49,7 +49,7 @@ NAMES = [
 @pytest.mark.parametrize("module", ["jaxtrain", "jaxtrain.model", "jaxtrain.trainers"])
 def test_every_name_is_found(module):
     found = importlib.import_module(module)
-    for name in NAMES.split():
+    for name in NAMES:
         assert getattr(found, name) is getattr(jaxtrain, name), name
 
 

@@ -165,7 +165,8 @@ class OrbaxEngine(CheckpointEngine):
 
 
 def _weights(state: Any) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "frozen": state.frozen}
+    kept = {"step": state.step, "params": state.params, "frozen": state.frozen}
+    return kept | ({"average": state.average} if state.average else {})
 
 
 def _optimizer(state: Any) -> dict[str, Any]:

@@ -184,11 +184,16 @@ class ConversationEncoder:
         a blank to the word behind it. White space after the end-of-turn token does not count: the
         model is stopped there."""
 
+        def chars(index: int) -> tuple[int, int]:
+            place = encoding.token_to_chars(index)
+            assert place is not None, "a token that is of no text"
+            return place
+
         def starts(index: int) -> int:
-            return encoding.token_to_chars(index)[0]
+            return chars(index)[0]
 
         def ends(index: int) -> int:
-            return encoding.token_to_chars(index)[1]
+            return chars(index)[1]
 
         places = range(len(tokens))  # a list of all offsets would cost more than a few look-ups
         first = bisect_right(places, span.start, begin, key=ends)

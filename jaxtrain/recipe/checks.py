@@ -143,9 +143,10 @@ def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
 
 def _is_installed(package: str) -> bool:
     try:  # not by `find_spec`: wandb leaves a folder of its own name where it runs
-        return metadata.distribution(package) is not None
+        metadata.distribution(package)
     except metadata.PackageNotFoundError:
         return False
+    return True
 
 
 def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:

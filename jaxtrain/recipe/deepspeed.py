@@ -73,7 +73,7 @@ _CHANGES_RESULT = refused_when_on("is not supported: it would change the result"
 def _keys(section: str, **more: Any) -> Any:
     """A base with the keys of a section that change nothing, and others by (type, default)."""
     names = " ".join(NO_EFFECT[section].values()).split()
-    fields = dict.fromkeys(names, (Any, None)) | more
+    fields: dict[str, Any] = dict.fromkeys(names, (Any, None)) | more
     return create_model(f"{section}Keys", __base__=Section, __module__=__name__, **fields)
 
 

@@ -80,7 +80,6 @@ _NO_EFFECT = {
         "whoever comes first claims rows by a file, and prepares them": "cache_fs_type",
     },
     "data.sources": {"the package fetches rows in parts of its own": "batch_size"},
-    "data.eval_sources": {"the package fetches rows in parts of its own": "batch_size"},
     **{f"deepspeed.{section}".rstrip("."): why for section, why in deepspeed.NO_EFFECT.items()},
 }
 NO_EFFECT = {

@@ -118,6 +118,7 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             self.console.line("\n".join(self.data.ledger.lines()))
             return
 
+        _ = self.scheduler  # one that does not fit the run is refused before anything is written
         self.average = Average(self.config.ema)
         self.shardings = state_shardings(
             self.mesh,
@@ -350,14 +351,14 @@ class Trainer(Facts, registry.Registered, kind="trainer"):
             )
         folder = Path(output_dir or exports[0].path(self.global_step)).absolute()
         own = (engine.config for engine in exports if engine.directory == folder.parent)
-        entry = next(own, HFCheckpointConfig(output_dir=str(folder.parent)))
+        config = next(own, HFCheckpointConfig(output_dir=str(folder.parent)))
         self.model.save(
             folder,
             self.average.told(self.state),
             dtype=self.config.model.dtype or self.model.execution.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
-            max_shard_bytes=entry.max_shard_bytes,
-            verify=entry.verify_export,
+            max_shard_bytes=config.max_shard_bytes,
+            verify=config.verify_export,
         )
         return folder
 

@@ -235,6 +235,5 @@ REFUSED = {
         SMALL | {"deepspeed": {"zero_optimisation": {"stage": 3}}},
         {"deepspeed.zero_optimisation"},
     ),
-    "kill switch": (SMALL | {"kill_switch_path": "stop"}, {"kill_switch_path"}),
 }
 """Name → a recipe that does not run here, and the keys that say why."""

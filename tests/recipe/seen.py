@@ -15,7 +15,13 @@ RATES = "scheduler/test_schedules.py::test_the_rate_of_every_update"
 UPDATES = "optimizer/test_optimizers.py::test_every_key_changes_the_update"
 GROUPS = "optimizer/test_groups.py::test_a_group_is_the_optimizer_with_its_settings"
 AVERAGE = "trainer/test_average.py::test_it_is_the_exponential_average_from_its_start_on"
-RETENTION = "checkpoint/test_retention.py::test_the_last_and_the_best_stay"
+RETENTION = "checkpoint/test_retention.py::test_the_last_the_best_and_every_nth_stay"
+STOPPING = "trainer/test_guards.py::test_early_stopping_counts_evaluations_without_a_better_value"
+DIVERGENCE = "trainer/test_guards.py::test_divergence_follows_its_keys"
+EVALUATIONS = "trainer/test_repeats.py::test_evaluations_fall_where_the_recipe_says"
+DUE = "checkpoint/test_orbax.py::test_saves_are_due_by_the_step_number"
+EXPORT = "trainer/test_resume.py::test_an_export_is_written_as_its_entry_says"
+SNOWFLAKE = "data/test_snowflake.py::test_limits_slices_and_text"
 SAMPLING = "model/test_generate.py::test_sampling_follows_the_seed_and_a_small_top_p_is_greedy"
 SAMPLES = "data/test_sources.py::test_samples_are_drawn_once_and_kept_in_order"
 
@@ -78,6 +84,26 @@ BY_TEST = {
     "seed": "recipe/test_effects.py::test_the_seed_makes_the_weights",
     "eval_interval": RUN,
     "eval_at_start": RUN,
+    "eval_after_step": EVALUATIONS,
+    "eval_every_n_epochs": EVALUATIONS,
+    "early_stopping.metric": STOPPING,
+    "early_stopping.mode": STOPPING,
+    "early_stopping.patience": STOPPING,
+    "early_stopping.min_delta": STOPPING,
+    "divergence.metric": DIVERGENCE,
+    "divergence.threshold": DIVERGENCE,
+    "divergence.short_alpha": DIVERGENCE,
+    "divergence.long_alpha": DIVERGENCE,
+    "divergence.action": "trainer/test_guards.py::"
+    "test_divergence_goes_on_where_it_was_and_may_stop_or_warn",
+    "on_nonfinite": "trainer/test_guards.py::test_skip_drops_the_update_and_consumes_the_batch",
+    "kill_switch_path": "trainer/test_ending.py::test_a_stop_file_ends_the_run_and_is_removed",
+    "exit_iteration_this_run": "trainer/test_ending.py::"
+    "test_the_updates_of_one_process_can_be_limited",
+    "min_iterations": "trainer/test_repeats.py::"
+    "test_training_rows_are_repeated_until_they_fill_an_epoch",
+    "overfit_first_batch": "trainer/test_repeats.py::"
+    "test_the_first_batch_for_ever_is_learnt_by_heart",
     "eval_at_end": RUN,
     "max_eval_batches": RUN,
     "eval_samples.prompts": "test_cli.py::test_a_run_ends_with_a_folder_of_results",
@@ -109,6 +135,11 @@ BY_TEST = {
     "tokenizer.name_or_path": "tokenizer/test_tokenizer.py::"
     "test_the_recipes_tokenizer_goes_before_the_models",
     "tokenizer.chat_template": "tokenizer/test_tokenizer.py::test_a_template_as_text_or_as_a_file",
+    "data.sources.*.type": "recipe/test_check.py::test_the_updates_of_local_rows_are_counted",
+    "data.sources.*.table_name": SNOWFLAKE,
+    "data.sources.*.limit": SNOWFLAKE,
+    "data.sources.*.column_mapping": SNOWFLAKE,
+    "data.sources.*.sql": "data/test_snowflake.py::test_a_query_reaches_the_package",
     "data.sources": "data/test_sft.py::test_sources_are_told_apart",
     "data.eval_sources": "data/test_mixtures.py::test_named_eval_sets",
     "data.train_eval_split": "data/test_sft.py::test_the_split_is_disjoint_by_content_and_by_seed",
@@ -189,6 +220,17 @@ BY_TEST = {
     "test_events_come_in_the_documented_order",
     "checkpoint.*.save_every_n_epochs": RUN,
     "checkpoint.*.save_end_of_training": RUN,
+    "checkpoint.*.save_after_step": DUE,
+    "checkpoint.*.save_model_only": "checkpoint/test_orbax.py::"
+    "test_all_but_the_newest_are_cut_down_to_weights",
+    "checkpoint.*.reset": "trainer/test_resume.py::test_each_part_of_the_state_is_reset_alone",
+    "checkpoint.*.on_corrupt": "checkpoint/test_orbax.py::"
+    "test_a_damaged_newest_is_passed_over_when_the_recipe_says_so",
+    "checkpoint.*.resume_from": "checkpoint/test_orbax.py::"
+    "test_a_start_that_is_named_is_taken_once_with_auto_resume",
+    "checkpoint.*.max_shard_size": EXPORT,
+    "checkpoint.*.verify_export": EXPORT,
+    "checkpoint.*.keep_every_n_steps": RETENTION,
     "checkpoint.*.keep_last_n": RETENTION,
     "checkpoint.*.keep_best_n": RETENTION,
     "checkpoint.*.mode": "checkpoint/test_retention.py::"

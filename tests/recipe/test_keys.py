@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import CodeType
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 import jaxtrain
 from jaxtrain import registry
 from jaxtrain.recipe.check import told
-from jaxtrain.recipe.dump import effective
+from jaxtrain.recipe.dump import differences, effective
 from jaxtrain.recipe.mapping import CARRIED, COMPUTED, value_at
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.not_built import TABLE
@@ -57,6 +58,12 @@ ELSEWHERE = {key for key, _ in (*CARRIED, *COMPUTED)}
 """Keys that are honoured under another key."""
 
 
+def starred(key: str) -> str:
+    """The key with its lists, as in `FIELDS`, and evaluation sources as sources."""
+    key = re.sub(r"\beval_sources\.\*(\.\*)?", "sources.*", key)
+    return re.sub(r"^(checkpoint|data\.sources)\.(?!\*)", r"\1.*.", key)
+
+
 def not_built(key: str) -> bool:
     """Is the key, a section around it, or the switch of its section refused by name?"""
     parts = key.split(".")
@@ -65,7 +72,12 @@ def not_built(key: str) -> bool:
 
 
 ASKED = sorted(
-    {*FIELDS} - SECTIONS - REFUSED - {*NO_EFFECT} - ELSEWHERE - set(filter(not_built, FIELDS))
+    {*FIELDS}
+    - SECTIONS
+    - REFUSED
+    - {starred(key) for key in NO_EFFECT}
+    - ELSEWHERE
+    - set(filter(not_built, FIELDS))
 )
 """Keys that change a run."""
 
@@ -85,8 +97,7 @@ def test_every_row_is_a_key():
     for table in (BY_TEST, BY_CHECK, BY_REFUSAL):
         assert {*table} <= {*FIELDS}, {*table} - {*FIELDS}
     for key in (*NOT_BUILT, *NO_EFFECT, *OWN, *MAPPED):
-        key = re.sub(r"\beval_sources\.\*(\.\*)?", "sources.*", key)
-        assert re.sub(r"^(checkpoint|data\.sources)\.(?!\*)", r"\1.*.", key) in FIELDS, key
+        assert starred(key) in FIELDS, key
 
 
 @cache
@@ -179,7 +190,7 @@ def flat(value: object, key: str = "") -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("key", NO_EFFECT)
+@pytest.mark.parametrize("key", [key for key in NO_EFFECT if "sources" not in key])
 def test_a_key_without_effect_changes_nothing_and_says_why(key):
     resolved = resolve(nested(key, OTHER.get(key, True)))
     if resolved.faults:  # of the section around it
@@ -190,6 +201,18 @@ def test_a_key_without_effect_changes_nothing_and_says_why(key):
     without, with_it = (flat(effective(r.checked())) for r in (resolve(BASE), resolved))
     changed = {k for k in {*without, *with_it} if without.get(k) != with_it.get(k)}
     assert changed <= {key, "run_dir"}, "it changes another key"
+
+
+def test_a_key_of_a_source_without_effect_says_why(monkeypatch):
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)  # every extra is installed
+    source = {"type": "snowflake", "table_name": "t"}
+    plain, sized = (
+        resolve(BASE | {"data": {"sources": [source | more]}}) for more in ({}, {"batch_size": 7})
+    )
+    found = {line.key: line.reason for line in sized.report.lines if line.standing == "no effect"}
+    assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.batch_size"]}
+    changed = differences(effective(plain.checked()), effective(sized.checked()))
+    assert changed == ["data.sources", "run_dir"]
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
@@ -322,12 +345,12 @@ def names_in(code: CodeType) -> set[str]:
 
 def readers_of_its_own(cls: type[BaseModel], name: str) -> set[str]:
     """Properties and methods of a section that read a field of it; its checks are none."""
-    members = {
-        n: m for base in cls.__mro__ if issubclass(base, Section) for n, m in vars(base).items()
-    }
-    functions = {n: getattr(m, "fget", m) for n, m in members.items() if not n.startswith("_")}
+    bases = [base for base in cls.__mro__ if issubclass(base, Section)]
+    members = [(n, getattr(m, "fget", m)) for base in bases for n, m in vars(base).items()]
     return {
-        n for n, f in functions.items() if inspect.isfunction(f) and name in names_in(f.__code__)
+        n
+        for n, f in members
+        if n[0] != "_" and inspect.isfunction(f) and name in names_in(f.__code__)
     }
 
 

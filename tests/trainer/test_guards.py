@@ -95,11 +95,11 @@ def test_a_metric_that_no_evaluation_gives_is_an_error():
         evaluations_until_stop(stopping(metric="eval/x", mode="min"), [1.0], "eval/loss")
 
 
-def first_apart(guard, losses):
+def first_apart(guard, losses, metric="loss"):
     """Number of the first loss at which the guard asks to go back."""
     for count, loss in enumerate(losses):
         control = Control()
-        guard.on_train_metrics(control, {"loss": loss})
+        guard.on_train_metrics(control, {metric: loss})
         if control.should_roll_back:
             return count
     return None
@@ -123,8 +123,26 @@ def test_divergence_tells_a_rise_from_a_spike(losses, expected):
     assert first_apart(Divergence(DivergenceConfig(action="rollback")), losses) == expected
 
 
-def test_divergence_goes_on_where_it_was_and_may_stop_or_warn(caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)  # an earlier run has its own handlers
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        # The first n with 5 * ((1 - long_alpha)^n - (1 - short_alpha)^n) >= threshold.
+        ({"threshold": 1.0}, 102),
+        ({"threshold": 3.0}, 111),
+        ({"short_alpha": 0.5}, 100),
+        ({"long_alpha": 0.05}, None),
+        ({"metric": "grad_norm"}, 105),
+    ],
+)
+def test_divergence_follows_its_keys(keys, expected):
+    guard = Divergence(DivergenceConfig(action="rollback", **keys))
+    rise = [2.0] * 100 + [7.0] * 50
+    assert first_apart(guard, rise, metric=keys.get("metric", "loss")) == expected
+
+
+def test_divergence_goes_on_where_it_was_and_may_stop_or_warn(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(log, "warning", warnings.append)
     rise = [2.0] * 100 + [7.0] * 50
     first = Divergence(DivergenceConfig(action="rollback"))
     assert first_apart(first, rise[:103]) is None
@@ -134,8 +152,7 @@ def test_divergence_goes_on_where_it_was_and_may_stop_or_warn(caplog, monkeypatc
     with pytest.raises(NonFiniteError, match="loss diverges: its short average 4.343 is 2 or more"):
         first_apart(Divergence(DivergenceConfig(action="stop")), rise)
     assert first_apart(Divergence(DivergenceConfig(action="warn")), rise) is None
-    warnings = [r.message for r in caplog.records if "diverges" in r.message]
-    assert len(warnings) == 2  # one a crossing
+    assert ["diverges" in said for said in warnings] == [True, True]  # one a crossing
     with pytest.raises(RecipeError, match=r"divergence.metric: no row has 'x'; found loss"):
         first_apart(Divergence(DivergenceConfig(metric="x")), rise)
 

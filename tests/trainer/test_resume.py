@@ -10,6 +10,7 @@ import yaml
 from jaxtrain import Callback, get_config
 from jaxtrain.cli import cli
 from jaxtrain.metrics.writer import read_rows
+from jaxtrain.model import export
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from tests.runs import conversations, host, recipe, trainer
 
@@ -270,12 +271,26 @@ def test_an_export_that_cannot_be_written_ends_the_run(tmp_path):
         trainer(recipe(tmp_path, train_iters=1) | {"checkpoint": [export]}).train()
 
 
-def test_the_size_of_weight_files_is_the_entry_s(tmp_path):
-    export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "max_shard_size": "30KB"}
-    run = trainer(
-        recipe(tmp_path, train_iters=1)
-        | {"checkpoint": [{**export, "save_end_of_training": True, "save_every_n_steps": 1}]}
-    )
-    run.train()
-    files = list((tmp_path / "out" / "global_step_1").glob("*.safetensors"))
-    assert len(files) > 5 and run.checkpoint_engines[0].config.max_shard_bytes == 30_000
+def test_an_export_is_written_as_its_entry_says(tmp_path, monkeypatch):
+    def exported(name, **keys):
+        entry = {"type": "huggingface", "output_dir": str(tmp_path / name), **keys}
+        entry["save_end_of_training"] = True
+        trainer(recipe(tmp_path / name, train_iters=1) | {"checkpoint": [entry]}).train()
+        return list((tmp_path / name / "global_step_1").glob("*.safetensors"))
+
+    assert len(exported("one")) == 1
+    sizes = [file.stat().st_size for file in exported("many", max_shard_size="30KB")]
+    assert len(sizes) > 5 and sum(size > 31_000 for size in sizes) <= 2  # a tensor is never cut
+    right = export.write_folder
+
+    def zeroed(folder, tensors, dtype, max_shard_bytes):
+        tensors = {
+            name: to_write._replace(make=lambda t=to_write: np.zeros_like(t.make()))
+            for name, to_write in tensors.items()
+        }
+        right(folder, tensors, dtype, max_shard_bytes)
+
+    monkeypatch.setattr(export, "write_folder", zeroed)
+    with pytest.raises(CheckpointError, match="read back as others"):
+        exported("damaged")
+    assert exported("unseen", verify_export=False)
