@@ -13,20 +13,13 @@ from jaxtrain.kernels.attention import Places, attention, choose
 
 IMPLEMENTATIONS = ["reference", "splash_interpret"]
 N, K, H = 4, 2, 64
-RULES = {
-    "plain": {},
-    "window": {"window": 9},
-    "softcap": {"softcap": 3.0},
-    "both": {"window": 9, "softcap": 3.0, "scale": 0.3},
-}
+RULES = {"plain": {}, "window": {"window": 9}}
 
 
-def naive_attention(q, k, v, q_places, kv_places, *, window=None, softcap=None, scale=None):
+def naive_attention(q, k, v, q_places, kv_places, *, window=None):
     """All scores at once, gradients by autodiff."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or q.shape[-1] ** -0.5)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
     distance = q_places.positions[:, :, None] - kv_places.positions[:, None]
     seen = (q_places.segments[:, :, None] == kv_places.segments[:, None]) & (distance >= 0)
     seen &= (q_places.segments != 0)[:, :, None]
@@ -167,7 +160,7 @@ def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
     positions = np.arange(filled - queries, filled)
     q_places = Places(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
     qkv = random_qkv(1, queries, slots)
-    for rule in ((), (("window", 20), ("softcap", 3.0))):
+    for rule in ((), (("window", 20),)):
         check("reference", q_places, qkv, kv_places=kv_places, rule=rule)
 
 
@@ -230,9 +223,8 @@ def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("tensor", [1, 2])
 def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
-    """With tensor 4 there are fewer key/value heads than devices on the axis."""
     places = packed(*[(9, 20), (33,)] * 2, tokens=33)
     qkv = random_qkv(4, 33)
     mesh = mesh_of(pipeline=2, tensor=tensor)

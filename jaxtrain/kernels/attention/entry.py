@@ -1,12 +1,11 @@
 """The public entry to attention."""
 
 from functools import partial
-from math import sqrt
 
 from jax import Array
 
 from jaxtrain.kernels.attention.reference import reference_attention
-from jaxtrain.kernels.attention.rule import Places, Rule
+from jaxtrain.kernels.attention.rule import Places
 from jaxtrain.kernels.attention.splash import splash_attention
 
 IMPLEMENTATIONS = {
@@ -24,8 +23,6 @@ def attention(
     q_places: Places,
     kv_places: Places,
     window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
     implementation: str = "reference",
 ) -> Array:
     """Causal attention inside each segment, [B, T, N, H] in the dtype of q; softmax in float32.
@@ -33,9 +30,9 @@ def attention(
     A query sees a key of its own segment at the same or an earlier position, at most `window - 1`
     back. Padding (segment 0) comes out as exactly 0 and gets no gradient. With T == S the row looks
     at itself and must be in order: positions rise with the index inside a segment. With T != S the
-    keys are a cache, in any order; an empty slot of it has segment 0 and finite contents. `scale`
-    None is 1/sqrt(H). `implementation` is what `choose` named, or 'splash_interpret' for a test on
-    CPU; those that cannot do a shape raise NotImplementedError.
+    keys are a cache, in any order; an empty slot of it has segment 0 and finite contents.
+    `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
+    cannot do a shape raise NotImplementedError.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -45,6 +42,4 @@ def attention(
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads do not group over {K} key/value heads; use a multiple")
-    scale = sqrt(1 / q_BTNH.shape[-1]) if scale is None else scale
-    rule = Rule(window=window, softcap=softcap, scale=scale)
-    return IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, q_places, kv_places, rule)
+    return IMPLEMENTATIONS[implementation](window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.kernels.attention.rule import Places, Rule, sees
+from jaxtrain.kernels.attention.rule import Places, score_scale, sees
 
 BLOCK = 128  # on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # keeps program size and compile time bounded, for an eighth more scores than needed
@@ -40,31 +40,22 @@ class Saved(NamedTuple):
     lse_BTN: Array
 
 
-def reference_attention(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    q_places: Places,
-    kv_places: Places,
-    rule: Rule,
-) -> Array:
-    return _attention(rule, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Places) -> Array:
-    return _forward(rule, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)[0]
+def reference_attention(
+    window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Places
+) -> Array:
+    return _forward(window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)[0]
 
 
-def _attention_fwd(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Places):
-    out_BTNH, lse_BTN = _forward(rule, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)
+def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places):
+    out_BTNH, lse_BTN = _forward(window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)
     # Named, so that a rematerialisation policy can keep these two and not run the forward twice.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
     lse_BTN = checkpoint_name(lse_BTN, "attention")
     return out_BTNH, Saved(q_BTNH, k_BSKH, v_BSKH, q_places, kv_places, out_BTNH, lse_BTN)
 
 
-def _forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Places):
+def _forward(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places):
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -72,11 +63,11 @@ def _forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Pl
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
 
     outs, lses = [], []
-    for band in _bands(T, S, C, rule.window):
+    for band in _bands(T, S, C, window):
         keys = slice(band.kv_start, band.kv_stop)
         kv_band = Places(*(x[:, keys] for x in kv_places))
-        block = partial(_forward_block, rule, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
-        out, lse = _over_blocks(block, band, (blocks_q, places))
+        block = partial(_forward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+        out, lse = lax.map(block, _of(band, (blocks_q, places)))
         outs.append(out)
         lses.append(lse)
     out_BTNH = _from_query_rows(jnp.concatenate(outs), T, N)
@@ -84,10 +75,10 @@ def _forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Pl
     return out_BTNH.astype(q_BTNH.dtype), lse_BTN
 
 
-def _forward_block(rule: Rule, k_BKSH, v_BKSH, kv_places: Places, block):
+def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_places: Places, block):
     q_BKRH, row_places = block
-    seen_BRS = sees(row_places, kv_places, rule.window)
-    scores_BKRS = _scores(rule, "bkrh,bksh->bkrs", q_BKRH, k_BKSH)
+    seen_BRS = sees(row_places, kv_places, window)
+    scores_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * score_scale(q_BKRH)
     scores_BKRS = jnp.where(seen_BRS[:, None], scores_BKRS, -jnp.inf)
     top_BKR1 = scores_BKRS.max(-1, keepdims=True)
     # A row that sees nothing has a maximum of -inf, and -inf - -inf is NaN.
@@ -99,7 +90,7 @@ def _forward_block(rule: Rule, k_BKSH, v_BKSH, kv_places: Places, block):
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
-def _attention_bwd(rule: Rule, saved: Saved, d_out_BTNH):
+def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
     T, N = saved.q_BTNH.shape[1:3]
     S, K = saved.k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -117,11 +108,19 @@ def _attention_bwd(rule: Rule, saved: Saved, d_out_BTNH):
     d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
 
     d_qs = []
-    for band in _bands(T, S, C, rule.window):
+    for band in _bands(T, S, C, window):
         keys = slice(band.kv_start, band.kv_stop)
         kv_band = Places(*(x[:, keys] for x in saved.kv_places))
-        block = partial(_backward_block, rule, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
-        d_q, d_k_BKSH, d_v_BKSH = _accumulate_over_blocks(block, band, blocks, d_k_BKSH, d_v_BKSH)
+        block = partial(_backward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+
+        def add(sums, queries, block=block):
+            d_q, *d_kv = block(queries)
+            return [total + part for total, part in zip(sums, d_kv, strict=True)], d_q
+
+        sums = [d_k_BKSH[:, :, keys], d_v_BKSH[:, :, keys]]
+        (d_k, d_v), d_q = lax.scan(add, sums, _of(band, blocks))
+        d_k_BKSH = d_k_BKSH.at[:, :, keys].set(d_k)
+        d_v_BKSH = d_v_BKSH.at[:, :, keys].set(d_v)
         d_qs.append(d_q)
     d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(saved.q_BTNH.dtype)
     d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(saved.k_BSKH.dtype)
@@ -129,30 +128,24 @@ def _attention_bwd(rule: Rule, saved: Saved, d_out_BTNH):
     return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+reference_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _backward_block(rule: Rule, k_BKSH, v_BKSH, kv_places: Places, block):
+def _backward_block(window: int | None, k_BKSH, v_BKSH, kv_places: Places, block):
     """Scores stand keys first here: one of the five products is transposed then, not two."""
     q_BKRH, row_places, d_out_BKRH, lse_BKR1, delta_BKR1 = block
-    seen_BSR = sees(row_places, kv_places, rule.window).swapaxes(1, 2)
-    scores_BKSR = _scores(rule, "bksh,bkrh->bksr", k_BKSH, q_BKRH)
+    seen_BSR = sees(row_places, kv_places, window).swapaxes(1, 2)
+    scale = score_scale(q_BKRH)
+    scores_BKSR = _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH) * scale
     p_BKSR = jnp.exp(scores_BKSR - lse_BKR1.swapaxes(2, 3))
     p_BKSR = jnp.where(seen_BSR[:, None], p_BKSR, 0.0)
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR.astype(d_out_BKRH.dtype), d_out_BKRH)
     d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
-    d_scores_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * rule.scale
-    if rule.softcap is not None:
-        d_scores_BKSR *= 1 - jnp.square(scores_BKSR / rule.softcap)
+    d_scores_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scale
     d_scores_BKSR = d_scores_BKSR.astype(q_BKRH.dtype)
     d_q_BKRH = _dot("bksr,bksh->bkrh", d_scores_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_scores_BKSR, q_BKRH)
     return d_q_BKRH, d_k_BKSH, d_v_BKSH
-
-
-def _scores(rule: Rule, spec: str, x, y) -> Array:
-    scores = _dot(spec, x, y) * rule.scale
-    return scores if rule.softcap is None else rule.softcap * jnp.tanh(scores / rule.softcap)
 
 
 def _dot(spec: str, x, y) -> Array:
@@ -183,30 +176,8 @@ def _bands(T: int, S: int, C: int, window: int | None) -> list[Band]:
     return bands
 
 
-def _over_blocks(f, band: Band, blocks):
-    """f of each block of the band, stacked."""
-    if band.blocks == 1:
-        return jax.tree.map(lambda y: y[None], f(jax.tree.map(lambda x: x[band.first], blocks)))
-    last = band.first + band.blocks
-    return lax.map(f, jax.tree.map(lambda x: x[band.first : last], blocks))
-
-
-def _accumulate_over_blocks(f, band: Band, blocks, d_k_BKSH, d_v_BKSH):
-    """Query gradients of the band's blocks; key and value gradients added to those given."""
-    keys = slice(band.kv_start, band.kv_stop)
-
-    def add(sums, block):
-        d_q, d_k, d_v = f(block)
-        return (sums[0] + d_k, sums[1] + d_v), d_q
-
-    sums = (d_k_BKSH[:, :, keys], d_v_BKSH[:, :, keys])
-    if band.blocks == 1:
-        sums, d_q = add(sums, jax.tree.map(lambda x: x[band.first], blocks))
-        d_q = d_q[None]
-    else:
-        last = band.first + band.blocks
-        sums, d_q = lax.scan(add, sums, jax.tree.map(lambda x: x[band.first : last], blocks))
-    return d_q, d_k_BKSH.at[:, :, keys].set(sums[0]), d_v_BKSH.at[:, :, keys].set(sums[1])
+def _of(band: Band, blocks):
+    return jax.tree.map(lambda x: x[band.first : band.first + band.blocks], blocks)
 
 
 def _query_rows(x_BTNH, K: int, C: int) -> Array:

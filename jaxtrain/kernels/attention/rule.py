@@ -1,4 +1,4 @@
-"""Who may look at whom: the places of tokens, and the settings that every implementation shares."""
+"""Who may look at whom, and how scores are scaled: what every implementation shares."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,8 @@ class Places(NamedTuple):
     """int32 [B, T]: place inside the document"""
 
 
-class Rule(NamedTuple):
-    """The static part of an attention; hashable, so that it can steer tracing."""
-
-    window: int | None
-    softcap: float | None
-    scale: float
+def score_scale(q: Array) -> float:
+    return q.shape[-1] ** -0.5
 
 
 def sees(q_places: Places, kv_places: Places, window: int | None) -> Array:

@@ -5,7 +5,7 @@ B batch, T tokens, N query heads, K key/value heads, H head size.
 
 from collections.abc import Callable
 from functools import partial
-from math import gcd, prod
+from math import prod
 from typing import cast
 
 import jax
@@ -19,23 +19,22 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxtrain.kernels.attention.rule import Places, Rule
+from jaxtrain.kernels.attention.rule import Places, score_scale
+from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 LANES = 128  # the kernel cuts a row into multiples of this
 LARGEST_BLOCK = 512
-BATCH_AXES = ("data", "fsdp", "expert")
-HEAD_AXIS = "tensor"
 
 
 def splash_attention(
+    window: int | None,
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
     q_places: Places,
     kv_places: Places,
-    rule: Rule,
     *,
     interpret: bool,
 ) -> Array:
@@ -49,7 +48,7 @@ def splash_attention(
     if not interpret and (fault := splash_fault(head_size=q_BTNH.shape[-1])):
         raise NotImplementedError(fault)
     del kv_places  # the same tokens as q_places
-    local = partial(_local_attention, rule=rule, interpret=interpret)
+    local = partial(_local_attention, window=window, interpret=interpret)
     return _mapped(local, q_BTNH, k_BTKH, v_BTKH, q_places.segments)
 
 
@@ -66,23 +65,19 @@ def _mapped(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Arr
     Mosaic refuses to be partitioned by the compiler, so every axis that is not manual yet becomes
     so here. The mesh is left to the context, for inside a pipeline stage a part of it is manual.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    sizes = {a: mesh.shape[a] for a, kind in types.items() if kind is not AxisType.Manual}
-    if mesh.empty or mesh.size == 1 or not sizes:
+    sizes = free_axis_sizes()
+    if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
     # Axes of size 1 ride on the batch: an axis that no input names costs a sum in the backward.
-    batch = tuple(a for a in sizes if a != HEAD_AXIS and (a in BATCH_AXES or sizes[a] == 1))
+    batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
     shards = prod(sizes[a] for a in batch)
     if q_BTNH.shape[0] % shards:
         raise NotImplementedError(
             f"batch {q_BTNH.shape[0]} does not split over {shards} devices of axes {batch}; "
             f"use a multiple of {shards}"
         )
-    tensor = sizes.get(HEAD_AXIS, 1)
-    k_BTKH, v_BTKH = _enough_heads(q_BTNH, k_BTKH, v_BTKH, tensor)
-    heads = PartitionSpec(batch, None, HEAD_AXIS if HEAD_AXIS in sizes else None, None)
+    heads = PartitionSpec(batch, None, TENSOR_AXIS if TENSOR_AXIS in sizes else None, None)
     return jax.shard_map(
         local,
         in_specs=(heads, heads, heads, PartitionSpec(batch, None)),
@@ -92,38 +87,24 @@ def _mapped(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Arr
     )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def _enough_heads(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, shards: int) -> tuple[Array, Array]:
-    """Key/value heads repeated until they split over the head axis."""
-    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
-    copies = shards // gcd(K, shards)
-    if N % (K * copies):
-        raise NotImplementedError(
-            f"{N} query heads and {K} key/value heads do not split over {shards} devices of axis "
-            f"{HEAD_AXIS!r}; use an axis size that divides {N}"
-        )
-    if copies == 1:
-        return k_BTKH, v_BTKH
-    return jnp.repeat(k_BTKH, copies, axis=2), jnp.repeat(v_BTKH, copies, axis=2)
-
-
 def _local_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array,
     *,
-    rule: Rule,
+    window: int | None,
     interpret: bool,
 ) -> Array:
     T, N = q_BTNH.shape[1:3]
     fill = -T % LANES
-    kernel = _kernel(T + fill, N, rule, interpret)
+    kernel = _kernel(T + fill, N, window, interpret)
 
     def ready(x_BTNH: Array) -> Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
 
     # In float32, for a scale rounded to bfloat16 would err by the same share in every score.
-    q_BTNH = (q_BTNH.astype(jnp.float32) * rule.scale).astype(q_BTNH.dtype)
+    q_BTNH = (q_BTNH.astype(jnp.float32) * score_scale(q_BTNH)).astype(q_BTNH.dtype)
     # Padding forms a segment of its own, so that no row of scores is empty.
     filled_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)))
     out_BNTH = jax.vmap(kernel)(
@@ -136,10 +117,10 @@ def _local_attention(
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-def _kernel(T: int, N: int, rule: Rule, interpret: bool) -> Callable[..., Array]:
+def _kernel(T: int, N: int, window: int | None, interpret: bool) -> Callable[..., Array]:
     block = next(b for b in (LARGEST_BLOCK, 256, LANES) if T % b == 0)
     shape = (T, T)
-    mask = CausalMask(shape) if rule.window is None else LocalMask(shape, (rule.window - 1, 0), 0)
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
     kernel = make_splash_mha(
         MultiHeadMask([mask] * N),
         block_sizes=BlockSizes(
@@ -152,7 +133,6 @@ def _kernel(T: int, N: int, rule: Rule, interpret: bool) -> Callable[..., Array]
         ),
         head_shards=1,
         q_seq_shards=1,
-        attn_logits_soft_cap=rule.softcap,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )

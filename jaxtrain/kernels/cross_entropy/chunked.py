@@ -39,7 +39,6 @@ def weighted_nll(
     head_layout: HeadLayout = "DV",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
-    softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> NLL:
     """Weighted sum of the losses of targets[b, t] given hidden[b, t].
@@ -48,15 +47,7 @@ def weighted_nll(
     and are for `total` alone; weights are constants. A token of weight 0 adds nothing, not even a
     NaN. `chunk_tokens` counts tokens of each row.
     """
-    plan = make_plan(
-        hidden_BTD,
-        head,
-        head_layout=head_layout,
-        softcap=softcap,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        chunk_tokens=chunk_tokens,
-    )
+    plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens, z_loss, label_smoothing)
     weights_BT = lax.stop_gradient(weights_BT.astype(jnp.float32))
     nll: NLL = _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT)
     return NLL(nll.total, lax.stop_gradient(nll.z_total), lax.stop_gradient(nll.correct))
@@ -74,7 +65,8 @@ def _weighted_nll(
         return jax.tree.map(jnp.add, sums, _chunk_nll(plan, scores, w_IbC)), ()
 
     xs = _chunks(plan, hidden_BTD, targets_BT, weights_BT)
-    return _over_shards(lax.scan(step, _nll_sums(plan), xs)[0])
+    nll, _ = lax.scan(step, NLL(*jnp.zeros((3, plan.shards))), xs)
+    return NLL(*(x.sum() for x in nll))
 
 
 def _weighted_nll_fwd(
@@ -86,16 +78,19 @@ def _weighted_nll_fwd(
         x_IbCD, y_IbC, w_IbC = chunk
         x_IbCD = _cleaned(x_IbCD, w_IbC)
         scores = _scores(plan, ready, x_IbCD, y_IbC)
-        d_logits_IbCV = _d_total(plan, scores, w_IbC)
+        d_logits_IbCV = _d_total(
+            plan, scores.logits_IbCV, scores.is_target_IbCV, scores.lse_IbC, w_IbC
+        )
         d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_logits_IbCV)
         nll = _chunk_nll(plan, scores, w_IbC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden
 
     xs = _chunks(plan, hidden_BTD, targets_BT, weights_BT)
-    sums = _nll_sums(plan), _head_sums(plan, head)
+    sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, head)
     (nll, d_head), d_hidden = lax.scan(step, sums, xs)
     like = jnp.zeros((), head.dtype)
-    return _over_shards(nll), (_joined(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like)
+    saved = _joined(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like
+    return NLL(*(x.sum() for x in nll)), saved
 
 
 def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
@@ -119,23 +114,14 @@ def _chunk_nll(plan: Plan, scores: Scores, w_IbC: Array) -> NLL:
     return NLL(*(jnp.sum(w_IbC * x, (1, 2)) for x in (loss_IbC + z_IbC, z_IbC, correct_IbC)))
 
 
-def _nll_sums(plan: Plan) -> NLL:
-    return NLL(*jnp.zeros((3, plan.shards)))
-
-
-def _over_shards(nll: NLL) -> NLL:
-    return NLL(*(x.sum() for x in nll))
-
-
-def _d_total(plan: Plan, scores: Scores, w_IbC: Array) -> Array:
-    """Gradient of a chunk's total by the products of hidden and head, float32 [I, b, C, V]."""
-    smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], scores.lse_IbC[..., None]
-    d_lse_IbC1 = w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
-    d_IbCV = jnp.exp(scores.logits_IbCV - lse_IbC1) * d_lse_IbC1
-    d_IbCV -= jnp.where(scores.is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
-    if smoothing:
-        d_IbCV -= smoothing / d_IbCV.shape[-1] * w_IbC1
-    return _uncapped(plan, d_IbCV, scores.logits_IbCV)
+def _d_total(
+    plan: Plan, logits_IbCV: Array, is_target_IbCV: Array, lse_IbC: Array, w_IbC: Array
+) -> Array:
+    """Gradient of a chunk's total by its logits, float32 [I, b, C, V]."""
+    smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], lse_IbC[..., None]
+    d_IbCV = jnp.exp(logits_IbCV - lse_IbC1) * w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
+    d_IbCV -= jnp.where(is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
+    return d_IbCV - smoothing / d_IbCV.shape[-1] * w_IbC1 if smoothing else d_IbCV
 
 
 def token_log_probs(
@@ -144,7 +130,6 @@ def token_log_probs(
     targets_BT: Array,
     *,
     head_layout: HeadLayout = "DV",
-    softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> Array:
     """Log-probability of targets[b, t] given hidden[b, t], float32 [B, T].
@@ -152,15 +137,7 @@ def token_log_probs(
     The backward makes the logits again. A token whose gradient is 0 adds nothing to it, not even a
     NaN. `chunk_tokens` counts tokens of each row.
     """
-    plan = make_plan(
-        hidden_BTD,
-        head,
-        head_layout=head_layout,
-        softcap=softcap,
-        z_loss=0.0,
-        label_smoothing=0.0,
-        chunk_tokens=chunk_tokens,
-    )
+    plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens)
     return _log_probs(plan, hidden_BTD, head, targets_BT)
 
 
@@ -190,9 +167,8 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
         x_IbCD, y_IbC, lse_IbC, g_IbC = chunk
         x_IbCD, lse_IbC = _cleaned(x_IbCD, g_IbC), jnp.where(g_IbC != 0, lse_IbC, 0)
         logits_IbCV = _logits(plan, ready, x_IbCD)
-        one_IbCV = jnp.where(_is_target(logits_IbCV, y_IbC), 1.0, 0.0)
-        d_IbCV = (one_IbCV - jnp.exp(logits_IbCV - lse_IbC[..., None])) * g_IbC[..., None]
-        d_IbCV = _uncapped(plan, d_IbCV, logits_IbCV)
+        # A log-probability is the negative of a loss of weight 1.
+        d_IbCV = _d_total(plan, logits_IbCV, _is_target(logits_IbCV, y_IbC), lse_IbC, -g_IbC)
         d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_IbCV)
         return d_head_sum + d_head, d_hidden
 
@@ -211,19 +187,11 @@ def _cleaned(x_IbCD: Array, w_IbC: Array) -> Array:
 
 
 def _logits(plan: Plan, head: Array, x_IbCD: Array) -> Array:
-    logits_IbCV = _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
-    return (
-        logits_IbCV if plan.softcap is None else plan.softcap * jnp.tanh(logits_IbCV / plan.softcap)
-    )
+    return _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
 
 
 def _dot(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec.lower(), x, y, preferred_element_type=jnp.float32)
-
-
-def _uncapped(plan: Plan, d_IbCV: Array, logits_IbCV: Array) -> Array:
-    """Gradient before the cap, given that after it."""
-    return d_IbCV if plan.softcap is None else d_IbCV * (1 - (logits_IbCV / plan.softcap) ** 2)
 
 
 def _is_target(logits_IbCV: Array, y_IbC: Array) -> Array:

@@ -5,14 +5,13 @@ from typing import Literal, NamedTuple
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions: 'VD' is an embedding that serves as the head too."""
 
-BATCH_AXES = ("data", "fsdp", "expert")
-VOCABULARY_AXIS = "tensor"
 SMALL_BYTES = 64 * 2**20  # logits of a chunk need not be smaller
 MOST_TOKENS = 1024  # of a chunk on one device; more gain nothing
 
@@ -32,7 +31,6 @@ class Plan(NamedTuple):
     """Static, hashable. Shards: how many ways the batch is split over `batch_axes`."""
 
     head_layout: HeadLayout
-    softcap: float | None
     z_loss: float
     label_smoothing: float
     chunk_tokens: int
@@ -50,12 +48,10 @@ class Plan(NamedTuple):
 def make_plan(
     hidden_BTD: Array,
     head: Array,
-    *,
     head_layout: HeadLayout,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     chunk_tokens: int | None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Plan:
     B, T, D = hidden_BTD.shape
     width, V = head.shape if head_layout == "DV" else head.shape[::-1]
@@ -64,14 +60,14 @@ def make_plan(
             f"head of shape {head.shape} does not fit a hidden width of {D} in layout "
             f"{head_layout!r}; the other layout is {'VD' if head_layout == 'DV' else 'DV'!r}"
         )
-    sizes = _free_axis_sizes()
+    sizes = free_axis_sizes()
     batch_axes: tuple[str, ...] = ()
     for axis in BATCH_AXES:
         shards = prod(sizes[a] for a in batch_axes) * sizes.get(axis, 1)
         if sizes.get(axis, 1) > 1 and B % shards == 0:
             batch_axes = (*batch_axes, axis)
     shards = prod(sizes[a] for a in batch_axes)
-    splits = sizes.get(VOCABULARY_AXIS, 1)
+    splits = sizes.get(TENSOR_AXIS, 1)
     splits = splits if V % splits == 0 else 1
     if chunk_tokens is None:
         # With D tokens the logits take as much memory as the float32 gradient of the head.
@@ -80,19 +76,11 @@ def make_plan(
     chunks = -(-T // chunk_tokens)
     return Plan(
         head_layout=head_layout,
-        softcap=softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         chunk_tokens=-(-T // chunks),  # equal chunks, so that little padding fills the last
         batch_axes=batch_axes,
         shards=shards,
-        vocabulary_axis=VOCABULARY_AXIS if splits > 1 else None,
+        vocabulary_axis=TENSOR_AXIS if splits > 1 else None,
         on_mesh=bool(batch_axes) or splits > 1,
     )
-
-
-def _free_axis_sizes() -> dict[str, int]:
-    """Sizes of the axes of the context's mesh that the compiler may still use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {a: mesh.shape[a] for a, kind in kinds if kind is not AxisType.Manual}

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxtrain.kernels.cross_entropy.plan import NLL, HeadLayout
+from jaxtrain.kernels.cross_entropy import NLL, HeadLayout
 
 
-def logits(
-    hidden_BTD: Array, head: Array, *, head_layout: HeadLayout = "DV", softcap: float | None = None
-) -> Array:
+def logits(hidden_BTD: Array, head: Array, *, head_layout: HeadLayout = "DV") -> Array:
     """float32 [B, T, V]"""
     head_DV = head if head_layout == "DV" else head.T
-    logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
 def token_log_probs(
@@ -25,9 +22,8 @@ def token_log_probs(
     targets_BT: Array,
     *,
     head_layout: HeadLayout = "DV",
-    softcap: float | None = None,
 ) -> Array:
-    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout, softcap=softcap)
+    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout)
     target_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
     return target_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
 
@@ -41,10 +37,9 @@ def weighted_nll(
     head_layout: HeadLayout = "DV",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
-    softcap: float | None = None,
 ) -> NLL:
     hidden_BTD = jnp.where(weights_BT[..., None] != 0, hidden_BTD, 0)
-    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout, softcap=softcap)
+    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout)
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     target_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
     loss_BT = -(1 - label_smoothing) * target_BT - label_smoothing * log_probs_BTV.mean(-1)
