@@ -1,7 +1,8 @@
 """From the `scheduler` section to a schedule."""
 
-from collections.abc import Callable
 from typing import Any
+
+import jax.numpy as jnp
 
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.scheduler import HFSchedulerConfig, SchedulerConfig, WSDSchedulerConfig
@@ -52,53 +53,42 @@ class WSDSchedulerFactory(SchedulerFactory):
                 f"scheduler: num_warmup_steps {warmup} and num_decay_steps {decay} are longer than "
                 f"the run of {self.trainer.training_horizon} updates"
             )
-        return schedules.warmup_stable_decay(
-            warmup, stable, decay, floor=self.config.min_lr_ratio, decay_type="linear"
-        )
+        return schedules.warmup_stable_decay(warmup, stable, decay, floor=self.config.min_lr_ratio)
 
 
 def hf_schedule(
     config: HFSchedulerConfig, *, horizon: int, warmup: int, peak_lr: float
 ) -> Schedule:
     """The schedule of a recipe over `horizon` updates."""
-    shape, floor = config.shape, config.min_lr_ratio
-    span = (horizon, warmup)
-
-    def least() -> float:
-        if shape.min_lr_rate is not None:
-            return shape.min_lr_rate
-        return shape.min_lr / peak_lr if peak_lr else 0.0
-
-    def stable_decay() -> Schedule:
-        stable = shape.num_stable_steps
-        return schedules.warmup_stable_decay(
-            warmup,
-            max(0, horizon - warmup - shape.num_decay_steps) if stable is None else stable,
-            shape.num_decay_steps,
-            floor=floor if shape.min_lr_ratio is None else shape.min_lr_ratio,
-            warmup_type=shape.warmup_type,
-            decay_type=shape.decay_type,
-            num_cycles=shape.num_cycles,
-        )
-
-    made: dict[str, Callable[[], Schedule]] = {
-        "constant": schedules.constant,
-        "constant_with_warmup": lambda: schedules.constant_with_warmup(warmup),
-        "linear": lambda: schedules.linear(*span, floor=floor),
-        "cosine": lambda: schedules.cosine(*span, floor=floor, num_cycles=shape.num_cycles),
-        "cosine_with_restarts": lambda: schedules.restarts(*span, num_cycles=shape.num_cycles),
-        "polynomial": lambda: schedules.polynomial(
-            *span,
-            floor=floor or (min(1.0, shape.lr_end / peak_lr) if peak_lr else 0.0),
-            power=shape.power,
-        ),
-        "inverse_sqrt": lambda: schedules.inverse_sqrt(warmup, shape.timescale or warmup or 10_000),
-        "cosine_with_min_lr": lambda: schedules.cosine(
-            *span, floor=least(), num_cycles=shape.num_cycles
-        ),
-        "cosine_warmup_with_min_lr": lambda: schedules.cosine_from(
-            *span, first=shape.warmup_lr_rate, floor=least(), num_cycles=shape.num_cycles
-        ),
-        "warmup_stable_decay": stable_decay,
-    }
-    return made[config.name]()
+    shape, floor, span = config.shape, config.min_lr_ratio, (horizon, warmup)
+    as_share = lambda rate: rate / peak_lr if peak_lr else 0.0
+    if "min_lr_rate" in type(shape).model_fields:
+        floor = as_share(shape.min_lr) if shape.min_lr_rate is None else shape.min_lr_rate
+    match config.name:
+        case "linear":
+            return schedules.decay(schedules.straight(), *span, floor=floor)
+        case "cosine" | "cosine_with_min_lr":
+            return schedules.decay(schedules.wave(shape.num_cycles), *span, floor=floor)
+        case "cosine_with_restarts":
+            return schedules.decay(schedules.restarts(shape.num_cycles), *span)
+        case "polynomial":
+            floor = floor or min(1.0, as_share(shape.lr_end))
+            return schedules.decay(schedules.straight(shape.power), *span, floor=floor)
+        case "inverse_sqrt":
+            return schedules.inverse_sqrt(warmup, shape.timescale or warmup or 10_000)
+        case "cosine_warmup_with_min_lr":
+            return schedules.cosine_from(
+                *span, first=shape.warmup_lr_rate, floor=floor, num_cycles=shape.num_cycles
+            )
+        case "warmup_stable_decay":
+            stable = shape.num_stable_steps
+            return schedules.warmup_stable_decay(
+                warmup,
+                max(0, horizon - warmup - shape.num_decay_steps) if stable is None else stable,
+                shape.num_decay_steps,
+                floor=floor if shape.min_lr_ratio is None else shape.min_lr_ratio,
+                warmup_type=shape.warmup_type,
+                decay_type=shape.decay_type,
+                num_cycles=shape.num_cycles,
+            )
+    return schedules.decay(jnp.ones_like, *span)  # constant, of which one has a warm-up

@@ -54,6 +54,14 @@ def test_the_rate_of_every_update(name):
     assert schedule(name, kwargs, warmup_steps=WARMUP) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "warmup_stable_decay"])
+def test_without_warmup_the_first_update_has_the_peak_rate(name):
+    kwargs = {"min_lr": 0.0} if name.endswith("min_lr") else {}
+    # One of them counts updates from 1.
+    peak = 1.0 if name != "cosine_warmup_with_min_lr" else half_wave(1 / HORIZON)
+    assert schedule(name, kwargs, warmup_steps=0)[0] == pytest.approx(peak, abs=1e-6)
+
+
 def test_constant_has_no_warmup():
     assert schedule("constant", {}, warmup_steps=WARMUP) == [1.0] * HORIZON
 
