@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxtrain.recipe.optimizer import OptimizerConfig
@@ -23,25 +22,6 @@ class OptimizerFactory(Factory, kind="optimizer"):
         raise NotImplementedError(
             f"{type(self).__qualname__} defines no create_optimizer(model, optimizer_config)"
         )
-
-
-def with_state_dtype(
-    optimizer: optax.GradientTransformation, dtype: str
-) -> optax.GradientTransformation:
-    """`optimizer` with its moments kept in `dtype`, and updated in float32."""
-
-    def cast(state: Any, to: str) -> Any:
-        is_moment = lambda x: x.ndim and jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.tree.map(lambda x: x.astype(to) if is_moment(x) else x, state)
-
-    def init(params: Any) -> Any:
-        return cast(optimizer.init(params), dtype)
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = optimizer.update(updates, cast(state, "float32"), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(init, update)
 
 
 def decayed(params: Any) -> Any:

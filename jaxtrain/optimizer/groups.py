@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain import registry
-from jaxtrain.optimizer.factory import OptimizerFactory, decayed, with_state_dtype
+from jaxtrain.optimizer.factory import OptimizerFactory, decayed
+from jaxtrain.optimizer.moments import with_moments
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.optimizer import OptimizerConfig
@@ -58,14 +59,13 @@ class Groups:
 
     def optimizer(self, factory: OptimizerFactory) -> optax.GradientTransformation:
         """One optimizer of the factory for all parameters, or one for each group."""
-        dtype = self.config.state_dtype
         # An optimizer of the user may have a dtype of its own in mind.
         is_ours = registry.is_built_in("optimizer", self.config.type)
         is_said = is_ours or "state_dtype" in self.config.model_fields_set
+        dtype = self.config.state_dtype if is_said else None
 
         def made(config: OptimizerConfig) -> optax.GradientTransformation:
-            optimizer = factory.create_optimizer(self.shapes, config)
-            return with_state_dtype(optimizer, dtype) if is_said else optimizer
+            return with_moments(factory.create_optimizer(self.shapes, config), dtype)
 
         labels = set(jax.tree.leaves(self.labels))
         if labels == {REST}:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from jaxtrain.recipe.section import DType, Section, TypedSection
+from jaxtrain.recipe.section import Section, TypedSection, WideDType
 
 
 def _shares(betas: tuple[float, float]) -> tuple[float, float]:
@@ -47,7 +47,7 @@ class OptimizerConfig(TypedSection):
     """Decoupled; not on norms and biases."""
     groups: tuple[OptimizerGroup, ...] = ()
     """Other settings for some parameters."""
-    state_dtype: DType = "float32"
+    state_dtype: WideDType = "float32"
     """Dtype of the moments."""
 
 

@@ -153,6 +153,8 @@ def _dtype(value: Any) -> Any:
 
 
 DType = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
+WideDType = Annotated[Literal["bfloat16", "float32"], BeforeValidator(_dtype)]
+"""For squares of gradients, which are 0 in float16."""
 
 
 def is_off(value: Any) -> bool:

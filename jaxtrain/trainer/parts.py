@@ -13,7 +13,7 @@ from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.data import BatchShape, DataFactory, DataShape, TrainingData
 from jaxtrain.data.prepare import GivenRows, data_factory, prepare_data, prepare_evaluation
 from jaxtrain.model import Decoder, Described, LanguageModel, ModelFactory
-from jaxtrain.optimizer import Groups
+from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -120,7 +120,7 @@ class Parts:
     def optimizer(self) -> optax.GradientTransformation:
         """Updates at the peak rate."""
         if (given := self.given.get("optimizer")) is not None:
-            return given
+            return with_moments(given, None)
         return self.groups.optimizer(self._made("optimizer", self.config.optimizer))
 
     @cached_property

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain import registry
+from jaxtrain import SFTTrainer, registry
 from jaxtrain.optimizer import Groups
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
@@ -109,6 +109,39 @@ def test_moments_have_the_dtype_that_is_said(name, params, dtype):
     for tree in (state, after):
         moments = [x for x in jax.tree.leaves(tree) if x.ndim and x.dtype != jnp.int32]
         assert moments and {x.dtype for x in moments} == {jnp.dtype(want)}
+
+
+def second_moment(**keys):
+    """What adamw has of a gradient that was large for a while and has long been small."""
+    params = {"embed": {"embedding": jnp.zeros((8, 128))}}
+    _, optimizer = made("adamw", params, **keys)
+
+    @jax.jit
+    def many(state, size, updates):
+        grads = jax.tree.map(lambda p: jnp.full_like(p, size), params)
+        step = lambda _, state: optimizer.update(grads, state, params)[1]
+        return jax.lax.fori_loop(0, updates, step, state)
+
+    state = many(many(optimizer.init(params), 1.0, 200), 0.01, 3000)
+    return float(optax.tree.get(state, "nu")["embed"]["embedding"].astype(jnp.float32).mean())
+
+
+def test_moments_in_bfloat16_forget_as_those_in_float32():
+    assert second_moment(state_dtype="bf16") == pytest.approx(second_moment(), rel=0.05)
+
+
+def test_moments_in_float16_are_refused():
+    """The square of a gradient of 1e-4 is 0 there."""
+    with pytest.raises(RecipeError, match="optimizer.state_dtype"):
+        made("adamw", parameters(), state_dtype="fp16")
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(1e-2), optax.adafactor(1e-2)])
+def test_a_given_optimizer_trains_weights_in_bfloat16(tmp_path, optimizer):
+    config = get_config(recipe(tmp_path, model={"param_dtype": "bf16"}))
+    run = SFTTrainer(config, devices=jax.devices()[:1], optimizer=optimizer)
+    found = losses(run, 4)
+    assert found[-1] < found[0]
 
 
 def test_a_run_trains_around_what_is_frozen(tmp_path):
