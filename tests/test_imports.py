@@ -12,7 +12,7 @@ import jaxtrain
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
-    {"recipe", "registry", "hooks", "batch", "assets"},
+    {"recipe", "registry", "hooks", "batch", "assets", "model_folder"},
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},

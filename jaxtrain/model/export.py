@@ -53,7 +53,7 @@ def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, T
     """Every tensor by its Hugging Face name, in the order of the file; made when asked for."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(piece, leaf) for path, leaf in leaves for piece in pieces(config, path_name(path))]
-    tensors.sort(key=lambda tensor: (tensor[0].layer is None, tensor[0].name))
+    tensors.sort(key=lambda tensor: tensor[0].name)
     return {
         piece.name: ToWrite(piece.shape, partial(_make, piece, leaf, dtype))
         for piece, leaf in tensors
@@ -62,8 +62,7 @@ def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, T
 
 def _make(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
     """One tensor on the host: only its own layer leaves the devices, in the dtype asked for."""
-    ours = leaf if piece.layer is None else leaf[piece.layer]
-    return piece.to_theirs(np.asarray(ours[piece.place].astype(dtype)))
+    return piece.to_theirs(np.asarray(leaf[piece.place].astype(dtype)))
 
 
 def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

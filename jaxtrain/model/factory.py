@@ -17,8 +17,9 @@ from jaxtrain.model.config import DecoderConfig, Execution
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.source import locate, read_config, read_generation_config
+from jaxtrain.model.source import read_config, read_generation_config
 from jaxtrain.model.weights import load_params
+from jaxtrain.model_folder import locate
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import RecipeError, WeightError
@@ -165,7 +166,7 @@ class HFModelFactory(ModelFactory):
     name = "huggingface"
 
     def create_config(self) -> Described:
-        path = locate(self.config)
+        path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
         return Described(*read_config(path, self.config), path)
 
     def create_model(self, model_config: Described) -> LanguageModel:

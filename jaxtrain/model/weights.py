@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +30,11 @@ class Piece(NamedTuple):
     name: str
     shape: tuple[int, ...]
     """As in the file"""
-    layer: int | None
-    """Index along L of a stacked parameter"""
     place: tuple[slice, ...]
-    """In one layer of our parameter"""
     split: tuple[int, ...]
-    """The file's shape with merged dimensions apart"""
+    """The file's shape with merged dimensions apart, and those of length 1 that it lacks"""
     order: tuple[int, ...]
-    """Transposes `split` into our order; a 1 that the file lacks is already last in `split`"""
+    """Transposes `split` into our order"""
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
         """A view in our order, so that a slice of it reads only that slice of the file."""
@@ -48,49 +45,42 @@ class Piece(NamedTuple):
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
-def sizes(config: DecoderConfig) -> dict[str, int]:
-    """Length of each dimension letter."""
-    return {
-        "V": config.vocab_size,
-        "D": config.width,
-        "F": config.ffn_width,
-        "K": config.num_kv_heads,
-        "G": config.num_heads // config.num_kv_heads,
-        "H": config.head_size,
-        "1": 1,
-    }
-
-
 def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
     family = next(family for family in FAMILIES if family.name == config.family)
     rows = {row.path: row for row in family.rows}
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
-        row = rows[match[3]]
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
+        row = rows[match[3]]
         return [p for at, i in enumerate(numbers) for p in _row_pieces(config, row, at, i)]
-    return list(_row_pieces(config, rows[path], None, None))
+    return list(_row_pieces(config, rows[path]))
 
 
 def _row_pieces(
-    config: DecoderConfig, row: Row, at: int | None, number: int | None
+    config: DecoderConfig, row: Row, at: int | None = None, number: int | None = None
 ) -> Iterator[Piece]:
-    size = sizes(config)
-    ours = [[size[letter] for letter in tensor.ours.split()] for tensor in row.tensors]
-    ends = list(accumulate(shape[row.joined or 0] for shape in ours))
-    for tensor, shape, end in zip(row.tensors, ours, ends, strict=True):
-        letters = tensor.dims.replace(" ", "")
+    """The tensors of a row; of a stacked one, those of layer `number`, which is `at` along L."""
+    size = {
+        "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
+        "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads, "1": 1,
+    }  # fmt: skip
+    lead = "" if at is None else "1"
+    end = 0
+    for tensor in row.tensors:
         mine = tensor.ours.split()
-        place = [slice(0, n) for n in shape]
+        place = [slice(0, size[letter]) for letter in mine]
         if row.joined is not None:
-            place[row.joined] = slice(end - shape[row.joined], end)
+            begin, end = end, end + size[mine[row.joined]]
+            place[row.joined] = slice(begin, end)
+        if at is not None:
+            place.insert(0, slice(at, at + 1))
+        letters = lead + tensor.dims.replace(" ", "") + "1" * ("1" in mine)
         yield Piece(
             name=tensor.name.format(i=number),
-            shape=tuple(int(np.prod([size[x] for x in dim])) for dim in tensor.dims.split()),
-            layer=at,
+            shape=tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split()),
             place=tuple(place),
-            split=(*(size[x] for x in letters), *(1 for x in mine if x == "1")),
-            order=tuple((letters + "1").index(letter) for letter in mine),
+            split=tuple(size[letter] for letter in letters),
+            order=tuple((*range(len(lead)), *map(letters.rindex, mine))),
         )
 
 
@@ -165,25 +155,17 @@ def _assembled(
 ) -> np.ndarray:
     out = np.empty([end - begin for begin, end in bounds], dtype)
     for part in parts:
-        target, inner = out, bounds
-        if part.layer is not None:
-            (first, last), *inner = bounds
-            if not first <= part.layer < last:
-                continue
-            target = out[part.layer - first]
-        overlaps = [
-            (max(begin, place.start), min(end, place.stop))
-            for (begin, end), place in zip(inner, part.place, strict=True)
+        both = [
+            range(max(begin, place.start), min(end, place.stop))
+            for (begin, end), place in zip(bounds, part.place, strict=True)
         ]
-        if any(begin >= end for begin, end in overlaps):
-            continue
-        here = tuple(
-            slice(a - begin, b - begin) for (a, b), (begin, _) in zip(overlaps, inner, strict=True)
-        )
-        there = tuple(
-            slice(a - p.start, b - p.start) for (a, b), p in zip(overlaps, part.place, strict=True)
-        )
-        target[here] = part.to_ours(stored[part.name].read())[there]
+        if all(both):
+            here = (slice(r.start - b, r.stop - b) for r, (b, _) in zip(both, bounds, strict=True))
+            there = (
+                slice(r.start - place.start, r.stop - place.start)
+                for r, place in zip(both, part.place, strict=True)
+            )
+            out[tuple(here)] = part.to_ours(stored[part.name].read())[tuple(there)]
     return out
 
 
@@ -194,28 +176,23 @@ def _check(
     config: DecoderConfig,
 ) -> None:
     harmless = re.compile("|".join((*HARMLESS, *((r"lm_head\.weight",) if config.tied else ()))))
-    missing = [
-        f"tensor {name} {list(shape)} is missing"
-        for name, shape in wanted.items()
-        if name not in stored
-    ]
-    reshaped = [
-        f"tensor {name} must be {list(shape)} by config.json, found {list(stored[name].shape)}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape
-    ]
+    missing, reshaped = [], []
+    for name, shape in wanted.items():
+        if name not in stored:
+            missing.append(f"tensor {name} {list(shape)} is missing")
+        elif (found := stored[name].shape) != shape:
+            reshaped.append(
+                f"tensor {name} must be {list(shape)} by config.json, found {list(found)}"
+            )
     unknown = [
         f"tensor {name} {list(found.shape)} has no place in a {config.family} model of this config"
         for name, found in stored.items()
         if name not in wanted and not harmless.fullmatch(name)
     ]
-    faults = [*_listed(path, missing), *_listed(path, reshaped), *_listed(path, unknown)]
-    if faults:
-        raise WeightError(faults)
-
-
-def _listed(path: Path, lines: list[str]) -> list[Fault]:
-    faults = [Fault(str(path), line) for line in lines[:NAMED_FAULTS]]
-    if len(lines) > NAMED_FAULTS:
-        faults.append(Fault(str(path), f"and {len(lines) - NAMED_FAULTS} more of this kind"))
-    return faults
+    lines: list[str] = []
+    for kind in (missing, reshaped, unknown):
+        lines += kind[:NAMED_FAULTS]
+        if len(kind) > NAMED_FAULTS:
+            lines.append(f"and {len(kind) - NAMED_FAULTS} more of this kind")
+    if lines:
+        raise WeightError([Fault(str(path), line) for line in lines])

@@ -11,10 +11,10 @@ from tiny_models import LLAMA3, SIZES, described, loaded, saved
 
 from jaxtrain.model import rope
 from jaxtrain.model.hf_config import decoder_config
-from jaxtrain.model.source import locate, read_generation_config
-from jaxtrain.model.tensor_file import SINGLE, read_folder
+from jaxtrain.model.source import read_generation_config
+from jaxtrain.model.tensor_file import read_folder
+from jaxtrain.model_folder import SINGLE, locate
 from jaxtrain.recipe.errors import RecipeError, WeightError
-from jaxtrain.recipe.model import ModelConfig
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -207,7 +207,7 @@ def test_a_model_that_is_nowhere_names_the_places(name, expected, tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RecipeError, match=expected) as error:
-        locate(ModelConfig(name_or_path=name))
+        locate(name, with_weights=True)
     assert len(faults(error)) == 1 and "model.name_or_path" in str(error.value)
 
 
@@ -225,21 +225,21 @@ def cached(good, tmp_path, monkeypatch) -> Path:
 
 
 def test_a_model_in_the_hub_cache_is_taken_from_there(cached):
-    assert locate(ModelConfig(name_or_path="owner/tiny")) == cached
+    assert locate("owner/tiny", with_weights=True) == cached
 
 
 def test_a_cache_with_the_config_alone_serves_only_from_scratch(cached):
     (cached / SINGLE).unlink()
     with pytest.raises(RecipeError, match=r"no config.json and whole safetensors weights in"):
-        locate(ModelConfig(name_or_path="owner/tiny"))
-    assert locate(ModelConfig(name_or_path="owner/tiny", from_scratch=True)) == cached
+        locate("owner/tiny", with_weights=True)
+    assert locate("owner/tiny", with_weights=False) == cached
 
 
 def test_a_folder_is_found_where_it_is(good, tmp_path):
-    assert locate(ModelConfig(name_or_path=str(good))) == good
+    assert locate(str(good), with_weights=True) == good
     (tmp_path / "weights.bin").touch()
     with pytest.raises(RecipeError, match=r"must be a folder, a .gguf file or a hub name"):
-        locate(ModelConfig(name_or_path=str(tmp_path / "weights.bin")))
+        locate(str(tmp_path / "weights.bin"), with_weights=True)
 
 
 def test_config_that_is_no_json_is_named(folder):

