@@ -77,7 +77,8 @@ class Decoder(nnx.Module):
 
     def hidden(self, batch: Batch) -> Array:
         """[B, T, D] after the final norm, in the compute dtype."""
-        x_BTD, _ = self.stack(self.embedded(batch.tokens), self.view(batch))
+        places = Places(batch.segments, batch.positions)
+        x_BTD, _ = self.stack(self.embedded(batch.tokens), self.view(places, places))
         return self.normed(x_BTD)
 
     def token_log_probs(self, batch: Batch) -> Array:
@@ -114,11 +115,9 @@ class Decoder(nnx.Module):
 
     # The parts of a forward pass, apart, for pipelines and for generation.
 
-    def view(self, batch: Batch) -> View:
-        places = Places(batch.segments, batch.positions)
-        return View(
-            places, places, *rotation(self.config.rope, self.config.head_size, places.positions)
-        )
+    def view(self, places: Places, kv_places: Places, slot: Array | None = None) -> View:
+        turns = rotation(self.config.rope, self.config.head_size, places.positions)
+        return View(places, kv_places, *turns, slot)
 
     def embedded(self, tokens_BT: Array) -> Array:
         x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)

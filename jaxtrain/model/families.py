@@ -1,8 +1,8 @@
 """The families of Hugging Face models that the decoder covers, as data.
 
-A family says what its config.json means and how its tensors map to our parameters; the table of
-tensors is read in both directions, so that loading and exporting cannot disagree. The dimensions of
-a tensor are written in letters: `KGH D` is [K * G * H, D].
+A family says what its config.json means. The tensors of all have the same names, in a table that is
+read in both directions, so that loading and exporting cannot disagree. The dimensions of a tensor
+are written in letters: `KGH D` is [K * G * H, D].
 
 D width, K key/value heads, G query heads to each, H head size, F feed-forward, V vocabulary.
 """
@@ -26,55 +26,46 @@ class Tensor(NamedTuple):
 class Row(NamedTuple):
     """One parameter, without the leading L of stacked ones."""
 
-    path: str
-    """`attention/qkv` stands for `layers/<group>/<member>/attention/qkv`."""
     tensors: tuple[Tensor, ...]
-    joined: int | None = None
+    joined: int | None
     """The dimension along which several tensors stand one after another."""
 
 
-def _attention(kind: str, ours: tuple[str, str, str], dims: tuple[str, str]) -> tuple[Tensor, ...]:
-    q, kv = dims
-    return tuple(
-        Tensor(f"model.layers.{{i}}.self_attn.{letter}_proj.{kind}", form, mine)
-        for letter, form, mine in zip("qkv", (q, kv, kv), ours, strict=True)
-    )
+def _row(*tensors: str, joined: int | None = None) -> Row:
+    """Each as `name: dimensions -> ours`; a name with a dot before it belongs to a layer."""
+    parts = (tensor.replace(" -> ", ": ").split(": ") for tensor in tensors)
+    full = lambda name: "model.layers.{i}" + name if name.startswith(".") else name
+    return Row(tuple(Tensor(full(name), *dims) for name, *dims in parts), joined)
 
 
-def _layer(name: str, dims: str, ours: str) -> Tensor:
-    return Tensor(f"model.layers.{{i}}.{name}", dims, ours)
-
-
-ROWS = (
-    Row("embed/embedding", (Tensor("model.embed_tokens.weight", "V D", "V D"),)),
-    Row("attention_norm", (_layer("input_layernorm.weight", "D", "D"),)),
-    Row(
-        "attention/qkv",
-        _attention("weight", ("D K G H", "D K 1 H", "D K 1 H"), ("KGH D", "KH D")),
-        2,
+ROWS = {
+    "embed/embedding": _row("model.embed_tokens.weight: V D -> V D"),
+    "attention_norm": _row(".input_layernorm.weight: D -> D"),
+    "attention/qkv": _row(
+        ".self_attn.q_proj.weight: KGH D -> D K G H",
+        ".self_attn.k_proj.weight: KH D -> D K 1 H",
+        ".self_attn.v_proj.weight: KH D -> D K 1 H",
+        joined=2,
     ),
-    Row("attention/out", (_layer("self_attn.o_proj.weight", "D KGH", "K G H D"),)),
-    Row("mlp_norm", (_layer("post_attention_layernorm.weight", "D", "D"),)),
-    Row(
-        "mlp/gate_up",
-        (
-            _layer("mlp.gate_proj.weight", "F D", "D 1 F"),
-            _layer("mlp.up_proj.weight", "F D", "D 1 F"),
-        ),
-        1,
+    "attention/qkv_bias": _row(
+        ".self_attn.q_proj.bias: KGH -> K G H",
+        ".self_attn.k_proj.bias: KH -> K 1 H",
+        ".self_attn.v_proj.bias: KH -> K 1 H",
+        joined=1,
     ),
-    Row("mlp/down", (_layer("mlp.down_proj.weight", "D F", "F D"),)),
-    Row("norm", (Tensor("model.norm.weight", "D", "D"),)),
-    Row("head", (Tensor("lm_head.weight", "V D", "D V"),)),
-)
-QKV_BIAS = Row(
-    "attention/qkv_bias", _attention("bias", ("K G H", "K 1 H", "K 1 H"), ("KGH", "KH")), 1
-)
-OUT_BIAS = Row("attention/out_bias", (_layer("self_attn.o_proj.bias", "D", "D"),))
-QK_NORM = (
-    Row("attention/q_norm", (_layer("self_attn.q_norm.weight", "H", "H"),)),
-    Row("attention/k_norm", (_layer("self_attn.k_norm.weight", "H", "H"),)),
-)
+    "attention/q_norm": _row(".self_attn.q_norm.weight: H -> H"),
+    "attention/k_norm": _row(".self_attn.k_norm.weight: H -> H"),
+    "attention/out": _row(".self_attn.o_proj.weight: D KGH -> K G H D"),
+    "attention/out_bias": _row(".self_attn.o_proj.bias: D -> D"),
+    "mlp_norm": _row(".post_attention_layernorm.weight: D -> D"),
+    "mlp/gate_up": _row(
+        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F", joined=1
+    ),
+    "mlp/down": _row(".mlp.down_proj.weight: D F -> F D"),
+    "norm": _row("model.norm.weight: D -> D"),
+    "head": _row("lm_head.weight: V D -> D V"),
+}
+"""Path of a parameter → its tensors; `attention/qkv` is `layers/<group>/<member>/attention/qkv`."""
 
 HARMLESS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 """Tensors of old files that nobody needs: they are computed from the config."""
@@ -91,7 +82,6 @@ class Family:
     name: str
     """`model_type` in config.json"""
     architecture: str
-    rows: tuple[Row, ...]
     defaults: Mapping[str, Any]
     """What a field means when config.json lacks it."""
     windows: Callable[[Mapping[str, Any]], list[int | None]]
@@ -154,7 +144,6 @@ FAMILIES = (
     Family(
         name="llama",
         architecture="LlamaForCausalLM",
-        rows=(*ROWS, QKV_BIAS, OUT_BIAS),
         defaults={**_DEFAULTS, "max_position_embeddings": 2048, "attention_bias": False},
         windows=lambda hf: [None] * hf["num_hidden_layers"],
         only={**_ONLY, "mlp_bias": (False,)},
@@ -163,7 +152,6 @@ FAMILIES = (
     Family(
         name="mistral",
         architecture="MistralForCausalLM",
-        rows=ROWS,
         defaults={
             **_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072,
             "sliding_window": 4096,
@@ -175,7 +163,6 @@ FAMILIES = (
     Family(
         name="qwen2",
         architecture="Qwen2ForCausalLM",
-        rows=(*ROWS, QKV_BIAS),
         defaults={**_DEFAULTS, **_QWEN},
         windows=_upper_layers,
         only=_ONLY,
@@ -184,7 +171,6 @@ FAMILIES = (
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",
-        rows=(*ROWS, QKV_BIAS, OUT_BIAS, *QK_NORM),
         defaults={**_DEFAULTS, **_QWEN, "head_dim": 128, "attention_bias": False},
         windows=_upper_layers,
         only=_ONLY,

@@ -16,8 +16,7 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import Places
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge
-from jaxtrain.model.layers import Cache, View
-from jaxtrain.model.rope import rotation
+from jaxtrain.model.layers import Cache
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few lengths are compiled."""
@@ -40,9 +39,8 @@ class Progress(NamedTuple):
     is_done_B: Array
     logits_BV: Array
     caches: Caches
-    segments_BS: Array
-    """int32: 1 where the slot holds a token, of the prompt or generated"""
-    positions_BS: Array
+    places: Places
+    """[B, S]; segment 1 where the slot holds a token, of the prompt or generated"""
     key: Array
 
 
@@ -61,13 +59,8 @@ def generate(
 
     With `top_p` below 1 only the likeliest tokens that together reach it are drawn from.
     """
-    if (
-        not prompts
-        or not all(prompts)
-        or max_new_tokens < 1
-        or temperature < 0
-        or not 0 < top_p <= 1
-    ):
+    is_drawn = temperature >= 0 and 0 < top_p <= 1
+    if not prompts or not all(prompts) or max_new_tokens < 1 or not is_drawn:
         raise ValueError(
             "generate needs prompts of at least one token, max_new_tokens >= 1, temperature >= 0 "
             f"and 0 < top_p <= 1; found prompts of {[len(p) for p in prompts]} tokens, "
@@ -80,13 +73,12 @@ def generate(
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     sampling = Sampling(max_new_tokens, tuple(eos_ids), temperature, top_p)
-    tokens_BN = _run(graph, sampling, params, tokens_BP, lengths_B, jax.random.key(seed))
-    return [_until_end(row, sampling.eos_ids) for row in np.asarray(tokens_BN).tolist()]
-
-
-def _until_end(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens))
-    return tokens[: end + 1]
+    tokens_BN = np.asarray(
+        _run(graph, sampling, params, tokens_BP, lengths_B, jax.random.key(seed))
+    )
+    is_end_BN = np.isin(tokens_BN, sampling.eos_ids)
+    ends_B = np.where(is_end_BN.any(1), is_end_BN.argmax(1) + 1, max_new_tokens)
+    return [row[:end].tolist() for row, end in zip(tokens_BN, ends_B, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -114,24 +106,19 @@ def _prefilled(
     B, P = tokens_BP.shape
     slots_S = jnp.arange(P + sampling.max_new_tokens, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
-    positions_BS = jnp.broadcast_to(slots_S, segments_BS.shape)
-    hidden_BPD, caches = _forward(
-        model,
-        tokens_BP,
-        Places(segments_BS[:, :P], positions_BS[:, :P]),
-        Places(segments_BS, positions_BS),
-        jnp.int32(0),
-        _empty_caches(model, B, len(slots_S)),
-    )
-    last_BD = jnp.take_along_axis(hidden_BPD, lengths_B[:, None, None] - 1, axis=1)
+    places = Places(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
+    here, caches = Places(*(x[:, :P] for x in places)), _empty_caches(model, B, len(slots_S))
+    view = model.view(here, places, jnp.int32(0))
+    x_BPD, caches = model.stack(model.embedded(tokens_BP), view, caches)
+    assert caches is not None
+    last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
     return Progress(
         count=jnp.int32(0),
         tokens_BN=jnp.zeros((B, sampling.max_new_tokens), jnp.int32),
         is_done_B=jnp.zeros(B, bool),
-        logits_BV=model.logits(last_BD)[:, 0],
+        logits_BV=model.logits(model.normed(last_B1D))[:, 0],
         caches=caches,
-        segments_BS=segments_BS,
-        positions_BS=positions_BS,
+        places=places,
         key=key,
     )
 
@@ -146,53 +133,35 @@ def _one_token(
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
     # goes by the positions, not by the order of the slots.
     slot = P + progress.count
-    segments_BS = progress.segments_BS.at[:, slot].set(1)
-    positions_BS = progress.positions_BS.at[:, slot].set(lengths_B + progress.count)
-    here = Places(segments_BS[:, slot, None], positions_BS[:, slot, None])
-    hidden_B1D, caches = _forward(
-        model, token_B[:, None], here, Places(segments_BS, positions_BS), slot, progress.caches
+    places = Places(
+        progress.places.segments.at[:, slot].set(1),
+        progress.places.positions.at[:, slot].set(lengths_B + progress.count),
     )
+    view = model.view(Places(*(x[:, slot, None] for x in places)), places, slot)
+    x_B1D, caches = model.stack(model.embedded(token_B[:, None]), view, progress.caches)
+    assert caches is not None
     return Progress(
         count=progress.count + 1,
         tokens_BN=progress.tokens_BN.at[:, progress.count].set(token_B),
         is_done_B=progress.is_done_B | is_end_B,
-        logits_BV=model.logits(hidden_B1D)[:, 0],
+        logits_BV=model.logits(model.normed(x_B1D))[:, 0],
         caches=caches,
-        segments_BS=segments_BS,
-        positions_BS=positions_BS,
+        places=places,
         key=key,
     )
 
 
-def _forward(
-    model: Decoder,
-    tokens_BT: Array,
-    places: Places,
-    kv_places: Places,
-    slot: Array,
-    caches: Caches,
-) -> tuple[Array, Caches]:
-    config = model.config
-    cos, sin = rotation(config.rope, config.head_size, places.positions)
-    view = View(places, kv_places, cos, sin, slot)
-    x_BTD, filled = model.stack(model.embedded(tokens_BT), view, caches)
-    assert filled is not None
-    return model.normed(x_BTD), filled
-
-
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    config = model.config
-    dtype = model.execution.compute_dtype
+    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.execution.compute_dtype
+
+    def empty(repeats: int) -> Cache:
+        return Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
+
+    groups = enumerate(model.config.groups)
     return {
-        str(g): {
-            str(m): Cache(*(
-                jnp.zeros((group.repeats, B, S, config.num_kv_heads, config.head_size), dtype)
-                for _ in Cache._fields
-            ))
-            for m in range(len(group.layers))
-        }
-        for g, group in enumerate(config.groups)
-    }  # fmt: skip
+        str(g): {str(m): empty(group.repeats) for m in range(len(group.layers))}
+        for g, group in groups
+    }
 
 
 def _chosen(logits_BV: Array, sampling: Sampling, key: Array) -> Array:

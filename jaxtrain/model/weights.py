@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.families import FAMILIES, HARMLESS, Row
+from jaxtrain.model.families import HARMLESS, ROWS, Row
 from jaxtrain.model.gguf import read_gguf_tensors
 from jaxtrain.model.tensor_file import Stored, read_folder
 from jaxtrain.parallel.sharding import path_name
@@ -47,13 +47,11 @@ class Piece(NamedTuple):
 
 def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
-    family = next(family for family in FAMILIES if family.name == config.family)
-    rows = {row.path: row for row in family.rows}
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        row = rows[match[3]]
+        row = ROWS[match[3]]
         return [p for at, i in enumerate(numbers) for p in _row_pieces(config, row, at, i)]
-    return list(_row_pieces(config, rows[path]))
+    return list(_row_pieces(config, ROWS[path]))
 
 
 def _row_pieces(

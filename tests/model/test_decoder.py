@@ -10,8 +10,10 @@ import pytest
 from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
+from jaxtrain.kernels.attention import Places
 from jaxtrain.model.config import DecoderConfig, Execution, LayerSpec, grouped
-from jaxtrain.model.decoder import Model, abstract, init_params, merge, run_group, split
+from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
+from jaxtrain.model.layers import View
 from jaxtrain.model.rope import Llama3, Rope
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -43,6 +45,11 @@ PLAIN = Execution()
 def made(execution: Execution = PLAIN) -> tuple[Model, dict]:
     model = abstract(CONFIG, execution)
     return model, jax.jit(partial(init_params, CONFIG, execution))(jax.random.key(0))
+
+
+def view_of(decoder: Decoder, batch: Batch) -> View:
+    places = Places(batch.segments, batch.positions)
+    return decoder.view(places, places)
 
 
 def packed_rows(*lengths: int) -> tuple[Batch, list[np.ndarray]]:
@@ -94,7 +101,7 @@ def test_no_gradient_flows_back_in_time():
 
     @jax.jit
     def gradient(x_BTD, t):
-        out = lambda x_BTD: decoder.stack(x_BTD, decoder.view(batch))[0][0, t].sum()
+        out = lambda x_BTD: decoder.stack(x_BTD, view_of(decoder, batch))[0][0, t].sum()
         return jax.grad(out)(x_BTD)[0]
 
     for t in (0, 7, 14):
@@ -223,7 +230,7 @@ def test_a_group_may_be_run_in_slices():
     model, params = made()
     batch, _ = packed_rows(9, 1, 11)
     decoder = merge(model.graph, params)
-    x_BTD, view = decoder.embedded(batch.tokens), decoder.view(batch)
+    x_BTD, view = decoder.embedded(batch.tokens), view_of(decoder, batch)
     graph, layers = split(decoder.layers["0"])
     whole, _ = run_group(graph, layers, x_BTD, view, PLAIN)
     for i in range(2):
