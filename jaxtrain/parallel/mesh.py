@@ -1,6 +1,7 @@
 """The device mesh of a run."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -20,10 +21,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Number of groups of devices that work on different rows."""
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= mesh.shape[axis]
-    return shards
+    return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def platform(mesh: Mesh) -> str:

@@ -24,8 +24,10 @@ class Average:
         """The average after update `step`, counted from 0, has made `params`."""
         if self.config is None:
             return average
-        decay = jnp.where(step < self.config.start_step, 0.0, self.config.decay)
-        return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        has_begun, share = step >= self.config.start_step, 1 - self.config.decay
+        # Written as a difference, so that the average of a frozen parameter stays as it is.
+        moved = lambda a, p: jnp.where(has_begun, a + share * (p - a), p)
+        return jax.tree.map(moved, average, params)
 
     def told(self, state: TrainState) -> PyTree:
         """The parameters that an evaluation, a sample and an export are of."""

@@ -126,13 +126,18 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
         ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        ("rope_parameters", {"rope_theta": 0}, "default needs a positive rope_theta, found 0"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}, "one map for all layers"),
+        ("rope_scaling", 2.0, "must be one map for all layers, found 2.0"),
+        ("rope_theta", -1.0, "default needs a positive rope_theta, found -1.0"),
     ],
 )
 def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expected):
     with pytest.raises(RecipeError) as error:
         decoder_config({**CONFIG, field: value})
     (line,) = faults(error)
-    assert f"config.json: {field}: " in line and expected in line
+    name = "rope_scaling" if field == "rope_theta" else field
+    assert f"config.json: {name}: " in line and expected in line
 
 
 def test_all_wrong_fields_come_together():

@@ -50,6 +50,16 @@ def test_it_is_evaluated_and_exported(tmp_path, is_told):
     )
 
 
+def test_the_average_of_what_is_frozen_is_what_is_frozen(tmp_path):
+    groups = [{"match": "embed|norm", "freeze": True}]
+    run = run_of(tmp_path, optimizer={"groups": groups}, ema={"start_step": 0})
+    before = host(run.state.params)
+    for batch in run.data.train_batches(0, STEPS):
+        run.state, _ = run.step(run.state, run.geometry.on_devices(batch))
+    for name, array in host(run.state.average).items():
+        assert (array.tobytes() == before[name].tobytes()) == ("embed" in name or "norm" in name)
+
+
 def test_a_resumed_run_has_the_same_average(tmp_path):
     def written(folder, **changes):
         entry = {"output_dir": str(folder / "s"), "save_every_n_steps": 1, "auto_resume": True}
