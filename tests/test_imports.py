@@ -12,7 +12,7 @@ import jaxtrain
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
-    {"recipe", "registry", "hooks", "batch", "assets", "model_folder"},
+    {"recipe", "registry", "hooks", "batch", "assets", "model_folder", "gguf_file"},
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},

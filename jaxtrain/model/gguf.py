@@ -3,12 +3,15 @@
 The tokenizer in the file is read elsewhere.
 """
 
+import math
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxtrain.gguf_file import Header, Tensor, read_header
 from jaxtrain.model.tensor_file import Stored
 from jaxtrain.recipe.errors import WeightError, shown
 
@@ -32,32 +35,31 @@ PER_LAYER = {
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
     """config.json, rebuilt from the file's metadata; WeightError for a model that is no Llama."""
-    return _config(path, _open(path))
+    return _config(path, _header(path))
 
 
 def read_gguf_tensors(path: Path) -> dict[str, Stored]:
     """Hugging Face names and shapes; a tensor is dequantised to float32 each time it is read."""
-    reader = _open(path)
-    config = _config(path, reader)
+    header = _header(path)
+    config = _config(path, header)
     heads = {
         "attn_q.weight": config["num_attention_heads"],
         "attn_k.weight": config["num_key_value_heads"] or config["num_attention_heads"],
     }
     tensors = {}
-    for tensor in reader.tensors:
-        name, rotated_heads = tensor.name, None
+    for name, tensor in header.tensors.items():
+        rotated_heads = None
         match name.split(".", 2):
             case ["blk", layer, kind] if kind in PER_LAYER:
                 name, rotated_heads = f"model.layers.{layer}.{PER_LAYER[kind]}", heads.get(kind)
             case _:
                 name = FIXED.get(name, name)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[name] = Stored(shape, partial(_read, path, tensor, shape, rotated_heads))
+        tensors[name] = Stored(tensor.shape, partial(_read, path, tensor, rotated_heads))
     return tensors
 
 
-def _config(path: Path, reader: Any) -> dict[str, Any]:
-    kv = {name: field.contents() for name, field in reader.fields.items()}
+def _config(path: Path, header: Header) -> dict[str, Any]:
+    kv = header.metadata
     architecture = kv.get("general.architecture")
     if architecture != "llama":
         raise WeightError(f"{path}: must be of architecture llama, found {shown(architecture)}")
@@ -79,7 +81,7 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
         "rope_scaling": None
         if scaling == "none"
         else {"rope_type": scaling, "factor": _short(kv.get("llama.rope.scaling.factor", 1.0))},
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
@@ -91,18 +93,30 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path, tensor: Any, shape: tuple[int, ...], rotated_heads: int | None) -> np.ndarray:
+def _read(path: Path, tensor: Tensor, rotated_heads: int | None) -> np.ndarray:
     from gguf.quants import dequantize
 
-    try:
-        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    except NotImplementedError:
-        what = f"has type {tensor.tensor_type.name}, which the gguf package cannot read"
-        raise WeightError(f"{path}: tensor {tensor.name} {what}") from None
+    kind, bytes_shape = _layout(tensor)
+    data = np.memmap(path, np.uint8, "r", tensor.start, bytes_shape)
+    value = dequantize(data, kind).astype(np.float32, copy=False)
     if rotated_heads is not None:
         # The file lists the two halves of a head in turn; Hugging Face has one behind the other.
-        value = value.reshape(rotated_heads, -1, 2, shape[1]).swapaxes(1, 2)
-    return value.reshape(shape)
+        value = value.reshape(rotated_heads, -1, 2, tensor.shape[1]).swapaxes(1, 2)
+    return value.reshape(tensor.shape)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The type, and the shape in bytes; ValueError for a type that cannot be read."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType(tensor.kind)
+    bytes_shape = quant_shape_to_byte_shape(tensor.shape, kind)
+    try:
+        dequantize(np.zeros((1, bytes_shape[-1]), np.uint8), kind)
+    except NotImplementedError:
+        raise ValueError(f"{kind.name} is not a type that the gguf package reads") from None
+    return kind, bytes_shape
 
 
 def _short(value: float) -> float:
@@ -110,13 +124,19 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _open(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
+def _header(path: Path) -> Header:
+    """WeightError also for tensors that cannot be read, before one of them is."""
+    if find_spec("gguf") is None:
         need = "GGUF files need the gguf package; pip install 'jaxtrain[demo]'"
-        raise WeightError(f"{path}: {need}") from None
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise WeightError(f"{path}: not a GGUF file: {error}; fetch it again") from None
+        raise WeightError(f"{path}: {need}")
+    header, size = read_header(path), path.stat().st_size
+    for name, tensor in header.tensors.items():
+        try:
+            end = tensor.start + math.prod(_layout(tensor)[1])
+        except ValueError as error:
+            raise WeightError(f"{path}: tensor {name}: {error}") from None
+        if end > size:
+            raise WeightError(
+                f"{path}: {name} ends at byte {end}, the file at {size}; fetch it again"
+            )
+    return header

@@ -100,7 +100,7 @@ def overridden(
     """config.json with fields replaced; RecipeError for those that the family does not have."""
     if not kwargs:
         return dict(hf)
-    family = family_of({**hf, **{k: v for k, v in kwargs.items() if k == "architectures"}}, where)
+    family = family_of({**hf, **kwargs}, where)
     known = {*family.defaults, *family.only, *REQUIRED, *rope.FIELDS, *NO_EFFECT}
     faults = [
         Fault(

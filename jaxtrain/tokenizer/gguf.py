@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
-from jaxtrain.tokenizer.metadata import read_metadata
 
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
 REQUIRED = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
@@ -49,7 +49,7 @@ PRE_TOKENIZERS = {
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of the file, with its chat template; RecipeError for a kind not known here."""
-    fields = read_metadata(path)
+    fields = read_header(path).metadata
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise RecipeError(

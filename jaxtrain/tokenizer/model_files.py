@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.gguf_file import read_header
 from jaxtrain.model_folder import locate, read_json
 from jaxtrain.recipe.model import ModelConfig
-from jaxtrain.tokenizer.metadata import read_metadata
 
 
 class ModelFiles(NamedTuple):
@@ -21,7 +21,7 @@ def model_files(config: ModelConfig) -> ModelFiles:
     if path.is_dir():
         described, field = read_json(path / "config.json"), "max_position_embeddings"
     else:
-        described = read_metadata(path)
+        described = read_header(path).metadata
         field = f"{described.get('general.architecture')}.context_length"
     positions = config.hf_config_kwargs.get("max_position_embeddings", described.get(field))
     return ModelFiles(path, positions if isinstance(positions, int) else None)

@@ -93,3 +93,22 @@ def test_other_architectures_and_other_files_are_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("no weights in here, only words that go on for a while")
     with pytest.raises(WeightError, match="not a GGUF file"):
         described(tmp_path / "text.gguf")
+
+
+def test_a_file_that_is_cut_off_is_refused_before_a_tensor_is_read(tmp_path):
+    folder = saved("smollm2", tmp_path / "hf")
+    path = write_gguf(tmp_path / "m.gguf", folder, described(folder)[1])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightError, match=r"ends at byte \d+, the file at \d+; fetch it again"):
+        described(path)
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path):
+    folder = saved("smollm2", tmp_path / "hf")
+    path = write_gguf(tmp_path / "m.gguf", folder, described(folder)[1])
+    name = b"blk.0.ffn_norm.weight"
+    data = path.read_bytes()
+    at = data.index(name) + len(name) + 4 + 8  # behind the number of dimensions and the only one
+    path.write_bytes(data[:at] + (28).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(WeightError, match=r"ffn_norm.weight: F64 is not a type"):
+        described(path)

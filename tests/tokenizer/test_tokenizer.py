@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.tokenizer import load_tokenizer, save_tokenizer
-from jaxtrain.tokenizer.metadata import read_metadata
 from tests.tiny import CHATML, HEADERS, chat, tiny_tokenizer
 
 TEXTS = (
@@ -174,7 +174,7 @@ def test_the_metadata_is_what_the_gguf_package_reads(tmp_path):
     path = gguf_file(tmp_path / "a.gguf")
     fields = pytest.importorskip("gguf").GGUFReader(path).fields
     expected = {k: f.contents() for k, f in fields.items() if not k.startswith("GGUF.")}
-    assert read_metadata(path) == expected
+    assert read_header(path).metadata == expected
 
 
 def test_extra_tokens_are_special_and_whole(folder, tmp_path):

@@ -1,12 +1,12 @@
-"""The metadata of a GGUF file, read in a tenth of a second; the `gguf` package, which makes a numpy
+"""The header of a GGUF file, read in a tenth of a second; the `gguf` package, which makes a numpy
 array of every token, takes seconds for a vocabulary."""
 
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import WeightError
 
 NUMBERS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -16,21 +16,38 @@ STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Key → number, text, or list of them; RecipeError for a file that is no GGUF or cut off."""
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    kind: int
+    """Type code of the format."""
+    start: int
+    """First byte in the file."""
+
+
+class Header(NamedTuple):
+    metadata: dict[str, Any]
+    """Key → number, text, or list of them."""
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path) -> Header:
+    """WeightError for a file that is no GGUF or cut off."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise RecipeError(f"{path}: not a GGUF file")
+            raise WeightError(f"{path}: not a GGUF file")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     reader = _Reader(data)
     try:
         version = reader.number("I")
         if version not in VERSIONS:
-            raise RecipeError(f"{path}: GGUF version {version} cannot be read, only 2 and 3")
-        reader.number("Q")  # tensors
-        return dict(reader.pair() for _ in range(reader.number("Q")))
+            raise WeightError(f"{path}: GGUF version {version} cannot be read, only 2 and 3")
+        num_tensors, num_pairs = reader.number("Q"), reader.number("Q")
+        metadata = dict(reader.pair() for _ in range(num_pairs))
+        tensors = dict(reader.tensor() for _ in range(num_tensors))
     except (struct.error, UnicodeDecodeError, KeyError):
-        raise RecipeError(f"{path}: the metadata is damaged; is the file cut off?") from None
+        raise WeightError(f"{path}: the metadata is damaged; is the file cut off?") from None
+    start = reader.after(metadata.get("general.alignment", 32))
+    return Header(metadata, {n: t._replace(start=start + t.start) for n, t in tensors.items()})
 
 
 class _Reader:
@@ -52,6 +69,15 @@ class _Reader:
 
     def pair(self) -> tuple[str, Any]:
         return self.text(), self.value(self.number("I"))
+
+    def tensor(self) -> tuple[str, Tensor]:
+        name = self.text()
+        shape = [self.number("Q") for _ in range(self.number("I"))]
+        return name, Tensor(tuple(reversed(shape)), self.number("I"), self.number("Q"))
+
+    def after(self, alignment: int) -> int:
+        """The first place from here on that is a multiple."""
+        return -(-self._at // alignment) * alignment
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
