@@ -11,7 +11,6 @@ from jaxtrain.model.factory import Described as Described
 from jaxtrain.model.factory import HFModelFactory as HFModelFactory
 from jaxtrain.model.factory import LanguageModel as LanguageModel
 from jaxtrain.model.factory import ModelFactory as ModelFactory
-from jaxtrain.model.factory import language_model as language_model
 
 
 def __getattr__(name: str) -> Any:

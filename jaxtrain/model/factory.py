@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxtrain.kernels.attention import choose
 from jaxtrain.kernels.attention.choice import Wanted
@@ -170,60 +169,33 @@ class HFModelFactory(ModelFactory):
         return Described(*read_config(path, self.config), path)
 
     def create_model(self, model_config: Described) -> LanguageModel:
-        geometry, data = self.trainer.geometry, self.trainer.data
-        return language_model(
-            self.config,
-            model_config,
-            geometry.mesh,
-            row_tokens=data.row_tokens,
+        """RecipeError for what the mesh cannot compute."""
+        config, geometry, described = self.config, self.trainer.geometry, model_config
+        on, num_kinds = platform(geometry.mesh), len(described.config.groups)
+        try:
+            attention = choose(
+                on,
+                wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
+                head_size=described.config.head_size,
+                tokens=self.trainer.data.row_tokens,
+            )
+        except ValueError as error:
+            raise RecipeError(f"model.attn_implementation: {error}") from None
+        if geometry.stages > 1 and num_kinds > 1:
+            raise RecipeError(
+                f"mesh.pipeline: {geometry.stages} needs a stack of equal layers, found "
+                f"{num_kinds} kinds of layers in the model"
+            )
+        execution = Execution(
+            compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
+            attention=attention.name,
+            remat=config.remat_policy,
+            remat_every=config.remat_every_nth_layer,
+            tiled_mlp=self.trainer.config.tiled_mlp_compute,
             stages=geometry.stages,
             microbatches=geometry.num_microbatches,
-            tiled_mlp=self.trainer.config.tiled_mlp_compute,
         )
-
-
-def language_model(
-    config: ModelConfig,
-    described: Described,
-    mesh: Mesh,
-    *,
-    row_tokens: int,
-    stages: int = 1,
-    microbatches: int = 1,
-    tiled_mlp: bool = False,
-) -> LanguageModel:
-    """The model of a recipe on a mesh; RecipeError for what the mesh cannot compute."""
-    on = platform(mesh)
-    try:
-        attention = choose(
-            on,
-            wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
-            head_size=described.config.head_size,
-            tokens=row_tokens,
+        made = decoder.abstract(described.config, execution, param_dtype=config.param_dtype)
+        return LanguageModel(
+            described, execution, attention.reason, *made, config.param_dtype, config.from_scratch
         )
-    except ValueError as error:
-        raise RecipeError(f"model.attn_implementation: {error}") from None
-    if stages > 1 and len(described.config.groups) > 1:
-        raise RecipeError(
-            f"mesh.pipeline: {stages} needs a stack of equal layers, found "
-            f"{len(described.config.groups)} kinds of layers in the model"
-        )
-    execution = Execution(
-        compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
-        attention=attention.name,
-        remat=config.remat_policy,
-        remat_every=config.remat_every_nth_layer,
-        tiled_mlp=tiled_mlp,
-        stages=stages,
-        microbatches=microbatches,
-    )
-    graph, shapes = decoder.abstract(described.config, execution, param_dtype=config.param_dtype)
-    return LanguageModel(
-        described,
-        execution,
-        attention.reason,
-        graph,
-        shapes,
-        config.param_dtype,
-        config.from_scratch,
-    )

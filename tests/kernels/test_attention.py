@@ -279,13 +279,3 @@ def test_a_forced_kernel_that_cannot_run_is_an_error():
             choose(platform, wanted="pallas", head_size=head_size, tokens=512)
     assert choose("tpu", wanted="auto", head_size=64, tokens=32).name == "reference"
     assert "80" in choose("tpu", wanted="auto", head_size=80, tokens=512).reason
-    with pytest.raises(ValueError, match="'flash'"):
-        choose("tpu", wanted="flash", head_size=64, tokens=512)  # pyright: ignore
-
-
-def test_unknown_implementation_and_ungrouped_heads_are_errors():
-    places = packed((4,), tokens=4)
-    with pytest.raises(ValueError, match="'flash'"):
-        attend("flash", places)(*random_qkv(1, 4))
-    with pytest.raises(ValueError, match="3 query heads"):
-        attend("reference", places)(*random_qkv(1, 4, heads=(3, 2)))

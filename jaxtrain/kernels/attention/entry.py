@@ -34,12 +34,4 @@ def attention(
     `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
     cannot do a shape raise NotImplementedError.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {implementation!r}; use one of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
-    if N % K:
-        raise ValueError(f"{N} query heads do not group over {K} key/value heads; use a multiple")
     return IMPLEMENTATIONS[implementation](window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)

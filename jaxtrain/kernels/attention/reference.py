@@ -198,11 +198,5 @@ def _from_query_rows(x, T: int, N: int) -> Array:
 
 def _row_places(places: Places, G: int, C: int) -> Places:
     """Places of each block's rows, [blocks, B, G * C]; what fills the last block is padding."""
-
-    def cut(x_BT: Array) -> Array:
-        B, T = x_BT.shape
-        blocks = -(-T // C)
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, blocks * C - T)))
-        return jnp.tile(x_BT.reshape(B, blocks, C).swapaxes(0, 1), (1, 1, G))
-
-    return Places(*(cut(x) for x in places))
+    heads = (jnp.broadcast_to(x[:, :, None, None], (*x.shape, G, 1)) for x in places)
+    return Places(*(_query_rows(x, 1, C)[:, :, 0, :, 0] for x in heads))
