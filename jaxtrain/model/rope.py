@@ -47,7 +47,7 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     fields = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(fields, Mapping) or any(isinstance(v, Mapping) for v in fields.values()):
         raise ValueError(f"must be one map for all layers, found {shown(fields)}")
-    whole = {"rope_theta": DEFAULT_THETA}
+    whole: dict[str, Any] = {"rope_theta": DEFAULT_THETA}
     for part in ({"rope_theta": hf.get("rope_theta")}, fields):
         whole |= {name: value for name, value in part.items() if value is not None}
     fields = whole

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from jaxtrain.model_folder import INDEX, SINGLE
