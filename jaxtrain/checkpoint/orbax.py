@@ -114,6 +114,10 @@ class OrbaxEngine(CheckpointEngine):
                 self.trainer.console.line(f"WARNING: {error}; going on from {before.name}")
         raise CheckpointError(f"no checkpoint in {self.directory}")
 
+    @property
+    def start_path(self) -> Path | None:
+        return next(iter(self._candidates()), None)
+
     def _candidates(self) -> list[Path]:
         """What may be restored, the first one first."""
         own = [self.path(step) for step in reversed(self.steps())]

@@ -54,7 +54,7 @@ def _from_hub(name: str, *, with_weights: bool) -> Path:
             cache = huggingface_hub.constants.HF_HUB_CACHE
             looked += f", not in {cache}" if local_files_only else f", nor on the hub: {reason}"
             continue
-        if _is_complete(folder, with_weights=with_weights):
+        if is_complete(folder, with_weights=with_weights):
             return folder
         # Offline, a snapshot is what happens to be in the cache: perhaps the tokenizer alone.
         if not local_files_only:
@@ -73,7 +73,7 @@ def _snapshot(name: str, wanted: list[str], *, local_files_only: bool) -> Path:
     )
 
 
-def _is_complete(folder: Path, *, with_weights: bool) -> bool:
+def is_complete(folder: Path, *, with_weights: bool) -> bool:
     """A cache may hold no more than the tokenizer, or part of the shards."""
     if not (folder / "config.json").is_file():
         return False

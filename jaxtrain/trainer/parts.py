@@ -1,7 +1,7 @@
 """What a run is made of: each part from its section of the recipe, or given ready-made."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 import jax
@@ -18,7 +18,15 @@ from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
+from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.state import (
+    PyTree,
+    TrainState,
+    new_state,
+    state_shardings,
+    with_shardings,
+)
 
 
 class Given(TypedDict, total=False):
@@ -36,6 +44,9 @@ class Given(TypedDict, total=False):
     """At its own peak rate."""
     scheduler: Schedule | None
     """Update number, from 0 → share of that rate."""
+    early_stopper: Any
+    """`(step, score) → bool`, or an object with such a `should_stop`: whether to end the run. The
+    score is the `metric` of the first checkpoint entry, else `eval/loss`."""
     devices: Sequence[Any] | None
     """Of the mesh; to lower the step they need not be present."""
     data: TrainingData | DataShape | None
@@ -112,7 +123,7 @@ class Parts:
         return self.data.with_evals({"eval": plan})
 
     @cached_property
-    def model(self) -> LanguageModel:
+    def language_model(self) -> LanguageModel:
         """As the mesh computes it, without its weights."""
         return self._model_factory.create_model(self.model_config)
 
@@ -129,7 +140,7 @@ class Parts:
         section = self.config.optimizer
         if section.groups and self.given.get("optimizer") is not None:
             raise RecipeError("optimizer.groups: excludes a given optimizer; remove one")
-        return Groups.of(section, self.model.shapes)
+        return Groups.of(section, self.language_model.shapes)
 
     @cached_property
     def scheduler(self) -> Schedule:
@@ -143,6 +154,34 @@ class Parts:
     @cached_property
     def checkpoint_engines(self) -> list[CheckpointEngine]:
         return [self._made("checkpoint", entry) for entry in self.config.checkpoint]
+
+    @cached_property
+    def average(self) -> Average:
+        return Average(self.config.ema)
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lives."""
+        return state_shardings(
+            self.mesh,
+            self.language_model.shapes,
+            self.optimizer,
+            zero_stage=self.config.deepspeed.zero_stage,
+            has_average=self.config.ema is not None,
+        )
+
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """What a checkpoint is restored to."""
+        make = partial(new_state, optimizer=self.optimizer, average=self.average.start)
+        return with_shardings(jax.eval_shape(make, self.language_model.shapes), self.shardings)
+
+    def new_state(self, params: PyTree) -> TrainState:
+        """The state before the first update of these parameters, which are donated."""
+        start = partial(new_state, optimizer=self.optimizer, average=self.average.start)
+        make = jax.jit(start, donate_argnums=0, out_shardings=self.shardings)
+        with jax.set_mesh(self.mesh):
+            return make(params)
 
     @property
     def peak_lr(self) -> float:

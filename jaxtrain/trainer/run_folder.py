@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
@@ -52,9 +52,12 @@ class RunFolder:
     def output(self, written: str | None, name: str) -> Path:
         return self.config.output(written, name).expanduser().absolute()
 
-    def refuse_foreign(self, *, may_resume: bool) -> None:
-        """RecipeError if the folder holds a run that this one may not go on with, or a file of the
-        recipe holds the rows of another."""
+    def refuse_foreign(self, engines: Collection[CheckpointEngine]) -> None:
+        """RecipeError where this run would write into the files of another that it may not go on
+        with: into checkpoints, the folder, or a file of the recipe."""
+        may_resume = any(engine.config.goes_on for engine in engines)
+        for engine in engines:
+            engine.refuse_foreign(may_resume=may_resume)
         recipe = self.path / "recipe.yaml"
         before = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
         if before is None and _holds_something(self.path):

@@ -27,6 +27,8 @@ class StepSpec(NamedTuple):
     loss_fn: LossFn
     on_gradients: Callable[[PyTree], PyTree]
     """what callbacks make of the summed gradients of a microbatch"""
+    measure: Callable[[PyTree], Metrics]
+    """mean gradients, before clipping → what callbacks report of them"""
     optimizer: optax.GradientTransformation
     """updates at the peak rate"""
     schedule: Callable[[jax.Array], jax.Array]
@@ -72,6 +74,7 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
     state = jax.lax.cond(finite & (loss.weight > 0), updated, lambda state, _: state, state, grads)
     metrics = spec.counts(batch) | means(loss)
+    metrics |= spec.measure(jax.tree.map(lambda g: g * per_weight, grads))
     metrics |= {"grad_norm": norm, "lr_share": share, "finite": finite.astype(jnp.float32)}
     return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
 
