@@ -17,6 +17,8 @@ from jaxtrain.recipe.errors import CheckpointError
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The two parts, each a folder of its own; without the second a checkpoint is weights only."""
+AVERAGE = f"['{WEIGHTS}']['average']"
+PARTLY = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
 
 
 class OrbaxEngine(CheckpointEngine):
@@ -140,6 +142,8 @@ class OrbaxEngine(CheckpointEngine):
             raise DamagedCheckpoint(f"{path} is damaged: {METADATA} is missing")
         reset = set(self.config.reset) - set(saved["reset"])
         wanted = {WEIGHTS: _weights(model)}
+        if not any(key.startswith(AVERAGE) for key in saved["shapes"]):
+            wanted[WEIGHTS].pop("average", None)  # it begins with the weights that are restored
         if OPTIMIZER not in reset:
             self._refuse_weights_only(path)
             wanted[OPTIMIZER] = _optimizer(model)
@@ -148,7 +152,8 @@ class OrbaxEngine(CheckpointEngine):
         _refuse_other_shapes(path, saved["shapes"], wanted)
         check_files(path, wanted)
         try:
-            found = ocp.load_checkpointables(str(path), wanted)
+            with ocp.Context(pytree_options=PARTLY):  # without an average that nobody wants
+                found = ocp.load_checkpointables(str(path), wanted)
         except (ValueError, OSError, KeyError) as error:
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
         self.restored, self.resets = saved, tuple(sorted(reset))
@@ -188,8 +193,11 @@ def _origin(path: Path) -> str | None:
 def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> None:
     """Orbax says nothing that a person could act on, and casts another dtype in silence."""
     asked = _described(wanted)
+    parts = tuple(f"['{part}']" for part in wanted)
     saved = {
-        key: s for key, s in shapes.items() if key.startswith(tuple(f"['{p}']" for p in wanted))
+        key: shape
+        for key, shape in shapes.items()
+        if key.startswith(parts) and (key in asked or not key.startswith(AVERAGE))
     }
     differing = sorted(k for k in asked.keys() | saved.keys() if asked.get(k) != saved.get(k))
     if differing:

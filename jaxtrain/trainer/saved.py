@@ -78,6 +78,9 @@ class Saved(Facts):
         if "optimizer" in reset:
             kept = {"step": state.step, "frozen": state.frozen, "average": state.average}
             state = self.new_state(state.params)._replace(**kept)
+        if self.config.ema is not None and not state.average:
+            start = jax.jit(self.average.start, out_shardings=self.shardings.average)
+            state = state._replace(average=start(state.params))
         self._state = state
         self.position = 0 if "data" in reset else saved.get("position", step)
         self.eval_metrics = saved.get("eval_metrics", {})
