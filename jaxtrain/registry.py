@@ -272,11 +272,9 @@ def _check_methods(cls: type[Registered]) -> None:
     given."""
     for name, method in vars(cls).items():
         base = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
-        if not inspect.isfunction(method):
-            continue
         if base is None and name in cls.retired:
             raise ValueError(f"{cls.__qualname__}: {name} is not called; {cls.retired[name]}")
-        if inspect.isfunction(base) and not name.startswith("_"):
+        if inspect.isfunction(method) and inspect.isfunction(base) and not name.startswith("_"):
             _check_signature(cls, name, inspect.signature(method), inspect.signature(base))
 
 

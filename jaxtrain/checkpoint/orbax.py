@@ -18,7 +18,6 @@ from jaxtrain.recipe.errors import CheckpointError
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The two parts, each a folder of its own; without the second a checkpoint is weights only."""
 AVERAGE = f"['{WEIGHTS}']['average']"
-PARTLY = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
 
 
 class OrbaxEngine(CheckpointEngine):
@@ -152,7 +151,9 @@ class OrbaxEngine(CheckpointEngine):
         _refuse_other_shapes(path, saved["shapes"], wanted)
         check_files(path, wanted)
         try:
-            with ocp.Context(pytree_options=PARTLY):  # without an average that nobody wants
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True  # without an average that nobody wants
+            with context:
                 found = ocp.load_checkpointables(str(path), wanted)
         except (ValueError, OSError, KeyError) as error:
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error

@@ -93,8 +93,12 @@ class Callbacks:
             self.add(callback)
 
     def add(self, callback: Any) -> None:
-        """An object, or a class that is then made."""
-        self.items.append(callback() if isinstance(callback, type) else callback)
+        """An object, or a class that is then made; TypeError for one that listens to nothing."""
+        made = callback() if isinstance(callback, type) else callback
+        heard = isinstance(made, Callback) or any(hasattr(made, event) for event in EVENTS)
+        if not heard:
+            raise TypeError(f"{made!r} is no callback: it has none of {', '.join(EVENTS)}")
+        self.items.append(made)
 
     def pop(self, callback: Any) -> Any | None:
         """Take out and return the first one that is this object or of this class."""

@@ -1,6 +1,6 @@
 """What a run is made of: each part from its section of the recipe, or given ready-made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypedDict
 
@@ -53,8 +53,23 @@ class Given(TypedDict, total=False):
     """All batches, or their shape where nothing but a step is lowered."""
 
 
+RIGHT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda v: isinstance(v, Decoder), "the `model` of another trainer"),
+    "optimizer": (
+        lambda v: isinstance(v, optax.GradientTransformation), "an optax transformation"
+    ),
+    "scheduler": (callable, "a function of the update number"),
+    "early_stopper": (
+        lambda v: callable(getattr(v, "should_stop", v)), "a function of step and score"
+    ),
+}  # fmt: skip
+
+
 def known(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """TypeError for an argument that no trainer has."""
+    """TypeError for an argument that no trainer has, or of which it could make nothing."""
+    for name, (is_right, right) in RIGHT.items():
+        if given.get(name) is not None and not is_right(given[name]):
+            raise TypeError(f"{name} must be {right}, found {given[name]!r}")
     for name in given.keys() - Given.__annotations__.keys():
         names = ["mode", "callbacks", *Given.__annotations__]
         raise TypeError(f"a trainer takes no {name!r}{did_you_mean(name, names)}")
@@ -102,7 +117,7 @@ class Parts:
         if self.given.get("data") is not None:
             return self.given["data"]
         data = prepare_data(
-            self._data_factory,
+            self.data_factory,
             self._batch_shape,
             train_data=self.given.get("train_data"),
             eval_data=self.given.get("eval_data"),
@@ -118,14 +133,14 @@ class Parts:
         """With a data set for evaluation that is none of the recipe's, in place of those."""
         row_tokens = self.data.row_tokens
         plan = prepare_evaluation(
-            self._data_factory, dataset, self._batch_shape, row_tokens=row_tokens
+            self.data_factory, dataset, self._batch_shape, row_tokens=row_tokens
         )
         return self.data.with_evals({"eval": plan})
 
     @cached_property
     def language_model(self) -> LanguageModel:
         """As the mesh computes it, without its weights."""
-        return self._model_factory.create_model(self.model_config)
+        return self.model_factory.create_model(self.model_config)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -191,14 +206,14 @@ class Parts:
     @cached_property
     def _found_model(self) -> Described:
         """As its files describe it."""
-        return self._model_factory.create_config()
+        return self.model_factory.create_config()
 
     @cached_property
-    def _model_factory(self) -> ModelFactory:
+    def model_factory(self) -> ModelFactory:
         return self._made("model", self.config.model)
 
     @cached_property
-    def _data_factory(self) -> DataFactory:
+    def data_factory(self) -> DataFactory:
         positions = self.model_config.config.max_positions
         return data_factory(
             self.config.data,

@@ -53,7 +53,7 @@ class TrainOutput(NamedTuple):
     training_loss: float
     """of the last update, in nats a trained token"""
     metrics: dict[str, float]
-    """of the last evaluation, and `train_runtime` in seconds"""
+    """of the last evaluation; `train_runtime` in seconds, and what was done in it"""
 
 
 class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
@@ -98,6 +98,11 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
 
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
+        if not isinstance(config, TrainerConfig):
+            name, found = type(self).__qualname__, type(config).__name__
+            raise TypeError(f"{name}(config): found {found}; write {name}(get_config(…))")
+        if mode not in ("train", "process-data"):
+            raise ValueError(f"mode must be 'train' or 'process-data', found {mode!r}")
         self.config, self.mode, self.given = named(config), mode, known(given)
         self.nonfinite = NonFinite(config.on_nonfinite)
         others = self.default_callbacks() if callbacks is None else callbacks
@@ -105,7 +110,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
             [self.nonfinite, *guards(config, given.get("early_stopper")), *others]
         )
         ranks = config.logger.print_output_ranks
-        self.console = Console(prints=is_among(jax.process_index(), ranks))
+        self.console = Console(prints=is_among(jax.process_index(), ranks), secrets=config.secrets)
         self._has_begun = False
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
@@ -142,7 +147,8 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         """The objective, summed over a batch. Pure; traced; override it.
 
         `model(batch)` gives logits, `model.hidden(batch)` hidden states,
-        `model.token_log_probs(batch)` the log-probability of each token.
+        `model.token_log_probs(batch)` the log-probability of each token; `batch.step` is the number
+        of the update, from 0.
         """
         raise NotImplementedError(
             f"{type(self).__qualname__} defines no loss_fn(model, batch, key)"
@@ -163,7 +169,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
     def loss(self, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
         """The summed evaluation loss of a batch. Jitted."""
         spec = self._spec._replace(loss_fn=self.eval_fn)
-        return pure.loss(spec, self.average.told(state), batch, key)
+        return pure.loss(spec, self.average.told(state), batch, key, state.step)
 
     # The run: a loop on the host.
 
@@ -186,6 +192,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         with self.stop.listening():
             self.start()
             self.first_step = self.global_step
+            seen = dict(self.report.meter.seen)
             how = "already finished"
             if not self.training_finished:
                 self._run()
@@ -193,7 +200,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         runtime = time.perf_counter() - began
         done = f"{self.global_step} updates done, {duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
-        return TrainOutput(self.global_step, self.report.last_loss, self._told(runtime))
+        return TrainOutput(self.global_step, self.report.last_loss, self._told(runtime, seen))
 
     def _run(self) -> None:
         try:
@@ -357,15 +364,15 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         if control.taken("should_roll_back"):
             roll_back(self)
 
-    def _told(self, runtime: float) -> dict[str, float]:
-        """What `train` returns of a run of so many seconds."""
-        rows = self.global_step_this_run * self.geometry.global_batch
-        counts = {"samples": rows, "steps": self.global_step_this_run,
-                  "tokens": rows * self.data.row_tokens}  # fmt: skip
+    def _told(self, runtime: float, before: Mapping[str, float]) -> dict[str, float]:
+        """What `train` returns after so many seconds; `before` was seen by earlier processes."""
+        new = {name: count - before[name] for name, count in self.report.meter.seen.items()}
+        counts = {"samples": new["rows"], "steps": self.global_step_this_run,
+                  "tokens": new["tokens"]}  # fmt: skip
         return {
             **self.eval_metrics,
             "train_runtime": runtime,
-            "train_samples": rows,
+            "train_samples": new["rows"],
             **{f"train_{name}_per_second": n / runtime for name, n in counts.items()},
             "epoch": self.position / self.data.steps_per_epoch,
             "effective_batch_size": self.geometry.global_batch,
