@@ -14,7 +14,7 @@ def run_of(folder, *, devices=1, **changes):
     """Two epochs of batches of 4 rows, the last of which has fewer."""
     entry = {"output_dir": str(folder / "state"), "save_every_n_steps": 1, "auto_resume": True}
     written = {
-        "rows": 33, "epochs": 2, "train_iters": 0, "eval_every_n_epochs": 1,
+        "rows": 42, "epochs": 2, "train_iters": 0, "eval_every_n_epochs": 1,
         "scheduler": {"name": "linear", "warmup_ratio": 0}, "data": {"train_eval_split": [0.8, 0.2]},
     }  # fmt: skip
     run = trainer(recipe(folder, **written | changes, checkpoint=[entry]), devices=devices)
