@@ -82,6 +82,11 @@ class Facts(Parts):
         return self.position // self.data.steps_per_epoch
 
     @property
+    def epochs_done(self) -> float:
+        """How often all rows were taken."""
+        return self.position / self.data.steps_per_epoch
+
+    @property
     def train_batch_idx(self) -> int:
         """Microbatches taken."""
         return self.position * self.geometry.num_microbatches

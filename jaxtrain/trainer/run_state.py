@@ -19,6 +19,13 @@ class RunState:
     num_processes = property(lambda _: jax.process_count())
     logging_steps = property(lambda self: self.config.train_log_iter_interval)
     eval_steps = property(lambda self: self.config.eval_interval)
+    epoch = property(lambda self: self.epochs_done)
+    raw_epoch = property(lambda self: self.epoch_idx)
+    epoch_train_steps = property(lambda self: self.data.steps_per_epoch)
+    max_steps = property(lambda self: self.last_step)
+    stateful_callbacks = property(lambda self: self.callback_states)
+    total_flos = property(lambda self: self.report.meter.flops)
+    num_input_tokens_seen = property(lambda self: self.report.meter.seen["tokens"])
     max_eval_steps = property(lambda self: self.config.max_eval_batches)
     train_batch_size = property(lambda self: self.config.micro_batch_size)
 
@@ -38,27 +45,9 @@ class RunState:
         return next((e.save_every_n_steps for e in entries if e.save_every_n_steps), 0)
 
     @property
-    def epoch(self) -> float:
-        """How often all rows were taken."""
-        return self.trainer.position / self.epoch_train_steps
-
-    @property
-    def raw_epoch(self) -> int:
-        """Epochs done."""
-        return self.trainer.epoch_idx
-
-    @property
     def epoch_start_step(self) -> int:
         """The update after which the epoch began, if no batch was skipped since."""
         return self.trainer.global_step - self.trainer.position % self.epoch_train_steps
-
-    @property
-    def epoch_train_steps(self) -> int:
-        return self.trainer.data.steps_per_epoch
-
-    @property
-    def max_steps(self) -> int:
-        return self.trainer.last_step
 
     @property
     def num_train_epochs(self) -> float:
@@ -68,18 +57,6 @@ class RunState:
     def log_history(self) -> list[dict[str, Any]]:
         """The newest rows, of training and of evaluations; the metrics file has all."""
         return list(self.trainer.report.history)
-
-    @property
-    def num_input_tokens_seen(self) -> int:
-        return int(self.trainer.report.meter.seen["tokens"])
-
-    @property
-    def total_flos(self) -> float:
-        return self.trainer.report.meter.flops
-
-    @property
-    def stateful_callbacks(self) -> dict[str, Any]:
-        return self.trainer.callback_states
 
     @property
     def best_metric(self) -> float | None:

@@ -107,7 +107,7 @@ class Saved(Facts):
         """What a checkpoint holds beside the arrays, as JSON data."""
         return {
             "step": self.global_step,
-            "epoch": self.position / self.data.steps_per_epoch,
+            "epoch": self.epochs_done,
             "position": self.position,
             "schedule_start": self.schedule_start,
             "eval_metrics": self.eval_metrics,

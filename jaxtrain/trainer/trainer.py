@@ -276,9 +276,8 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
                 with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)
                 engine.last_saved = self.global_step
-                epoch = self.position / self.data.steps_per_epoch
-                more = {"step": self.global_step, "epoch": epoch}
-                self.tell("on_save", engine=engine.name, path=path, **more)
+                where = {"path": path, "step": self.global_step, "epoch": self.epochs_done}
+                self.tell("on_save", engine=engine.name, **where)
         self.control.should_save = False
 
     def log(self, logs: Mapping[str, Any]) -> None:
@@ -338,8 +337,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         self.global_step += 1
         # The device is busy with this update, so reading the metrics of the one before costs
         # nothing.
-        epoch = self.position / self.data.steps_per_epoch
-        self.report.update(self.global_step, metrics, epoch=epoch)
+        self.report.update(self.global_step, metrics, epoch=self.epochs_done)
         self.eval_metrics = {}
         for _ in range(self.geometry.num_microbatches - 1):
             self.tell("on_substep_end")
@@ -374,7 +372,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
             "train_runtime": runtime,
             "train_samples": new["rows"],
             **{f"train_{name}_per_second": n / runtime for name, n in counts.items()},
-            "epoch": self.position / self.data.steps_per_epoch,
+            "epoch": self.epochs_done,
             "effective_batch_size": self.geometry.global_batch,
         }
 
