@@ -1,6 +1,7 @@
 """What guards, signals, averages, rollbacks and resumes do to one another."""
 
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -55,9 +56,9 @@ def skipping(tmp_path_factory):
     return folder, run
 
 
-@pytest.mark.parametrize("batches", [2, 3, 4, 5])
+@pytest.mark.parametrize("batches", [3, 4])
 def test_a_run_that_ends_around_a_skip_goes_on_as_if_it_had_not(tmp_path, skipping, batches):
-    """Before, between, right after and an update after two skipped batches."""
+    """Between two batches that are skipped, and right after them."""
     folder, whole = skipping
     preempted(breaking(tmp_path, "skip", [2, 3], every=3), "on_step_begin", batches)
     again = breaking(tmp_path, "skip", [2, 3], every=3)
@@ -231,8 +232,6 @@ def test_what_is_being_saved_when_a_run_fails_is_on_disk_when_it_has_failed(tmp_
     commit, waited = engine._commit, []
 
     def slowly(*values):
-        import time
-
         time.sleep(1.5)
         commit(*values)
         waited.append(True)
@@ -243,7 +242,7 @@ def test_what_is_being_saved_when_a_run_fails_is_on_disk_when_it_has_failed(tmp_
     assert waited and engine.steps() == [2]
 
 
-@pytest.mark.parametrize("reset", [(), ("optimizer",), ("callbacks", "data")])
+@pytest.mark.parametrize("reset", [("optimizer",), ("callbacks", "data")])
 def test_an_average_goes_on_whatever_is_reset(tmp_path, reset):
     def run_of(**changes):
         entry = state_entry(tmp_path, 2, auto_resume=True, reset=list(reset))
