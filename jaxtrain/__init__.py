@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from jaxtrain.trainer.callbacks import Control as Control
     from jaxtrain.trainer.causal import CausalTrainer as CausalTrainer
     from jaxtrain.trainer.loss import Loss as Loss
+    from jaxtrain.trainer.norms import GradLogger as GradLogger
+    from jaxtrain.trainer.norms import WeightNormLogger as WeightNormLogger
     from jaxtrain.trainer.sft import SFTTrainer as SFTTrainer
     from jaxtrain.trainer.trainer import Trainer as Trainer
     from jaxtrain.trainer.trainer import TrainOutput as TrainOutput
@@ -70,6 +72,7 @@ _HOME = {
     "trainer.callbacks": "Callback Control",
     "trainer.causal": "CausalTrainer",
     "trainer.loss": "Loss",
+    "trainer.norms": "GradLogger WeightNormLogger",
     "trainer.sft": "SFTTrainer",
     "trainer.trainer": "Trainer TrainOutput",
 }

@@ -19,3 +19,5 @@ class Batch(NamedTuple):
     the first token of every document"""
     rows: Array
     """int32 [B]: number of the packed row in its data set, -1 for a filler row"""
+    step: Array | None = None
+    """int32 []: number of the update, from 0; inside a loss function alone"""

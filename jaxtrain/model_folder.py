@@ -51,7 +51,7 @@ def _from_hub(name: str, *, with_weights: bool) -> Path:
             cache = huggingface_hub.constants.HF_HUB_CACHE
             looked += f", not in {cache}" if local_files_only else f", nor on the hub: {reason}"
             continue
-        if _is_complete(folder := Path(snapshot), with_weights=with_weights):
+        if is_complete(folder := Path(snapshot), with_weights=with_weights):
             return folder
         # Offline, a snapshot is what happens to be in the cache: perhaps the tokenizer alone.
         if not local_files_only:
@@ -59,7 +59,7 @@ def _from_hub(name: str, *, with_weights: bool) -> Path:
     raise _fault(f"cannot find {shown(name)}: {looked}")
 
 
-def _is_complete(folder: Path, *, with_weights: bool) -> bool:
+def is_complete(folder: Path, *, with_weights: bool) -> bool:
     """A cache may hold no more than the tokenizer, or part of the shards."""
     wanted = {"config.json"}
     if with_weights and not (folder / SINGLE).is_file():

@@ -39,91 +39,66 @@ def imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _source(path: str, config: str) -> Entry:
-    return Entry(f"jaxtrain.data.{path}", f"jaxtrain.recipe.data:{config}")
-
-
-def _objective(config: str) -> Entry:
-    return Entry("", f"jaxtrain.recipe.objectives:{config}")
+def _entry(path: str, config: str) -> Entry:
+    return Entry(path and f"jaxtrain.{path}", f"jaxtrain.recipe.{config}")
 
 
 def _optimizer(name: str) -> Entry:
-    return Entry(f"jaxtrain.optimizer:{name}Factory", f"jaxtrain.recipe.optimizer:{name}Config")
+    return _entry(f"optimizer:{name}Factory", f"optimizer:{name}Config")
 
 
 BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
-        "sft": Entry("jaxtrain.trainer.sft:SFTTrainer", "jaxtrain.recipe.trainer:TrainerConfig"),
-        "causal": Entry(
-            "jaxtrain.trainer.causal:CausalTrainer", "jaxtrain.recipe.trainer:TrainerConfig"
-        ),
-        "dpo": _objective("DPOTrainerConfig"),
-        "cpo": _objective("CPOConfig"),
-        "orpo": _objective("ORPOConfig"),
-        "simpo": _objective("SimPOConfig"),
-        "kto": Entry("", "jaxtrain.recipe.trainer:TrainerConfig"),
-        "reward": _objective("RewardConfig"),
-        "distill": _objective("DistillConfig"),
-        "grpo": _objective("GRPOConfig"),
+        "sft": _entry("trainer.sft:SFTTrainer", "trainer:TrainerConfig"),
+        "causal": _entry("trainer.causal:CausalTrainer", "trainer:TrainerConfig"),
+        "dpo": _entry("", "objectives:DPOTrainerConfig"),
+        "cpo": _entry("", "objectives:CPOConfig"),
+        "orpo": _entry("", "objectives:ORPOConfig"),
+        "simpo": _entry("", "objectives:SimPOConfig"),
+        "kto": _entry("", "trainer:TrainerConfig"),
+        "reward": _entry("", "objectives:RewardConfig"),
+        "distill": _entry("", "objectives:DistillConfig"),
+        "grpo": _entry("", "objectives:GRPOConfig"),
     },
-    "model": {
-        "huggingface": Entry("jaxtrain.model:HFModelFactory", "jaxtrain.recipe.model:ModelConfig"),
-    },
-    "tokenizer": {
-        "huggingface": Entry(
-            "jaxtrain.tokenizer:HFTokenizerFactory", "jaxtrain.recipe.model:TokenizerConfig"
-        ),
-    },
+    "model": {"huggingface": _entry("model:HFModelFactory", "model:ModelConfig")},
+    "tokenizer": {"huggingface": _entry("tokenizer:HFTokenizerFactory", "model:TokenizerConfig")},
     "data": {
-        "sft": Entry("jaxtrain.data.sft:SFTDataFactory", "jaxtrain.recipe.data:SFTDataConfig"),
-        "causal": Entry(
-            "jaxtrain.data.causal:CausalDataFactory", "jaxtrain.recipe.data:CausalDataConfig"
-        ),
-        "dpo": Entry(
-            "jaxtrain.data.preference:DPODataFactory",
-            "jaxtrain.recipe.objectives:PreferenceDataConfig",
-        ),
-        "kto": Entry(
-            "jaxtrain.data.preference:KTODataFactory", "jaxtrain.recipe.objectives:JudgedDataConfig"
-        ),
+        "sft": _entry("data.sft:SFTDataFactory", "data:SFTDataConfig"),
+        "causal": _entry("data.causal:CausalDataFactory", "data:CausalDataConfig"),
+        "dpo": _entry("data.preference:DPODataFactory", "objectives:PreferenceDataConfig"),
+        "kto": _entry("data.preference:KTODataFactory", "objectives:JudgedDataConfig"),
     },
     "data_source": {
-        "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
-        "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
-        "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
-        "given": _source("given:GivenSource", "RowsConfig"),
-        "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
-        "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
-        "json": _source("local:JsonSource", "LocalDataSourceConfig"),
-        "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
-        "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
-        "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
-        "text": _source("local:TextSource", "TextDataSourceConfig"),
-        "snowflake": Entry(
-            "jaxtrain.data.snowflake:SnowflakeSource",
-            "jaxtrain.recipe.snowflake:SnowflakeSourceConfig",
+        "huggingface": _entry("data.hub:HuggingFaceSource", "data:HFDataSourceConfig"),
+        "huggingface_instruct": _entry(
+            "data.hub:HuggingFaceInstructSource", "data:HFDataSourceConfig"
         ),
+        "huggingface_causal": _entry(
+            "data.hub:HuggingFaceCausalSource", "data:HFCausalDataSourceConfig"
+        ),
+        "given": _entry("data.given:GivenSource", "data:RowsConfig"),
+        "synthetic": _entry("data.synthetic:SyntheticSource", "data:SyntheticDataSourceConfig"),
+        "local": _entry("data.local:LocalSource", "data:AnyLocalDataSourceConfig"),
+        "json": _entry("data.local:JsonSource", "data:LocalDataSourceConfig"),
+        "jsonl": _entry("data.local:JsonLinesSource", "data:LocalDataSourceConfig"),
+        "csv": _entry("data.local:CsvSource", "data:LocalDataSourceConfig"),
+        "parquet": _entry("data.local:ParquetSource", "data:LocalDataSourceConfig"),
+        "text": _entry("data.local:TextSource", "data:TextDataSourceConfig"),
+        "snowflake": _entry("data.snowflake:SnowflakeSource", "snowflake:SnowflakeSourceConfig"),
     },
     "optimizer": {
         **{
             name.lower(): _optimizer(name) for name in ("AdamW", "Adafactor", "Lion", "Muon", "SGD")
         },
-        "adamw_8bit": Entry("", "jaxtrain.recipe.optimizer:AdamWConfig"),
+        "adamw_8bit": _entry("", "optimizer:AdamWConfig"),
     },
     "scheduler": {
-        "huggingface": Entry(
-            "jaxtrain.scheduler:HFSchedulerFactory", "jaxtrain.recipe.scheduler:HFSchedulerConfig"
-        ),
-        "wsd": Entry(
-            "jaxtrain.scheduler:WSDSchedulerFactory", "jaxtrain.recipe.scheduler:WSDSchedulerConfig"
-        ),
+        "huggingface": _entry("scheduler:HFSchedulerFactory", "scheduler:HFSchedulerConfig"),
+        "wsd": _entry("scheduler:WSDSchedulerFactory", "scheduler:WSDSchedulerConfig"),
     },
     "checkpoint": {
-        "orbax": Entry("jaxtrain.checkpoint:OrbaxEngine", "jaxtrain.recipe.checkpoint:OrbaxConfig"),
-        "huggingface": Entry(
-            "jaxtrain.checkpoint:HFCheckpointEngine",
-            "jaxtrain.recipe.checkpoint:HFCheckpointConfig",
-        ),
+        "orbax": _entry("checkpoint:OrbaxEngine", "checkpoint:OrbaxConfig"),
+        "huggingface": _entry("checkpoint:HFCheckpointEngine", "checkpoint:HFCheckpointConfig"),
     },
 }
 
@@ -272,11 +247,9 @@ def _check_methods(cls: type[Registered]) -> None:
     given."""
     for name, method in vars(cls).items():
         base = next((vars(b)[name] for b in cls.__mro__[1:] if name in vars(b)), None)
-        if not inspect.isfunction(method):
-            continue
         if base is None and name in cls.retired:
             raise ValueError(f"{cls.__qualname__}: {name} is not called; {cls.retired[name]}")
-        if inspect.isfunction(base) and not name.startswith("_"):
+        if inspect.isfunction(method) and inspect.isfunction(base) and not name.startswith("_"):
             _check_signature(cls, name, inspect.signature(method), inspect.signature(base))
 
 

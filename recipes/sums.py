@@ -1,14 +1,10 @@
 """Data and a callback of one's own: additions, asked until the model is sure of them."""
 
-import random
-
-from jaxtrain import Callback, DataSource, SFTTrainer
-from jaxtrain.recipe.data import DataSourceConfig
+from jaxtrain import Callback, DataSource, DataSourceConfig, SFTTrainer
 
 
 class SumsConfig(DataSourceConfig):
-    rows: int = 1000
-    largest: int = 99
+    largest: int = 40
 
 
 class SumsSource(DataSource):
@@ -16,18 +12,18 @@ class SumsSource(DataSource):
     config: SumsConfig
 
     def load(self, config, split):
-        rng = random.Random(split)
-        numbers = [rng.choices(range(config.largest + 1), k=2) for _ in range(config.rows)]
-        return [{"prompt": f"{a} + {b} =", "response": str(a + b)} for a, b in numbers]
+        pairs = [(a, b) for a in range(config.largest) for b in range(config.largest)]
+        return [{"prompt": f"{a} + {b} =", "response": str(a + b)} for a, b in pairs]
 
 
 class StopWhenSure(Callback):
-    def on_evaluate(self, args, state, control, metrics, **more):
+    def on_evaluate(self, control, metrics):
         control.should_training_stop = metrics["eval/loss"] < 0.05
 
 
 class SumsTrainer(SFTTrainer):
     name = "sums"
 
-    def post_init_callback(self):
-        self.add_callback(StopWhenSure)
+    @classmethod
+    def default_callbacks(cls):
+        return [StopWhenSure]

@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     @jax.jit
     def loss_and_gradient(params, batch):
         def total(params):
-            loss = trainer.loss_fn(trainer.model.merge(params), batch, jax.random.key(0))
+            loss = trainer.loss_fn(trainer.language_model.merge(params), batch, jax.random.key(0))
             return loss.total, loss.weight
 
         return jax.value_and_grad(total, has_aux=True)(params)

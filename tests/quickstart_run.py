@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     positions = np.arange(ids.shape[1], dtype=np.int32)[None]
     batch = Batch(ids.astype(np.int32), positions, ones, ones.astype(np.float32), ones[:, 0])
     with jax.set_mesh(trainer.mesh):
-        ours = jax.jit(lambda p, b: trainer.model.merge(p)(b))(trainer.state.params, batch)
+        ours = jax.jit(lambda p, b: trainer.language_model.merge(p)(b))(trainer.state.params, batch)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).logits.numpy()

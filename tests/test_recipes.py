@@ -65,7 +65,8 @@ def test_an_example_of_user_code_trains(tmp_path, name):
     from jaxtrain.recipe.resolve import get_config
     from tests.runs import conversations, model_folder
 
-    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= 40
+    files = [ROOT / "recipes" / f"{name}{suffix}" for suffix in (".py", ".yaml")]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 40
     overrides = [
         f"model.name_or_path={model_folder(tmp_path / 'model')}", "model.from_scratch=true",
         f"run_dir={tmp_path / 'run'}", "train_iters=2", "micro_batch_size=1",
@@ -73,7 +74,7 @@ def test_an_example_of_user_code_trains(tmp_path, name):
     if name == "focal":
         overrides.append(f"data.sources.0.path={conversations(tmp_path / 'rows.jsonl', 40)}")
     else:
-        overrides += ["data.sources.0.rows=100", "data.eval_sources.0.rows=10"]
+        overrides.append("data.sources.0.largest=10")
     config = get_config(ROOT / "recipes" / f"{name}.yaml", overrides)
     run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
     assert run.train().global_step == 2

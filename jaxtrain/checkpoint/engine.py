@@ -73,6 +73,28 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         at_end = moment.training_ended and config.save_end_of_training
         return bool(periodic or at_end or (moment.requested and self.is_full_state))
 
+    @property
+    def do_checkpoint(self) -> bool:
+        """Is a save due where the run is? May be overridden."""
+        return self.is_due(self.trainer.moment)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where a save at this update goes."""
+        return self.path(self.trainer.global_step)
+
+    @property
+    def latest_checkpoint_exists(self) -> bool:
+        return self.latest() is not None
+
+    @property
+    def epoch_finished(self) -> bool:
+        return self.trainer.epoch_finished
+
+    @property
+    def training_finished(self) -> bool:
+        return self.trainer.training_finished
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         if not self.directory.is_dir():
@@ -87,6 +109,11 @@ class CheckpointEngine(Factory, kind="checkpoint"):
     def latest(self) -> int | None:
         """The newest complete checkpoint by its number, whatever its files' times say."""
         return max(self.steps(), default=None)
+
+    @property
+    def start_path(self) -> Path | None:
+        """What `load` reads; None when there is nothing."""
+        return self.path(self.steps()[-1]) if self.steps() else None
 
     def best(self) -> int | None:
         """The complete checkpoint with the best score, None without scores."""
@@ -148,6 +175,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             if later > step:
                 remove(self.path(later))
         self.begin(step)
+        if step not in self.steps():
+            self.last_saved = -1
 
     def tidy(self, step: int) -> None:
         """What was left half done goes, and what another future scored is forgotten."""

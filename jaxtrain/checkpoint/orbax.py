@@ -17,6 +17,7 @@ from jaxtrain.recipe.errors import CheckpointError
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The two parts, each a folder of its own; without the second a checkpoint is weights only."""
+AVERAGE = f"['{WEIGHTS}']['average']"
 
 
 class OrbaxEngine(CheckpointEngine):
@@ -114,6 +115,10 @@ class OrbaxEngine(CheckpointEngine):
                 self.trainer.console.line(f"WARNING: {error}; going on from {before.name}")
         raise CheckpointError(f"no checkpoint in {self.directory}")
 
+    @property
+    def start_path(self) -> Path | None:
+        return next(iter(self._candidates()), None)
+
     def _candidates(self) -> list[Path]:
         """What may be restored, the first one first."""
         own = [self.path(step) for step in reversed(self.steps())]
@@ -136,6 +141,8 @@ class OrbaxEngine(CheckpointEngine):
             raise DamagedCheckpoint(f"{path} is damaged: {METADATA} is missing")
         reset = set(self.config.reset) - set(saved["reset"])
         wanted = {WEIGHTS: _weights(model)}
+        if not any(key.startswith(AVERAGE) for key in saved["shapes"]):
+            wanted[WEIGHTS].pop("average", None)  # it begins with the weights that are restored
         if OPTIMIZER not in reset:
             self._refuse_weights_only(path)
             wanted[OPTIMIZER] = _optimizer(model)
@@ -144,7 +151,10 @@ class OrbaxEngine(CheckpointEngine):
         _refuse_other_shapes(path, saved["shapes"], wanted)
         check_files(path, wanted)
         try:
-            found = ocp.load_checkpointables(str(path), wanted)
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True  # without an average that nobody wants
+            with context:
+                found = ocp.load_checkpointables(str(path), wanted)
         except (ValueError, OSError, KeyError) as error:
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
         self.restored, self.resets = saved, tuple(sorted(reset))
@@ -184,8 +194,11 @@ def _origin(path: Path) -> str | None:
 def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> None:
     """Orbax says nothing that a person could act on, and casts another dtype in silence."""
     asked = _described(wanted)
+    parts = tuple(f"['{part}']" for part in wanted)
     saved = {
-        key: s for key, s in shapes.items() if key.startswith(tuple(f"['{p}']" for p in wanted))
+        key: shape
+        for key, shape in shapes.items()
+        if key.startswith(parts) and (key in asked or not key.startswith(AVERAGE))
     }
     differing = sorted(k for k in asked.keys() | saved.keys() if asked.get(k) != saved.get(k))
     if differing:

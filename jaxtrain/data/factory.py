@@ -119,6 +119,10 @@ class DataFactory(Factory, kind="data"):
         "split": "split_data",
         "create-dataloader": "create_dataloader",
     }
+    retired = {
+        "default_source_cls": "write `type` in the entries of `data.sources`",
+        "cache_path": "write `data.cache_dir` in the recipe",
+    }
     config: DataConfig
     tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Further arguments for a tokenizer that is given text."""
@@ -127,6 +131,21 @@ class DataFactory(Factory, kind="data"):
         super().__init__(config, trainer)
         self.tokenizer = tokenizer
         self.max_length = max_length
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.trainer.config.micro_batch_size
+
+    @property
+    def global_rank(self) -> int:
+        """Number of this process; it drives all devices of its host, so `local_rank` is 0."""
+        return self.trainer.global_rank
+
+    local_rank = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size
 
     def load(self, data_sources: Sequence[DataSource]) -> list[LoadedSource]:
         """The rows of every source; of the split `train` for one that names none."""

@@ -20,7 +20,7 @@ from jaxtrain.recipe.errors import DataError
 class SFTDataFactory(DocumentFactory):
     name = "sft"
     config: SFTDataConfig
-    retired = dict.fromkeys(
+    retired = DocumentFactory.retired | dict.fromkeys(
         ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
         "what is trained is found in the rendered template; for other rows define `encoder`",
     )

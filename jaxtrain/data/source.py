@@ -25,8 +25,16 @@ class DataSource(Factory, kind="data_source"):
     """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
 
     events = {"load": "load"}
-    retired = {"load_fn": "define `load(config, split)`, which returns the rows of a split"}
+    retired = {
+        "load_fn": "define `load(config, split)`, which returns the rows of a split",
+        "cache_path_args": "the cache is keyed by the rows that `load` gives and by `options()`",
+    }
     config: DataSourceConfig
+
+    @property
+    def data_factory(self) -> Any:
+        """The one that makes batches of these rows."""
+        return self.trainer.data_factory
 
     @property
     def label(self) -> str:

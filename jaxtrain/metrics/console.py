@@ -10,18 +10,23 @@ from rich.live import Live
 from rich.text import Text
 
 from jaxtrain.metrics.log import screen
+from jaxtrain.recipe.load import Secrets
+from jaxtrain.recipe.secrets import hidden
 
 
 class Console:
-    """Writes to the terminal; silent in processes that shall not print."""
+    """Writes to the terminal; silent in processes that shall not print. `secrets` are not
+    shown."""
 
-    def __init__(self, *, prints: bool = True):
+    def __init__(self, *, prints: bool = True, secrets: Secrets | None = None):
+        self._secrets = secrets or {}
         self._console = RichConsole(quiet=not prints, highlight=False, soft_wrap=True)
         self._live: Live | None = None
 
     def header(self, facts: dict[str, str]) -> None:
         width = max(map(len, facts))
         for name, fact in facts.items():
+            fact = hidden(fact, self._secrets)
             screen.info("%s: %s", name, fact)
             first, *more = fact.splitlines()
             self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", first))
@@ -30,6 +35,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """A line that stays, above the live one; the log has it too."""
+        text = hidden(text, self._secrets)
         screen.info(text)
         self._console.print(Text(text))
 

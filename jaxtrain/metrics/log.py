@@ -3,14 +3,29 @@
 import logging
 from pathlib import Path
 
+from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.logger import LoggerConfig, is_among
+from jaxtrain.recipe.secrets import hidden
 
 log = logging.getLogger("jaxtrain")
 screen = logging.getLogger("jaxtrain.screen")
 """What the console has shown already; it goes into the file alone."""
 
 
-def open_log(folder: Path, logger: LoggerConfig, *, process: int) -> None:
+class _Hiding(logging.Formatter):
+    """Without what came from the environment."""
+
+    def __init__(self, secrets: Secrets):
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record), self.secrets)
+
+
+def open_log(
+    folder: Path, logger: LoggerConfig, *, process: int, secrets: Secrets | None = None
+) -> None:
     """Write `folder/logs/rank_N.log`, and to the terminal what has the level or a higher one, where
     this process is asked to."""
     close_log()
@@ -26,7 +41,7 @@ def open_log(folder: Path, logger: LoggerConfig, *, process: int) -> None:
         terminal.addFilter(lambda record: record.name != screen.name)
         handlers.append(terminal)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Hiding(secrets or {}))
         log.addHandler(handler)
     log.setLevel(min(logging.INFO, logging.getLevelNamesMapping()[level]))
     log.propagate = False

@@ -28,7 +28,8 @@ class Meter:
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
         self.peak_flops, self.num_devices = peak_flops, num_devices
         self.update_rows, self.row_tokens = update_rows, row_tokens
-        self.tokens_seen = 0
+        self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
+        """over all restarts"""
         self._since_row: dict[str, float] = defaultdict(float)
         self._updates, self._training_s = 0, 0.0
         self.restart()
@@ -47,6 +48,12 @@ class Meter:
             row_tokens=row_tokens,
         )
 
+    @property
+    def flops(self) -> float:
+        """Of all that was trained on, over all restarts."""
+        seen = self.seen
+        return self.flops_per_token * seen["tokens"] + self.flops_per_pair * seen["pairs"]
+
     def restart(self) -> None:
         """Begin to count here: what came before (a compilation, an evaluation, a save) was no
         training."""
@@ -63,7 +70,8 @@ class Meter:
             counted[name] = metrics[name]
         for name, value in counted.items():
             self._since_row[name] += value
-        self.tokens_seen += int(metrics["tokens"])
+        for name in self.seen:
+            self.seen[name] += type(self.seen[name])(metrics[name])
         self._updates += 1
         self._training_s += seconds
         self.restart()
@@ -86,7 +94,7 @@ class Meter:
             "data_share": min(since["data"] / seconds, 1.0),
             "tokens_per_sec": since["tokens"] / seconds,
             "trained_tokens_per_sec": since["trained_tokens"] / seconds,
-            "tokens_seen": self.tokens_seen,
+            "tokens_seen": self.seen["tokens"],
             "seqlen": self.row_tokens,
             "padding_ratio": 1 - metrics["tokens"] / (self.update_rows * self.row_tokens),
             "packing_efficiency": metrics["tokens"] / places if places else None,

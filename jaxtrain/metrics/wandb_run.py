@@ -21,7 +21,7 @@ class Wandb:
         kept = folder / "wandb-id"
         known = kept.read_text().strip() if kept.is_file() else None
         run_id = config.id or known or secrets.token_hex(4)
-        self._run = wandb.init(
+        self.run = wandb.init(
             entity=config.entity,
             project=config.project,
             name=config.name,
@@ -35,11 +35,11 @@ class Wandb:
         kept.write_text(run_id)
 
     def write(self, row: Row) -> None:
-        self._run.log(numbers(row), step=row["iter"])
+        self.run.log(numbers(row), step=row["iter"])
 
     def close(self) -> None:
         """With the error that ends the run, if one does."""
-        self._run.finish(exit_code=int(sys.exception() is not None))
+        self.run.finish(exit_code=int(sys.exception() is not None))
 
 
 def refuse_without_key(config: WandbConfig) -> None:

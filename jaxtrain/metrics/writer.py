@@ -26,12 +26,12 @@ def numbers(row: Row) -> dict[str, float]:
 
 class JsonLines:
     """One JSON object a line. On resume, rows behind the restored step are cut, so steps only
-    rise."""
+    rise; a fresh start cuts all."""
 
     def __init__(self, file: Path, *, resumed_at: int):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            kept = [row for row in read_rows(file) if row.get("iter", 0) <= resumed_at]
+            kept = [row for row in read_rows(file) if row.get("iter", 0) <= resumed_at > 0]
             partial = file.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(partial, file)

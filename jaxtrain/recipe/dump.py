@@ -45,6 +45,7 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
         "optimizer.type": tree["optimizer"]["type"],
         "seed": tree["seed"],
         "min_iterations": tree["min_iterations"],
+        "overfit_first_batch": tree["overfit_first_batch"],
         "global_batch": global_batch,
     }
 

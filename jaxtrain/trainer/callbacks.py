@@ -1,30 +1,32 @@
 """Callbacks as objects: told what happens on the host, and able to ask for more.
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
-for each update `on_step_begin`, `on_optimizer_step`, `on_step_end`, then, where they are due,
-`on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at last
-`on_epoch_end` and `on_train_end`. `on_train_metrics`, and `on_log` with a row of them, come when
-the numbers of an update have arrived, which is while the next one is computed.
+for each update `on_step_begin`, `on_substep_end` for each microbatch but the last,
+`on_pre_optimizer_step`, `on_optimizer_step` (after the fact, since an update is one compiled
+call; one that is not taken has none of the three), `on_step_end`, then, where they are
+due, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at last
+`on_epoch_end` and `on_train_end`. `on_train_metrics`, and around a row of them `on_log_step` and
+`on_log`, come when the numbers of an update have arrived, which is while the next one is computed.
+`on_predict` is told of an evaluation of other rows than the recipe's.
 """
 
 import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from jaxtrain.recipe.errors import CheckpointError, did_you_mean
-
-if TYPE_CHECKING:
-    from jaxtrain.trainer.trainer import Trainer
+from jaxtrain.trainer.run_state import RunState
 
 EVENTS = (
     "on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end",
-    "on_step_begin", "on_optimizer_step", "on_step_end", "on_train_metrics", "on_log",
-    "on_prediction_step", "on_evaluate", "on_save",
+    "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end",
+    "on_train_metrics", "on_log_step", "on_log", "on_prediction_step", "on_predict", "on_evaluate",
+    "on_save",
 )  # fmt: skip
 ATTRIBUTES = {
-    "model": "model_unwrapped", "params": "params", "tokenizer": "tokenizer",
+    "model": "model", "params": "params", "tokenizer": "tokenizer",
     "processing_class": "tokenizer", "optimizer": "optimizer", "lr_scheduler": "scheduler",
     "train_dataloader": "train_dataloader", "eval_dataloader": "eval_dataloader",
 }  # fmt: skip
@@ -60,10 +62,12 @@ class Control:
 class Callback:
     """Derive from it and define the events that matter: `on_…(args, state, control, **more)`.
 
-    `args` is the trainer's config, `state` the trainer, `control` takes requests; all are given by
-    name, those alone that are asked for, and so are `logs`, `metrics`, `engine` and `path` of their
-    events and what `ATTRIBUTES` has. One with `state_dict()` and `load_state_dict(state)` (JSON
-    data) goes on where it was after a resume.
+    `args` is the trainer's config, `state` a `RunState`, `control` takes requests; all are given by
+    name, those alone that are asked for, and so are `logs`, `metrics`, `engine`, `path`, `step` and
+    `epoch` of their events and what `ATTRIBUTES` has. One with `state_dict()` and
+    `load_state_dict(state)` (JSON data) goes on where it was after a resume. One with
+    `measure(gradients)`, pure and traced, adds what it returns, name → scalar, to the metrics of
+    every update; it is given mean gradients before clipping, and has to be there before the first.
     """
 
     key: ClassVar[str] = ""
@@ -89,8 +93,12 @@ class Callbacks:
             self.add(callback)
 
     def add(self, callback: Any) -> None:
-        """An object, or a class that is then made."""
-        self.items.append(callback() if isinstance(callback, type) else callback)
+        """An object, or a class that is then made; TypeError for one that listens to nothing."""
+        made = callback() if isinstance(callback, type) else callback
+        heard = isinstance(made, Callback) or any(hasattr(made, event) for event in EVENTS)
+        if not heard:
+            raise TypeError(f"{made!r} is no callback: it has none of {', '.join(EVENTS)}")
+        self.items.append(made)
 
     def pop(self, callback: Any) -> Any | None:
         """Take out and return the first one that is this object or of this class."""
@@ -100,14 +108,15 @@ class Callbacks:
                 return found
         return None
 
-    def tell(self, event: str, trainer: "Trainer", **more: Any) -> None:
+    def tell(self, event: str, trainer: Any, **more: Any) -> None:
         """Call everyone who listens to this event. One may return a `Control` with requests."""
         assert event in EVENTS, event
         for callback in list(self.items):
             listener = getattr(callback, event, None)
             if listener is None:
                 continue
-            given = {"args": trainer.config, "state": trainer, "control": self.control, **more}
+            state = RunState(trainer)
+            given = {"args": trainer.config, "state": state, "control": self.control, **more}
             asked = listener(**_wanted(listener, given, trainer))
             if isinstance(asked, Control):
                 for field in fields(Control):
@@ -143,9 +152,45 @@ class Callbacks:
         return named
 
 
-def _wanted(listener: Any, given: dict[str, Any], trainer: "Trainer") -> dict[str, Any]:
+def _wanted(listener: Any, given: dict[str, Any], trainer: Any) -> dict[str, Any]:
     """What a callback names of an event's values, or all of them, and of the trainer's parts."""
     parameters = inspect.signature(listener).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     parts = {name: getattr(trainer, ATTRIBUTES[name]) for name in parameters if name in ATTRIBUTES}
     return parts | {name: v for name, v in given.items() if takes_all or name in parameters}
+
+
+class Listened:
+    """Of a trainer: who is told what happens, and may ask for more."""
+
+    _callbacks: Callbacks
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback object, or a class that is then made; see `jaxtrain.Callback`."""
+        self._callbacks.add(callback)
+
+    def pop_callback(self, callback: Any) -> Any | None:
+        """Take out and return the first callback that is this object or of this class."""
+        return self._callbacks.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        self._callbacks.pop(callback)
+
+    @property
+    def control(self) -> Control:
+        """Requests to the loop: stop, save, evaluate."""
+        return self._callbacks.control
+
+    @property
+    def callback_states(self) -> dict[str, Any]:
+        """State of the callbacks that keep any; part of a checkpoint."""
+        return self._callbacks.state_dict()
+
+    def tell(self, event: str, **more: Any) -> None:
+        """Call everyone who listens to this event."""
+        self._callbacks.tell(event, self, **more)
+
+    def measured(self, gradients: Any) -> dict[str, Any]:
+        """What the callbacks report of the mean gradients. Traced."""
+        measures = [c.measure for c in self._callbacks.items if hasattr(c, "measure")]
+        return {name: value for measure in measures for name, value in measure(gradients).items()}

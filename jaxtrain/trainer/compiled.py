@@ -1,11 +1,18 @@
-"""Jitted functions as the trainer calls them: under the mesh, with the compilation shown."""
+"""What is compiled of a run: its step and its evaluation loss, jitted on the mesh."""
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxtrain.metrics.flops import counts
+from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.trainer.report import Report
+from jaxtrain.trainer.step import StepSpec
+
+if TYPE_CHECKING:
+    from jaxtrain.trainer.trainer import Trainer
 
 
 class Compiled:
@@ -32,3 +39,43 @@ class Compiled:
         """Programs made so far: 1 after the first call, more when a shape or sharding has
         changed."""
         return self._jitted._cache_size()
+
+
+def compiled_step(trainer: "Trainer") -> Compiled:
+    """Its state is donated."""
+    shardings = trainer.shardings
+    jitted = jax.jit(
+        trainer.step,
+        donate_argnums=0,
+        in_shardings=(shardings, trainer.geometry.batch_sharding),
+        out_shardings=(shardings, None),
+    )
+    return Compiled("train step", jitted, trainer.mesh, trainer.report)
+
+
+def compiled_loss(trainer: "Trainer") -> Compiled:
+    placed = (trainer.shardings, trainer.geometry.batch_sharding, None)
+    jitted = jax.jit(trainer.loss, in_shardings=placed)
+    return Compiled("evaluation", jitted, trainer.mesh, trainer.report)
+
+
+def step_spec(trainer: "Trainer") -> StepSpec:
+    """What the pure step needs of a trainer."""
+    config, model = trainer.config, trainer.language_model
+    stage = config.deepspeed.zero_stage
+    placed = partial(parameter_shardings, trainer.mesh, model.shapes)
+    return StepSpec(
+        merge=lambda params: model.merge(trainer.groups.held(params)),
+        loss_fn=trainer.loss_fn,
+        on_gradients=trainer.backward,
+        measure=trainer.measured,
+        optimizer=trainer.optimizer,
+        schedule=trainer.scheduler,
+        average=trainer.average.after,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        counts=partial(counts, windows=model.windows),
+        compute_shardings=placed(over_data=stage == 3),
+        grad_shardings=placed(over_data=stage >= 2),
+        whole_batch=trainer.geometry.whole_batch,
+    )

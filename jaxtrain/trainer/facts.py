@@ -6,10 +6,15 @@ from typing import Any
 import jax
 
 from jaxtrain.checkpoint import CheckpointEngine
+from jaxtrain.checkpoint.engine import Moment
+from jaxtrain.metrics.recorded import Recorded
+from jaxtrain.metrics.wandb_run import Wandb
 from jaxtrain.model import Decoder
 from jaxtrain.recipe.dump import lineage
 from jaxtrain.trainer.callbacks import Control
 from jaxtrain.trainer.parts import Parts
+from jaxtrain.trainer.report import Report
+from jaxtrain.trainer.run_folder import RunFolder
 from jaxtrain.trainer.state import PyTree, TrainState
 from jaxtrain.trainer.stop import StopRequests
 
@@ -33,6 +38,8 @@ class Facts(Parts):
     state: TrainState
     stop: StopRequests
     control: Control
+    report: Report
+    run_folder: RunFolder
 
     @property
     def planned_updates(self) -> int:
@@ -75,6 +82,11 @@ class Facts(Parts):
         return self.position // self.data.steps_per_epoch
 
     @property
+    def epochs_done(self) -> float:
+        """How often all rows were taken."""
+        return self.position / self.data.steps_per_epoch
+
+    @property
     def train_batch_idx(self) -> int:
         """Microbatches taken."""
         return self.position * self.geometry.num_microbatches
@@ -102,17 +114,35 @@ class Facts(Parts):
 
     @property
     def evaluation_is_due(self) -> bool:
-        """After this update, once; a signal that ends the run does not wait for it."""
-        if self.control.taken("should_evaluate"):
+        """After this update, or before the first, once; a signal that ends the run does not wait
+        for it."""
+        config, step = self.config, self.global_step
+        if self.control.should_evaluate:
             return True
         if not self.data.evals or self.eval_metrics or self.is_preempted:
             return False
-        config, step = self.config, self.global_step
+        if step == 0:
+            return config.eval_at_start
         at_end = self.training_finished and config.eval_at_end is not False
         by_step = config.eval_interval and step % config.eval_interval == 0
         epochs = self.epoch_finished and config.eval_every_n_epochs
         by_epoch = epochs and self.epoch_idx % epochs == 0
         return at_end or bool((by_step or by_epoch) and step >= config.eval_after_step)
+
+    @property
+    def must_leave(self) -> bool:
+        """Has a signal come that an evaluation gives way to?"""
+        return self.stop.signal is not None and not self.is_complete
+
+    @property
+    def moment(self) -> Moment:
+        """What decides whether a save is due after this update."""
+        return Moment(
+            self.global_step,
+            epoch_ended=self.epoch_idx if self.epoch_finished else 0,
+            training_ended=self.training_finished and not self.is_preempted,
+            requested=self.control.should_save,
+        )
 
     @property
     def full_state_engines(self) -> list[CheckpointEngine]:
@@ -145,9 +175,22 @@ class Facts(Parts):
         return self.state.params
 
     @property
-    def model_unwrapped(self) -> Decoder:
+    def model(self) -> Decoder:
         """The module with the present weights, which the next update replaces."""
-        return self.model.merge(self.params)
+        return self.language_model.merge(self.params)
+
+    model_unwrapped = model
+
+    @property
+    def metrics(self) -> Recorded:
+        """For numbers of the user's own, which the row of this update will have."""
+        return self.report.recorded
+
+    @property
+    def wandb_experiment(self) -> Any:
+        """The run of Weights & Biases, None where there is none."""
+        runs = (w.run for w in self.run_folder.writers if isinstance(w, Wandb))
+        return next(runs, None)
 
     @property
     def train_dataloader(self) -> Any:

@@ -14,11 +14,16 @@ from jaxtrain.trainer.callbacks import Callback, Control
 MOST_SKIPPED = 10  # in a row
 
 
-def guards(config: TrainerConfig) -> list[Callback]:
-    """Those that the recipe asks for, besides `on_nonfinite`."""
+def guards(config: TrainerConfig, early_stopper: Any) -> list[Callback]:
+    """Those that the recipe asks for, besides `on_nonfinite`; the stopper is a given one."""
     made: list[Callback] = []
     if config.early_stopping is not None:
+        if early_stopper is not None:
+            raise RecipeError("early_stopping: excludes a given early_stopper; remove one")
         made.append(EarlyStopping(config.early_stopping))
+    if early_stopper is not None:
+        metric = config.checkpoint[0].metric if config.checkpoint else "eval/loss"
+        made.append(GivenStopper(early_stopper, metric))
     if config.divergence is not None:
         made.append(Divergence(config.divergence))
     return made
@@ -41,12 +46,7 @@ class EarlyStopping(Callback):
         self._end_if_stale(state)
 
     def on_evaluate(self, state: Any, metrics: Any) -> None:
-        if self.config.metric not in metrics:
-            raise RecipeError(
-                f"early_stopping.metric: no evaluation gives {self.config.metric!r}; found "
-                f"{', '.join(metrics)}"
-            )
-        value = float(metrics[self.config.metric])
+        value = _score(metrics, self.config.metric, "early_stopping.metric")
         gain = math.inf if self.best is None else self.sign * (self.best - value)
         if gain > self.config.min_delta and not math.isnan(value):
             self.best, self.stale = value, 0
@@ -66,6 +66,23 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.stale = state["best"], state["stale"]
+
+
+class GivenStopper(Callback):
+    """Asks a ready-made object after every evaluation."""
+
+    def __init__(self, stopper: Any, metric: str):
+        self.should_stop = getattr(stopper, "should_stop", stopper)
+        self.metric = metric
+
+    def on_init_end(self, state: Any) -> None:
+        if not state.data.evals:
+            raise RecipeError("early_stopper: needs evaluation data; add `data.eval_sources`")
+
+    def on_evaluate(self, state: Any, metrics: Any) -> None:
+        score = _score(metrics, self.metric, "early_stopper")
+        if self.should_stop(state.global_step, score):
+            state.request_stop(f"the early_stopper ended it at {self.metric} {score:.6g}")
 
 
 class Divergence(Callback):
@@ -157,3 +174,10 @@ class NonFinite(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _score(metrics: Any, name: str, asked_by: str) -> float:
+    if name not in metrics:
+        found = ", ".join(metrics)
+        raise RecipeError(f"{asked_by}: no evaluation gives {name!r}; found {found}")
+    return float(metrics[name])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def header(trainer: "Trainer") -> dict[str, str]:
     """Name → fact, in the order in which they are shown; a fact may have several lines."""
-    config, model, mesh = trainer.config, trainer.model, trainer.mesh
+    config, model, mesh = trainer.config, trainer.language_model, trainer.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     stage = config.deepspeed.zero_stage

@@ -1,7 +1,7 @@
 """What a run is made of: each part from its section of the recipe, or given ready-made."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 import jax
@@ -18,7 +18,15 @@ from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
+from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.geometry import Geometry
+from jaxtrain.trainer.state import (
+    PyTree,
+    TrainState,
+    new_state,
+    state_shardings,
+    with_shardings,
+)
 
 
 class Given(TypedDict, total=False):
@@ -36,14 +44,32 @@ class Given(TypedDict, total=False):
     """At its own peak rate."""
     scheduler: Schedule | None
     """Update number, from 0 → share of that rate."""
+    early_stopper: Any
+    """`(step, score) → bool`, or an object with such a `should_stop`: whether to end the run. The
+    score is the `metric` of the first checkpoint entry, else `eval/loss`."""
     devices: Sequence[Any] | None
     """Of the mesh; to lower the step they need not be present."""
     data: TrainingData | DataShape | None
     """All batches, or their shape where nothing but a step is lowered."""
 
 
+RIGHT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda v: isinstance(v, Decoder), "the `model` of another trainer"),
+    "optimizer": (
+        lambda v: isinstance(v, optax.GradientTransformation), "an optax transformation"
+    ),
+    "scheduler": (callable, "a function of the update number"),
+    "early_stopper": (
+        lambda v: callable(getattr(v, "should_stop", v)), "a function of step and score"
+    ),
+}  # fmt: skip
+
+
 def known(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """TypeError for an argument that no trainer has."""
+    """TypeError for an argument that no trainer has, or of which it could make nothing."""
+    for name, (is_right, right) in RIGHT.items():
+        if given.get(name) is not None and not is_right(given[name]):
+            raise TypeError(f"{name} must be {right}, found {given[name]!r}")
     for name in given.keys() - Given.__annotations__.keys():
         names = ["mode", "callbacks", *Given.__annotations__]
         raise TypeError(f"a trainer takes no {name!r}{did_you_mean(name, names)}")
@@ -91,7 +117,7 @@ class Parts:
         if self.given.get("data") is not None:
             return self.given["data"]
         data = prepare_data(
-            self._data_factory,
+            self.data_factory,
             self._batch_shape,
             train_data=self.given.get("train_data"),
             eval_data=self.given.get("eval_data"),
@@ -107,14 +133,14 @@ class Parts:
         """With a data set for evaluation that is none of the recipe's, in place of those."""
         row_tokens = self.data.row_tokens
         plan = prepare_evaluation(
-            self._data_factory, dataset, self._batch_shape, row_tokens=row_tokens
+            self.data_factory, dataset, self._batch_shape, row_tokens=row_tokens
         )
         return self.data.with_evals({"eval": plan})
 
     @cached_property
-    def model(self) -> LanguageModel:
+    def language_model(self) -> LanguageModel:
         """As the mesh computes it, without its weights."""
-        return self._model_factory.create_model(self.model_config)
+        return self.model_factory.create_model(self.model_config)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -129,7 +155,7 @@ class Parts:
         section = self.config.optimizer
         if section.groups and self.given.get("optimizer") is not None:
             raise RecipeError("optimizer.groups: excludes a given optimizer; remove one")
-        return Groups.of(section, self.model.shapes)
+        return Groups.of(section, self.language_model.shapes)
 
     @cached_property
     def scheduler(self) -> Schedule:
@@ -144,6 +170,34 @@ class Parts:
     def checkpoint_engines(self) -> list[CheckpointEngine]:
         return [self._made("checkpoint", entry) for entry in self.config.checkpoint]
 
+    @cached_property
+    def average(self) -> Average:
+        return Average(self.config.ema)
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lives."""
+        return state_shardings(
+            self.mesh,
+            self.language_model.shapes,
+            self.optimizer,
+            zero_stage=self.config.deepspeed.zero_stage,
+            has_average=self.config.ema is not None,
+        )
+
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """What a checkpoint is restored to."""
+        make = partial(new_state, optimizer=self.optimizer, average=self.average.start)
+        return with_shardings(jax.eval_shape(make, self.language_model.shapes), self.shardings)
+
+    def new_state(self, params: PyTree) -> TrainState:
+        """The state before the first update of these parameters, which are donated."""
+        start = partial(new_state, optimizer=self.optimizer, average=self.average.start)
+        make = jax.jit(start, donate_argnums=0, out_shardings=self.shardings)
+        with jax.set_mesh(self.mesh):
+            return make(params)
+
     @property
     def peak_lr(self) -> float:
         """What the schedule is a share of; 1 for a given optimizer, whose rate nobody knows."""
@@ -152,14 +206,14 @@ class Parts:
     @cached_property
     def _found_model(self) -> Described:
         """As its files describe it."""
-        return self._model_factory.create_config()
+        return self.model_factory.create_config()
 
     @cached_property
-    def _model_factory(self) -> ModelFactory:
+    def model_factory(self) -> ModelFactory:
         return self._made("model", self.config.model)
 
     @cached_property
-    def _data_factory(self) -> DataFactory:
+    def data_factory(self) -> DataFactory:
         positions = self.model_config.config.max_positions
         return data_factory(
             self.config.data,

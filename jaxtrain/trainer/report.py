@@ -3,6 +3,7 @@ writers of the run."""
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,11 +13,13 @@ import jax
 from jaxtrain.metrics.console import Console, progress_line
 from jaxtrain.metrics.log import log, screen
 from jaxtrain.metrics.meter import Meter
+from jaxtrain.metrics.recorded import Recorded
 from jaxtrain.metrics.writer import Row
 from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
 Item = TypeVar("Item")
+LONGEST_HISTORY = 1000  # rows
 COUNTED = ("/tokens", "/samples")
 NO_PHASES = {"compile_time": 0.0, "save_time": 0.0}
 
@@ -33,12 +36,14 @@ class Report:
         *,
         peak_lr: float,
         last_step: int,
-        on_values: Callable[[Row], None],
-        on_row: Callable[[Row], None],
+        tell: Callable[..., None],
     ):
+        """`tell` is given an event and its values by name."""
         self.console, self.folder, self.meter = console, folder, meter
         self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
-        self.on_values, self.on_row = on_values, on_row
+        self.tell = tell
+        self.recorded = Recorded()
+        self.history: deque[Row] = deque(maxlen=LONGEST_HISTORY)
         self.num_evaluations = 0
         self.last_loss = float("nan")
         self._held: tuple[int, float, dict[str, jax.Array]] | None = None
@@ -66,14 +71,18 @@ class Report:
         row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr, **values}
         self.last_loss = values["loss"]
         self.meter.count(values)
-        self.on_values(row)
+        self.tell("on_train_metrics", metrics=row)
         has_row = asked or is_due(step, self.config.train_log_iter_interval)
+        if has_row:
+            self.tell("on_log_step", logs=row)
+        row |= self.recorded.taken()
         if has_row:
             row |= self.meter.row(values, updates_left=self.last_step - step) | self._phases
             self._phases = dict(NO_PHASES)
-            self.folder.write(row)
+            self.recorded.row = row
+            self.write(row)
             self.console.progress(row, self.last_step)
-            self.on_row(row)
+            self.tell("on_log", logs=row)
         if is_due(step, self.config.loss_log_interval):
             (screen if has_row else log).info(progress_line(row, self.last_step))
         if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
@@ -82,11 +91,16 @@ class Report:
                 f"{values['grad_norm']}; the weights are still those of update {step - 1}"
             )
 
+    def write(self, row: Row) -> None:
+        self.history.append(row)
+        self.folder.write(row)
+
     def rolled_back(self, step: int, row: dict[str, Any]) -> None:
         """Forget what came behind this update, and write a row that says so."""
         self._held = None
         self.folder.cut(step)
-        self.folder.write({"iter": step, **row})
+        self.history = deque((r for r in self.history if r["iter"] <= step), LONGEST_HISTORY)
+        self.write({"iter": step, **row})
         self.console.line(
             f"rolled back from step {row['rolled_back_from']} to step {step}, to go on behind the "
             "batches that led there"
@@ -95,7 +109,7 @@ class Report:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.num_evaluations += 1
-        self.folder.write({"iter": step, **metrics, "loss/eval": metrics["eval/loss"]})
+        self.write({"iter": step, **metrics, "loss/eval": metrics["eval/loss"]})
         self.meter.restart()
         every = self.config.eval_log_iter_interval
         if not every or self.num_evaluations % every:
@@ -109,7 +123,7 @@ class Report:
     def samples(self, step: int, prompts: Iterable[str], answers: Iterable[str]) -> None:
         """What the model says at this step."""
         for prompt, answer in zip(prompts, answers, strict=True):
-            self.folder.write({"iter": step, "prompt": prompt, "answer": answer})
+            self.write({"iter": step, "prompt": prompt, "answer": answer})
             self.console.line(f"  {prompt!r} → {answer!r}")
 
     def timed(self, batches: Iterable[Item]) -> Iterator[Item]:
@@ -134,13 +148,18 @@ class Report:
         self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - began
         self.meter.restart()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What goes on counting after a resume."""
-        return {"tokens_seen": self.meter.tokens_seen, "num_evaluations": self.num_evaluations}
+        return {
+            "seen": dict(self.meter.seen),
+            "num_evaluations": self.num_evaluations,
+            "last_loss": self.last_loss,
+        }
 
-    def load_state_dict(self, saved: dict[str, int]) -> None:
-        self.meter.tokens_seen = saved["tokens_seen"]
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.meter.seen = dict(saved["seen"])
         self.num_evaluations = saved["num_evaluations"]
+        self.last_loss = saved["last_loss"]
 
     def close(self) -> None:
         self.console.close()

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
 from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
 from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.secrets import hidden
 from jaxtrain.recipe.trainer import TrainerConfig
 
 PACKAGES = (
@@ -52,9 +53,12 @@ class RunFolder:
     def output(self, written: str | None, name: str) -> Path:
         return self.config.output(written, name).expanduser().absolute()
 
-    def refuse_foreign(self, *, may_resume: bool) -> None:
-        """RecipeError if the folder holds a run that this one may not go on with, or a file of the
-        recipe holds the rows of another."""
+    def refuse_foreign(self, engines: Collection[CheckpointEngine]) -> None:
+        """RecipeError where this run would write into the files of another that it may not go on
+        with: into checkpoints, the folder, or a file of the recipe."""
+        may_resume = any(engine.config.goes_on for engine in engines)
+        for engine in engines:
+            engine.refuse_foreign(may_resume=may_resume)
         recipe = self.path / "recipe.yaml"
         before = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
         if before is None and _holds_something(self.path):
@@ -84,8 +88,11 @@ class RunFolder:
         logger, process = self.config.logger, jax.process_index()
         if process == 0:
             self._claim()
-            (self.path / "run.json").write_text(json.dumps(_circumstances(), indent=2) + "\n")
-        open_log(self.output(logger.output_dir, ""), logger, process=process)
+            (self.path / "run.json").write_text(
+                json.dumps(_circumstances(self.config), indent=2) + "\n"
+            )
+        folder = self.output(logger.output_dir, "")
+        open_log(folder, logger, process=process, secrets=self.config.secrets)
         if process == 0:
             self.writers += self._row_writers(resumed_at)
         self.profiler = Profiler(self.config, started_at=resumed_at)
@@ -191,14 +198,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances(config: TrainerConfig) -> dict[str, Any]:
     """Command line, versions and commit of this process."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
-        "argv": sys.argv,
+        "argv": [hidden(word, config.secrets) for word in sys.argv],
         "python": sys.version.split()[0],
         "versions": versions(),
         "git_commit": commit.stdout.strip() or None,

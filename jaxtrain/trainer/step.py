@@ -27,6 +27,8 @@ class StepSpec(NamedTuple):
     loss_fn: LossFn
     on_gradients: Callable[[PyTree], PyTree]
     """what callbacks make of the summed gradients of a microbatch"""
+    measure: Callable[[PyTree], Metrics]
+    """mean gradients, before clipping → what callbacks report of them"""
     optimizer: optax.GradientTransformation
     """updates at the peak rate"""
     schedule: Callable[[jax.Array], jax.Array]
@@ -54,7 +56,7 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     then.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    loss, grads = loss_and_grads(spec, state.params, batch, key)
+    loss, grads = loss_and_grads(spec, state.params, batch, key, state.step)
 
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     norm = optax.tree.norm(grads) * per_weight
@@ -72,18 +74,22 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
     state = jax.lax.cond(finite & (loss.weight > 0), updated, lambda state, _: state, state, grads)
     metrics = spec.counts(batch) | means(loss)
+    metrics |= spec.measure(jax.tree.map(lambda g: g * per_weight, grads))
     metrics |= {"grad_norm": norm, "lr_share": share, "finite": finite.astype(jnp.float32)}
     return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
 
 
-def loss(spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array) -> Loss:
+def loss(
+    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array, step: jax.Array | int = 0
+) -> Loss:
     """The summed loss of a batch, without a gradient."""
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
-    return _over_microbatches(spec, batch, key, lambda rows, key: _call(spec, params, rows, key))
+    one = lambda rows, key: _call(spec, params, rows._replace(step=step), key)
+    return _over_microbatches(spec, batch, key, one)
 
 
 def loss_and_grads(
-    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array
+    spec: StepSpec, params: PyTree, batch: Batch, key: jax.Array, step: jax.Array | int = 0
 ) -> tuple[Loss, PyTree]:
     """The summed loss of a batch and the gradient of its total."""
     # Gathered here, if at all: once for all microbatches.
@@ -91,7 +97,7 @@ def loss_and_grads(
 
     def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
         def total(params: PyTree) -> tuple[jax.Array, Loss]:
-            loss = _call(spec, params, rows, key)
+            loss = _call(spec, params, rows._replace(step=step), key)
             return loss.total, loss
 
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)

@@ -40,6 +40,7 @@ class StopRequests:
         try:
             yield
         finally:
+            self.signal = None  # an evaluation from here on is not in anyone's way
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
@@ -63,11 +64,14 @@ class StopRequests:
 
 
 def ended_by_signal(trainer: "Trainer") -> UserError:
-    """What a run raises that a signal has ended: PreemptedError if its state is saved."""
+    """What a run raises that a signal has ended: PreemptedError if it can go on from here."""
     assert trainer.stop.obeyed is not None
-    when = f"{trainer.stop.obeyed.name}: ended after update {trainer.global_step}"
+    name, step = trainer.stop.obeyed.name, trainer.global_step
+    when = f"{name}: ended after update {step}"
     if not trainer.full_state_engines:
         return AbortedError(f"{when}; nothing could be saved: the recipe has no `orbax` entry")
     resumes = any(engine.config.auto_resume for engine in trainer.checkpoint_engines)
     how = "" if resumes else "with `auto_resume: true` on its `orbax` entry, "
+    if step == 0:
+        return PreemptedError(f"{name}: ended before the first update; {how}run it again")
     return PreemptedError(f"{when}, its full state is saved; {how}run it again to go on")

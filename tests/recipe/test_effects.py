@@ -103,7 +103,7 @@ def test_a_run_follows_its_keys(tmp_path, capfd):
         scheduler={"name": "constant"},
         checkpoint=entries,
     )
-    assert len(list(run.data.eval_batches("eval"))) > 1 == len(list(run.eval_batches("eval")))
+    assert len(list(run.data.eval_batches("eval"))) > 1 == len(list(run.eval_batches))
     run.train()
     rows = list(read_rows(tmp_path / "run" / "train-log-metrics.jsonl"))
     assert [row["lr"] for row in rows if "loss" in row] == [0.02] * 12

@@ -23,8 +23,9 @@ class Recorder(Callback):
 
 def test_events_come_in_the_documented_order(tmp_path):
     written = recipe(
-        tmp_path, rows=40, train_iters=2, eval_interval=2, data={"train_eval_split": [0.8, 0.2]}
-    )
+        tmp_path, rows=40, train_iters=2, eval_interval=2, gradient_accumulation_steps=2,
+        data={"train_eval_split": [0.8, 0.2]},
+    )  # fmt: skip
     run = trainer(
         written | {"checkpoint": {"output_dir": str(tmp_path / "s"), "save_every_n_steps": 2}}
     )
@@ -33,12 +34,17 @@ def test_events_come_in_the_documented_order(tmp_path):
     run.train()
     assert recorder.events == [
         ("on_init_end", 0), ("on_train_begin", 0), ("on_epoch_begin", 0),
-        ("on_step_begin", 0), ("on_optimizer_step", 1), ("on_step_end", 1),
-        ("on_step_begin", 1), ("on_train_metrics", 2), ("on_log", 2), ("on_optimizer_step", 2),
-        ("on_step_end", 2), ("on_train_metrics", 2), ("on_log", 2),
-        *[("on_prediction_step", 2)] * 5, ("on_evaluate", 2), ("on_save", 2),
+        ("on_step_begin", 0), ("on_substep_end", 1), ("on_pre_optimizer_step", 1),
+        ("on_optimizer_step", 1), ("on_step_end", 1),
+        ("on_step_begin", 1), ("on_train_metrics", 2), ("on_log_step", 2), ("on_log", 2),
+        ("on_substep_end", 2), ("on_pre_optimizer_step", 2), ("on_optimizer_step", 2),
+        ("on_step_end", 2), ("on_train_metrics", 2), ("on_log_step", 2), ("on_log", 2),
+        *[("on_prediction_step", 2)] * 3, ("on_evaluate", 2), ("on_save", 2),
         ("on_epoch_end", 2), ("on_train_end", 2),
     ]  # fmt: skip
+    run.evaluate(str(tmp_path / "rows.jsonl"))
+    assert recorder.events[-1] == ("on_predict", 2)
+    assert {event for event, _ in recorder.events} == set(EVENTS)
 
 
 class StopAt(Callback):

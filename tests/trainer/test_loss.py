@@ -30,7 +30,7 @@ def by_definition(run, batch, *, z_loss=0.0, smoothing=0.0, weights=None):
     weights = rows.loss_weights if weights is None else weights
 
     def trained(params):
-        logits = run.model.merge(params)(rows)[:, :-1]
+        logits = run.language_model.merge(params)(rows)[:, :-1]
         log_probs = jax.nn.log_softmax(logits)
         targets, w = rows.tokens[:, 1:, None], weights[:, 1:]
         nll = -jnp.take_along_axis(log_probs, targets, -1)[..., 0]

@@ -7,10 +7,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+import yaml
 
-from jaxtrain import Callback, SFTTrainer, get_config
+from jaxtrain import Callback, GradLogger, SFTTrainer, WeightNormLogger, get_config
+from jaxtrain.metrics.log import log
 from jaxtrain.metrics.writer import read_rows
-from jaxtrain.recipe.errors import DataError, RecipeError, WeightError
+from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, WeightError
+from jaxtrain.recipe.guards import EarlyStoppingConfig
+from jaxtrain.trainer.run_state import RunState
 from tests.runs import conversations, host, losses, recipe, trainer
 from tests.tiny import chat, tiny_tokenizer
 
@@ -220,3 +224,197 @@ def test_an_event_that_does_not_exist_is_refused_when_the_class_is_made():
 
         class Mistaken(Callback):
             def on_step_ends(self): ...
+
+
+def test_a_mistake_in_a_call_says_what_is_right(tmp_path):
+    config = get_config(recipe(tmp_path))
+    for call, expected in (
+        (lambda: SFTTrainer("recipe.yaml"), r"found str; write SFTTrainer\(get_config\(…\)\)"),
+        (lambda: SFTTrainer(config, mode="eval"), "mode must be 'train' or 'process-data', found"),
+        (lambda: SFTTrainer(config, callbacks=["x"]), "'x' is no callback: it has none of on_"),
+        (lambda: SFTTrainer(config, model="x"), "model must be the `model` of another trainer"),
+        (lambda: SFTTrainer(config, optimizer="adam"), "optimizer must be an optax transformation"),
+        (lambda: SFTTrainer(config, scheduler=1), "scheduler must be a function of the update"),
+        (lambda: SFTTrainer(config, early_stopper=1), "early_stopper must be a function of step"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=expected):
+            call()
+
+
+def evaluated_run(folder, **given):
+    written = recipe(
+        folder, rows=40, train_iters=6, eval_interval=2, data={"train_eval_split": [0.8, 0.2]},
+        checkpoint={"output_dir": str(folder / "state"), "save_every_n_steps": 2},
+    )  # fmt: skip
+    return SFTTrainer(get_config(written), devices=jax.devices()[:1], **given)
+
+
+def test_state_is_saved_loaded_and_exported_when_asked(tmp_path):
+    """Features, 4.1: each method before, during and after a training."""
+    with evaluated_run(tmp_path) as run:
+        assert run.resume_path is None
+        before = run.save_checkpoint(tmp_path / "before")
+        assert before == tmp_path / "before" / "global_step_0"
+        start = host(run.state.params)
+        run.train()
+        (engine,) = run.checkpoint_engines
+        worst = max(engine.scores(), key=engine.scores().get)
+        trained = host(run.state)
+        run.load_checkpoint(before)
+        assert run.global_step == run.position == 0
+        for name, array in host(run.state.params).items():
+            np.testing.assert_array_equal(array, start[name], err_msg=name)
+        run.load_checkpoint(2)
+        assert run.global_step == 2 and run.eval_metrics["eval/loss"] == engine.scores()[2]
+        run.load_checkpoint()
+        for name, array in host(run.state).items():
+            np.testing.assert_array_equal(array, trained[name], err_msg=name)
+        run.load_best_model()
+        assert run.global_step == engine.best() != worst
+        folder = run.save_model(tmp_path / "out")
+        assert run.model_exists(folder) and not run.model_exists(tmp_path)
+        (folder / "model.safetensors").unlink()
+        assert not run.model_exists(folder)
+        with pytest.raises(CheckpointError, match=r"there is no .*global_step_9"):
+            run.load_checkpoint(9)
+    without = trainer(recipe(tmp_path / "other"))
+    for call in (without.save_checkpoint, without.load_checkpoint):
+        with pytest.raises(RecipeError, match="no `orbax` entry says where .*; name a folder"):
+            call()
+    with pytest.raises(CheckpointError, match="no checkpoint of an `orbax` entry has a score"):
+        without.load_best_model()
+
+
+class Reader(Callback):
+    """Reads `state` as callbacks of other trainers do, and records numbers of its own."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, state):
+        state.metrics.record("twice the step", 2 * state.global_step)
+        state.metrics.start_timer("nothing")
+        state.metrics.stop_timer("nothing")
+        assert state.metrics.get_value("twice the step") == 2 * state.global_step
+        with pytest.raises(ValueError, match="'twice the step' was recorded already in this step"):
+            state.metrics.record("twice the step", 0)
+        self.seen.append(state.epoch)
+
+    def on_train_end(self, state):
+        state.log({"word": "done"})
+
+    def on_log(self, logs):
+        self.last = logs
+
+
+def test_a_callback_reads_the_state_of_other_trainers_and_records(tmp_path):
+    """Features, 4.5 and section 2: `state`, `metrics`, what `train` returns."""
+    reader = Reader()
+    run = evaluated_run(
+        tmp_path, callbacks=[reader, GradLogger("^layers"), WeightNormLogger("norm")]
+    )
+    output = run.train()
+    state = RunState(run)
+    rows = [r for r in read_rows(tmp_path / "run/train-log-metrics.jsonl") if "loss" in r]
+    assert [row["twice the step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert all(row["nothing_time"] >= 0 for row in rows)
+    assert reader.last == {"iter": 6, "word": "done"} == state.log_history[-1]
+    of_epoch = run.data.steps_per_epoch
+    assert reader.seen == [step / of_epoch for step in range(1, 7)]
+    scores = run.checkpoint_engines[0].scores()
+    assert state.best_metric == scores[6] == min(scores.values())
+    assert state.num_input_tokens_seen == sum(row["tokens"] for row in rows)
+    flops = sum(row["tokens"] for row in rows) * run.report.meter.flops_per_token
+    assert state.total_flos > flops
+    assert (state.max_steps, state.train_batch_size, state.save_steps, state.eval_steps) == (
+        6,
+        1,
+        2,
+        2,
+    )
+    assert (state.raw_epoch, state.epoch_start_step, state.logging_steps) == (0, 0, 1)
+    assert state.is_world_process_zero and state.num_processes == 1
+    assert state.best_model_checkpoint.startswith(str(tmp_path / "state"))
+    assert state.num_train_epochs == 6 / of_epoch and state.max_eval_steps == 0
+    assert "on_nonfinite" in state.stateful_callbacks and not state.is_hyper_param_search
+    metrics = output.metrics
+    assert metrics["train_samples"] == 6 and metrics["effective_batch_size"] == 1
+    per_second = metrics["train_tokens_per_second"] * metrics["train_runtime"]
+    assert per_second == pytest.approx(state.num_input_tokens_seen)
+    assert metrics["epoch"] == 6 / of_epoch and "eval/loss" in metrics
+    # Norms: of every parameter that the pattern finds, and together what the row says.
+    assert {name for name in rows[0] if name.startswith("weight_norm/")} >= {"weight_norm/norm"}
+    told = {name for name in rows[0] if name.startswith("grad_norm/")}
+    assert told and all(name.startswith("grad_norm/layers") for name in told)
+    assert rows[0]["weight_norm/norm"] != rows[1]["weight_norm/norm"]
+
+
+def test_norms_of_gradients_are_those_that_are_clipped(tmp_path):
+    run = trainer(recipe(tmp_path, gradient_accumulation_steps=2))
+    run.add_callback(GradLogger)
+    (batch,) = run.data.train_batches(0, 1)
+    _, metrics = run.step(run.state, run.geometry.on_devices(batch))
+    parts = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/")]
+    assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+
+
+def test_a_loss_may_depend_on_the_update(tmp_path):
+    class Warming(SFTTrainer):
+        name = "warming-of-test"
+
+        def loss_fn(self, model, batch, key):
+            loss = super().loss_fn(model, batch, key)
+            return loss._replace(total=loss.total * (batch.step + 1))
+
+    for pieces in (1, 2):
+        written = recipe(tmp_path, optimizer={"lr": 0.0}, gradient_accumulation_steps=pieces)
+        plain = losses(trainer(written), 3)
+        found = losses(trainer(written, cls=Warming), 3)
+        assert found == pytest.approx([loss * n for n, loss in enumerate(plain, start=1)], rel=1e-5)
+
+
+def test_a_stopper_may_be_given(tmp_path):
+    asked = []
+
+    class Second:
+        def should_stop(self, step, score):
+            asked.append((step, score))
+            return len(asked) == 2
+
+    run = evaluated_run(tmp_path, early_stopper=Second())
+    assert run.train().global_step == 4
+    assert asked == list(run.checkpoint_engines[0].scores().items())
+    assert "the early_stopper ended it at eval/loss" in run.early_stop_reason
+    config = get_config(recipe(tmp_path / "other"))
+    with pytest.raises(RecipeError, match="early_stopper: needs evaluation data"):
+        SFTTrainer(
+            config, devices=jax.devices()[:1], early_stopper=lambda step, score: True
+        ).train()
+    assert not (tmp_path / "other" / "run").exists()
+    both = config.model_copy(update={"early_stopping": EarlyStoppingConfig(patience=1)})
+    with pytest.raises(RecipeError, match="early_stopping: excludes a given early_stopper"):
+        SFTTrainer(both, early_stopper=lambda step, score: True)
+
+
+def test_what_came_from_the_environment_is_in_no_file_of_the_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "w").mkdir()
+    written = recipe(tmp_path / "w", train_iters=1, tensorboard=True) | {
+        "checkpoint": {"output_dir": str(tmp_path / "w" / "state"), "save_end_of_training": True}
+    }
+    monkeypatch.setenv("WHERE", secret := str(tmp_path / "quite-secret.jsonl"))
+    monkeypatch.setattr("sys.argv", ["jaxtrain", f"data.sources.0={secret}"])
+    (tmp_path / "w" / "rows.jsonl").rename(secret)
+    written["data"]["sources"] = ["${env:WHERE}"]
+    (tmp_path / "w" / "recipe.yaml").write_text(yaml.safe_dump(written))
+    run = trainer(tmp_path / "w" / "recipe.yaml")
+
+    class Warn(Callback):
+        def on_step_end(self):
+            log.warning("of %s", secret)
+
+    run.add_callback(Warn)
+    run.train()
+    files = [file for file in (tmp_path / "w").rglob("*") if file.is_file()]
+    assert any(file.name == "rank_0.log" for file in files)
+    assert [file for file in files if b"quite-secret" in file.read_bytes()] == []
+    assert "quite-secret" not in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_a_run_with_a_checkpoint_continues_the_newest_number(tmp_path):
 def test_of_two_runs_that_begin_at_once_one_is_refused(tmp_path):
     written = numbered(tmp_path)
     first, second = trainer(written), trainer(written)
-    first._refuse_foreign_folders(), second._refuse_foreign_folders()
+    [run.run_folder.refuse_foreign(run.checkpoint_engines) for run in (first, second)]
     first.run_folder.open(resumed_at=0)
     with pytest.raises(RecipeError, match="another run has just begun in .*chat-1"):
         second.run_folder.open(resumed_at=0)
