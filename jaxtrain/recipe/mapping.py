@@ -1,5 +1,6 @@
 """Keys of the shared format that are honoured under another key: each is carried over, once."""
 
+from collections.abc import Collection
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -39,15 +40,15 @@ class Mapped(NamedTuple):
     faults: tuple[Fault, ...]
 
 
-def mapped(config: TrainerConfig) -> Mapped:
+def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
     """Carry every shared key over to the key that is read; a Fault where both say different
-    things."""
+    things, and neither is faulty in itself."""
     origins: dict[str, str] = {}
     faults: list[Fault] = []
     original = config
     for source, target in CARRIED:
         value = value_at(original, source)
-        if value is None or (not value and source in OFF_AT_ZERO):
+        if value is None or target in faulty or (not value and source in OFF_AT_ZERO):
             continue
         if is_written(original, target) and value_at(original, target) != value:
             found = shown(value_at(original, target))
@@ -57,7 +58,7 @@ def mapped(config: TrainerConfig) -> Mapped:
         config = replaced(config, target, value)
     for source, target in COMPUTED:
         value, computed = value_at(config, source), value_at(config, target)
-        if value is not None and value != computed:
+        if value is not None and value != computed and target not in faulty:
             what = f"{shown(value)} is not the {shown(computed)} of {target}; write it there only"
             faults.append(Fault(source, what))
     return Mapped(config, origins, tuple(faults))

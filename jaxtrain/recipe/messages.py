@@ -16,8 +16,8 @@ KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
 
 
 def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, what) of each fault in a section of that class."""
-    found = []
+    """(key, what) of each fault in a section of that class; one a key."""
+    found: dict[Key, str] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if not _is_branch(part))
         what = _message(detail, cls)
@@ -26,8 +26,14 @@ def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
             name, *rest = match[1].split(".")
             if name in known_keys(cls, loc):
                 loc, what = (*loc, name, *rest), match[2]
-        found.append((loc, what))
-    return found
+        found[loc] = _either(found[loc], what) if loc in found else what
+    return [*found.items()]
+
+
+def _either(one: str, other: str) -> str:
+    """What is wrong with a value that is neither of two things: `must be a list or text, …`."""
+    (wanted, comma, found), (also, _, _) = one.partition(", found"), other.partition(", found")
+    return f"{wanted} or {also.removeprefix('must be ')}{comma}{found}" if comma else one
 
 
 def _is_branch(part: str | int) -> bool:
@@ -50,7 +56,7 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return f"must be one of {context['expected']}, found {shown(found)}"
+        return must_be_one_of(context["expected"], found)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"must be {_range(cls, detail)}, found {shown(found)}"
     wanted = {
@@ -63,6 +69,13 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
     if kind in wanted:
         return f"must be {wanted[kind]}, found {shown(found)}"
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+
+
+def must_be_one_of(expected: str, found: Any) -> str:
+    """`expected` as pydantic lists the words of a Literal."""
+    words = re.findall(r"'([^']*)'", expected)
+    one_of = "one of " * (len(words) > 1)
+    return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from jaxtrain import registry
 from jaxtrain.recipe.checks import CHECKS
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.data import DataConfig, source_from_text
+from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe
@@ -25,6 +25,10 @@ SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
 DATA_SECTIONS = ("data", "model", "tokenizer")
 """What preparing rows reads of a recipe."""
+
+PASSES = 4
+"""Times that a section is read, each without what was found faulty before, so that the checks
+across keys are asked of the rest."""
 
 TRAINER_KEYS = ("type", "name", "code", "base")
 """Keys whose meaning does not hang on the trainer."""
@@ -116,8 +120,7 @@ class _Resolver:
                 ]
             else:
                 self.tree[section] = self.typed(section, trainer, value, (section,))
-        self.notes += registry.notes("trainer", trainer)
-        config = self.whole(registry.config_class("trainer", trainer))
+        config = self.validated("trainer", trainer, self.tree, ())
         return None if config is None else self.settled(config)
 
     def trainer_name(self) -> str | None:
@@ -166,7 +169,7 @@ class _Resolver:
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(section, name, {**value, "type": name}, key)
+        return self.validated(section, name, {**value, "type": name}, key) or stand_in
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
@@ -200,34 +203,35 @@ class _Resolver:
         if name not in (known := registry.names("data_source")):
             self.fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
-        return self.validated("data_source", name, {"split": split, **item, "type": name}, key)
+        given = {"split": split, **item, "type": name}
+        return self.validated("data_source", name, given, key) or DataSourceConfig.model_construct()
 
     def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
+        """The section, of what is sound in `value` once its faults are noted; None when that lacks
+        a key."""
         cls = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
-        try:
-            return cls.model_validate(value, context=self.context)
-        except ValidationError as error:
-            self.note(error, cls, key, kind, name)
-            return cls.model_construct()  # stands in until all faults are known
-
-    def whole(self, cls: type[TrainerConfig]) -> TrainerConfig | None:
-        """The trainer's own keys, on top of sections that have been validated."""
-        tree = dict(self.tree)
-        # Once more without the faulty keys, so that the checks across keys are asked.
-        for _ in range(2):
+        found: list[tuple[Key, str]] = []
+        for _ in range(PASSES):
             try:
-                return cls.model_validate(tree, context=self.context)
+                return cls.model_validate(value, context=self.context)
             except ValidationError as error:
-                self.note(error, cls, (), "trainer", str(self.tree["type"]))
-                for detail in error.errors():
-                    tree.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
+                faults = said(error, cls)
+            for loc, what in faults:
+                if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
+                    continue  # as the faulty key may be to blame
+                if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
+                    what += owner(str(loc[0]), kind, name)
+                self.fault((*key, *loc), what)
+            found += faults
+            value = _without(value, {loc for loc, _ in found})
         return None
 
     def settled(self, config: TrainerConfig) -> TrainerConfig:
         """Shared keys carried over, and every check across keys whose own keys are sound."""
-        faulty = {fault.key.split(".")[0] for fault in self.faults}
-        carried = mapped(config)
+        keys = {fault.key for fault in self.faults}
+        faulty = {key.split(".")[0] for key in keys}
+        carried = mapped(config, keys)
         found = list(carried.faults)
         for needs, check in CHECKS:
             if not faulty & set(needs):
@@ -238,21 +242,11 @@ class _Resolver:
             else:
                 found.append(fault)
         self.faults += [
-            fault._replace(place=self.recipe.place(self.key(fault.key)))
-            for fault in found
-            if fault.key.split(".")[0] not in faulty or fault not in self.faults
+            fault._replace(place=self.recipe.place(self.key(fault.key))) for fault in found
         ]
         config = without_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
-
-    def note(
-        self, error: ValidationError, cls: type[BaseModel], key: Key, kind: str, name: str
-    ) -> None:
-        for loc, what in said(error, cls):
-            if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
-                what += owner(str(loc[0]), kind, name)
-            self.fault((*key, *loc), what)
 
     def fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
@@ -266,6 +260,17 @@ class _Resolver:
 
     def private(self, fault: Fault) -> Fault:
         return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+
+
+def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
+    """Plain data without its faulty parts."""
+    if isinstance(value, dict):
+        items = {name: _without(v, faulty, (*key, name)) for name, v in value.items()}
+        return {name: item for name, item in items.items() if (*key, name) not in faulty}
+    if isinstance(value, list):
+        items = [_without(v, faulty, (*key, i)) for i, v in enumerate(value)]
+        return [item for i, item in enumerate(items) if (*key, i) not in faulty]
+    return value
 
 
 def owner(key: str, kind: str, name: str) -> str:
@@ -304,8 +309,8 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Code:
     except (OSError, ValueError):  # text that no file could be called
         file = None
     if file is None and written is not None:
-        looked = f"looked in {folders[0]} and {folders[1]}"
-        return Code(fault=f"no such file: {written!r} ({looked})")
+        looked = " and ".join(dict.fromkeys(map(str, folders)))
+        return Code(fault=f"no such file: {written!r} (looked in {looked})")
     if file is not None:
         run_user_code(file)
     return Code(file)

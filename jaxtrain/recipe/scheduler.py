@@ -72,7 +72,7 @@ WITH_FLOOR = ("linear", "cosine", "polynomial", "warmup_stable_decay")
 
 
 class SchedulerConfig(TypedSection):
-    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`")] = Field(
+    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`", None)] = Field(
         default=None, validation_alias=AliasChoices("learning_rate", "lr"), exclude=True
     )
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)

@@ -99,7 +99,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         validate_default=False,
+        defer_build=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        if not cls.__module__.startswith("jaxtrain."):  # a mistake of the user has its line now
+            cls.model_rebuild(raise_errors=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -115,7 +121,7 @@ class TypedSection(Section):
     """Registered name; the trainer's first allowed one when left out."""
 
 
-def _input_path(value: Any, info: ValidationInfo) -> Any:
+def input_path(value: Any, info: ValidationInfo) -> Any:
     """Absolute if it exists beside the recipe or in the current directory; else as written."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
@@ -134,7 +140,7 @@ def _input_path(value: Any, info: ValidationInfo) -> Any:
     return str(found[0])
 
 
-InputPath = Annotated[str, BeforeValidator(_input_path)]
+InputPath = Annotated[str, BeforeValidator(input_path)]
 """A file or folder that is read: looked up beside the recipe, then in the current directory."""
 
 
@@ -163,13 +169,13 @@ def is_off(value: Any) -> bool:
     return value in (None, False, 0, "", "none", "auto", [], {})
 
 
-def refused_when_on(why: str) -> BeforeValidator:
-    """For a key that may only say what would happen without it."""
-    return BeforeValidator(partial(_refuse_when_on, why))
+def refused_when_on(why: str, *off: Any) -> BeforeValidator:
+    """For a key that may only say what would happen without it: one of `off`, or nothing."""
+    return BeforeValidator(partial(_refuse_when_on, why, off))
 
 
-def _refuse_when_on(why: str, value: Any) -> None:
-    if not is_off(value):
+def _refuse_when_on(why: str, off: tuple[Any, ...], value: Any) -> None:
+    if value not in off if off else not is_off(value):
         raise ValueError(f"{why}, found {shown(value)}")
 
 

@@ -16,7 +16,7 @@ def test_an_accepted_recipe_has_a_word_on_every_key(name):
     resolved = resolve(ACCEPTED[name])
     assert resolved.faults == ()
     said = {line.key: line for line in resolved.report.lines}
-    assert set(said) == {key for key, _ in written_keys(ACCEPTED[name])}
+    assert set(said) == {key for key, *_ in written_keys(ACCEPTED[name])}
     for line in said.values():
         assert line.standing in ("same", "mapped", "no effect")
         assert bool(line.reason) == (line.standing != "same"), line

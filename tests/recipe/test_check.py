@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import yaml
@@ -157,6 +158,96 @@ def test_what_stands_below_a_refused_key_is_refused_with_it():
     changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
     report = resolve(RECIPE | changed).report
     assert [line.key for line in report.of("refused")] == ["deepspeed.zero_optimisation"]
+
+
+HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
+SAVES = {"output_dir": "a", "save_every_n_steps": 1}
+IDLE = {  # what is written; its key; what would make it count
+    "wandb.project": ({"wandb": {"project": "x"}}, {"wandb": {"mode": "offline", "enable": True}}),
+    "tensorboard.dir": (
+        {"tensorboard": {"dir": "x", "enable": False}}, {"tensorboard": {"dir": "x"}},
+    ),
+    "mem_profiler_dir": ({"mem_profiler_dir": "x"}, {"mem_profiler": "e2e"}),
+    "eval_at_end": ({"eval_at_end": False}, {"data": HELD_OUT, "eval_interval": 1}),
+    "max_eval_batches": ({"max_eval_batches": 1}, {"data": HELD_OUT, "eval_interval": 1}),
+    "eval_log_iter_interval": (
+        {"eval_log_iter_interval": 2}, {"data": HELD_OUT, "eval_interval": 1},
+    ),
+    "eval_after_step": (
+        {"eval_after_step": 5, "data": HELD_OUT, "eval_at_end": True}, {"eval_interval": 2},
+    ),
+    "eval_samples.top_p": (
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5}},
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": 1}},
+    ),
+    "tokenizer.tokenize_kwargs": (
+        {"tokenizer": {"tokenize_kwargs": {"truncation": True}}}, {"type": "causal"},
+    ),
+    "data.packing": (
+        {"data": {"sources": ["a/b"], "packing": "next_fit"}},
+        {"data": {"sources": ["a/b"], "packing": "next_fit", "pack_samples": True}},
+    ),
+    "data.filter_samples": (
+        {"data": {"sources": ["a/b"], "filter_samples": False, "overlong": "error"}},
+        {"data": {"sources": ["a/b"], "filter_samples": False}},
+    ),
+    "data.ignore_empty_think": (
+        {"data": {"sources": ["a/b"], "ignore_empty_think": True, "mask_inputs": False}},
+        {"data": {"sources": ["a/b"], "ignore_empty_think": True}},
+    ),
+    "data.sources.0.sample_seed": (
+        {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1}]}},
+        {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1, "sample_count": 2}]}},
+    ),
+    "scheduler.warmup_ratio": (
+        {"scheduler": {"name": "constant", "warmup_ratio": 0.5}},
+        {"scheduler": {"name": "linear", "warmup_ratio": 0.5}},
+    ),
+    "checkpoint.0.metric": (
+        {"checkpoint": [SAVES | {"metric": "eval/loss"}]},
+        {
+            "checkpoint": [SAVES | {"metric": "eval/loss", "keep_best_n": 1}],
+            "data": HELD_OUT, "eval_interval": 1,
+        },
+    ),
+    "checkpoint.0.save_after_step": (
+        {"checkpoint": [{"output_dir": "a", "save_after_step": 4}]},
+        {"checkpoint": [SAVES | {"save_after_step": 4}]},
+    ),
+    "checkpoint.0.save_every_n_steps": (
+        {"checkpoint": [SAVES | {"enabled": False}]}, {"checkpoint": [SAVES]},
+    ),
+    "pipeline.schedule": (
+        {"pipeline": {"schedule": "gpipe"}}, {"mesh": {"pipeline": 2}},
+    ),
+    "deepspeed.train_batch_size": (
+        {"deepspeed": {"train_batch_size": "auto"}}, {"deepspeed": {"train_batch_size": 8}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IDLE)
+def test_a_key_that_changes_nothing_beside_what_else_is_written_is_told(key, monkeypatch):
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)  # every extra is installed
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+    idle, counts = IDLE[key]
+    for change, expected in ((idle, True), (idle | counts, False)):
+        resolved = resolve(recipe | change)
+        assert resolved.faults == ()
+        told_idle = {line.key: line.reason for line in resolved.report.of("no effect")}
+        assert (len(told_idle.get(key, "")) > 10) == expected, told_idle
+
+
+def test_of_a_type_that_is_not_known_no_other_key_is_told():
+    change = {
+        "optimizer": {"type": "adamv", "learning_rte": 1},
+        "checkpoint": {"type": "x", "y": 1},
+    }
+    report = resolve({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | change).report
+    assert [line.key for line in report.lines if line.standing != "refused"] == [
+        "model.name_or_path",
+        "data.sources",
+    ]
 
 
 def test_of_an_unknown_trainer_no_other_key_is_told():

@@ -103,9 +103,23 @@ KEYS = {
     "a fraction": ({"seed": "1.5"}, "seed: must be a whole number, found 1.5"),
     "not finite": ({"max_grad_norm": "nan"}, "max_grad_norm: must be a number, found 'nan'"),
     "below": ({"micro_batch_size": 0}, "micro_batch_size: must be >= 1, found 0"),
+    "a word or a list": (
+        {"logger": {"print_output_ranks": 0}},
+        "logger.print_output_ranks: must be a list or '*', found 0",
+    ),
+    "no word of a list": (
+        {"scheduler": {"name": "cosin"}},
+        "scheduler.name: must be one of 'linear', 'constant', 'constant_with_warmup', 'cosine', "
+        "'cosine_with_restarts', 'polynomial', 'inverse_sqrt', 'cosine_with_min_lr', "
+        "'cosine_warmup_with_min_lr' or 'warmup_stable_decay', found 'cosin'; did you mean `cosine`?",
+    ),
+    "auto for a key that is not": (
+        zero(stgae="auto"),
+        "deepspeed.zero_optimization.stgae: unknown key (found 'auto'); did you mean `stage`?",
+    ),
     "case of a word": (
         model(remat="Full"),
-        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'",
+        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'; did you mean `full`?",
     ),
 }
 TRAPS = {
@@ -153,6 +167,7 @@ ACROSS = {
         "eval_interval: must be > 0 with evaluation data, found 0",
     ),
     "no data": ({"eval_interval": 5}, f"eval_interval: {NEEDS_EVAL}"),
+    "no data at the end": ({"eval_at_end": True}, f"eval_at_end: {NEEDS_EVAL}"),
     "no data per epoch": ({"eval_every_n_epochs": 1}, f"eval_every_n_epochs: {NEEDS_EVAL}"),
     "no data to stop on": ({"early_stopping": {"patience": 1}}, f"early_stopping: {NEEDS_EVAL}"),
     "two resume": (
@@ -356,6 +371,18 @@ SECTIONS = {
         {"scheduler": {"lr": 1e-5}},
         "scheduler.lr: use `optimizer.learning_rate`, found 1e-05",
     ),
+    "rate of zero in scheduler": (
+        {"scheduler": {"lr": 0}},
+        "scheduler.lr: use `optimizer.learning_rate`, found 0",
+    ),
+    "initial adapters": (
+        model(peft_config={"peft_type": "Lora", "init_lora_weights": "pissa"}),
+        "model.peft_config.init_lora_weights: must be true or false or 'gaussian', found 'pissa'",
+    ),
+    "no prompts": (
+        {"eval_samples": {"prompts": "none.txt"}},
+        "eval_samples.prompts: must be a list or a text file, found 'none.txt'",
+    ),
     "plateau": (
         {"scheduler": {"name": "reduce_lr_on_plateau"}},
         "scheduler.name: reduce_lr_on_plateau needs a metric, which the format cannot name; use "
@@ -522,6 +549,32 @@ def test_a46_a_hundred_faults_come_at_once(tmp_path):
         str(n) for n in range(3, 103)
     ]
     assert last == "101 errors in recipe.yaml; nothing was started"
+
+
+def test_a_fault_hides_no_other_fault_of_its_section():
+    """Of a section, of the checks across keys, and of what is not built; but not what only the
+    first one brings about."""
+    block = {"torch_autocast": {"enabled": True}, "train_micro_batch_size_per_gpu": 8}
+    offload = {"stage": 9, "zero_hpz_partition_size": 8, "offload_param": {"device": "cpu"}}
+    data = {"sources": ["a/b"], "max_lenght": 9, "train_eval_split": [2, 3], "pack_samples": "ja"}
+    recipe = BASE | {
+        "data": data | {"drop_last": True},
+        "deepspeed": block | {"zero_optimization": offload},
+        "seed": "x",
+    }
+    assert sorted(fault.key for fault in resolve(recipe).faults) == [
+        "data.max_lenght",
+        "data.pack_samples",
+        "data.train_eval_split",
+        "deepspeed.torch_autocast",
+        "deepspeed.train_micro_batch_size_per_gpu",
+        "deepspeed.zero_optimization.offload_param.device",
+        "deepspeed.zero_optimization.stage",
+        "deepspeed.zero_optimization.zero_hpz_partition_size",
+        "seed",
+    ]
+    recipe = BASE | {"micro_batch_size": "x", "deepspeed": {"train_micro_batch_size_per_gpu": 8}}
+    assert [fault.key for fault in resolve(recipe).faults] == ["micro_batch_size"]
 
 
 @pytest.mark.parametrize(

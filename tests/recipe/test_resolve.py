@@ -135,3 +135,13 @@ def test_user_code_that_fails_is_named_by_line(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("code: broken.py\nmodel: {name_or_path: m}\ndata: {sources: [a/b]}\n")
     assert errors(file) == [f"{tmp_path}/broken.py:2: RuntimeError: no luck"]
+
+
+def test_prompts_are_the_lines_of_a_file_beside_the_recipe(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Who?\n\nWhy?\n")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {name_or_path: m}\ndata: {sources: [a/b]}\neval_samples: {prompts: prompts.txt}\n"
+    )
+    config = get_config(file)
+    assert config.eval_samples is not None and config.eval_samples.prompts == ("Who?", "Why?")
