@@ -23,11 +23,9 @@ def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
     if config.data.has_eval and not config.eval_interval and not other:
         yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
     if not config.data.has_eval:
-        for key in (
-            "eval_interval", "eval_at_start", "eval_at_end", "eval_every_n_epochs", "early_stopping",
-        ):  # fmt: skip
-            if getattr(config, key):
-                yield Fault(key, NEEDS_EVAL)
+        keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
+        keys += ("early_stopping",)
+        yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
 
 
 def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:

@@ -31,9 +31,7 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
             changed.append(_override(recipe, text))
         except RecipeError as error:
             faults += error.faults
-    if faults:
-        raise RecipeError(faults)
-    return _filled(recipe, under=changed)
+    return _filled(recipe, under=changed)._replace(faults=tuple(faults))
 
 
 def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
@@ -95,6 +93,8 @@ def _override(recipe: Recipe, text: str) -> Key:
     here: Any = recipe.tree
     for part in parents:
         step = _step(here, part)
+        if key == ("checkpoint",) and part == "0" and isinstance(here, dict):
+            continue  # one entry, written without its list
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
             recipe.places[(*key, part)] = COMMAND_LINE
@@ -128,8 +128,12 @@ def _wrong(key: str, what: str) -> RecipeError:
 
 
 def _no_such(name: str, key: Key, part: str, here: Any) -> RecipeError:
-    near = did_you_mean(part, here) if isinstance(here, dict) else ""
-    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{near}")
+    help = did_you_mean(part, here) if isinstance(here, dict) else ""
+    if isinstance(here, list):
+        help = (
+            f", it is a list: write a position from 0 to {len(here) - 1}" if here else ", it is []"
+        )
+    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _step(here: Any, part: str) -> str | int | None:

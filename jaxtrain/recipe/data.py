@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -57,7 +58,7 @@ def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
     folder = (info.context or {}).get("folder")
-    if folder is not None and any(Path(folder).glob(value)):
+    if folder is not None and "\0" not in value and glob(value, root_dir=folder, recursive=True):
         return str(Path(folder).resolve() / value)
     return value
 

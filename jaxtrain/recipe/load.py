@@ -32,12 +32,24 @@ class Recipe(NamedTuple):
     places: dict[Key, Place]
     file: Path | None
     secrets: "Secrets" = {}
+    faults: tuple[Fault, ...] = ()
+    """of overrides"""
 
     def place(self, key: Key) -> Place | None:
         """Where a key, or the nearest section around it, was written."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
+
+    def key(self, dotted: str) -> Key:
+        """A dotted key, as it is written: one checkpoint entry need not be a list."""
+        parts = dotted.split(".")
+        if parts[0] == "checkpoint" and isinstance(self.tree.get("checkpoint"), dict):
+            parts = [part for part in parts if not part.isdigit()]
+        return tuple(int(part) if part.isdigit() else part for part in parts)
+
+    def placed(self, fault: Fault) -> Fault:
+        return fault._replace(place=self.place(self.key(fault.key)))
 
     @property
     def folder(self) -> Path:
@@ -72,19 +84,20 @@ _Loader.add_implicit_resolver(
 def read(file: Path) -> Recipe:
     """One recipe file as it is written; RecipeError names the line at fault."""
     try:
-        if not file.is_file():
-            what = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
-            raise RecipeError(f"{file}: {what}")
-        if file.stat().st_size > MAX_BYTES:
-            size = file.stat().st_size
-            raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
-        text = file.read_text(encoding="utf-8")
+        is_there, is_folder = file.is_file(), file.is_dir()
+        size = file.stat().st_size if is_there else 0
+        text = file.read_text(encoding="utf-8") if is_there and size <= MAX_BYTES else ""
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{shown(str(file))}: {error}") from None
+    if not is_there:
+        what = "is a folder, not a recipe file" if is_folder else "recipe not found"
+        raise RecipeError(f"{file}: {what}")
+    if size > MAX_BYTES:
+        raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
     places: dict[Key, Place] = {}
     tree = parse(text, str(file), places)
     if tree is None:

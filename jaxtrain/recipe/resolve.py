@@ -103,7 +103,7 @@ class _Resolver:
         self.recipe = recipe
         self.only_data = only_data
         self.tree = dict(recipe.tree)
-        self.faults: list[Fault] = []
+        self.faults = [*recipe.faults]
         self.notes: list[str] = []
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
@@ -241,9 +241,7 @@ class _Resolver:
                 self.notes.append(f"a run is refused: {fault}")
             else:
                 found.append(fault)
-        self.faults += [
-            fault._replace(place=self.recipe.place(self.key(fault.key))) for fault in found
-        ]
+        self.faults += map(self.recipe.placed, found)
         config = without_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
@@ -251,15 +249,10 @@ class _Resolver:
     def fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
 
-    def key(self, dotted: str) -> Key:
-        """A dotted key, as it is written: one checkpoint entry need not be a list."""
-        parts = dotted.split(".")
-        if parts[0] == "checkpoint" and isinstance(self.recipe.tree.get("checkpoint"), dict):
-            parts = [part for part in parts if not part.isdigit()]
-        return tuple(int(part) if part.isdigit() else part for part in parts)
-
     def private(self, fault: Fault) -> Fault:
-        return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+        return fault._replace(
+            what=hidden(fault.what, self.recipe.secrets, self.recipe.key(fault.key))
+        )
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:

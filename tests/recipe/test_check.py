@@ -123,6 +123,22 @@ def test_the_run_follows_the_recipe(change, line):
     assert line in told(resolve(RECIPE | change)).splitlines()
 
 
+def test_on_known_devices_the_batch_is_one():
+    recipe = RECIPE | {"mesh": {}}
+    batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
+    assert batch in told(resolve(recipe), 2).splitlines()
+
+
+def test_what_is_not_on_this_machine_is_told(tmp_path):
+    (tmp_path / "here.jsonl").write_text("{}\n")
+    sources = [str(tmp_path / "here.jsonl"), "none.jsonl", "/no/such/*.csv", "s3://a/b.jsonl"]
+    recipe = {"model": {"name_or_path": "/no/such/model"}, "data": {"sources": sources}}
+    said = " ".join(told(resolve(recipe)).split())
+    assert "model /no/such/model, not on this machine" in said
+    missing = "data.sources.1.path none.jsonl, data.sources.2.path /no/such/*.csv"
+    assert f"missing {missing}: a run here would be refused" in said
+
+
 def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
     recipe = RECIPE | {

@@ -101,7 +101,11 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "base=x.yaml",
             "command line: base: is read before the command line, write it in the recipe",
         ),
-        ("checkpoint.7.x=1", "command line: checkpoint.7.x: checkpoint has no '7'"),
+        (
+            "checkpoint.7.x=1",
+            "command line: checkpoint.7.x: checkpoint has no '7', it is a list: write a position "
+            "from 0 to 0",
+        ),
         ("sceduler.name=x", "command line: sceduler: unknown key (found {'name': 'x'}); did you"),
         ("seed=[1", "command line: seed: the value is not YAML: '[1'"),
         ("seed=&a [*a]", "the value is not YAML: '&a [*a]' (an alias that contains itself)"),
@@ -110,6 +114,23 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
 def test_an_override_without_a_target_is_said(tmp_path, override, expected):
     file = written(tmp_path, recipe=SMALL + "optimizer: {lr: 1}\ncheckpoint: [{output_dir: a}]\n")
     assert expected in fails(file, override)
+
+
+def test_one_entry_is_the_first_also_without_its_list(tmp_path):
+    file = written(tmp_path, recipe=SMALL + "checkpoint: {output_dir: a, keep_last_n: 1}\n")
+    changes = ["checkpoint.0.keep_last_n=3", "checkpoint.0.save_every_n_steps=5"]
+    (entry,) = get_config(file, changes).checkpoint
+    assert (entry.keep_last_n, entry.save_every_n_steps) == (3, 5)
+    assert compose(file, ["del:checkpoint.0.keep_last_n"]).tree["checkpoint"] == {"output_dir": "a"}
+
+
+def test_faults_of_overrides_come_with_all_others(tmp_path):
+    file = written(tmp_path, recipe=SMALL + "epoch: 1\n")
+    assert [line.split(": ")[1] for line in fails(file, "del:x", "seed=y").splitlines()[:-1]] == [
+        "epoch",
+        "x",
+        "seed",
+    ]
 
 
 def test_variables_are_filled_in(tmp_path, monkeypatch):
