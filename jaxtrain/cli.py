@@ -152,7 +152,8 @@ def check(
         return
     if resolved.faults:
         click.echo(f"{resolved.error}\n", err=True)
-    click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, told(resolved, num_gpus)))
+    if report := told(resolved, num_gpus):
+        click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, report))
     if given:
         click.echo(f"online     {given}")
     sys.exit(resolved.error.exit_code if resolved.faults else 0)

@@ -11,6 +11,7 @@ from jaxtrain.recipe.checkpoint import PREFIX
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
+from jaxtrain.recipe.scheduler import WSDSchedulerConfig
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -175,11 +176,15 @@ def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
         )
 
 
-def _warmup_fits(config: TrainerConfig) -> Iterator[Fault]:
-    warmup, horizon = config.scheduler.warmup_steps, config.horizon(None)
-    if warmup and horizon and warmup > horizon:
-        what = f"{warmup} is longer than the run of {horizon} updates"
-        yield Fault("scheduler.warmup_steps", what)
+def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
+    scheduler, horizon = config.scheduler, config.train_iters or config.horizon(None)
+    key, length, what = "warmup_steps", scheduler.warmup_steps or 0, "is"
+    if isinstance(scheduler, WSDSchedulerConfig):
+        key, what = "num_decay_steps", "with num_warmup_steps is"
+        length = scheduler.num_warmup_steps + scheduler.num_decay_steps
+    if horizon and length > horizon:
+        what = f"{length} {what} longer than the run of {horizon} updates"
+        yield Fault(f"scheduler.{key}", what)
 
 
 def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
@@ -249,7 +254,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
         _microbatches_divide,
     ),
     (("mesh", "data"), _rows_divide_over_context),
-    (("scheduler", "train_iters", "epochs"), _warmup_fits),
+    (("scheduler", "train_iters", "epochs"), _schedule_fits),
     (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
     (("deepspeed", "model"), _dtype_is_said_once),
     (("kill_switch_path",), _stop_file_is_fresh),

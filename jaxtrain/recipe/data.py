@@ -422,5 +422,5 @@ class CausalDataConfig(DataConfig):
     def _rows_are_full(cls, data: Any) -> Any:
         for key in ("div_length", "pack_samples", "pad_to"):
             if isinstance(data, dict) and key in data:
-                raise ValueError(f"causal rows always have `max_length` tokens; remove {key}")
+                raise ValueError(f"{key}: causal rows always have `max_length` tokens, remove it")
         return data

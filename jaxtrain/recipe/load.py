@@ -116,7 +116,9 @@ def parse(text: str, name: str, places: dict[Key, Place]) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
-        problem = error.problem or error.context
+        problem = error.problem or error.context or ""
+        if problem.startswith("but "):  # the other half says what was expected
+            problem = f"{error.context}, {problem}"
         raise RecipeError([Fault("", f"not YAML: {problem}", Place(name, line))]) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None

@@ -24,7 +24,8 @@ def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
         if detail["type"] == "value_error" and (match := KEY_FIRST.fullmatch(what)):
             # A validator of a section that begins with a key means that key.
             name, *rest = match[1].split(".")
-            if name in known_keys(cls, loc):
+            written = detail["input"] if isinstance(detail["input"], dict) else ()
+            if name in known_keys(cls, loc) or name in written:
                 loc, what = (*loc, name, *rest), match[2]
         found[loc] = _either(found[loc], what) if loc in found else what
     return [*found.items()]

@@ -13,11 +13,11 @@ from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
-from jaxtrain.recipe.load import Key, Recipe
+from jaxtrain.recipe.load import Key, Recipe, dotted
 from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import known_keys, said
 from jaxtrain.recipe.not_built import not_built
-from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.secrets import hidden, written_out
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -68,7 +68,13 @@ def resolve(
     """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
     be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
+    private = {k: v for k, v in written_out(recipe.tree).items() if k not in recipe.secrets}
+    recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
+    resolver.notes += [
+        f"{dotted(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
+        for key, secret in private.items()
+    ]
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
     faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))

@@ -1,11 +1,31 @@
-"""Values of environment variables never leave the process: not in messages, not in files."""
+"""Values of environment variables, and of keys that say they are secret, never leave the process:
+not in messages, not in files."""
 
+import re
 from typing import Any
 
-from jaxtrain.recipe.load import Key, Secrets
+from jaxtrain.recipe.load import Key, Secret, Secrets
+
+PRIVATE = re.compile(
+    r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
+)
+"""Names of keys whose value nobody else should read."""
 
 SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 LONG = 8  # characters from which a value is looked for in text that is not its own
+
+
+def written_out(tree: Any, key: Key = ()) -> dict[Key, Secret]:
+    """The secrets that a recipe holds itself; where they are saved, a variable stands instead."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        found = [written_out(value, (*key, name)) for name, value in items]
+        return {k: secret for inner in found for k, secret in inner.items()}
+    name = str(key[-1]) if key else ""
+    is_text = isinstance(tree, str | int) and not isinstance(tree, bool)
+    if not is_text or not tree or not PRIVATE.fullmatch(name.lower()):
+        return {}
+    return {key: Secret(f"${{env:{name.upper()}}}", (str(tree),))}
 
 
 def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:

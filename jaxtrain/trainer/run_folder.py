@@ -22,6 +22,8 @@ from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
 from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
 from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.load import Secrets
+from jaxtrain.recipe.secrets import hidden
 from jaxtrain.recipe.trainer import TrainerConfig
 
 PACKAGES = (
@@ -84,7 +86,9 @@ class RunFolder:
         logger, process = self.config.logger, jax.process_index()
         if process == 0:
             self._claim()
-            (self.path / "run.json").write_text(json.dumps(_circumstances(), indent=2) + "\n")
+            (self.path / "run.json").write_text(
+                json.dumps(_circumstances(self.config.secrets), indent=2) + "\n"
+            )
         open_log(self.output(logger.output_dir, ""), logger, process=process)
         if process == 0:
             self.writers += self._row_writers(resumed_at)
@@ -191,14 +195,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances(secrets: Secrets) -> dict[str, Any]:
     """Command line, versions and commit of this process."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
-        "argv": sys.argv,
+        "argv": [hidden(word, secrets) for word in sys.argv],
         "python": sys.version.split()[0],
         "versions": versions(),
         "git_commit": commit.stdout.strip() or None,

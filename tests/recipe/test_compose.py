@@ -234,6 +234,24 @@ def test_a_saved_recipe_names_the_variable(monkeypatch, value):
     assert resolved.checked().model.name_or_path == value
 
 
+def test_a_secret_that_a_recipe_holds_itself_is_neither_shown_nor_saved(monkeypatch):
+    source = {"name_or_path": "a/b", "kwargs": {"token": SECRET, "pad_token": "kept-as-it-is"}}
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [source]}}
+    resolved = resolve(recipe)
+    text = to_yaml(resolved.checked())
+    assert SECRET not in text and "token: ${env:TOKEN}" in text and "kept-as-it-is" in text
+    assert resolved.checked().data.sources[0].kwargs["token"] == SECRET
+    assert resolved.report.notes == (
+        "data.sources.0.kwargs.token: neither shown nor saved; write ${env:TOKEN}, and the saved "
+        "recipe runs",
+    )
+    monkeypatch.setenv("TOKEN", SECRET)
+    assert get_config(yaml.safe_load(text)).model_dump() == resolved.checked().model_dump()
+    shown = fails(recipe | {"hf_token": SECRET, "wandb": {"api_key": "s3c", "password": 12345678}})
+    assert SECRET[:16] not in shown and "s3c" not in shown and "12345678" not in shown
+    assert len(shown.splitlines()) == 3
+
+
 def test_runs_with_other_variables_have_other_folders(monkeypatch):
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}, "seed": "${env:SEED}"}
     hashes = set()

@@ -353,6 +353,23 @@ ACROSS = {
         {"train_iters": 10, "scheduler": {"warmup_steps": 11}},
         "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
     ),
+    "long warm-up, of epochs too": (
+        {"train_iters": 10, "epochs": 2, "scheduler": {"warmup_steps": 11}},
+        "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
+    ),
+    "long decay": (
+        {"train_iters": 10}
+        | {"scheduler": {"type": "wsd", "num_warmup_steps": 8, "num_decay_steps": 9}},
+        "scheduler.num_decay_steps: 17 with num_warmup_steps is longer than the run of 10 updates",
+    ),
+    "rows of plain text": (
+        {"type": "causal", **data(div_length=8, pack_samples=True)},
+        "data.div_length: causal rows always have `max_length` tokens, remove it",
+    ),
+    "more rows of plain text": (
+        {"type": "causal", **data(div_length=8, pack_samples=True)},
+        "data.pack_samples: causal rows always have `max_length` tokens, remove it",
+    ),
     "trace": (
         {"train_iters": 10, "profile": {"start_step": 10}},
         "profile.start_step: 10 lies behind the run of 10 updates",

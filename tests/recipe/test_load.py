@@ -38,6 +38,7 @@ def test_every_value_knows_its_line(tmp_path):
         ("a: 1\nb: 2\na: 3\n", ":3: a: duplicate key, first on line 1"),
         ("m:\n  - {x: 1, x: 2}\n", ":2: m.0.x: duplicate key, first on line 2"),
         ("a: [1\nb: 2\n", "not YAML"),
+        ("a: 1\n---\nb: 2\n", ":2: not YAML: expected a single document"),
         ("- 1\n", "a recipe is a map of keys, found [1]"),
         ("a: &x [*x]\n", "an alias that contains itself"),
         ("a: !!python/object/apply:os.system [ls]\n", "not plain YAML"),
