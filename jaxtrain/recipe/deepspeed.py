@@ -202,5 +202,6 @@ class DeepSpeedConfig(
 
     @property
     def zero_stage(self) -> int:
-        """What `mesh.data` splits besides rows; see `ZeroConfig.stage`."""
-        return self.zero_optimization.stage if self.zero_optimization else 0
+        """What `mesh.data` splits besides rows, see `ZeroConfig.stage`; 2 without the section, as
+        upstream."""
+        return 2 if self.zero_optimization is None else self.zero_optimization.stage

@@ -66,10 +66,9 @@ def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
 
 def without_carried(config: TrainerConfig) -> TrainerConfig:
     """`config` with each setting said once, so that its dump can be changed and run again."""
-    stage = config.deepspeed.zero_stage
     block = DeepSpeedConfig(
         train_batch_size=config.deepspeed.train_batch_size,
-        zero_optimization=ZeroConfig(stage=stage) if stage else None,
+        zero_optimization=ZeroConfig(stage=config.deepspeed.zero_stage),
     )
     # `base` has been laid under, and `name` is the type.
     consumed = ("sequence_parallel_size", "expert_parallel_size", "name", "base")

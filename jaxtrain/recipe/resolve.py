@@ -237,6 +237,9 @@ class _Resolver:
         """Shared keys carried over, and every check across keys whose own keys are sound."""
         keys = {fault.key for fault in self.faults}
         faulty = {key.split(".")[0] for key in keys}
+        zero = config.deepspeed.zero_optimization
+        if zero is not None and "stage" not in zero.model_fields_set:
+            self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
         carried = mapped(config, keys)
         found = list(carried.faults)
         for needs, check in CHECKS:

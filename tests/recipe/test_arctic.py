@@ -47,6 +47,8 @@ def test_a_refused_recipe_says_why_by_key(name):
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.fsdp", 1),
         ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed.zero_stage", 0),
         ({"deepspeed": {"zero_optimization": {}}}, "deepspeed.zero_stage", 0),
+        ({"deepspeed": {"steps_per_print": 9}}, "deepspeed.zero_stage", 2),
+        ({}, "deepspeed.zero_stage", 2),
         ({"deepspeed": {"gradient_clipping": 0}}, "max_grad_norm", 0),
         ({"deepspeed": {"gradient_clipping": 2}}, "max_grad_norm", 2),
         ({"deepspeed": {"gradient_clipping": "auto"}}, "max_grad_norm", 1),

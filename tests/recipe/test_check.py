@@ -123,6 +123,13 @@ def test_the_run_follows_the_recipe(change, line):
     assert line in told(resolve(RECIPE | change)).splitlines()
 
 
+def test_a_section_without_a_stage_is_told():
+    block = {"deepspeed": {"zero_optimization": {"overlap_comm": True}}}
+    note = "note       deepspeed.zero_optimization: without a stage it is stage 0"
+    assert note in told(resolve(RECIPE | block)).splitlines()
+    assert note not in told(resolve(RECIPE)).splitlines()
+
+
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
     batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
