@@ -46,6 +46,11 @@ WORDS = st.sampled_from(
         "a/b:train[:3]",
         "*",
         "[",
+        "/x/*.json",
+        "x/**.jsonl",
+        "~x/y.jsonl",
+        "pypi:x",
+        "token",
         "é",
         "on",
     ]

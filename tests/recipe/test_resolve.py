@@ -44,7 +44,7 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
     ("change", "expected"),
     [
         ({"type": "stf"}, "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft"),
-        ({"optimizer": {"type": "adamv"}}, "optimizer.type: unknown optimizer type 'adamv'; did you mean `adamw`?"),
+        ({"optimizer": {"type": "adamv"}}, "optimizer.type: unknown optimizer type 'adamv'; did you mean `adamw` or `cpu_adam`?"),
         ({"model": None}, "model: is required"),
         ({"model": "m"}, "model: must be a map of keys, found 'm'"),
         ({"model": {"name_or_path": "m", "dtype": "int8"}}, "model.dtype: must be one of bf16, fp16, fp32"),
