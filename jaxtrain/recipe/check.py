@@ -67,7 +67,7 @@ def model(config: TrainerConfig) -> str:
     name = config.model.name_or_path.split("#")[0]
     if Path(name).expanduser().exists():
         return name
-    is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
+    is_path = name.startswith(("/", ".", "~"))
     return f"{name}, {'not on this machine' if is_path else 'of the local cache or fetched'}"
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from jaxtrain.recipe.errors import shown
 from jaxtrain.recipe.section import Section, input_path
@@ -61,7 +61,11 @@ def _lines(value: Any, info: ValidationInfo) -> Any:
 class SamplesConfig(Section):
     """Answers generated at evaluations."""
 
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_lines)] = Field(min_length=1)
+    prompts: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_lines),
+        WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
+    ] = Field(min_length=1)
     """What the user says, or a file with a prompt a line."""
     system: str | None = None
     """System message before each of them."""

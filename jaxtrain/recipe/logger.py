@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from jaxtrain.recipe.section import Section
 
@@ -66,10 +66,15 @@ class TensorboardConfig(Section):
     dir: str | None = None
     """`run_dir/tensorboard` when left out."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_word_is_enough(cls, value):
-        return {"enable": value} if isinstance(value, bool) else value
+
+def _switch(value: Any) -> Any:
+    return {"enable": value} if isinstance(value, bool) else value
+
+
+Tensorboard = Annotated[
+    TensorboardConfig, BeforeValidator(_switch, json_schema_input_type=TensorboardConfig | bool)
+]
+"""The section, or true or false."""
 
 
 class ProfileConfig(Section):

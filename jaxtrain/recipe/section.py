@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from jaxtrain.recipe.errors import shown
@@ -158,7 +165,11 @@ def _dtype(value: Any) -> Any:
     return DTYPES[name]
 
 
-DType = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
+DType = Annotated[
+    Literal["bfloat16", "float16", "float32"],
+    BeforeValidator(_dtype),
+    WithJsonSchema({"enum": [*DTYPES, *(f"torch.{name}" for name in DTYPES)]}),
+]
 
 
 def is_off(value: Any) -> bool:
