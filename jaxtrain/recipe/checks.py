@@ -140,6 +140,13 @@ def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
         if source.NEEDS and not _is_installed(source.NEEDS):
             what = f"{source.type} needs {source.NEEDS}: pip install 'jaxtrain[{source.type}]'"
             yield Fault(f"{place}.type", what)
+    for key, is_on, package in (
+        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
+        ("wandb", config.wandb.is_on, "wandb"),
+    ):
+        if is_on and not _is_installed(package):
+            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
+            yield Fault(f"{key}.enable", what)
 
 
 def _is_installed(package: str) -> bool:
@@ -150,20 +157,14 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
-    if config.pipeline.microbatches and config.mesh.pipeline == 1:
-        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
-
-
 def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     pieces = config.pipeline.microbatches
     rows = config.micro_batch_size * config.gradient_accumulation_steps
-    if pieces and config.mesh.pipeline != 1 and rows % pieces:
-        yield Fault(
-            "pipeline.microbatches",
-            f"{pieces} does not divide the {rows} rows of a shard; "
-            f"use {nearest_divisors(pieces, rows)}",
-        )
+    if pieces and config.mesh.pipeline == 1:
+        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
+    elif pieces and rows % pieces:
+        what = f"{pieces} does not divide the {rows} rows of a shard"
+        yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
@@ -221,16 +222,6 @@ def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("logger.level", what)
 
 
-def _extras_are_installed(config: TrainerConfig) -> Iterator[Fault]:
-    for key, is_on, package in (
-        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
-        ("wandb", config.wandb.is_on, "wandb"),
-    ):
-        if is_on and not _is_installed(package):
-            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
-            yield Fault(f"{key}.enable", what)
-
-
 def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
     *folders, name = Path(config.run_dir or "x").parts
     if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
@@ -247,8 +238,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
     (("data",), _sources_write_what_is_read),
-    (("data",), _packages_are_installed),
-    (("mesh", "pipeline"), _microbatches_have_stages),
+    (("data", "tensorboard", "wandb"), _packages_are_installed),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
         _microbatches_divide,
@@ -259,7 +249,6 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("deepspeed", "model"), _dtype_is_said_once),
     (("kill_switch_path",), _stop_file_is_fresh),
     (("logger",), _log_level_is_known),
-    (("tensorboard", "wandb"), _extras_are_installed),
     (("run_dir",), _run_name_is_known),
 )
 """Each with the keys that must be sound before it can be asked."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
-from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, parse, read
+from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, mapped_leaves, parse, read
 
 COMMAND_LINE = Place("command line", 0)
 VARIABLE = re.compile(r"\$\{(?P<dir>dir)\}|\$\{env:(?P<name>\w+)(?::(?P<default>[^{}]*))?\}")
@@ -18,7 +18,8 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
     overrides, and fill in `${env:NAME:default}` and `${dir}`. RecipeError names every fault."""
     if isinstance(source, dict):
         try:
-            recipe = Recipe(_copied(source), {}, None)
+            as_text = lambda value, _: str(value) if isinstance(value, Path) else value
+            recipe = Recipe(mapped_leaves(source, as_text), {}, None)
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply, or contains itself") from None
     else:
@@ -156,10 +157,6 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
     secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
 
     def fill(value: Any, key: Key) -> Any:
-        if isinstance(value, dict):
-            return {name: fill(inner, (*key, name)) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [fill(inner, (*key, i)) for i, inner in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
         if not any(key[: len(root)] == root for root in under):
@@ -184,7 +181,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         is_whole = VARIABLE.fullmatch(value) is not None
         return _scalar(text) if is_whole else text
 
-    tree = fill(recipe.tree, ())
+    tree = mapped_leaves(recipe.tree, fill)
     if faults:
         raise RecipeError(faults)
     return recipe._replace(tree=tree, secrets=secrets)
@@ -197,11 +194,3 @@ def _scalar(text: str) -> Any:
     except RecipeError:
         return text
     return value if isinstance(value, bool | int | float) else text
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

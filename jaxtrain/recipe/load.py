@@ -1,7 +1,7 @@
 """A recipe file as plain data, with the file and line of every value."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,3 +186,12 @@ class _Builder:
 def dotted(key: Key) -> str:
     """`a.0.b` for ("a", 0, "b")."""
     return ".".join(map(str, key))
+
+
+def mapped_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
+    """Plain data with `change(value, key)` in place of every value that is no map and no list."""
+    if isinstance(tree, dict):
+        return {str(k): mapped_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [mapped_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
+    return change(tree, key)

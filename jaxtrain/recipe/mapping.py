@@ -1,11 +1,11 @@
 """Keys of the shared format that are honoured under another key: each is carried over, once."""
 
 from collections.abc import Collection
-from functools import reduce
 from typing import Any, NamedTuple
 
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
 from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.not_built import values_at
 from jaxtrain.recipe.trainer import TrainerConfig
 
 CARRIED = (
@@ -77,8 +77,7 @@ def without_carried(config: TrainerConfig) -> TrainerConfig:
 
 def value_at(config: Any, key: str) -> Any:
     """The value of a dotted key; None below a section that was left out."""
-    get = lambda part, name: None if part is None else getattr(part, name, None)
-    return reduce(get, key.split("."), config)
+    return next((value for _, value in values_at(config, key.split("."))), None)
 
 
 def is_written(config: Any, key: str) -> bool:

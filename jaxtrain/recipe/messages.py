@@ -1,13 +1,13 @@
 """What pydantic finds wrong with a section, in words and under the key at fault."""
 
 import re
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from jaxtrain.recipe.errors import did_you_mean, shown
 from jaxtrain.recipe.load import Key
+from jaxtrain.recipe.section import sections_in, spellings
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MOST_KEYS = 10  # of a section, that a message lists
@@ -100,7 +100,7 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
     """The class of the section at `loc` below `cls`."""
     for part in loc:
         field = cls.model_fields.get(str(part))
-        models = _models(field.annotation) if field else []
+        models = sections_in(field.annotation) if field else []
         if not models and not isinstance(part, int) and not _is_branch(part):
             return None
         cls = models[0] if models else cls
@@ -109,28 +109,12 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
 
 def full_name(section: type[BaseModel], name: str) -> str | None:
     """The key that `name` is a shorter spelling of."""
-    for full, field in section.model_fields.items():
-        if name in getattr(field.validation_alias, "choices", ()):
-            return full
-    return None
+    fields = section.model_fields.items()
+    return next((full for full, field in fields if name in spellings(field)), None)
 
 
 def known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc` below `cls`, in all their spellings."""
     section = section_at(cls, loc)
-    if section is None:
-        return []
-    aliases = [
-        str(choice)
-        for field in section.model_fields.values()
-        for choice in getattr(field.validation_alias, "choices", ())
-    ]
-    return [*dict.fromkeys([*section.model_fields, *aliases])]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, tuple, list):
-        return [m for a in get_args(annotation) for m in _models(a)]
-    return []
+    fields = section.model_fields if section else {}
+    return [*dict.fromkeys([*fields, *(n for f in fields.values() for n in spellings(f))])]

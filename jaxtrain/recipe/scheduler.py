@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.load import dotted
+from jaxtrain.recipe.messages import said
 from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
 
 
@@ -119,17 +120,14 @@ class HFSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_name(self) -> "HFSchedulerConfig":
-        kwargs, known = self.scheduler_specific_kwargs, SHAPES[self.name].model_fields
-        for key in kwargs:
-            if key not in known:
-                raise ValueError(
-                    f"scheduler_specific_kwargs.{key}: unknown key of {self.name!r}"
-                    f"{did_you_mean(key, known)} (known: {', '.join(known) or 'none'})"
-                )
         try:
             shape = self.shape
         except ValidationError as error:
-            raise ValueError(_said(error)) from None
+            (loc, what), *_ = said(error, SHAPES[self.name])
+            if what.startswith("unknown key"):
+                known = ", ".join(SHAPES[self.name].model_fields) or "none"
+                what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
+            raise ValueError(f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}") from None
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
             raise ValueError(
                 f"min_lr_ratio has no meaning for {self.name!r}; use one of {', '.join(WITH_FLOOR)}"
@@ -146,16 +144,6 @@ class HFSchedulerConfig(SchedulerConfig):
 
     def warmup_updates(self, horizon: int) -> int:
         return 0 if self.name == "constant" else super().warmup_updates(horizon)
-
-
-def _said(error: ValidationError) -> str:
-    """One line for what is wrong in `scheduler_specific_kwargs`."""
-    return "; ".join(
-        ".".join(("scheduler_specific_kwargs", *map(str, detail["loc"])))
-        + f": {detail['msg'].removeprefix('Value error, ').lower()}"
-        + (f", found {shown(detail['input'])}" if detail["type"] != "missing" else "")
-        for detail in error.errors()
-    )
 
 
 class WSDSchedulerConfig(SchedulerConfig):

@@ -4,7 +4,7 @@ not in messages, not in files."""
 import re
 from typing import Any
 
-from jaxtrain.recipe.load import Key, Secret, Secrets
+from jaxtrain.recipe.load import Key, Secret, Secrets, mapped_leaves
 
 PRIVATE = re.compile(
     r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
@@ -15,17 +15,17 @@ SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 LONG = 8  # characters from which a value is looked for in text that is not its own
 
 
-def written_out(tree: Any, key: Key = ()) -> dict[Key, Secret]:
+def written_out(tree: Any) -> dict[Key, Secret]:
     """The secrets that a recipe holds itself; where they are saved, a variable stands instead."""
-    if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        found = [written_out(value, (*key, name)) for name, value in items]
-        return {k: secret for inner in found for k, secret in inner.items()}
-    name = str(key[-1]) if key else ""
-    is_text = isinstance(tree, str | int) and not isinstance(tree, bool)
-    if not is_text or not tree or not PRIVATE.fullmatch(name.lower()):
-        return {}
-    return {key: Secret(f"${{env:{name.upper()}}}", (str(tree),))}
+    found: dict[Key, Secret] = {}
+
+    def note(value: Any, key: Key) -> None:
+        name, is_text = str(key[-1]), isinstance(value, str | int) and not isinstance(value, bool)
+        if is_text and value and PRIVATE.fullmatch(name.lower()):
+            found[key] = Secret(f"${{env:{name.upper()}}}", (str(value),))
+
+    mapped_leaves(tree, note)
+    return found
 
 
 def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
@@ -42,7 +42,12 @@ def restored(tree: Any, secrets: Secrets) -> Any:
     """Plain data in which each value that came from the environment is written as it was."""
     for key, secret in secrets.items():
         tree = _put(tree, key, secret.written)
-    return _map_text(tree, secrets)
+    return mapped_leaves(
+        tree,
+        lambda value, _: (
+            hidden(value, secrets) if isinstance(value, str) and "${env:" not in value else value
+        ),
+    )
 
 
 def _without(text: str, value: str) -> str:
@@ -69,11 +74,3 @@ def _put(tree: Any, key: Key, value: Any) -> Any:
     if isinstance(tree, list):
         return [_put(v, rest, value) if i == name else v for i, v in enumerate(tree)]
     return tree
-
-
-def _map_text(tree: Any, secrets: Secrets) -> Any:
-    if isinstance(tree, dict):
-        return {name: _map_text(value, secrets) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map_text(value, secrets) for value in tree]
-    return hidden(tree, secrets) if isinstance(tree, str) and "${env:" not in tree else tree

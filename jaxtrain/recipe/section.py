@@ -195,3 +195,15 @@ def why_refused(field: FieldInfo) -> str | None:
     calls = [getattr(validator, "func", None) for validator in field.metadata]
     found = [c for c in calls if isinstance(c, partial) and c.func is _refuse_when_on]
     return found[0].args[0] if found else None
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in getattr(annotation, "__args__", ()) for m in sections_in(a)]
+
+
+def spellings(field: FieldInfo) -> list[str]:
+    """Every name of a key that has several."""
+    return [str(choice) for choice in getattr(field.validation_alias, "choices", ())]

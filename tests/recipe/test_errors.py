@@ -409,21 +409,20 @@ SECTIONS = {
     ),
     "key of a shape": (
         schedule("cosine", num_cycle=1),
-        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key of 'cosine'; did you mean "
-        "`num_cycles`? "
-        "(known: num_cycles)",
+        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key (found 1); keys of 'cosine': "
+        "num_cycles",
     ),
     "key of no shape": (
         schedule("constant", power=1),
-        "scheduler.scheduler_specific_kwargs.power: unknown key of 'constant' (known: none)",
+        "scheduler.scheduler_specific_kwargs.power: unknown key (found 1); keys of 'constant': none",
     ),
     "missing key of a shape": (
         schedule("warmup_stable_decay"),
-        "scheduler.scheduler_specific_kwargs.num_decay_steps: field required",
+        "scheduler.scheduler_specific_kwargs.num_decay_steps: is required",
     ),
     "no minimum": (
         schedule("cosine_with_min_lr"),
-        "scheduler.scheduler_specific_kwargs: needs one of min_lr and min_lr_rate, found {}",
+        "scheduler.scheduler_specific_kwargs: needs one of min_lr and min_lr_rate",
     ),
     "a floor without meaning": (
         {"scheduler": {"name": "inverse_sqrt", "min_lr_ratio": 0.1}},

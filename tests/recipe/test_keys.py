@@ -20,8 +20,7 @@ from jaxtrain.recipe.mapping import CARRIED, COMPUTED, value_at
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import resolve
-from jaxtrain.recipe.schema import sections_in
-from jaxtrain.recipe.section import Section, why_refused
+from jaxtrain.recipe.section import Section, sections_in, why_refused
 from jaxtrain.recipe.standing import MAPPED, NO_EFFECT, OWN
 from tests.recipe.seen import BY_CHECK, BY_REFUSAL, BY_TEST
 
