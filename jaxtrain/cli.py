@@ -110,9 +110,11 @@ def train(
     from jaxtrain import registry
 
     remember_compilations()
+    from jaxtrain.parallel.mesh import first_devices
+
     with profiled(python_profile):
         cls = registry.find("trainer", config.type)
-        trainer = cls(config, devices=first_devices(num_gpus)) if num_gpus else cls(config)
+        trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
         trainer.train()
 
@@ -279,16 +281,6 @@ def profiled(order: str) -> Iterator[None]:
             yield
         finally:
             pstats.Stats(profile).sort_stats(order).print_stats(30)
-
-
-def first_devices(count: int) -> Sequence[Any]:
-    """The first devices of this process; UsageError when there are fewer."""
-    import jax
-
-    devices = jax.local_devices()
-    if len(devices) < count:
-        raise click.UsageError(f"--num_gpus {count}: this process has only {len(devices)}")
-    return devices[:count]
 
 
 def remember_compilations() -> None:

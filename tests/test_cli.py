@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
             "--num_nodes is a flag of DeepSpeed's launcher",
         ),
         (["recipe.yaml", "--launcher", "ray"], "start one process per host"),
-        (["recipe.yaml", "--num_gpus", "99"], "--num_gpus 99: this process has only 1"),
+        (["recipe.yaml", "--num_gpus", "99"], "--num_gpus 99: there are only 1"),
         (
             ["check", "recipe.yaml", "--num_gpus=2", "mesh.fsdp=3"],
             "mesh: fsdp 3 does not fit 2 devices; the sizes must multiply to 2",

@@ -211,10 +211,10 @@ def files(config: TrainerConfig) -> Iterator[Path]:
 def moments(entry: CheckpointConfig) -> str:
     """When an engine saves."""
     found = [
-        f"every {count:,} {what}"
+        f"every {count:,} {what}{'s' * (count > 1)}"
         for count, what in (
-            (entry.save_every_n_steps, "updates"),
-            (entry.save_every_n_epochs, "epochs"),
+            (entry.save_every_n_steps, "update"),
+            (entry.save_every_n_epochs, "epoch"),
         )
         if count
     ]

@@ -136,18 +136,22 @@ class _Resolver:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
-        code = load_code(self.recipe, name)
-        if code.fault:
-            self.fault(("code",), code.fault)
-        if code.file:
-            self.tree["code"] = str(code.file)
+        file, has_failed = None, False
+        try:
+            file = load_code(self.recipe, name)
+        except RecipeError as error:
+            self.faults += error.faults
+            has_failed = True
+        if file:
+            self.tree["code"] = str(file)
             if "code" not in self.recipe.tree:
-                self.notes.append(f"code: {code.file} was run, for a type that is not built in")
+                self.notes.append(f"code: {file} was run, for a type that is not built in")
         known = registry.names("trainer")
         if isinstance(name, str) and registry.canonical("trainer", name) in known:
             return registry.canonical("trainer", name)
-        what = registry.unknown("trainer", str(name), known)
-        self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
+        if not has_failed:  # what the code would have registered is not known
+            what = registry.unknown("trainer", str(name), known)
+            self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
 
     def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
@@ -291,31 +295,26 @@ def keys_of(kind: str, name: str) -> list[str]:
     return known_keys(registry.config_class(kind, name), ())
 
 
-class Code(NamedTuple):
-    """The user's file that was run, or why there is none."""
-
-    file: Path | None = None
-    fault: str = ""
-
-
-def load_code(recipe: Recipe, trainer: Any = "sft") -> Code:
-    """Run the file that the recipe names, or the `train.py` beside it when a type is not known."""
+def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
+    """Run the file that the recipe names, or the `train.py` beside it when a type is not known.
+    RecipeError when it fails, or is not there."""
     written = recipe.tree.get("code")
     unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
-        return Code()
+        return None
     folders = (recipe.folder, Path.cwd())
     try:
         candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
         file = next((file for file in candidates if file.is_file()), None)
     except (OSError, ValueError):  # text that no file could be called
         file = None
-    if file is None and written is not None:
-        looked = " and ".join(dict.fromkeys(map(str, folders)))
-        return Code(fault=f"no such file: {written!r} (looked in {looked})")
     if file is not None:
         run_user_code(file)
-    return Code(file)
+    elif written is not None:
+        looked = " and ".join(dict.fromkeys(map(str, folders)))
+        fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
+        raise RecipeError([recipe.placed(fault)])
+    return file
 
 
 def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:

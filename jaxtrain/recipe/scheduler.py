@@ -156,8 +156,9 @@ class WSDSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _warmup_is_written_out(self) -> "WSDSchedulerConfig":
-        if self.warmup_steps is not None or self.warmup_ratio is not None:
-            raise ValueError("warmup is num_warmup_steps here; remove the other warmup key")
+        for key in ("warmup_steps", "warmup_ratio"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: the warm-up is num_warmup_steps here, remove it")
         return self
 
     def warmup_updates(self, horizon: int) -> int:

@@ -241,7 +241,8 @@ def braced(keys: Iterable[str]) -> str:
 def standing(key: str, value: Any = None) -> Line:
     """The standing of a dotted key, with positions of lists left out."""
     if key in CHOICES and not isinstance(value, dict | list):
-        return Line(key, "mapped", CHOICES[key].get(value, ""))
+        whys = (why for choice, why in CHOICES[key].items() if str(choice) == str(value))
+        return Line(key, "mapped", next(whys, ""))
     if key in NO_EFFECT:
         return Line(key, "no effect", NO_EFFECT[key])
     if key in OFF:

@@ -439,7 +439,7 @@ SECTIONS = {
                 "warmup_ratio": 0.1,
             }
         },
-        "scheduler: warmup is num_warmup_steps here; remove the other warmup key",
+        "scheduler.warmup_ratio: the warm-up is num_warmup_steps here, remove it",
     ),
     "rates and names": (
         {"optimizer": {"lr": 1, "learning_rate": 2}},

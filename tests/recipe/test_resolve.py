@@ -134,7 +134,15 @@ def test_user_code_that_fails_is_named_by_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nraise RuntimeError('no luck')\n")
     file = tmp_path / "recipe.yaml"
     file.write_text("code: broken.py\nmodel: {name_or_path: m}\ndata: {sources: [a/b]}\n")
-    assert errors(file) == [f"{tmp_path}/broken.py:2: RuntimeError: no luck"]
+    no_luck = f"{tmp_path}/broken.py:2: RuntimeError: no luck"
+    assert errors(file)[0] == no_luck
+    assert errors(file, ["epoch=1", "optimizer.x=1"])[:-1] == [
+        no_luck,
+        "command line: epoch: unknown key (found 1); did you mean `epochs`?",
+        "command line: optimizer.x: unknown key (found 1); remove it, or name the file of the "
+        "class that reads it by `code`",
+    ]
+    assert errors(file, ["type=theirs"])[:-1] == [no_luck]  # what else there is hangs on it
 
 
 def test_prompts_are_the_lines_of_a_file_beside_the_recipe(tmp_path):
