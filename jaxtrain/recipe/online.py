@@ -8,7 +8,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] # of whichever client the hub uses
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )

@@ -138,9 +138,9 @@ def test_user_code_that_fails_is_named_by_line(tmp_path):
     assert errors(file)[0] == no_luck
     assert errors(file, ["epoch=1", "optimizer.x=1"])[:-1] == [
         no_luck,
-        "command line: epoch: unknown key (found 1); did you mean `epochs`?",
         "command line: optimizer.x: unknown key (found 1); remove it, or name the file of the "
         "class that reads it by `code`",
+        "command line: epoch: unknown key (found 1); did you mean `epochs`?",
     ]
     assert errors(file, ["type=theirs"])[:-1] == [no_luck]  # what else there is hangs on it
 
