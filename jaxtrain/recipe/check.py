@@ -12,6 +12,7 @@ from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.resolve import Resolved
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.standing import Report, braced
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -65,7 +66,7 @@ def run_facts(config: TrainerConfig, counts: tuple[int, ...]) -> Iterator[tuple[
 
 def model(config: TrainerConfig) -> str:
     name = config.model.name_or_path.split("#")[0]
-    if Path(name).expanduser().exists():
+    if is_there(name):
         return name
     is_path = name.startswith(("/", ".", "~"))
     return f"{name}, {'not on this machine' if is_path else 'of the local cache or fetched'}"
@@ -76,8 +77,8 @@ def missing_files(config: TrainerConfig) -> Iterator[str]:
     for place, source in config.data.placed_sources():
         if isinstance(source, LocalDataSourceConfig):
             for path in local_paths(source):
-                there = "://" in path or Path(path).expanduser().exists()
-                if not there and not glob(path, recursive=True):
+                is_glob = "\0" not in path and glob(path, recursive=True)
+                if not ("://" in path or is_there(path) or is_glob):
                     yield f"{place}.path {path}"
 
 

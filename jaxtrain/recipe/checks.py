@@ -12,6 +12,7 @@ from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, s
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -50,10 +51,11 @@ def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
         start = entry.start
         if start is None or "{" in entry.output_dir:  # is filled in when the run begins
             continue
-        if start.is_dir() and re.fullmatch(rf"{PREFIX}\d+", start.name):
+        is_found = is_there(str(start))
+        if is_found and re.fullmatch(rf"{PREFIX}\d+", start.name):
             continue
-        folder = start if start.is_dir() else start.parent
-        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+        folder = start if is_found else start.parent
+        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if is_there(str(folder)) else []
         yield Fault(
             f"checkpoint.{i}.resume_from",
             f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds "
@@ -211,7 +213,7 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
 
 
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
-    if config.kill_switch_path and Path(config.kill_switch_path).expanduser().exists():
+    if config.kill_switch_path and is_there(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 

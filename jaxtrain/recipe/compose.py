@@ -8,8 +8,11 @@ from typing import Any
 
 from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
 from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, mapped_leaves, parse, read
+from jaxtrain.recipe.section import is_there
 
 COMMAND_LINE = Place("command line", 0)
+MAX_BITS = 1023
+"""of an integer: what a float can be near to"""
 VARIABLE = re.compile(r"\$\{(?P<dir>dir)\}|\$\{env:(?P<name>\w+)(?::(?P<default>[^{}]*))?\}")
 
 
@@ -50,7 +53,7 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
             what = f"must be a path or a list of paths, found {shown(bases)}"
             raise RecipeError([Fault("base", what, place)])
         folders = (recipe.folder, Path.cwd())
-        file = next((f / name for f in folders if (f / name).is_file()), None)
+        file = next((f / name for f in folders if is_there(f"{f}/{name}")), None)
         if file is None:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
@@ -157,6 +160,9 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
     secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
 
     def fill(value: Any, key: Key) -> Any:
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            what = f"a number of {value.bit_length()} bits is too large"
+            faults.append(Fault(dotted(key), what, recipe.place(key)))
         if not isinstance(value, str) or "${" not in value:
             return value
         if not any(key[: len(root)] == root for root in under):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from jaxtrain.recipe.errors import did_you_mean, nearest_multiples
-from jaxtrain.recipe.section import InputPath, TypedSection
+from jaxtrain.recipe.section import InputPath, TypedSection, is_there
 
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -34,7 +34,7 @@ def file_format(path: str) -> str | None:
 def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
     """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
     that exists, in `folder` or the current one, and has a colon in it."""
-    if Path(text).exists() or (folder is not None and (folder / text).exists()):
+    if is_there(text) or (folder is not None and is_there(f"{folder}/{text}")):
         return text, ""
     match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")

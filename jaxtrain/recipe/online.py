@@ -1,7 +1,6 @@
 """Whether the hub has what a recipe names, and gives it to this machine."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from jaxtrain.recipe.data import HFDataSourceConfig
 from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NO_REPOSITORIES = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "generator")
@@ -33,7 +33,7 @@ def repositories(config: TrainerConfig) -> Iterator[tuple[str, str, str]]:
         for place, source in sources
         if isinstance(source, HFDataSourceConfig) and source.name_or_path not in NO_REPOSITORIES
     ]
-    yield from (row for row in found if row[2] and not Path(row[2]).expanduser().exists())
+    yield from (row for row in found if row[2] and not is_there(row[2]))
 
 
 def asked(config: TrainerConfig) -> tuple[str, list[Fault]]:

@@ -128,17 +128,31 @@ class TypedSection(Section):
     """Registered name; the trainer's first allowed one when left out."""
 
 
+def expanded(path: str) -> Path:
+    """With a leading `~` as the folder that it means, if it means one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
+def is_there(path: str) -> bool:
+    """Is there a file or folder? Text that none could be called is answered too."""
+    try:
+        return expanded(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def input_path(value: Any, info: ValidationInfo) -> Any:
     """Absolute if it exists beside the recipe or in the current directory; else as written."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
     folders = [folder for folder in (context.get("folder"), Path.cwd()) if folder is not None]
-    try:
-        written = Path(value).expanduser()
-        there = [folder / written for folder in folders if (folder / written).exists()]
-    except (OSError, ValueError, RuntimeError):  # text that no file could be called
-        return value
+    there = [
+        path for path in (folder / expanded(value) for folder in folders) if is_there(str(path))
+    ]
     found = list(dict.fromkeys(file.resolve() for file in there))
     if not found:
         return value
