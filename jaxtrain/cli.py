@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from jaxtrain.recipe.errors import UserError
+from jaxtrain.recipe.errors import UserError, did_you_mean
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -22,10 +22,40 @@ class _Commands(click.Group):
     """`jaxtrain RECIPE …` is `jaxtrain train RECIPE …`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        first = next((arg for arg in args if not arg.startswith("-")), None)
-        if first is not None and first not in self.commands and args[0] == first:
+        first = args[0] if args else "-"
+        if not first.startswith("-") and first not in self.commands:
+            if not (Path(first).suffix or Path(first).exists()):
+                help = did_you_mean(first, self.commands)
+                raise click.UsageError(f"no command and no recipe is called {first!r}{help}")
             args = ["train", *args]
         return super().parse_args(ctx, args)
+
+
+LAUNCHER = """
+    hostfile include exclude no_ssh no_ssh_check no_local_rank no_python module force_multi
+    launcher_args save_pid ssh_port enable_each_rank_log autotuning elastic_training
+    bind_cores_to_rank bind_core_list num_nodes node_rank master_addr master_port
+"""
+"""Flags of DeepSpeed's launcher that would ask for more than a process with its own devices."""
+
+
+def _checked_launcher(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "ray" or (value is None and os.environ.get("USE_RAY") == "1"):
+        raise click.UsageError("Ray is not supported: start one process per host")
+    if value is not None:
+        click.echo("no effect  --launcher: a run is one process with the devices of its host")
+    return value
+
+
+def _launched(command: Any) -> Any:
+    """The flags of DeepSpeed's launcher that mean something here."""
+    command = click.option(
+        "--launcher", type=click.Choice(["deepspeed", "ray"]), callback=_checked_launcher,
+        expose_value=False, help="No effect: there is no launcher.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--num_gpus", type=click.IntRange(min=1), help="Use the first so many devices."
+    )(command)
 
 
 @click.group(cls=_Commands, invoke_without_command=True)
@@ -58,15 +88,18 @@ def cli(ctx: click.Context) -> None:
     default="disable",
     help="At the end, print where this process's Python code spent its time, in this order.",
 )
+@_launched
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
     allowed: tuple[str, ...],
     python_profile: str,
+    num_gpus: int | None,
     debug: bool,
 ) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
+    use_huge_pages()
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
@@ -77,8 +110,11 @@ def train(
     from jaxtrain import registry
 
     remember_compilations()
+    from jaxtrain.parallel.mesh import first_devices
+
     with profiled(python_profile):
-        trainer = registry.find("trainer", config.type)(config)
+        cls = registry.find("trainer", config.type)
+        trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
         trainer.train()
 
@@ -87,8 +123,17 @@ def train(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dump-config", is_flag=True, help="Print the recipe with every default filled in.")
+@click.option("--online", is_flag=True, help="Ask the hub for the model and data it names, too.")
+@_launched
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bool) -> None:
+def check(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    dump_config: bool,
+    online: bool,
+    num_gpus: int | None,
+    debug: bool,
+) -> None:
     """Say everything that is wrong with RECIPE, what became of its keys, and the run it asks for.
 
     Opens no device, fetches nothing, writes nothing.
@@ -98,12 +143,21 @@ def check(recipe: Path, overrides: tuple[str, ...], dump_config: bool, debug: bo
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
+    given = ""
+    if online and resolved.config is not None:
+        from jaxtrain.recipe.online import asked
+
+        given, faults = asked(resolved.config)
+        resolved = resolved._replace(faults=tuple(map(resolved.recipe.placed, faults)))
     if dump_config:
         click.echo(to_yaml(resolved.checked()), nl=False)
         return
     if resolved.faults:
         click.echo(f"{resolved.error}\n", err=True)
-    click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, told(resolved)))
+    if report := told(resolved, num_gpus):
+        click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, report))
+    if given:
+        click.echo(f"online     {given}")
     sys.exit(resolved.error.exit_code if resolved.faults else 0)
 
 
@@ -178,6 +232,11 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         if word.startswith("--"):
             word = word[2:]
+            if (flag := word.split("=")[0]) in LAUNCHER.split():
+                raise click.UsageError(
+                    f"--{flag} is a flag of DeepSpeed's launcher, which is not used here: a run is "
+                    "one process with the devices of its host"
+                )
             if "=" not in word:
                 if not rest or rest[0].startswith("--"):
                     raise click.UsageError(f"--{word} needs a value")
@@ -192,7 +251,6 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; a fault of the user is one line and an exit code, no traceback."""
-    use_huge_pages()
     debug = "--debug" in sys.argv
     try:
         cli(standalone_mode=False)

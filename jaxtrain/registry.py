@@ -364,6 +364,7 @@ def config_class(kind: str, name: str) -> type:
 def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that no class of this kind has."""
     what = kind.replace("_", " ")
+    known = [*known, *(a for (k, a), target in ALIASES.items() if k == kind and target in known)]
     return f"unknown {what} type {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
 
 

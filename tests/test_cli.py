@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from jaxtrain.cli import cli
 from tests.runs import conversations, model_folder, recipe
 
 
@@ -166,12 +167,33 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
         (["recipe.yaml", "lr"], "'lr' is no override"),
         (["recipe.yaml", "--optimizer.lr"], "needs a value"),
         (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key"),
+        (["plan", "recipe.yaml"], "no command and no recipe is called 'plan'"),
+        (["chekc", "recipe.yaml"], "is called 'chekc'; did you mean `check`?"),
+        (["recipe.yaml", "--hostfile", "x"], "--hostfile is a flag of DeepSpeed's launcher"),
+        (
+            ["check", "recipe.yaml", "--num_nodes=2"],
+            "--num_nodes is a flag of DeepSpeed's launcher",
+        ),
+        (["recipe.yaml", "--launcher", "ray"], "start one process per host"),
+        (["recipe.yaml", "--num_gpus", "99"], "--num_gpus 99: there are only 1"),
+        (
+            ["check", "recipe.yaml", "--num_gpus=2", "mesh.fsdp=3"],
+            "mesh: fsdp 3 does not fit 2 devices; the sizes must multiply to 2",
+        ),
     ],
 )
 def test_a_wrong_call_is_said(tmp_path, arguments, expected):
     written(tmp_path, {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
     done = jaxtrain(tmp_path, *arguments)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_launcher_of_the_shared_format_picks_devices(tmp_path, monkeypatch, capfd):
+    file = written(tmp_path, recipe(tmp_path, rows=16, train_iters=1))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # stay in this process
+    cli(["train", str(file), "--num_gpus", "2", "--launcher=deepspeed"], standalone_mode=False)
+    out = capfd.readouterr().out
+    assert "no effect  --launcher: a run is one process" in out and "2 x cpu" in out, out
 
 
 def test_exit_codes_of_a_clean_check_and_of_a_loss_that_is_not_finite(tmp_path):

@@ -205,5 +205,5 @@ def test_the_same_file_twice_is_one_registration(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones_nearest_first():
-    with pytest.raises(ValueError, match=r"did you mean `adamw`\? \(known: adamw"):
+    with pytest.raises(ValueError, match=r"did you mean `adamw` or `cpu_adam`\? \(known: adamw"):
         registry.find("optimizer", "adamv")

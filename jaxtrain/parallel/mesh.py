@@ -7,7 +7,16 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+
+
+def first_devices(count: int) -> list[Any]:
+    """RecipeError when there are fewer."""
+    devices = jax.devices()
+    if len(devices) < count:
+        raise RecipeError(f"--num_gpus {count}: there are only {len(devices)}")
+    return devices[:count]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:

@@ -5,12 +5,14 @@ import math
 import textwrap
 from collections.abc import Iterator
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.resolve import Resolved
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.standing import Report, braced
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -19,12 +21,13 @@ WIDTH = 100
 COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth of a second
 
 
-def told(resolved: Resolved) -> str:
-    """The report of a recipe's keys and, when nothing is wrong with it, the run that it asks
-    for."""
+def told(resolved: Resolved, devices: int | None = None) -> str:
+    """The report of a recipe's keys and, when nothing is wrong with it, the run that it asks for,
+    on so many devices if their number is known."""
     parts = [report_lines(resolved.report)]
-    if resolved.config is not None:
-        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config)])
+    if resolved.config is not None and not resolved.faults:
+        counts = (devices,) if devices else DEVICE_COUNTS
+        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config, counts)])
     wrap = partial(
         textwrap.fill, width=WIDTH, subsequent_indent=" " * 11,
         break_long_words=False, break_on_hyphens=False,
@@ -41,15 +44,17 @@ def report_lines(report: Report) -> list[str]:
     return [*same, *report.changes(), *refused]
 
 
-def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
-    """(name, fact) of the run, in the order in which they are shown."""
+def run_facts(config: TrainerConfig, counts: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """(name, fact) of the run on these numbers of devices, in the order in which they are shown."""
     horizon = config.horizon(None)
-    name = config.model.name_or_path.split("#")[0]
+    sizes = batch_sizes(config, counts)
     yield "trainer", config.type
-    yield "model", name if Path(name).exists() else f"{name}, of the local cache or fetched"
+    yield "model", model(config)
     yield "rows", row_length(config)
-    yield "batch", batch(config)
-    yield "updates", updates(config, horizon)
+    if missing := ", ".join(missing_files(config)):
+        yield "missing", f"{missing}: a run here would be refused"
+    yield "batch", batch(config, sizes)
+    yield "updates", updates(config, horizon, sizes)
     yield "warm-up", warmup(config, horizon)
     if config.data.has_eval:
         yield "evaluation", evaluation(config)
@@ -57,6 +62,28 @@ def run_facts(config: TrainerConfig) -> Iterator[tuple[str, str]]:
     for entry in config.checkpoint:
         if entry.enabled:
             yield "checkpoint", f"{entry.output_dir}/global_step_N ({entry.type}), {moments(entry)}"
+
+
+def model(config: TrainerConfig) -> str:
+    name = config.model.name_or_path.split("#")[0]
+    if is_there(name):
+        return name
+    is_path = name.startswith(("/", ".", "~"))
+    return f"{name}, {'not on this machine' if is_path else 'of the local cache or fetched'}"
+
+
+def missing_files(config: TrainerConfig) -> Iterator[str]:
+    """Files of sources that are not there."""
+    for place, source in config.data.placed_sources():
+        if isinstance(source, LocalDataSourceConfig):
+            for path in local_paths(source):
+                is_glob = "\0" not in path and glob(path, recursive=True)
+                if not ("://" in path or is_there(path) or is_glob):
+                    yield f"{place}.path {path}"
+
+
+def local_paths(source: LocalDataSourceConfig) -> tuple[str, ...]:
+    return (source.path,) if isinstance(source.path, str) else source.path
 
 
 def row_length(config: TrainerConfig) -> str:
@@ -73,10 +100,9 @@ def row_length(config: TrainerConfig) -> str:
         )
 
 
-def batch(config: TrainerConfig) -> str:
+def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
     """Rows an update."""
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
-    sizes = batch_sizes(config)
     (n, size), *others = sizes.items()
     what = "pair" if config.data.ROWS_A_SAMPLE == 2 else "row"
     counts = [f"{size:,} {what}{'s' * (size != 1)} an update on {n}"]
@@ -85,12 +111,14 @@ def batch(config: TrainerConfig) -> str:
     return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"
 
 
-def batch_sizes(config: TrainerConfig) -> dict[int, int]:
-    """Devices → rows an update; one entry where the mesh says how many devices there are."""
+def batch_sizes(config: TrainerConfig, counts: tuple[int, ...]) -> dict[int, int]:
+    """Devices → rows an update; one entry where the mesh says how many devices there are, or the
+    person does. RecipeError when those do not fit each other."""
     sizes = [getattr(config.mesh, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     rows = config.micro_batch_size * config.gradient_accumulation_steps
-    counts = [fixed * n for n in DEVICE_COUNTS] if -1 in sizes else [fixed]
+    if counts is DEVICE_COUNTS:
+        counts = tuple(fixed * n for n in counts) if -1 in sizes else (fixed,)
     return {n: rows * shards(config.mesh, n) for n in counts}
 
 
@@ -100,7 +128,7 @@ def shards(mesh: MeshConfig, num_devices: int) -> int:
     return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
-def updates(config: TrainerConfig, horizon: int | None) -> str:
+def updates(config: TrainerConfig, horizon: int | None, sizes: dict[int, int]) -> str:
     if horizon is not None:
         end, this_run = config.exit_iteration, config.exit_iteration_this_run
         told = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
@@ -109,7 +137,7 @@ def updates(config: TrainerConfig, horizon: int | None) -> str:
     first = f"{config.train_iters:,}, or " if config.train_iters else ""
     known = "counted when the data is read"
     if rows := local_rows(config):
-        (devices, size), *_ = batch_sizes(config).items()
+        (devices, size), *_ = sizes.items()
         on = f"{devices} device{'s' * (devices > 1)}"
         known = f"at most {-(-rows // size):,} updates each on {on}: {rows:,} local rows"
     return f"{first}{epochs} epoch{'s' * (epochs != 1)}, {known}"
@@ -125,9 +153,7 @@ def local_rows(config: TrainerConfig) -> int | None:
         if isinstance(source, SyntheticDataSourceConfig):
             rows = source.rows
         elif isinstance(source, LocalDataSourceConfig) and source.split == "train":
-            paths = [
-                Path(p) for p in ([source.path] if isinstance(source.path, str) else source.path)
-            ]
+            paths = [Path(path) for path in local_paths(source)]
             left -= sum(p.stat().st_size for p in paths if p.is_file())
             if left < 0 or not all(
                 p.is_file() and p.suffix in (".jsonl", ".ndjson") for p in paths
@@ -186,10 +212,10 @@ def files(config: TrainerConfig) -> Iterator[Path]:
 def moments(entry: CheckpointConfig) -> str:
     """When an engine saves."""
     found = [
-        f"every {count:,} {what}"
+        f"every {count:,} {what}{'s' * (count > 1)}"
         for count, what in (
-            (entry.save_every_n_steps, "updates"),
-            (entry.save_every_n_epochs, "epochs"),
+            (entry.save_every_n_steps, "update"),
+            (entry.save_every_n_epochs, "epoch"),
         )
         if count
     ]

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.guards import Direction, direction
-from jaxtrain.recipe.section import InputPath, TypedSection
+from jaxtrain.recipe.section import InputPath, TypedSection, expanded
 
 PREFIX = "global_step_"
 """Of the folder of one checkpoint; the number of updates done follows."""
@@ -84,7 +84,7 @@ class CheckpointConfig(TypedSection):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir).expanduser().absolute()
+        return expanded(self.output_dir).absolute()
 
     @property
     def start(self) -> Path | None:
@@ -117,7 +117,7 @@ class OrbaxConfig(CheckpointConfig):
     def start(self) -> Path | None:
         if isinstance(self.resume_from, int):
             return self.folder / f"{PREFIX}{self.resume_from}"
-        return Path(self.resume_from).expanduser().absolute() if self.resume_from else None
+        return expanded(self.resume_from).absolute() if self.resume_from else None
 
     @model_validator(mode="after")
     def _resume_is_possible(self) -> "OrbaxConfig":

@@ -11,6 +11,8 @@ from jaxtrain.recipe.checkpoint import PREFIX
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
+from jaxtrain.recipe.scheduler import WSDSchedulerConfig
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -23,9 +25,9 @@ def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
     if config.data.has_eval and not config.eval_interval and not other:
         yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
     if not config.data.has_eval:
-        for key in ("eval_interval", "eval_at_start", "eval_every_n_epochs", "early_stopping"):
-            if getattr(config, key):
-                yield Fault(key, NEEDS_EVAL)
+        keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
+        keys += ("early_stopping",)
+        yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
 
 
 def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
@@ -49,10 +51,11 @@ def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
         start = entry.start
         if start is None or "{" in entry.output_dir:  # is filled in when the run begins
             continue
-        if start.is_dir() and re.fullmatch(rf"{PREFIX}\d+", start.name):
+        is_found = is_there(str(start))
+        if is_found and re.fullmatch(rf"{PREFIX}\d+", start.name):
             continue
-        folder = start if start.is_dir() else start.parent
-        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+        folder = start if is_found else start.parent
+        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if is_there(str(folder)) else []
         yield Fault(
             f"checkpoint.{i}.resume_from",
             f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds "
@@ -139,6 +142,13 @@ def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
         if source.NEEDS and not _is_installed(source.NEEDS):
             what = f"{source.type} needs {source.NEEDS}: pip install 'jaxtrain[{source.type}]'"
             yield Fault(f"{place}.type", what)
+    for key, is_on, package in (
+        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
+        ("wandb", config.wandb.is_on, "wandb"),
+    ):
+        if is_on and not _is_installed(package):
+            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
+            yield Fault(f"{key}.enable", what)
 
 
 def _is_installed(package: str) -> bool:
@@ -149,20 +159,14 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _microbatches_have_stages(config: TrainerConfig) -> Iterator[Fault]:
-    if config.pipeline.microbatches and config.mesh.pipeline == 1:
-        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
-
-
 def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     pieces = config.pipeline.microbatches
     rows = config.micro_batch_size * config.gradient_accumulation_steps
-    if pieces and config.mesh.pipeline != 1 and rows % pieces:
-        yield Fault(
-            "pipeline.microbatches",
-            f"{pieces} does not divide the {rows} rows of a shard; "
-            f"use {nearest_divisors(pieces, rows)}",
-        )
+    if pieces and config.mesh.pipeline == 1:
+        yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
+    elif pieces and rows % pieces:
+        what = f"{pieces} does not divide the {rows} rows of a shard"
+        yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
@@ -175,11 +179,15 @@ def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
         )
 
 
-def _warmup_fits(config: TrainerConfig) -> Iterator[Fault]:
-    warmup, horizon = config.scheduler.warmup_steps, config.horizon(None)
-    if warmup and horizon and warmup > horizon:
-        what = f"{warmup} is longer than the run of {horizon} updates"
-        yield Fault("scheduler.warmup_steps", what)
+def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
+    scheduler, horizon = config.scheduler, config.train_iters or config.horizon(None)
+    key, length, what = "warmup_steps", scheduler.warmup_steps or 0, "is"
+    if isinstance(scheduler, WSDSchedulerConfig):
+        key, what = "num_decay_steps", "with num_warmup_steps is"
+        length = scheduler.num_warmup_steps + scheduler.num_decay_steps
+    if horizon and length > horizon:
+        what = f"{length} {what} longer than the run of {horizon} updates"
+        yield Fault(f"scheduler.{key}", what)
 
 
 def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
@@ -205,7 +213,7 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
 
 
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
-    if config.kill_switch_path and Path(config.kill_switch_path).expanduser().exists():
+    if config.kill_switch_path and is_there(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
@@ -214,16 +222,6 @@ def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
     if level not in LEVELS:
         what = f"the variable {where} must be one of {', '.join(LEVELS)}, found {level!r}"
         yield Fault("logger.level", what)
-
-
-def _extras_are_installed(config: TrainerConfig) -> Iterator[Fault]:
-    for key, is_on, package in (
-        ("tensorboard", config.tensorboard.enable, "tensorboardX"),
-        ("wandb", config.wandb.is_on, "wandb"),
-    ):
-        if is_on and not _is_installed(package):
-            what = f"needs the package {package}; pip install 'jaxtrain[{key}]', or write false"
-            yield Fault(f"{key}.enable", what)
 
 
 def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
@@ -242,19 +240,17 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("early_stopping",), _stopping_has_a_direction),
     (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
     (("data",), _sources_write_what_is_read),
-    (("data",), _packages_are_installed),
-    (("mesh", "pipeline"), _microbatches_have_stages),
+    (("data", "tensorboard", "wandb"), _packages_are_installed),
     (
         ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
         _microbatches_divide,
     ),
     (("mesh", "data"), _rows_divide_over_context),
-    (("scheduler", "train_iters", "epochs"), _warmup_fits),
+    (("scheduler", "train_iters", "epochs"), _schedule_fits),
     (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
     (("deepspeed", "model"), _dtype_is_said_once),
     (("kill_switch_path",), _stop_file_is_fresh),
     (("logger",), _log_level_is_known),
-    (("tensorboard", "wandb"), _extras_are_installed),
     (("run_dir",), _run_name_is_known),
 )
 """Each with the keys that must be sound before it can be asked."""

@@ -89,7 +89,7 @@ def _holds(path: Path, text: bytes) -> bool:
 
 def _fault(error: BaseException, file: Path) -> Fault:
     """The error in one line, with the innermost place in the user's own files."""
-    what = f"{type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}".partition("\n")[0]
     if isinstance(error, SyntaxError):
         return Fault("", what, Place(error.filename or str(file), error.lineno or 0))
     frames = traceback.extract_tb(error.__traceback__)

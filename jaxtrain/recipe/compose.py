@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
-from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, parse, read
+from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, mapped_leaves, parse, read
+from jaxtrain.recipe.section import is_there
 
 COMMAND_LINE = Place("command line", 0)
+MAX_BITS = 1023
+"""of an integer: what a float can be near to"""
 VARIABLE = re.compile(r"\$\{(?P<dir>dir)\}|\$\{env:(?P<name>\w+)(?::(?P<default>[^{}]*))?\}")
 
 
@@ -18,7 +21,8 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
     overrides, and fill in `${env:NAME:default}` and `${dir}`. RecipeError names every fault."""
     if isinstance(source, dict):
         try:
-            recipe = Recipe(_copied(source), {}, None)
+            as_text = lambda value, _: str(value) if isinstance(value, Path) else value
+            recipe = Recipe(mapped_leaves(source, as_text), {}, None)
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply, or contains itself") from None
     else:
@@ -31,9 +35,7 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
             changed.append(_override(recipe, text))
         except RecipeError as error:
             faults += error.faults
-    if faults:
-        raise RecipeError(faults)
-    return _filled(recipe, under=changed)
+    return _filled(recipe, under=changed)._replace(faults=tuple(faults))
 
 
 def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
@@ -51,7 +53,7 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
             what = f"must be a path or a list of paths, found {shown(bases)}"
             raise RecipeError([Fault("base", what, place)])
         folders = (recipe.folder, Path.cwd())
-        file = next((f / name for f in folders if (f / name).is_file()), None)
+        file = next((f / name for f in folders if is_there(f"{f}/{name}")), None)
         if file is None:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
@@ -95,6 +97,8 @@ def _override(recipe: Recipe, text: str) -> Key:
     here: Any = recipe.tree
     for part in parents:
         step = _step(here, part)
+        if key == ("checkpoint",) and part == "0" and isinstance(here, dict):
+            continue  # one entry, written without its list
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
             recipe.places[(*key, part)] = COMMAND_LINE
@@ -128,8 +132,12 @@ def _wrong(key: str, what: str) -> RecipeError:
 
 
 def _no_such(name: str, key: Key, part: str, here: Any) -> RecipeError:
-    near = did_you_mean(part, here) if isinstance(here, dict) else ""
-    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{near}")
+    help = did_you_mean(part, here) if isinstance(here, dict) else ""
+    if isinstance(here, list):
+        help = (
+            f", it is a list: write a position from 0 to {len(here) - 1}" if here else ", it is []"
+        )
+    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _step(here: Any, part: str) -> str | int | None:
@@ -152,10 +160,9 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
     secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
 
     def fill(value: Any, key: Key) -> Any:
-        if isinstance(value, dict):
-            return {name: fill(inner, (*key, name)) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [fill(inner, (*key, i)) for i, inner in enumerate(value)]
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            what = f"a number of {value.bit_length()} bits is too large"
+            faults.append(Fault(dotted(key), what, recipe.place(key)))
         if not isinstance(value, str) or "${" not in value:
             return value
         if not any(key[: len(root)] == root for root in under):
@@ -180,7 +187,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         is_whole = VARIABLE.fullmatch(value) is not None
         return _scalar(text) if is_whole else text
 
-    tree = fill(recipe.tree, ())
+    tree = mapped_leaves(recipe.tree, fill)
     if faults:
         raise RecipeError(faults)
     return recipe._replace(tree=tree, secrets=secrets)
@@ -193,11 +200,3 @@ def _scalar(text: str) -> Any:
     except RecipeError:
         return text
     return value if isinstance(value, bool | int | float) else text
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from jaxtrain.recipe.errors import did_you_mean, nearest_multiples
-from jaxtrain.recipe.section import InputPath, TypedSection
+from jaxtrain.recipe.section import InputPath, TypedSection, is_there
 
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -33,7 +34,7 @@ def file_format(path: str) -> str | None:
 def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
     """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
     that exists, in `folder` or the current one, and has a colon in it."""
-    if Path(text).exists() or (folder is not None and (folder / text).exists()):
+    if is_there(text) or (folder is not None and is_there(f"{folder}/{text}")):
         return text, ""
     match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")
@@ -57,7 +58,7 @@ def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
     folder = (info.context or {}).get("folder")
-    if folder is not None and any(Path(folder).glob(value)):
+    if folder is not None and "\0" not in value and glob(value, root_dir=folder, recursive=True):
         return str(Path(folder).resolve() / value)
     return value
 
@@ -421,5 +422,5 @@ class CausalDataConfig(DataConfig):
     def _rows_are_full(cls, data: Any) -> Any:
         for key in ("div_length", "pack_samples", "pad_to"):
             if isinstance(data, dict) and key in data:
-                raise ValueError(f"causal rows always have `max_length` tokens; remove {key}")
+                raise ValueError(f"{key}: causal rows always have `max_length` tokens, remove it")
         return data

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
-from jaxtrain.recipe.section import Section, is_off, refused_when_on
+from jaxtrain.recipe.section import Section, refused_when_on
 
 HAS_NO_COUNTERPART = "belongs to DeepSpeed's engine"
 OFFLOAD = {
     "XLA moves the arrays": """
         pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read pipeline_write
-        fast_init super_offload cpuadam_cores_perc"""
+        fast_init super_offload convert_grad_on_cpu cpuadam_cores_perc"""
 }
 BF16 = {
     "see `on_nonfinite`": """
@@ -20,7 +20,8 @@ BF16 = {
 NO_EFFECT: dict[str, dict[str, str]] = {
     "": {
         "collectives carry the array's dtype": """
-            communication_data_type seq_parallel_communication_data_type""",
+            communication_data_type seq_parallel_communication_data_type
+            seq_parallel_comm_data_type""",
         "gradients are summed in fp32 and divided once": """
             prescale_gradients gradient_predivide_factor""",
         "see `wandb`": "wandb csv_monitor comet",
@@ -41,14 +42,17 @@ NO_EFFECT: dict[str, dict[str, str]] = {
             stage3_param_persistence_threshold stage3_model_persistence_threshold
             stage3_max_live_parameters stage3_max_reuse_distance
             stage3_use_all_reduce_for_fetch_params stage3_module_granularity_threshold
-            stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
+            stage3_allgather_sequential stage3_partition_stream_chunk_size
+            stage3_gather_16bit_weights_on_model_save
             stage3_gather_fp16_weights_on_model_save""",
         HAS_NO_COUNTERPART: """
             elastic_checkpoint load_from_fp32_weights leaf_module prefetch_bucket_size
             param_persistence_threshold model_persistence_threshold max_live_parameters
             max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
+            use_all_reduce_for_fetch_params allgather_sequential partition_stream_chunk_size
             ignore_unused_parameters legacy_stage1 override_module_apply log_trace_cache_warnings
-            cpu_offload_use_pin_memory enable_sanity_checks zero_hpz_partition_size_auto""",
+            cpu_offload_use_pin_memory enable_sanity_checks mics_hierarchical_params_gather
+            pipeline_loading_checkpoint save_muon_momentum_buffer_in_memory""",
     },
     "zero_optimization.offload_optimizer": OFFLOAD,
     "zero_optimization.offload_param": OFFLOAD,
@@ -62,11 +66,25 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     "fp16": {
         "only fp16 has a loss scaler": """
             loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-            min_loss_scale auto_cast fp16_master_weights_and_grads"""
+            min_loss_scale auto_cast fused_mode fp16_master_weights_and_grads"""
     },
     "tensorboard": {"see `tensorboard`": "output_path job_name"},
 }
 """Section of the block → why keys of it change nothing here → those keys."""
+
+
+class DeepSpeedSection(Section):
+    """A part of the block, in which a text `auto` counts as not written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_not_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if v != "auto" or k not in cls.model_fields}
+
+
+_SHARDS_IN_A_GROUP = "use `mesh.fsdp` to shard inside a group"
 _CHANGES_RESULT = refused_when_on("is not supported: it would change the result")
 
 
@@ -74,7 +92,7 @@ def _keys(section: str, **more: Any) -> Any:
     """A base with the keys of a section that change nothing, and others by (type, default)."""
     names = " ".join(NO_EFFECT[section].values()).split()
     fields: dict[str, Any] = dict.fromkeys(names, (Any, None)) | more
-    return create_model(f"{section}Keys", __base__=Section, __module__=__name__, **fields)
+    return create_model(f"{section}Keys", __base__=DeepSpeedSection, __module__=__name__, **fields)
 
 
 def _refused(names: str, why: BeforeValidator) -> dict[str, Any]:
@@ -113,25 +131,17 @@ class ZeroConfig(
     offload_param: OffloadConfig | None = None
     cpu_offload: bool | None = None
     """Older spelling of `offload_optimizer.device: cpu`."""
-    zero_hpz_partition_size: int = 1
-    mics_shard_size: int = -1
-
-    @model_validator(mode="after")
-    def _groups_are_a_mesh_axis(self) -> "ZeroConfig":
-        for key, found, off in (
-            ("zero_hpz_partition_size", self.zero_hpz_partition_size, 1),
-            ("mics_shard_size", self.mics_shard_size, -1),
-        ):
-            if found != off:
-                raise ValueError(f"{key}: use `mesh.fsdp` to shard inside a group, found {found}")
-        return self
+    cpu_offload_param: bool | None = None
+    """Older spelling of `offload_param.device: cpu`."""
+    zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
+    mics_shard_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, -1)] = None
 
 
 class EnabledConfig(_keys("bf16")):
     enabled: bool | None = None
 
 
-class FP16Config(Section):
+class FP16Config(DeepSpeedSection):
     enabled: bool | None = None
     loss_scale: float = Field(default=0, ge=0)
     """0 is dynamic."""
@@ -141,6 +151,7 @@ class FP16Config(Section):
     consecutive_hysteresis: bool = False
     min_loss_scale: float = Field(default=1, gt=0)
     auto_cast: bool | None = None
+    fused_mode: bool | None = None
     fp16_master_weights_and_grads: bool | None = None
 
 
@@ -148,11 +159,11 @@ class ActivationConfig(_keys("activation_checkpointing")):
     cpu_checkpointing: bool = False
 
 
-class DataTypesConfig(Section):
+class DataTypesConfig(DeepSpeedSection):
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
 
-class TensorParallelConfig(Section):
+class TensorParallelConfig(DeepSpeedSection):
     autotp_size: int = Field(default=0, ge=0)
 
 
@@ -173,7 +184,7 @@ class DeepSpeedConfig(
         **_refused("scheduler", refused_when_on("write it under `scheduler:`")),
     )
 ):
-    """Settings of DeepSpeed, mapped key by key; a text `auto` counts as not written."""
+    """Settings of DeepSpeed, mapped key by key."""
 
     zero_optimization: ZeroConfig | None = None
     gradient_clipping: float | None = Field(default=None, ge=0)
@@ -189,31 +200,8 @@ class DeepSpeedConfig(
     activation_checkpointing: ActivationConfig | None = None
     tensorboard: MonitorConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _auto_is_not_written(cls, values: Any) -> Any:
-        return _without_auto(values)
-
     @property
     def zero_stage(self) -> int:
-        """What `mesh.data` splits besides rows; see `ZeroConfig.stage`."""
-        return self.zero_optimization.stage if self.zero_optimization else 0
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        zero = self.zero_optimization
-        if zero is None:
-            return False
-        offload = zero.offload_optimizer
-        return bool(zero.cpu_offload or (offload and not is_off(offload.device)))
-
-    @property
-    def offloads_parameters(self) -> bool:
-        zero = self.zero_optimization
-        return bool(zero and zero.offload_param and not is_off(zero.offload_param.device))
-
-
-def _without_auto(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+        """What `mesh.data` splits besides rows, see `ZeroConfig.stage`; 2 without the section, as
+        upstream."""
+        return 2 if self.zero_optimization is None else self.zero_optimization.stage

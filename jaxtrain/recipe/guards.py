@@ -1,10 +1,12 @@
 """The sections that watch a run, and end, average or sample it."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
-from jaxtrain.recipe.section import Section
+from jaxtrain.recipe.errors import shown
+from jaxtrain.recipe.section import Section, input_path
 
 Direction = Literal["min", "max"]
 _DIRECTIONS: dict[str, Direction] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
@@ -45,11 +47,26 @@ class EmaConfig(Section):
     """Evaluate and export the average, not the raw weights."""
 
 
+def _lines(value: Any, info: ValidationInfo) -> Any:
+    """The lines of a file that are not empty, in place of its name."""
+    if not isinstance(value, str):
+        return value
+    file = Path(input_path(value, info))
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        raise ValueError(f"must be a list or a text file, found {shown(value)}") from None
+
+
 class SamplesConfig(Section):
     """Answers generated at evaluations."""
 
-    prompts: tuple[str, ...] = Field(min_length=1)
-    """What the user says."""
+    prompts: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_lines),
+        WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
+    ] = Field(min_length=1)
+    """What the user says, or a file with a prompt a line."""
     system: str | None = None
     """System message before each of them."""
     max_new_tokens: int = Field(default=128, ge=1)

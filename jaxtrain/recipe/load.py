@@ -1,7 +1,7 @@
 """A recipe file as plain data, with the file and line of every value."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,24 @@ class Recipe(NamedTuple):
     places: dict[Key, Place]
     file: Path | None
     secrets: "Secrets" = {}
+    faults: tuple[Fault, ...] = ()
+    """of overrides"""
 
     def place(self, key: Key) -> Place | None:
         """Where a key, or the nearest section around it, was written."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
+
+    def key(self, dotted: str) -> Key:
+        """A dotted key, as it is written: one checkpoint entry need not be a list."""
+        parts = dotted.split(".")
+        if parts[0] == "checkpoint" and isinstance(self.tree.get("checkpoint"), dict):
+            parts = [part for part in parts if not part.isdigit()]
+        return tuple(int(part) if part.isdigit() else part for part in parts)
+
+    def placed(self, fault: Fault) -> Fault:
+        return fault._replace(place=self.place(self.key(fault.key)))
 
     @property
     def folder(self) -> Path:
@@ -72,19 +84,20 @@ _Loader.add_implicit_resolver(
 def read(file: Path) -> Recipe:
     """One recipe file as it is written; RecipeError names the line at fault."""
     try:
-        if not file.is_file():
-            what = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
-            raise RecipeError(f"{file}: {what}")
-        if file.stat().st_size > MAX_BYTES:
-            size = file.stat().st_size
-            raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
-        text = file.read_text(encoding="utf-8")
+        is_there, is_folder = file.is_file(), file.is_dir()
+        size = file.stat().st_size if is_there else 0
+        text = file.read_text(encoding="utf-8") if is_there and size <= MAX_BYTES else ""
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{shown(str(file))}: {error}") from None
+    if not is_there:
+        what = "is a folder, not a recipe file" if is_folder else "recipe not found"
+        raise RecipeError(f"{file}: {what}")
+    if size > MAX_BYTES:
+        raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
     places: dict[Key, Place] = {}
     tree = parse(text, str(file), places)
     if tree is None:
@@ -103,7 +116,9 @@ def parse(text: str, name: str, places: dict[Key, Place]) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
-        problem = error.problem or error.context
+        problem = error.problem or error.context or ""
+        if problem.startswith("but "):  # the other half says what was expected
+            problem = f"{error.context}, {problem}"
         raise RecipeError([Fault("", f"not YAML: {problem}", Place(name, line))]) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
@@ -171,3 +186,12 @@ class _Builder:
 def dotted(key: Key) -> str:
     """`a.0.b` for ("a", 0, "b")."""
     return ".".join(map(str, key))
+
+
+def mapped_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
+    """Plain data with `change(value, key)` in place of every value that is no map and no list."""
+    if isinstance(tree, dict):
+        return {str(k): mapped_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [mapped_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
+    return change(tree, key)

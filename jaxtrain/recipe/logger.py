@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from jaxtrain.recipe.section import Section
 
@@ -23,8 +23,8 @@ class LoggerConfig(Section):
     output_dir: Annotated[str | None, BeforeValidator(_no_folder)] = None
     """Folder of the log files; `run_dir` when left out."""
     level: Level | None = None
-    """What the terminal shows of the log, WARNING when left out; the environment variables
-    JAXTRAIN_LOG_LEVEL and AT_LOG_LEVEL go first. The log file has INFO in any case."""
+    """What the terminal shows of the log; the environment variable JAXTRAIN_LOG_LEVEL, AT_LOG_LEVEL
+    or WARNING when left out. The log file has INFO in any case."""
     print_output_ranks: Ranks = (0,)
     """Numbers of the processes that print; `*` is all."""
     file_output_ranks: Ranks = "*"
@@ -32,10 +32,9 @@ class LoggerConfig(Section):
 
     def written_level(self) -> tuple[str, str]:
         """Where the level is said, and the level, which only a variable can have wrong."""
-        for name in LEVEL_VARIABLES:
-            if level := os.environ.get(name):
-                return name, level.upper()
-        return "logger.level", self.level or "WARNING"
+        said = ((name, os.environ.get(name, "").upper()) for name in LEVEL_VARIABLES)
+        places = (("logger.level", self.level), *said, ("logger.level", "WARNING"))
+        return next((where, level) for where, level in places if level)
 
 
 def is_among(process: int, ranks: Ranks) -> bool:
@@ -67,10 +66,15 @@ class TensorboardConfig(Section):
     dir: str | None = None
     """`run_dir/tensorboard` when left out."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _a_word_is_enough(cls, value):
-        return {"enable": value} if isinstance(value, bool) else value
+
+def _switch(value: Any) -> Any:
+    return {"enable": value} if isinstance(value, bool) else value
+
+
+Tensorboard = Annotated[
+    TensorboardConfig, BeforeValidator(_switch, json_schema_input_type=TensorboardConfig | bool)
+]
+"""The section, or true or false."""
 
 
 class ProfileConfig(Section):

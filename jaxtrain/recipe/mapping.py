@@ -1,10 +1,11 @@
 """Keys of the shared format that are honoured under another key: each is carried over, once."""
 
-from functools import reduce
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
 from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.not_built import values_at
 from jaxtrain.recipe.trainer import TrainerConfig
 
 CARRIED = (
@@ -39,15 +40,15 @@ class Mapped(NamedTuple):
     faults: tuple[Fault, ...]
 
 
-def mapped(config: TrainerConfig) -> Mapped:
+def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
     """Carry every shared key over to the key that is read; a Fault where both say different
-    things."""
+    things, and neither is faulty in itself."""
     origins: dict[str, str] = {}
     faults: list[Fault] = []
     original = config
     for source, target in CARRIED:
         value = value_at(original, source)
-        if value is None or (not value and source in OFF_AT_ZERO):
+        if value is None or target in faulty or (not value and source in OFF_AT_ZERO):
             continue
         if is_written(original, target) and value_at(original, target) != value:
             found = shown(value_at(original, target))
@@ -57,7 +58,7 @@ def mapped(config: TrainerConfig) -> Mapped:
         config = replaced(config, target, value)
     for source, target in COMPUTED:
         value, computed = value_at(config, source), value_at(config, target)
-        if value is not None and value != computed:
+        if value is not None and value != computed and target not in faulty:
             what = f"{shown(value)} is not the {shown(computed)} of {target}; write it there only"
             faults.append(Fault(source, what))
     return Mapped(config, origins, tuple(faults))
@@ -65,10 +66,9 @@ def mapped(config: TrainerConfig) -> Mapped:
 
 def without_carried(config: TrainerConfig) -> TrainerConfig:
     """`config` with each setting said once, so that its dump can be changed and run again."""
-    stage = config.deepspeed.zero_stage
     block = DeepSpeedConfig(
         train_batch_size=config.deepspeed.train_batch_size,
-        zero_optimization=ZeroConfig(stage=stage) if stage else None,
+        zero_optimization=ZeroConfig(stage=config.deepspeed.zero_stage),
     )
     # `base` has been laid under, and `name` is the type.
     consumed = ("sequence_parallel_size", "expert_parallel_size", "name", "base")
@@ -77,8 +77,7 @@ def without_carried(config: TrainerConfig) -> TrainerConfig:
 
 def value_at(config: Any, key: str) -> Any:
     """The value of a dotted key; None below a section that was left out."""
-    get = lambda part, name: None if part is None else getattr(part, name, None)
-    return reduce(get, key.split("."), config)
+    return next((value for _, value in values_at(config, key.split("."))), None)
 
 
 def is_written(config: Any, key: str) -> bool:

@@ -1,13 +1,13 @@
 """What pydantic finds wrong with a section, in words and under the key at fault."""
 
 import re
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from jaxtrain.recipe.errors import did_you_mean, shown
 from jaxtrain.recipe.load import Key
+from jaxtrain.recipe.section import sections_in, spellings
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MOST_KEYS = 10  # of a section, that a message lists
@@ -16,18 +16,25 @@ KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
 
 
 def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, what) of each fault in a section of that class."""
-    found = []
+    """(key, what) of each fault in a section of that class; one a key."""
+    found: dict[Key, str] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if not _is_branch(part))
         what = _message(detail, cls)
         if detail["type"] == "value_error" and (match := KEY_FIRST.fullmatch(what)):
             # A validator of a section that begins with a key means that key.
             name, *rest = match[1].split(".")
-            if name in known_keys(cls, loc):
+            written = detail["input"] if isinstance(detail["input"], dict) else ()
+            if name in known_keys(cls, loc) or name in written:
                 loc, what = (*loc, name, *rest), match[2]
-        found.append((loc, what))
-    return found
+        found[loc] = _either(found[loc], what) if loc in found else what
+    return [*found.items()]
+
+
+def _either(one: str, other: str) -> str:
+    """What is wrong with a value that is neither of two things: `must be a list or text, …`."""
+    (wanted, comma, found), (also, _, _) = one.partition(", found"), other.partition(", found")
+    return f"{wanted} or {also.removeprefix('must be ')}{comma}{found}" if comma else one
 
 
 def _is_branch(part: str | int) -> bool:
@@ -50,7 +57,7 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return f"must be one of {context['expected']}, found {shown(found)}"
+        return must_be_one_of(context["expected"], found)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"must be {_range(cls, detail)}, found {shown(found)}"
     wanted = {
@@ -63,6 +70,13 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
     if kind in wanted:
         return f"must be {wanted[kind]}, found {shown(found)}"
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+
+
+def must_be_one_of(expected: str, found: Any) -> str:
+    """`expected` as pydantic lists the words of a Literal."""
+    words = re.findall(r"'([^']*)'", expected)
+    one_of = "one of " * (len(words) > 1)
+    return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:
@@ -86,7 +100,7 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
     """The class of the section at `loc` below `cls`."""
     for part in loc:
         field = cls.model_fields.get(str(part))
-        models = _models(field.annotation) if field else []
+        models = sections_in(field.annotation) if field else []
         if not models and not isinstance(part, int) and not _is_branch(part):
             return None
         cls = models[0] if models else cls
@@ -95,28 +109,12 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
 
 def full_name(section: type[BaseModel], name: str) -> str | None:
     """The key that `name` is a shorter spelling of."""
-    for full, field in section.model_fields.items():
-        if name in getattr(field.validation_alias, "choices", ()):
-            return full
-    return None
+    fields = section.model_fields.items()
+    return next((full for full, field in fields if name in spellings(field)), None)
 
 
 def known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc` below `cls`, in all their spellings."""
     section = section_at(cls, loc)
-    if section is None:
-        return []
-    aliases = [
-        str(choice)
-        for field in section.model_fields.values()
-        for choice in getattr(field.validation_alias, "choices", ())
-    ]
-    return [*dict.fromkeys([*section.model_fields, *aliases])]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, tuple, list):
-        return [m for a in get_args(annotation) for m in _models(a)]
-    return []
+    fields = section.model_fields if section else {}
+    return [*dict.fromkeys([*fields, *(n for f in fields.values() for n in spellings(f))])]

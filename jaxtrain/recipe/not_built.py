@@ -62,7 +62,10 @@ TABLE = (
         other_than("none"),
         "use zero_optimization.stage: 3 on more devices",
     ),
-    NotBuilt("deepspeed.zero_optimization.cpu_offload", is_set, "use zero_optimization.stage: 3"),
+    *(
+        NotBuilt(f"deepspeed.zero_optimization.{key}", is_set, "use zero_optimization.stage: 3")
+        for key in ("cpu_offload", "cpu_offload_param")
+    ),
     NotBuilt("deepspeed.data_types.grad_accum_dtype", other_than("fp32"), "use fp32"),
 )
 

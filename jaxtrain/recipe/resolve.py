@@ -4,20 +4,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from jaxtrain import registry
 from jaxtrain.recipe.checks import CHECKS
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.data import DataConfig, source_from_text
+from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
-from jaxtrain.recipe.load import Key, Recipe
+from jaxtrain.recipe.load import Key, Recipe, dotted
 from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import known_keys, said
 from jaxtrain.recipe.not_built import not_built
-from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.secrets import hidden, written_out
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -25,6 +25,10 @@ SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
 DATA_SECTIONS = ("data", "model", "tokenizer")
 """What preparing rows reads of a recipe."""
+
+PASSES = 4
+"""Times that a section is read, each without what was found faulty before, so that the checks
+across keys are asked of the rest."""
 
 TRAINER_KEYS = ("type", "name", "code", "base")
 """Keys whose meaning does not hang on the trainer."""
@@ -64,7 +68,13 @@ def resolve(
     """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
     be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
+    private = {k: v for k, v in written_out(recipe.tree).items() if k not in recipe.secrets}
+    recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
+    resolver.notes += [
+        f"{dotted(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
+        for key, secret in private.items()
+    ]
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
     faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))
@@ -99,7 +109,7 @@ class _Resolver:
         self.recipe = recipe
         self.only_data = only_data
         self.tree = dict(recipe.tree)
-        self.faults: list[Fault] = []
+        self.faults = [*recipe.faults]
         self.notes: list[str] = []
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
@@ -116,8 +126,7 @@ class _Resolver:
                 ]
             else:
                 self.tree[section] = self.typed(section, trainer, value, (section,))
-        self.notes += registry.notes("trainer", trainer)
-        config = self.whole(registry.config_class("trainer", trainer))
+        config = self.validated("trainer", trainer, self.tree, ())
         return None if config is None else self.settled(config)
 
     def trainer_name(self) -> str | None:
@@ -127,18 +136,22 @@ class _Resolver:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
-        code = load_code(self.recipe, name)
-        if code.fault:
-            self.fault(("code",), code.fault)
-        if code.file:
-            self.tree["code"] = str(code.file)
+        file, has_failed = None, False
+        try:
+            file = load_code(self.recipe, name)
+        except RecipeError as error:
+            self.faults += error.faults
+            has_failed = True
+        if file:
+            self.tree["code"] = str(file)
             if "code" not in self.recipe.tree:
-                self.notes.append(f"code: {code.file} was run, for a type that is not built in")
+                self.notes.append(f"code: {file} was run, for a type that is not built in")
         known = registry.names("trainer")
         if isinstance(name, str) and registry.canonical("trainer", name) in known:
             return registry.canonical("trainer", name)
-        what = registry.unknown("trainer", str(name), known)
-        self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
+        if not has_failed:  # what the code would have registered is not known
+            what = registry.unknown("trainer", str(name), known)
+            self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
 
     def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
@@ -166,7 +179,7 @@ class _Resolver:
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(section, name, {**value, "type": name}, key)
+        return self.validated(section, name, {**value, "type": name}, key) or stand_in
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
@@ -200,34 +213,38 @@ class _Resolver:
         if name not in (known := registry.names("data_source")):
             self.fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
-        return self.validated("data_source", name, {"split": split, **item, "type": name}, key)
+        given = {"split": split, **item, "type": name}
+        return self.validated("data_source", name, given, key) or DataSourceConfig.model_construct()
 
     def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
+        """The section, of what is sound in `value` once its faults are noted; None when that lacks
+        a key."""
         cls = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
-        try:
-            return cls.model_validate(value, context=self.context)
-        except ValidationError as error:
-            self.note(error, cls, key, kind, name)
-            return cls.model_construct()  # stands in until all faults are known
-
-    def whole(self, cls: type[TrainerConfig]) -> TrainerConfig | None:
-        """The trainer's own keys, on top of sections that have been validated."""
-        tree = dict(self.tree)
-        # Once more without the faulty keys, so that the checks across keys are asked.
-        for _ in range(2):
+        found: list[tuple[Key, str]] = []
+        for _ in range(PASSES):
             try:
-                return cls.model_validate(tree, context=self.context)
+                return cls.model_validate(value, context=self.context)
             except ValidationError as error:
-                self.note(error, cls, (), "trainer", str(self.tree["type"]))
-                for detail in error.errors():
-                    tree.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
+                faults = said(error, cls)
+            for loc, what in faults:
+                if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
+                    continue  # as the faulty key may be to blame
+                if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
+                    what += owner(str(loc[0]), kind, name)
+                self.fault((*key, *loc), what)
+            found += faults
+            value = _without(value, {loc for loc, _ in found})
         return None
 
     def settled(self, config: TrainerConfig) -> TrainerConfig:
         """Shared keys carried over, and every check across keys whose own keys are sound."""
-        faulty = {fault.key.split(".")[0] for fault in self.faults}
-        carried = mapped(config)
+        keys = {fault.key for fault in self.faults}
+        faulty = {key.split(".")[0] for key in keys}
+        zero = config.deepspeed.zero_optimization
+        if zero is not None and "stage" not in zero.model_fields_set:
+            self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
+        carried = mapped(config, keys)
         found = list(carried.faults)
         for needs, check in CHECKS:
             if not faulty & set(needs):
@@ -237,35 +254,29 @@ class _Resolver:
                 self.notes.append(f"a run is refused: {fault}")
             else:
                 found.append(fault)
-        self.faults += [
-            fault._replace(place=self.recipe.place(self.key(fault.key)))
-            for fault in found
-            if fault.key.split(".")[0] not in faulty or fault not in self.faults
-        ]
+        self.faults += map(self.recipe.placed, found)
         config = without_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
 
-    def note(
-        self, error: ValidationError, cls: type[BaseModel], key: Key, kind: str, name: str
-    ) -> None:
-        for loc, what in said(error, cls):
-            if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
-                what += owner(str(loc[0]), kind, name)
-            self.fault((*key, *loc), what)
-
     def fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
 
-    def key(self, dotted: str) -> Key:
-        """A dotted key, as it is written: one checkpoint entry need not be a list."""
-        parts = dotted.split(".")
-        if parts[0] == "checkpoint" and isinstance(self.recipe.tree.get("checkpoint"), dict):
-            parts = [part for part in parts if not part.isdigit()]
-        return tuple(int(part) if part.isdigit() else part for part in parts)
-
     def private(self, fault: Fault) -> Fault:
-        return fault._replace(what=hidden(fault.what, self.recipe.secrets, self.key(fault.key)))
+        return fault._replace(
+            what=hidden(fault.what, self.recipe.secrets, self.recipe.key(fault.key))
+        )
+
+
+def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
+    """Plain data without its faulty parts."""
+    if isinstance(value, dict):
+        items = {name: _without(v, faulty, (*key, name)) for name, v in value.items()}
+        return {name: item for name, item in items.items() if (*key, name) not in faulty}
+    if isinstance(value, list):
+        items = [_without(v, faulty, (*key, i)) for i, v in enumerate(value)]
+        return [item for i, item in enumerate(items) if (*key, i) not in faulty]
+    return value
 
 
 def owner(key: str, kind: str, name: str) -> str:
@@ -284,31 +295,26 @@ def keys_of(kind: str, name: str) -> list[str]:
     return known_keys(registry.config_class(kind, name), ())
 
 
-class Code(NamedTuple):
-    """The user's file that was run, or why there is none."""
-
-    file: Path | None = None
-    fault: str = ""
-
-
-def load_code(recipe: Recipe, trainer: Any = "sft") -> Code:
-    """Run the file that the recipe names, or the `train.py` beside it when a type is not known."""
+def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
+    """Run the file that the recipe names, or the `train.py` beside it when a type is not known.
+    RecipeError when it fails, or is not there."""
     written = recipe.tree.get("code")
     unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
-        return Code()
+        return None
     folders = (recipe.folder, Path.cwd())
     try:
         candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
         file = next((file for file in candidates if file.is_file()), None)
     except (OSError, ValueError):  # text that no file could be called
         file = None
-    if file is None and written is not None:
-        looked = f"looked in {folders[0]} and {folders[1]}"
-        return Code(fault=f"no such file: {written!r} ({looked})")
     if file is not None:
         run_user_code(file)
-    return Code(file)
+    elif written is not None:
+        looked = " and ".join(dict.fromkeys(map(str, folders)))
+        fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
+        raise RecipeError([recipe.placed(fault)])
+    return file
 
 
 def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.load import dotted
+from jaxtrain.recipe.messages import said
 from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
 
 
@@ -72,7 +73,7 @@ WITH_FLOOR = ("linear", "cosine", "polynomial", "warmup_stable_decay")
 
 
 class SchedulerConfig(TypedSection):
-    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`")] = Field(
+    learning_rate: Annotated[Any, refused_when_on("use `optimizer.learning_rate`", None)] = Field(
         default=None, validation_alias=AliasChoices("learning_rate", "lr"), exclude=True
     )
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -119,17 +120,14 @@ class HFSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_name(self) -> "HFSchedulerConfig":
-        kwargs, known = self.scheduler_specific_kwargs, SHAPES[self.name].model_fields
-        for key in kwargs:
-            if key not in known:
-                raise ValueError(
-                    f"scheduler_specific_kwargs.{key}: unknown key of {self.name!r}"
-                    f"{did_you_mean(key, known)} (known: {', '.join(known) or 'none'})"
-                )
         try:
             shape = self.shape
         except ValidationError as error:
-            raise ValueError(_said(error)) from None
+            (loc, what), *_ = said(error, SHAPES[self.name])
+            if what.startswith("unknown key"):
+                known = ", ".join(SHAPES[self.name].model_fields) or "none"
+                what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
+            raise ValueError(f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}") from None
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
             raise ValueError(
                 f"min_lr_ratio has no meaning for {self.name!r}; use one of {', '.join(WITH_FLOOR)}"
@@ -148,16 +146,6 @@ class HFSchedulerConfig(SchedulerConfig):
         return 0 if self.name == "constant" else super().warmup_updates(horizon)
 
 
-def _said(error: ValidationError) -> str:
-    """One line for what is wrong in `scheduler_specific_kwargs`."""
-    return "; ".join(
-        ".".join(("scheduler_specific_kwargs", *map(str, detail["loc"])))
-        + f": {detail['msg'].removeprefix('Value error, ').lower()}"
-        + (f", found {shown(detail['input'])}" if detail["type"] != "missing" else "")
-        for detail in error.errors()
-    )
-
-
 class WSDSchedulerConfig(SchedulerConfig):
     """Warm up, stay, decay linearly, with the lengths written out."""
 
@@ -168,8 +156,9 @@ class WSDSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _warmup_is_written_out(self) -> "WSDSchedulerConfig":
-        if self.warmup_steps is not None or self.warmup_ratio is not None:
-            raise ValueError("warmup is num_warmup_steps here; remove the other warmup key")
+        for key in ("warmup_steps", "warmup_ratio"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: the warm-up is num_warmup_steps here, remove it")
         return self
 
     def warmup_updates(self, horizon: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -14,7 +14,7 @@ from jaxtrain.recipe.deepspeed import DeepSpeedConfig
 from jaxtrain.recipe.errors import shown
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import SOURCES, load_code
-from jaxtrain.recipe.section import TypedSection, why_refused
+from jaxtrain.recipe.section import TypedSection, sections_in, spellings, why_refused
 from jaxtrain.recipe.standing import CHOICES, standing
 
 HEADER = "# yaml-language-server: $schema=jaxtrain.schema.json"
@@ -145,13 +145,9 @@ def _section_schema(kind: str, name: str, definitions: dict[str, Any]) -> dict[s
     aliases = [a for (k, a), target in registry.ALIASES.items() if (k, target) == (kind, name)]
     schema["properties"]["type"] = {"enum": [name, *aliases]}
     for field in cls.model_fields.values():
-        for other in _spellings(field):
+        for other in spellings(field):
             schema["properties"].setdefault(other, {"description": field.description or ""})
     return schema
-
-
-def _spellings(field: FieldInfo) -> list[str]:
-    return [str(choice) for choice in getattr(field.validation_alias, "choices", ())]
 
 
 def _with_sections(schema: dict[str, Any], trainer: str) -> None:
@@ -198,38 +194,29 @@ def _rows(cls: type[BaseModel], level: str) -> str:
         said = " ".join((field.description or "").split())
         if found.standing == "no effect":
             said = f"No effect: {found.reason}."
-        names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *_spellings(field))))
+        names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
         filled = not level and name in registry.SECTIONS and name not in ("model", "data")
         cells = (names, _type(field.annotation), "" if filled else _default(field), said)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 
+WORDS = {Any: "any", type(None): "null", str: "text", bool: "true, false"}
+
+
 def _type(annotation: Any) -> str:
     """A type as a person reads it."""
-    args = getattr(annotation, "__args__", None)
-    if annotation is Any:
-        return "any"
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and not args:
-        is_section = issubclass(annotation, BaseModel)
-        return (
-            "map"
-            if is_section
-            else {"str": "text", "bool": "true, false"}.get(
-                annotation.__name__, annotation.__name__
-            )
-        )
-    name = getattr(getattr(annotation, "__origin__", annotation), "__name__", str(annotation))
-    if "Literal" in str(getattr(annotation, "__origin__", "")):
-        return ", ".join(f"`{shown(a) if isinstance(a, bool) else a}`" for a in args or ())
-    inner = [_type(a) for a in args or () if a not in (Ellipsis, type(None))]
-    if name in ("tuple", "list"):
-        return f"list of {inner[0]}" if inner else "list"
-    if name == "dict":
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(args[0])
+    if origin is Literal:
+        return ", ".join(f"`{shown(a) if isinstance(a, bool) else a}`" for a in args)
+    if origin in (tuple, list):
+        return f"list of {_type(args[0])}"
+    if origin is dict or sections_in(annotation) == [annotation]:
         return "map"
-    return " or ".join(dict.fromkeys(inner)) or name
+    inner = [_type(a) for a in args if a is not type(None)]
+    return " or ".join(dict.fromkeys(inner)) or WORDS.get(annotation) or annotation.__name__
 
 
 def _default(field: FieldInfo) -> str:
@@ -239,10 +226,3 @@ def _default(field: FieldInfo) -> str:
     if value is None or isinstance(value, BaseModel):
         return ""
     return f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for a in getattr(annotation, "__args__", ()) for m in sections_in(a)]

@@ -1,11 +1,31 @@
-"""Values of environment variables never leave the process: not in messages, not in files."""
+"""Values of environment variables, and of keys that say they are secret, never leave the process:
+not in messages, not in files."""
 
+import re
 from typing import Any
 
-from jaxtrain.recipe.load import Key, Secrets
+from jaxtrain.recipe.load import Key, Secret, Secrets, mapped_leaves
+
+PRIVATE = re.compile(
+    r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
+)
+"""Names of keys whose value nobody else should read."""
 
 SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 LONG = 8  # characters from which a value is looked for in text that is not its own
+
+
+def written_out(tree: Any) -> dict[Key, Secret]:
+    """The secrets that a recipe holds itself; where they are saved, a variable stands instead."""
+    found: dict[Key, Secret] = {}
+
+    def note(value: Any, key: Key) -> None:
+        name, is_text = str(key[-1]), isinstance(value, str | int) and not isinstance(value, bool)
+        if is_text and value and PRIVATE.fullmatch(name.lower()):
+            found[key] = Secret(f"${{env:{name.upper()}}}", (str(value),))
+
+    mapped_leaves(tree, note)
+    return found
 
 
 def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
@@ -22,7 +42,12 @@ def restored(tree: Any, secrets: Secrets) -> Any:
     """Plain data in which each value that came from the environment is written as it was."""
     for key, secret in secrets.items():
         tree = _put(tree, key, secret.written)
-    return _map_text(tree, secrets)
+    return mapped_leaves(
+        tree,
+        lambda value, _: (
+            hidden(value, secrets) if isinstance(value, str) and "${env:" not in value else value
+        ),
+    )
 
 
 def _without(text: str, value: str) -> str:
@@ -49,11 +74,3 @@ def _put(tree: Any, key: Key, value: Any) -> Any:
     if isinstance(tree, list):
         return [_put(v, rest, value) if i == name else v for i, v in enumerate(tree)]
     return tree
-
-
-def _map_text(tree: Any, secrets: Secrets) -> Any:
-    if isinstance(tree, dict):
-        return {name: _map_text(value, secrets) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map_text(value, secrets) for value in tree]
-    return hidden(tree, secrets) if isinstance(tree, str) and "${env:" not in tree else tree

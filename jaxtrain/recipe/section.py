@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from jaxtrain.recipe.errors import shown
@@ -99,7 +106,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         validate_default=False,
+        defer_build=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        if not cls.__module__.startswith("jaxtrain."):  # a mistake of the user has its line now
+            cls.model_rebuild(raise_errors=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -115,17 +128,31 @@ class TypedSection(Section):
     """Registered name; the trainer's first allowed one when left out."""
 
 
-def _input_path(value: Any, info: ValidationInfo) -> Any:
+def expanded(path: str) -> Path:
+    """With a leading `~` as the folder that it means, if it means one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
+def is_there(path: str) -> bool:
+    """Is there a file or folder? Text that none could be called is answered too."""
+    try:
+        return expanded(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def input_path(value: Any, info: ValidationInfo) -> Any:
     """Absolute if it exists beside the recipe or in the current directory; else as written."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
     folders = [folder for folder in (context.get("folder"), Path.cwd()) if folder is not None]
-    try:
-        written = Path(value).expanduser()
-        there = [folder / written for folder in folders if (folder / written).exists()]
-    except (OSError, ValueError, RuntimeError):  # text that no file could be called
-        return value
+    there = [
+        path for path in (folder / expanded(value) for folder in folders) if is_there(str(path))
+    ]
     found = list(dict.fromkeys(file.resolve() for file in there))
     if not found:
         return value
@@ -134,7 +161,7 @@ def _input_path(value: Any, info: ValidationInfo) -> Any:
     return str(found[0])
 
 
-InputPath = Annotated[str, BeforeValidator(_input_path)]
+InputPath = Annotated[str, BeforeValidator(input_path)]
 """A file or folder that is read: looked up beside the recipe, then in the current directory."""
 
 
@@ -152,8 +179,16 @@ def _dtype(value: Any) -> Any:
     return DTYPES[name]
 
 
-DType = Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
-WideDType = Annotated[Literal["bfloat16", "float32"], BeforeValidator(_dtype)]
+def _by_all_names(*dtypes: str) -> tuple[BeforeValidator, WithJsonSchema]:
+    names = [name for name, dtype in DTYPES.items() if dtype in dtypes]
+    schema = {"enum": [*names, *(f"torch.{name}" for name in names)]}
+    return BeforeValidator(_dtype), WithJsonSchema(schema)
+
+
+DType = Annotated[
+    Literal["bfloat16", "float16", "float32"], *_by_all_names("bfloat16", "float16", "float32")
+]
+WideDType = Annotated[Literal["bfloat16", "float32"], *_by_all_names("bfloat16", "float32")]
 """For squares of gradients, which are 0 in float16."""
 
 
@@ -165,13 +200,13 @@ def is_off(value: Any) -> bool:
     return value in (None, False, 0, "", "none", "auto", [], {})
 
 
-def refused_when_on(why: str) -> BeforeValidator:
-    """For a key that may only say what would happen without it."""
-    return BeforeValidator(partial(_refuse_when_on, why))
+def refused_when_on(why: str, *off: Any) -> BeforeValidator:
+    """For a key that may only say what would happen without it: one of `off`, or nothing."""
+    return BeforeValidator(partial(_refuse_when_on, why, off))
 
 
-def _refuse_when_on(why: str, value: Any) -> None:
-    if not is_off(value):
+def _refuse_when_on(why: str, off: tuple[Any, ...], value: Any) -> None:
+    if value not in off if off else not is_off(value):
         raise ValueError(f"{why}, found {shown(value)}")
 
 
@@ -180,3 +215,15 @@ def why_refused(field: FieldInfo) -> str | None:
     calls = [getattr(validator, "func", None) for validator in field.metadata]
     found = [c for c in calls if isinstance(c, partial) and c.func is _refuse_when_on]
     return found[0].args[0] if found else None
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in getattr(annotation, "__args__", ()) for m in sections_in(a)]
+
+
+def spellings(field: FieldInfo) -> list[str]:
+    """Every name of a key that has several."""
+    return [str(choice) for choice in getattr(field.validation_alias, "choices", ())]

@@ -1,12 +1,14 @@
 """What each key of the shared format becomes here: tables, and the report made from them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
 from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.peft import PeftConfig
+from jaxtrain.recipe.section import is_off, why_refused
 
 Standing = Literal["same", "mapped", "no effect", "refused", "own"]
 
@@ -27,6 +29,7 @@ MAPPED = {
     "deepspeed.zero_optimization.offload_optimizer": "where optimizer state lives",
     "deepspeed.zero_optimization.offload_param": "where parameters live",
     "deepspeed.zero_optimization.cpu_offload": "older spelling of offload_optimizer.device: cpu",
+    "deepspeed.zero_optimization.cpu_offload_param": "older spelling of offload_param.device: cpu",
     "deepspeed.gradient_clipping": "max_grad_norm",
     "deepspeed.train_batch_size": "compared with micro_batch_size x accumulation x batch shards",
     "deepspeed.train_micro_batch_size_per_gpu": "compared with micro_batch_size",
@@ -109,11 +112,91 @@ _OWN = {
 }
 OWN = {f"{section}.{name}".lstrip(".") for section, names in _OWN.items() for name in names.split()}
 """Keys that only this package has."""
+OFF = {
+    f"{section}.{name}"
+    for section, cls in (
+        ("deepspeed", deepspeed.DeepSpeedConfig),
+        ("deepspeed.zero_optimization", deepspeed.ZeroConfig),
+        ("deepspeed.zero_optimization.offload_optimizer", deepspeed.OffloadConfig),
+        ("deepspeed.zero_optimization.offload_param", deepspeed.OffloadConfig),
+        ("model.peft_config", PeftConfig),
+    )
+    for name, field in cls.model_fields.items()
+    if why_refused(field)
+}
+"""Keys that may only be off."""
 SHARED_SECTIONS = (
     "model", "model.peft_config", "tokenizer", "data", "optimizer", "scheduler", "checkpoint",
     "logger", "wandb",
 )  # fmt: skip
 SPELLINGS = {"lr": "learning_rate"}
+
+
+class Idle(NamedTuple):
+    """Keys that change nothing beside what else is written."""
+
+    keys: frozenset[str]
+    is_idle: Callable[[dict[str, Any], dict[str, Any]], bool]
+    """of the section around the keys, and the recipe"""
+    why: str
+
+
+def _idle(section: str, names: str, is_idle: Callable[[Any, Any], bool], why: str) -> Idle:
+    return Idle(frozenset(f"{section}.{n}".lstrip(".") for n in names.split()), is_idle, why)
+
+
+def _without(*names: str) -> Callable[[dict[str, Any], Any], bool]:
+    return lambda section, tree: all(is_off(section.get(name)) for name in names)
+
+
+def _evaluates_nothing(section: Any, tree: dict[str, Any]) -> bool:
+    data = tree.get("data")
+    split = data.get("train_eval_split") if isinstance(data, dict) else None
+    held_out = isinstance(split, list) and not is_off(split[-1:]) and split[-1] != 0
+    return isinstance(data, dict) and is_off(data.get("eval_sources")) and not held_out
+
+
+def _masks_nothing(section: dict[str, Any], tree: Any) -> bool:
+    return section.get("mask_inputs") is False
+
+
+def _is_not_causal(section: Any, tree: dict[str, Any]) -> bool:
+    trainer = str(tree.get("type") or tree.get("name") or "sft")
+    return trainer != "causal" and registry.is_built_in("trainer", trainer)
+
+
+IDLE = (
+    _idle("wandb", "entity project name id mode", _without("enable"),
+          "only `wandb.enable: true` would use it"),
+    _idle("tensorboard", "dir", lambda section, _: section.get("enable") is False,
+          "only `tensorboard.enable: true` would use it"),
+    _idle("", "mem_profiler_dir", _without("mem_profiler"),
+          "only `mem_profiler` would write there"),
+    _idle("", "eval_at_end eval_after_step max_eval_batches eval_log_iter_interval",
+          _evaluates_nothing, "there is no evaluation data"),
+    _idle("", "eval_after_step", _without("eval_interval", "eval_every_n_epochs"),
+          "no evaluation is periodic"),
+    _idle("eval_samples", "top_p", _without("temperature"),
+          "temperature 0 takes the likeliest token each time"),
+    _idle("tokenizer", "tokenize_kwargs", _is_not_causal, "only causal honours it, as upstream"),
+    _idle("data", "packing", _without("pack_samples"), "only `pack_samples: true` packs"),
+    _idle("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
+          "`overlong` says what happens to long rows"),
+    _idle("data", "completion_only ignore_empty_think", _masks_nothing,
+          "with `mask_inputs: false` every token is trained"),
+    _idle("data.sources", "sample_seed", _without("sample_ratio", "sample_count"),
+          "no sample is drawn"),
+    _idle("scheduler", "warmup_ratio warmup_steps",
+          lambda section, _: section.get("name") == "constant",
+          "`constant` has no warm-up, as upstream"),
+    _idle("checkpoint", "metric mode", _without("keep_best_n"), "only `keep_best_n` asks for it"),
+    _idle("checkpoint", "save_after_step", _without("save_every_n_steps", "save_every_n_epochs"),
+          "no save is periodic"),
+    _idle("pipeline", "schedule stages_per_device",
+          lambda _, tree: not isinstance(mesh := tree.get("mesh"), dict)
+          or mesh.get("pipeline", 1) in (1, "1"),
+          "only `mesh.pipeline` > 1 has stages"),
+)  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -158,9 +241,12 @@ def braced(keys: Iterable[str]) -> str:
 def standing(key: str, value: Any = None) -> Line:
     """The standing of a dotted key, with positions of lists left out."""
     if key in CHOICES and not isinstance(value, dict | list):
-        return Line(key, "mapped", CHOICES[key].get(value, ""))
+        whys = (why for choice, why in CHOICES[key].items() if str(choice) == str(value))
+        return Line(key, "mapped", next(whys, ""))
     if key in NO_EFFECT:
         return Line(key, "no effect", NO_EFFECT[key])
+    if key in OFF:
+        return Line(key, "no effect", "it is off, as without it")
     if key in OWN:
         return Line(key, "own")
     section = key.rpartition(".")[0]
@@ -175,11 +261,14 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     """What became of each written key; `faults` are what was refused."""
     wrong = {fault.key: fault.what for fault in faults}
     lines = []
-    for key, value in written_keys(tree):
+    for key, value, section in written_keys(tree):
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
         plain = plain.replace("eval_sources.", "sources.")
-        found = _by_value(plain, value, tree) or standing(plain, value)
         parts = key.split(".")
+        above = ".".join(parts[:-1])
+        if above and parts[-1] != "type" and f"{above}.type" in wrong:
+            continue  # which keys there are hangs on the type
+        found = _by_value(plain, value, section, tree) or standing(plain, value)
         around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         if refused := next((k for k in (*around, _respelled(key)) if k in wrong), None):
             lines.append(
@@ -190,54 +279,51 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     return Report(tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(notes)))
 
 
-def written_keys(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything written, down to the maps whose keys are the person's."""
+def written_keys(
+    value: Any, key: str = "", section: Any = None
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(dotted key, value, map around it) of everything written, down to the maps whose keys are the
+    person's."""
     if isinstance(value, dict) and (not key or _is_section(key)):
         for name, inner in value.items():
-            yield from written_keys(inner, f"{key}.{name}".lstrip("."))
+            yield from written_keys(inner, f"{key}.{name}".lstrip("."), value)
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for i, item in enumerate(value):
-            yield from written_keys(item, f"{key}.{i}")
+            yield from written_keys(item, f"{key}.{i}", section)
     else:
-        yield key, value
+        yield key, value, section or {}
 
 
 @cache
 def _is_section(key: str) -> bool:
     plain = [part for part in key.split(".") if not part.isdigit()]
     is_source = plain[:1] == ["data"] and plain[1:] in (["sources"], ["eval_sources"])
-    return ".".join(plain) in SHARED_SECTIONS or plain[0] == "deepspeed" or is_source
+    return (
+        ".".join(plain) in SHARED_SECTIONS
+        or plain[0] in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
+        or is_source
+    )
 
 
-def _by_value(key: str, value: Any, tree: dict[str, Any]) -> Line | None:
+def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any]) -> Line | None:
     """Standings that hang on what is written, not only on where."""
-    section, _, name = key.rpartition(".")
-    if name == "type" and section:
-        kind = "data_source" if "sources" in section else section
+    above, _, name = key.rpartition(".")
+    if name == "type" and above:
+        kind = "data_source" if "sources" in above else above
         target = registry.ALIASES.get((kind, str(value)))
         note = ALIAS_NOTES.get(str(value).removesuffix("_moe"), f"`{target}`")
         return Line(key, "mapped", note) if target else None
-    trainer = str(tree.get("type") or "sft")
-    if key == "tokenizer.tokenize_kwargs" and registry.is_built_in("trainer", trainer):
-        if trainer != "causal":
-            return Line(key, "no effect", f"only causal honours it, as upstream; this is {trainer}")
-    if section == "scheduler" and name.startswith("warmup"):
-        scheduler = tree["scheduler"]
-        if scheduler.get("name") == "constant":
-            return Line(key, "no effect", "`constant` has no warm-up, as upstream")
-    wandb = tree.get("wandb")
-    if section == "wandb" and isinstance(wandb, dict) and not wandb.get("enable"):
-        if name == "enable":
-            return None
-        return Line(key, "no effect", "only `wandb.enable: true` would use it")
-    if key == "mem_profiler_dir" and not tree.get("mem_profiler"):
-        return Line(key, "no effect", "only `mem_profiler` would write there")
-    if section == "logger" and name.endswith("_ranks") and isinstance(value, list):
+    if key.startswith("deepspeed.") and value == "auto":
+        return Line(key, "no effect", "`auto` counts as not written")
+    if above == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
             return Line(
                 key, "no effect", f"{shown(value)}: a rank is a process here, most runs have one"
             )
-    return None
+    if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
+        return Line(key, "no effect", "`enabled: false` turns the entry off")
+    whys = (idle.why for idle in IDLE if key in idle.keys and idle.is_idle(section, tree))
+    return next((Line(key, "no effect", why) for why in whys), None)
 
 
 def _respelled(key: str) -> str:

@@ -15,7 +15,13 @@ from jaxtrain.recipe.guards import (
     SamplesConfig,
 )
 from jaxtrain.recipe.load import Secrets
-from jaxtrain.recipe.logger import LoggerConfig, ProfileConfig, TensorboardConfig, WandbConfig
+from jaxtrain.recipe.logger import (
+    LoggerConfig,
+    ProfileConfig,
+    Tensorboard,
+    TensorboardConfig,
+    WandbConfig,
+)
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.model import ModelConfig, TokenizerConfig
 from jaxtrain.recipe.optimizer import OptimizerConfig
@@ -47,7 +53,7 @@ class TrainerConfig(Section):
     """Full state (`orbax`) and export (`huggingface`), each with its own schedule."""
     logger: LoggerConfig = LoggerConfig()
     wandb: WandbConfig = WandbConfig()
-    tensorboard: TensorboardConfig = TensorboardConfig(enable=False)
+    tensorboard: Tensorboard = TensorboardConfig(enable=False)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()

@@ -17,7 +17,7 @@ def header(trainer: "Trainer") -> dict[str, str]:
     config, model, mesh = trainer.config, trainer.language_model, trainer.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
-    stage = config.deepspeed.zero_stage
+    stage = config.deepspeed.zero_stage if mesh.shape["data"] > 1 else 0
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
         f"{model.execution.compute_dtype}, {_remat(model.execution)}",

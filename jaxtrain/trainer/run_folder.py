@@ -22,6 +22,7 @@ from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
 from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
 from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.secrets import hidden
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -89,7 +90,7 @@ class RunFolder:
         if process == 0:
             self._claim()
             (self.path / "run.json").write_text(
-                json.dumps(_circumstances(self.config), indent=2) + "\n"
+                json.dumps(_circumstances(self.config.secrets), indent=2) + "\n"
             )
         folder = self.output(logger.output_dir, "")
         open_log(folder, logger, process=process, secrets=self.config.secrets)
@@ -198,14 +199,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _circumstances(config: TrainerConfig) -> dict[str, Any]:
+def _circumstances(secrets: Secrets) -> dict[str, Any]:
     """Command line, versions and commit of this process."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
-        "argv": [hidden(word, config.secrets) for word in sys.argv],
+        "argv": [hidden(word, secrets) for word in sys.argv],
         "python": sys.version.split()[0],
         "versions": versions(),
         "git_commit": commit.stdout.strip() or None,

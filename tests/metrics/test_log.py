@@ -19,7 +19,8 @@ def _no_variables(monkeypatch):
     [
         ({}, {}, ["WARNING", "ERROR"]),
         ({"level": "ERROR"}, {}, ["ERROR"]),
-        ({"level": "ERROR"}, {"AT_LOG_LEVEL": "info"}, ["INFO", "WARNING", "ERROR"]),
+        ({"level": "ERROR"}, {"AT_LOG_LEVEL": "info"}, ["ERROR"]),
+        ({}, {"AT_LOG_LEVEL": "info"}, ["INFO", "WARNING", "ERROR"]),
         ({}, {"AT_LOG_LEVEL": "INFO", "JAXTRAIN_LOG_LEVEL": "ERROR"}, ["ERROR"]),
         ({"level": "DEBUG"}, {}, ["DEBUG", "INFO", "WARNING", "ERROR"]),
     ],

@@ -16,7 +16,7 @@ def test_an_accepted_recipe_has_a_word_on_every_key(name):
     resolved = resolve(ACCEPTED[name])
     assert resolved.faults == ()
     said = {line.key: line for line in resolved.report.lines}
-    assert set(said) == {key for key, _ in written_keys(ACCEPTED[name])}
+    assert set(said) == {key for key, *_ in written_keys(ACCEPTED[name])}
     for line in said.values():
         assert line.standing in ("same", "mapped", "no effect")
         assert bool(line.reason) == (line.standing != "same"), line
@@ -47,6 +47,8 @@ def test_a_refused_recipe_says_why_by_key(name):
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "mesh.fsdp", 1),
         ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed.zero_stage", 0),
         ({"deepspeed": {"zero_optimization": {}}}, "deepspeed.zero_stage", 0),
+        ({"deepspeed": {"steps_per_print": 9}}, "deepspeed.zero_stage", 2),
+        ({}, "deepspeed.zero_stage", 2),
         ({"deepspeed": {"gradient_clipping": 0}}, "max_grad_norm", 0),
         ({"deepspeed": {"gradient_clipping": 2}}, "max_grad_norm", 2),
         ({"deepspeed": {"gradient_clipping": "auto"}}, "max_grad_norm", 1),

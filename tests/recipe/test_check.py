@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import yaml
@@ -105,6 +106,15 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
             "warm-up    3% of the updates",
         ),
         ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 updates"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": "1"}}},
+            "mapped     deepspeed.zero_optimization.stage: optimizer state and master weights are "
+            "sharded over\n           `mesh.data`, gathered once a step",
+        ),
+        (
+            {"checkpoint": {"output_dir": "a", "save_every_n_epochs": 1}},
+            "checkpoint a/global_step_N (orbax), every 1 epoch",
+        ),
         ({"exit_iteration": 20}, "updates    200, ends at 20"),
         ({"epochs": 2}, "updates    200, or 2 epochs, counted when the data is read"),
         (
@@ -119,7 +129,30 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
     ],
 )
 def test_the_run_follows_the_recipe(change, line):
-    assert line in told(resolve(RECIPE | change)).splitlines()
+    assert f"\n{line}\n" in f"\n{told(resolve(RECIPE | change))}\n"
+
+
+def test_a_section_without_a_stage_is_told():
+    block = {"deepspeed": {"zero_optimization": {"overlap_comm": True}}}
+    note = "note       deepspeed.zero_optimization: without a stage it is stage 0"
+    assert note in told(resolve(RECIPE | block)).splitlines()
+    assert note not in told(resolve(RECIPE)).splitlines()
+
+
+def test_on_known_devices_the_batch_is_one():
+    recipe = RECIPE | {"mesh": {}}
+    batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
+    assert batch in told(resolve(recipe), 2).splitlines()
+
+
+def test_what_is_not_on_this_machine_is_told(tmp_path):
+    (tmp_path / "here.jsonl").write_text("{}\n")
+    sources = [str(tmp_path / "here.jsonl"), "none.jsonl", "/no/such/*.csv", "s3://a/b.jsonl"]
+    recipe = {"model": {"name_or_path": "/no/such/model"}, "data": {"sources": sources}}
+    said = " ".join(told(resolve(recipe)).split())
+    assert "model /no/such/model, not on this machine" in said
+    missing = "data.sources.1.path none.jsonl, data.sources.2.path /no/such/*.csv"
+    assert f"missing {missing}: a run here would be refused" in said
 
 
 def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
@@ -157,6 +190,96 @@ def test_what_stands_below_a_refused_key_is_refused_with_it():
     changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
     report = resolve(RECIPE | changed).report
     assert [line.key for line in report.of("refused")] == ["deepspeed.zero_optimisation"]
+
+
+HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
+SAVES = {"output_dir": "a", "save_every_n_steps": 1}
+IDLE = {  # what is written; its key; what would make it count
+    "wandb.project": ({"wandb": {"project": "x"}}, {"wandb": {"mode": "offline", "enable": True}}),
+    "tensorboard.dir": (
+        {"tensorboard": {"dir": "x", "enable": False}}, {"tensorboard": {"dir": "x"}},
+    ),
+    "mem_profiler_dir": ({"mem_profiler_dir": "x"}, {"mem_profiler": "e2e"}),
+    "eval_at_end": ({"eval_at_end": False}, {"data": HELD_OUT, "eval_interval": 1}),
+    "max_eval_batches": ({"max_eval_batches": 1}, {"data": HELD_OUT, "eval_interval": 1}),
+    "eval_log_iter_interval": (
+        {"eval_log_iter_interval": 2}, {"data": HELD_OUT, "eval_interval": 1},
+    ),
+    "eval_after_step": (
+        {"eval_after_step": 5, "data": HELD_OUT, "eval_at_end": True}, {"eval_interval": 2},
+    ),
+    "eval_samples.top_p": (
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5}},
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": 1}},
+    ),
+    "tokenizer.tokenize_kwargs": (
+        {"tokenizer": {"tokenize_kwargs": {"truncation": True}}}, {"type": "causal"},
+    ),
+    "data.packing": (
+        {"data": {"sources": ["a/b"], "packing": "next_fit"}},
+        {"data": {"sources": ["a/b"], "packing": "next_fit", "pack_samples": True}},
+    ),
+    "data.filter_samples": (
+        {"data": {"sources": ["a/b"], "filter_samples": False, "overlong": "error"}},
+        {"data": {"sources": ["a/b"], "filter_samples": False}},
+    ),
+    "data.ignore_empty_think": (
+        {"data": {"sources": ["a/b"], "ignore_empty_think": True, "mask_inputs": False}},
+        {"data": {"sources": ["a/b"], "ignore_empty_think": True}},
+    ),
+    "data.sources.0.sample_seed": (
+        {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1}]}},
+        {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1, "sample_count": 2}]}},
+    ),
+    "scheduler.warmup_ratio": (
+        {"scheduler": {"name": "constant", "warmup_ratio": 0.5}},
+        {"scheduler": {"name": "linear", "warmup_ratio": 0.5}},
+    ),
+    "checkpoint.0.metric": (
+        {"checkpoint": [SAVES | {"metric": "eval/loss"}]},
+        {
+            "checkpoint": [SAVES | {"metric": "eval/loss", "keep_best_n": 1}],
+            "data": HELD_OUT, "eval_interval": 1,
+        },
+    ),
+    "checkpoint.0.save_after_step": (
+        {"checkpoint": [{"output_dir": "a", "save_after_step": 4}]},
+        {"checkpoint": [SAVES | {"save_after_step": 4}]},
+    ),
+    "checkpoint.0.save_every_n_steps": (
+        {"checkpoint": [SAVES | {"enabled": False}]}, {"checkpoint": [SAVES]},
+    ),
+    "pipeline.schedule": (
+        {"pipeline": {"schedule": "gpipe"}}, {"mesh": {"pipeline": 2}},
+    ),
+    "deepspeed.train_batch_size": (
+        {"deepspeed": {"train_batch_size": "auto"}}, {"deepspeed": {"train_batch_size": 8}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IDLE)
+def test_a_key_that_changes_nothing_beside_what_else_is_written_is_told(key, monkeypatch):
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)  # every extra is installed
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+    idle, counts = IDLE[key]
+    for change, expected in ((idle, True), (idle | counts, False)):
+        resolved = resolve(recipe | change)
+        assert resolved.faults == ()
+        told_idle = {line.key: line.reason for line in resolved.report.of("no effect")}
+        assert (len(told_idle.get(key, "")) > 10) == expected, told_idle
+
+
+def test_of_a_type_that_is_not_known_no_other_key_is_told():
+    change = {
+        "optimizer": {"type": "adamv", "learning_rte": 1},
+        "checkpoint": {"type": "x", "y": 1},
+    }
+    report = resolve({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | change).report
+    assert [line.key for line in report.lines if line.standing != "refused"] == [
+        "model.name_or_path",
+        "data.sources",
+    ]
 
 
 def test_of_an_unknown_trainer_no_other_key_is_told():

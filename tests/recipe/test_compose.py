@@ -101,7 +101,11 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "base=x.yaml",
             "command line: base: is read before the command line, write it in the recipe",
         ),
-        ("checkpoint.7.x=1", "command line: checkpoint.7.x: checkpoint has no '7'"),
+        (
+            "checkpoint.7.x=1",
+            "command line: checkpoint.7.x: checkpoint has no '7', it is a list: write a position "
+            "from 0 to 0",
+        ),
         ("sceduler.name=x", "command line: sceduler: unknown key (found {'name': 'x'}); did you"),
         ("seed=[1", "command line: seed: the value is not YAML: '[1'"),
         ("seed=&a [*a]", "the value is not YAML: '&a [*a]' (an alias that contains itself)"),
@@ -110,6 +114,23 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
 def test_an_override_without_a_target_is_said(tmp_path, override, expected):
     file = written(tmp_path, recipe=SMALL + "optimizer: {lr: 1}\ncheckpoint: [{output_dir: a}]\n")
     assert expected in fails(file, override)
+
+
+def test_one_entry_is_the_first_also_without_its_list(tmp_path):
+    file = written(tmp_path, recipe=SMALL + "checkpoint: {output_dir: a, keep_last_n: 1}\n")
+    changes = ["checkpoint.0.keep_last_n=3", "checkpoint.0.save_every_n_steps=5"]
+    (entry,) = get_config(file, changes).checkpoint
+    assert (entry.keep_last_n, entry.save_every_n_steps) == (3, 5)
+    assert compose(file, ["del:checkpoint.0.keep_last_n"]).tree["checkpoint"] == {"output_dir": "a"}
+
+
+def test_faults_of_overrides_come_with_all_others(tmp_path):
+    file = written(tmp_path, recipe=SMALL + "epoch: 1\n")
+    assert [line.split(": ")[1] for line in fails(file, "del:x", "seed=y").splitlines()[:-1]] == [
+        "epoch",
+        "x",
+        "seed",
+    ]
 
 
 def test_variables_are_filled_in(tmp_path, monkeypatch):
@@ -211,6 +232,24 @@ def test_a_saved_recipe_names_the_variable(monkeypatch, value):
     assert value not in text and text.count("${env:SECRET}") == 5, text
     assert get_config(yaml.safe_load(text)).model_dump() == resolved.checked().model_dump()
     assert resolved.checked().model.name_or_path == value
+
+
+def test_a_secret_that_a_recipe_holds_itself_is_neither_shown_nor_saved(monkeypatch):
+    source = {"name_or_path": "a/b", "kwargs": {"token": SECRET, "pad_token": "kept-as-it-is"}}
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [source]}}
+    resolved = resolve(recipe)
+    text = to_yaml(resolved.checked())
+    assert SECRET not in text and "token: ${env:TOKEN}" in text and "kept-as-it-is" in text
+    assert resolved.checked().data.sources[0].kwargs["token"] == SECRET
+    assert resolved.report.notes == (
+        "data.sources.0.kwargs.token: neither shown nor saved; write ${env:TOKEN}, and the saved "
+        "recipe runs",
+    )
+    monkeypatch.setenv("TOKEN", SECRET)
+    assert get_config(yaml.safe_load(text)).model_dump() == resolved.checked().model_dump()
+    shown = fails(recipe | {"hf_token": SECRET, "wandb": {"api_key": "s3c", "password": 12345678}})
+    assert SECRET[:16] not in shown and "s3c" not in shown and "12345678" not in shown
+    assert len(shown.splitlines()) == 3
 
 
 def test_runs_with_other_variables_have_other_folders(monkeypatch):

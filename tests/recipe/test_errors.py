@@ -103,9 +103,23 @@ KEYS = {
     "a fraction": ({"seed": "1.5"}, "seed: must be a whole number, found 1.5"),
     "not finite": ({"max_grad_norm": "nan"}, "max_grad_norm: must be a number, found 'nan'"),
     "below": ({"micro_batch_size": 0}, "micro_batch_size: must be >= 1, found 0"),
+    "a word or a list": (
+        {"logger": {"print_output_ranks": 0}},
+        "logger.print_output_ranks: must be a list or '*', found 0",
+    ),
+    "no word of a list": (
+        {"scheduler": {"name": "cosin"}},
+        "scheduler.name: must be one of 'linear', 'constant', 'constant_with_warmup', 'cosine', "
+        "'cosine_with_restarts', 'polynomial', 'inverse_sqrt', 'cosine_with_min_lr', "
+        "'cosine_warmup_with_min_lr' or 'warmup_stable_decay', found 'cosin'; did you mean `cosine`?",
+    ),
+    "auto for a key that is not": (
+        zero(stgae="auto"),
+        "deepspeed.zero_optimization.stgae: unknown key (found 'auto'); did you mean `stage`?",
+    ),
     "case of a word": (
         model(remat="Full"),
-        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'",
+        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'; did you mean `full`?",
     ),
 }
 TRAPS = {
@@ -153,6 +167,7 @@ ACROSS = {
         "eval_interval: must be > 0 with evaluation data, found 0",
     ),
     "no data": ({"eval_interval": 5}, f"eval_interval: {NEEDS_EVAL}"),
+    "no data at the end": ({"eval_at_end": True}, f"eval_at_end: {NEEDS_EVAL}"),
     "no data per epoch": ({"eval_every_n_epochs": 1}, f"eval_every_n_epochs: {NEEDS_EVAL}"),
     "no data to stop on": ({"early_stopping": {"patience": 1}}, f"early_stopping: {NEEDS_EVAL}"),
     "two resume": (
@@ -338,6 +353,23 @@ ACROSS = {
         {"train_iters": 10, "scheduler": {"warmup_steps": 11}},
         "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
     ),
+    "long warm-up, of epochs too": (
+        {"train_iters": 10, "epochs": 2, "scheduler": {"warmup_steps": 11}},
+        "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
+    ),
+    "long decay": (
+        {"train_iters": 10}
+        | {"scheduler": {"type": "wsd", "num_warmup_steps": 8, "num_decay_steps": 9}},
+        "scheduler.num_decay_steps: 17 with num_warmup_steps is longer than the run of 10 updates",
+    ),
+    "rows of plain text": (
+        {"type": "causal", **data(div_length=8, pack_samples=True)},
+        "data.div_length: causal rows always have `max_length` tokens, remove it",
+    ),
+    "more rows of plain text": (
+        {"type": "causal", **data(div_length=8, pack_samples=True)},
+        "data.pack_samples: causal rows always have `max_length` tokens, remove it",
+    ),
     "trace": (
         {"train_iters": 10, "profile": {"start_step": 10}},
         "profile.start_step: 10 lies behind the run of 10 updates",
@@ -356,6 +388,18 @@ SECTIONS = {
         {"scheduler": {"lr": 1e-5}},
         "scheduler.lr: use `optimizer.learning_rate`, found 1e-05",
     ),
+    "rate of zero in scheduler": (
+        {"scheduler": {"lr": 0}},
+        "scheduler.lr: use `optimizer.learning_rate`, found 0",
+    ),
+    "initial adapters": (
+        model(peft_config={"peft_type": "Lora", "init_lora_weights": "pissa"}),
+        "model.peft_config.init_lora_weights: must be true or false or 'gaussian', found 'pissa'",
+    ),
+    "no prompts": (
+        {"eval_samples": {"prompts": "none.txt"}},
+        "eval_samples.prompts: must be a list or a text file, found 'none.txt'",
+    ),
     "plateau": (
         {"scheduler": {"name": "reduce_lr_on_plateau"}},
         "scheduler.name: reduce_lr_on_plateau needs a metric, which the format cannot name; use "
@@ -365,21 +409,20 @@ SECTIONS = {
     ),
     "key of a shape": (
         schedule("cosine", num_cycle=1),
-        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key of 'cosine'; did you mean "
-        "`num_cycles`? "
-        "(known: num_cycles)",
+        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key (found 1); keys of 'cosine': "
+        "num_cycles",
     ),
     "key of no shape": (
         schedule("constant", power=1),
-        "scheduler.scheduler_specific_kwargs.power: unknown key of 'constant' (known: none)",
+        "scheduler.scheduler_specific_kwargs.power: unknown key (found 1); keys of 'constant': none",
     ),
     "missing key of a shape": (
         schedule("warmup_stable_decay"),
-        "scheduler.scheduler_specific_kwargs.num_decay_steps: field required",
+        "scheduler.scheduler_specific_kwargs.num_decay_steps: is required",
     ),
     "no minimum": (
         schedule("cosine_with_min_lr"),
-        "scheduler.scheduler_specific_kwargs: needs one of min_lr and min_lr_rate, found {}",
+        "scheduler.scheduler_specific_kwargs: needs one of min_lr and min_lr_rate",
     ),
     "a floor without meaning": (
         {"scheduler": {"name": "inverse_sqrt", "min_lr_ratio": 0.1}},
@@ -396,7 +439,7 @@ SECTIONS = {
                 "warmup_ratio": 0.1,
             }
         },
-        "scheduler: warmup is num_warmup_steps here; remove the other warmup key",
+        "scheduler.warmup_ratio: the warm-up is num_warmup_steps here, remove it",
     ),
     "rates and names": (
         {"optimizer": {"lr": 1, "learning_rate": 2}},
@@ -522,6 +565,32 @@ def test_a46_a_hundred_faults_come_at_once(tmp_path):
         str(n) for n in range(3, 103)
     ]
     assert last == "101 errors in recipe.yaml; nothing was started"
+
+
+def test_a_fault_hides_no_other_fault_of_its_section():
+    """Of a section, of the checks across keys, and of what is not built; but not what only the
+    first one brings about."""
+    block = {"torch_autocast": {"enabled": True}, "train_micro_batch_size_per_gpu": 8}
+    offload = {"stage": 9, "zero_hpz_partition_size": 8, "offload_param": {"device": "cpu"}}
+    data = {"sources": ["a/b"], "max_lenght": 9, "train_eval_split": [2, 3], "pack_samples": "ja"}
+    recipe = BASE | {
+        "data": data | {"drop_last": True},
+        "deepspeed": block | {"zero_optimization": offload},
+        "seed": "x",
+    }
+    assert sorted(fault.key for fault in resolve(recipe).faults) == [
+        "data.max_lenght",
+        "data.pack_samples",
+        "data.train_eval_split",
+        "deepspeed.torch_autocast",
+        "deepspeed.train_micro_batch_size_per_gpu",
+        "deepspeed.zero_optimization.offload_param.device",
+        "deepspeed.zero_optimization.stage",
+        "deepspeed.zero_optimization.zero_hpz_partition_size",
+        "seed",
+    ]
+    recipe = BASE | {"micro_batch_size": "x", "deepspeed": {"train_micro_batch_size_per_gpu": 8}}
+    assert [fault.key for fault in resolve(recipe).faults] == ["micro_batch_size"]
 
 
 @pytest.mark.parametrize(

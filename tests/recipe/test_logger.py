@@ -43,7 +43,8 @@ def test_a_missing_extra_is_named(written, fault):
 
 def test_a_variable_with_no_level_is_a_fault(monkeypatch):
     monkeypatch.setenv("JAXTRAIN_LOG_LEVEL", "loud")
-    (fault,) = resolve(BASE | {"logger": {"level": "INFO"}}).faults
+    assert resolve(BASE | {"logger": {"level": "INFO"}}).faults == ()
+    (fault,) = resolve(BASE).faults
     assert str(fault) == (
         "logger.level: the variable JAXTRAIN_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, "
         "CRITICAL, found 'LOUD'"

@@ -61,6 +61,7 @@ EXAMPLES = {
     ),
     "deepspeed.zero_optimization.offload_param.device": zero(offload_param={"device": "cpu"}),
     "deepspeed.zero_optimization.cpu_offload": zero(cpu_offload=True),
+    "deepspeed.zero_optimization.cpu_offload_param": zero(cpu_offload_param=True),
     "deepspeed.data_types.grad_accum_dtype": {
         "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}}
     },

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxtrain.recipe.check import told
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.load import mapped_leaves
 from jaxtrain.recipe.resolve import resolve
 from jaxtrain.recipe.trainer import TrainerConfig
 from tests.recipe.arctic import ACCEPTED, REFUSED
@@ -46,6 +47,11 @@ WORDS = st.sampled_from(
         "a/b:train[:3]",
         "*",
         "[",
+        "/x/*.json",
+        "x/**.jsonl",
+        "~x/y.jsonl",
+        "pypi:x",
+        "token",
         "é",
         "on",
     ]
@@ -261,6 +267,38 @@ def test_enormous_numbers_end_at_once():
     outcome(ACCEPTED["zero 2"] | huge)
     outcome(ACCEPTED["zero 2"] | {"train_iters": "9^999999999", "epochs": 10**400})
     outcome(ACCEPTED["zero 2"] | {"mesh": {"tensor": 10**30}, "optimizer": {"lr": 10**400}})
+
+
+def test_an_integer_that_cannot_be_written_out_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"seed: 1\na: [0x{'f' * 9000}]\n")
+    for source in (tmp_path / "recipe.yaml", {"seed": 1, "a": [16**9000 - 1]}):
+        with pytest.raises(RecipeError, match=r"a\.0: a number of 36000 bits is too large"):
+            resolve(source)
+
+
+PATHS = {
+    "model.name_or_path": {"model": {"name_or_path": "{}"}},
+    "tokenizer.chat_template": {"tokenizer": {"name_or_path": "{}", "chat_template": "{}"}},
+    "data.sources": {"data": {"sources": ["{}", {"type": "jsonl", "path": ["{}", "{}/*"]}]}},
+    "data.cache_dir": {"data": {"sources": ["a/b"], "cache_dir": "{}"}},
+    "checkpoint": {"checkpoint": [{"output_dir": "{}", "resume_from": "{}"}]},
+    "run_dir": {"run_dir": "{}", "logger": {"output_dir": "{}"}, "train_log_metrics_path": "{}"},
+    "kill_switch_path": {"kill_switch_path": "{}"},
+    "code": {"code": "{}"},
+    "base": {"base": "{}"},
+    "eval_samples": {"eval_samples": {"prompts": "{}"}},
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    "path",
+    ["~nobody-of-this-name/x.jsonl", "/no/such/*.jsonl", "x\0y", "a" * 300, "**x[", "//"],
+    ids=["user", "glob", "zero", "long", "pattern", "root"],
+)
+def test_any_text_may_stand_for_a_path(key, path):
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | PATHS[key]
+    outcome(mapped_leaves(recipe, lambda text, _: text.replace("{}", path)))
 
 
 def test_a_megabyte_is_refused_at_once(tmp_path):

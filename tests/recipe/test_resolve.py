@@ -44,7 +44,7 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
     ("change", "expected"),
     [
         ({"type": "stf"}, "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft"),
-        ({"optimizer": {"type": "adamv"}}, "optimizer.type: unknown optimizer type 'adamv'; did you mean `adamw`?"),
+        ({"optimizer": {"type": "adamv"}}, "optimizer.type: unknown optimizer type 'adamv'; did you mean `adamw` or `cpu_adam`?"),
         ({"model": None}, "model: is required"),
         ({"model": "m"}, "model: must be a map of keys, found 'm'"),
         ({"model": {"name_or_path": "m", "dtype": "int8"}}, "model.dtype: must be one of bf16, fp16, fp32"),
@@ -134,4 +134,22 @@ def test_user_code_that_fails_is_named_by_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nraise RuntimeError('no luck')\n")
     file = tmp_path / "recipe.yaml"
     file.write_text("code: broken.py\nmodel: {name_or_path: m}\ndata: {sources: [a/b]}\n")
-    assert errors(file) == [f"{tmp_path}/broken.py:2: RuntimeError: no luck"]
+    no_luck = f"{tmp_path}/broken.py:2: RuntimeError: no luck"
+    assert errors(file)[0] == no_luck
+    assert errors(file, ["epoch=1", "optimizer.x=1"])[:-1] == [
+        no_luck,
+        "command line: optimizer.x: unknown key (found 1); remove it, or name the file of the "
+        "class that reads it by `code`",
+        "command line: epoch: unknown key (found 1); did you mean `epochs`?",
+    ]
+    assert errors(file, ["type=theirs"])[:-1] == [no_luck]  # what else there is hangs on it
+
+
+def test_prompts_are_the_lines_of_a_file_beside_the_recipe(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Who?\n\nWhy?\n")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {name_or_path: m}\ndata: {sources: [a/b]}\neval_samples: {prompts: prompts.txt}\n"
+    )
+    config = get_config(file)
+    assert config.eval_samples is not None and config.eval_samples.prompts == ("Who?", "Why?")

@@ -14,6 +14,7 @@ from jaxtrain.recipe import shipped
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.recipe.schema import HEADER, json_schema, reference, shared_keys
+from tests.recipe.arctic import ACCEPTED, SMALL
 
 ROOT = Path(__file__).parents[2]
 UPDATE = "python -c 'from jaxtrain.recipe import schema; print(schema.{}(), end=\"\")'"
@@ -69,6 +70,23 @@ def test_a_shipped_recipe_fits_the_schema_and_no_typo_does(name):
     assert not allows(schema, written | {"epoch": 1}, schema["$defs"])
     assert not allows(schema, written | {"optimizer": {"learning_rat": 1}}, schema["$defs"])
     assert file.read_text().startswith(HEADER)
+
+
+FORMS = {
+    "a switch for a section": {"tensorboard": True},
+    "a file for a list": {"eval_samples": {"prompts": "prompts.txt"}},
+    "a number as text": {"micro_batch_size": "2^3", "optimizer": {"lr": "1e-5"}},
+    "a list of recipes": {"base": ["a.yaml", "b.yaml"]},
+    "named sets": {"data": {"sources": "a/b", "eval_sources": {"x": ["c/d"]}}},
+    "a dtype by another name": {"model": {"name_or_path": "m", "param_dtype": "torch.float32"}},
+}
+
+
+@pytest.mark.parametrize("recipe", [*ACCEPTED.values(), *FORMS.values()], ids=[*ACCEPTED, *FORMS])
+def test_what_is_accepted_fits_the_schema(recipe):
+    schema = json_schema()
+    written = json.loads(json.dumps({"model": {"name_or_path": "m"}} | SMALL | recipe))
+    assert allows(schema, written, schema["$defs"])
 
 
 def test_the_schema_has_the_keys_of_user_code(tmp_path):

@@ -120,3 +120,16 @@ def test_of_two_processes_one_names_the_run_and_the_recipe_says_who_tells(tmp_pa
     run = tmp_path / "chat-2"
     assert [file.name for file in (run / "logs").iterdir()] == ["rank_1.log"]
     assert steps(run / "train-log-metrics.jsonl") == [1, 2]
+
+
+def test_the_command_line_is_kept_without_its_secrets(tmp_path, monkeypatch):
+    word = "data.sources.0.kwargs.token=hf_not_to_be_seen"
+    source = {"type": "huggingface", "name_or_path": str(tmp_path / "rows.jsonl")}
+    run = recipe(tmp_path, data={"sources": [source | {"kwargs": {"token": "hf_not_to_be_seen"}}]})
+    monkeypatch.setattr("sys.argv", ["jaxtrain", "recipe.yaml", word])
+    trainer(run).train()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["argv"][2] == (
+        "data.sources.0.kwargs.token=${env}"
+    )
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or b"hf_not_to_be_seen" not in file.read_bytes(), file

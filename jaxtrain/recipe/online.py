@@ -1,0 +1,69 @@
+"""Whether the hub has what a recipe names, and gives it to this machine."""
+
+from collections.abc import Iterator
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] # of whichever client the hub uses
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from jaxtrain.recipe.data import HFDataSourceConfig
+from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.trainer import TrainerConfig
+
+NO_REPOSITORIES = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "generator")
+"""Names under which `datasets` reads files that `kwargs` names."""
+
+
+def repositories(config: TrainerConfig) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, kind, name) of each repository of the hub that a run reads."""
+    named = [("model.name_or_path", config.model.name_or_path)]
+    named += [("tokenizer.name_or_path", config.tokenizer.name_or_path or "")]
+    sources = [(place, s) for place, s in config.data.placed_sources()]
+    found = [(key, "model", name) for key, name in named if not name.startswith("pypi:")]
+    found += [
+        (f"{place}.name_or_path", "dataset", source.name_or_path)
+        for place, source in sources
+        if isinstance(source, HFDataSourceConfig) and source.name_or_path not in NO_REPOSITORIES
+    ]
+    yield from (row for row in found if row[2] and not is_there(row[2]))
+
+
+def asked(config: TrainerConfig) -> tuple[str, list[Fault]]:
+    """What the hub gives to this machine, and a fault with the reason for each repository that it
+    does not."""
+    hub = HfApi()
+    given, faults = [], []
+    for key, kind, name in repositories(config):
+        if why := _why_not(hub, kind, name):
+            faults.append(Fault(key, f"{shown(name)} {why}"))
+        else:
+            given.append(f"{kind} {name}")
+    return f"{', '.join(given)}: {hub.endpoint} gives them" if given else "", faults
+
+
+def _why_not(hub: HfApi, kind: str, name: str) -> str | None:
+    try:
+        validate_repo_id(name)
+        hub.auth_check(name, repo_type=kind)
+    except HFValidationError:
+        return "is neither on this machine nor the name of a repository"
+    except GatedRepoError:
+        page = f"{hub.endpoint}/{'datasets/' * (kind == 'dataset')}{name}"
+        return f"is gated: accept its terms at {page}, and set HF_TOKEN to a token that did"
+    except RepositoryNotFoundError:
+        return f"is not on {hub.endpoint}, or is private and HF_TOKEN has no access to it"
+    except OfflineModeIsEnabled:
+        return "cannot be asked for: HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        return f"cannot be had: {hub.endpoint} answers {error.response.status_code}"
+    except (HTTPError, OSError) as error:
+        return f"cannot be reached at {hub.endpoint}: {type(error).__name__}"
+    return None
