@@ -5,6 +5,7 @@ Faults are `DataError`s that name the field; whoever knows the row puts its plac
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jaxtrain.data.rows import missing_column
@@ -136,19 +137,42 @@ def _shared_turn(turn: Any, place: str) -> Message:
         )
     value = _field(turn, "value", place)
     if sender == "function_call":
-        return _call(value, f"{place}.value")
+        return {"role": role, "content": "", "tool_calls": _calls(value, f"{place}.value")}
     return {"role": role, "content": value}
 
 
-def _call(value: Any, place: str) -> Message:
-    """A turn that is a call: JSON of name and arguments, or a list of such."""
+def _calls(value: Any, place: str) -> list[Any]:
+    """Calls as most templates want them, with maps as arguments: text would be escaped by those
+    that write JSON themselves."""
     calls = _json(value, place)
-    functions = calls if isinstance(calls, list) else [calls]
-    for function in functions:
-        if not isinstance(function, dict) or "name" not in function:
-            raise DataError(f"{place}: a call has a name and arguments, found {shown(function)}")
-    wrapped = [{"type": "function", "function": function} for function in functions]
-    return {"role": "assistant", "content": "", "tool_calls": wrapped}
+    wrapped = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{place}: a call has a name and arguments, found {shown(call)}")
+        if isinstance(arguments := function.get("arguments"), str):
+            with suppress(json.JSONDecodeError):
+                parsed = json.loads(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+            function = {**function, "arguments": arguments}
+        rest = call if "function" in call else {}
+        wrapped.append({"type": "function", **rest, "function": function})
+    return wrapped
+
+
+def with_text_arguments(messages: list[Message]) -> list[Message]:
+    """For the templates that join the arguments of calls to other text."""
+    changed = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            if isinstance(function.get("arguments"), Mapping):
+                text = json.dumps(function["arguments"], ensure_ascii=False)
+                function = {**function, "arguments": text}
+            calls.append({**call, "function": function})
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed
 
 
 def _prompt(reply: str) -> Callable[[Row], list[Message]]:
@@ -226,8 +250,10 @@ def _checked(message: Any, place: str) -> Message:
         )
     # A typed table fills a field that one turn has with null in all others.
     kept = {key: value for key, value in message.items() if value is not None}
-    if "content" not in kept and kept.get("tool_calls"):
-        kept["content"] = ""
+    calls = kept.pop("tool_calls", None) or kept.pop("function_call", None)
+    if calls:
+        kept["tool_calls"] = _calls(calls, f"{place}.tool_calls")
+        kept.setdefault("content", "")
     content = kept["content"] if "content" in kept else _field(message, "content", place)
     kept["content"] = _text(content, f"{place}.content")
     return kept

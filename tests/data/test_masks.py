@@ -279,11 +279,73 @@ def test_a_turn_of_calls_alone_keeps_its_form():
     ]
 
 
+INLINE = TOOLS.replace(  # as gemma 4 writes it: the answers stand in the turn that called
+    "<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and loop.nextitem %}"
+    "{{ loop.nextitem.content }} {% endif %}{{ m.content }}",
+).replace("<|im_end|>\n{% endfor %}{% if add", "<|im_end|>\n{% endif %}{% endfor %}{% if add")
+
+
+def test_what_a_tool_answers_is_not_trained_where_it_stands_in_the_turn_that_called():
+    told = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "river"}}]}
+    for more in ([], chat("", "yes")[1:], [*chat("", "yes")[1:], *chat("b", "no")]):
+        messages = [*chat("a"), told, {"role": "tool", "content": "was low"}, *more]
+        found = outcome(INLINE, messages)
+        assert isinstance(found, Fault) and "rewrites turns" in found.what
+
+
+def test_thoughts_in_front_of_the_end_of_the_prompt_are_not_left_out_in_silence():
+    # A prompt that ends behind an empty block, and a turn with a full one.
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    turn = {"role": "assistant", "content": "yes", "reasoning_content": "was low"}
+    for count in (1, 3):
+        found = outcome(template, [*chat("a"), turn] * count)
+        assert isinstance(found, Fault) and "rewrites turns" in found.what
+    open_prompt = template.replace("assistant\n<think></think>", "assistant\n")
+    whole = "<think>was low</think>yes<|im_end|>"
+    assert trained(open_prompt, [*chat("a"), turn] * 3) == [whole] * 3
+
+
+def test_a_call_behind_thoughts_is_trained_to_its_end():
+    # The last turn keeps what earlier ones lose: the two forms share less than the call.
+    template = THINK.replace(
+        "{{ content }}<|im_end|>",
+        "{{ content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+        "{{ c.function.arguments.x }}</call>{% endfor %}<|im_end|>",
+        1,
+    )
+    function = {"name": "river", "arguments": {"x": 12}}
+    turn = {
+        "role": "assistant",
+        "content": "<think>\nso\n</think>\n\n",
+        "tool_calls": [{"function": function}],
+    }
+    answer = {"role": "tool", "content": "7"}
+    messages = [*chat("a"), turn, answer, *chat("", "fine", "b", "no")[1:]]
+    found = trained(template, messages)
+    assert found == [
+        "<call>river 12</call><|im_end|>",
+        "fine<|im_end|>",
+        "<think>\n\n</think>\n\nno<|im_end|>",
+    ]
+
+
 def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
     assert found.what.startswith("messages[1].content: the chat template does not show it")
+    marked = GENERATION.replace(
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>",
+        "{% generation %}{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>"
+        "{% endgeneration %}{% else %}<|im_end|>{% endif %}",
+    )
+    assert outcome(marked, chat("a", "yes", "b", "no")) == found
 
 
 def test_a_template_that_needs_the_call_before_its_answer_is_no_hiding_one():
