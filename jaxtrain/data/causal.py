@@ -65,6 +65,9 @@ class CausalDataFactory(DocumentFactory):
         column = loaded.source.config.text_column
         return TextEncoder(self.tokenizer, column, self.tokenize_kwargs)
 
+    def remarks(self) -> list[str]:
+        return []  # no text goes through a template
+
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)
         return super().key_parts(loaded) | {"tokenizer.tokenize_kwargs": kwargs}

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.remote import fetched, is_remote
-from jaxtrain.data.rows import ConcatenatedRows, Rows
+from jaxtrain.data.rows import ConcatenatedRows, Rows, without_filling
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
@@ -282,7 +282,7 @@ class ArrowRows:
         block, place = divmod(index, ARROW_BLOCK_ROWS)
         if self._block[0] != block:
             part = self._table.slice(block * ARROW_BLOCK_ROWS, ARROW_BLOCK_ROWS)
-            self._block = (block, part.to_pylist())
+            self._block = (block, [without_filling(row) for row in part.to_pylist()])
         return self._block[1][place]
 
     def where(self, index: int) -> str:

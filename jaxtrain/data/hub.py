@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.files import data_files, open_files
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split, without_filling
 from jaxtrain.data.source import ConversationSource, Limits
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -52,6 +52,9 @@ class DatasetRows(NamedRows):
     """Rows of a `datasets.Dataset`."""
 
     _rows: Any
+
+    def __getitem__(self, index: int) -> Row:
+        return without_filling(self._rows[index])
 
     def content(self, digest: Any) -> None:
         for start in range(0, len(self), HASHED_ROWS):

@@ -257,8 +257,11 @@ class KTODataFactory(DocumentFactory):
     def remarks(self) -> list[str]:
         used, written = self.max_prompt_length, self.config.max_prompt_length
         if used == written:
-            return []
-        return [f"max_prompt_length is {used}, half of max_length, since {written} is not below it"]
+            return super().remarks()
+        lowered = (
+            f"max_prompt_length is {used}, half of max_length, since {written} is not below it"
+        )
+        return [*super().remarks(), lowered]
 
     def encoder(self, loaded: LoadedSource) -> Encoder:
         return PreferenceEncoder(

@@ -74,6 +74,21 @@ def test_fields_of_one_turn_are_not_given_to_the_others(tmp_path):
     assert all_rows(read(JsonSource, path)) == rows
 
 
+def test_a_typed_table_gives_no_call_the_arguments_of_another(tmp_path):
+    """Parquet and `datasets` fill the keys of all maps into each, with null."""
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in "fg"]
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}], "system": None}
+    ]
+    saved = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), saved)
+    assert all_rows(read(ParquetSource, saved)) == rows
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    config = HFDataSourceConfig(name_or_path=str(tmp_path / "saved"))
+    assert all_rows(HuggingFaceSource(config).read("train")) == rows
+
+
 def test_csv_values_are_text_and_may_hold_line_breaks(tmp_path):
     path = write(tmp_path / "a.csv", '\ufeffprompt,response\r\n1,"x\ny ""z"""\r\n\r\n007,\r\n')
     rows = read(CsvSource, path)

