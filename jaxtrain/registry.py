@@ -98,6 +98,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
         "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
         "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
+        "arrow": _source("local:ArrowSource", "LocalDataSourceConfig"),
         "text": _source("local:TextSource", "TextDataSourceConfig"),
         "snowflake": Entry(
             "jaxtrain.data.snowflake:SnowflakeSource",

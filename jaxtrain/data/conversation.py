@@ -59,7 +59,7 @@ class MappedRoles:
             turns += self._turns(row, array, field, roles)
         if not turns:
             raise DataError(f"role_mapping found no turn; columns are {', '.join(row)}")
-        return {**row, "messages": turns}
+        return {**row, "system": None, "messages": turns}  # what is mapped is all that is said
 
     def _turns(self, row: Row, array: str, field: str, roles: dict[str, str]) -> list[Message]:
         turns = []
@@ -89,8 +89,9 @@ def to_conversation(row: Row) -> Conversation:
                 prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
+        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in row)), "")
         raise DataError(
-            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}"
+            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}{near}"
         )
     if not messages:
         raise DataError("messages: empty conversation")
@@ -116,7 +117,10 @@ def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
 
 
 def _messages(row: Row) -> list[Message]:
-    return _list(row, "messages")
+    """A system column is their first turn, unless they have their own."""
+    turns = _list(row, "messages")
+    has_own = any(isinstance(turn, Mapping) and turn.get("role") == "system" for turn in turns[:1])
+    return turns if has_own else [*system_turns(row), *turns]
 
 
 def _shared(row: Row) -> list[Message]:
@@ -210,6 +214,7 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (
     (("user", "assistant"), _two_columns),
 )
 """Columns that a form needs → its reader; the first that a row has all columns of counts."""
+COLUMNS = tuple(dict.fromkeys(column for columns, _ in FORMS for column in columns))
 
 
 def _column(row: Row, role: str, column: str) -> list[Message]:

@@ -39,6 +39,10 @@ class ParquetSource(_LocalSource):
     name = "parquet"
 
 
+class ArrowSource(_LocalSource):
+    name = "arrow"
+
+
 class TextSource(_LocalSource):
     name = "text"
     config: TextDataSourceConfig

@@ -3,7 +3,7 @@ ones."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,23 @@ def _listed(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
         if info["type"] == "file":
             return {path: info}
         found = files.find(path, detail=True)
-        found = {name: info for name, info in found.items() if file_format(_base(name))}
+        below = {name.partition("?")[0].removeprefix(path).lstrip("/"): name for name in found}
+        found = {below[name]: found[below[name]] for name in rows_among(below)}
         if not found:
             raise RecipeError(f"folder {url} holds no file of {', '.join(FORMATS)}")
     return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+
+
+def rows_among(names: Iterable[str]) -> list[str]:
+    """Of the files in a folder those that hold rows: no hidden ones, and no text that stands beside
+    rows of other formats, which is about them."""
+    kinds = {
+        name: kind
+        for name in names
+        if (kind := file_format(name)) and not any(p.startswith(".") for p in Path(name).parts)
+    }
+    is_text = set(kinds.values()) == {"text"}
+    return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
 
 
 def _base(name: str) -> str:

