@@ -1,8 +1,12 @@
 """What is trained, as text: the expected pieces are read off the templates, not off our output."""
 
+from functools import lru_cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
@@ -16,6 +20,7 @@ from tests.tiny import (
     INST,
     PLAIN,
     SHUFFLING,
+    TEXTS,
     THINK,
     chat,
     tiny_tokenizer,
@@ -205,6 +210,62 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
     replies = contents[1::2]
     assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]
+
+
+KINDS = {
+    "prefix space": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "prepended": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "normalised": normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")]),
+}
+"""How SentencePiece's families write blanks, beside the bytes of our other tokenizer."""
+
+
+@lru_cache
+def sentence_pieces(kind, template):
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    where = "normalizer" if isinstance(KINDS[kind], normalizers.Normalizer) else "pre_tokenizer"
+    setattr(backend, where, KINDS[kind])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    special += [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>"
+    )
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["yes", " ", "  ", "\n", "e\u0301", "é", "ﬁ", "½", "🙂", "\u200b", "\u00a0", "...", "'s",
+         "assistant", "한국", "<|im_end|>", "</s>"]
+    ),
+    max_size=6,
+).map("".join)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(PIECES, min_size=2, max_size=6),
+    st.sampled_from([*KINDS, "bytes"]),
+    st.sampled_from([CHATML, HEADERS, PLAIN]),
+)
+def test_no_token_is_trained_that_says_something_outside_of_its_turn(contents, kind, template):
+    """Tokens that merge across a border, and characters that are several tokens or none alone."""
+    plain = kind == "bytes"
+    tokenizer = tiny_tokenizer(template) if plain else sentence_pieces(kind, template)
+    encoder = ConversationEncoder(tokenizer, max_length=4096, overlong="error")
+    conversation = Conversation(chat(*contents))
+    (found,) = encoder.encode([conversation])
+    if not isinstance(found, Encoded):
+        assert isinstance(found, Dropped)
+        return
+    renderer = Renderer(tokenizer)
+    text = renderer.text(conversation)
+    ours = {place for span in renderer.spans(conversation, text) for place in range(*span)}
+    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+    for (start, end), weight in zip(offsets, found.weights, strict=True):
+        said = {place for place in range(start, end) if text[place].strip()}
+        assert said <= ours if weight else not said or not said <= ours
 
 
 WORDS_AND_MARKUP = st.lists(
