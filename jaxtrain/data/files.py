@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.remote import fetched, is_remote, rows_among
-from jaxtrain.data.rows import ConcatenatedRows, Rows, without_filling
+from jaxtrain.data.rows import ConcatenatedRows, Rows, first_line, without_filling
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
@@ -335,7 +335,9 @@ def parquet_rows(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK_ROWS):
                 writer.write_batch(batch)
     except pa.ArrowInvalid as fault:
-        raise DataError(f"{path}: not a Parquet file that can be read: {_first(fault)}") from None
+        raise DataError(
+            f"{path}: not a Parquet file that can be read: {first_line(fault)}"
+        ) from None
     sink.flush()
     return _table_rows(mapped(sink, path), path)
 
@@ -353,14 +355,12 @@ def _table_rows(whole: mmap.mmap, path: Path) -> Rows:
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
         rows = ArrowRows(reader.read_all(), str(path))
     except (pa.ArrowInvalid, OSError) as fault:
-        raise DataError(f"{path}: not an Arrow file that can be read: {_first(fault)}") from None
+        raise DataError(
+            f"{path}: not an Arrow file that can be read: {first_line(fault)}"
+        ) from None
     if len(rows) == 0:
         raise DataError(f"{path}: no rows")
     return rows
-
-
-def _first(fault: BaseException) -> str:
-    return str(fault).strip().splitlines()[0]
 
 
 def _mapped(path: Path) -> Any:
@@ -377,7 +377,7 @@ def _mapped(path: Path) -> Any:
                     while block := stream.read(BLOCK_BYTES):
                         unpacked.write(block)
             except OSError as fault:
-                raise DataError(f"{path}: cannot be unpacked: {_first(fault)}") from None
+                raise DataError(f"{path}: cannot be unpacked: {first_line(fault)}") from None
             unpacked.flush()
             return mapped(unpacked, path)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
 from jaxtrain.data.progress import progress
+from jaxtrain.data.rows import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
 
@@ -112,6 +113,6 @@ def _named(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise RecipeError(f"{url}: no such file") from None
     except Exception as fault:  # every protocol is a library with faults of its own
-        first = next(iter(str(fault).strip().splitlines()), "")
-        told = f"{type(fault).__name__}: {first}" if first else type(fault).__name__
+        kind, first = type(fault).__name__, first_line(fault)
+        told = kind if first == kind else f"{kind}: {first}"
         raise RecipeError(f"{url}: could not be read: {told}") from fault

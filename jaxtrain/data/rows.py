@@ -170,6 +170,11 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def first_line(fault: BaseException) -> str:
+    """Of what a library raised, whose other lines are hints of its own."""
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
 def missing_column(column: str, row: Mapping[str, Any]) -> DataError:
     return DataError(
         f"no column {shown(column)}, found {', '.join(row) or 'none'}{did_you_mean(column, row)}"

@@ -9,8 +9,8 @@ apply; where neither does, there is no span and no guess.
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jaxtrain.data.conversation import Message
 from jaxtrain.recipe.errors import DataError
@@ -209,7 +209,8 @@ class _MarkedSearch:
             return None
         # Some templates write more behind a turn that is the last one, such as EOS behind the end
         # of turn; a token that is cut here is not of the turn.
-        closing = _shared_start(rendered[place:], self._text[end:])
+        closing = rendered[place:]
+        closing = closing[: shared_start(closing, self._text[end:])]
         if is_plain and len(closing) == len(rendered) - place:
             self._closings.setdefault(message["role"], closing)
         return end + len(closing)
@@ -223,10 +224,10 @@ class _MarkedSearch:
         return ("", {}) if rendered is None else self._marks.removed(rendered)
 
 
-def _shared_start(one: str, other: str) -> str:
-    pairs = zip(one, other, strict=False)
-    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-    return one[:length]
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """So much of both is equal from the front on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def is_bare_call(message: Message) -> bool:
