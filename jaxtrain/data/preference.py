@@ -17,13 +17,12 @@ from jaxtrain.data.conversation import (
 from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
-    OVERLONG,
     ConversationEncoder,
     Dropped,
     Encoded,
     Fault,
     Outcome,
-    too_long,
+    beyond_limit,
 )
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows
@@ -179,11 +178,9 @@ class PreferenceEncoder:
                 return outcome
             sequences.append(outcome)
         longest = max(len(sequence.tokens) for sequence in sequences)
+        if refused := beyond_limit(longest, self._max_length, self._overlong):
+            return refused
         is_cut = longest > self._max_length
-        if is_cut and self._overlong == "drop":
-            return Dropped(OVERLONG, longest)
-        if is_cut and self._overlong == "error":
-            return too_long(longest, self._max_length)
         if is_cut:
             sequences = [self._cut(sequence) for sequence in sequences]
         first, last = sequences[0], sequences[-1]
