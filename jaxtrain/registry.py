@@ -43,6 +43,10 @@ def _entry(path: str, config: str) -> Entry:
     return Entry(path and f"jaxtrain.{path}", f"jaxtrain.recipe.{config}")
 
 
+def _source(path: str, config: str) -> Entry:
+    return _entry(f"data.{path}", f"data:{config}")
+
+
 def _optimizer(name: str) -> Entry:
     return _entry(f"optimizer:{name}Factory", f"optimizer:{name}Config")
 
@@ -69,21 +73,18 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "kto": _entry("data.preference:KTODataFactory", "objectives:JudgedDataConfig"),
     },
     "data_source": {
-        "huggingface": _entry("data.hub:HuggingFaceSource", "data:HFDataSourceConfig"),
-        "huggingface_instruct": _entry(
-            "data.hub:HuggingFaceInstructSource", "data:HFDataSourceConfig"
-        ),
-        "huggingface_causal": _entry(
-            "data.hub:HuggingFaceCausalSource", "data:HFCausalDataSourceConfig"
-        ),
-        "given": _entry("data.given:GivenSource", "data:RowsConfig"),
-        "synthetic": _entry("data.synthetic:SyntheticSource", "data:SyntheticDataSourceConfig"),
-        "local": _entry("data.local:LocalSource", "data:AnyLocalDataSourceConfig"),
-        "json": _entry("data.local:JsonSource", "data:LocalDataSourceConfig"),
-        "jsonl": _entry("data.local:JsonLinesSource", "data:LocalDataSourceConfig"),
-        "csv": _entry("data.local:CsvSource", "data:LocalDataSourceConfig"),
-        "parquet": _entry("data.local:ParquetSource", "data:LocalDataSourceConfig"),
-        "text": _entry("data.local:TextSource", "data:TextDataSourceConfig"),
+        "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
+        "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
+        "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
+        "given": _source("given:GivenSource", "RowsConfig"),
+        "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
+        "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
+        "json": _source("local:JsonSource", "LocalDataSourceConfig"),
+        "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
+        "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
+        "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
+        "arrow": _source("local:ArrowSource", "LocalDataSourceConfig"),
+        "text": _source("local:TextSource", "TextDataSourceConfig"),
         "snowflake": _entry("data.snowflake:SnowflakeSource", "snowflake:SnowflakeSourceConfig"),
     },
     "optimizer": {

@@ -9,6 +9,7 @@ from jaxtrain.data.hub import HuggingFaceCausalSource as HuggingFaceCausalSource
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
 from jaxtrain.data.hub import HuggingFaceSource as HuggingFaceSource
 from jaxtrain.data.ledger import Ledger as Ledger
+from jaxtrain.data.local import ArrowSource as ArrowSource
 from jaxtrain.data.local import CsvSource as CsvSource
 from jaxtrain.data.local import JsonLinesSource as JsonLinesSource
 from jaxtrain.data.local import JsonSource as JsonSource

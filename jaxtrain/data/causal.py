@@ -11,6 +11,7 @@ from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, plain_backend
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, slices
+from jaxtrain.data.render import check_characters
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
@@ -36,6 +37,7 @@ class TextEncoder:
             raise missing_column(column, row)
         if not isinstance(row[column], str):
             raise DataError(f"{column}: must be text, found {shown(row[column])}")
+        check_characters(row[column])
         return row[column]
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
@@ -64,6 +66,9 @@ class CausalDataFactory(DocumentFactory):
             return TokenisedEncoder(vocab_size=len(self.tokenizer), with_labels=False)
         column = loaded.source.config.text_column
         return TextEncoder(self.tokenizer, column, self.tokenize_kwargs)
+
+    def remarks(self) -> list[str]:
+        return []  # no text goes through a template
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)

@@ -4,21 +4,25 @@ import ast
 import hashlib
 import inspect
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 ENCODING_FILES = (
-    "causal.py", "conversation.py", "documents.py", "encode.py", "preference.py", "render.py",
-    "spans.py", "tokenise.py", "tokenised.py",
+    "causal.py", "conversation.py", "documents.py", "encode.py", "files.py", "hub.py",
+    "preference.py", "render.py", "rows.py", "source.py", "spans.py", "tokenise.py",
+    "tokenised.py",
 )  # fmt: skip
-"""Our files that decide tokens and weights: hashed, since a number would be forgotten in some
+"""Our files that decide rows, tokens and weights: hashed, since a number would be forgotten in some
 change."""
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
 
 def encoding_digest() -> str:
     folder = Path(__file__).parent
-    return _digest([(folder / name).read_bytes() for name in ENCODING_FILES])
+    files = [(folder / name).read_bytes() for name in ENCODING_FILES]
+    return _digest([*files, repr([version(name) for name in LIBRARIES]).encode()])
 
 
 def code_digest(cls: type) -> str:

@@ -5,6 +5,7 @@ Faults are `DataError`s that name the field; whoever knows the row puts its plac
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jaxtrain.data.rows import missing_column
@@ -58,7 +59,7 @@ class MappedRoles:
             turns += self._turns(row, array, field, roles)
         if not turns:
             raise DataError(f"role_mapping found no turn; columns are {', '.join(row)}")
-        return {**row, "messages": turns}
+        return {**row, "system": None, "messages": turns}  # what is mapped is all that is said
 
     def _turns(self, row: Row, array: str, field: str, roles: dict[str, str]) -> list[Message]:
         turns = []
@@ -88,8 +89,9 @@ def to_conversation(row: Row) -> Conversation:
                 prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
+        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in row)), "")
         raise DataError(
-            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}"
+            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}{near}"
         )
     if not messages:
         raise DataError("messages: empty conversation")
@@ -115,7 +117,10 @@ def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
 
 
 def _messages(row: Row) -> list[Message]:
-    return _list(row, "messages")
+    """A system column is their first turn, unless they have their own."""
+    turns = _list(row, "messages")
+    has_own = any(isinstance(turn, Mapping) and turn.get("role") == "system" for turn in turns[:1])
+    return turns if has_own else [*system_turns(row), *turns]
 
 
 def _shared(row: Row) -> list[Message]:
@@ -136,19 +141,42 @@ def _shared_turn(turn: Any, place: str) -> Message:
         )
     value = _field(turn, "value", place)
     if sender == "function_call":
-        return _call(value, f"{place}.value")
+        return {"role": role, "content": "", "tool_calls": _calls(value, f"{place}.value")}
     return {"role": role, "content": value}
 
 
-def _call(value: Any, place: str) -> Message:
-    """A turn that is a call: JSON of name and arguments, or a list of such."""
+def _calls(value: Any, place: str) -> list[Any]:
+    """Calls as most templates want them, with maps as arguments: text would be escaped by those
+    that write JSON themselves."""
     calls = _json(value, place)
-    functions = calls if isinstance(calls, list) else [calls]
-    for function in functions:
-        if not isinstance(function, dict) or "name" not in function:
-            raise DataError(f"{place}: a call has a name and arguments, found {shown(function)}")
-    wrapped = [{"type": "function", "function": function} for function in functions]
-    return {"role": "assistant", "content": "", "tool_calls": wrapped}
+    wrapped = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{place}: a call has a name and arguments, found {shown(call)}")
+        if isinstance(arguments := function.get("arguments"), str):
+            with suppress(json.JSONDecodeError):
+                parsed = json.loads(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+            function = {**function, "arguments": arguments}
+        rest = call if "function" in call else {}
+        wrapped.append({"type": "function", **rest, "function": function})
+    return wrapped
+
+
+def with_text_arguments(messages: list[Message]) -> list[Message]:
+    """For the templates that join the arguments of calls to other text."""
+    changed = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            if isinstance(function.get("arguments"), Mapping):
+                text = json.dumps(function["arguments"], ensure_ascii=False)
+                function = {**function, "arguments": text}
+            calls.append({**call, "function": function})
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed
 
 
 def _prompt(reply: str) -> Callable[[Row], list[Message]]:
@@ -186,6 +214,7 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (
     (("user", "assistant"), _two_columns),
 )
 """Columns that a form needs → its reader; the first that a row has all columns of counts."""
+COLUMNS = tuple(dict.fromkeys(column for columns, _ in FORMS for column in columns))
 
 
 def _column(row: Row, role: str, column: str) -> list[Message]:
@@ -226,8 +255,10 @@ def _checked(message: Any, place: str) -> Message:
         )
     # A typed table fills a field that one turn has with null in all others.
     kept = {key: value for key, value in message.items() if value is not None}
-    if "content" not in kept and kept.get("tool_calls"):
-        kept["content"] = ""
+    calls = kept.pop("tool_calls", None) or kept.pop("function_call", None)
+    if calls:
+        kept["tool_calls"] = _calls(calls, f"{place}.tool_calls")
+        kept.setdefault("content", "")
     content = kept["content"] if "content" in kept else _field(message, "content", place)
     kept["content"] = _text(content, f"{place}.content")
     return kept

@@ -20,6 +20,7 @@ from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percent
 from jaxtrain.data.order import mixed_documents, split_by_content
 from jaxtrain.data.packing import RowPlan
 from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.render import DATE
 from jaxtrain.data.rows import rows_digest
 from jaxtrain.data.source import DataSource
 from jaxtrain.data.tokenise import Encoder, Tolerance, tokenise, workers_for
@@ -63,8 +64,10 @@ class DocumentFactory(DataFactory, abstract=True):
         return self.max_length
 
     def remarks(self) -> list[str]:
-        """What this factory does otherwise than the recipe says, for the ledger."""
-        return []
+        """What this factory does otherwise than the recipe or the template says, for the ledger."""
+        if "strftime_now" not in str(self.tokenizer.chat_template):
+            return []
+        return [f"the chat template writes the day: it is {DATE:%d %b %Y} on every one"]
 
     def process(self, dataset: Sequence[LoadedSource]) -> Processed:
         """Every row to a document or a counted drop; `DataError` when no document is left."""

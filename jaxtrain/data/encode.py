@@ -133,11 +133,8 @@ class ConversationEncoder:
         length = len(encoding)
         if length == 0:
             return Dropped(NOTHING, 0)
-        if length > self._max_length:
-            if self._overlong == "error":
-                return too_long(length, self._max_length)
-            if self._overlong == "drop":
-                return Dropped(OVERLONG, length)
+        if refused := beyond_limit(length, self._max_length, self._overlong):
+            return refused
         tokens = np.array(encoding.ids[: self._max_length], dtype=np.int32)
         is_pair = conversation.prompt_turns > 0
         if self._mask_inputs and (self._completion_only or not is_pair):
@@ -232,7 +229,14 @@ def borders(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(plain)) if plain else None
 
 
-def too_long(length: int, max_length: int) -> Fault:
+def beyond_limit(
+    length: int, max_length: int, rule: Literal["drop", "truncate", "error"]
+) -> Dropped | Fault | None:
+    """What becomes of a row of so many tokens; None for one that is taken, cut or whole."""
+    if length <= max_length or rule == "truncate":
+        return None
+    if rule == "drop":
+        return Dropped(OVERLONG, length)
     return Fault(
         f"{length} tokens, but max_length is {max_length}; set data.overlong to drop or truncate, "
         f"or raise data.max_length"

@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.data.remote import fetched, is_remote
-from jaxtrain.data.rows import ConcatenatedRows, Rows
+from jaxtrain.data.remote import fetched, is_remote, rows_among
+from jaxtrain.data.rows import ConcatenatedRows, Rows, first_line, without_filling
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
@@ -31,6 +32,7 @@ STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|"|[{}\[\],]', re.DOTALL)
 NOT_BLANK = re.compile(rb"\s*(\S)")
 BLOCK_BYTES = 1 << 22
 ARROW_BLOCK_ROWS = 256
+ARROW_FILE = b"ARROW1"
 
 
 def temporary_file() -> Any:
@@ -51,7 +53,8 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         elif path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.is_file() and file_format(f.name))
+            names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+            files = [names[name] for name in rows_among(names)]
             if not files:
                 raise RecipeError(f"folder {path} holds no file of {', '.join(FORMATS)}")
             found += files
@@ -108,7 +111,11 @@ class _Records:
         return self._parse(self._decoded(start, end), start)
 
     def where(self, index: int) -> str:
-        return f"{self.path}:{self._line(int(self._bounds[index][0]))}"
+        return self._place(int(self._bounds[index][0]))
+
+    def _place(self, start: int, lines: int = 0) -> str:
+        """Of the row that starts there, or so many lines on."""
+        return f"{self.path}:{self._line(start) + lines}"
 
     def content(self, digest: Any) -> None:
         digest.update(type(self).__name__.encode())
@@ -136,17 +143,14 @@ class _Records:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as fault:
-            line = self._line(start) + fault.lineno - 1
             raise DataError(
-                f"{self.path}:{line}: not JSON: {fault.msg} at column {fault.colno}, "
-                f"found {shown(text[fault.pos :])}"
+                f"{self._place(start, fault.lineno - 1)}: not JSON: {fault.msg} at column "
+                f"{fault.colno}, found {shown(text[fault.pos :])}"
             ) from None
         except RecursionError:
-            raise DataError(f"{self.path}:{self._line(start)}: JSON nested too deeply") from None
+            raise DataError(f"{self._place(start)}: JSON nested too deeply") from None
         if not isinstance(row, dict):
-            raise DataError(
-                f"{self.path}:{self._line(start)}: a row must be an object, found {shown(row)}"
-            )
+            raise DataError(f"{self._place(start)}: a row must be an object, found {shown(row)}")
         return row
 
 
@@ -189,6 +193,11 @@ class JsonArray(_Records):
                 return self._nothing_after(match.end())
         raise DataError(f"{self.path}: ends before its list does; is the file cut off?")
 
+    def _place(self, start: int, lines: int = 0) -> str:
+        """With the number of the row too: many arrays are one line."""
+        row = int(np.searchsorted(self._bounds[:, 0], start))
+        return f"{super()._place(start, lines)}: row {row}"
+
     def _nothing_after(self, offset: int) -> None:
         if (rest := NOT_BLANK.match(self._bytes, offset)) is not None:
             line = self._line(rest.start(1))
@@ -207,6 +216,8 @@ class Csv(_Records):
         records = csv.reader(self._lines(), strict=True)
         try:
             self._header = next(records)
+            if twice := [name for name, count in Counter(self._header).items() if count > 1]:
+                raise DataError(f"{self.path}:1: the header has column {shown(twice[0])} twice")
             start = self._position
             for record in records:
                 if record:
@@ -282,7 +293,7 @@ class ArrowRows:
         block, place = divmod(index, ARROW_BLOCK_ROWS)
         if self._block[0] != block:
             part = self._table.slice(block * ARROW_BLOCK_ROWS, ARROW_BLOCK_ROWS)
-            self._block = (block, part.to_pylist())
+            self._block = (block, [without_filling(row) for row in part.to_pylist()])
         return self._block[1][place]
 
     def where(self, index: int) -> str:
@@ -324,17 +335,32 @@ def parquet_rows(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK_ROWS):
                 writer.write_batch(batch)
     except pa.ArrowInvalid as fault:
-        raise DataError(f"{path}: not a Parquet file that can be read: {_first(fault)}") from None
+        raise DataError(
+            f"{path}: not a Parquet file that can be read: {first_line(fault)}"
+        ) from None
     sink.flush()
-    table = pa.ipc.open_file(pa.py_buffer(mmap.mmap(sink.fileno(), 0, access=mmap.ACCESS_READ)))
-    rows = ArrowRows(table.read_all(), str(path))
+    return _table_rows(mapped(sink, path), path)
+
+
+def arrow_rows(path: Path) -> Rows:
+    """A table as it lies in memory: Arrow's file format (Feather too) or its stream."""
+    return _table_rows(_mapped(path), path)
+
+
+def _table_rows(whole: mmap.mmap, path: Path) -> Rows:
+    import pyarrow as pa
+
+    is_file = whole[: len(ARROW_FILE)] == ARROW_FILE
+    try:
+        reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
+        rows = ArrowRows(reader.read_all(), str(path))
+    except (pa.ArrowInvalid, OSError) as fault:
+        raise DataError(
+            f"{path}: not an Arrow file that can be read: {first_line(fault)}"
+        ) from None
     if len(rows) == 0:
         raise DataError(f"{path}: no rows")
     return rows
-
-
-def _first(fault: BaseException) -> str:
-    return str(fault).strip().splitlines()[0]
 
 
 def _mapped(path: Path) -> Any:
@@ -351,7 +377,7 @@ def _mapped(path: Path) -> Any:
                     while block := stream.read(BLOCK_BYTES):
                         unpacked.write(block)
             except OSError as fault:
-                raise DataError(f"{path}: cannot be unpacked: {_first(fault)}") from None
+                raise DataError(f"{path}: cannot be unpacked: {first_line(fault)}") from None
             unpacked.flush()
             return mapped(unpacked, path)
 
@@ -369,4 +395,5 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     "jsonl": JsonLines,
     "csv": Csv,
     "parquet": parquet_rows,
+    "arrow": arrow_rows,
 }

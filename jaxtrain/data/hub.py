@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.files import data_files, open_files
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, take_split
+from jaxtrain.data.rows import MappedRows, NamedRows, Rows, first_line, take_split, without_filling
 from jaxtrain.data.source import ConversationSource, Limits
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -53,6 +53,9 @@ class DatasetRows(NamedRows):
 
     _rows: Any
 
+    def __getitem__(self, index: int) -> Row:
+        return without_filling(self._rows[index])
+
     def content(self, digest: Any) -> None:
         for start in range(0, len(self), HASHED_ROWS):
             stop = min(start + HASHED_ROWS, len(self))
@@ -99,13 +102,12 @@ class HuggingFaceSource(ConversationSource):
         try:
             return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
-            first = str(fault).strip().splitlines()[0]
             raise RecipeError(
                 f"data set {shown(config.name_or_path)} is no local file, and could not be "
-                f"read from {HF_DATASETS_CACHE} or the hub: {first}"
+                f"read from {HF_DATASETS_CACHE} or the hub: {first_line(fault)}"
             ) from None
         except DatasetsError as fault:
-            first = str(fault.__cause__ or fault).strip().splitlines()[0]
+            first = first_line(fault.__cause__ or fault)
             raise DataError(f"data set {shown(config.name_or_path)}: {first}") from None
 
 
@@ -145,8 +147,8 @@ def _saved(path: Path) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as fault:
-        first = str(fault).strip().splitlines()[0]
-        raise DataError(f"{path}: not a folder that datasets can read: {first}") from None
+        told = f"{path}: not a folder that datasets can read: {first_line(fault)}"
+        raise DataError(told) from None
     if isinstance(saved, datasets.DatasetDict):
         return saved
     return {"train": saved, "eval": saved}

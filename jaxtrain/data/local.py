@@ -19,7 +19,10 @@ class _LocalSource(ConversationSource, abstract=True):
         return self.config.name or (path if isinstance(path, str) else ", ".join(path))
 
     def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
-        rows = open_files(data_files(config.path), self.name)
+        kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
+        per_line = isinstance(config, TextDataSourceConfig) and config.per_line
+        files = data_files(config.path)
+        rows = open_files(files, kind, column=config.column, per_line=per_line)
         return self.only_split(renamed(rows, config.columns), split)
 
 
@@ -39,21 +42,15 @@ class ParquetSource(_LocalSource):
     name = "parquet"
 
 
+class ArrowSource(_LocalSource):
+    name = "arrow"
+
+
 class TextSource(_LocalSource):
     name = "text"
     config: TextDataSourceConfig
-
-    def load(self, config: TextDataSourceConfig, split: str) -> Rows:
-        files = data_files(config.path)
-        rows = open_files(files, self.name, column=config.column, per_line=config.per_line)
-        return self.only_split(renamed(rows, config.columns), split)
 
 
 class LocalSource(_LocalSource):
     name = "local"
     config: AnyLocalDataSourceConfig
-
-    def load(self, config: AnyLocalDataSourceConfig, split: str) -> Rows:
-        files = data_files(config.path)
-        rows = open_files(files, config.format, column=config.column, per_line=config.per_line)
-        return self.only_split(renamed(rows, config.columns), split)

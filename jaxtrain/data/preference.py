@@ -17,18 +17,18 @@ from jaxtrain.data.conversation import (
 from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
-    OVERLONG,
     ConversationEncoder,
     Dropped,
     Encoded,
     Fault,
     Outcome,
-    too_long,
+    beyond_limit,
 )
 from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows
 from jaxtrain.data.plan import BatchPlan
 from jaxtrain.data.rows import missing_column
+from jaxtrain.data.spans import shared_start
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
@@ -106,7 +106,7 @@ def _prompt(row: Mapping[str, Any]) -> list[Message]:
 
 def _shared_text(chosen: str, rejected: str) -> str:
     """Up to the end of a word."""
-    shared = chosen[: _shared_start(chosen, rejected)]
+    shared = chosen[: shared_start(chosen, rejected)]
     if shared != chosen and shared != rejected:
         shared = shared[: len(shared) - len(shared.split(" ")[-1])]
     if not shared.strip():
@@ -118,18 +118,12 @@ def _without_shared_turns(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
     """What both replies begin with is the prompt; one that is given beside them is part of it."""
-    count = _shared_start(chosen, rejected)
-    shared = chosen[:count]
+    shared = chosen[: shared_start(chosen, rejected)]
     if not shared:
         raise DataError("chosen and rejected begin differently, and there is no prompt before them")
     if not all(turn in shared for turn in prompt):
         raise DataError("prompt: is not what chosen and rejected, which have a prompt, begin with")
-    return shared, [chosen[count:], rejected[count:]]
-
-
-def _shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return shared, [chosen[len(shared) :], rejected[len(shared) :]]
 
 
 def _score(row: Mapping[str, Any], column: str) -> float:
@@ -184,11 +178,9 @@ class PreferenceEncoder:
                 return outcome
             sequences.append(outcome)
         longest = max(len(sequence.tokens) for sequence in sequences)
+        if refused := beyond_limit(longest, self._max_length, self._overlong):
+            return refused
         is_cut = longest > self._max_length
-        if is_cut and self._overlong == "drop":
-            return Dropped(OVERLONG, longest)
-        if is_cut and self._overlong == "error":
-            return too_long(longest, self._max_length)
         if is_cut:
             sequences = [self._cut(sequence) for sequence in sequences]
         first, last = sequences[0], sequences[-1]
@@ -257,8 +249,11 @@ class KTODataFactory(DocumentFactory):
     def remarks(self) -> list[str]:
         used, written = self.max_prompt_length, self.config.max_prompt_length
         if used == written:
-            return []
-        return [f"max_prompt_length is {used}, half of max_length, since {written} is not below it"]
+            return super().remarks()
+        lowered = (
+            f"max_prompt_length is {used}, half of max_length, since {written} is not below it"
+        )
+        return [*super().remarks(), lowered]
 
     def encoder(self, loaded: LoadedSource) -> Encoder:
         return PreferenceEncoder(

@@ -3,7 +3,7 @@ ones."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
 from jaxtrain.data.progress import progress
+from jaxtrain.data.rows import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
 
@@ -60,10 +61,23 @@ def _listed(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
         if info["type"] == "file":
             return {path: info}
         found = files.find(path, detail=True)
-        found = {name: info for name, info in found.items() if file_format(_base(name))}
+        below = {name.partition("?")[0].removeprefix(path).lstrip("/"): name for name in found}
+        found = {below[name]: found[below[name]] for name in rows_among(below)}
         if not found:
             raise RecipeError(f"folder {url} holds no file of {', '.join(FORMATS)}")
     return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+
+
+def rows_among(names: Iterable[str]) -> list[str]:
+    """Of the files in a folder those that hold rows: no hidden ones, and no text that stands beside
+    rows of other formats, which is about them."""
+    kinds = {
+        name: kind
+        for name in names
+        if (kind := file_format(name)) and not any(p.startswith(".") for p in Path(name).parts)
+    }
+    is_text = set(kinds.values()) == {"text"}
+    return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
 
 
 def _base(name: str) -> str:
@@ -99,6 +113,6 @@ def _named(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise RecipeError(f"{url}: no such file") from None
     except Exception as fault:  # every protocol is a library with faults of its own
-        first = next(iter(str(fault).strip().splitlines()), "")
-        told = f"{type(fault).__name__}: {first}" if first else type(fault).__name__
+        kind, first = type(fault).__name__, first_line(fault)
+        told = kind if first == kind else f"{kind}: {first}"
         raise RecipeError(f"{url}: could not be read: {told}") from fault

@@ -156,6 +156,25 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return MappedRows(rows, rename) if columns else rows
 
 
+def without_filling(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a typed table without the nulls below its columns: a table gives every map the keys
+    of all others, so that a call would be trained with the arguments of every other function."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(kept) for key, kept in value.items() if kept is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value
+
+
+def first_line(fault: BaseException) -> str:
+    """Of what a library raised, whose other lines are hints of its own."""
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
 def missing_column(column: str, row: Mapping[str, Any]) -> DataError:
     return DataError(
         f"no column {shown(column)}, found {', '.join(row) or 'none'}{did_you_mean(column, row)}"

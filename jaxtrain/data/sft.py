@@ -9,7 +9,7 @@ from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.factory import LoadedSource
-from jaxtrain.data.packing import RowPlan, plan_rows, slices
+from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows, slices
 from jaxtrain.data.plan import BatchPlan, fused_rows
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
@@ -77,8 +77,7 @@ class SFTDataFactory(DocumentFactory):
         longest row of any set."""
         if self.config.pack_samples or self.config.pad_to == "max_length":
             return self.max_length
-        longest = max(int(rows.row_lengths.max()) for rows in plans)
-        return min(-(-longest // self.config.div_length) * self.config.div_length, self.max_length)
+        return fitting_length(plans, self.config.div_length, self.max_length)
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order and fuses nothing."""

@@ -16,7 +16,7 @@ from snowflake.snowpark.exceptions import SnowparkClientException  # pyright: ig
 from snowflake.snowpark.types import ArrayType, MapType, VariantType  # pyright: ignore[reportMissingImports]
 
 from jaxtrain.data.files import JsonLines, mapped, temporary_file
-from jaxtrain.data.rows import Rows, SelectedRows, renamed
+from jaxtrain.data.rows import Rows, SelectedRows, first_line, renamed
 from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.snowflake import SnowflakeSourceConfig
@@ -46,7 +46,7 @@ def _session() -> Any:
         return Session.builder.getOrCreate()
     except (Error, SnowparkClientException) as fault:
         raise RecipeError(
-            f"no connection to Snowflake: {_first(fault)}; write a default connection into the "
+            f"no connection to Snowflake: {first_line(fault)}; write a default connection into the "
             f"package's connections.toml"
         ) from None
 
@@ -85,8 +85,4 @@ def _faults(label: str) -> Iterator[None]:
     try:
         yield
     except (Error, SnowparkClientException) as fault:
-        raise DataError(f"{label}: {_first(fault)}") from None
-
-
-def _first(fault: BaseException) -> str:
-    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+        raise DataError(f"{label}: {first_line(fault)}") from None

@@ -8,14 +8,18 @@ apply; where neither does, there is no span and no guess.
 
 import hashlib
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jaxtrain.data.conversation import Message
 from jaxtrain.recipe.errors import DataError
 
 Render = Callable[[list[Message], bool], str | None]
 """Messages, with the generation prompt or without → text; None where the template refuses."""
+
+Places = dict[tuple[str, int], int]
+"""Kind of a marker and number of its message → where it stands in the text without markers."""
 
 FEW_TURNS = 2
 """Up to this many, two renderings a turn are fewer than marking takes."""
@@ -34,7 +38,7 @@ def turn_spans(render: Render, messages: list[Message], turns: list[int], text: 
     for way in ways:
         spans = way(render, messages, turns, text)
         if spans is not None:
-            _check_shown(messages, turns, text, spans)
+            check_shown(messages, turns, [text[start:end] for start, end in spans])
             return spans
     raise DataError(
         "the chat template rewrites turns, and where the trained text stands cannot be proven; "
@@ -43,15 +47,22 @@ def turn_spans(render: Render, messages: list[Message], turns: list[int], text: 
     )
 
 
-def _check_shown(messages: list[Message], turns: list[int], text: str, spans: list[Span]) -> None:
-    """A template made for lists of parts writes the turn and leaves its plain text out."""
-    for turn, span in zip(turns, spans, strict=True):
-        words = messages[turn]["content"].split("</think>")[-1].split()
-        if words and not any(word in text[span.start : span.end] for word in words):
-            raise DataError(
-                f"messages[{turn}].content: the chat template does not show it; set "
-                f"tokenizer.chat_template to one for plain text"
-            )
+def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -> None:
+    """A template made for lists of parts writes the turn and leaves its plain text out. `trained`
+    are the stretches of each turn, or all of a template that says itself which turns it trains."""
+    is_by_turn = len(trained) == len(turns)
+    hidden = []
+    for place, turn in enumerate(turns):
+        words = _reply(messages[turn]).split()
+        where = trained[place : place + 1] if is_by_turn else trained
+        if not words or any(word in text for text in where for word in words):
+            continue
+        hidden.append(turn)
+    if hidden and (is_by_turn or len(hidden) == len(turns)):
+        raise DataError(
+            f"messages[{hidden[0]}].content: the chat template does not show it; set "
+            f"tokenizer.chat_template to one for plain text"
+        )
 
 
 def by_prefixes(
@@ -77,11 +88,10 @@ def by_marks(
     """For templates that write a turn differently once others follow it, and for many turns.
 
     Markers at the borders of the contents show where these went. Proven for every span: without
-    its markers the marked text is `text`, so that they changed nothing; and what opens and closes
-    the turn stands literally beside a marker."""
+    its markers the marked text is `text`, so that they changed nothing; what opens and closes the
+    turn stands literally beside a marker; and the span holds what its turn says, all of it, and
+    nothing that another one says."""
     search = _MarkedSearch(render, messages, turns, text)
-    if not search.is_proven:
-        return None
     spans: list[Span] = []
     for turn in turns:
         start, end = search.start_of(turn), search.end_of(turn)
@@ -89,7 +99,7 @@ def by_marks(
         if start is None or end is None or not previous <= start <= end:
             return None
         spans.append(Span(start, end))
-    return spans
+    return spans if search.are_apart(turns, spans) else None
 
 
 class _MarkedSearch:
@@ -104,7 +114,10 @@ class _MarkedSearch:
         self._closings: dict[str, str] = {}  # by role, as the openings of what follows one
         anchors = {*turns, *(turn - 1 for turn in turns if turn)}
         self._ended = [
-            self._marks.ended(message, index) if index in anchors else message
+            self._marks.ended(message, index)
+            # Many templates leave a turn out that says nothing.
+            if index in anchors or message["content"].strip() or message.get("tool_calls")
+            else message
             for index, message in enumerate(messages)
         ]
         both = [
@@ -112,14 +125,30 @@ class _MarkedSearch:
             for index, message in enumerate(self._ended)
         ]
         # A marker in front may hide what a template looks for there, such as <think>.
-        places = self._places_in_text(both) or self._places_in_text(self._ended) or {}
-        self._starts = {index: at for (kind, index), at in places.items() if kind == "s"}
-        self._ends = {index: at for (kind, index), at in places.items() if kind == "e"}
-        self.is_proven = all(turn in self._ends for turn in turns)
+        self._places = self._places_in_text(both) or self._places_in_text(self._ended) or {}
+
+    @staticmethod
+    def _end_in(places: Places, index: int) -> int | None:
+        """Behind the last that a message says: its content, or its calls."""
+        found = [places[kind, index] for kind in "ec" if (kind, index) in places]
+        return max(found, default=None)
+
+    def are_apart(self, turns: list[int], spans: list[Span]) -> bool:
+        """Some templates write what a tool answers into the turn that called it, or thoughts in
+        front of where the turn is told to begin."""
+        own = dict(zip(turns, spans, strict=True))
+        starts = [span.start for span in spans]
+        for (kind, index), place in self._places.items():
+            if kind != "s" and index in own and not own[index].start <= place <= own[index].end:
+                return False  # but the prompt may open thoughts with which a content starts
+            before = bisect_left(starts, place) - 1  # the last span that starts in front of it
+            if before >= 0 and turns[before] != index and place < spans[before].end:
+                return False
+        return True
 
     def start_of(self, turn: int) -> int | None:
         """Behind the generation prompt, or else where the content begins."""
-        before, written = self._ends.get(turn - 1), self._starts.get(turn)
+        before, written = self._end_in(self._places, turn - 1), self._places.get(("s", turn))
         if before is None:
             return written
         if written is None:
@@ -133,7 +162,8 @@ class _MarkedSearch:
             if self._is_directly_before(known, before, written):
                 self._openings[role] = known
         start = before + len(known)
-        return start if start <= self._ends[turn] else written
+        end = self._end_in(self._places, turn)
+        return start if end is not None and start <= end else written
 
     def _start_of_plain_reply(self, turn: int, before: int) -> int | None:
         """Behind the header that the template writes here for a reply without thoughts, which hide
@@ -142,7 +172,7 @@ class _MarkedSearch:
         probe, places = self._unmarked(
             [*self._ended[:turn], plain, *self._ended[turn + 1 :]], False
         )
-        end, start = places.get(("e", turn - 1)), places.get(("s", turn))
+        end, start = self._end_in(places, turn - 1), places.get(("s", turn))
         if end is None or start is None or not self._text.startswith(probe[end:start], before):
             return None
         return before + start - end
@@ -158,12 +188,14 @@ class _MarkedSearch:
     def _opening(self, turn: int) -> str | None:
         """From the end of the content before the turn to the end of the generation prompt."""
         prompt, places = self._unmarked(self._ended[:turn], True)
-        place = places.get(("e", turn - 1))
+        place = self._end_in(places, turn - 1)
         return None if place is None else prompt[place:]
 
     def end_of(self, turn: int) -> int | None:
         """Behind what closes the turn, if the template writes that here too."""
-        end = self._ends[turn]
+        end = self._end_in(self._places, turn)
+        if end is None:
+            return None
         if turn + 1 == len(self._messages):
             return len(self._text)
         message = self._messages[turn]
@@ -172,38 +204,44 @@ class _MarkedSearch:
         if known is not None and self._text.startswith(known, end):
             return end + len(known)
         rendered, places = self._unmarked(self._ended[: turn + 1], False)
-        place = places.get(("e", turn))
+        place = self._end_in(places, turn)
         if place is None:
             return None
         # Some templates write more behind a turn that is the last one, such as EOS behind the end
         # of turn; a token that is cut here is not of the turn.
-        closing = _shared_start(rendered[place:], self._text[end:])
+        closing = rendered[place:]
+        closing = closing[: shared_start(closing, self._text[end:])]
         if is_plain and len(closing) == len(rendered) - place:
             self._closings.setdefault(message["role"], closing)
         return end + len(closing)
 
-    def _places_in_text(self, marked: list[Message]) -> dict[tuple[str, int], int] | None:
+    def _places_in_text(self, marked: list[Message]) -> Places | None:
         plain, places = self._unmarked(marked, False)
         return places if plain == self._text else None
 
-    def _unmarked(
-        self, marked: list[Message], prompt: bool
-    ) -> tuple[str, dict[tuple[str, int], int]]:
+    def _unmarked(self, marked: list[Message], prompt: bool) -> tuple[str, Places]:
         rendered = self._render(marked, prompt)
         return ("", {}) if rendered is None else self._marks.removed(rendered)
 
 
-def _shared_start(one: str, other: str) -> str:
-    pairs = zip(one, other, strict=False)
-    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-    return one[:length]
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """So much of both is equal from the front on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def is_bare_call(message: Message) -> bool:
-    return bool(message.get("tool_calls")) and not message["content"].strip()
+    """Thoughts aside, which templates take off the content."""
+    return bool(message.get("tool_calls")) and not _reply(message).strip()
 
 
-MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([se])")
+def _reply(message: Message) -> str:
+    return message["content"].rpartition("</think>")[2]
+
+
+MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([serc])")
+"""Where a content starts and ends, where reasoning starts, and behind the name of the last call."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class _Marks:
@@ -214,29 +252,37 @@ class _Marks:
         self._stem = f"Mark{digest}n"
 
     def ended(self, message: Message, number: int) -> Message:
-        """Inside of trailing white space, which templates may strip; in a turn that is nothing but
-        calls behind the last name, since templates ask whether there is content."""
-        content = message["content"]
-        if is_bare_call(message):
+        """Inside of trailing white space, which templates may strip; a turn that is nothing but
+        calls stays without content, since templates ask whether there is some."""
+        marked = dict(message)
+        if message.get("tool_calls"):
             *calls, last = message["tool_calls"]
             function = last.get("function", last)
-            named = {**function, "name": f"{function['name']}{self._stem}{number}e"}
+            named = {**function, "name": f"{function['name']}{self._stem}{number}c"}
             last = {**last, "function": named} if "function" in last else named
-            return {**message, "tool_calls": [*calls, last]}
-        body = content.rstrip()
-        return {**message, "content": f"{body}{self._stem}{number}e{content[len(body) :]}"}
+            marked["tool_calls"] = [*calls, last]
+        if not is_bare_call(message):
+            body = message["content"].rstrip()
+            blank = message["content"][len(body) :]
+            marked["content"] = f"{body}{self._stem}{number}e{blank}"
+        for key in REASONING:
+            if isinstance(thoughts := message.get(key), str) and thoughts.strip():
+                marked[key] = self._before(thoughts, number, "r")
+        return marked
 
     def opened(self, message: Message, number: int) -> Message:
-        content = message["content"]
         if is_bare_call(message):
             return message
-        body = content.lstrip()
-        blank = content[: len(content) - len(body)]
-        return {**message, "content": f"{blank}{self._stem}{number}s{body}"}
+        return {**message, "content": self._before(message["content"], number, "s")}
 
-    def removed(self, rendered: str) -> tuple[str, dict[tuple[str, int], int]]:
-        """The text without markers, and where those stood in it that occur once."""
-        places: dict[tuple[str, int], int] = {}
+    def _before(self, text: str, number: int, kind: str) -> str:
+        body = text.lstrip()
+        return f"{text[: len(text) - len(body)]}{self._stem}{number}{kind}{body}"
+
+    def removed(self, rendered: str) -> tuple[str, Places]:
+        """The text without markers, and where those stood in it that occur once; where those of
+        calls first did, whose names templates write beside the answers too."""
+        places: Places = {}
         repeated: set[tuple[str, int]] = set()
         pieces, cut, length = [], 0, 0
         for match in MARK.finditer(rendered):
@@ -246,8 +292,8 @@ class _Marks:
             length += len(pieces[-1])
             cut = match.end()
             mark = (match[3], int(match[2]))
-            if mark in places:
+            if mark in places and mark[0] != "c":
                 repeated.add(mark)
-            places[mark] = length
+            places.setdefault(mark, length)
         pieces.append(rendered[cut:])
         return "".join(pieces), {m: at for m, at in places.items() if m not in repeated}

@@ -8,12 +8,11 @@ import numpy as np
 from jaxtrain.data.encode import (
     CUT_AWAY,
     NOTHING,
-    OVERLONG,
     UNTRAINED,
     Dropped,
     Encoded,
     Outcome,
-    too_long,
+    beyond_limit,
 )
 from jaxtrain.data.rows import missing_column
 from jaxtrain.recipe.errors import DataError, shown
@@ -73,10 +72,8 @@ class TokenisedEncoder:
         if not length:
             return Dropped(NOTHING, 0)
         most = self._max_length or length
-        if length > most and self._overlong == "drop":
-            return Dropped(OVERLONG, length)
-        if length > most and self._overlong == "error":
-            return too_long(length, most)
+        if refused := beyond_limit(length, most, self._overlong):
+            return refused
         weights = weights[:most].copy()
         weights[0] = 0  # nothing stands before it that could predict it
         if self._with_labels and not weights.any():

@@ -13,6 +13,7 @@ from jaxtrain.recipe.section import InputPath, TypedSection, is_there
 
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".arrow": "arrow", ".feather": "arrow",
     ".csv": "csv", ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 """Suffix of a local file → the source type that reads it."""
@@ -222,7 +223,7 @@ class TextDataSourceConfig(LocalDataSourceConfig):
 class AnyLocalDataSourceConfig(TextDataSourceConfig):
     """Files of any format."""
 
-    format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"] = "auto"
     """What all files are; `auto` goes by the suffix of each."""
 
     @model_validator(mode="after")

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from jaxtrain.data.conversation import MappedRoles, to_conversation
 from jaxtrain.recipe.data import RowsConfig
 from jaxtrain.recipe.errors import DataError
+from tests.tiny import chat
 
 
 def turns(row):
@@ -37,6 +40,14 @@ def test_every_form_gives_the_same_turns(row):
     assert turns(row) == [("user", "a"), ("assistant", "b")]
 
 
+def test_a_system_column_beside_messages_is_their_first_turn():
+    assert turns({"messages": chat("a", "b"), "system": "s"})[0] == ("system", "s")
+    own = chat("a", "b", system="own")
+    assert turns({"messages": own, "system": "s"})[0] == ("system", "own")
+    mapped = MappedRoles({"user": "q", "assistant": "a"})({"q": "a", "a": "b", "system": "s"})
+    assert turns(mapped) == [("user", "a"), ("assistant", "b")]
+
+
 @pytest.mark.parametrize("name", ["conversations", "response", "instruction"])
 def test_a_system_column_comes_first(name):
     assert turns({"system": "s", **FORMS[name]})[0] == ("system", "s")
@@ -61,6 +72,27 @@ def test_calls_and_tools_keep_their_structure():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     assert conversation.messages[1]["tool_calls"] == [call]
     assert conversation.tools == [{"name": "f"}]
+
+
+CALL = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"tool_calls": [{"type": "function", "function": CALL}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ],
+)
+def test_every_form_of_a_call_is_one(turn):
+    messages = [*chat("a"), {"role": "assistant", "content": None, **turn}]
+    wrapped = [{"type": "function", "function": CALL}]
+    assert to_conversation({"messages": messages}).messages[1] == {
+        "role": "assistant", "content": "", "tool_calls": wrapped,
+    }  # fmt: skip
 
 
 def test_nulls_of_a_typed_table_are_no_fields():
@@ -119,6 +151,11 @@ BAD = {
         "columns text hold no conversation; one of: messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant",
     ),
+    "a column misspelt": (
+        {"mesages": []},
+        "columns mesages hold no conversation; one of: messages; conversations; prompt and response "
+        "or completion; instruction and output; user and assistant; did you mean `messages`?",
+    ),
     "no columns": ({}, "columns none hold no conversation"),
     "empty": ({"messages": []}, "messages: empty conversation"),
     "no list": ({"messages": "x"}, "messages: must be a list of turns, found 'x'"),
@@ -155,6 +192,10 @@ BAD = {
     ),
     "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text or a list of turns, found 3"),
     "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
+    "calls": (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 3}]}]},
+        "messages[0].tool_calls: a call has a name and arguments, found {'id': 3}",
+    ),
     "call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "conversations[0].value: must be JSON",

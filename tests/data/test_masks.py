@@ -1,8 +1,12 @@
 """What is trained, as text: the expected pieces are read off the templates, not off our output."""
 
+from functools import lru_cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
@@ -16,6 +20,7 @@ from tests.tiny import (
     INST,
     PLAIN,
     SHUFFLING,
+    TEXTS,
     THINK,
     chat,
     tiny_tokenizer,
@@ -207,6 +212,62 @@ def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
     assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]
 
 
+KINDS = {
+    "prefix space": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "prepended": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "normalised": normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")]),
+}
+"""How SentencePiece's families write blanks, beside the bytes of our other tokenizer."""
+
+
+@lru_cache
+def sentence_pieces(kind, template):
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    where = "normalizer" if isinstance(KINDS[kind], normalizers.Normalizer) else "pre_tokenizer"
+    setattr(backend, where, KINDS[kind])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    special += [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>"
+    )
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["yes", " ", "  ", "\n", "e\u0301", "é", "ﬁ", "½", "🙂", "\u200b", "\u00a0", "...", "'s",
+         "assistant", "한국", "<|im_end|>", "</s>"]
+    ),
+    max_size=6,
+).map("".join)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(PIECES, min_size=2, max_size=6),
+    st.sampled_from([*KINDS, "bytes"]),
+    st.sampled_from([CHATML, HEADERS, PLAIN]),
+)
+def test_no_token_is_trained_that_says_something_outside_of_its_turn(contents, kind, template):
+    """Tokens that merge across a border, and characters that are several tokens or none alone."""
+    plain = kind == "bytes"
+    tokenizer = tiny_tokenizer(template) if plain else sentence_pieces(kind, template)
+    encoder = ConversationEncoder(tokenizer, max_length=4096, overlong="error")
+    conversation = Conversation(chat(*contents))
+    (found,) = encoder.encode([conversation])
+    if not isinstance(found, Encoded):
+        assert isinstance(found, Dropped)
+        return
+    renderer = Renderer(tokenizer)
+    text = renderer.text(conversation)
+    ours = {place for span in renderer.spans(conversation, text) for place in range(*span)}
+    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+    for (start, end), weight in zip(offsets, found.weights, strict=True):
+        said = {place for place in range(start, end) if text[place].strip()}
+        assert said <= ours if weight else not said or not said <= ours
+
+
 WORDS_AND_MARKUP = st.lists(
     st.sampled_from(["a", "yes", " ", "\n", "é", "🙂", "12", "<|im_end|>", "<|eot|>", "river"]),
     max_size=12,
@@ -279,11 +340,79 @@ def test_a_turn_of_calls_alone_keeps_its_form():
     ]
 
 
+INLINE = TOOLS.replace(  # as gemma 4 writes it: the answers stand in the turn that called
+    "<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and loop.nextitem %}"
+    "{{ loop.nextitem.content }} {% endif %}{{ m.content }}",
+).replace("<|im_end|>\n{% endfor %}{% if add", "<|im_end|>\n{% endif %}{% endfor %}{% if add")
+
+
+def test_what_a_tool_answers_is_not_trained_where_it_stands_in_the_turn_that_called():
+    told = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "river"}}]}
+    for more in ([], chat("", "yes")[1:], [*chat("", "yes")[1:], *chat("b", "no")]):
+        messages = [*chat("a"), told, {"role": "tool", "content": "was low"}, *more]
+        found = outcome(INLINE, messages)
+        assert isinstance(found, Fault) and "rewrites turns" in found.what
+
+
+def test_thoughts_in_front_of_the_end_of_the_prompt_are_not_left_out_in_silence():
+    # A prompt that ends behind an empty block, and a turn with a full one.
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    turn = {"role": "assistant", "content": "yes", "reasoning_content": "was low"}
+    for count in (1, 3):
+        found = outcome(template, [*chat("a"), turn] * count)
+        assert isinstance(found, Fault) and "rewrites turns" in found.what
+    open_prompt = template.replace("assistant\n<think></think>", "assistant\n")
+    whole = "<think>was low</think>yes<|im_end|>"
+    assert trained(open_prompt, [*chat("a"), turn] * 3) == [whole] * 3
+
+
+def test_a_call_behind_thoughts_is_trained_to_its_end():
+    # The last turn keeps what earlier ones lose: the two forms share less than the call.
+    template = THINK.replace(
+        "{{ content }}<|im_end|>",
+        "{{ content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+        "{{ c.function.arguments.x }}</call>{% endfor %}<|im_end|>",
+        1,
+    )
+    function = {"name": "river", "arguments": {"x": 12}}
+    turn = {
+        "role": "assistant",
+        "content": "<think>\nso\n</think>\n\n",
+        "tool_calls": [{"function": function}],
+    }
+    answer = {"role": "tool", "content": "7"}
+    messages = [*chat("a"), turn, answer, *chat("", "fine", "b", "no")[1:]]
+    found = trained(template, messages)
+    assert found == [
+        "<call>river 12</call><|im_end|>",
+        "fine<|im_end|>",
+        "<think>\n\n</think>\n\nno<|im_end|>",
+    ]
+
+
+def test_half_a_character_is_refused():
+    found = outcome(CHATML, chat("a \ud83d", "yes"))
+    told = "U+D83D is half of a character, found behind '<|im_start|>user\\na '; remove it"
+    assert found == Fault(told)
+
+
 def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
     assert found.what.startswith("messages[1].content: the chat template does not show it")
+    marked = GENERATION.replace(
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>",
+        "{% generation %}{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>"
+        "{% endgeneration %}{% else %}<|im_end|>{% endif %}",
+    )
+    assert outcome(marked, chat("a", "yes", "b", "no")) == found
 
 
 def test_a_template_that_needs_the_call_before_its_answer_is_no_hiding_one():

@@ -139,7 +139,7 @@ FAULTS = {
     "memory://no/such.jsonl": "memory://no/such.jsonl: no such file",
     "memory://no/*.jsonl": "no file matches memory://no/*.jsonl",
     "memory://logs": "folder memory://logs holds no file of .json, .jsonl, .ndjson, .parquet, "
-    ".csv, .txt, .text, .md",
+    ".arrow, .feather, .csv, .txt, .text, .md",
     "nope://a.jsonl": "nope://a.jsonl: could not be read: ValueError: Protocol not known: nope",
     "absent://a.jsonl": "absent://a.jsonl: needs a package that is not installed: install absentfs",
     "locked://a.jsonl": "locked://a.jsonl: could not be read: NoCredentialsError: unable to locate "

@@ -107,6 +107,7 @@ def test_one_length_for_every_row_of_a_run(tmp_path, keys, tokens):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_a24_evaluation_sees_every_row_once_in_order(tmp_path, count):
+    """Trap G14 too: the last batch is filled up with rows of no weight."""
     evals = [{"messages": chat(f"number {n}", "yes")} for n in range(count)]
     data = prepare([source(tmp_path, chats(3))], [source(tmp_path, evals, "evals")])
     batches = list(data.eval_batches())

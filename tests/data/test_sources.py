@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxtrain.data import (
+    ArrowSource,
     CsvSource,
     HuggingFaceInstructSource,
     HuggingFaceSource,
@@ -59,7 +60,13 @@ def test_every_format_gives_the_same_rows(tmp_path, jsonl):
     zipped = tmp_path / "rows.jsonl.zst"
     with pa.CompressedOutputStream(str(zipped), "zstd") as stream:
         stream.write(jsonl.read_bytes())
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for name, kind in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with kind(tmp_path / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+        assert all_rows(read(ArrowSource, tmp_path / name)) == ROWS
+        assert all_rows(read(LocalSource, tmp_path / name)) == ROWS
     assert all_rows(read(JsonLinesSource, jsonl)) == ROWS
     assert all_rows(read(JsonSource, array)) == ROWS
     assert all_rows(read(JsonSource, lines)) == ROWS
@@ -72,6 +79,21 @@ def test_fields_of_one_turn_are_not_given_to_the_others(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f"}]}, {}]
     path = write(tmp_path / "rows.json", json.dumps(rows))
     assert all_rows(read(JsonSource, path)) == rows
+
+
+def test_a_typed_table_gives_no_call_the_arguments_of_another(tmp_path):
+    """Parquet and `datasets` fill the keys of all maps into each, with null."""
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in "fg"]
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}], "system": None}
+    ]
+    saved = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), saved)
+    assert all_rows(read(ParquetSource, saved)) == rows
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    config = HFDataSourceConfig(name_or_path=str(tmp_path / "saved"))
+    assert all_rows(HuggingFaceSource(config).read("train")) == rows
 
 
 def test_csv_values_are_text_and_may_hold_line_breaks(tmp_path):
@@ -96,11 +118,18 @@ def test_files_globs_lists_and_folders(tmp_path, jsonl):
     (tmp_path / "more").mkdir()
     other = write(tmp_path / "more" / "b.json", '[{"id": 11}]')
     write(tmp_path / "more" / "notes.log", "no data")
+    write(tmp_path / "README.md", "about the rows")
+    write(tmp_path / "more" / ".b.json.swp.json", "not to be seen")
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache" / "c.jsonl", "not to be seen")
     assert len(read(LocalSource, tmp_path)) == 11
     assert len(read(LocalSource, [jsonl, other])) == 11
     assert len(read(JsonLinesSource, tmp_path / "*.jsonl")) == 10
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "README.md", "a text among texts")
+    assert len(read(LocalSource, tmp_path / "texts")) == 1
     rows = read(LocalSource, [jsonl, other], columns={"id": "number"})
-    assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1"
+    assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1: row 0"
 
 
 @pytest.mark.parametrize(
@@ -133,12 +162,13 @@ CASES = {
     "no comma": (
         JsonSource,
         '[{"a":1} {"b":2}]',
-        ":1: not JSON: Extra data at column 9, found '{\"b\":2}'",
+        ":1: row 0: not JSON: Extra data at column 9, found '{\"b\":2}'",
     ),
+    "a column twice": (CsvSource, "a,b,a\n1,2,3", ":1: the header has column 'a' twice"),
     "comma at the end": (
         JsonSource,
         '[{"a":1},]',
-        ":1: not JSON: Expecting value at column 1, found ''",
+        ":1: row 1: not JSON: Expecting value at column 1, found ''",
     ),
     "cut off": (JsonSource, '[{"a":1}', ": ends before its list does; is the file cut off?"),
     "open text": (JsonSource, '[{"a":\n"x}]', ':2: not JSON: " without its pair'),
@@ -151,12 +181,12 @@ CASES = {
     "empty list": (JsonSource, "[]", ": no rows"),
     "empty file": (JsonSource, "", ": the file is empty"),
     "a number": (JsonSource, "5", ":1: must be a list of objects, or one object a line, found '5'"),
-    "list of numbers": (JsonSource, "[\n1]", ":2: a row must be an object, found 1"),
+    "list of numbers": (JsonSource, "[\n1]", ":2: row 0: a row must be an object, found 1"),
     "more text": (JsonSource, '[{"a":1}]\nx', ":2: text after the end of the list"),
     "second object": (
         JsonSource,
         '[{"a":1},\n{"a":\n}]',
-        ":3: not JSON: Expecting value at column 1, found '}'",
+        ":3: row 1: not JSON: Expecting value at column 1, found '}'",
     ),
     "line 2": (
         JsonLinesSource,
@@ -190,6 +220,11 @@ def test_broken_binary_files(tmp_path):
     path = write(tmp_path / "a.parquet", "PAR1 and nothing else")
     kind, message = failure(ParquetSource, path)
     assert kind is DataError and message.startswith(f"{path}: not a Parquet file that can be read")
+    for content in ("ARROW1 and nothing else", "nothing"):
+        path = write(tmp_path / "a.arrow", content)
+        kind, message = failure(ArrowSource, path)
+        assert kind is DataError
+        assert message.startswith(f"{path}: not an Arrow file that can be read")
     path = write(tmp_path / "a.jsonl.gz", "not packed")
     kind, message = failure(JsonLinesSource, path)
     assert kind is DataError and message.startswith(f"{path}: cannot be unpacked")

