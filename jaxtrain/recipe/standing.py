@@ -8,6 +8,7 @@ from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
 from jaxtrain.recipe.errors import Fault, shown
 from jaxtrain.recipe.peft import PeftConfig
+from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import is_off, why_refused
 
 Standing = Literal["same", "mapped", "no effect", "refused", "own"]
@@ -129,20 +130,6 @@ SHARED_SECTIONS = (
     "model", "model.peft_config", "tokenizer", "data", "optimizer", "scheduler", "checkpoint",
     "logger", "wandb",
 )  # fmt: skip
-SPELLINGS = {"lr": "learning_rate"}
-
-
-class Idle(NamedTuple):
-    """Keys that change nothing beside what else is written."""
-
-    keys: frozenset[str]
-    is_idle: Callable[[dict[str, Any], dict[str, Any]], bool]
-    """of the section around the keys, and the recipe"""
-    why: str
-
-
-def _idle(section: str, names: str, is_idle: Callable[[Any, Any], bool], why: str) -> Idle:
-    return Idle(frozenset(f"{section}.{n}".lstrip(".") for n in names.split()), is_idle, why)
 
 
 def _without(*names: str) -> Callable[[dict[str, Any], Any], bool]:
@@ -152,8 +139,8 @@ def _without(*names: str) -> Callable[[dict[str, Any], Any], bool]:
 def _evaluates_nothing(section: Any, tree: dict[str, Any]) -> bool:
     data = tree.get("data")
     split = data.get("train_eval_split") if isinstance(data, dict) else None
-    held_out = isinstance(split, list) and not is_off(split[-1:]) and split[-1] != 0
-    return isinstance(data, dict) and is_off(data.get("eval_sources")) and not held_out
+    holds_none_out = not isinstance(split, list) or not split or is_off(split[-1])
+    return isinstance(data, dict) and is_off(data.get("eval_sources")) and holds_none_out
 
 
 def _masks_nothing(section: dict[str, Any], tree: Any) -> bool:
@@ -166,37 +153,39 @@ def _is_not_causal(section: Any, tree: dict[str, Any]) -> bool:
 
 
 IDLE = (
-    _idle("wandb", "entity project name id mode", _without("enable"),
-          "only `wandb.enable: true` would use it"),
-    _idle("tensorboard", "dir", lambda section, _: section.get("enable") is False,
-          "only `tensorboard.enable: true` would use it"),
-    _idle("", "mem_profiler_dir", _without("mem_profiler"),
-          "only `mem_profiler` would write there"),
-    _idle("", "eval_at_end eval_after_step max_eval_batches eval_log_iter_interval",
-          _evaluates_nothing, "there is no evaluation data"),
-    _idle("", "eval_after_step", _without("eval_interval", "eval_every_n_epochs"),
-          "no evaluation is periodic"),
-    _idle("eval_samples", "top_p", _without("temperature"),
-          "temperature 0 takes the likeliest token each time"),
-    _idle("tokenizer", "tokenize_kwargs", _is_not_causal, "only causal honours it, as upstream"),
-    _idle("data", "packing", _without("pack_samples"), "only `pack_samples: true` packs"),
-    _idle("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
-          "`overlong` says what happens to long rows"),
-    _idle("data", "completion_only ignore_empty_think", _masks_nothing,
-          "with `mask_inputs: false` every token is trained"),
-    _idle("data.sources", "sample_seed", _without("sample_ratio", "sample_count"),
-          "no sample is drawn"),
-    _idle("scheduler", "warmup_ratio warmup_steps",
-          lambda section, _: section.get("name") == "constant",
-          "`constant` has no warm-up, as upstream"),
-    _idle("checkpoint", "metric mode", _without("keep_best_n"), "only `keep_best_n` asks for it"),
-    _idle("checkpoint", "save_after_step", _without("save_every_n_steps", "save_every_n_epochs"),
-          "no save is periodic"),
-    _idle("pipeline", "schedule stages_per_device",
-          lambda _, tree: not isinstance(mesh := tree.get("mesh"), dict)
-          or mesh.get("pipeline", 1) in (1, "1"),
-          "only `mesh.pipeline` > 1 has stages"),
+    ("wandb", "entity project name id mode", _without("enable"),
+     "only `wandb.enable: true` would use it"),
+    ("tensorboard", "dir", lambda section, _: section.get("enable") is False,
+     "only `tensorboard.enable: true` would use it"),
+    ("", "mem_profiler_dir", _without("mem_profiler"),
+     "only `mem_profiler` would write there"),
+    ("", "eval_at_end eval_after_step max_eval_batches eval_log_iter_interval",
+     _evaluates_nothing, "there is no evaluation data"),
+    ("", "eval_after_step", _without("eval_interval", "eval_every_n_epochs"),
+     "no evaluation is periodic"),
+    ("eval_samples", "top_p", _without("temperature"),
+     "temperature 0 takes the likeliest token each time"),
+    ("tokenizer", "tokenize_kwargs", _is_not_causal, "only causal honours it, as upstream"),
+    ("data", "packing", _without("pack_samples"), "only `pack_samples: true` packs"),
+    ("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
+     "`overlong` says what happens to long rows"),
+    ("data", "completion_only ignore_empty_think", _masks_nothing,
+     "with `mask_inputs: false` every token is trained"),
+    ("data.sources", "sample_seed", _without("sample_ratio", "sample_count"),
+     "no sample is drawn"),
+    ("scheduler", "warmup_ratio warmup_steps",
+     lambda section, _: section.get("name") == "constant",
+     "`constant` has no warm-up, as upstream"),
+    ("checkpoint", "metric mode", _without("keep_best_n"), "only `keep_best_n` asks for it"),
+    ("checkpoint", "save_after_step", _without("save_every_n_steps", "save_every_n_epochs"),
+     "no save is periodic"),
+    ("pipeline", "schedule stages_per_device",
+     lambda _, tree: not isinstance(mesh := tree.get("mesh"), dict)
+     or mesh.get("pipeline", 1) in (1, "1"),
+     "only `mesh.pipeline` > 1 has stages"),
 )  # fmt: skip
+"""Section, keys of it, when they change nothing beside what else the section and the recipe say,
+and why."""
 
 
 class Line(NamedTuple):
@@ -322,8 +311,10 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
             )
     if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
         return Line(key, "no effect", "`enabled: false` turns the entry off")
-    whys = (idle.why for idle in IDLE if key in idle.keys and idle.is_idle(section, tree))
-    return next((Line(key, "no effect", why) for why in whys), None)
+    for where, names, is_idle, why in IDLE:
+        if where == above and name in names.split() and is_idle(section, tree):
+            return Line(key, "no effect", why)
+    return None
 
 
 def _respelled(key: str) -> str:

@@ -1,7 +1,7 @@
 """What a run is made of: each part from its section of the recipe, or given ready-made."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypedDict
 
 import jax
@@ -33,7 +33,7 @@ class Given(TypedDict, total=False):
     """Ready-made objects, each in place of what a section of the recipe makes."""
 
     model: Decoder | None
-    """With the weights to start from, such as the `model_unwrapped` of another trainer."""
+    """With the weights to start from, such as the `model` of another trainer."""
     tokenizer: Any
     processing_class: Any
     """Another name for `tokenizer`."""
@@ -188,15 +188,18 @@ class Parts:
     @cached_property
     def state_shapes(self) -> TrainState:
         """What a checkpoint is restored to."""
-        make = partial(new_state, optimizer=self.optimizer, average=self.average.start)
-        return with_shardings(jax.eval_shape(make, self.language_model.shapes), self.shardings)
+        return with_shardings(
+            jax.eval_shape(self._first_state, self.language_model.shapes), self.shardings
+        )
 
     def new_state(self, params: PyTree) -> TrainState:
         """The state before the first update of these parameters, which are donated."""
-        start = partial(new_state, optimizer=self.optimizer, average=self.average.start)
-        make = jax.jit(start, donate_argnums=0, out_shardings=self.shardings)
+        make = jax.jit(self._first_state, donate_argnums=0, out_shardings=self.shardings)
         with jax.set_mesh(self.mesh):
             return make(params)
+
+    def _first_state(self, params: PyTree) -> TrainState:
+        return new_state(params, self.optimizer, self.average.start)
 
     @property
     def peak_lr(self) -> float:

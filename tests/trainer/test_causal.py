@@ -55,5 +55,5 @@ def test_elsewhere_they_have_no_effect_and_the_report_says_so():
     }  # fmt: skip
     (line,) = resolve(written).report.of("no effect")
     assert (line.key, line.reason) == (
-        "tokenizer.tokenize_kwargs", "only causal honours it, as upstream; this is sft"
+        "tokenizer.tokenize_kwargs", "only causal honours it, as upstream"
     )  # fmt: skip
