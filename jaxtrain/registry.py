@@ -85,6 +85,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
         "arrow": _source("local:ArrowSource", "LocalDataSourceConfig"),
         "text": _source("local:TextSource", "TextDataSourceConfig"),
+        "ProjectGutenbergSFT": _entry("", "data:HFDataSourceConfig"),
         "snowflake": _entry("data.snowflake:SnowflakeSource", "snowflake:SnowflakeSourceConfig"),
     },
     "optimizer": {
@@ -112,6 +113,7 @@ ALIASES = {
     ("scheduler", "wds"): "wsd",
     ("checkpoint", "deepspeed"): "orbax",
     ("data_source", "snowflake_causal"): "snowflake",
+    ("data_source", "HuggingFaceH4/ultrafeedback_binarized"): "huggingface",
 }
 """Names of the shared format for classes that have another name here."""
 

@@ -32,6 +32,10 @@ TABLE = (
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
     NotBuilt("model.peft_config", is_set, "remove it to train all weights"),
     *(
+        NotBuilt(f"data.{place}.type", planned("data_source"), "it is for distill; use huggingface")
+        for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
+    ),
+    *(
         NotBuilt(f"data.{place}.dataset_uri", is_set, "use table_name or sql")
         for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ),

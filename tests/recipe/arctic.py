@@ -182,6 +182,10 @@ REFUSED = {
         SMALL | {"deepspeed": {"fp16": {"enabled": True, "loss_scale": 0}}},
         {"deepspeed.fp16.enabled"},
     ),
+    "texts to distil": (
+        SMALL | {"data": {"sources": [{"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}]}},
+        {"data.sources.0.type"},
+    ),
     "snowflake": (
         SMALL | {"data": {"sources": [{"type": "snowflake", "table_name": "db.schema.chats"}]}},
         set() if find_spec("snowflake") else {"data.sources.0.type"},

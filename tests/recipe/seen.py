@@ -114,7 +114,7 @@ BY_TEST = {
     "eval_samples.temperature": SAMPLING,
     "eval_samples.top_p": SAMPLING,
     "run_dir": "trainer/test_resume.py::test_a_folder_of_checkpoints_is_not_written_over",
-    "model.name_or_path": "model/test_source.py::test_a_folder_is_found_where_it_is",
+    "model.name_or_path": "model/test_source.py::test_a_model_that_is_nowhere_names_the_places",
     "model.dtype": FACTS,
     "model.param_dtype": "model/test_families.py::test_param_dtype_is_the_dtype_of_every_parameter",
     "model.attn_implementation": FACTS,

@@ -15,6 +15,7 @@ BASE = {
     "eval_interval": 10,
     "train_iters": 100,
 }
+BOOKS = {"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}
 SNOWFLAKE = {"type": "snowflake", "dataset_uri": "snow://dataset/a/versions/b"}
 
 
@@ -38,6 +39,9 @@ EXAMPLES = {
     "type": {"type": "dpo", "data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}},
     "model.dtype": model(dtype="half"),
     "model.peft_config": model(peft_config={"peft_type": "lora"}),
+    "data.sources.*.type": {"data": {"sources": [BOOKS]}, "eval_interval": 0},
+    "data.eval_sources.*.type": {"data": {"sources": ["a/b"], "eval_sources": [BOOKS]}},
+    "data.eval_sources.*.*.type": {"data": {"sources": ["a/b"], "eval_sources": {"x": [BOOKS]}}},
     "data.sources.*.dataset_uri": {"data": {"sources": [SNOWFLAKE]}, "eval_interval": 0},
     "data.eval_sources.*.dataset_uri": {"data": {"sources": ["a/b"], "eval_sources": [SNOWFLAKE]}},
     "data.eval_sources.*.*.dataset_uri": {
