@@ -53,6 +53,7 @@ class Fault(NamedTuple):
     """Whether the text names the row already."""
 
 
+Overlong = Literal["drop", "truncate", "error"]
 Outcome = Encoded | Dropped | Fault
 
 
@@ -64,7 +65,7 @@ class ConversationEncoder:
         tokenizer: Any,
         *,
         max_length: int,
-        overlong: Literal["drop", "truncate", "error"],
+        overlong: Overlong,
         mask_inputs: bool = True,
         loss_roles: Sequence[str] = ("assistant",),
         completion_only: bool = True,
@@ -73,7 +74,7 @@ class ConversationEncoder:
         self._backend = plain_backend(tokenizer)
         self._renderer = Renderer(tokenizer)
         self._max_length = max_length
-        self._overlong = overlong
+        self._overlong: Overlong = overlong
         self._mask_inputs = mask_inputs
         self._loss_roles = tuple(loss_roles)
         self._completion_only = completion_only
@@ -229,9 +230,7 @@ def borders(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(plain)) if plain else None
 
 
-def beyond_limit(
-    length: int, max_length: int, rule: Literal["drop", "truncate", "error"]
-) -> Dropped | Fault | None:
+def beyond_limit(length: int, max_length: int, rule: Overlong) -> Dropped | Fault | None:
     """What becomes of a row of so many tokens; None for one that is taken, cut or whole."""
     if length <= max_length or rule == "truncate":
         return None

@@ -22,6 +22,7 @@ from jaxtrain.data.encode import (
     Encoded,
     Fault,
     Outcome,
+    Overlong,
     beyond_limit,
 )
 from jaxtrain.data.factory import LoadedSource
@@ -146,7 +147,7 @@ class PreferenceEncoder:
         max_length: int,
         max_prompt_length: int,
         prompt_truncation: Literal["keep_start", "keep_end"],
-        overlong: Literal["drop", "truncate", "error"],
+        overlong: Overlong,
     ):
         self._sequences = ConversationEncoder(tokenizer, max_length=2**31, overlong="error")
         self._bos = tokenizer.bos_token_id
@@ -154,7 +155,7 @@ class PreferenceEncoder:
         self._max_length = max_length
         self._max_prompt_length = max_prompt_length
         self._prompt_truncation = prompt_truncation
-        self._overlong = overlong
+        self._overlong: Overlong = overlong
 
     def read(self, row: Mapping[str, Any]) -> Preference:
         return read_judged(row) if len(self._names) == 1 else read_pair(row)

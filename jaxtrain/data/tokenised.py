@@ -1,7 +1,7 @@
 """Rows that come as tokens already: `input_ids`, and for conversations `labels`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from jaxtrain.data.encode import (
     Dropped,
     Encoded,
     Outcome,
+    Overlong,
     beyond_limit,
 )
 from jaxtrain.data.rows import missing_column
@@ -37,12 +38,12 @@ class TokenisedEncoder:
         vocab_size: int,
         with_labels: bool,
         max_length: int | None = None,
-        overlong: Literal["drop", "truncate", "error"] = "drop",
+        overlong: Overlong = "drop",
     ):
         self._vocab_size = vocab_size
         self._with_labels = with_labels
         self._max_length = max_length
-        self._overlong = overlong
+        self._overlong: Overlong = overlong
 
     def read(self, row: Mapping[str, Any]) -> TokenisedRow:
         tokens = _integers(row, "input_ids")
