@@ -1,5 +1,6 @@
 """Batches are a function of the update's number: of nothing else, and whoever asks."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ def plan(tmp_path_factory) -> BatchPlan:
 
 
 def equal(one, other) -> bool:
-    return all((a == b).all() for a, b in zip(one, other, strict=True))
+    return all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
 def test_orders_never_change():
@@ -37,7 +38,9 @@ def test_orders_never_change():
 def test_processes_together_have_the_batch_of_one(plan, step, processes):
     parts = [plan.batch(step, index, processes) for index in range(processes)]
     assert parts[0].tokens.shape == (MICROBATCHES, ROWS // processes, 24)
-    joined = [np.concatenate(leaves, axis=1) for leaves in zip(*parts, strict=True)]
+    joined = [
+        np.concatenate(leaves, axis=1) for leaves in zip(*map(jax.tree.leaves, parts), strict=True)
+    ]
     assert equal(joined, plan.batch(step))
 
 
@@ -129,5 +132,5 @@ def test_filler_rows_hold_nothing(plan):
 
 
 def test_leaves_have_the_types_that_the_step_expects(plan):
-    kinds = [leaf.dtype.name for leaf in plan.batch(0)]
+    kinds = [leaf.dtype.name for leaf in jax.tree.leaves(plan.batch(0))]
     assert kinds == ["int32", "int32", "int32", "float32", "int32"]
