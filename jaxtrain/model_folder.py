@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from jaxtrain.assets import fetch, is_asset
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, shown
+from jaxtrain.recipe.section import expanded
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,7 +26,7 @@ def locate(name: str, *, with_weights: bool) -> Path:
     """
     if is_asset(name):
         return fetch(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_file():

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from jaxtrain.assets import cache_folder
 from jaxtrain.recipe.errors import DataError
+from jaxtrain.recipe.section import expanded
 
 LIMIT_BYTES = 20 * 2**30
 """Above this, entries that were not used for longest are deleted; $JAXTRAIN_DATA_CACHE_BYTES goes
@@ -41,7 +42,7 @@ class DataCache:
     """The entries of one folder; the user's cache folder when none is given."""
 
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
-        self.folder = cache_folder() / "data" if folder is None else Path(folder).expanduser()
+        self.folder = cache_folder() / "data" if folder is None else expanded(folder)
         self.is_own = self.folder.is_relative_to(cache_folder())
         written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES")
         self.limit_bytes = limit_bytes or (int(written) if written else LIMIT_BYTES)

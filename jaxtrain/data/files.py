@@ -24,6 +24,7 @@ from jaxtrain.data.remote import fetched, is_remote, rows_among
 from jaxtrain.data.rows import ConcatenatedRows, Rows, first_line, without_filling
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.section import expanded
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
@@ -47,7 +48,7 @@ def data_files(paths: str | Sequence[str]) -> list[Path]:
     one that is not there."""
     found: list[Path] = []
     for written in [paths] if isinstance(paths, str) else paths:
-        path = Path(written).expanduser()
+        path = expanded(written)
         if is_remote(written):
             found += fetched(written)
         elif path.is_file():

@@ -128,7 +128,7 @@ class TypedSection(Section):
     """Registered name; the trainer's first allowed one when left out."""
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
     """With a leading `~` as the folder that it means, if it means one."""
     try:
         return Path(path).expanduser()

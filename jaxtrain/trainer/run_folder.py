@@ -24,6 +24,7 @@ from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.section import expanded
 from jaxtrain.recipe.trainer import TrainerConfig
 
 PACKAGES = (
@@ -45,14 +46,14 @@ class RunFolder:
     def __init__(self, config: TrainerConfig):
         assert config.run_dir is not None  # get_config fills it in
         self.config = config
-        self.path = Path(config.run_dir).expanduser().absolute()
+        self.path = expanded(config.run_dir).absolute()
         self.metrics_file = self.output(config.train_log_metrics_path, "train-log-metrics.jsonl")
         self.writers: list[Writer] = []
         self.profiler: Profiler | None = None
         self.is_new = True
 
     def output(self, written: str | None, name: str) -> Path:
-        return self.config.output(written, name).expanduser().absolute()
+        return self.config.output(written, name).absolute()
 
     def refuse_foreign(self, engines: Collection[CheckpointEngine]) -> None:
         """RecipeError where this run would write into the files of another that it may not go on
@@ -153,7 +154,7 @@ def named(config: TrainerConfig) -> TrainerConfig:
     """
     assert config.run_dir is not None  # get_config fills it in
     run_dir = config.run_dir
-    folder = Path(run_dir).expanduser()
+    folder = expanded(run_dir)
     before, mark, after = folder.name.partition("{n}")
     if not mark:
         return _inside(config, run_dir)
