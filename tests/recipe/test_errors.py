@@ -498,7 +498,7 @@ SECTIONS = {
     "snowflake table": (
         source(type="snowflake", name_or_path="x"),
         "data.sources.0.name_or_path: unknown key (found 'x'); it belongs to type huggingface "
-        "and huggingface_instruct and huggingface_causal, not snowflake",
+        "and huggingface_instruct and huggingface_causal and ProjectGutenbergSFT, not snowflake",
     ),
     "size": (
         exports(max_shard_size="4 apples"),
