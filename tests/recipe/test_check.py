@@ -195,6 +195,9 @@ def test_what_stands_below_a_refused_key_is_refused_with_it():
 HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
 SAVES = {"output_dir": "a", "save_every_n_steps": 1}
 IDLE = {  # what is written; its key; what would make it count
+    "optimizer.nesterov": (
+        {"optimizer": {"type": "sgd", "nesterov": True}}, {"optimizer": {"type": "sgd", "nesterov": True, "momentum": 0.9}}
+    ),
     "wandb.project": ({"wandb": {"project": "x"}}, {"wandb": {"mode": "offline", "enable": True}}),
     "tensorboard.dir": (
         {"tensorboard": {"dir": "x", "enable": False}}, {"tensorboard": {"dir": "x"}},
