@@ -76,7 +76,7 @@ def _answers(
         params,
         prompts,
         max_new_tokens=wanted.max_new_tokens,
-        eos_ids=[tokenizer.eos_token_id],
+        eos_ids=[token for token in (tokenizer.eos_token_id,) if token is not None],
         temperature=wanted.temperature,
         top_p=wanted.top_p,
     )

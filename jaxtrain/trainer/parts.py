@@ -204,7 +204,9 @@ class Parts:
     @property
     def peak_lr(self) -> float:
         """What the schedule is a share of; 1 for a given optimizer, whose rate nobody knows."""
-        return 1.0 if self.given.get("optimizer") else self.config.optimizer.learning_rate
+        return (
+            1.0 if self.given.get("optimizer") is not None else self.config.optimizer.learning_rate
+        )
 
     @cached_property
     def _found_model(self) -> Described:
