@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from jaxtrain.recipe.errors import UserError, did_you_mean
+from jaxtrain.recipe.load import Secrets
+from jaxtrain.recipe.secrets import hidden
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -112,7 +114,7 @@ def train(
     remember_compilations()
     from jaxtrain.parallel.mesh import first_devices
 
-    with profiled(python_profile):
+    with profiled(python_profile), no_secret_told(config.secrets):
         cls = registry.find("trainer", config.type)
         trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
@@ -215,10 +217,11 @@ def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) ->
     config = resolved.checked()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
-    model = model_files(config.model)
-    make = registry.find("tokenizer", config.tokenizer.type)
-    tokenizer = make(config.tokenizer, model.path).create_tokenizer()
-    show_data(config, tokenizer, max_positions=model.max_positions, **shown)
+    with no_secret_told(config.secrets):
+        model = model_files(config.model)
+        make = registry.find("tokenizer", config.tokenizer.type)
+        tokenizer = make(config.tokenizer, model.path).create_tokenizer()
+        show_data(config, tokenizer, max_positions=model.max_positions, **shown)
 
 
 cli.add_command(data, "process-data")
@@ -265,6 +268,16 @@ def main() -> None:
             raise
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def no_secret_told(secrets: Secrets) -> Iterator[None]:
+    """A fault of the user is told without what came from the environment."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (hidden(str(error), secrets),)
+        raise
 
 
 @contextmanager

@@ -37,6 +37,17 @@ def test_help_names_the_commands(tmp_path):
     assert done.returncode == 0 and "jaxtrain RECIPE [key=value ...]" in done.stdout
 
 
+@pytest.mark.parametrize("command", [[], ["data"]])
+def test_a_fault_of_the_data_tells_nothing_of_the_environment(tmp_path, monkeypatch, command):
+    base = recipe(tmp_path, rows=4)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    base["data"]["sources"] = ["${env:PLACE}/broken.jsonl"]
+    done = jaxtrain(tmp_path, *command, written(tmp_path, base))
+    assert done.returncode == 3 and "/broken.jsonl:1: " in done.stderr
+    assert str(tmp_path) not in done.stderr and "${env" in done.stderr
+
+
 def test_a_run_ends_with_a_folder_of_results(tmp_path):
     export = {
         "type": "huggingface",
