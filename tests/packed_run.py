@@ -52,11 +52,11 @@ def main(folder: Path) -> None:
 
     def row_alone(row: int):
         tokens = min(n for n in LENGTHS if alone.lengths[row] <= n)
-        plan = BatchPlan(data.documents, alone, BatchShape(1, 1), tokens, seed=None)
-        return plan.fill(np.array([row]))
+        plan = BatchPlan(data.documents, alone, BatchShape(1, 1), (tokens,), seed=None)
+        return plan.filled(np.array([row]), tokens)
 
     with jax.set_mesh(trainer.mesh):
-        packed = summed(data.fill(np.array([row])) for row in rows)
+        packed = summed(data.filled(np.array([row]), data.row_tokens) for row in rows)
         apart = summed(row_alone(row) for row in range(len(chosen)))
         difference = jax.tree.map(jnp.subtract, packed[2], apart[2])
         norms = [float(jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree))))

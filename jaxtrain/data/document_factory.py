@@ -39,8 +39,8 @@ class RowSet(NamedTuple):
     documents: Documents
     rows: RowPlan
     shape: BatchShape
-    row_tokens: int
-    """T, one for all sets of a run, since every further length compiles the step once more"""
+    lengths: tuple[int, ...]
+    """what T of a batch may be, rising; the same for all sets of a run"""
     is_train: bool
 
 
@@ -59,9 +59,10 @@ class DocumentFactory(DataFactory, abstract=True):
         """The rows of one set, out of the documents numbered in `chosen`."""
         raise NotImplementedError(f"{type(self).__name__} must define plan_rows")
 
-    def row_tokens(self, plans: Sequence[RowPlan]) -> int:
-        """T, one for all sets, since every further length compiles the step once more."""
-        return self.max_length
+    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
+        """What T of a batch may be, rising, for rows of these lengths: each compiles the step
+        once."""
+        return (self.max_length,)
 
     def remarks(self) -> list[str]:
         """What this factory does otherwise than the recipe or the template says, for the ledger."""
@@ -140,17 +141,18 @@ class DocumentFactory(DataFactory, abstract=True):
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order."""
-        documents, rows, shape, row_tokens, is_train = dataset
+        documents, rows, shape, lengths, is_train = dataset
         seed = self.config.seed if is_train else None
-        return BatchPlan(documents, rows, shape, row_tokens, seed)
+        return BatchPlan(documents, rows, shape, lengths, seed)
 
     def evaluation(
-        self, sources: Sequence[DataSource], shape: BatchShape, *, row_tokens: int
+        self, sources: Sequence[DataSource], shape: BatchShape, *, lengths: tuple[int, ...]
     ) -> BatchPlan:
         documents, _ = self.cached(self.load(sources))
         rows = self.plan_rows(documents, np.arange(len(documents.index)), train=False)
-        row_tokens = max(row_tokens, self.row_tokens([rows]))
-        return self.create_dataloader(RowSet(documents, rows, shape, row_tokens, is_train=False))
+        longest = self.lengths(rows.row_lengths, shape)[-1]
+        lengths += (longest,) if longest > lengths[-1] else ()
+        return self.create_dataloader(RowSet(documents, rows, shape, lengths, is_train=False))
 
     def prepare(
         self,
@@ -174,9 +176,10 @@ class DocumentFactory(DataFactory, abstract=True):
             everything = np.arange(len(evaluated.index))
             planned[name] = (evaluated, self.plan_rows(evaluated, everything, train=False))
             ledger = ledger.joined(of_set)
-        row_tokens = self.row_tokens([rows for _, rows in planned.values()])
+        row_lengths = np.concatenate([rows.row_lengths for _, rows in planned.values()])
+        lengths = self.lengths(row_lengths, shape)
         plans = {
-            name: self.create_dataloader(RowSet(docs, rows, shape, row_tokens, name == "train"))
+            name: self.create_dataloader(RowSet(docs, rows, shape, lengths, name == "train"))
             for name, (docs, rows) in planned.items()
         }
         sets = tuple(SetCounts.of(name, plan) for name, plan in plans.items())

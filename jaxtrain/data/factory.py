@@ -48,7 +48,7 @@ class TrainingData:
 
     @property
     def row_tokens(self) -> int:
-        """T of every batch."""
+        """T of the longest batches."""
         return self.train.row_tokens
 
     @property
@@ -165,10 +165,10 @@ class DataFactory(Factory, kind="data"):
         raise NotImplementedError(f"{type(self).__name__} must define create_dataloader(dataset)")
 
     def evaluation(
-        self, sources: Sequence[DataSource], shape: BatchShape, *, row_tokens: int
+        self, sources: Sequence[DataSource], shape: BatchShape, *, lengths: tuple[int, ...]
     ) -> BatchPlan:
-        """The batches of an evaluation set that is none of the recipe's, in rows of at least
-        `row_tokens`."""
+        """The batches of an evaluation set that is none of the recipe's, in rows of `lengths`, or
+        longer ones where they must be."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluation")
 
     def prepare(

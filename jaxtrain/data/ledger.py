@@ -1,6 +1,7 @@
 """What became of every row: the counts that a person looks at before trusting a run."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,10 @@ class SetCounts:
     tokens: int
     trained_tokens: int
     rows: int
-    row_tokens: int
+    lengths: tuple[int, ...]
+    """Tokens that a row of a batch may have."""
+    fill: float
+    """Share of the rows' tokens that is no padding."""
     steps: int
     """Updates of an epoch, or batches of one evaluation."""
 
@@ -105,19 +109,15 @@ class SetCounts:
             tokens=int(plan.rows.lengths.sum()),
             trained_tokens=plan.trained_tokens,
             rows=plan.rows.num_rows,
-            row_tokens=plan.row_tokens,
+            lengths=plan.lengths,
+            fill=plan.fill,
             steps=plan.steps_per_epoch,
         )
-
-    @property
-    def fill(self) -> float:
-        """Share of the rows' tokens that is no padding."""
-        return self.tokens / (self.rows * self.row_tokens) if self.rows else 0.0
 
     def lines(self) -> list[str]:
         return [
             f"{self.label}: {_count(self.documents, 'document')} in {_count(self.rows, 'row')} of "
-            f"{self.row_tokens} tokens, filled {self.fill:.1%}; {_count(self.steps, 'step')}",
+            f"{span(self.lengths)} tokens, filled {self.fill:.1%}; {_count(self.steps, 'step')}",
             f"  {_tokens(self.tokens, self.trained_tokens)}",
         ]
 
@@ -145,6 +145,11 @@ def length_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
     if not len(lengths):
         return ()
     return tuple(int(v) for v in np.percentile(lengths, PERCENTILES, method="higher"))
+
+
+def span(lengths: Sequence[int]) -> str:
+    """The one, or the first and the last."""
+    return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,10 +2,13 @@
 with it the length of an epoch, is known before the first step."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+MOST_CANDIDATES = 256
+SHORTEST = 128  # tokens; rows below it leave lanes of the devices' matrix units empty
 
 
 class RowPlan(NamedTuple):
@@ -101,10 +104,33 @@ def slices(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> RowPlan:
     return RowPlan(chosen[owner], starts, np.diff(cuts, append=total), offsets.astype(np.int64))
 
 
-def fitting_length(plans: Sequence[RowPlan], multiple: int, most: int) -> int:
-    """The smallest multiple that holds the longest row of any plan, or `most`."""
-    longest = max(int(rows.row_lengths.max()) for rows in plans)
-    return min(-(-longest // multiple) * multiple, most)
+def fitting_lengths(
+    row_lengths: np.ndarray, *, update_rows: int, multiple: int, most: int, count: int
+) -> tuple[int, ...]:
+    """Rising lengths to pad rows to, at most `count`, the last for the longest row. They are the
+    multiples, or `most`, that leave the least padding where an update of `update_rows` random rows
+    takes the shortest that holds them all."""
+    longest = int(row_lengths.max())
+    multiple *= -(-longest // (multiple * MOST_CANDIDATES))
+    row_lengths = np.maximum(row_lengths, min(longest, SHORTEST))
+    padded = np.minimum(-(-row_lengths // multiple) * multiple, most)
+    candidates, counts = np.unique(padded, return_counts=True)
+    # Share of the updates that each candidate holds; in whole numbers, the same on every host.
+    held = np.cumsum(counts) / len(padded)
+    held = np.round(held**update_rows * 2**30).astype(np.int64)
+    # Least padding of the updates that candidate j holds, with j as the last of n lengths.
+    cost, chosen = candidates * held, [(int(length),) for length in candidates]
+    is_before = np.tri(len(candidates), k=-1, dtype=bool).T
+    for _ in range(count - 1):
+        with_one_more = cost[:, None] + candidates * (held - held[:, None])
+        with_one_more[~is_before] = np.iinfo(np.int64).max
+        best, least = with_one_more.argmin(axis=0), with_one_more.min(axis=0)
+        chosen = [
+            (*chosen[best[j]], int(candidates[j])) if least[j] < cost[j] else chosen[j]
+            for j in range(len(candidates))
+        ]
+        cost = np.minimum(cost, least)
+    return chosen[-1]
 
 
 def plan_rows(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> RowPlan:

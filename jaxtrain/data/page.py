@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.factory import TrainingData
-from jaxtrain.data.ledger import SetCounts, SourceCounts
+from jaxtrain.data.ledger import SetCounts, SourceCounts, span
 from jaxtrain.data.preview import Sample
 
 BARS = 48
@@ -84,7 +84,7 @@ def _set_cells(counts: SetCounts) -> list[str]:
         counts.label,
         f"{counts.documents:,}",
         f"{counts.rows:,}",
-        f"{counts.row_tokens:,}",
+        span(counts.lengths),
         f"{counts.fill:.1%}",
         f"{counts.trained_tokens:,}",
         f"{counts.steps:,}",

@@ -4,7 +4,7 @@ M microbatches of an update, B rows of a microbatch over all shards, T tokens of
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +56,9 @@ class BatchPlan:
     documents: Documents
     rows: RowPlan
     shape: BatchShape
-    row_tokens: int
-    """T, the same for every batch of a run, so that the step compiles once."""
+    lengths: tuple[int, ...]
+    """What T may be, rising: an update takes the shortest that holds its longest row. The step
+    compiles at most so often."""
     seed: int | None
     """None takes the rows in their order, in every epoch."""
     fused: np.ndarray | None = None
@@ -69,6 +70,11 @@ class BatchPlan:
     """Every update has the rows of the first."""
     together: int = 1
     """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
+
+    @property
+    def row_tokens(self) -> int:
+        """T of the longest batches."""
+        return self.lengths[-1]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,16 +101,39 @@ class BatchPlan:
         """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
         epoch, place = divmod(0 if self.first_only else step, self.steps_per_epoch)
         size = self.shape.update_rows // self.together
+        return self._rows_at(epoch, np.arange(place * size, (place + 1) * size)).reshape(
+            self.shape.microbatches, self.shape.rows
+        )
+
+    def _rows_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """int64 [places, together]: the rows at places of an epoch; -1 behind its end."""
         count = self.rows.num_rows // self.together
-        taken = np.full((size, self.together), -1, dtype=np.int64)
-        part = np.arange(place * size, min((place + 1) * size, count * self.passes))
-        turns, found = np.divmod(part, count)
+        turns, found = np.divmod(places, count)
         if self.seed is not None:
-            for turn in np.unique(turns):
+            for turn in np.unique(turns[turns < self.passes]):
                 order = _epoch_order(count, self.seed, epoch * self.passes + int(turn))
                 found[turns == turn] = order[found[turns == turn]]
-        taken[: len(found)] = found[:, None] * self.together + np.arange(self.together)
-        return taken.reshape(self.shape.microbatches, self.shape.rows)
+        rows = found[:, None] * self.together + np.arange(self.together)
+        return np.where(turns[:, None] < self.passes, rows, -1)
+
+    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [...]: T of updates that take the rows [..., rows of an update]."""
+        longest = np.where(rows >= 0, self._row_lengths[rows], 0).max(axis=-1)
+        return np.asarray(self.lengths)[np.searchsorted(self.lengths, longest)]
+
+    @cached_property
+    def _row_lengths(self) -> np.ndarray:
+        return self.rows.row_lengths
+
+    @property
+    def fill(self) -> float:
+        """Of the places of the rows, those that hold a token, in the first pass over all rows."""
+        steps, size = -(-self.rows.num_rows // self.shape.update_rows), self.shape.update_rows
+        places = np.arange(steps * size // self.together)
+        rows = self._rows_at(0, places).reshape(steps, size)
+        is_row = rows >= 0
+        tokens = self._row_lengths[rows[is_row]].sum()
+        return float(tokens / (self.tokens_of(rows) * is_row.sum(axis=-1)).sum())
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """One process's columns of the update: leaves [M, B / processes, T], rows [M, B / p]."""
@@ -115,11 +144,12 @@ class BatchPlan:
                 f"{self.shape.rows} rows of a microbatch do not divide by {process_count} processes"
             )
         numbers = self.row_numbers(step)
-        return self.fill(numbers[:, process_index * own : (process_index + 1) * own])
+        columns = slice(process_index * own, (process_index + 1) * own)
+        return self.filled(numbers[:, columns], int(self.tokens_of(numbers.ravel())))
 
-    def fill(self, rows: np.ndarray) -> Batch:
-        """The given rows as a batch of the same leading dimensions."""
-        shape = (*rows.shape, self.row_tokens)
+    def filled(self, rows: np.ndarray, row_tokens: int) -> Batch:
+        """The given rows as a batch of the same leading dimensions, and T of `row_tokens`."""
+        shape = (*rows.shape, row_tokens)
         tokens, positions, segments = (np.zeros(shape, dtype=np.int32) for _ in range(3))
         loss_weights = np.zeros(shape, dtype=np.float32)
         batch = Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))

@@ -26,8 +26,8 @@ from jaxtrain.data.encode import (
     beyond_limit,
 )
 from jaxtrain.data.factory import LoadedSource
-from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows
-from jaxtrain.data.plan import BatchPlan
+from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows
+from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.spans import shared_start
 from jaxtrain.data.tokenise import Encoder
@@ -273,8 +273,14 @@ class KTODataFactory(DocumentFactory):
         """A row a sequence, in the order of the documents."""
         return plan_rows(documents.lengths, self.max_length, "none", chosen)
 
-    def row_tokens(self, plans: Sequence[RowPlan]) -> int:
-        return fitting_length(plans, ROW_MULTIPLE, self.max_length)
+    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
+        return fitting_lengths(
+            row_lengths,
+            update_rows=shape.update_rows,
+            multiple=ROW_MULTIPLE,
+            most=self.max_length,
+            count=self.config.max_length_buckets,
+        )
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         return replace(super().create_dataloader(dataset), together=self.config.ROWS_A_SAMPLE)

@@ -66,7 +66,7 @@ def prepare_data(
 
 
 def prepare_evaluation(
-    factory: DataFactory, dataset: Any, shape: BatchShape, *, row_tokens: int
+    factory: DataFactory, dataset: Any, shape: BatchShape, *, lengths: tuple[int, ...]
 ) -> BatchPlan:
     """The batches of a data set that is none of the recipe's: rows, or what a recipe may write
     under `data.eval_sources`, maps with their `type`."""
@@ -77,7 +77,7 @@ def prepare_evaluation(
     names = any(isinstance(row, str) or row.get("type") in known for row in rows[:1])
     listed = eval_sources(rows, factory.config) if names else ()
     sources = _made(listed, factory.trainer) if names else [GivenSource.of(rows)]
-    return factory.evaluation(sources, shape, row_tokens=row_tokens)
+    return factory.evaluation(sources, shape, lengths=lengths)
 
 
 def _made(listed: Iterable[Any], trainer: Any) -> list[DataSource]:

@@ -70,7 +70,7 @@ def batch_samples(
 def _sample(
     data: TrainingData, plan: BatchPlan, tokenizer: Any, row: int, place: int, most_tokens: int
 ) -> Sample:
-    batch = plan.fill(np.array([row]))
+    batch = plan.filled(np.array([row]), plan.row_tokens)
     ends = np.cumsum(plan.rows.lengths[plan.rows.offsets[row] : plan.rows.offsets[row + 1]])
     start, end = int(ends[place - 1]) if place else 0, int(ends[place])
     tokens, weights = batch.tokens[0, start:end], batch.loss_weights[0, start:end]

@@ -9,8 +9,8 @@ from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.factory import LoadedSource
-from jaxtrain.data.packing import RowPlan, fitting_length, plan_rows, slices
-from jaxtrain.data.plan import BatchPlan, fused_rows
+from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows, slices
+from jaxtrain.data.plan import BatchPlan, BatchShape, fused_rows
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
@@ -72,12 +72,18 @@ class SFTDataFactory(DocumentFactory):
             )
         return plan.without(row)
 
-    def row_tokens(self, plans: Sequence[RowPlan]) -> int:
-        """`max_length`, or without packing the smallest multiple of `div_length` that holds the
-        longest row of any set."""
-        if self.config.pack_samples or self.config.pad_to == "max_length":
-            return self.max_length
-        return fitting_length(plans, self.config.div_length, self.max_length)
+    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
+        """`max_length`, or without packing few multiples of `div_length`."""
+        config = self.config
+        if config.pack_samples or config.pad_to == "max_length":
+            return (self.max_length,)
+        return fitting_lengths(
+            row_lengths,
+            update_rows=shape.update_rows,
+            multiple=config.div_length,
+            most=self.max_length,
+            count=config.max_length_buckets,
+        )
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order and fuses nothing."""

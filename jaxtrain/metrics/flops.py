@@ -47,8 +47,8 @@ def matmul_parameters(params: Any) -> int:
 
 
 def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
-    """Rows that have a token, tokens, trained tokens, and pairs of a query and a key that it sees,
-    summed over the layers.
+    """Rows that have a token, the length of a row with its padding, tokens, trained tokens, and
+    pairs of a query and a key that it sees, summed over the layers.
 
     `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a
     window.
@@ -60,6 +60,7 @@ def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
         pairs += layers * jnp.sum(seen, dtype=jnp.float32)
     return {
         "rows": jnp.sum(batch.segments[..., 0] > 0, dtype=jnp.int32),
+        "seqlen": jnp.int32(batch.tokens.shape[-1]),
         "tokens": jnp.sum(batch.segments > 0, dtype=jnp.int32),
         "trained_tokens": jnp.sum(batch.loss_weights > 0, dtype=jnp.int32),
         "pairs": pairs,

@@ -22,12 +22,11 @@ class Meter:
         peak_flops: float | None,
         num_devices: int,
         update_rows: int,
-        row_tokens: int,
     ):
-        """`peak_flops` is of one device; rows and their tokens count padding."""
+        """`peak_flops` is of one device; rows count fillers."""
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
         self.peak_flops, self.num_devices = peak_flops, num_devices
-        self.update_rows, self.row_tokens = update_rows, row_tokens
+        self.update_rows = update_rows
         self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
         """over all restarts"""
         self._since_row: dict[str, float] = defaultdict(float)
@@ -35,7 +34,7 @@ class Meter:
         self.restart()
 
     @classmethod
-    def of(cls, model: Any, devices: Any, *, update_rows: int, row_tokens: int) -> "Meter":
+    def of(cls, model: Any, devices: Any, *, update_rows: int) -> "Meter":
         """For a language model; `model` has `shapes` and `described.config`, `devices` is an
         array."""
         config = model.described.config
@@ -45,7 +44,6 @@ class Meter:
             peak_flops=peak_flops(devices.flat[0].device_kind),
             num_devices=devices.size,
             update_rows=update_rows,
-            row_tokens=row_tokens,
         )
 
     @property
@@ -83,7 +81,7 @@ class Meter:
         seconds, updates = since["seconds"], since["updates"]
         flops = self.flops_per_token * since["tokens"] + self.flops_per_pair * since["pairs"]
         tflops = flops / seconds / self.num_devices / 1e12
-        places = metrics["rows"] * self.row_tokens
+        places = metrics["rows"] * metrics["seqlen"]
         return {
             # The device works on while the host waits for data, so both are one time.
             "iter_time": seconds / updates,
@@ -95,8 +93,7 @@ class Meter:
             "tokens_per_sec": since["tokens"] / seconds,
             "trained_tokens_per_sec": since["trained_tokens"] / seconds,
             "tokens_seen": self.seen["tokens"],
-            "seqlen": self.row_tokens,
-            "padding_ratio": 1 - metrics["tokens"] / (self.update_rows * self.row_tokens),
+            "padding_ratio": 1 - metrics["tokens"] / (self.update_rows * metrics["seqlen"]),
             "packing_efficiency": metrics["tokens"] / places if places else None,
             "mfu": tflops * 1e12 / self.peak_flops if self.peak_flops else None,
             "mem_peak": peak_memory_bytes(),

@@ -265,8 +265,9 @@ class DataConfig(TypedSection):
     """Read without preparing."""
     batch_tokens: int = Field(default=0, ge=0)
     """Fill batches to so many tokens, not to `micro_batch_size` rows; 0 is off."""
-    max_length_buckets: int | None = Field(default=None, ge=1)
-    """Bound of the number of padded lengths; one when left out."""
+    max_length_buckets: int = Field(default=8, ge=1)
+    """Lengths that unpacked rows are padded to, at most: each update takes the shortest that holds
+    its rows, and each compiles the step once. The loss is the same."""
 
     CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
         "num_proc", "dl_num_workers", "cache_dir", "cache_fs_type", "use_data_cache",

@@ -43,7 +43,6 @@ TABLE = (
         "data.streaming", is_set, "remove it: rows are looked up in files, not held in memory"
     ),
     NotBuilt("data.batch_tokens", is_set, "use pack_samples: true with micro_batch_size"),
-    NotBuilt("data.max_length_buckets", other_than(1), "remove it: all rows have one length"),
     NotBuilt("optimizer.type", planned("optimizer"), "use adamw"),
     NotBuilt(
         "mesh.context", other_than(1), "write 1, and lower data.max_length if memory is short"

@@ -147,6 +147,12 @@ def _masks_nothing(section: dict[str, Any], tree: Any) -> bool:
     return section.get("mask_inputs") is False
 
 
+def _has_one_length(section: dict[str, Any], tree: Any) -> bool:
+    is_causal = "causal" in (section.get("type"), tree.get("type"), tree.get("name"))
+    is_full = is_causal or section.get("pad_to") == "max_length"
+    return is_full or not is_off(section.get("pack_samples"))
+
+
 def _is_not_causal(section: Any, tree: dict[str, Any]) -> bool:
     trainer = str(tree.get("type") or tree.get("name") or "sft")
     return trainer != "causal" and registry.is_built_in("trainer", trainer)
@@ -167,6 +173,7 @@ IDLE = (
      "temperature 0 takes the likeliest token each time"),
     ("tokenizer", "tokenize_kwargs", _is_not_causal, "only causal honours it, as upstream"),
     ("data", "packing", _without("pack_samples"), "only `pack_samples: true` packs"),
+    ("data", "div_length max_length_buckets", _has_one_length, "all rows have `max_length` tokens"),
     ("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
      "`overlong` says what happens to long rows"),
     ("data", "completion_only ignore_empty_think", _masks_nothing,

@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 
 
 class Compiled:
-    """A jitted function that is traced under its mesh and says how long its compilation took."""
+    """A jitted function of a batch, second of its arguments, that is traced under its mesh and says
+    how long each compilation took: one for each length of rows."""
 
     def __init__(self, name: str, jitted: Any, mesh: Mesh, report: Report):
         self.name, self.mesh, self.report = name, mesh, report
         self._jitted = self.__wrapped__ = jitted  # the latter for `inspect.signature`
+        self._known: set[tuple[int, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
+        shape = args[1].tokens.shape
         with jax.set_mesh(self.mesh):
-            if self.num_compilations:
+            if shape in self._known:
                 return self._jitted(*args)
-            with self.report.phase(f"compiling {self.name}", key="compile_time"):
-                return self._jitted(*args)
+            name = f"compiling {self.name} for rows of {shape[-1]:,} tokens"
+            with self.report.phase(name, key="compile_time"):
+                result = self._jitted(*args)
+        self._known.add(shape)
+        return result
 
     def lower(self, *shapes: Any) -> Any:
         """The lowered program for arguments that are only shapes."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxtrain.data.ledger import span
 from jaxtrain.recipe.mesh import AXES
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def _optimizer(trainer: "Trainer") -> str:
 
 def _rows(trainer: "Trainer") -> dict[str, str]:
     geometry, data = trainer.geometry, trainer.data
-    tokens = geometry.global_batch * data.row_tokens
+    lengths, tokens = data.train.lengths, geometry.global_batch * data.row_tokens
+    most = "at most " if len(lengths) > 1 else ""
     cut = f" in {geometry.num_microbatches} microbatches" if geometry.num_microbatches > 1 else ""
     start = f", from step {trainer.global_step}" if trainer.global_step else ""
     return {
         "data": "\n".join(data.ledger.lines()),
-        "batch": f"{geometry.global_batch:,} rows of {data.row_tokens:,} tokens = {tokens:,} "
-        f"tokens a step{cut}",
+        "batch": f"{geometry.global_batch:,} rows of {span(lengths)} tokens = {most}{tokens:,} "
+        f"tokens a step{cut}" + (f", compiled for {len(lengths)} lengths" if most else ""),
         "steps": f"{trainer.last_step:,}, {data.steps_per_epoch:,} an epoch, "
         f"warm-up {trainer.warmup_steps:,}{start}",
     }

@@ -131,10 +131,8 @@ class Parts:
 
     def data_of(self, dataset: Any) -> TrainingData:
         """With a data set for evaluation that is none of the recipe's, in place of those."""
-        row_tokens = self.data.row_tokens
-        plan = prepare_evaluation(
-            self.data_factory, dataset, self._batch_shape, row_tokens=row_tokens
-        )
+        lengths = self.data.train.lengths
+        plan = prepare_evaluation(self.data_factory, dataset, self._batch_shape, lengths=lengths)
         return self.data.with_evals({"eval": plan})
 
     @cached_property

@@ -140,8 +140,9 @@ class Report:
 
     @contextmanager
     def phase(self, name: str, *, key: str) -> Iterator[None]:
-        """Something that takes a while and is no training; the next row has its seconds under
-        `key`."""
+        """Something that takes a while and is no training, behind the report of the update before
+        it; the next row has its seconds under `key`."""
+        self.flush()
         began = time.perf_counter()
         with self.console.phase(name):
             yield

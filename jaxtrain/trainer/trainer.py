@@ -119,12 +119,8 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         _ = self.scheduler  # one that does not fit the run is refused before anything is written
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
-        meter = Meter.of(
-            self.language_model,
-            self.mesh.devices,
-            update_rows=self.geometry.global_batch,
-            row_tokens=self.data.row_tokens,
-        )
+        rows = self.geometry.global_batch
+        meter = Meter.of(self.language_model, self.mesh.devices, update_rows=rows)
         self.report = Report(
             self.console,
             self.run_folder,
@@ -271,7 +267,6 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         for engine in self.checkpoint_engines:
             engine.note_score(self.global_step, self.eval_metrics)
             if engine.do_checkpoint:
-                self.report.flush()
                 path = engine.path(self.global_step)
                 with self.report.phase(f"saving {path}", key="save_time"):
                     engine.save(self)

@@ -25,7 +25,7 @@ def documents_of(lengths: list[int], folder: Path) -> Documents:
 def plan_of(documents: Documents, *, capacity: int, shape: BatchShape, seed: int = 42) -> BatchPlan:
     chosen = np.arange(len(documents.index))
     rows = plan_rows(documents.lengths, capacity, "best_fit", chosen)
-    return BatchPlan(documents, rows, shape, capacity, seed)
+    return BatchPlan(documents, rows, shape, (capacity,), seed)
 
 
 def write(path, rows):
@@ -55,7 +55,7 @@ def causal(sources, *, max_length=16, evals=None, **keys):
 
 
 def all_rows(plan):
-    return plan.fill(np.arange(plan.rows.num_rows))
+    return plan.filled(np.arange(plan.rows.num_rows), plan.row_tokens)
 
 
 def texts(folder, rows, **keys):

@@ -91,12 +91,12 @@ def test_an_epoch_may_take_all_rows_several_times(plan):
 
 
 def test_other_seeds_have_other_orders(plan):
-    other = BatchPlan(plan.documents, plan.rows, plan.shape, plan.row_tokens, seed=7)
+    other = BatchPlan(plan.documents, plan.rows, plan.shape, plan.lengths, seed=7)
     assert tuple(epoch_rows(other, 0)) != tuple(epoch_rows(plan, 0))
 
 
 def test_without_a_seed_rows_keep_their_order(plan):
-    evaluation = BatchPlan(plan.documents, plan.rows, plan.shape, plan.row_tokens, seed=None)
+    evaluation = BatchPlan(plan.documents, plan.rows, plan.shape, plan.lengths, seed=None)
     order = epoch_rows(evaluation, 0)
     assert order[: plan.rows.num_rows].tolist() == list(range(plan.rows.num_rows))
 

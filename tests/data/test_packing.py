@@ -1,10 +1,12 @@
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.data.documents import INDEX_DTYPE, Documents
-from jaxtrain.data.packing import best_fit, next_fit, plan_rows, slices
+from jaxtrain.data.packing import best_fit, fitting_lengths, next_fit, plan_rows, slices
 from jaxtrain.data.plan import BatchPlan, BatchShape
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200)
@@ -71,6 +73,28 @@ def test_a4_no_two_packs_of_the_whole_set_would_fit_into_one(lengths):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3))
+def test_no_other_lengths_leave_less_padding_to_random_updates(lengths, count, update_rows):
+    found = fitting_lengths(
+        np.array(lengths), update_rows=update_rows, multiple=100, most=850, count=count
+    )
+    updates = [max(rows) for rows in product(np.minimum(lengths, 850), repeat=update_rows)]
+
+    def places(lengths):
+        return sum(min(tokens for tokens in lengths if tokens >= longest) for longest in updates)
+
+    assert len(found) <= count and sorted(set(found)) == list(found)
+    last = min(-(-max(lengths) // 100) * 100, 850)
+    others = [tokens for tokens in range(100, last, 100) if tokens >= min(128, max(lengths))]
+    best = min(
+        places((*chosen, last))
+        for n in range(count)
+        for chosen in combinations(others, min(n, len(others)))
+    )
+    assert places(found) == best or places(found) < best * (1 + 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     LENGTHS,
     st.sampled_from(["best_fit", "next_fit", "none", "slices"]),
@@ -91,7 +115,7 @@ def test_a38_an_epoch_of_batches_is_its_documents_once_and_apart(lengths, rule, 
     planned = (
         slices(lengths, 64, chosen) if rule == "slices" else plan_rows(lengths, 64, rule, chosen)
     )
-    plan = BatchPlan(documents, planned, BatchShape(m, rows), 64, seed)
+    plan = BatchPlan(documents, planned, BatchShape(m, rows), (64,), seed)
     batches = [plan.batch(step) for step in range(plan.steps_per_epoch)]
     leaves = [np.concatenate([leaf.reshape(-1, 64) for leaf in part])
               for part in zip(*(batch[:4] for batch in batches), strict=True)]  # fmt: skip

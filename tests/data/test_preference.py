@@ -405,7 +405,7 @@ def test_judged_rows_are_documents_with_their_label(tmp_path):
     plan = data.train
     assert data.train_rows == 2 and plan.together == 1
     assert plan.documents.index["scores"][:, 0].tolist() == [1.0, 0.0]
-    batch = plan.fill(np.arange(2))
+    batch = plan.filled(np.arange(2), plan.row_tokens)
     found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert found == ["yes it is<|im_end|>", "no<|im_end|>"]
 
@@ -452,6 +452,6 @@ def test_pairs_of_one_json_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     data = prepare([JsonLinesSource(LocalDataSourceConfig(path=str(path)))])
-    batch = data.train.fill(np.arange(2))
+    batch = data.train.filled(np.arange(2), data.row_tokens)
     found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert found == ["yes<|im_end|>", "no<|im_end|>"]

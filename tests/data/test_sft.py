@@ -106,6 +106,28 @@ def test_one_length_for_every_row_of_a_run(tmp_path, keys, tokens):
     assert {batch.tokens.shape for batch in data.eval_batches()} == {(2, 2, tokens)}
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_an_update_has_the_shortest_of_few_lengths_that_holds_its_rows(tmp_path, most):
+    rows = [{"messages": chat("a", "The river was low. " * (1 + n * n // 200))} for n in range(120)]
+    one = prepare([source(tmp_path, rows)], max_length=1024, max_length_buckets=1, div_length=48)
+    keys = {"max_length_buckets": most, "div_length": 48}
+    data = prepare([source(tmp_path, rows)], max_length=1024, **keys)
+    lengths = data.train.lengths
+    assert (len(lengths) == most or len(lengths) > 4) and lengths[-1] == one.row_tokens
+    assert all(length % 48 == 0 for length in lengths[:-1]) and list(lengths) == sorted(lengths)
+    assert documents_in(data.train_batches(0, 30)) == documents_in(one.train_batches(0, 30))
+    places = tokens = 0
+    for step, batch in enumerate(data.train_batches(0, 30)):
+        width, segments = batch.tokens.shape[-1], batch.segments
+        longest = int((segments > 0).sum(-1).max())
+        assert width == min(length for length in lengths if length >= longest)
+        halves = [data.train.batch(step, process, 2).tokens for process in range(2)]
+        assert (np.concatenate(halves, axis=1) == batch.tokens).all()
+        places, tokens = places + segments.size, tokens + int((segments > 0).sum())
+    assert data.ledger.sets[0].fill == pytest.approx(tokens / places)
+    assert most == 1 or data.ledger.sets[0].fill > one.ledger.sets[0].fill
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_a24_evaluation_sees_every_row_once_in_order(tmp_path, count):
     """Trap G14 too: the last batch is filled up with rows of no weight."""

@@ -27,7 +27,9 @@ def test_pairs_are_what_the_rows_let_each_token_see():
     found = {name: float(value) for name, value in counts(batch, (None, None, 2)).items()}
     whole, windowed = 6 + 3, (1 + 2 + 2) + 3
     pairs = 2 * whole + windowed
-    assert found == {"rows": 1, "tokens": 5, "trained_tokens": 3, "pairs": pairs}
+    assert found == {
+        "rows": 1, "seqlen": 6, "tokens": 5, "trained_tokens": 3, "pairs": pairs
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

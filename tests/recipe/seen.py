@@ -148,6 +148,8 @@ BY_TEST = {
     "test_a38_text_rows_do_not_depend_on_the_number_of_processes",
     "data.dl_num_workers": "recipe/test_effects.py::test_a25_batches_are_made_ahead_or_in_the_loop",
     "data.seed": "data/test_mixtures.py::test_a_mixture_is_the_same_each_time_and_another_by_seed",
+    "data.max_length_buckets": "trainer/test_packed_rows.py::"
+    "test_further_padding_changes_no_loss_and_each_length_compiles_once",
     "data.max_rows_with_errors": "data/test_tokens_and_text.py::"
     "test_skipped_rows_are_counted_and_one_too_many_stops",
     "data.cache_dir": "data/test_cache.py::test_the_folder_is_private_or_the_persons_own",

@@ -234,6 +234,14 @@ IDLE = {  # what is written; its key; what would make it count
         {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1}]}},
         {"data": {"sources": [{"name_or_path": "a/b", "sample_seed": 1, "sample_count": 2}]}},
     ),
+    "data.div_length": (
+        {"data": {"sources": ["a/b"], "div_length": 8, "pack_samples": True}},
+        {"data": {"sources": ["a/b"], "div_length": 8}},
+    ),
+    "data.max_length_buckets": (
+        {"type": "causal", "data": {"sources": ["a/b"], "max_length_buckets": 2}},
+        {"type": "sft"},
+    ),
     "scheduler.warmup_ratio": (
         {"scheduler": {"name": "constant", "warmup_ratio": 0.5}},
         {"scheduler": {"name": "linear", "warmup_ratio": 0.5}},

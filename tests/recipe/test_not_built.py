@@ -49,7 +49,6 @@ EXAMPLES = {
     },
     "data.streaming": data(streaming=True),
     "data.batch_tokens": data(batch_tokens=4096),
-    "data.max_length_buckets": data(max_length_buckets=4),
     "optimizer.type": {"optimizer": {"type": "adamw_8bit"}},
     "mesh.context": {"mesh": {"context": 2}},
     "mesh.expert": {"mesh": {"expert": 2}},

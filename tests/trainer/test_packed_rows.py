@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from jaxtrain.batch import Batch
+from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model.config import Execution
 from jaxtrain.model.decoder import abstract, merge
 from tests.runs import host, model_folder, recipe, trainer
+from tests.tiny import chat
 
 
 def alone(batch: Batch) -> list[tuple[int, np.ndarray, Batch]]:
@@ -65,6 +67,25 @@ def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
             summed[name] += array
     for name, array in host(gradient).items():
         assert np.abs(array - summed[name]).max() < 1e-5, name
+
+
+def test_further_padding_changes_no_loss_and_each_length_compiles_once(tmp_path):
+    found = {}
+    for most in (1, 3):
+        data = {"pack_samples": False, "max_length": 256, "div_length": 64}
+        folder = tmp_path / str(most)
+        written = recipe(folder, train_iters=8, data=data | {"max_length_buckets": most})
+        chats = [{"messages": chat("Hm?", "so it was " * n)} for n in range(3, 60, 3)]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, chats)))
+        run = trainer(written)
+        run.train()
+        rows = read_rows(folder / "run" / "train-log-metrics.jsonl")
+        lengths = {row["seqlen"] for row in rows}
+        assert run.step.num_compilations == len(lengths) <= most
+        assert len([row for row in rows if row["compile_time"]]) == len(lengths)
+        found[most] = lengths, [row["loss"] for row in rows]
+    assert len(found[1][0]) == 1 < len(found[3][0]) and found[1][0] == {max(found[3][0])}
+    np.testing.assert_allclose(found[1][1], found[3][1], rtol=1e-5)
 
 
 @pytest.mark.slow
