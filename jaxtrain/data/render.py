@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, with_text_arguments
-from jaxtrain.data.spans import Render, Span, check_shown, turn_spans
+from jaxtrain.data.spans import Render, Span, check_calls, check_shown, shared_start, turn_spans
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,6 +26,16 @@ _tracking = Lock()
 """transformers notes generation blocks in the template's one environment."""
 
 
+class Habits(NamedTuple):
+    """What a template does otherwise than the others, and how it is put right."""
+
+    joins_arguments: bool
+    """It writes the arguments of calls as they are: they are given as JSON, since a map would stand
+    there in Python's way of writing."""
+    standing_prompt: str
+    """The generation prompt, where it is written behind every conversation: it is taken off."""
+
+
 class Renderer:
     """RecipeError when the tokenizer has no template."""
 
@@ -36,7 +46,7 @@ class Renderer:
                 "text or as a file"
             )
         self._tokenizer = tokenizer
-        self._special_tokens = tokenizer.special_tokens_map
+        self._special_tokens = tuple(tokenizer.special_tokens_map.items())
 
     def text(self, conversation: Conversation) -> str:
         """The whole conversation; DataError when the template refuses it or hides its tools."""
@@ -45,13 +55,13 @@ class Renderer:
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
         check_characters(text)
-        for field, without in _without_tools(conversation):
-            # A template that refuses a reply of a tool without its call does look at calls.
-            if self._render_or_none(without.tools)(without.messages, False) == text:
-                raise DataError(
-                    f"{field}: the chat template does not show them; set "
-                    f"tokenizer.chat_template to one that does, or remove them"
-                )
+        messages, tools, _ = conversation
+        if tools and self._render_or_none(None)(messages, False) == text:
+            raise DataError(
+                "tools: the chat template does not show them; set tokenizer.chat_template to one "
+                "that does, or remove them"
+            )
+        check_calls(self._render_or_none(tools), messages, text)
         return text
 
     def spans(
@@ -87,32 +97,66 @@ class Renderer:
     def _render(
         self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False
     ) -> str:
-        return self._filled(messages, tools, add_generation_prompt=prompt)[0][0]
+        return self._filled(messages, tools, add_generation_prompt=prompt)[0]
 
     def _spans_of_template(self, conversation: Conversation, text: str) -> list[Span]:
+        messages, tools, _ = conversation
         with _tracking:
-            (rendered,), (places,) = self._filled(
-                conversation.messages, conversation.tools, return_assistant_tokens_mask=True
-            )
+            rendered, (places,) = self._filled(messages, tools, return_assistant_tokens_mask=True)
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")
         return [Span(int(start), int(end)) for start, end in places]
 
-    def _filled(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> Any:
-        """What transformers makes of the template: texts, and the places of generation blocks."""
-        given = {
-            "tools": tools,
-            "chat_template": _dated(self._tokenizer.get_chat_template(None, tools)),
-            **self._special_tokens,
-            **options,
-        }
+    def _filled(
+        self, messages: list[Message], tools: list[Any] | None, **options: Any
+    ) -> tuple[str, Any]:
+        """The text, and the places of generation blocks."""
+        template = _dated(self._tokenizer.get_chat_template(None, tools))
+        habits = _habits(template, self._special_tokens)
+        given = {"tools": tools, "chat_template": template, **dict(self._special_tokens), **options}
         try:
-            return render_jinja_template([messages], **given)
+            chosen = with_text_arguments(messages) if habits.joins_arguments else messages
+            (text,), places = render_jinja_template([chosen], **given)
         except TEMPLATE_FAULTS:
             with_texts = with_text_arguments(messages)
             if with_texts == messages:
                 raise
-        return render_jinja_template([with_texts], **given)
+            (text,), places = render_jinja_template([with_texts], **given)
+        is_asked = options.get("add_generation_prompt", False)
+        return text if is_asked else text.removesuffix(habits.standing_prompt), places
+
+
+@lru_cache
+def _habits(template: str, special: tuple[tuple[str, Any], ...]) -> Habits:
+    """Learned from conversations made for it."""
+
+    def render(*messages: Message, prompt: bool = False) -> str:
+        given = {"chat_template": template, "add_generation_prompt": prompt, **dict(special)}
+        try:
+            return render_jinja_template([list(messages)], **given)[0][0]
+        except TEMPLATE_FAULTS:
+            return ""
+
+    user, reply = {"role": "user", "content": "Probe0"}, {"role": "assistant", "content": "Probe1"}
+    function = {"name": "f", "arguments": {"x": "y"}}
+    call = {"type": "function", "id": "Probe2345", "function": function}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answer = {"role": "tool", "name": "f", "tool_call_id": "Probe2345", "content": "Probe6"}
+    joins_arguments = "{'x': 'y'}" in render(user, called, answer, reply)
+
+    text, asked, more = render(user, reply), render(user, prompt=True), render(user, reply, user)
+    _, is_shown, tail = text.rpartition("Probe1")
+    prompt = ""
+    if is_shown and "Probe1" in more and text == render(user, reply, prompt=True):
+        shared = tail[: shared_start(tail, more.rpartition("Probe1")[2])]
+        # What closes a turn is followed by what opens one, as the first is opened.
+        firsts = (text.removeprefix(dict(special).get("bos_token", "")), text)
+        cuts = (n for first in firsts for n in range(len(shared)) if first.startswith(shared[n:]))
+        closing = next(cuts, len(shared))
+        opened = shared_start(asked, text) - len(asked) + len(tail)
+        if opened > len(shared) and asked.endswith(tail[closing:]):
+            prompt = tail[closing:]
+    return Habits(joins_arguments, prompt)
 
 
 def check_characters(text: str) -> None:
@@ -130,14 +174,3 @@ def check_characters(text: str) -> None:
 @lru_cache
 def _dated(template: str) -> str:
     return TODAY.sub(lambda found: repr(DATE.strftime(found[2])), template)
-
-
-def _without_tools(conversation: Conversation) -> list[tuple[str, Conversation]]:
-    """The conversation without what only some templates show, under the name of its field."""
-    variants = []
-    if conversation.tools:
-        variants.append(("tools", conversation._replace(tools=None)))
-    if any("tool_calls" in message for message in conversation.messages):
-        bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in conversation.messages]
-        variants.append(("tool_calls", conversation._replace(messages=bare)))
-    return variants

@@ -65,6 +65,33 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
         )
 
 
+def check_calls(render: Render, messages: list[Message], text: str) -> None:
+    """Some templates show the first of several calls, or no text beside calls."""
+    if not any("tool_calls" in message for message in messages):
+        return
+    marks = _Marks(text)
+    marked = [marks.ended(m, i) if "tool_calls" in m else m for i, m in enumerate(messages)]
+    rendered = render(marked, False)
+    places = marks.removed(rendered)[1] if rendered is not None else {}
+    for index, message in enumerate(messages):
+        if "tool_calls" not in message:
+            continue
+        calls = message["tool_calls"][:-1]
+        bare = {key: value for key, value in message.items() if key != "tool_calls"}
+        without = {"tool_calls": {**bare, "tool_calls": calls} if calls else bare}
+        if not is_bare_call(message):
+            without["content"] = {**message, "content": ""}
+        for (field, other), kind in zip(without.items(), "ce", strict=False):
+            if (kind, index) in places:
+                continue
+            # A template may hide a marker and not what it marks.
+            if render([*messages[:index], other, *messages[index + 1 :]], False) == text:
+                raise DataError(
+                    f"messages[{index}].{field}: the chat template does not show all of it; set "
+                    f"tokenizer.chat_template to one that does, or remove it"
+                )
+
+
 def by_prefixes(
     render: Render, messages: list[Message], turns: list[int], text: str
 ) -> list[Span] | None:
@@ -167,15 +194,23 @@ class _MarkedSearch:
 
     def _start_of_plain_reply(self, turn: int, before: int) -> int | None:
         """Behind the header that the template writes here for a reply without thoughts, which hide
-        a marker in front of them; thoughts that it keeps stand behind the header."""
-        plain = self._marks.opened({"role": self._messages[turn]["role"], "content": ""}, turn)
-        probe, places = self._unmarked(
-            [*self._ended[:turn], plain, *self._ended[turn + 1 :]], False
-        )
-        end, start = self._end_in(places, turn - 1), places.get(("s", turn))
-        if end is None or start is None or not self._text.startswith(probe[end:start], before):
-            return None
-        return before + start - end
+        a marker in front of them; thoughts that it keeps stand behind the header. Of the header
+        of a text, so much as a call has too."""
+        message = self._messages[turn]
+        plain = self._marks.opened({"role": message["role"], "content": ""}, turn)
+        # Some templates refuse an answer without its call.
+        for after in (self._ended[turn + 1 :], []):
+            probe, places = self._unmarked([*self._ended[:turn], plain, *after], False)
+            end, start = self._end_in(places, turn - 1), places.get(("s", turn))
+            if end is None or start is None:
+                continue
+            header = probe[end:start]
+            if not (message["content"].strip() or message.keys() & set(REASONING)):
+                shared = header[: shared_start(header, self._text[before:])]
+                header = header if shared == header else CUT_TOKEN.sub("", shared)
+            if header.strip() and self._text.startswith(header, before):
+                return before + len(header)
+        return None
 
     def _is_directly_before(self, opening: str, before: int, written: int | None) -> bool:
         """Whether `opening` fills the text from the last content to this one, blanks aside; then
@@ -241,6 +276,8 @@ def _reply(message: Message) -> str:
 
 MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([serc])")
 """Where a content starts and ends, where reasoning starts, and behind the name of the last call."""
+THOUGHT = re.compile(r"<think>\s*(?=\S)(?!</think>)")
+CUT_TOKEN = re.compile(r"<[^<>]*$")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -261,9 +298,12 @@ class _Marks:
             named = {**function, "name": f"{function['name']}{self._stem}{number}c"}
             last = {**last, "function": named} if "function" in last else named
             marked["tool_calls"] = [*calls, last]
+        marked["content"] = THOUGHT.sub(
+            lambda begin: f"{begin[0]}{self._stem}{number}r", message["content"], count=1
+        )
         if not is_bare_call(message):
-            body = message["content"].rstrip()
-            blank = message["content"][len(body) :]
+            body = marked["content"].rstrip()
+            blank = marked["content"][len(body) :]
             marked["content"] = f"{body}{self._stem}{number}e{blank}"
         for key in REASONING:
             if isinstance(thoughts := message.get(key), str) and thoughts.strip():

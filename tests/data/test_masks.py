@@ -138,19 +138,111 @@ def test_what_the_template_raises_is_said():
     )
 
 
-def test_tool_calls_that_the_template_hides_are_refused():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    found = outcome(CHATML, [*chat("a"), call])
-    assert isinstance(found, Fault) and found.what.startswith("tool_calls: the chat template does")
-    found = outcome(CHATML, chat("a", "b"), [{"name": "f"}])
-    assert isinstance(found, Fault) and found.what.startswith("tools: the chat template does not")
-
-
 TOOLS = CHATML.replace(
     "{{ m.content }}",
     "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>"
     "{% endfor %}",
 )
+
+
+def call(name="river", arguments=None):
+    return {"function": {"name": name, "arguments": arguments or {"x": 12}}}
+
+
+def calling(*calls, content="", **fields):
+    return {"role": "assistant", "content": content, "tool_calls": [*calls], **fields}
+
+
+ANSWERED = [{"role": "tool", "content": "low"}, chat("", "yes")[1]]
+FIRST_CALL = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+CALL_OR_TEXT = TOOLS.replace(
+    "{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
+)
+HIDDEN = {
+    "every call": (CHATML, [calling(call())], "messages[1].tool_calls"),
+    "the second call": (FIRST_CALL, [calling(call(), call())], "messages[1].tool_calls"),
+    # A word of it stands in the call too.
+    "text beside a call": (
+        CALL_OR_TEXT,
+        [calling(call(), content="a river")],
+        "messages[1].content",
+    ),
+    "one of two turns": (
+        CALL_OR_TEXT,
+        [calling(call()), ANSWERED[0], calling(call(), content="so")],
+        "messages[3].content",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "turns", "place"), HIDDEN.values(), ids=HIDDEN)
+def test_what_the_template_hides_of_calls_is_refused(template, turns, place):
+    found = outcome(template, [*chat("a"), *turns, *ANSWERED])
+    assert isinstance(found, Fault)
+    assert found.what.startswith(f"{place}: the chat template does not show all of it; set")
+    shown = outcome(TOOLS, [*chat("a"), *turns, *ANSWERED])
+    assert isinstance(shown, Encoded)
+
+
+def test_tools_that_the_template_hides_are_refused():
+    found = outcome(CHATML, chat("a", "b"), [{"name": "f"}])
+    assert isinstance(found, Fault) and found.what.startswith("tools: the chat template does not")
+
+
+@pytest.mark.parametrize("written", ["{{ a }}", "{{ '' + a }}", "{{ a | tojson }}"])
+def test_arguments_are_trained_as_json_however_the_template_writes_them(written):
+    """Python writes a map with other quotes."""
+    template = TOOLS.replace(
+        "</call>", " " + written.replace("a", "c.function.arguments", 1) + "</call>"
+    )
+    messages = [*chat("a"), calling(call(arguments={"x": "no"})), *ANSWERED]
+    assert trained(template, messages)[0] == '<call>river {"x": "no"}</call><|im_end|>'
+
+
+STANDING = {
+    "chatml": (CHATML, "<|im_end|>"),
+    # The tokenizer's BOS is one that this one does not write.
+    "headers": (HEADERS.replace("<|begin|>", ""), "<|eot|>"),
+}
+
+
+@pytest.mark.parametrize(("template", "end"), STANDING.values(), ids=STANDING)
+@pytest.mark.parametrize("turns", [1, 4])
+def test_a_generation_prompt_that_always_stands_is_no_part_of_the_last_turn(template, end, turns):
+    """As the first template of Llama 3 writes it."""
+    asking = template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    messages = chat(*["no", "yes"] * turns)
+    assert trained(asking, messages) == [f"yes{end}"] * turns
+    found, expected = outcome(asking, messages), outcome(template, messages)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert trained(asking, [*messages, *chat("a")]) == [f"yes{end}"] * turns
+
+
+def test_an_end_of_text_behind_every_conversation_is_no_generation_prompt():
+    template = CHATML.partition("{% if add")[0] + "</s>"
+    assert trained(template, chat("a", "yes")) == ["yes<|im_end|>\n</s>"]
+
+
+STRICT = (  # a prompt that opens a thought, and turns that have none
+    "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% else %}"
+    "{{ m.content }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<thought>{% endif %}"
+)
+THOUGHTLESS = {
+    "": STRICT,
+    "answers stand alone": STRICT.replace("raise_exception('no call')", "''"),
+    "<text>": STRICT.replace("{{ m.content }}", "<text>{{ m.content }}"),
+    "<call-less>": STRICT.replace("{{ m.content }}", "<call-less>{{ m.content }}"),
+}
+
+
+@pytest.mark.parametrize(("begin", "template"), THOUGHTLESS.items())
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_call_without_thoughts_is_trained_where_the_prompt_opens_one(begin, template, turns):
+    messages = [*chat("a"), calling(call()), *ANSWERED] * turns
+    assert trained(template, messages) == ["<call>river</call><|im_end|>", "yes<|im_end|>"] * turns
 
 
 def test_a_call_is_trained_and_what_the_tool_says_is_not():
@@ -353,6 +445,24 @@ def test_what_a_tool_answers_is_not_trained_where_it_stands_in_the_turn_that_cal
         messages = [*chat("a"), told, {"role": "tool", "content": "was low"}, *more]
         found = outcome(INLINE, messages)
         assert isinstance(found, Fault) and "rewrites turns" in found.what
+
+
+def test_a_thought_that_stands_behind_the_answer_is_not_left_out_in_silence():
+    thought = "<think>\nso\n</think>\n\n"
+    behind = INLINE.replace(
+        "{% if m.tool_calls and loop.nextitem %}{{ loop.nextitem.content }} {% endif %}{{ m.content }}",
+        "",
+    ).replace(
+        "<|im_end|>",
+        "{% if m.tool_calls and loop.nextitem %} {{ loop.nextitem.content }} {% endif %}"
+        "{{ m.content }}<|im_end|>",
+    )
+    for count in (1, 3):
+        messages = [*chat("a"), calling(call(), content=thought), *ANSWERED] * count
+        found = outcome(behind, messages)
+        assert isinstance(found, Fault) and "rewrites turns" in found.what
+        bare = trained(behind, [*chat("a"), calling(call()), *ANSWERED] * count)
+        assert bare == ["<call>river</call>", "yes<|im_end|>"] * count
 
 
 def test_thoughts_in_front_of_the_end_of_the_prompt_are_not_left_out_in_silence():
