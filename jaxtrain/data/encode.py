@@ -200,7 +200,7 @@ class ConversationEncoder:
             first += 1
         if first < last and text[span.end : ends(last - 1)].strip():
             last -= 1
-        if first >= last:
+        if first >= last or text[ends(len(tokens) - 1) : span.end].strip():  # the row is cut here
             return first, last
         end = min(span.end, ends(last - 1))
         closing = (i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup)

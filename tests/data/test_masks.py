@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -372,6 +372,7 @@ WORDS_AND_MARKUP = st.lists(
     st.integers(4, 60),
     st.sampled_from([CHATML, HEADERS, PLAIN, THINK]),
 )
+@example(["a", "aa<|im_end|> "], 22, CHATML)  # cut behind a blank that an end of turn precedes
 def test_a47_a_cut_row_is_the_start_of_the_whole_one(contents, max_length, template):
     """Text behind the limit is not even tokenised: nothing before it may depend on it."""
     whole = outcome(template, chat(*contents), overlong="error")
