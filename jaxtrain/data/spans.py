@@ -53,7 +53,8 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
     is_by_turn = len(trained) == len(turns)
     hidden = []
     for place, turn in enumerate(turns):
-        words = _reply(messages[turn]).split()
+        reply = _reply(messages[turn])
+        words = re.findall(r"\w{4,}", reply) or reply.split()  # short ones stand in the markup too
         where = trained[place : place + 1] if is_by_turn else trained
         if not words or any(word in text for text in where for word in words):
             continue
@@ -175,15 +176,18 @@ class _MarkedSearch:
 
     def start_of(self, turn: int) -> int | None:
         """Behind the generation prompt, or else where the content begins."""
-        before, written = self._end_in(self._places, turn - 1), self._places.get(("s", turn))
+        written = self._places.get(("s", turn))
+        # Some templates leave out a message here and there.
+        ends = ((i, self._end_in(self._places, i)) for i in range(turn - 1, -1, -1))
+        last, before = next(((i, end) for i, end in ends if end is not None), (0, None))
         if before is None:
             return written
         if written is None:
-            written = self._start_of_plain_reply(turn, before)
-        role = self._messages[turn - 1]["role"]
+            written = self._start_of_plain_reply(turn, last, before)
+        role = self._messages[last]["role"]
         known = self._openings.get(role)
         if known is None or not self._is_directly_before(known, before, written):
-            known = self._opening(turn)
+            known = self._opening(turn, last)
             if known is None or not self._text.startswith(known, before):
                 return written
             if self._is_directly_before(known, before, written):
@@ -192,7 +196,7 @@ class _MarkedSearch:
         end = self._end_in(self._places, turn)
         return start if end is not None and start <= end else written
 
-    def _start_of_plain_reply(self, turn: int, before: int) -> int | None:
+    def _start_of_plain_reply(self, turn: int, last: int, before: int) -> int | None:
         """Behind the header that the template writes here for a reply without thoughts, which hide
         a marker in front of them; thoughts that it keeps stand behind the header. Of the header
         of a text, so much as a call has too."""
@@ -201,7 +205,7 @@ class _MarkedSearch:
         # Some templates refuse an answer without its call.
         for after in (self._ended[turn + 1 :], []):
             probe, places = self._unmarked([*self._ended[:turn], plain, *after], False)
-            end, start = self._end_in(places, turn - 1), places.get(("s", turn))
+            end, start = self._end_in(places, last), places.get(("s", turn))
             if end is None or start is None:
                 continue
             header = probe[end:start]
@@ -220,10 +224,10 @@ class _MarkedSearch:
         start = before + len(opening)
         return start <= written and not self._text[start:written].strip()
 
-    def _opening(self, turn: int) -> str | None:
-        """From the end of the content before the turn to the end of the generation prompt."""
+    def _opening(self, turn: int, last: int) -> str | None:
+        """From the end of the last content before the turn to that of the generation prompt."""
         prompt, places = self._unmarked(self._ended[:turn], True)
-        place = self._end_in(places, turn - 1)
+        place = self._end_in(places, last)
         return None if place is None else prompt[place:]
 
     def end_of(self, turn: int) -> int | None:

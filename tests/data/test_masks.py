@@ -572,3 +572,13 @@ def test_an_empty_think_block_is_left_out_if_asked(turns):
     assert trained(THINK, messages, ignore_empty_think=True)[-1] == "fine<|im_end|>"
     thought = chat("a", THOUGHT)
     assert trained(THINK, thought, ignore_empty_think=True) == [THOUGHT + END]
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_turn_behind_a_message_that_is_left_out_starts_where_the_prompt_ends(turns):
+    # As gpt-oss has it: a channel before what is said, and system messages that are not shown.
+    template = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<final>{% endif %}{{ m.content }}"
+    ).replace("in messages", "in messages if m.role != 'system'")
+    messages = [*chat("a"), *chat(system="dry"), chat("", "yes")[1]] * turns
+    assert trained(template, messages) == ["<final>yes<|im_end|>"] * turns
