@@ -67,30 +67,30 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
 
 
 def check_calls(render: Render, messages: list[Message], text: str) -> None:
-    """Some templates show the first of several calls, or no text beside calls."""
-    if not any("tool_calls" in message for message in messages):
+    """Some templates show the first of several calls, no text beside calls, or a call's id in place
+    of its name, which is right where the id holds the name."""
+    calling = [index for index, message in enumerate(messages) if "tool_calls" in message]
+    if not calling:
         return
     marks = _Marks(text)
     marked = [marks.ended(m, i) if "tool_calls" in m else m for i, m in enumerate(messages)]
     rendered = render(marked, False)
-    places = marks.removed(rendered)[1] if rendered is not None else {}
-    for index, message in enumerate(messages):
-        if "tool_calls" not in message:
-            continue
-        calls = message["tool_calls"][:-1]
-        bare = {key: value for key, value in message.items() if key != "tool_calls"}
-        without = {"tool_calls": {**bare, "tool_calls": calls} if calls else bare}
-        if not is_bare_call(message):
-            without["content"] = {**message, "content": ""}
-        for (field, other), kind in zip(without.items(), "ce", strict=False):
-            if (kind, index) in places:
-                continue
-            # A template may hide a marker and not what it marks.
-            if render([*messages[:index], other, *messages[index + 1 :]], False) == text:
-                raise DataError(
-                    f"messages[{index}].{field}: the chat template does not show all of it; set "
-                    f"tokenizer.chat_template to one that does, or remove it"
-                )
+    if rendered is None or marks.removed(rendered)[0] != text:
+        return  # by a marker it says something else, so that what it leaves out is not known
+    for index in calling:
+        message, call = messages[index], messages[index]["tool_calls"][-1]
+        has_name = call["function"]["name"] in str(call.get("id"))
+        if not has_name and not marks.has(rendered, index, "c"):
+            raise hidden(index, "tool_calls")
+        if not is_bare_call(message) and not marks.has(rendered, index, "e"):
+            raise hidden(index, "content")
+
+
+def hidden(index: int, field: str) -> DataError:
+    return DataError(
+        f"messages[{index}].{field}: the chat template does not show all of it; set "
+        f"tokenizer.chat_template to one that does, or remove it"
+    )
 
 
 def by_prefixes(
@@ -322,6 +322,9 @@ class _Marks:
     def _before(self, text: str, number: int, kind: str) -> str:
         body = text.lstrip()
         return f"{text[: len(text) - len(body)]}{self._stem}{number}{kind}{body}"
+
+    def has(self, rendered: str, number: int, kind: str) -> bool:
+        return f"{self._stem}{number}{kind}" in rendered
 
     def removed(self, rendered: str) -> tuple[str, Places]:
         """The text without markers, and where those stood in it that occur once; where those of

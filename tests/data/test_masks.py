@@ -158,9 +158,12 @@ FIRST_CALL = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
 CALL_OR_TEXT = TOOLS.replace(
     "{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
 )
+BY_ID = TOOLS.replace("c.function.name", "c.id")
 HIDDEN = {
     "every call": (CHATML, [calling(call())], "messages[1].tool_calls"),
     "the second call": (FIRST_CALL, [calling(call(), call())], "messages[1].tool_calls"),
+    # As Kimi K2 has it, whose ids hold the names; these say nothing of what is called.
+    "a name": (BY_ID, [calling(call() | {"id": "1"})], "messages[1].tool_calls"),
     # A word of it stands in the call too.
     "text beside a call": (
         CALL_OR_TEXT,
@@ -182,6 +185,12 @@ def test_what_the_template_hides_of_calls_is_refused(template, turns, place):
     assert found.what.startswith(f"{place}: the chat template does not show all of it; set")
     shown = outcome(TOOLS, [*chat("a"), *turns, *ANSWERED])
     assert isinstance(shown, Encoded)
+
+
+def test_a_name_may_stand_in_the_id_of_its_call():
+    turn = calling(call() | {"id": "functions.river:0"})
+    found = trained(BY_ID, [*chat("a"), turn, *ANSWERED])
+    assert found[0] == "<call>functions.river:0</call><|im_end|>"
 
 
 def test_tools_that_the_template_hides_are_refused():
