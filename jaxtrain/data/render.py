@@ -108,22 +108,24 @@ class Renderer:
         return [Span(int(start), int(end)) for start, end in places]
 
     def _filled(
-        self, messages: list[Message], tools: list[Any] | None, **options: Any
+        self, messages: list[Message], tools: list[Any] | None, **options: bool
     ) -> tuple[str, Any]:
         """The text, and the places of generation blocks."""
         template = _dated(self._tokenizer.get_chat_template(None, tools))
         habits = _habits(template, self._special_tokens)
         given = {"tools": tools, "chat_template": template, **dict(self._special_tokens), **options}
+        if habits.joins_arguments:
+            messages = with_text_arguments(messages)
         try:
-            chosen = with_text_arguments(messages) if habits.joins_arguments else messages
-            (text,), places = render_jinja_template([chosen], **given)
+            (text,), places = render_jinja_template([messages], **given)
         except TEMPLATE_FAULTS:
             with_texts = with_text_arguments(messages)
             if with_texts == messages:
                 raise
             (text,), places = render_jinja_template([with_texts], **given)
-        is_asked = options.get("add_generation_prompt", False)
-        return text if is_asked else text.removesuffix(habits.standing_prompt), places
+        if not options.get("add_generation_prompt"):
+            text = text.removesuffix(habits.standing_prompt)
+        return text, places
 
 
 @lru_cache

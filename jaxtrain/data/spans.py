@@ -60,10 +60,7 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
             continue
         hidden.append(turn)
     if hidden and (is_by_turn or len(hidden) == len(turns)):
-        raise DataError(
-            f"messages[{hidden[0]}].content: the chat template does not show it; set "
-            f"tokenizer.chat_template to one for plain text"
-        )
+        raise _hides(hidden[0], "content")
 
 
 def check_calls(render: Render, messages: list[Message], text: str) -> None:
@@ -81,12 +78,12 @@ def check_calls(render: Render, messages: list[Message], text: str) -> None:
         message, call = messages[index], messages[index]["tool_calls"][-1]
         has_name = call["function"]["name"] in str(call.get("id"))
         if not has_name and not marks.has(rendered, index, "c"):
-            raise hidden(index, "tool_calls")
+            raise _hides(index, "tool_calls")
         if not is_bare_call(message) and not marks.has(rendered, index, "e"):
-            raise hidden(index, "content")
+            raise _hides(index, "content")
 
 
-def hidden(index: int, field: str) -> DataError:
+def _hides(index: int, field: str) -> DataError:
     return DataError(
         f"messages[{index}].{field}: the chat template does not show all of it; set "
         f"tokenizer.chat_template to one that does, or remove it"
@@ -281,7 +278,9 @@ def _reply(message: Message) -> str:
 MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([serc])")
 """Where a content starts and ends, where reasoning starts, and behind the name of the last call."""
 THOUGHT = re.compile(r"<think>\s*(?=\S)(?!</think>)")
+"""What opens the reasoning in a content."""
 CUT_TOKEN = re.compile(r"<[^<>]*$")
+"""What two tokens share, at the end of what two texts share."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 

@@ -525,7 +525,7 @@ def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
-    assert found.what.startswith("messages[1].content: the chat template does not show it")
+    assert found.what.startswith("messages[1].content: the chat template does not show all of it")
     marked = GENERATION.replace(
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>",

@@ -205,9 +205,9 @@ REFUSED = {
     # Its prompt ends behind an empty block, where this turn has thoughts.
     ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns, and where the trained",
     # Marked, and made for lists of parts: all that is left of a turn is its end.
-    ("idefics3_training", "chat"): "messages[1].content: the chat template does not show it",
+    ("idefics3_training", "chat"): "messages[1].content: the chat template does not show all of it",
     ("qwen3_5_nothink", "thought"): "the chat template rewrites turns, and where the trained",
-    ("smolvlm", "chat"): "messages[1].content: the chat template does not show it",
+    ("smolvlm", "chat"): "messages[1].content: the chat template does not show all of it",
 }
 
 
