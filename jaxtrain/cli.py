@@ -49,7 +49,7 @@ def _checked_launcher(ctx: click.Context, param: click.Parameter, value: str | N
     return value
 
 
-def _launched(command: Any) -> Any:
+def _on_devices(command: Any) -> Any:
     """The flags of DeepSpeed's launcher that mean something here."""
     command = click.option(
         "--launcher", type=click.Choice(["deepspeed", "ray"]), callback=_checked_launcher,
@@ -58,6 +58,16 @@ def _launched(command: Any) -> Any:
     return click.option(
         "--num_gpus", type=click.IntRange(min=1), help="Use the first so many devices."
     )(command)
+
+
+def _of_recipe(command: Any) -> Any:
+    """A command that reads a recipe, with overrides."""
+    command = click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show tracebacks."
+    )(command)  # fmt: skip
+    command = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
+    command = click.argument("recipe", type=click.Path(path_type=Path))(command)
+    return cli.command(context_settings={"ignore_unknown_options": True})(command)
 
 
 @click.group(cls=_Commands, invoke_without_command=True)
@@ -74,9 +84,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option(
     "--allow-change",
     "allowed",
@@ -90,15 +98,13 @@ def cli(ctx: click.Context) -> None:
     default="disable",
     help="At the end, print where this process's Python code spent its time, in this order.",
 )
-@_launched
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@_on_devices
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
     allowed: tuple[str, ...],
     python_profile: str,
     num_gpus: int | None,
-    debug: bool,
 ) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     use_huge_pages()
@@ -121,20 +127,16 @@ def train(
         trainer.train()
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option("--dump-config", is_flag=True, help="Print the recipe with every default filled in.")
 @click.option("--online", is_flag=True, help="Ask the hub for the model and data it names, too.")
-@_launched
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@_on_devices
 def check(
     recipe: Path,
     overrides: tuple[str, ...],
     dump_config: bool,
     online: bool,
     num_gpus: int | None,
-    debug: bool,
 ) -> None:
     """Say everything that is wrong with RECIPE, what became of its keys, and the run it asks for.
 
@@ -199,14 +201,11 @@ def recipes(name: str | None, target: Path | None) -> None:
             click.echo(file)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the same as a page.")
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) -> None:
+def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     """Prepare the rows of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
