@@ -18,8 +18,16 @@ from jaxtrain.recipe.trainer import TrainerConfig
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
 EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
 """What every evaluation of a built-in trainer gives."""
+Check = Callable[[Any], Iterator[Fault]]
+CHECKS: list[tuple[tuple[str, ...], Check]] = []
+"""Each with the keys that must be sound before it can be asked."""
 
 
+def _needs(*keys: str) -> Callable[[Check], None]:
+    return lambda check: CHECKS.append((keys, check))
+
+
+@_needs("data", "eval_interval", "eval_at_start", "eval_at_end")
 def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
     other = config.eval_at_start or config.eval_at_end is not None or config.eval_every_n_epochs
     if config.data.has_eval and not config.eval_interval and not other:
@@ -30,6 +38,7 @@ def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
         yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
 
 
+@_needs("checkpoint")
 def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
     resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume or entry.start]
     if len(resumes) > 1:
@@ -46,6 +55,7 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
             )
 
 
+@_needs("checkpoint")
 def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
     for i, entry in enumerate(config.checkpoint):
         start = entry.start
@@ -63,6 +73,7 @@ def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
         )
 
 
+@_needs("checkpoint", "data", "eval_interval")
 def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
     every = config.eval_interval
     for i, entry in enumerate(config.checkpoint):
@@ -79,6 +90,7 @@ def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
             )
 
 
+@_needs("checkpoint", "data", "early_stopping")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):
         return  # a trainer of the user has metrics of its own
@@ -97,6 +109,7 @@ def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(key, f"must be one of {', '.join(known)}, found {metric!r}")
 
 
+@_needs("early_stopping")
 def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
     stopping = config.early_stopping
     if stopping and direction(stopping.metric, stopping.mode) is None:
@@ -104,6 +117,7 @@ def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("early_stopping.mode", what)
 
 
+@_needs("checkpoint", "on_nonfinite", "divergence")
 def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
     action = config.divergence and config.divergence.action
     has_state = any(
@@ -115,6 +129,7 @@ def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
 
 
+@_needs("data")
 def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
     """Apart from values that say the default, which the effective recipe writes."""
     if not registry.is_built_in("data", config.data.type):
@@ -137,6 +152,7 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
 
 
+@_needs("data", "tensorboard", "wandb")
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
     for place, source in config.data.placed_sources():
         if source.NEEDS and not _is_installed(source.NEEDS):
@@ -159,6 +175,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
+@_needs("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps")
 def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     pieces = config.pipeline.microbatches
     rows = config.micro_batch_size * config.gradient_accumulation_steps
@@ -169,6 +186,7 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
+@_needs("mesh", "data")
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
     parts, length = config.mesh.context, config.data.max_length
     if parts > 1 and length and length % parts:
@@ -179,6 +197,7 @@ def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
         )
 
 
+@_needs("scheduler", "train_iters", "epochs")
 def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
     scheduler, horizon = config.scheduler, config.train_iters or config.horizon(None)
     key, length, what = "warmup_steps", scheduler.warmup_steps or 0, "is"
@@ -190,6 +209,7 @@ def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault(f"scheduler.{key}", what)
 
 
+@_needs("profile", "train_iters", "epochs")
 def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
     horizon = config.horizon(None)
     if config.profile and horizon and config.profile.start_step >= horizon:
@@ -197,6 +217,7 @@ def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("profile.start_step", what)
 
 
+@_needs("deepspeed", "model")
 def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
     block, dtype = config.deepspeed, config.model.dtype
     for key, wanted in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
@@ -212,11 +233,13 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
             )
 
 
+@_needs("kill_switch_path")
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
     if config.kill_switch_path and is_there(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
+@_needs("logger")
 def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
     where, level = config.logger.written_level()
     if level not in LEVELS:
@@ -224,33 +247,8 @@ def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("logger.level", what)
 
 
+@_needs("run_dir")
 def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
     *folders, name = Path(config.run_dir or "x").parts
     if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
         yield Fault("run_dir", f"takes one {{n}}, in its last part, found {config.run_dir!r}")
-
-
-Check = Callable[[Any], Iterator[Fault]]
-CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
-    (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
-    (("checkpoint",), _one_resume_each_folder_once),
-    (("checkpoint",), _start_is_there),
-    (("checkpoint", "data", "eval_interval"), _best_needs_scores),
-    (("checkpoint", "data", "early_stopping"), _metrics_exist),
-    (("early_stopping",), _stopping_has_a_direction),
-    (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
-    (("data",), _sources_write_what_is_read),
-    (("data", "tensorboard", "wandb"), _packages_are_installed),
-    (
-        ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
-        _microbatches_divide,
-    ),
-    (("mesh", "data"), _rows_divide_over_context),
-    (("scheduler", "train_iters", "epochs"), _schedule_fits),
-    (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
-    (("deepspeed", "model"), _dtype_is_said_once),
-    (("kill_switch_path",), _stop_file_is_fresh),
-    (("logger",), _log_level_is_known),
-    (("run_dir",), _run_name_is_known),
-)
-"""Each with the keys that must be sound before it can be asked."""
