@@ -1,11 +1,12 @@
 """The `checkpoint` section: full state (orbax) and export (huggingface)."""
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.guards import Direction, direction
@@ -59,17 +60,13 @@ class CheckpointConfig(TypedSection):
     mode: Literal["auto", "min", "max"] = "auto"
     """Direction of `metric`."""
 
-    @model_validator(mode="after")
-    def _what_is_kept_is_known_and_saved(self) -> "CheckpointConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.keep_best_n and self.direction is None:
-            raise ValueError(f"cannot tell whether a smaller {self.metric} is better; write `mode`")
+            yield f"cannot tell whether a smaller {self.metric} is better; write `mode`"
         keep, save = self.keep_every_n_steps, self.save_every_n_steps
         if keep and (not save or keep % save):
             use = f"; use {nearest_multiples(keep, save)}" if save else ""
-            raise ValueError(
-                f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}"
-            )
-        return self
+            yield (f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}")
 
     @property
     def direction(self) -> Direction | None:
@@ -115,15 +112,11 @@ class OrbaxConfig(CheckpointConfig):
             return self.folder / f"{PREFIX}{self.resume_from}"
         return expanded(self.resume_from).absolute() if self.resume_from else None
 
-    @model_validator(mode="after")
-    def _resume_is_possible(self) -> "OrbaxConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.reset and not self.auto_resume and self.resume_from is None:
-            raise ValueError("reset: nothing is resumed; write auto_resume or resume_from as well")
+            yield "reset: nothing is resumed; write auto_resume or resume_from as well"
         if self.auto_resume and self.save_model_only is True and "optimizer" not in self.reset:
-            raise ValueError(
-                "auto_resume: weights alone cannot resume; write save_model_only: all_but_last"
-            )
-        return self
+            yield ("auto_resume: weights alone cannot resume; write save_model_only: all_but_last")
 
 
 class HFCheckpointConfig(CheckpointConfig):
@@ -141,8 +134,6 @@ class HFCheckpointConfig(CheckpointConfig):
     def max_shard_bytes(self) -> int:
         return num_bytes(self.max_shard_size)
 
-    @model_validator(mode="after")
-    def _weights_cannot_resume(self) -> "HFCheckpointConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.auto_resume:
-            raise ValueError("auto_resume: weights alone cannot resume, set it on an `orbax` entry")
-        return self
+            yield "auto_resume: weights alone cannot resume, set it on an `orbax` entry"

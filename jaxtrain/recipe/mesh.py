@@ -1,6 +1,7 @@
 """The `mesh` and `pipeline` sections."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -38,14 +39,12 @@ class MeshConfig(Section):
             return {"data": 1, **values}
         return values
 
-    @model_validator(mode="after")
-    def _sizes_are_legal(self) -> "MeshConfig":
+    def contradictions(self) -> Iterator[str]:
         for axis, size in self:
             if size != -1 and size < 1:
-                raise ValueError(f"{axis} must be at least 1, or -1 for what is left, found {size}")
+                yield f"{axis} must be at least 1, or -1 for what is left, found {size}"
         if [size for _, size in self].count(-1) > 1:
-            raise ValueError("only one axis may be -1")
-        return self
+            yield "only one axis may be -1"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis on so many devices; RecipeError if the product is another number."""
@@ -76,14 +75,12 @@ class PipelineConfig(Section):
     split: Literal["auto"] | tuple[int, ...] = "auto"
     """Layers of each stage."""
 
-    @model_validator(mode="after")
-    def _stages_fit_the_schedule(self) -> "PipelineConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
-            raise ValueError(
+            yield (
                 f"stages_per_device {self.stages_per_device} needs schedule: interleaved, "
                 f"found {self.schedule}"
             )
-        return self
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
         """Microbatches of a pipelined update, as written or at least as many as there are stages,

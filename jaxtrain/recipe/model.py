@@ -1,8 +1,9 @@
 """The `model` and `tokenizer` sections."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jaxtrain.recipe.errors import did_you_mean
 from jaxtrain.recipe.peft import PeftConfig
@@ -42,18 +43,16 @@ class ModelConfig(TypedSection):
     remat_every_nth_layer: int = Field(default=1, ge=1)
     """Rematerialise only every n-th layer; the others keep everything."""
 
-    @model_validator(mode="after")
-    def _one_answer_on_remat(self) -> "ModelConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):
-            raise ValueError(
+            yield (
                 f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
             )
         if self.remat_policy == "none" and self.remat_every_nth_layer != 1:
-            raise ValueError(
+            yield (
                 f"remat_every_nth_layer: {self.remat_every_nth_layer} has no effect when no layer "
                 "is rematerialised; remove it"
             )
-        return self
 
     @property
     def remat_policy(self) -> Literal["full", "dots", "none"]:
@@ -74,16 +73,11 @@ class TokenizerConfig(TypedSection):
     """The tokenizer's own when left out, else its end-of-sequence token; added as a special token
     when there is none of this name."""
 
-    @model_validator(mode="after")
-    def _arguments_change_tokens(self) -> "TokenizerConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.tokenize_kwargs.get("add_special_tokens"):
-            raise ValueError(
+            yield (
                 "tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already"
             )
-        for name in self.tokenize_kwargs:
-            if name not in TOKENIZE_KWARGS:
-                raise ValueError(
-                    f"tokenize_kwargs.{name}: must be one of {', '.join(TOKENIZE_KWARGS)}"
-                    f"{did_you_mean(name, TOKENIZE_KWARGS)}"
-                )
-        return self
+        for name in sorted(self.tokenize_kwargs.keys() - TOKENIZE_KWARGS):
+            known = ", ".join(TOKENIZE_KWARGS) + did_you_mean(name, TOKENIZE_KWARGS)
+            yield f"tokenize_kwargs.{name}: must be one of {known}"

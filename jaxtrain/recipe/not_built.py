@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from jaxtrain import registry
 from jaxtrain.recipe.errors import Fault, shown
 
@@ -93,7 +95,8 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
             items = value.items() if isinstance(value, dict) else enumerate(entries)
             found = [(str(i), item) for i, item in items]
         else:
-            found = [(name, getattr(value, name))] if hasattr(value, name) else []
+            section = dict(value) if isinstance(value, dict | BaseModel) else {}
+            found = [(name, section[name])] if name in section else []
         for part, inner in found:
             yield from values_at(inner, rest, f"{key}.{part}" if key else part)
 

@@ -1,6 +1,7 @@
 """From a recipe's plain data to its typed, checked config."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe, dotted
 from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import known_keys, said
-from jaxtrain.recipe.not_built import not_built
+from jaxtrain.recipe.not_built import not_built, values_at
 from jaxtrain.recipe.secrets import hidden, written_out
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -82,14 +83,12 @@ def resolve(
     # Which keys there are depends on the trainer.
     told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
     if config is None or faults:
-        return Resolved(recipe, None, faults, report(told, faults, notes))
-    if config.run_dir is None:
-        folder = config.logger.output_dir
-        if folder is None:
-            name = recipe.file.stem if recipe.file else "run"
-            folder = f"runs/{name}-{recipe_hash(config)}"
+        config = None
+    elif config.run_dir is None:
+        name = recipe.file.stem if recipe.file else "run"
+        folder = config.logger.output_dir or f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})
-    return Resolved(recipe, config, (), report(told, (), notes))
+    return Resolved(recipe, config, faults, report(told, faults, notes))
 
 
 def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
@@ -115,17 +114,14 @@ class _Resolver:
 
     def config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
-            value = self.tree.get(section)
-            if section == "checkpoint":
-                entries = value if isinstance(value, list) else [value] if value else []
-                self.tree[section] = [
-                    self.typed(
-                        section, trainer, entry, (section, i) if entries is value else (section,)
-                    )
-                    for i, entry in enumerate(entries)
-                ]
+            value, key = self.tree.get(section), (section,)
+            typed = partial(self.typed, section, trainer)
+            if section != "checkpoint":
+                self.tree[section] = typed(value, key)
+            elif isinstance(value, list):
+                self.tree[section] = [typed(entry, (*key, i)) for i, entry in enumerate(value)]
             else:
-                self.tree[section] = self.typed(section, trainer, value, (section,))
+                self.tree[section] = [typed(value, key)] if value else []
         config = self.validated("trainer", trainer, self.tree, ())
         return None if config is None else self.settled(config)
 
@@ -320,15 +316,13 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
 def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
-    for section in registry.SECTIONS:
-        value = recipe.tree.get(section)
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-                yield section, registry.canonical(section, entry["type"])
-    data = recipe.tree.get("data")
-    for key in SOURCES:
-        written = data.get(key) if isinstance(data, dict) else None
-        for listed in written.values() if isinstance(written, dict) else [written]:
-            for source in listed if isinstance(listed, list) else ():
-                if isinstance(source, dict) and isinstance(source.get("type"), str):
-                    yield "data_source", registry.canonical("data_source", source["type"])
+    places = [(section, section) for section in registry.SECTIONS]
+    places += [("checkpoint", "checkpoint.*")]
+    places += [
+        ("data_source", f"data.{key}")
+        for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
+    ]
+    for kind, section in places:
+        for _, name in values_at(recipe.tree, f"{section}.type".split(".")):
+            if isinstance(name, str):
+                yield kind, registry.canonical(kind, name)

@@ -76,15 +76,10 @@ def shared_keys() -> str:
     fates: dict[str, dict[tuple[str, str], list[str]]] = {}
     for section, name, field in _every_field():
         found = standing(f"{section}.{name}".lstrip("."))
-        word, how = (
-            found.standing,
-            found.reason
-            or "; ".join(
-                f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items()
-            ),
-        )
-        if word == "own" or field.exclude:
+        if found.standing == "own" or field.exclude:
             continue
+        choices = (f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items())
+        word, how = found.standing, found.reason or "; ".join(choices)
         if why := why_refused(field):
             word, how = "refused", why
         if instead := not_built.get(found.key):

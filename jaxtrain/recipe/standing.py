@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
 from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.mapping import CARRIED, COMPUTED
 from jaxtrain.recipe.peft import PeftConfig
 from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import is_off, why_refused
@@ -14,10 +15,10 @@ from jaxtrain.recipe.section import is_off, why_refused
 Standing = Literal["same", "mapped", "no effect", "refused", "own"]
 
 MAPPED = {
+    **dict(CARRIED),
+    **{key: f"compared with {other}" for key, other in COMPUTED},
     "name": "type",
     "micro_batch_size": "rows of a batch shard (data x fsdp x expert), not of a device",
-    "sequence_parallel_size": "mesh.context",
-    "expert_parallel_size": "mesh.expert",
     "enable_routing_replay": "router choices are kept across rematerialisation",
     "activation_checkpoint_cpu_offload": "rematerialisation to host memory",
     "tiled_mlp_compute": "a scan over pieces of the sequence",
@@ -31,27 +32,16 @@ MAPPED = {
     "deepspeed.zero_optimization.offload_param": "where parameters live",
     "deepspeed.zero_optimization.cpu_offload": "older spelling of offload_optimizer.device: cpu",
     "deepspeed.zero_optimization.cpu_offload_param": "older spelling of offload_param.device: cpu",
-    "deepspeed.gradient_clipping": "max_grad_norm",
     "deepspeed.train_batch_size": "compared with micro_batch_size x accumulation x batch shards",
-    "deepspeed.train_micro_batch_size_per_gpu": "compared with micro_batch_size",
-    "deepspeed.gradient_accumulation_steps": "compared with gradient_accumulation_steps",
-    "deepspeed.sequence_parallel_size": "compared with mesh.context",
     "deepspeed.bf16": "compared with model.dtype",
     "deepspeed.bfloat16": "compared with model.dtype",
     "deepspeed.fp16": "compared with model.dtype; the rest is of the loss scaler",
     "deepspeed.data_types": "dtype of the summed gradient",
     "deepspeed.tensor_parallel": "mesh.tensor",
-    "deepspeed.activation_checkpointing.cpu_checkpointing": "activation_checkpoint_cpu_offload",
     "deepspeed.tensorboard": "tensorboard.enable",
 }
 """Key → the mechanism that honours it; holds for the keys below it too."""
 
-STAGES = {
-    0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
-    1: "optimizer state and master weights are sharded over `mesh.data`, gathered once a step",
-    2: "as 1, and gradients are reduce-scattered over `mesh.data`",
-    3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
-}
 CHOICES = {
     "model.attn_implementation": {
         "sdpa": "the fastest kernel that hardware and shapes allow",
@@ -59,7 +49,12 @@ CHOICES = {
         "flash_attention_2": "the flash kernel, or the reference where it cannot run",
         "flash_attention_3": "the flash kernel, or the reference where it cannot run",
     },
-    "deepspeed.zero_optimization.stage": STAGES,
+    "deepspeed.zero_optimization.stage": {
+        0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
+        1: "optimizer state and master weights are sharded over `mesh.data`, gathered once a step",
+        2: "as 1, and gradients are reduce-scattered over `mesh.data`",
+        3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
+    },
 }
 """Key → value → what that value becomes."""
 ALIAS_NOTES = {
@@ -143,10 +138,6 @@ def _evaluates_nothing(section: Any, tree: dict[str, Any]) -> bool:
     return isinstance(data, dict) and is_off(data.get("eval_sources")) and holds_none_out
 
 
-def _masks_nothing(section: dict[str, Any], tree: Any) -> bool:
-    return section.get("mask_inputs") is False
-
-
 def _has_one_length(section: dict[str, Any], tree: Any) -> bool:
     is_causal = "causal" in (section.get("type"), tree.get("type"), tree.get("name"))
     is_full = is_causal or section.get("pad_to") == "max_length"
@@ -176,7 +167,8 @@ IDLE = (
     ("data", "div_length max_length_buckets", _has_one_length, "all rows have `max_length` tokens"),
     ("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
      "`overlong` says what happens to long rows"),
-    ("data", "completion_only ignore_empty_think", _masks_nothing,
+    ("data", "completion_only ignore_empty_think",
+     lambda section, _: section.get("mask_inputs") is False,
      "with `mask_inputs: false` every token is trained"),
     ("data.sources", "sample_seed", _without("sample_ratio", "sample_count"),
      "no sample is drawn"),
@@ -261,18 +253,15 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     wrong = {fault.key: fault.what for fault in faults}
     lines = []
     for key, value, section in written_keys(tree):
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        plain = plain.replace("eval_sources.", "sources.")
-        parts = key.split(".")
-        above = ".".join(parts[:-1])
-        if above and parts[-1] != "type" and f"{above}.type" in wrong:
+        plain = _plain(key).replace("eval_sources.", "sources.")
+        above, _, name = key.rpartition(".")
+        if above and name != "type" and f"{above}.type" in wrong:
             continue  # which keys there are hangs on the type
         found = _by_value(plain, value, section, tree) or standing(plain, value)
+        parts, full = key.split("."), f"{above}.{SPELLINGS.get(name, name)}".lstrip(".")
         around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        if refused := next((k for k in (*around, _respelled(key)) if k in wrong), None):
-            lines.append(
-                Line(key if refused == _respelled(key) else refused, "refused", wrong[refused])
-            )
+        if refused := next((k for k in (*around, full) if k in wrong), None):
+            lines.append(Line(key if refused == full else refused, "refused", wrong[refused]))
         elif found.standing != "own":
             lines.append(found._replace(key=key))
     return Report(tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(notes)))
@@ -295,13 +284,15 @@ def written_keys(
 
 @cache
 def _is_section(key: str) -> bool:
-    plain = [part for part in key.split(".") if not part.isdigit()]
-    is_source = plain[:1] == ["data"] and plain[1:] in (["sources"], ["eval_sources"])
-    return (
-        ".".join(plain) in SHARED_SECTIONS
-        or plain[0] in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
-        or is_source
-    )
+    plain, (first, *_) = _plain(key), key.split(".")
+    is_source = plain in ("data.sources", "data.eval_sources")
+    is_whole = first in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
+    return is_source or is_whole or plain in SHARED_SECTIONS
+
+
+def _plain(key: str) -> str:
+    """A dotted key with positions of lists left out."""
+    return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
 def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any]) -> Line | None:
@@ -325,8 +316,3 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
         if where == above and name in names.split() and is_idle(section, tree):
             return Line(key, "no effect", why)
     return None
-
-
-def _respelled(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    return f"{section}.{SPELLINGS.get(name, name)}".lstrip(".")
