@@ -23,7 +23,9 @@ def run_user_code(file: Path) -> None:
     Two files of one name in two folders are two modules, and what they import is kept apart too.
     """
     file = file.resolve()
-    if file in _texts and all(_holds(path, text) for path, text in _texts[file].items()):
+    if file in _texts and all(
+        path.is_file() and path.read_bytes() == text for path, text in _texts[file].items()
+    ):
         return
     _forget_namesakes(file.parent)
     folder = str(file.parent)
@@ -81,10 +83,6 @@ def _modules_in(folder: Path) -> dict[str, Path]:
         if file in (f"{places[name]}.py", str(places[name] / "__init__.py"))
         if name.split(".")[0] != "jaxtrain"
     }
-
-
-def _holds(path: Path, text: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == text
 
 
 def _fault(error: BaseException, file: Path) -> Fault:

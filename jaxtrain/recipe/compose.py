@@ -96,26 +96,22 @@ def _override(recipe: Recipe, text: str) -> Key:
     key: Key = ()
     here: Any = recipe.tree
     for part in parents:
-        step = _step(here, part)
         if key == ("checkpoint",) and part == "0" and isinstance(here, dict):
             continue  # one entry, written without its list
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
             recipe.places[(*key, part)] = COMMAND_LINE
-        if step is None or (isinstance(here, dict) and part not in here):
-            raise _no_such(name, key, part, here)
+        step = _step(here, part, key, name)
         key, here = (*key, step), here[step]
-    step = _step(here, last)
-    if step is None or (removes and isinstance(here, dict) and last not in here):
-        raise _no_such(name, key, last, here)
+    step = last if isinstance(here, dict) and not removes else _step(here, last, key, name)
     target = (*key, step)
     _forget(recipe.places, target)
     _forget(recipe.secrets, target)
-    if not removes:
+    if removes:
+        del here[step]
+    else:
         here[step] = _value(name, value)
         recipe.places[target] = COMMAND_LINE
-    else:
-        del here[step]
     return target
 
 
@@ -131,22 +127,20 @@ def _wrong(key: str, what: str) -> RecipeError:
     return RecipeError([Fault(key, what, COMMAND_LINE)])
 
 
-def _no_such(name: str, key: Key, part: str, here: Any) -> RecipeError:
-    help = did_you_mean(part, here) if isinstance(here, dict) else ""
-    if isinstance(here, list):
-        help = (
-            f", it is a list: write a position from 0 to {len(here) - 1}" if here else ", it is []"
-        )
-    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
-
-
-def _step(here: Any, part: str) -> str | int | None:
-    """`part` as an index into `here`; None when there is nothing to index."""
+def _step(here: Any, part: str, key: Key, name: str) -> str | int:
+    """`part` as an index into `here`, which stands at `key`; RecipeError about the override of
+    `name` when there is nothing to index."""
+    help = ""
     if isinstance(here, dict):
-        return part
-    if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
-        return int(part)
-    return None
+        if part in here:
+            return part
+        help = did_you_mean(part, here)
+    elif isinstance(here, list):
+        if part.isdecimal() and int(part) < len(here):
+            return int(part)
+        help = f"a list: write a position from 0 to {len(here) - 1}" if here else "[]"
+        help = f", it is {help}"
+    raise _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _forget(notes: Any, key: Key) -> None:

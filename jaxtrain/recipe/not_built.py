@@ -17,8 +17,7 @@ class NotBuilt(NamedTuple):
     instead: str
 
 
-def is_set(value: Any) -> bool:
-    return bool(value)
+is_set = bool
 
 
 def other_than(*values: Any) -> Callable[[Any], bool]:
@@ -34,11 +33,11 @@ TABLE = (
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
     NotBuilt("model.peft_config", is_set, "remove it to train all weights"),
     *(
-        NotBuilt(f"data.{place}.type", planned("data_source"), "it is for distill; use huggingface")
-        for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
-    ),
-    *(
-        NotBuilt(f"data.{place}.dataset_uri", is_set, "use table_name or sql")
+        NotBuilt(f"data.{place}.{key}", is_asked, instead)
+        for key, is_asked, instead in (
+            ("type", planned("data_source"), "it is for distill; use huggingface"),
+            ("dataset_uri", is_set, "use table_name or sql"),
+        )
         for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ),
     NotBuilt(
@@ -57,15 +56,13 @@ TABLE = (
     NotBuilt("enable_routing_replay", is_set, "remove it: dense models route nothing"),
     NotBuilt("arctic_moe", lambda value: value is True, "remove it: there are no experts"),
     NotBuilt("checkpoint.*.adapter", other_than("adapter"), "remove it"),
-    NotBuilt(
-        "deepspeed.zero_optimization.offload_optimizer.device",
-        other_than("none"),
-        "use zero_optimization.stage: 3 on more devices",
-    ),
-    NotBuilt(
-        "deepspeed.zero_optimization.offload_param.device",
-        other_than("none"),
-        "use zero_optimization.stage: 3 on more devices",
+    *(
+        NotBuilt(
+            f"deepspeed.zero_optimization.{key}.device",
+            other_than("none"),
+            "use zero_optimization.stage: 3 on more devices",
+        )
+        for key in ("offload_optimizer", "offload_param")
     ),
     *(
         NotBuilt(f"deepspeed.zero_optimization.{key}", is_set, "use zero_optimization.stage: 3")
