@@ -61,12 +61,16 @@ class CheckpointConfig(TypedSection):
     """Direction of `metric`."""
 
     def contradictions(self) -> Iterator[str]:
-        if self.keep_best_n and self.direction is None:
+        if self.keeps_best and self.direction is None:
             yield f"cannot tell whether a smaller {self.metric} is better; write `mode`"
         keep, save = self.keep_every_n_steps, self.save_every_n_steps
         if keep and (not save or keep % save):
             use = f"; use {nearest_multiples(keep, save)}" if save else ""
             yield (f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}")
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.enabled and self.keep_best_n > 0
 
     @property
     def direction(self) -> Direction | None:

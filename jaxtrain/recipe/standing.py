@@ -121,6 +121,8 @@ OFF = {
     if why_refused(field)
 }
 """Keys that may only be off."""
+READ_AT_THE_START = ("type", "output_dir", "auto_resume", "resume_from", "reset", "on_corrupt")
+"""Keys of a checkpoint entry that a run reads to continue, also from one that saves nothing."""
 SHARED_SECTIONS = (
     "model", "model.peft_config", "tokenizer", "data", "optimizer", "scheduler", "checkpoint",
     "logger", "wandb",
@@ -311,7 +313,9 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
                 key, "no effect", f"{shown(value)}: a rank is a process here, most runs have one"
             )
     if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
-        return Line(key, "no effect", "`enabled: false` turns the entry off")
+        starts = not is_off(section.get("auto_resume")) or section.get("resume_from") is not None
+        if not (starts and name in READ_AT_THE_START):
+            return Line(key, "no effect", "`enabled: false` turns the entry off")
     for where, names, is_idle, why in IDLE:
         if where == above and name in names.split() and is_idle(section, tree):
             return Line(key, "no effect", why)

@@ -139,6 +139,22 @@ def test_a_section_without_a_stage_is_told():
     assert note not in told(resolve(RECIPE)).splitlines()
 
 
+def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
+    off = {"output_dir": "a", "enabled": False, "keep_best_n": 1, "metric": "mine"}
+    resolved = resolve(RECIPE | {"checkpoint": [off | {"auto_resume": True}]})
+    assert resolved.faults == ()
+    idle = [line.key for line in resolved.report.of("no effect") if "checkpoint" in line.key]
+    assert idle == ["checkpoint.0.keep_best_n", "checkpoint.0.metric"]
+    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.of("same")]
+
+
+def test_files_lie_in_the_folder_of_a_person(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    said = told(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
+    assert "files      /home/ann/one: recipe.yaml, run.json, logs, train-log" in said
+    assert "evaluation every 1 update, at the end" in said
+
+
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
     batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"

@@ -205,6 +205,10 @@ ACROSS = {
         exports(max_shard_size=0),
         "checkpoint.0.max_shard_size: must be at least one byte, found 0",
     ),
+    "shards of almost nothing": (
+        exports(max_shard_size="0.0001KB"),
+        "checkpoint.0.max_shard_size: must be at least one byte, found 0.0001KB",
+    ),
     "shards of no unit": (
         exports(max_shard_size="4"),
         "checkpoint.0.max_shard_size: must be a size such as 4GB or 500MiB, found '4'",
@@ -212,6 +216,10 @@ ACROSS = {
     "one folder twice": (
         {"checkpoint": [{"output_dir": "a"}, {"output_dir": "a", "type": "huggingface"}]},
         "checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",
+    ),
+    "one folder in two spellings": (
+        {"checkpoint": [{"output_dir": "a"}, {"output_dir": "./a/", "type": "huggingface"}]},
+        "checkpoint.1.output_dir: './a/' is checkpoint.0's too; use another",
     ),
     "best without scores": (saves(keep_best_n=2), f"checkpoint.0.keep_best_n: {NEEDS_EVAL}"),
     "best off the grid": (
