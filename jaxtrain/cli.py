@@ -51,23 +51,23 @@ def _checked_launcher(ctx: click.Context, param: click.Parameter, value: str | N
 
 def _on_devices(command: Any) -> Any:
     """The flags of DeepSpeed's launcher that mean something here."""
-    command = click.option(
+    launcher = click.option(
         "--launcher", type=click.Choice(["deepspeed", "ray"]), callback=_checked_launcher,
         expose_value=False, help="No effect: there is no launcher.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--num_gpus", type=click.IntRange(min=1), help="Use the first so many devices."
-    )(command)
+    )  # fmt: skip
+    devices = click.IntRange(min=1)
+    return click.option("--num_gpus", type=devices, help="Use the first so many devices.")(
+        launcher(command)
+    )
 
 
 def _of_recipe(command: Any) -> Any:
     """A command that reads a recipe, with overrides."""
-    command = click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show tracebacks."
-    )(command)  # fmt: skip
-    command = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
-    command = click.argument("recipe", type=click.Path(path_type=Path))(command)
-    return cli.command(context_settings={"ignore_unknown_options": True})(command)
+    debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+    overrides = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+    recipe = click.argument("recipe", type=click.Path(path_type=Path))
+    accept_any = cli.command(context_settings={"ignore_unknown_options": True})
+    return accept_any(recipe(overrides(debug(command))))
 
 
 @click.group(cls=_Commands, invoke_without_command=True)
@@ -86,18 +86,13 @@ def cli(ctx: click.Context) -> None:
 
 @_of_recipe
 @click.option(
-    "--allow-change",
-    "allowed",
-    multiple=True,
-    metavar="KEY",
+    "--allow-change", "allowed", multiple=True, metavar="KEY",
     help="Resume though this key of the recipe has changed and the state may not fit it.",
-)
+)  # fmt: skip
 @click.option(
-    "--python_profile",
-    type=click.Choice(["tottime", "cumtime", "disable"]),
-    default="disable",
+    "--python_profile", type=click.Choice(["tottime", "cumtime", "disable"]), default="disable",
     help="At the end, print where this process's Python code spent its time, in this order.",
-)
+)  # fmt: skip
 @_on_devices
 def train(
     recipe: Path,
@@ -132,11 +127,7 @@ def train(
 @click.option("--online", is_flag=True, help="Ask the hub for the model and data it names, too.")
 @_on_devices
 def check(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    dump_config: bool,
-    online: bool,
-    num_gpus: int | None,
+    recipe: Path, overrides: tuple[str, ...], dump_config: bool, online: bool, num_gpus: int | None
 ) -> None:
     """Say everything that is wrong with RECIPE, what became of its keys, and the run it asks for.
 
@@ -180,9 +171,8 @@ def schema(recipe: Path | None, markdown: bool) -> None:
 
     from jaxtrain.recipe.schema import json_schema, reference
 
-    click.echo(
-        reference() if markdown else json.dumps(json_schema(recipe), indent=2), nl=not markdown
-    )
+    text = reference() if markdown else f"{json.dumps(json_schema(recipe), indent=2)}\n"
+    click.echo(text, nl=False)
 
 
 @cli.command()
@@ -288,11 +278,12 @@ def profiled(order: str) -> Iterator[None]:
     import cProfile
     import pstats
 
-    with cProfile.Profile() as profile:
-        try:
+    profile = cProfile.Profile()
+    try:
+        with profile:
             yield
-        finally:
-            pstats.Stats(profile).sort_stats(order).print_stats(30)
+    finally:
+        pstats.Stats(profile).sort_stats(order).print_stats(30)
 
 
 def remember_compilations() -> None:

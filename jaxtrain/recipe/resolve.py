@@ -19,6 +19,7 @@ from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import known_keys, said
 from jaxtrain.recipe.not_built import not_built, values_at
 from jaxtrain.recipe.secrets import hidden, written_out
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -78,7 +79,10 @@ def resolve(
     ]
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
-    faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))
+    faults = tuple(
+        fault._replace(what=hidden(fault.what, recipe.secrets, recipe.key(fault.key)))
+        for fault in dict.fromkeys(resolver.faults)
+    )
     notes = [hidden(note, recipe.secrets) for note in resolver.notes]
     # Which keys there are depends on the trainer.
     told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
@@ -128,25 +132,24 @@ class _Resolver:
     def trainer_name(self) -> str | None:
         """The recipe's `type`, with the user's code loaded if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
-        if older is not None and name is not None and older != name:
+        if None not in (older, name) and older != name:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
-        file, has_failed = None, False
         try:
-            file = load_code(self.recipe, name)
+            file, has_failed = load_code(self.recipe, name), False
         except RecipeError as error:
             self.faults += error.faults
-            has_failed = True
+            file, has_failed = None, True
         if file:
             self.tree["code"] = str(file)
             if "code" not in self.recipe.tree:
                 self.notes.append(f"code: {file} was run, for a type that is not built in")
-        known = registry.names("trainer")
-        if isinstance(name, str) and registry.canonical("trainer", name) in known:
-            return registry.canonical("trainer", name)
+        known, name = registry.names("trainer"), registry.canonical("trainer", str(name))
+        if name in known:
+            return name
         if not has_failed:  # what the code would have registered is not known
-            what = registry.unknown("trainer", str(name), known)
+            what = registry.unknown("trainer", name, known)
             self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
 
@@ -162,6 +165,7 @@ class _Resolver:
             self.fault(key, f"must be a map of keys, found {shown(value)}")
             return stand_in
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
+        value = {**value, "type": name}
         if name not in registry.names(section):
             self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
             return stand_in
@@ -175,19 +179,17 @@ class _Resolver:
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(section, name, {**value, "type": name}, key) or stand_in
+        return self.validated(section, name, value, key) or stand_in
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
         for name, split in SOURCES.items():
             written, here = value.get(name), (*key, name)
+            sources = partial(self.sources, split=split, default=default)
             if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
-                value[name] = {
-                    set_name: self.sources(listed, (*here, set_name), split, default)
-                    for set_name, listed in written.items()
-                }
+                value[name] = {n: sources(listed, (*here, n)) for n, listed in written.items()}
             elif written is not None:
-                value[name] = self.sources(written, here, split, default)
+                value[name] = sources(written, here)
         return value
 
     def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
@@ -256,12 +258,7 @@ class _Resolver:
         return config
 
     def fault(self, key: Key, what: str) -> None:
-        self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
-
-    def private(self, fault: Fault) -> Fault:
-        return fault._replace(
-            what=hidden(fault.what, self.recipe.secrets, self.recipe.key(fault.key))
-        )
+        self.faults.append(Fault(dotted(key), what, self.recipe.place(key)))
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
@@ -298,16 +295,13 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
         return None
-    folders = (recipe.folder, Path.cwd())
-    try:
-        candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
-        file = next((file for file in candidates if file.is_file()), None)
-    except (OSError, ValueError):  # text that no file could be called
-        file = None
+    folders = (recipe.folder, Path.cwd()) if written else (recipe.folder,)
+    files = [folder / str(written or "train.py") for folder in folders]
+    file = next((file for file in files if is_there(str(file)) and file.is_file()), None)
     if file is not None:
         run_user_code(file)
     elif written is not None:
-        looked = " and ".join(dict.fromkeys(map(str, folders)))
+        looked = " and ".join(dict.fromkeys(map(str, (recipe.folder, Path.cwd()))))
         fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
         raise RecipeError([recipe.placed(fault)])
     return file
