@@ -117,7 +117,7 @@ def _override(recipe: Recipe, text: str) -> Key:
 
 def _value(name: str, text: str) -> Any:
     try:
-        return parse(text, "command line", {})
+        return parse(text, "command line")[0]
     except RecipeError as error:
         why = error.faults[0].what
         raise _wrong(name, f"the value is not YAML: {text!r} ({why})") from None
@@ -190,7 +190,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
 def _scalar(text: str) -> Any:
     """What YAML makes of a variable that is a whole value: a number or a boolean, else text."""
     try:
-        value = parse(text, "", {})
+        value, _ = parse(text, "")
     except RecipeError:
         return text
     return value if isinstance(value, bool | int | float) else text

@@ -54,8 +54,7 @@ def source_from_text(text: str, *, registered: Collection[str], default: str) ->
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
-    kind = file_format(name)
-    if kind:
+    if kind := file_format(name):
         return {"type": kind, "path": name, **given}
     return {"type": default, "name_or_path": text}
 
@@ -284,18 +283,14 @@ class DataConfig(TypedSection):
             yield "sources is empty; name at least one source"
         train, held_out = self.train_eval_split
         if min(train, held_out) < 0 or abs(train + held_out - 1) > 1e-6:
-            yield (
-                f"train_eval_split must be two shares from 0 to 1 that add up to 1, "
-                f"found {train} and {held_out}"
-            )
+            what = "must be two shares from 0 to 1 that add up to 1"
+            yield f"train_eval_split {what}, found {train} and {held_out}"
         if held_out and self.eval_sources:
             yield "train_eval_split and eval_sources exclude each other; remove one"
         weights = [s.weight for s in self.sources if isinstance(s, DataSourceConfig)]
         if None in weights and any(weights):
-            yield (
-                f"sources.{weights.index(None)} has no weight and another source has one; "
-                f"write one for every source or for none"
-            )
+            without = f"sources.{weights.index(None)} has no weight and another source has one"
+            yield f"{without}; write one for every source or for none"
         for name, named in self.eval_sets.items():
             if not named:
                 yield f"eval_sources.{name} is empty; name at least one source"
@@ -369,22 +364,17 @@ class SFTDataConfig(DataConfig):
                 yield f"{key} needs pack_samples: true"
         if self.always_max_length and self.packing != "best_fit":
             yield "packing has no effect with always_max_length; remove one"
-        for role in self.loss_roles:
-            if role not in ROLES:
-                yield (
-                    f"loss_roles: unknown role {role!r}{did_you_mean(role, ROLES)} "
-                    f"(known: {', '.join(ROLES)})"
-                )
+        for role in sorted({*self.loss_roles} - {*ROLES}):
+            known = f"{did_you_mean(role, ROLES)} (known: {', '.join(ROLES)})"
+            yield f"loss_roles: unknown role {role!r}{known}"
         if not self.mask_inputs and self.loss_roles != ("assistant",):
             yield "loss_roles has no effect with mask_inputs: false; remove one"
         # The effective recipe has every default written down, and has to run again.
-        is_own = self.div_length != SFTDataConfig.model_fields["div_length"].default
-        if self.pad_to == "max_length" and is_own and self.max_length:
-            if self.max_length % self.div_length:
-                yield (
-                    f"max_length {self.max_length} is not a multiple of div_length "
-                    f"{self.div_length}; use {nearest_multiples(self.max_length, self.div_length)}"
-                )
+        length, step = self.max_length or 0, self.div_length
+        is_own = step != SFTDataConfig.model_fields["div_length"].default
+        if self.pad_to == "max_length" and is_own and length % step:
+            use = nearest_multiples(length, step)
+            yield f"max_length {length} is not a multiple of div_length {step}; use {use}"
 
     @property
     def overlong_rule(self) -> Literal["drop", "truncate", "error"]:

@@ -8,7 +8,7 @@ from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
 from jaxtrain.recipe.errors import Fault, shown
 from jaxtrain.recipe.mapping import CARRIED, COMPUTED
-from jaxtrain.recipe.peft import PeftConfig
+from jaxtrain.recipe.model import PeftConfig
 from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import is_off, why_refused
 
