@@ -47,8 +47,7 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
     tree = dict(recipe.tree)
     bases = tree.pop("base")
     result = Recipe({}, {}, recipe.file, {})
-    names = bases if isinstance(bases, list) else [bases]
-    for name in names:
+    for name in bases if isinstance(bases, list) else [bases]:
         if not isinstance(name, str) or not name or "\0" in name:
             what = f"must be a path or a list of paths, found {shown(bases)}"
             raise RecipeError([Fault("base", what, place)])
@@ -58,9 +57,8 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
             cycle = " → ".join(f.name for f in (*chain, file))
-            raise RecipeError(
-                [Fault("base", f"a recipe cannot be based on itself: {cycle}", place)]
-            )
+            what = f"a recipe cannot be based on itself: {cycle}"
+            raise RecipeError([Fault("base", what, place)])
         result = _laid_over(result, _with_bases(_filled(read(file)), chain))
     return _laid_over(result, recipe._replace(tree=tree))
 
@@ -157,9 +155,8 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             what = f"a number of {value.bit_length()} bits is too large"
             faults.append(Fault(dotted(key), what, recipe.place(key)))
-        if not isinstance(value, str) or "${" not in value:
-            return value
-        if not any(key[: len(root)] == root for root in under):
+        is_under = any(key[: len(root)] == root for root in under)
+        if not isinstance(value, str) or "${" not in value or not is_under:
             return value
         values: list[str] = []
 
@@ -178,8 +175,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         text = VARIABLE.sub(one, value)
         if VARIABLE.search(value) and "env:" in value:
             secrets[key] = Secret(value, tuple(values))
-        is_whole = VARIABLE.fullmatch(value) is not None
-        return _scalar(text) if is_whole else text
+        return _scalar(text) if VARIABLE.fullmatch(value) else text
 
     tree = mapped_leaves(recipe.tree, fill)
     if faults:

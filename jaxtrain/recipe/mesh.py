@@ -77,10 +77,8 @@ class PipelineConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
-            yield (
-                f"stages_per_device {self.stages_per_device} needs schedule: interleaved, "
-                f"found {self.schedule}"
-            )
+            what = f"needs schedule: interleaved, found {self.schedule}"
+            yield f"stages_per_device {self.stages_per_device} {what}"
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
         """Microbatches of a pipelined update, as written or at least as many as there are stages,

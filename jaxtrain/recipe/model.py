@@ -94,14 +94,10 @@ class ModelConfig(TypedSection):
 
     def contradictions(self) -> Iterator[str]:
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):
-            yield (
-                f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
-            )
+            yield f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
         if self.remat_policy == "none" and self.remat_every_nth_layer != 1:
-            yield (
-                f"remat_every_nth_layer: {self.remat_every_nth_layer} has no effect when no layer "
-                "is rematerialised; remove it"
-            )
+            what = "has no effect when no layer is rematerialised; remove it"
+            yield f"remat_every_nth_layer: {self.remat_every_nth_layer} {what}"
 
     @property
     def remat_policy(self) -> Literal["full", "dots", "none"]:
@@ -124,9 +120,8 @@ class TokenizerConfig(TypedSection):
 
     def contradictions(self) -> Iterator[str]:
         if self.tokenize_kwargs.get("add_special_tokens"):
-            yield (
-                "tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already"
-            )
+            why = "BOS and EOS are added to each document already"
+            yield f"tokenize_kwargs.add_special_tokens: {why}"
         for name in sorted(self.tokenize_kwargs.keys() - TOKENIZE_KWARGS):
             known = ", ".join(TOKENIZE_KWARGS) + did_you_mean(name, TOKENIZE_KWARGS)
             yield f"tokenize_kwargs.{name}: must be one of {known}"

@@ -28,15 +28,13 @@ class JudgedDataConfig(DataConfig):
     @property
     def limits_prompt(self) -> bool:
         """Whether a limit was written; the effective recipe writes the default too."""
-        default = type(self).model_fields["max_prompt_length"].default
-        return self.max_prompt_length != default
+        return self.max_prompt_length != type(self).model_fields["max_prompt_length"].default
 
     def contradictions(self) -> Iterator[str]:
         if self.limits_prompt and self.max_length and self.max_prompt_length >= self.max_length:
-            yield (
-                f"max_prompt_length {self.max_prompt_length} leaves no room for a reply in "
-                f"max_length {self.max_length}; use at most {self.max_length - 1}"
-            )
+            what = f"leaves no room for a reply in max_length {self.max_length}"
+            use = f"use at most {self.max_length - 1}"
+            yield f"max_prompt_length {self.max_prompt_length} {what}; {use}"
 
 
 class PreferenceDataConfig(JudgedDataConfig):

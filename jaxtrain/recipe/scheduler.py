@@ -126,12 +126,11 @@ class HFSchedulerConfig(SchedulerConfig):
             yield f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}"
             return
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
-            yield (
-                f"min_lr_ratio has no meaning for {self.name!r}; use one of {', '.join(WITH_FLOOR)}"
-            )
-        if isinstance(shape, WarmupStableDecayKeys) and shape.min_lr_ratio is not None:
-            if "min_lr_ratio" in self.model_fields_set and self.min_lr_ratio != shape.min_lr_ratio:
-                yield "min_lr_ratio is written twice, differently; remove one"
+            known = ", ".join(WITH_FLOOR)
+            yield f"min_lr_ratio has no meaning for {self.name!r}; use one of {known}"
+        inner = shape.min_lr_ratio if isinstance(shape, WarmupStableDecayKeys) else None
+        if "min_lr_ratio" in self.model_fields_set and inner not in (None, self.min_lr_ratio):
+            yield "min_lr_ratio is written twice, differently; remove one"
 
     @property
     def shape(self) -> Any:

@@ -163,11 +163,8 @@ def input_path(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
-    folders = [folder for folder in (context.get("folder"), Path.cwd()) if folder is not None]
-    there = [
-        path for path in (folder / expanded(value) for folder in folders) if is_there(str(path))
-    ]
-    found = list(dict.fromkeys(file.resolve() for file in there))
+    paths = [folder / expanded(value) for folder in (context.get("folder"), Path.cwd()) if folder]
+    found = list(dict.fromkeys(path.resolve() for path in paths if is_there(str(path))))
     if not found:
         return value
     if len(found) > 1 and "notes" in context:

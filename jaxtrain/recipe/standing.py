@@ -200,6 +200,14 @@ class Line(NamedTuple):
     reason: str = ""
 
 
+STANDINGS = (
+    {key: Line(key, "mapped", how) for key, how in MAPPED.items()}
+    | {key: Line(key, "own") for key in OWN}
+    | {key: Line(key, "no effect", "it is off, as without it") for key in OFF}
+    | {key: Line(key, "no effect", why) for key, why in NO_EFFECT.items()}
+)
+
+
 class Report(NamedTuple):
     """What became of every key of the shared format that a recipe writes."""
 
@@ -236,18 +244,10 @@ def standing(key: str, value: Any = None) -> Line:
     if key in CHOICES and not isinstance(value, dict | list):
         whys = (why for choice, why in CHOICES[key].items() if str(choice) == str(value))
         return Line(key, "mapped", next(whys, ""))
-    if key in NO_EFFECT:
-        return Line(key, "no effect", NO_EFFECT[key])
-    if key in OFF:
-        return Line(key, "no effect", "it is off, as without it")
-    if key in OWN:
-        return Line(key, "own")
     section = key.rpartition(".")[0]
-    if key not in MAPPED and section and section not in SHARED_SECTIONS:
-        above = standing(section)
-        if above.standing != "same":
-            return above._replace(key=key)
-    return Line(key, "mapped", MAPPED[key]) if key in MAPPED else Line(key, "same")
+    if key in STANDINGS or not section or section in SHARED_SECTIONS:
+        return STANDINGS.get(key, Line(key, "same"))
+    return standing(section)._replace(key=key)
 
 
 def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] = ()) -> Report:
@@ -309,9 +309,8 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
         return Line(key, "no effect", "`auto` counts as not written")
     if above == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
-            return Line(
-                key, "no effect", f"{shown(value)}: a rank is a process here, most runs have one"
-            )
+            why = f"{shown(value)}: a rank is a process here, most runs have one"
+            return Line(key, "no effect", why)
     if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
         starts = not is_off(section.get("auto_resume")) or section.get("resume_from") is not None
         if not (starts and name in READ_AT_THE_START):
