@@ -90,12 +90,13 @@ def _override(recipe: Recipe, text: str) -> Key:
         raise _wrong("", f"an override is key=value or del:key, found {text!r}")
     if name.split(".")[0] == "base":
         raise _wrong(name, "is read before the command line, write it in the recipe")
-    *parents, last = name.split(".")
-    key: Key = ()
+    parts = name.split(".")
     here: Any = recipe.tree
+    if parts[:2] == ["checkpoint", "0"] and isinstance(here.get("checkpoint"), dict):
+        del parts[1]  # one entry, written without its list
+    *parents, last = parts
+    key: Key = ()
     for part in parents:
-        if key == ("checkpoint",) and part == "0" and isinstance(here, dict):
-            continue  # one entry, written without its list
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
             recipe.places[(*key, part)] = COMMAND_LINE

@@ -73,6 +73,7 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
 
 def must_be_one_of(expected: str, found: Any) -> str:
     """`expected` as pydantic lists the words of a Literal."""
+    expected = expected.replace("True", "true").replace("False", "false")
     words = re.findall(r"'([^']*)'", expected)
     one_of = "one of " * (len(words) > 1)
     return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"

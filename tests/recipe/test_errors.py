@@ -107,6 +107,10 @@ KEYS = {
         {"logger": {"print_output_ranks": 0}},
         "logger.print_output_ranks: must be a list or '*', found 0",
     ),
+    "a word that is no text": (
+        {"data": {"sources": [{"type": "synthetic", "process": True}]}},
+        "data.sources.0.process: must be false, found true",
+    ),
     "no word of a list": (
         {"scheduler": {"name": "cosin"}},
         "scheduler.name: must be one of 'linear', 'constant', 'constant_with_warmup', 'cosine', "
