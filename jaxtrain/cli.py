@@ -111,8 +111,10 @@ def train(
         click.echo(line)
 
     from jaxtrain import registry
+    from jaxtrain.assets import cache_folder
 
-    remember_compilations()
+    # Compiled programs are kept in the user's cache; jax reads the setting when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
 
     with profiled(python_profile), no_secret_told(config.secrets):
@@ -284,13 +286,6 @@ def profiled(order: str) -> Iterator[None]:
             yield
     finally:
         pstats.Stats(profile).sort_stats(order).print_stats(30)
-
-
-def remember_compilations() -> None:
-    """Keep compiled programs in the user's cache; jax reads the setting when it is imported."""
-    from jaxtrain.assets import cache_folder
-
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
 
 
 def use_huge_pages() -> None:

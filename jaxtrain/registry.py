@@ -7,6 +7,7 @@ Classes of the user register when they are made.
 import inspect
 import sys
 import typing
+from collections.abc import Mapping
 from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple
@@ -233,22 +234,20 @@ def _check_signature(
     spelled = ALSO_CALLED.get(name, {})
     named = {spelled.get(p.name, p.name): p for p in given.parameters.values()}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
-    required = [n for n, p in wanted.parameters.items() if p.default is p.empty]
-    missing = [name for name in required if name not in named and not takes_all]
-    extra = [
-        p.name
-        for known, p in named.items()
-        if known not in wanted.parameters
-        and p.default is p.empty
-        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    if missing or extra:
-        at_fault = [f"lacks {p!r}" for p in missing] + [f"demands {p!r}" for p in extra]
+    lacks = [] if takes_all else [n for n in _required(wanted.parameters) if n not in named]
+    demands = [named[n].name for n in _required(named) if n not in wanted.parameters]
+    if lacks or demands:
+        at_fault = [f"lacks {p!r}" for p in lacks] + [f"demands {p!r}" for p in demands]
         hint = cls.retired.get(name, "")
         raise ValueError(
             f"{cls.__qualname__}: {name}({', '.join(given.parameters)}) {' and '.join(at_fault)}; "
             f"it is called as {name}({', '.join(wanted.parameters)}){hint and '; ' + hint}"
         )
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
 
 
 def _read_older_hints(cls: type[Registered]) -> None:

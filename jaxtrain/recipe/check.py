@@ -167,9 +167,8 @@ def warmup(config: TrainerConfig, horizon: int | None) -> str:
 
 
 def evaluation(config: TrainerConfig) -> str:
-    ends = ["at the start"] * config.eval_at_start + ["at the end"] * (
-        config.eval_at_end is not False
-    )
+    is_last = config.eval_at_end is not False
+    ends = ["at the start"] * config.eval_at_start + ["at the end"] * is_last
     return ", ".join([*periods(config.eval_interval, config.eval_every_n_epochs), *ends])
 
 

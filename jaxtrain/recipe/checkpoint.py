@@ -66,7 +66,7 @@ class CheckpointConfig(TypedSection):
         keep, save = self.keep_every_n_steps, self.save_every_n_steps
         if keep and (not save or keep % save):
             use = f"; use {nearest_multiples(keep, save)}" if save else ""
-            yield (f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}")
+            yield f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}"
 
     @property
     def keeps_best(self) -> bool:
@@ -120,7 +120,7 @@ class OrbaxConfig(CheckpointConfig):
         if self.reset and not self.auto_resume and self.resume_from is None:
             yield "reset: nothing is resumed; write auto_resume or resume_from as well"
         if self.auto_resume and self.save_model_only is True and "optimizer" not in self.reset:
-            yield ("auto_resume: weights alone cannot resume; write save_model_only: all_but_last")
+            yield "auto_resume: weights alone cannot resume; write save_model_only: all_but_last"
 
 
 class HFCheckpointConfig(CheckpointConfig):
