@@ -10,10 +10,6 @@ from jaxtrain.recipe.messages import said
 from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
 
 
-class NoKeys(Section):
-    pass
-
-
 class CosineKeys(Section):
     num_cycles: float = Field(default=0.5, ge=0)
 
@@ -55,9 +51,9 @@ class WarmupStableDecayKeys(Section):
 
 
 SHAPES: dict[str, type[Section]] = {
-    "linear": NoKeys,
-    "constant": NoKeys,
-    "constant_with_warmup": NoKeys,
+    "linear": Section,
+    "constant": Section,
+    "constant_with_warmup": Section,
     "cosine": CosineKeys,
     "cosine_with_restarts": RestartKeys,
     "polynomial": PolynomialKeys,
