@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -95,9 +96,8 @@ def row_length(config: TrainerConfig) -> str:
         fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
         return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
     except (OSError, ValueError, KeyError, TypeError):
-        return (
-            "length still open: the model's positions, read when it is there; see data.max_length"
-        )
+        where = "the model's positions, read when it is there"
+        return f"length still open: {where}; see data.max_length"
 
 
 def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
@@ -146,10 +146,9 @@ def local_rows(config: TrainerConfig) -> int | None:
             rows = source.rows
         elif isinstance(source, LocalDataSourceConfig) and source.split == "train":
             paths = [Path(path) for path in local_paths(source)]
-            left -= sum(p.stat().st_size for p in paths if p.is_file())
-            if left < 0 or not all(
-                p.is_file() and p.suffix in (".jsonl", ".ndjson") for p in paths
-            ):
+            is_open = all(p.is_file() and os.access(p, os.R_OK) for p in paths)
+            left -= sum(p.stat().st_size for p in paths if is_open)
+            if left < 0 or not is_open or not {p.suffix for p in paths} <= {".jsonl", ".ndjson"}:
                 return None
             rows = sum(bool(line.strip()) for p in paths for line in p.open("rb"))
         else:

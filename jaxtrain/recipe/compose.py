@@ -69,11 +69,7 @@ def _laid_over(under: Recipe, top: Recipe) -> Recipe:
 
     def merged(a: Any, b: Any, key: Key) -> Any:
         if isinstance(a, dict) and isinstance(b, dict):
-            both = {**a, **b}
-            return {
-                name: merged(a[name], b[name], (*key, name)) if name in a and name in b else value
-                for name, value in both.items()
-            }
+            return a | {k: merged(a[k], v, (*key, k)) if k in a else v for k, v in b.items()}
         _forget(places, key)
         _forget(secrets, key)
         return b

@@ -202,6 +202,13 @@ def test_the_updates_of_local_rows_are_counted(tmp_path):
         assert expected in said, said
 
 
+def test_rows_that_may_not_be_read_are_not_counted(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [str(tmp_path / "rows.jsonl")]}}
+    assert "1 epoch, counted when the data is read" in told(resolve(recipe))
+
+
 def test_what_stands_below_a_refused_key_is_refused_with_it():
     changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
     report = resolve(RECIPE | changed).report
