@@ -1,5 +1,6 @@
 """What each key of the shared format becomes here: tables, and the report made from them."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -121,6 +122,8 @@ OFF = {
     if why_refused(field)
 }
 """Keys that may only be off."""
+NAMED_SOURCE = re.compile(r"data\.eval_sources\.[^.]+\.\d+")
+"""Key of a source in a named set."""
 READ_AT_THE_START = ("type", "output_dir", "auto_resume", "resume_from", "reset", "on_corrupt")
 """Keys of a checkpoint entry that a run reads to continue, also from one that saves nothing."""
 SHARED_SECTIONS = (
@@ -255,7 +258,7 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     wrong = {fault.key: fault.what for fault in faults}
     lines = []
     for key, value, section in written_keys(tree):
-        plain = _plain(key).replace("eval_sources.", "sources.")
+        plain = _plain(NAMED_SOURCE.sub("data.sources", key)).replace("eval_sources.", "sources.")
         above, _, name = key.rpartition(".")
         if above and name != "type" and f"{above}.type" in wrong:
             continue  # which keys there are hangs on the type
@@ -287,9 +290,9 @@ def written_keys(
 @cache
 def _is_section(key: str) -> bool:
     plain, (first, *_) = _plain(key), key.split(".")
-    is_source = plain in ("data.sources", "data.eval_sources")
+    is_source = plain in ("data.sources", "data.eval_sources") or NAMED_SOURCE.fullmatch(key)
     is_whole = first in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
-    return is_source or is_whole or plain in SHARED_SECTIONS
+    return bool(is_source) or is_whole or plain in SHARED_SECTIONS
 
 
 def _plain(key: str) -> str:

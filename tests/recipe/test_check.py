@@ -148,6 +148,16 @@ def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
     assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.of("same")]
 
 
+def test_keys_of_a_named_set_of_sources_are_told_like_others():
+    source = {"name_or_path": "c/d", "sample_seed": 3, "split": "test", "kwargs": {"x": 1}}
+    named = {"sources": ["a/b"], "eval_sources": {"chat": [source], "more": ["e/f"]}}
+    report = resolve(RECIPE | {"data": named}).report
+    (idle,) = [line for line in report.of("no effect") if line.key.startswith("data.")]
+    assert (idle.key, idle.reason) == ("data.eval_sources.chat.0.sample_seed", "no sample is drawn")
+    same = [line.key for line in report.of("same")]
+    assert {"data.eval_sources.chat.0.kwargs", "data.eval_sources.more"} <= {*same}
+
+
 def test_files_lie_in_the_folder_of_a_person(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     said = told(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
