@@ -17,7 +17,6 @@ from jaxtrain.data import (
     SyntheticSource,
     TextSource,
 )
-from jaxtrain.data import cache as cache_module
 from jaxtrain.data.cache import DataCache
 from jaxtrain.recipe.data import (
     CausalDataConfig,
@@ -28,7 +27,7 @@ from jaxtrain.recipe.data import (
     SyntheticDataSourceConfig,
     TextDataSourceConfig,
 )
-from jaxtrain.recipe.errors import DataError
+from jaxtrain.recipe.errors import DataError, RecipeError
 from tests.data.made import write
 from tests.tiny import CHATML, PLAIN, chat, tiny_tokenizer
 
@@ -286,7 +285,8 @@ def test_the_folder_is_private_or_the_persons_own(tmp_path, rows, cache):
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     note(local(rows), cache_dir=str(tmp_path / "shared"))
     (entry,) = (tmp_path / "shared").iterdir()
-    assert stat.S_IMODE(entry.stat().st_mode) == 0o777 & ~cache_module._umask()
+    os.umask(mask := os.umask(0))
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o777 & ~mask
 
 
 @pytest.mark.parametrize("spoil", ["cut", "remove", "key"])
@@ -332,6 +332,20 @@ def test_the_limit_is_the_persons_to_set(tmp_path, monkeypatch):
     cache = DataCache(tmp_path / "c")
     first, second = entry_of(cache, "a", 1000), entry_of(cache, "b", 1000)
     assert not first.exists() and second.exists()
+    monkeypatch.setenv("JAXTRAIN_DATA_CACHE_BYTES", "20G")
+    with pytest.raises(RecipeError) as error:
+        DataCache(tmp_path / "c")
+    assert str(error.value) == ("JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found '20G'")
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, rows):
+    for below, fault in (("rows.jsonl", "File exists"), ("rows.jsonl/c", "Not a directory")):
+        with pytest.raises(RecipeError) as error:
+            note(local(rows), cache_dir=str(tmp_path / below))
+        assert str(error.value) == (
+            f"no folder for prepared rows at {tmp_path / below}: {fault}; write another as "
+            "data.cache_dir or JAXTRAIN_CACHE"
+        )
 
 
 def test_rows_in_use_outlive_their_entry(tmp_path):
