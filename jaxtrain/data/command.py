@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.page import page
 from jaxtrain.data.plan import BatchShape
 from jaxtrain.data.prepare import data_factory, prepare_data
 from jaxtrain.data.preview import as_text, batch_samples, legend, samples
+from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 from jaxtrain.recipe.trainer import TrainerConfig
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.ledger import SetCounts, SourceCounts, span
 from jaxtrain.data.preview import Sample
+from jaxtrain.data.training_data import TrainingData
 
 BARS = 48
 WIDTH, HEIGHT = 720, 160

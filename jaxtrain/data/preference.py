@@ -14,7 +14,6 @@ from jaxtrain.data.conversation import (
     tools_of,
     turns_of,
 )
-from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
     ConversationEncoder,
@@ -25,10 +24,11 @@ from jaxtrain.data.encode import (
     Overlong,
     beyond_limit,
 )
-from jaxtrain.data.factory import LoadedSource
+from jaxtrain.data.factory import DataFactory, RowSet
 from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.rows import missing_column
+from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -228,7 +228,7 @@ def _says_something(reply: list[Message]) -> bool:
     return any(turn["content"].strip() or turn.get("tool_calls") for turn in spoken)
 
 
-class KTODataFactory(DocumentFactory):
+class KTODataFactory(DataFactory):
     """A row of a batch is one judged sequence; the index of the documents has its label."""
 
     name = "kto"

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.data.factory import DataFactory, TrainingData
+from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.given import GivenSource
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.source import DataSource
+from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import eval_sources

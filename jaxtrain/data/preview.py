@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.plan import BatchPlan
+from jaxtrain.data.training_data import TrainingData
 
 STYLES = {
     (True, False): "bold green",

@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
-from jaxtrain.data.progress import progress
 from jaxtrain.data.rows import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
@@ -20,7 +19,6 @@ CONTENT_KEYS = (
     "created",
 )  # fmt: skip
 """Parts of the names under which file systems tell whether a file is another one by now."""
-MEGABYTE = 10**6
 
 
 def is_remote(path: str) -> bool:
@@ -89,16 +87,12 @@ def _tells_content(info: dict[str, Any]) -> bool:
 
 
 def _copy(files: Any, name: str, size: int, target: Path) -> None:
-    from fsspec.callbacks import Callback
+    from fsspec.callbacks import TqdmCallback
 
-    told = f"{name}, {size / MEGABYTE:.1f} MB"
-    print(f"fetching {told}", file=sys.stderr, flush=True)
-    with progress(told, size // MEGABYTE, doing="fetching") as report:
-
-        def on_bytes(_: int | None, done: int, **__: Any) -> None:
-            report(done // MEGABYTE)
-
-        files.get_file(name, str(target), callback=Callback(hooks={"progress": on_bytes}))
+    print(f"fetching {name}, {size / 1e6:.1f} MB", file=sys.stderr, flush=True)
+    shown = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+    with TqdmCallback(tqdm_kwargs=shown) as callback:
+        files.get_file(name, str(target), callback=callback)
 
 
 @contextmanager

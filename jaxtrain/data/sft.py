@@ -5,22 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
-from jaxtrain.data.factory import LoadedSource
+from jaxtrain.data.factory import DataFactory, RowSet
 from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows, slices
 from jaxtrain.data.plan import BatchPlan, BatchShape, fused_rows
+from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 
 
-class SFTDataFactory(DocumentFactory):
+class SFTDataFactory(DataFactory):
     name = "sft"
     config: SFTDataConfig
-    retired = DocumentFactory.retired | dict.fromkeys(
+    retired = DataFactory.retired | dict.fromkeys(
         ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
         "what is trained is found in the rendered template; for other rows define `encoder`",
     )

@@ -10,10 +10,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from jaxtrain.data.documents import DocumentWriter
 from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
-from jaxtrain.data.progress import progress
 from jaxtrain.data.rows import Rows
 from jaxtrain.recipe.code import files_named_in, run_user_code
 from jaxtrain.recipe.errors import DataError
@@ -74,7 +75,8 @@ def tokenise(
     """Appends the documents of `rows`, and counts what became of each row.
 
     Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
-    with progress(counts.label, len(rows)) as report:
+    label = f"tokenising {counts.label}"
+    with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
         for start, outcomes in _results(_batches(rows, encoder), encoder, workers):
             for row, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
@@ -89,7 +91,7 @@ def tokenise(
                         outcome.tokens, outcome.weights, source=source, row=row,
                         border=outcome.border, scores=outcome.scores,
                     )  # fmt: skip
-            report(start + len(outcomes))
+            bar.update(len(outcomes))
 
 
 Items = list[Any | Fault]

@@ -260,13 +260,14 @@ def test_a_source_without_a_file_of_rows_is_read_to_be_known(rows):
 
 
 def test_our_own_code_counts(rows, monkeypatch):
-    from jaxtrain.data import code_digest, document_factory
+    from jaxtrain.data import code_digest
+    from jaxtrain.data import factory as factory_module
 
     note(local(rows))
     before = code_digest.encoding_digest()
     monkeypatch.setattr(code_digest, "ENCODING_FILES", code_digest.ENCODING_FILES[:-1])
     assert code_digest.encoding_digest() != before
-    assert document_factory.encoding_digest is code_digest.encoding_digest
+    assert factory_module.encoding_digest is code_digest.encoding_digest
     assert "differs in jaxtrain's encoding code;" in note(local(rows))
 
 
