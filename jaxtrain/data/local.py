@@ -1,6 +1,7 @@
 """Sources of local files, one for each format and one for any."""
 
-from jaxtrain.data.files import data_files, open_files
+from jaxtrain.data.files import open_files
+from jaxtrain.data.paths import data_files
 from jaxtrain.data.rows import Rows, renamed
 from jaxtrain.data.source import ConversationSource
 from jaxtrain.recipe.data import (

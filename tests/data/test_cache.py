@@ -5,6 +5,8 @@ import stat
 import sys
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxtrain.data import (
@@ -13,6 +15,7 @@ from jaxtrain.data import (
     DataSource,
     HuggingFaceSource,
     JsonLinesSource,
+    ParquetSource,
     SFTDataFactory,
     SyntheticSource,
     TextSource,
@@ -189,6 +192,26 @@ def test_tables_are_known_by_their_rows(tmp_path):
     note(saved("one", "yes"))
     assert is_hit(note(saved("two", "yes")))
     assert "differs in rows of source 0;" in note(saved("three", "no"))
+
+
+def test_names_and_dictionaries_of_a_table_count(tmp_path):
+    def prepared(name, columns):
+        if name == "saved":
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            datasets.Dataset(pa.table(columns)).save_to_disk(folder)
+            return note(HuggingFaceSource(HFDataSourceConfig(name_or_path=str(folder))))
+        pq.write_table(pa.table(columns), tmp_path / name)
+        return note(ParquetSource(LocalDataSourceConfig(path=str(tmp_path / name))))
+
+    for name in ("rows.parquet", "saved"):
+        told, asked = pa.array(["yes", "no", "no"]), pa.array(["a", "b", "c"])
+        assert not is_hit(prepared(name, {"prompt": asked, "response": told}))
+        assert is_hit(prepared(name, {"prompt": asked, "response": told}))
+        assert not is_hit(prepared(name, {"response": asked, "prompt": told}))
+    other = pa.array(["no", "yes", "yes"])  # the same places in another dictionary
+    for replies in (told, other):
+        columns = {"prompt": asked, "response": replies.dictionary_encode()}
+        assert not is_hit(prepared("rows.parquet", columns))
 
 
 def test_rows_made_up_are_known_by_their_numbers(tmp_path):

@@ -1,18 +1,23 @@
-"""Files elsewhere, by URLs that fsspec reads: copied into the user's cache, and read as local
-ones."""
+"""Paths, patterns, folders and URLs to local files: what is elsewhere is copied into the user's
+cache."""
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import Any
+
+import fsspec
+from fsspec.callbacks import TqdmCallback
 
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
 from jaxtrain.data.rows import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
+from jaxtrain.recipe.section import expanded
 
 CONTENT_KEYS = (
     "etag", "md5", "sha", "crc", "digest", "blob_id", "generation", "version", "modified", "mtime",
@@ -21,8 +26,25 @@ CONTENT_KEYS = (
 """Parts of the names under which file systems tell whether a file is another one by now."""
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
+def data_files(paths: str | Sequence[str]) -> list[Path]:
+    """Files, globs and folders, here or at a URL, as a sorted list of local files; RecipeError for
+    one that is not there."""
+    found: list[Path] = []
+    for written in [paths] if isinstance(paths, str) else paths:
+        path = expanded(written)
+        if "://" in written:
+            found += fetched(written)
+        elif path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+            found += [names[name] for name in rows_among(names, path)]
+        elif files := [f for f in map(Path, glob(str(path), recursive=True)) if f.is_file()]:
+            found += sorted(files)
+        else:
+            is_pattern = set("*?[") & set(written)
+            raise RecipeError(f"no file {'matches' if is_pattern else 'or folder'} {written}")
+    return found
 
 
 def fetched(url: str) -> list[Path]:
@@ -30,8 +52,6 @@ def fetched(url: str) -> list[Path]:
     names; copied again only when the file system says that one has changed.
 
     RecipeError for a URL that names nothing, or that cannot be read from here."""
-    import fsspec  # with what it imports a third of a second, which local files do without
-
     with _named(url):
         files, path = fsspec.core.url_to_fs(url)
         infos = _listed(files, path, url)
@@ -60,20 +80,20 @@ def _listed(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
             return {path: info}
         found = files.find(path, detail=True)
         below = {name.partition("?")[0].removeprefix(path).lstrip("/"): name for name in found}
-        found = {below[name]: found[below[name]] for name in rows_among(below)}
-        if not found:
-            raise RecipeError(f"folder {url} holds no file of {', '.join(FORMATS)}")
+        found = {below[name]: found[below[name]] for name in rows_among(below, url)}
     return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
 
 
-def rows_among(names: Iterable[str]) -> list[str]:
+def rows_among(names: Iterable[str], folder: object) -> list[str]:
     """Of the files in a folder those that hold rows: no hidden ones, and no text that stands beside
-    rows of other formats, which is about them."""
+    rows of other formats, which is about them. RecipeError when there are none."""
     kinds = {
         name: kind
         for name in names
         if (kind := file_format(name)) and not any(p.startswith(".") for p in Path(name).parts)
     }
+    if not kinds:
+        raise RecipeError(f"folder {folder} holds no file of {', '.join(FORMATS)}")
     is_text = set(kinds.values()) == {"text"}
     return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
 
@@ -87,8 +107,6 @@ def _tells_content(info: dict[str, Any]) -> bool:
 
 
 def _copy(files: Any, name: str, size: int, target: Path) -> None:
-    from fsspec.callbacks import TqdmCallback
-
     print(f"fetching {name}, {size / 1e6:.1f} MB", file=sys.stderr, flush=True)
     shown = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
     with TqdmCallback(tqdm_kwargs=shown) as callback:
