@@ -18,7 +18,7 @@ from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import plain_backend
 from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
 from jaxtrain.data.order import mixed_documents, split_by_content
-from jaxtrain.data.packing import RowPlan
+from jaxtrain.data.packing import RowPlan, fitting_lengths
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.render import DATE
 from jaxtrain.data.rows import rows_digest
@@ -102,10 +102,23 @@ class DataFactory(Factory, kind="data"):
         """The rows of one set, out of the documents numbered in `chosen`."""
         raise NotImplementedError(f"{type(self).__name__} must define plan_rows")
 
+    @property
+    def row_multiple(self) -> int | None:
+        """Batches have few lengths, multiples of it; all have `max_length` when None."""
+        return None
+
     def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
         """What T of a batch may be, rising, for rows of these lengths: each compiles the step
         once."""
-        return (self.max_length,)
+        if self.row_multiple is None:
+            return (self.max_length,)
+        return fitting_lengths(
+            row_lengths,
+            update_rows=shape.update_rows,
+            multiple=self.row_multiple,
+            most=self.max_length,
+            count=self.config.max_length_buckets,
+        )
 
     def remarks(self) -> list[str]:
         """What this factory does otherwise than the recipe or the template says, for the ledger."""

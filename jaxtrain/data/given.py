@@ -1,6 +1,6 @@
 """Rows that a program has in hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.data.rows import Rows
@@ -27,7 +27,8 @@ class GivenSource(ConversationSource):
         and those that have `input_ids` are tokens already."""
         if not isinstance(config, RowsConfig) or config.type != cls.name:
             rows = rows if isinstance(rows, Sequence) else list(rows)
-            config = RowsConfig(type=cls.name, process=not (rows and "input_ids" in rows[0]))
+            is_tokens = any(isinstance(row, Mapping) and "input_ids" in row for row in rows[:1])
+            config = RowsConfig(type=cls.name, process=not is_tokens)
         return cls(config, rows=rows)
 
     def load(self, config: RowsConfig, split: str) -> Rows:

@@ -152,20 +152,14 @@ class BatchPlan:
         shape = (*rows.shape, row_tokens)
         tokens, positions, segments = (np.zeros(shape, dtype=np.int32) for _ in range(3))
         loss_weights = np.zeros(shape, dtype=np.float32)
-        batch = Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
         for place in np.ndindex(rows.shape):
             if rows[place] >= 0:
-                self._fill_row(int(rows[place]), *(leaf[place] for leaf in batch[:4]))
-        return batch
+                leaves = (tokens, positions, segments, loss_weights)
+                self._fill_row(int(rows[place]), *(leaf[place] for leaf in leaves))
+        return Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
 
-    def _fill_row(
-        self,
-        row: int,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        segments: np.ndarray,
-        loss_weights: np.ndarray,
-    ) -> None:
+    def _fill_row(self, row: int, *leaves: np.ndarray) -> None:
+        tokens, positions, segments, loss_weights = leaves
         end = 0
         for segment, piece in enumerate(self._pieces(row), start=1):
             length = int(self.rows.lengths[piece])

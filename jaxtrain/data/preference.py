@@ -25,8 +25,8 @@ from jaxtrain.data.encode import (
     beyond_limit,
 )
 from jaxtrain.data.factory import DataFactory, RowSet
-from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows
-from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.packing import RowPlan, plan_rows
+from jaxtrain.data.plan import BatchPlan
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
@@ -36,8 +36,6 @@ from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
 EMPTY = "a reply is empty"
-ROW_MULTIPLE = 256
-"""Rows are padded to a multiple of it."""
 
 
 class Preference(NamedTuple):
@@ -235,6 +233,10 @@ class KTODataFactory(DataFactory):
     config: JudgedDataConfig
 
     @property
+    def row_multiple(self) -> int:
+        return 256
+
+    @property
     def max_prompt_length(self) -> int:
         """RecipeError for a limit that leaves no room for a reply; the default gives way."""
         most = self.config.max_prompt_length
@@ -272,15 +274,6 @@ class KTODataFactory(DataFactory):
     def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
         """A row a sequence, in the order of the documents."""
         return plan_rows(documents.lengths, self.max_length, "none", chosen)
-
-    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
-        return fitting_lengths(
-            row_lengths,
-            update_rows=shape.update_rows,
-            multiple=ROW_MULTIPLE,
-            most=self.max_length,
-            count=self.config.max_length_buckets,
-        )
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         return replace(super().create_dataloader(dataset), together=self.config.ROWS_A_SAMPLE)

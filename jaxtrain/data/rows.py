@@ -64,7 +64,10 @@ class NamedRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
+        row = self._rows[index]
+        if not isinstance(row, Mapping):
+            raise DataError(f"{self.where(index)}: a row must be a map, found {shown(row)}")
+        return dict(row)
 
     def where(self, index: int) -> str:
         return f"{self._label}: row {index}"

@@ -77,12 +77,12 @@ def tokenise(
     Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
     label = f"tokenising {counts.label}"
     with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
-        for start, outcomes in _results(_batches(rows, encoder), encoder, workers):
+        starts = range(0, len(rows), BATCH_ROWS)
+        for start, outcomes in zip(starts, _results(rows, encoder, workers), strict=True):
             for row, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
-                    what, has_place = outcome
-                    what = what if has_place else f"{rows.where(row)}: {what}"
-                    tolerance.skip(what)
+                    place = "" if outcome.has_place else f"{rows.where(row)}: "
+                    tolerance.skip(what := place + outcome.what)
                     counts.add_fault(what)
                     continue
                 counts.add(outcome)
@@ -95,14 +95,6 @@ def tokenise(
 
 
 Items = list[Any | Fault]
-Batches = Iterator[tuple[int, Items]]
-Results = Iterator[tuple[int, list[Outcome]]]
-
-
-def _batches(rows: Rows, encoder: Encoder) -> Batches:
-    for start in range(0, len(rows), BATCH_ROWS):
-        stop = min(start + BATCH_ROWS, len(rows))
-        yield start, [_item(rows, index, encoder) for index in range(start, stop)]
 
 
 def _item(rows: Rows, index: int, encoder: Encoder) -> Any | Fault:
@@ -138,8 +130,8 @@ def _encode(items: Items) -> list[Outcome]:
     return _outcomes(_encoder, items)
 
 
-def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
-    """Outcomes in the order of the batches, with some batches under way at a time."""
+def _results(rows: Rows, encoder: Encoder, workers: int) -> Iterator[list[Outcome]]:
+    """Outcomes of one batch of rows after the other, with some batches under way at a time."""
     if not workers:
         # The tokenizer works without Python's lock, so one batch is rendered while it has another.
         pool, encode = ThreadPoolExecutor(THREADS), partial(_outcomes, encoder)
@@ -148,14 +140,14 @@ def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
         pickled = pickle.dumps(encoder)
         start = partial(_start_worker, pickled, files_named_in(pickled))
         pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode
-    waiting: deque[tuple[int, Future[list[Outcome]]]] = deque()
+    waiting: deque[Future[list[Outcome]]] = deque()
     try:
-        for start, batch in batches:
-            waiting.append((start, pool.submit(encode, batch)))
+        for first in range(0, len(rows), BATCH_ROWS):
+            numbers = range(first, min(first + BATCH_ROWS, len(rows)))
+            waiting.append(pool.submit(encode, [_item(rows, n, encoder) for n in numbers]))
             if len(waiting) > 2 * (workers or THREADS):  # what is under way is all in memory
-                start, future = waiting.popleft()
-                yield start, future.result()
-        for start, future in waiting:
-            yield start, future.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -85,7 +85,10 @@ class TokenisedEncoder:
 def _integers(row: Mapping[str, Any], column: str) -> np.ndarray:
     if column not in row:
         raise missing_column(column, row)
-    values = np.asarray(row[column])
+    try:
+        values = np.asarray(row[column])
+    except ValueError:  # lists of different lengths
+        values = np.zeros((0, 0))
     if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
         raise DataError(f"{column}: must be a list of whole numbers, found {shown(row[column])}")
     return values.astype(np.int64)

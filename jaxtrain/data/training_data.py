@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from jaxtrain.batch import Batch
@@ -72,9 +73,9 @@ class TrainingData:
         return self._iterate(plan, 0, plan.steps_per_epoch)
 
     def _iterate(self, plan: BatchPlan, start: int, stop: int | None) -> Iterator[Batch]:
-        def batch(step: int) -> Batch:
-            return plan.batch(step, self.process_index, self.process_count)
-
+        batch = partial(
+            plan.batch, process_index=self.process_index, process_count=self.process_count
+        )
         return iterate(batch, start=start, stop=stop, threads=self.threads)
 
 

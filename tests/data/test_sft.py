@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
+from jaxtrain.data import BatchShape, GivenSource, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
@@ -215,6 +215,12 @@ def test_faults_of_a_row_name_its_place(tmp_path):
     assert failure([source(tmp_path, rows)], overlong="error").startswith(f"{place}: 221 ")
     rows[2] = {"text": "a"}
     assert failure([source(tmp_path, rows)]).startswith(f"{place}: columns text hold no conver")
+
+
+@pytest.mark.parametrize("row", [None, "text", ["text"], 5], ids=str)
+def test_a_row_that_is_no_map_is_named(row):
+    with pytest.raises(DataError, match=r"^given: row 1: a row must be a map, found "):
+        prepare([GivenSource.of([{"messages": chat("a", "b")}, row])])
 
 
 def test_a25_batches_made_without_threads_are_the_same(tmp_path):
