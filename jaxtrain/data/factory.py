@@ -199,7 +199,8 @@ class DataFactory(Factory, kind="data"):
         """The batches of one set; an evaluation set keeps its order."""
         documents, rows, shape, lengths, is_train = dataset
         seed = self.config.seed if is_train else None
-        return BatchPlan(documents, rows, shape, lengths, seed)
+        together = self.config.ROWS_A_SAMPLE
+        return BatchPlan(documents, rows, shape, lengths, seed, together=together)
 
     def evaluation(
         self, sources: Sequence[DataSource], shape: BatchShape, *, lengths: tuple[int, ...]

@@ -77,21 +77,19 @@ class HuggingFaceSource(ConversationSource):
     def load(self, config: HFDataSourceConfig, split: str) -> Rows:
         split = self._own_split(config, split)
         path = Path(config.name_or_path)
-        if path.is_dir() and any((path / name).is_file() for name in SAVED_FILES):
-            return take_split(self._named(_saved(path)), split, self.label)
-        if path.exists():
+        is_saved = any((path / name).is_file() for name in SAVED_FILES)
+        if path.exists() and not is_saved:
             return self.only_split(open_files(data_files(str(path))), split)
-        return take_split(self._named(self._downloaded(config)), split, self.label)
+        splits = _saved(path) if is_saved else self._downloaded(config)
+        named = {
+            str(name): DatasetRows(rows, f"{self.label}:{name}") for name, rows in splits.items()
+        }
+        return take_split(named, split, self.label)
 
     def _own_split(self, config: HFDataSourceConfig, split: str) -> str:
         name, bracket, rest = split.partition("[")
         mapping = SPLITS.get(config.name_or_path, {}) | config.split_mapping
         return mapping.get(name, name) + bracket + rest
-
-    def _named(self, splits: Any) -> dict[str, Rows]:
-        return {
-            str(name): DatasetRows(rows, f"{self.label}:{name}") for name, rows in splits.items()
-        }
 
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without

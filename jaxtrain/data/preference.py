@@ -1,7 +1,6 @@
 """Preferences: replies to a prompt that were compared in pairs, or judged one by one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +23,8 @@ from jaxtrain.data.encode import (
     Overlong,
     beyond_limit,
 )
-from jaxtrain.data.factory import DataFactory, RowSet
+from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.packing import RowPlan, plan_rows
-from jaxtrain.data.plan import BatchPlan
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
@@ -274,9 +272,6 @@ class KTODataFactory(DataFactory):
     def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
         """A row a sequence, in the order of the documents."""
         return plan_rows(documents.lengths, self.max_length, "none", chosen)
-
-    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
-        return replace(super().create_dataloader(dataset), together=self.config.ROWS_A_SAMPLE)
 
 
 class DPODataFactory(KTODataFactory):
