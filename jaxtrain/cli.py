@@ -203,7 +203,9 @@ def recipes(name: str | None, target: Path | None) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write the same as a page.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the same as a page."
+)
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) -> None:

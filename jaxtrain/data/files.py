@@ -14,7 +14,7 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def temporary_file() -> Any:
 
 
 def open_files(
-    paths: Sequence[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
+    paths: Iterable[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
 ) -> Rows:
     """All rows of `paths`; `kind` is a source type, or `auto` to go by each suffix."""
     parts: list[Rows] = []

@@ -22,8 +22,7 @@ class _LocalSource(ConversationSource, abstract=True):
     def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
         kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
         per_line = isinstance(config, TextDataSourceConfig) and config.per_line
-        files = data_files(config.path)
-        rows = open_files(files, kind, column=config.column, per_line=per_line)
+        rows = open_files(data_files(config.path), kind, column=config.column, per_line=per_line)
         return self.only_split(renamed(rows, config.columns), split)
 
 

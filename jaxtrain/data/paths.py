@@ -25,26 +25,28 @@ CONTENT_KEYS = (
 )  # fmt: skip
 """Parts of the names under which file systems tell whether a file is another one by now."""
 
+BAR = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+"""Of tqdm; nothing where nobody watches."""
 
-def data_files(paths: str | Sequence[str]) -> list[Path]:
-    """Files, globs and folders, here or at a URL, as a sorted list of local files; RecipeError for
-    one that is not there."""
-    found: list[Path] = []
+
+def data_files(paths: str | Sequence[str]) -> Iterator[Path]:
+    """Files, globs and folders, here or at a URL, as local files in their order; RecipeError for
+    one that is not there. Each is to be opened before the next is asked for: a copy of what is
+    elsewhere may give way to the next one's."""
     for written in [paths] if isinstance(paths, str) else paths:
         path = expanded(written)
         if "://" in written:
-            found += fetched(written)
+            yield from fetched(written)
         elif path.is_file():
-            found.append(path)
+            yield path
         elif path.is_dir():
             names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-            found += [names[name] for name in rows_among(names, path)]
+            yield from (names[name] for name in rows_among(names, path))
         elif files := [f for f in map(Path, glob(str(path), recursive=True)) if f.is_file()]:
-            found += sorted(files)
+            yield from sorted(files)
         else:
             is_pattern = set("*?[") & set(written)
             raise RecipeError(f"no file {'matches' if is_pattern else 'or folder'} {written}")
-    return found
 
 
 def fetched(url: str) -> list[Path]:
@@ -58,14 +60,18 @@ def fetched(url: str) -> list[Path]:
         parts = {name: str(sorted(info.items())) for name, info in infos.items()}
         if not all(_tells_content(info) for info in infos.values()):
             parts["time"] = str(time.time_ns())
-        names = {name: f"{number}-{_base(name)}" for number, name in enumerate(infos)}
+        bases = (name.partition("?")[0].rstrip("/").rpartition("/")[2] for name in infos)
+        copies = [f"{number}-{base}" for number, base in enumerate(bases)]
 
         def build(folder: Path) -> None:
-            for name, info in infos.items():
-                _copy(files, name, info.get("size") or 0, folder / names[name])
+            for copy, (name, info) in zip(copies, infos.items(), strict=True):
+                told = f"{name}, {(info.get('size') or 0) / 1e6:.1f} MB"
+                print(f"fetching {told}", file=sys.stderr, flush=True)
+                with TqdmCallback(tqdm_kwargs=BAR) as callback:
+                    files.get_file(name, str(folder / copy), callback=callback)
 
         folder = DataCache(cache_folder() / "remote").get(parts, build).folder
-    return [folder / name for name in names.values()]
+    return [folder / copy for copy in copies]
 
 
 def _listed(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
@@ -98,19 +104,8 @@ def rows_among(names: Iterable[str], folder: object) -> list[str]:
     return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
 
 
-def _base(name: str) -> str:
-    return name.partition("?")[0].rstrip("/").rpartition("/")[2]
-
-
 def _tells_content(info: dict[str, Any]) -> bool:
     return any(part in key.lower() for key, value in info.items() if value for part in CONTENT_KEYS)
-
-
-def _copy(files: Any, name: str, size: int, target: Path) -> None:
-    print(f"fetching {name}, {size / 1e6:.1f} MB", file=sys.stderr, flush=True)
-    shown = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
-    with TqdmCallback(tqdm_kwargs=shown) as callback:
-        files.get_file(name, str(target), callback=callback)
 
 
 @contextmanager
