@@ -18,7 +18,7 @@ from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import plain_backend
 from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, length_percentiles
 from jaxtrain.data.order import mixed_documents, split_by_content
-from jaxtrain.data.packing import RowPlan, fitting_lengths
+from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.render import DATE
 from jaxtrain.data.rows import rows_digest
@@ -99,8 +99,8 @@ class DataFactory(Factory, kind="data"):
         raise NotImplementedError(f"{type(self).__name__} must define encoder(loaded)")
 
     def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
-        """The rows of one set, out of the documents numbered in `chosen`."""
-        raise NotImplementedError(f"{type(self).__name__} must define plan_rows")
+        """The rows of one set, out of the documents numbered in `chosen`; here a row each."""
+        return plan_rows(documents.lengths, self.max_length, "none", chosen)
 
     @property
     def row_multiple(self) -> int | None:

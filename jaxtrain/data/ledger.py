@@ -56,12 +56,9 @@ class SourceCounts:
         self.ended_turns += outcome.ended
 
     def lines(self) -> list[str]:
-        rows = (
-            f"{self.label}: {_count(self.rows, 'row')} read, {_count(self.documents, 'document')}"
-        )
-        if self.truncated:
-            rows += f", {self.truncated} truncated"
-        lines = [rows]
+        rows, documents = _count(self.rows, "row"), _count(self.documents, "document")
+        cut = f", {self.truncated} truncated" if self.truncated else ""
+        lines = [f"{self.label}: {rows} read, {documents}{cut}"]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"    {what}" for what in self.faults]
         if not self.documents:

@@ -79,15 +79,10 @@ def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rows
 
 
-def one_per_row(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each document, int64 [documents]."""
-    return np.arange(len(lengths), dtype=np.int64)
-
-
 FILL_RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "best_fit": best_fit,
     "next_fit": next_fit,
-    "none": one_per_row,
+    "none": lambda lengths, _: np.arange(len(lengths)),
 }
 
 

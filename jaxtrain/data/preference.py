@@ -24,7 +24,7 @@ from jaxtrain.data.encode import (
     beyond_limit,
 )
 from jaxtrain.data.factory import DataFactory
-from jaxtrain.data.packing import RowPlan, plan_rows
+from jaxtrain.data.packing import RowPlan
 from jaxtrain.data.rows import missing_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
@@ -268,10 +268,6 @@ class KTODataFactory(DataFactory):
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         return {**super().key_parts(loaded), "max_length": str(self.max_length)}
-
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
-        """A row a sequence, in the order of the documents."""
-        return plan_rows(documents.lengths, self.max_length, "none", chosen)
 
 
 class DPODataFactory(KTODataFactory):

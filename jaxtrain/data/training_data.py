@@ -59,10 +59,6 @@ class TrainingData:
         train = replace(self.train.repeated(min_updates), first_only=first_only)
         return replace(self, train=train)
 
-    def with_evals(self, evals: Mapping[str, BatchPlan]) -> "TrainingData":
-        """The same, with other evaluation sets."""
-        return replace(self, evals=evals)
-
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""
         return self._iterate(self.train, start, stop)
