@@ -52,7 +52,8 @@ class DataCache:
         """The entry of these parts; `build` fills an empty folder for it when there is none.
 
         DataError when it `must_exist` and does not."""
-        entry = self.folder / key_of(parts)
+        key = sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+        entry = self.folder / key[:32]
         if self._is_whole(entry):
             return self._hit(entry)
         reason = self._reason(parts)
@@ -171,7 +172,3 @@ def _limit_bytes() -> int:
             f"JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found {shown(written)}"
         )
     return int(written)
-
-
-def key_of(parts: Mapping[str, str]) -> str:
-    return sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]

@@ -58,7 +58,8 @@ def fetched(url: str) -> list[Path]:
         files, path = fsspec.core.url_to_fs(url)
         infos = _listed(files, path, url)
         parts = {name: str(sorted(info.items())) for name, info in infos.items()}
-        if not all(_tells_content(info) for info in infos.values()):
+        known = [{key.lower() for key, value in info.items() if value} for info in infos.values()]
+        if not all(any(part in key for key in keys for part in CONTENT_KEYS) for keys in known):
             parts["time"] = str(time.time_ns())
         bases = (name.partition("?")[0].rstrip("/").rpartition("/")[2] for name in infos)
         copies = [f"{number}-{base}" for number, base in enumerate(bases)]
@@ -102,10 +103,6 @@ def rows_among(names: Iterable[str], folder: object) -> list[str]:
         raise RecipeError(f"folder {folder} holds no file of {', '.join(FORMATS)}")
     is_text = set(kinds.values()) == {"text"}
     return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
-
-
-def _tells_content(info: dict[str, Any]) -> bool:
-    return any(part in key.lower() for key, value in info.items() if value for part in CONTENT_KEYS)
 
 
 @contextmanager

@@ -158,12 +158,11 @@ class PreferenceEncoder:
 
     def encode(self, items: Sequence[Preference]) -> list[Outcome]:
         """One outcome a preference, in order; no outcome depends on the others."""
-        unfit = [_unfit(item) for item in items]
-        sound = [item for item, dropped in zip(items, unfit, strict=True) if not dropped]
-        encoded = iter(self._sequences.encode([c for item in sound for c in item.conversations]))
+        sound = [c for item in items if not _unfit(item) for c in item.conversations]
+        encoded = iter(self._sequences.encode(sound))
         return [
-            dropped or self._joined([next(encoded) for _ in item.replies], item.scores)
-            for item, dropped in zip(items, unfit, strict=True)
+            _unfit(item) or self._joined([next(encoded) for _ in item.replies], item.scores)
+            for item in items
         ]
 
     def _joined(self, outcomes: list[Outcome], scores: tuple[float, float]) -> Outcome:

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+import time
 
 import datasets
 import pyarrow as pa
@@ -349,6 +350,17 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     assert [name for name, folder in folders.items() if folder.exists()] == ["a", "c"]
     huge = entry_of(cache, "e", 9000)
     assert [folder.name for folder in (tmp_path / "c").iterdir()] == [huge.name]
+
+
+def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
+    cache = DataCache(tmp_path / "c")
+    entry_of(cache, "a", 10)
+    for name, days in (("old", 8), ("under-way", 6)):
+        (tmp_path / "c" / f".new-{name}").mkdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / "c" / f".new-{name}", (then, then))
+    entry_of(cache, "b", 10)
+    assert [path.name for path in (tmp_path / "c").glob(".new-*")] == [".new-under-way"]
 
 
 def test_the_limit_is_the_persons_to_set(tmp_path, monkeypatch):
