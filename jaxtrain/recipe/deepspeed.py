@@ -13,9 +13,9 @@ OFFLOAD = {
         fast_init super_offload convert_grad_on_cpu cpuadam_cores_perc"""
 }
 BF16 = {
-    "see `on_nonfinite`": """
-        check_grad_overflow immediate_grad_update bf16_master_weights_and_grads
-        bf16_optimizer_states"""
+    "see `on_nonfinite`": "check_grad_overflow immediate_grad_update",
+    "see `model.param_dtype` and `optimizer.state_dtype`": """
+        bf16_master_weights_and_grads bf16_optimizer_states""",
 }
 NO_EFFECT: dict[str, dict[str, str]] = {
     "": {
