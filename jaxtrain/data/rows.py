@@ -147,6 +147,15 @@ class MappedRows:
         add_content(digest, self._rows)
 
 
+def number_in_source(rows: Rows, index: int) -> int:
+    """The number that a row had before a split or a sample was taken."""
+    while isinstance(rows, SelectedRows | MappedRows):
+        if isinstance(rows, SelectedRows):
+            index = int(rows._indices[index])
+        rows = rows._rows
+    return index
+
+
 def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     """`rows` with columns under other names; DataError for a row that lacks one of them."""
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jaxtrain.data.documents import DocumentWriter
 from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
-from jaxtrain.data.rows import Rows
+from jaxtrain.data.rows import Rows, number_in_source
 from jaxtrain.recipe.code import files_named_in, run_user_code
 from jaxtrain.recipe.errors import DataError
 
@@ -88,7 +88,8 @@ def tokenise(
                 counts.add(outcome)
                 if isinstance(outcome, Encoded):
                     writer.append(
-                        outcome.tokens, outcome.weights, source=source, row=row,
+                        outcome.tokens, outcome.weights,
+                        source=source, row=number_in_source(rows, row),
                         border=outcome.border, scores=outcome.scores,
                     )  # fmt: skip
             bar.update(len(outcomes))

@@ -240,6 +240,18 @@ def test_sources_are_told_apart(tmp_path):
     assert [counts.label for counts in data.ledger.sources] == ["one", "two"]
 
 
+def test_a_row_is_known_by_its_number_in_its_source(tmp_path):
+    """Before a split and a sample were taken, so that a person finds it."""
+    keys = {"split": "train[10:]", "sample_count": 4, "columns": {"id": "id"}}
+    rows = [{**row, "id": n} for n, row in enumerate(chats(20))]
+    path = source(tmp_path, rows).config.path
+    drawn = JsonLinesSource(LocalDataSourceConfig(path=path, **keys))
+    expected = [drawn.read("train")[n]["id"] for n in range(4)]
+    data = prepare([drawn], max_length=512)
+    assert [data.train.origins(row)[0].row for row in range(4)] == expected
+    assert min(expected) >= 10
+
+
 def test_processes_change_no_row(tmp_path):
     rows = NamedRows(chats(300), "rows")
     encoder = ConversationEncoder(tiny_tokenizer(), max_length=128, overlong="drop")
