@@ -49,15 +49,25 @@ def _checked_launcher(ctx: click.Context, param: click.Parameter, value: str | N
     return value
 
 
-def _launched(command: Any) -> Any:
+def _on_devices(command: Any) -> Any:
     """The flags of DeepSpeed's launcher that mean something here."""
-    command = click.option(
+    launcher = click.option(
         "--launcher", type=click.Choice(["deepspeed", "ray"]), callback=_checked_launcher,
         expose_value=False, help="No effect: there is no launcher.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--num_gpus", type=click.IntRange(min=1), help="Use the first so many devices."
-    )(command)
+    )  # fmt: skip
+    devices = click.IntRange(min=1)
+    return click.option("--num_gpus", type=devices, help="Use the first so many devices.")(
+        launcher(command)
+    )
+
+
+def _of_recipe(command: Any) -> Any:
+    """A command that reads a recipe, with overrides."""
+    debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+    overrides = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+    recipe = click.argument("recipe", type=click.Path(path_type=Path))
+    accept_any = cli.command(context_settings={"ignore_unknown_options": True})
+    return accept_any(recipe(overrides(debug(command))))
 
 
 @click.group(cls=_Commands, invoke_without_command=True)
@@ -74,31 +84,22 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option(
-    "--allow-change",
-    "allowed",
-    multiple=True,
-    metavar="KEY",
+    "--allow-change", "allowed", multiple=True, metavar="KEY",
     help="Resume though this key of the recipe has changed and the state may not fit it.",
-)
+)  # fmt: skip
 @click.option(
-    "--python_profile",
-    type=click.Choice(["tottime", "cumtime", "disable"]),
-    default="disable",
+    "--python_profile", type=click.Choice(["tottime", "cumtime", "disable"]), default="disable",
     help="At the end, print where this process's Python code spent its time, in this order.",
-)
-@_launched
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+)  # fmt: skip
+@_on_devices
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
     allowed: tuple[str, ...],
     python_profile: str,
     num_gpus: int | None,
-    debug: bool,
 ) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     use_huge_pages()
@@ -110,8 +111,10 @@ def train(
         click.echo(line)
 
     from jaxtrain import registry
+    from jaxtrain.assets import cache_folder
 
-    remember_compilations()
+    # Compiled programs are kept in the user's cache; jax reads the setting when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
 
     with profiled(python_profile), no_secret_told(config.secrets):
@@ -121,20 +124,12 @@ def train(
         trainer.train()
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option("--dump-config", is_flag=True, help="Print the recipe with every default filled in.")
 @click.option("--online", is_flag=True, help="Ask the hub for the model and data it names, too.")
-@_launched
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@_on_devices
 def check(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    dump_config: bool,
-    online: bool,
-    num_gpus: int | None,
-    debug: bool,
+    recipe: Path, overrides: tuple[str, ...], dump_config: bool, online: bool, num_gpus: int | None
 ) -> None:
     """Say everything that is wrong with RECIPE, what became of its keys, and the run it asks for.
 
@@ -178,9 +173,8 @@ def schema(recipe: Path | None, markdown: bool) -> None:
 
     from jaxtrain.recipe.schema import json_schema, reference
 
-    click.echo(
-        reference() if markdown else json.dumps(json_schema(recipe), indent=2), nl=not markdown
-    )
+    text = reference() if markdown else f"{json.dumps(json_schema(recipe), indent=2)}\n"
+    click.echo(text, nl=False)
 
 
 @cli.command()
@@ -199,16 +193,13 @@ def recipes(name: str | None, target: Path | None) -> None:
             click.echo(file)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_of_recipe
 @click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the same as a page."
 )
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def data(recipe: Path, overrides: tuple[str, ...], debug: bool, **shown: Any) -> None:
+def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     """Prepare the rows of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
@@ -291,18 +282,12 @@ def profiled(order: str) -> Iterator[None]:
     import cProfile
     import pstats
 
-    with cProfile.Profile() as profile:
-        try:
+    profile = cProfile.Profile()
+    try:
+        with profile:
             yield
-        finally:
-            pstats.Stats(profile).sort_stats(order).print_stats(30)
-
-
-def remember_compilations() -> None:
-    """Keep compiled programs in the user's cache; jax reads the setting when it is imported."""
-    from jaxtrain.assets import cache_folder
-
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
+    finally:
+        pstats.Stats(profile).sort_stats(order).print_stats(30)
 
 
 def use_huge_pages() -> None:

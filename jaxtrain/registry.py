@@ -4,10 +4,11 @@ Built-in classes are known by import path, so a recipe is checked without import
 Classes of the user register when they are made.
 """
 
-import importlib
 import inspect
 import sys
 import typing
+from collections.abc import Mapping
+from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,91 +17,70 @@ from jaxtrain.recipe.errors import did_you_mean
 
 
 class Entry(NamedTuple):
-    """One registered class and the recipe section that it reads, both as `module:Class`; the path
-    is empty while the class is planned."""
+    """One registered class, as `module:Class` below the package, and the section that it reads,
+    below `jaxtrain.recipe`. The first is empty while the class is planned: its section is known
+    and checked, and it is not built yet."""
 
     path: str
     config: str
 
-    @property
-    def is_planned(self) -> bool:
-        """Its section is known and checked; the class is not built yet."""
-        return not self.path
-
-    def load(self) -> type:
-        return imported(self.path)
-
-    def load_config(self) -> type:
-        return imported(self.config)
-
-
-def imported(path: str) -> Any:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _entry(path: str, config: str) -> Entry:
-    return Entry(path and f"jaxtrain.{path}", f"jaxtrain.recipe.{config}")
-
-
-def _source(path: str, config: str) -> Entry:
-    return _entry(f"data.{path}", f"data:{config}")
-
-
-def _optimizer(name: str) -> Entry:
-    return _entry(f"optimizer:{name}Factory", f"optimizer:{name}Config")
-
 
 BUILT_IN: dict[str, dict[str, Entry]] = {
     "trainer": {
-        "sft": _entry("trainer.sft:SFTTrainer", "trainer:TrainerConfig"),
-        "causal": _entry("trainer.causal:CausalTrainer", "trainer:TrainerConfig"),
-        "dpo": _entry("", "objectives:DPOTrainerConfig"),
-        "cpo": _entry("", "objectives:CPOConfig"),
-        "orpo": _entry("", "objectives:ORPOConfig"),
-        "simpo": _entry("", "objectives:SimPOConfig"),
-        "kto": _entry("", "trainer:TrainerConfig"),
-        "reward": _entry("", "objectives:RewardConfig"),
-        "distill": _entry("", "objectives:DistillConfig"),
-        "grpo": _entry("", "objectives:GRPOConfig"),
+        "sft": Entry("trainer.sft:SFTTrainer", "trainer:TrainerConfig"),
+        "causal": Entry("trainer.causal:CausalTrainer", "trainer:TrainerConfig"),
+        "dpo": Entry("", "objectives:DPOTrainerConfig"),
+        "cpo": Entry("", "objectives:CPOConfig"),
+        "orpo": Entry("", "objectives:ORPOConfig"),
+        "simpo": Entry("", "objectives:SimPOConfig"),
+        "kto": Entry("", "trainer:TrainerConfig"),
+        "reward": Entry("", "objectives:RewardConfig"),
+        "distill": Entry("", "objectives:DistillConfig"),
+        "grpo": Entry("", "objectives:GRPOConfig"),
     },
-    "model": {"huggingface": _entry("model:HFModelFactory", "model:ModelConfig")},
-    "tokenizer": {"huggingface": _entry("tokenizer:HFTokenizerFactory", "model:TokenizerConfig")},
+    "model": {"huggingface": Entry("model:HFModelFactory", "model:ModelConfig")},
+    "tokenizer": {"huggingface": Entry("tokenizer:HFTokenizerFactory", "model:TokenizerConfig")},
     "data": {
-        "sft": _entry("data.sft:SFTDataFactory", "data:SFTDataConfig"),
-        "causal": _entry("data.causal:CausalDataFactory", "data:CausalDataConfig"),
-        "dpo": _entry("data.preference:DPODataFactory", "objectives:PreferenceDataConfig"),
-        "kto": _entry("data.preference:KTODataFactory", "objectives:JudgedDataConfig"),
+        "sft": Entry("data.sft:SFTDataFactory", "data:SFTDataConfig"),
+        "causal": Entry("data.causal:CausalDataFactory", "data:CausalDataConfig"),
+        "dpo": Entry("data.preference:DPODataFactory", "objectives:PreferenceDataConfig"),
+        "kto": Entry("data.preference:KTODataFactory", "objectives:JudgedDataConfig"),
     },
     "data_source": {
-        "huggingface": _source("hub:HuggingFaceSource", "HFDataSourceConfig"),
-        "huggingface_instruct": _source("hub:HuggingFaceInstructSource", "HFDataSourceConfig"),
-        "huggingface_causal": _source("hub:HuggingFaceCausalSource", "HFCausalDataSourceConfig"),
-        "given": _source("given:GivenSource", "RowsConfig"),
-        "synthetic": _source("synthetic:SyntheticSource", "SyntheticDataSourceConfig"),
-        "local": _source("local:LocalSource", "AnyLocalDataSourceConfig"),
-        "json": _source("local:JsonSource", "LocalDataSourceConfig"),
-        "jsonl": _source("local:JsonLinesSource", "LocalDataSourceConfig"),
-        "csv": _source("local:CsvSource", "LocalDataSourceConfig"),
-        "parquet": _source("local:ParquetSource", "LocalDataSourceConfig"),
-        "arrow": _source("local:ArrowSource", "LocalDataSourceConfig"),
-        "text": _source("local:TextSource", "TextDataSourceConfig"),
-        "ProjectGutenbergSFT": _entry("", "data:HFDataSourceConfig"),
-        "snowflake": _entry("data.snowflake:SnowflakeSource", "snowflake:SnowflakeSourceConfig"),
+        "huggingface": Entry("data.hub:HuggingFaceSource", "data:HFDataSourceConfig"),
+        "huggingface_instruct": Entry(
+            "data.hub:HuggingFaceInstructSource", "data:HFDataSourceConfig"
+        ),
+        "huggingface_causal": Entry(
+            "data.hub:HuggingFaceCausalSource", "data:HFCausalDataSourceConfig"
+        ),
+        "given": Entry("data.given:GivenSource", "data:RowsConfig"),
+        "synthetic": Entry("data.synthetic:SyntheticSource", "data:SyntheticDataSourceConfig"),
+        "local": Entry("data.local:LocalSource", "data:AnyLocalDataSourceConfig"),
+        "json": Entry("data.local:JsonSource", "data:LocalDataSourceConfig"),
+        "jsonl": Entry("data.local:JsonLinesSource", "data:LocalDataSourceConfig"),
+        "csv": Entry("data.local:CsvSource", "data:LocalDataSourceConfig"),
+        "parquet": Entry("data.local:ParquetSource", "data:LocalDataSourceConfig"),
+        "arrow": Entry("data.local:ArrowSource", "data:LocalDataSourceConfig"),
+        "text": Entry("data.local:TextSource", "data:TextDataSourceConfig"),
+        "ProjectGutenbergSFT": Entry("", "data:HFDataSourceConfig"),
+        "snowflake": Entry("data.snowflake:SnowflakeSource", "snowflake:SnowflakeSourceConfig"),
     },
     "optimizer": {
-        **{
-            name.lower(): _optimizer(name) for name in ("AdamW", "Adafactor", "Lion", "Muon", "SGD")
-        },
-        "adamw_8bit": _entry("", "optimizer:AdamWConfig"),
+        "adamw": Entry("optimizer:AdamWFactory", "optimizer:AdamWConfig"),
+        "adafactor": Entry("optimizer:AdafactorFactory", "optimizer:AdafactorConfig"),
+        "lion": Entry("optimizer:LionFactory", "optimizer:LionConfig"),
+        "muon": Entry("optimizer:MuonFactory", "optimizer:MuonConfig"),
+        "sgd": Entry("optimizer:SGDFactory", "optimizer:SGDConfig"),
+        "adamw_8bit": Entry("", "optimizer:AdamWConfig"),
     },
     "scheduler": {
-        "huggingface": _entry("scheduler:HFSchedulerFactory", "scheduler:HFSchedulerConfig"),
-        "wsd": _entry("scheduler:WSDSchedulerFactory", "scheduler:WSDSchedulerConfig"),
+        "huggingface": Entry("scheduler:HFSchedulerFactory", "scheduler:HFSchedulerConfig"),
+        "wsd": Entry("scheduler:WSDSchedulerFactory", "scheduler:WSDSchedulerConfig"),
     },
     "checkpoint": {
-        "orbax": _entry("checkpoint:OrbaxEngine", "checkpoint:OrbaxConfig"),
-        "huggingface": _entry("checkpoint:HFCheckpointEngine", "checkpoint:HFCheckpointConfig"),
+        "orbax": Entry("checkpoint:OrbaxEngine", "checkpoint:OrbaxConfig"),
+        "huggingface": Entry("checkpoint:HFCheckpointEngine", "checkpoint:HFCheckpointConfig"),
     },
 }
 
@@ -128,21 +108,13 @@ SECTIONS = {
 """Recipe section with a `type` → the attribute of a trainer whose annotation says what is
 allowed."""
 
-_FACTORIES = {
-    "model": ("huggingface",),
-    "tokenizer": ("huggingface",),
-    "optimizer": ("adamw", "adafactor", "lion", "muon", "sgd", "adamw_8bit"),
-    "scheduler": ("huggingface", "wsd"),
-    "checkpoint": ("orbax", "huggingface"),
-}
-_PAIRS = ("dpo", "cpo", "orpo", "simpo", "reward")
+_READS = {"causal": "causal", "kto": "kto"} | dict.fromkeys(
+    ("dpo", "cpo", "orpo", "simpo", "reward"), "dpo"
+)
 ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": {"data": ("sft",), **_FACTORIES},
-    "causal": {"data": ("causal",), **_FACTORIES},
-    "distill": {"data": ("sft",), **_FACTORIES},
-    "grpo": {"data": ("sft",), **_FACTORIES},
-    **{name: {"data": ("dpo",), **_FACTORIES} for name in _PAIRS},
-    "kto": {"data": ("kto",), **_FACTORIES},
+    trainer: {section: tuple(BUILT_IN[section]) for section in SECTIONS}
+    | {"data": (_READS.get(trainer, "sft"),)}
+    for trainer in BUILT_IN["trainer"]
 }
 """The annotations of the built-in trainers, first is the default; a test holds the two together."""
 
@@ -227,7 +199,7 @@ def _enter(cls: type[Registered], *, force: bool) -> None:
         return
     _contested.pop(key, None)
     known = _user.get(key)
-    taken = _where(known) if known else built_in and built_in.path
+    taken = _where(known) if known else built_in and built_in.path and f"jaxtrain.{built_in.path}"
     if taken and taken != _where(cls) and not force:
         _contested[key] = (
             f"the {cls.kind} name {name!r} is taken by {taken}; rename {_where(cls)}, "
@@ -262,22 +234,20 @@ def _check_signature(
     spelled = ALSO_CALLED.get(name, {})
     named = {spelled.get(p.name, p.name): p for p in given.parameters.values()}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
-    required = [n for n, p in wanted.parameters.items() if p.default is p.empty]
-    missing = [name for name in required if name not in named and not takes_all]
-    extra = [
-        p.name
-        for known, p in named.items()
-        if known not in wanted.parameters
-        and p.default is p.empty
-        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    if missing or extra:
-        at_fault = [f"lacks {p!r}" for p in missing] + [f"demands {p!r}" for p in extra]
+    lacks = [] if takes_all else [n for n in _required(wanted.parameters) if n not in named]
+    demands = [named[n].name for n in _required(named) if n not in wanted.parameters]
+    if lacks or demands:
+        at_fault = [f"lacks {p!r}" for p in lacks] + [f"demands {p!r}" for p in demands]
         hint = cls.retired.get(name, "")
         raise ValueError(
             f"{cls.__qualname__}: {name}({', '.join(given.parameters)}) {' and '.join(at_fault)}; "
             f"it is called as {name}({', '.join(wanted.parameters)}){hint and '; ' + hint}"
         )
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
 
 
 def _read_older_hints(cls: type[Registered]) -> None:
@@ -324,7 +294,7 @@ def _where(cls: type) -> str:
 
 def names(kind: str) -> list[str]:
     """Every registered name of a kind, built-in ones first."""
-    return [*BUILT_IN[kind], *(name for k, name in _user if k == kind and name not in BUILT_IN[k])]
+    return [*dict.fromkeys([*BUILT_IN[kind], *(name for k, name in _user if k == kind)])]
 
 
 def is_built_in(kind: str, name: str) -> bool:
@@ -333,7 +303,7 @@ def is_built_in(kind: str, name: str) -> bool:
 
 def is_planned(kind: str, name: str) -> bool:
     """Is this a name whose section is checked and whose class is not built yet?"""
-    return is_built_in(kind, name) and BUILT_IN[kind][name].is_planned
+    return is_built_in(kind, name) and not BUILT_IN[kind][name].path
 
 
 def canonical(kind: str, name: str) -> str:
@@ -350,7 +320,7 @@ def find(kind: str, name: str) -> type:
     if is_planned(kind, name):
         raise ValueError(f"{kind.replace('_', ' ')} type {name!r} is not built yet")
     if name in BUILT_IN[kind]:
-        return BUILT_IN[kind][name].load()
+        return resolve_name(f"jaxtrain.{BUILT_IN[kind][name].path}")
     raise ValueError(unknown(kind, name, names(kind)))
 
 
@@ -360,7 +330,7 @@ def config_class(kind: str, name: str) -> type:
     if (kind, name) in _user:
         return typing.get_type_hints(_user[kind, name])["config"]
     if name in BUILT_IN[kind]:
-        return BUILT_IN[kind][name].load_config()
+        return resolve_name(f"jaxtrain.recipe.{BUILT_IN[kind][name].config}")
     raise ValueError(unknown(kind, name, names(kind)))
 
 

@@ -19,7 +19,12 @@ from jaxtrain.recipe.resolve import resolve, run_user_code
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(k, n) for k, found in registry.BUILT_IN.items() for n in found if not found[n].is_planned],
+    [
+        (k, n)
+        for k, found in registry.BUILT_IN.items()
+        for n in found
+        if not registry.is_planned(k, n)
+    ],
 )
 def test_a_built_in_entry_is_the_class_and_section_that_it_names(kind, name):
     if name == "snowflake":

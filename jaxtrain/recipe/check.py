@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
-from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+from jaxtrain.recipe.errors import counted
 from jaxtrain.recipe.resolve import Resolved
 from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.standing import Report, braced
@@ -26,8 +27,7 @@ def told(resolved: Resolved, devices: int | None = None) -> str:
     on so many devices if their number is known."""
     parts = [report_lines(resolved.report)]
     if resolved.config is not None and not resolved.faults:
-        counts = (devices,) if devices else DEVICE_COUNTS
-        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config, counts)])
+        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config, devices)])
     wrap = partial(
         textwrap.fill, width=WIDTH, subsequent_indent=" " * 11,
         break_long_words=False, break_on_hyphens=False,
@@ -44,10 +44,10 @@ def report_lines(report: Report) -> list[str]:
     return [*same, *report.changes(), *refused]
 
 
-def run_facts(config: TrainerConfig, counts: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """(name, fact) of the run on these numbers of devices, in the order in which they are shown."""
+def run_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str, str]]:
+    """(name, fact) of the run on so many devices, in the order in which they are shown."""
     horizon = config.horizon(None)
-    sizes = batch_sizes(config, counts)
+    sizes = batch_sizes(config, devices)
     yield "trainer", config.type
     yield "model", model(config)
     yield "rows", row_length(config)
@@ -58,10 +58,11 @@ def run_facts(config: TrainerConfig, counts: tuple[int, ...]) -> Iterator[tuple[
     yield "warm-up", warmup(config, horizon)
     if config.data.has_eval:
         yield "evaluation", evaluation(config)
-    yield "files", folded(config)
+    yield "files", files(config)
     for entry in config.checkpoint:
         if entry.enabled:
-            yield "checkpoint", f"{entry.output_dir}/global_step_N ({entry.type}), {moments(entry)}"
+            folder = f"{entry.output_dir}/global_step_N ({entry.type})"
+            yield "checkpoint", f"{folder}, {saves(entry) or 'never: no save key is written'}"
 
 
 def model(config: TrainerConfig) -> str:
@@ -95,9 +96,8 @@ def row_length(config: TrainerConfig) -> str:
         fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
         return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
     except (OSError, ValueError, KeyError, TypeError):
-        return (
-            "length still open: the model's positions, read when it is there; see data.max_length"
-        )
+        where = "the model's positions, read when it is there"
+        return f"length still open: {where}; see data.max_length"
 
 
 def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
@@ -105,27 +105,20 @@ def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
     (n, size), *others = sizes.items()
     what = "pair" if config.data.ROWS_A_SAMPLE == 2 else "row"
-    counts = [f"{size:,} {what}{'s' * (size != 1)} an update on {n}"]
+    counts = [f"{counted(size, what)} an update on {n}"]
     counts += [f"{size:,} on {n}" for n, size in others]
     devices = "device" if [*sizes] == [1] else "devices"
     return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"
 
 
-def batch_sizes(config: TrainerConfig, counts: tuple[int, ...]) -> dict[int, int]:
+def batch_sizes(config: TrainerConfig, devices: int | None) -> dict[int, int]:
     """Devices → rows an update; one entry where the mesh says how many devices there are, or the
     person does. RecipeError when those do not fit each other."""
-    sizes = [getattr(config.mesh, axis) for axis in AXES]
+    sizes = [size for _, size in config.mesh]
     fixed = math.prod(size for size in sizes if size != -1)
+    counts = [fixed * n for n in (DEVICE_COUNTS if -1 in sizes else (1,))]
     rows = config.micro_batch_size * config.gradient_accumulation_steps
-    if counts is DEVICE_COUNTS:
-        counts = tuple(fixed * n for n in counts) if -1 in sizes else (fixed,)
-    return {n: rows * shards(config.mesh, n) for n in counts}
-
-
-def shards(mesh: MeshConfig, num_devices: int) -> int:
-    """Parts into which the rows of a batch are split."""
-    sizes = mesh.sizes(num_devices)
-    return math.prod(sizes[axis] for axis in BATCH_AXES)
+    return {n: rows * config.mesh.shards(n) for n in ([devices] if devices else counts)}
 
 
 def updates(config: TrainerConfig, horizon: int | None, sizes: dict[int, int]) -> str:
@@ -133,14 +126,13 @@ def updates(config: TrainerConfig, horizon: int | None, sizes: dict[int, int]) -
         end, this_run = config.exit_iteration, config.exit_iteration_this_run
         told = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
         return told + (f", at most {this_run:,} of one process" if this_run else "")
-    epochs = config.passes
     first = f"{config.train_iters:,}, or " if config.train_iters else ""
     known = "counted when the data is read"
     if rows := local_rows(config):
         (devices, size), *_ = sizes.items()
-        on = f"{devices} device{'s' * (devices > 1)}"
+        on = counted(devices, "device")
         known = f"at most {-(-rows // size):,} updates each on {on}: {rows:,} local rows"
-    return f"{first}{epochs} epoch{'s' * (epochs != 1)}, {known}"
+    return f"{first}{counted(config.passes or 0, 'epoch')}, {known}"
 
 
 def local_rows(config: TrainerConfig) -> int | None:
@@ -154,10 +146,9 @@ def local_rows(config: TrainerConfig) -> int | None:
             rows = source.rows
         elif isinstance(source, LocalDataSourceConfig) and source.split == "train":
             paths = [Path(path) for path in local_paths(source)]
-            left -= sum(p.stat().st_size for p in paths if p.is_file())
-            if left < 0 or not all(
-                p.is_file() and p.suffix in (".jsonl", ".ndjson") for p in paths
-            ):
+            is_open = all(p.is_file() and os.access(p, os.R_OK) for p in paths)
+            left -= sum(p.stat().st_size for p in paths if is_open)
+            if left < 0 or not is_open or not {p.suffix for p in paths} <= {".jsonl", ".ndjson"}:
                 return None
             rows = sum(bool(line.strip()) for p in paths for line in p.open("rb"))
         else:
@@ -168,37 +159,39 @@ def local_rows(config: TrainerConfig) -> int | None:
 
 def warmup(config: TrainerConfig, horizon: int | None) -> str:
     scheduler = config.scheduler
-    if horizon is not None:
-        return f"{scheduler.warmup_updates(horizon):,} updates"
-    if scheduler.warmup_ratio is None and scheduler.warmup_updates(0):
-        return f"{scheduler.warmup_updates(0):,} updates"
+    fixed = scheduler.warmup_ratio is None and scheduler.warmup_updates(0)
+    if horizon is not None or fixed:
+        return f"{scheduler.warmup_updates(horizon or 0):,} updates"
     return f"{scheduler.warmup_updates(1_000) / 10:g}% of the updates"
 
 
 def evaluation(config: TrainerConfig) -> str:
-    moments = [f"every {config.eval_interval:,} updates"] if config.eval_interval else []
-    epochs = config.eval_every_n_epochs
-    moments += [f"every {epochs:,} epoch{'s' * (epochs > 1)}"] if epochs else []
-    moments += ["at the start"] if config.eval_at_start else []
-    moments += ["at the end"] if config.eval_at_end is not False else []
-    return ", ".join(moments)
+    is_last = config.eval_at_end is not False
+    ends = ["at the start"] * config.eval_at_start + ["at the end"] * is_last
+    return ", ".join([*periods(config.eval_interval, config.eval_every_n_epochs), *ends])
 
 
-def folded(config: TrainerConfig) -> str:
-    """The files of a run, those of its folder together."""
-    folder, found = Path(config.run_dir or ""), list(files(config))
-    inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
-    outside = [str(file) for file in found if not file.is_relative_to(folder)]
-    return ", ".join([f"{folder}: {', '.join(inside)}", *outside])
+def saves(entry: CheckpointConfig) -> str:
+    """When an engine saves; empty when never."""
+    found = periods(entry.save_every_n_steps, entry.save_every_n_epochs)
+    return ", ".join([*found, *["at the end"] * entry.save_end_of_training])
 
 
-def files(config: TrainerConfig) -> Iterator[Path]:
-    """What the run writes beside checkpoints."""
-    trace = config.profile
-    yield from (config.output(None, name) for name in ("recipe.yaml", "run.json"))
-    yield config.output(config.logger.output_dir, "") / "logs"
-    yield config.output(config.train_log_metrics_path, "train-log-metrics.jsonl")
-    yield config.output(None, "loss.png")
+def periods(num_updates: int, num_epochs: int) -> list[str]:
+    due = ((num_updates, "update"), (num_epochs, "epoch"))
+    return [f"every {counted(number, what)}" for number, what in due if number]
+
+
+def files(config: TrainerConfig) -> str:
+    """What the run writes beside checkpoints, the files of its folder together."""
+    folder, trace = config.output(None, ""), config.profile
+    found = [
+        config.output(None, "recipe.yaml"),
+        config.output(None, "run.json"),
+        config.output(config.logger.output_dir, "") / "logs",
+        config.output(config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        config.output(None, "loss.png"),
+    ]
     for is_written, written, name in (
         (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
         (config.wandb.is_on, None, "wandb"),
@@ -206,18 +199,7 @@ def files(config: TrainerConfig) -> Iterator[Path]:
         (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
     ):
         if is_written:
-            yield config.output(written, name)
-
-
-def moments(entry: CheckpointConfig) -> str:
-    """When an engine saves."""
-    found = [
-        f"every {count:,} {what}{'s' * (count > 1)}"
-        for count, what in (
-            (entry.save_every_n_steps, "update"),
-            (entry.save_every_n_epochs, "epoch"),
-        )
-        if count
-    ]
-    found += ["at the end"] if entry.save_end_of_training else []
-    return ", ".join(found) or "never: no save key is written"
+            found.append(config.output(written, name))
+    inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
+    outside = [str(file) for file in found if not file.is_relative_to(folder)]
+    return ", ".join([f"{folder}: {', '.join(inside)}", *outside])

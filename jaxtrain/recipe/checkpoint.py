@@ -1,10 +1,12 @@
 """The `checkpoint` section: full state (orbax) and export (huggingface)."""
 
 import re
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.guards import Direction, direction
@@ -18,24 +20,20 @@ METRIC_NAMES = {"loss/eval": "eval/loss"}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B")
 
 
-def _metric(value: Any) -> Any:
-    return METRIC_NAMES.get(value, value) if isinstance(value, str) else value
+def num_bytes(size: int | str) -> int:
+    """Of a number, or of text such as `4GB`; ValueError where it has no unit."""
+    if isinstance(size, int):
+        return size
+    match = SIZE.fullmatch(size.strip())
+    if match is None:
+        raise ValueError(f"must be a size such as 4GB or 500MiB, found {size!r}")
+    return int(Fraction(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
 
 
 def _size(value: Any) -> Any:
-    if isinstance(value, str) and not SIZE.fullmatch(value.strip()):
-        raise ValueError(f"must be a size such as 4GB or 500MiB, found {value!r}")
-    if isinstance(value, int) and value < 1:
+    if isinstance(value, int | str) and num_bytes(value) < 1:
         raise ValueError(f"must be at least one byte, found {value}")
     return value
-
-
-def _step(value: Any) -> Any:
-    """An override on the command line may bring a number as text."""
-    return int(value) if isinstance(value, str) and value.isdigit() else value
-
-
-Metric = Annotated[str, BeforeValidator(_metric)]
 
 
 class CheckpointConfig(TypedSection):
@@ -57,26 +55,22 @@ class CheckpointConfig(TypedSection):
     """Best ones kept besides the newest."""
     keep_every_n_steps: int = Field(default=0, ge=0)
     """These are kept for ever."""
-    metric: Metric = "eval/loss"
+    metric: Annotated[str, AfterValidator(lambda name: METRIC_NAMES.get(name, name))] = "eval/loss"
     """What `best` is judged by."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Direction of `metric`."""
 
-    @model_validator(mode="after")
-    def _direction_is_known(self) -> "CheckpointConfig":
-        if self.keep_best_n and self.mode == "auto" and self.direction is None:
-            raise ValueError(f"cannot tell whether a smaller {self.metric} is better; write `mode`")
-        return self
-
-    @model_validator(mode="after")
-    def _kept_steps_are_saved(self) -> "CheckpointConfig":
+    def contradictions(self) -> Iterator[str]:
+        if self.keeps_best and self.direction is None:
+            yield f"cannot tell whether a smaller {self.metric} is better; write `mode`"
         keep, save = self.keep_every_n_steps, self.save_every_n_steps
         if keep and (not save or keep % save):
             use = f"; use {nearest_multiples(keep, save)}" if save else ""
-            raise ValueError(
-                f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}"
-            )
-        return self
+            yield f"keep_every_n_steps {keep} is no multiple of save_every_n_steps {save}{use}"
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.enabled and self.keep_best_n > 0
 
     @property
     def direction(self) -> Direction | None:
@@ -109,7 +103,10 @@ class OrbaxConfig(CheckpointConfig):
     """Parts that a resume leaves as they start; a checkpoint that is saved after that has them."""
     on_corrupt: Literal["stop", "previous"] = "stop"
     """What a resume does when the newest checkpoint fails its check."""
-    resume_from: Annotated[int | InputPath | None, BeforeValidator(_step)] = None
+    resume_from: Annotated[
+        int | InputPath | None,
+        BeforeValidator(lambda step: int(step) if str(step).isdecimal() else step),
+    ] = None
     """This checkpoint, a step of `output_dir` or a folder, instead of the newest. With
     `auto_resume`, once: later starts continue what came of it."""
 
@@ -119,16 +116,11 @@ class OrbaxConfig(CheckpointConfig):
             return self.folder / f"{PREFIX}{self.resume_from}"
         return expanded(self.resume_from).absolute() if self.resume_from else None
 
-    @model_validator(mode="after")
-    def _resume_is_possible(self) -> "OrbaxConfig":
-        resumes = self.auto_resume or self.resume_from is not None
-        if self.reset and not resumes:
-            raise ValueError("reset: nothing is resumed; write auto_resume or resume_from as well")
+    def contradictions(self) -> Iterator[str]:
+        if self.reset and not self.auto_resume and self.resume_from is None:
+            yield "reset: nothing is resumed; write auto_resume or resume_from as well"
         if self.auto_resume and self.save_model_only is True and "optimizer" not in self.reset:
-            raise ValueError(
-                "auto_resume: weights alone cannot resume; write save_model_only: all_but_last"
-            )
-        return self
+            yield "auto_resume: weights alone cannot resume; write save_model_only: all_but_last"
 
 
 class HFCheckpointConfig(CheckpointConfig):
@@ -144,14 +136,8 @@ class HFCheckpointConfig(CheckpointConfig):
 
     @property
     def max_shard_bytes(self) -> int:
-        if isinstance(self.max_shard_size, int):
-            return self.max_shard_size
-        match = SIZE.fullmatch(self.max_shard_size.strip())
-        assert match is not None, "validated"
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+        return num_bytes(self.max_shard_size)
 
-    @model_validator(mode="after")
-    def _weights_cannot_resume(self) -> "HFCheckpointConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.auto_resume:
-            raise ValueError("auto_resume: weights alone cannot resume, set it on an `orbax` entry")
-        return self
+            yield "auto_resume: weights alone cannot resume, set it on an `orbax` entry"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.recipe.checkpoint import PREFIX
+from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
 from jaxtrain.recipe.guards import direction
 from jaxtrain.recipe.logger import LEVELS
@@ -18,85 +18,95 @@ from jaxtrain.recipe.trainer import TrainerConfig
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
 EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
 """What every evaluation of a built-in trainer gives."""
+Check = Callable[[Any], Iterator[Fault]]
+CHECKS: list[tuple[tuple[str, ...], Check]] = []
+"""Each with the keys that must be sound before it can be asked."""
 
 
+def _needs(*keys: str) -> Callable[[Check], None]:
+    return lambda check: CHECKS.append((keys, check))
+
+
+def _entries(config: TrainerConfig) -> list[tuple[str, CheckpointConfig]]:
+    """(dotted key, entry) of every checkpoint engine."""
+    return [(f"checkpoint.{i}", entry) for i, entry in enumerate(config.checkpoint)]
+
+
+@_needs("data", "eval_interval", "eval_at_start", "eval_at_end")
 def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
     other = config.eval_at_start or config.eval_at_end is not None or config.eval_every_n_epochs
-    if config.data.has_eval and not config.eval_interval and not other:
-        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
+    keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
+    keys += ("early_stopping",)
     if not config.data.has_eval:
-        keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
-        keys += ("early_stopping",)
         yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
+    elif not config.eval_interval and not other:
+        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
 
 
+@_needs("checkpoint")
 def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
-    resumes = [i for i, entry in enumerate(config.checkpoint) if entry.auto_resume or entry.start]
-    if len(resumes) > 1:
-        both = " and ".join(f"checkpoint.{i}" for i in resumes)
-        key = "auto_resume" if config.checkpoint[resumes[1]].auto_resume else "resume_from"
-        yield Fault(f"checkpoint.{resumes[1]}.{key}", f"only one entry may resume, found {both}")
-    folders: dict[str, int] = {}
-    for i, entry in enumerate(config.checkpoint):
-        first = folders.setdefault(entry.output_dir, i)
-        if first != i:
-            yield Fault(
-                f"checkpoint.{i}.output_dir",
-                f"{entry.output_dir!r} is checkpoint.{first}'s too; use another",
-            )
+    resumes = [(key, e) for key, e in _entries(config) if e.auto_resume or e.start]
+    for key, entry in resumes[1:2]:
+        name = "auto_resume" if entry.auto_resume else "resume_from"
+        both = " and ".join(key for key, _ in resumes)
+        yield Fault(f"{key}.{name}", f"only one entry may resume, found {both}")
+    folders: dict[Path, str] = {}
+    for key, entry in _entries(config):
+        if (first := folders.setdefault(entry.folder, key)) != key:
+            what = f"{entry.output_dir!r} is {first}'s too; use another"
+            yield Fault(f"{key}.output_dir", what)
 
 
+@_needs("checkpoint")
 def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
-    for i, entry in enumerate(config.checkpoint):
+    for key, entry in _entries(config):
         start = entry.start
         if start is None or "{" in entry.output_dir:  # is filled in when the run begins
             continue
         is_found = is_there(str(start))
-        if is_found and re.fullmatch(rf"{PREFIX}\d+", start.name):
-            continue
-        folder = start if is_found else start.parent
-        there = sorted(p.name for p in folder.glob(f"{PREFIX}*")) if is_there(str(folder)) else []
-        yield Fault(
-            f"checkpoint.{i}.resume_from",
-            f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds "
-            f"{', '.join(there) or 'no checkpoints'}",
-        )
+        if not is_found or not re.fullmatch(rf"{PREFIX}\d+", start.name):
+            folder = start if is_found else start.parent
+            found = folder.glob(f"{PREFIX}*") if is_there(str(folder)) else ()
+            held = ", ".join(sorted(path.name for path in found)) or "no checkpoints"
+            what = (
+                f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds {held}"
+            )
+            yield Fault(f"{key}.resume_from", what)
 
 
+@_needs("checkpoint", "data", "eval_interval")
 def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
     every = config.eval_interval
-    for i, entry in enumerate(config.checkpoint):
-        if not entry.keep_best_n:
+    for key, entry in _entries(config):
+        save = entry.save_every_n_steps
+        if not entry.keeps_best:
             continue
-        key, save = f"checkpoint.{i}.keep_best_n", entry.save_every_n_steps
         if not config.data.has_eval:
-            yield Fault(key, NEEDS_EVAL)
+            yield Fault(f"{key}.keep_best_n", NEEDS_EVAL)
         elif save and every and save % every:
             yield Fault(
-                key,
+                f"{key}.keep_best_n",
                 f"needs saves that fall on evaluations: save_every_n_steps {save} is no multiple "
                 f"of eval_interval {every}; use {nearest_multiples(save, every)}",
             )
 
 
+@_needs("checkpoint", "data", "early_stopping")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):
         return  # a trainer of the user has metrics of its own
     sets = config.data.eval_sources
     names = [f"eval/{name}" for name in sets] if isinstance(sets, dict) else []
     known = [f"{name}/{metric}" for name in ("eval", *names) for metric in EVAL_METRICS]
-    asked = [
-        (f"checkpoint.{i}.metric", e.metric)
-        for i, e in enumerate(config.checkpoint)
-        if e.keep_best_n
-    ]
+    asked = [(key, entry.metric) for key, entry in _entries(config) if entry.keeps_best]
     if config.early_stopping:
-        asked.append(("early_stopping.metric", config.early_stopping.metric))
+        asked.append(("early_stopping", config.early_stopping.metric))
     for key, metric in asked:
         if metric not in known:
-            yield Fault(key, f"must be one of {', '.join(known)}, found {metric!r}")
+            yield Fault(f"{key}.metric", f"must be one of {', '.join(known)}, found {metric!r}")
 
 
+@_needs("early_stopping")
 def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
     stopping = config.early_stopping
     if stopping and direction(stopping.metric, stopping.mode) is None:
@@ -104,6 +114,7 @@ def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("early_stopping.mode", what)
 
 
+@_needs("checkpoint", "on_nonfinite", "divergence")
 def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
     action = config.divergence and config.divergence.action
     has_state = any(
@@ -115,20 +126,17 @@ def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
 
 
+@_needs("data")
 def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
     """Apart from values that say the default, which the effective recipe writes."""
     if not registry.is_built_in("data", config.data.type):
         return  # a factory of the user reads what it likes
     for place, source in config.data.placed_sources():
-        written = [
-            key
-            for key in ("column", "role_mapping", "content_key", "process")
-            if key in source.model_fields_set
-            and getattr(source, key) != type(source).model_fields[key].default
-        ]
-        for key in written:
-            owner = config.data.UNREAD_OF_SOURCES.get(key)
-            if owner:
+        for key in ("column", "role_mapping", "content_key", "process"):
+            fields = type(source).model_fields
+            if key not in source.model_fields_set or getattr(source, key) == fields[key].default:
+                continue
+            if owner := config.data.UNREAD_OF_SOURCES.get(key):
                 what = f"belongs to data.type {owner}, {config.data.type} does not read it"
             elif source.is_tokenised and key != "process":
                 what = "has no effect on rows that hold tokens; remove it, or process: false"
@@ -137,6 +145,7 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
 
 
+@_needs("data", "tensorboard", "wandb")
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
     for place, source in config.data.placed_sources():
         if source.NEEDS and not _is_installed(source.NEEDS):
@@ -159,6 +168,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
+@_needs("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps")
 def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     pieces = config.pipeline.microbatches
     rows = config.micro_batch_size * config.gradient_accumulation_steps
@@ -169,16 +179,15 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
+@_needs("mesh", "data")
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
     parts, length = config.mesh.context, config.data.max_length
     if parts > 1 and length and length % parts:
-        yield Fault(
-            "data.max_length",
-            f"{length} does not divide over mesh.context {parts}; "
-            f"use {nearest_multiples(length, parts)}",
-        )
+        what = f"{length} does not divide over mesh.context {parts}"
+        yield Fault("data.max_length", f"{what}; use {nearest_multiples(length, parts)}")
 
 
+@_needs("scheduler", "train_iters", "epochs")
 def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
     scheduler, horizon = config.scheduler, config.train_iters or config.horizon(None)
     key, length, what = "warmup_steps", scheduler.warmup_steps or 0, "is"
@@ -190,6 +199,7 @@ def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault(f"scheduler.{key}", what)
 
 
+@_needs("profile", "train_iters", "epochs")
 def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
     horizon = config.horizon(None)
     if config.profile and horizon and config.profile.start_step >= horizon:
@@ -197,6 +207,7 @@ def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("profile.start_step", what)
 
 
+@_needs("deepspeed", "model")
 def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
     block, dtype = config.deepspeed, config.model.dtype
     for key, wanted in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
@@ -205,18 +216,17 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
             continue
         # Left out, `dtype` is the shared format's bf16 as far as this block goes.
         if section.enabled != ((dtype or "bfloat16") == wanted) and (dtype or section.enabled):
-            said = dtype or "bfloat16 (its default)"
-            yield Fault(
-                f"deepspeed.{key}.enabled",
-                f"disagrees with model.dtype {said}; write model.dtype and remove it",
-            )
+            what = f"disagrees with model.dtype {dtype or 'bfloat16 (its default)'}"
+            yield Fault(f"deepspeed.{key}.enabled", f"{what}; write model.dtype and remove it")
 
 
+@_needs("kill_switch_path")
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
     if config.kill_switch_path and is_there(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
+@_needs("logger")
 def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
     where, level = config.logger.written_level()
     if level not in LEVELS:
@@ -224,33 +234,8 @@ def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("logger.level", what)
 
 
+@_needs("run_dir")
 def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
     *folders, name = Path(config.run_dir or "x").parts
     if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
         yield Fault("run_dir", f"takes one {{n}}, in its last part, found {config.run_dir!r}")
-
-
-Check = Callable[[Any], Iterator[Fault]]
-CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
-    (("data", "eval_interval", "eval_at_start", "eval_at_end"), _eval_data_and_interval),
-    (("checkpoint",), _one_resume_each_folder_once),
-    (("checkpoint",), _start_is_there),
-    (("checkpoint", "data", "eval_interval"), _best_needs_scores),
-    (("checkpoint", "data", "early_stopping"), _metrics_exist),
-    (("early_stopping",), _stopping_has_a_direction),
-    (("checkpoint", "on_nonfinite", "divergence"), _rollback_has_somewhere_to_go),
-    (("data",), _sources_write_what_is_read),
-    (("data", "tensorboard", "wandb"), _packages_are_installed),
-    (
-        ("mesh", "pipeline", "micro_batch_size", "gradient_accumulation_steps"),
-        _microbatches_divide,
-    ),
-    (("mesh", "data"), _rows_divide_over_context),
-    (("scheduler", "train_iters", "epochs"), _schedule_fits),
-    (("profile", "train_iters", "epochs"), _trace_lies_in_the_run),
-    (("deepspeed", "model"), _dtype_is_said_once),
-    (("kill_switch_path",), _stop_file_is_fresh),
-    (("logger",), _log_level_is_known),
-    (("run_dir",), _run_name_is_known),
-)
-"""Each with the keys that must be sound before it can be asked."""

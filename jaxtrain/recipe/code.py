@@ -2,9 +2,10 @@
 
 import ast
 import hashlib
-import importlib.util
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 from jaxtrain import registry
@@ -23,20 +24,21 @@ def run_user_code(file: Path) -> None:
     Two files of one name in two folders are two modules, and what they import is kept apart too.
     """
     file = file.resolve()
-    if file in _texts and all(_holds(path, text) for path, text in _texts[file].items()):
+    if file in _texts and all(
+        path.is_file() and path.read_bytes() == text for path, text in _texts[file].items()
+    ):
         return
     _forget_namesakes(file.parent)
     folder = str(file.parent)
     sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
     name = module_name(file)
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(name, str(file))  # whatever the suffix
+    module = module_from_spec(spec_from_loader(name, loader))  # type: ignore[arg-type]
     sys.modules[name] = module
     upstream = sys.modules.get(UPSTREAM)
     sys.modules[UPSTREAM] = None  # type: ignore[assignment] # its classes would register nowhere
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         registry.settle()
     except BaseException as error:  # whatever the user's file raises, the person gets its line
         del sys.modules[name]
@@ -81,10 +83,6 @@ def _modules_in(folder: Path) -> dict[str, Path]:
         if file in (f"{places[name]}.py", str(places[name] / "__init__.py"))
         if name.split(".")[0] != "jaxtrain"
     }
-
-
-def _holds(path: Path, text: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == text
 
 
 def _fault(error: BaseException, file: Path) -> Fault:

@@ -47,8 +47,7 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
     tree = dict(recipe.tree)
     bases = tree.pop("base")
     result = Recipe({}, {}, recipe.file, {})
-    names = bases if isinstance(bases, list) else [bases]
-    for name in names:
+    for name in bases if isinstance(bases, list) else [bases]:
         if not isinstance(name, str) or not name or "\0" in name:
             what = f"must be a path or a list of paths, found {shown(bases)}"
             raise RecipeError([Fault("base", what, place)])
@@ -58,9 +57,8 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
             cycle = " → ".join(f.name for f in (*chain, file))
-            raise RecipeError(
-                [Fault("base", f"a recipe cannot be based on itself: {cycle}", place)]
-            )
+            what = f"a recipe cannot be based on itself: {cycle}"
+            raise RecipeError([Fault("base", what, place)])
         result = _laid_over(result, _with_bases(_filled(read(file)), chain))
     return _laid_over(result, recipe._replace(tree=tree))
 
@@ -71,11 +69,7 @@ def _laid_over(under: Recipe, top: Recipe) -> Recipe:
 
     def merged(a: Any, b: Any, key: Key) -> Any:
         if isinstance(a, dict) and isinstance(b, dict):
-            both = {**a, **b}
-            return {
-                name: merged(a[name], b[name], (*key, name)) if name in a and name in b else value
-                for name, value in both.items()
-            }
+            return a | {k: merged(a[k], v, (*key, k)) if k in a else v for k, v in b.items()}
         _forget(places, key)
         _forget(secrets, key)
         return b
@@ -92,36 +86,33 @@ def _override(recipe: Recipe, text: str) -> Key:
         raise _wrong("", f"an override is key=value or del:key, found {text!r}")
     if name.split(".")[0] == "base":
         raise _wrong(name, "is read before the command line, write it in the recipe")
-    *parents, last = name.split(".")
-    key: Key = ()
+    parts = name.split(".")
     here: Any = recipe.tree
+    if parts[:2] == ["checkpoint", "0"] and isinstance(here.get("checkpoint"), dict):
+        del parts[1]  # one entry, written without its list
+    *parents, last = parts
+    key: Key = ()
     for part in parents:
-        step = _step(here, part)
-        if key == ("checkpoint",) and part == "0" and isinstance(here, dict):
-            continue  # one entry, written without its list
         if isinstance(here, dict) and here.get(part) is None and not removes:
             here[part] = {}
             recipe.places[(*key, part)] = COMMAND_LINE
-        if step is None or (isinstance(here, dict) and part not in here):
-            raise _no_such(name, key, part, here)
+        step = _step(here, part, key, name)
         key, here = (*key, step), here[step]
-    step = _step(here, last)
-    if step is None or (removes and isinstance(here, dict) and last not in here):
-        raise _no_such(name, key, last, here)
+    step = last if isinstance(here, dict) and not removes else _step(here, last, key, name)
     target = (*key, step)
     _forget(recipe.places, target)
     _forget(recipe.secrets, target)
-    if not removes:
+    if removes:
+        del here[step]
+    else:
         here[step] = _value(name, value)
         recipe.places[target] = COMMAND_LINE
-    else:
-        del here[step]
     return target
 
 
 def _value(name: str, text: str) -> Any:
     try:
-        return parse(text, "command line", {})
+        return parse(text, "command line")[0]
     except RecipeError as error:
         why = error.faults[0].what
         raise _wrong(name, f"the value is not YAML: {text!r} ({why})") from None
@@ -131,22 +122,20 @@ def _wrong(key: str, what: str) -> RecipeError:
     return RecipeError([Fault(key, what, COMMAND_LINE)])
 
 
-def _no_such(name: str, key: Key, part: str, here: Any) -> RecipeError:
-    help = did_you_mean(part, here) if isinstance(here, dict) else ""
-    if isinstance(here, list):
-        help = (
-            f", it is a list: write a position from 0 to {len(here) - 1}" if here else ", it is []"
-        )
-    return _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
-
-
-def _step(here: Any, part: str) -> str | int | None:
-    """`part` as an index into `here`; None when there is nothing to index."""
+def _step(here: Any, part: str, key: Key, name: str) -> str | int:
+    """`part` as an index into `here`, which stands at `key`; RecipeError about the override of
+    `name` when there is nothing to index."""
+    help = ""
     if isinstance(here, dict):
-        return part
-    if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
-        return int(part)
-    return None
+        if part in here:
+            return part
+        help = did_you_mean(part, here)
+    elif isinstance(here, list):
+        if part.isdecimal() and int(part) < len(here):
+            return int(part)
+        help = f"a list: write a position from 0 to {len(here) - 1}" if here else "[]"
+        help = f", it is {help}"
+    raise _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _forget(notes: Any, key: Key) -> None:
@@ -163,9 +152,8 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             what = f"a number of {value.bit_length()} bits is too large"
             faults.append(Fault(dotted(key), what, recipe.place(key)))
-        if not isinstance(value, str) or "${" not in value:
-            return value
-        if not any(key[: len(root)] == root for root in under):
+        is_under = any(key[: len(root)] == root for root in under)
+        if not isinstance(value, str) or "${" not in value or not is_under:
             return value
         values: list[str] = []
 
@@ -184,8 +172,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         text = VARIABLE.sub(one, value)
         if VARIABLE.search(value) and "env:" in value:
             secrets[key] = Secret(value, tuple(values))
-        is_whole = VARIABLE.fullmatch(value) is not None
-        return _scalar(text) if is_whole else text
+        return _scalar(text) if VARIABLE.fullmatch(value) else text
 
     tree = mapped_leaves(recipe.tree, fill)
     if faults:
@@ -196,7 +183,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
 def _scalar(text: str) -> Any:
     """What YAML makes of a variable that is a whole value: a number or a boolean, else text."""
     try:
-        value = parse(text, "", {})
+        value, _ = parse(text, "")
     except RecipeError:
         return text
     return value if isinstance(value, bool | int | float) else text

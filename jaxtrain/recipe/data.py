@@ -20,6 +20,12 @@ FORMATS = {
 COMPRESSED = (".gz", ".zst")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """Who speaks in a conversation."""
+REFUSED_ARGUMENTS = {
+    "trust_remote_code": "code comes only from `code:`",
+    "split": "split stands beside kwargs",
+    "streaming": "rows are looked up by number",
+}
+"""of `datasets.load_dataset`"""
 SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\])?)")
 
 
@@ -48,8 +54,7 @@ def source_from_text(text: str, *, registered: Collection[str], default: str) ->
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
-    kind = file_format(name)
-    if kind:
+    if kind := file_format(name):
         return {"type": kind, "path": name, **given}
     return {"type": default, "name_or_path": text}
 
@@ -104,11 +109,9 @@ class DataSourceConfig(TypedSection):
         """Column of the text of causal training; a row with one column needs no name for it."""
         return "text"
 
-    @model_validator(mode="after")
-    def _one_sample_key(self) -> "DataSourceConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.sample_ratio is not None and self.sample_count is not None:
-            raise ValueError("sample_ratio and sample_count exclude each other; remove one")
-        return self
+            yield "sample_ratio and sample_count exclude each other; remove one"
 
 
 class RowsConfig(DataSourceConfig):
@@ -120,13 +123,9 @@ class RowsConfig(DataSourceConfig):
     content_key: str | None = None
     """Field of the text in the three-part form; `content`, `text`, `message` or `value` else."""
 
-    @model_validator(mode="after")
-    def _content_key_has_its_place(self) -> "RowsConfig":
+    def contradictions(self) -> Iterator[str]:
         if "content_key" in self.role_mapping:
-            raise ValueError(
-                "role_mapping holds roles; content_key stands beside it, as a key of the source"
-            )
-        return self
+            yield "role_mapping holds roles; content_key stands beside it, as a key of the source"
 
 
 class HFDataSourceConfig(RowsConfig):
@@ -145,15 +144,10 @@ class HFDataSourceConfig(RowsConfig):
         place = ("name_or_path",) if Path(self.name_or_path).exists() else ()
         return (*super().says_which_rows, *place, "kwargs", "split_mapping")
 
-    @model_validator(mode="after")
-    def _kwargs_are_for_reading(self) -> "HFDataSourceConfig":
-        if self.kwargs.get("trust_remote_code"):
-            raise ValueError("kwargs.trust_remote_code is refused: code comes only from `code:`")
-        if "split" in self.kwargs:
-            raise ValueError("kwargs.split is refused: split stands beside kwargs")
-        if self.kwargs.get("streaming"):
-            raise ValueError("kwargs.streaming is refused: rows are looked up by number")
-        return self
+    def contradictions(self) -> Iterator[str]:
+        for key, why in REFUSED_ARGUMENTS.items():
+            if self.kwargs.get(key, False) is not False:
+                yield f"kwargs.{key} is refused: {why}"
 
     @model_validator(mode="before")
     @classmethod
@@ -226,11 +220,9 @@ class AnyLocalDataSourceConfig(TextDataSourceConfig):
     format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"] = "auto"
     """What all files are; `auto` goes by the suffix of each."""
 
-    @model_validator(mode="after")
-    def _lines_are_of_text(self) -> "AnyLocalDataSourceConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.per_line and self.format not in ("auto", "text"):
-            raise ValueError(f"per_line has no effect with format: {self.format}; remove it")
-        return self
+            yield f"per_line has no effect with format: {self.format}; remove it"
 
 
 class DataConfig(TypedSection):
@@ -286,34 +278,24 @@ class DataConfig(TypedSection):
     UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {}
     """Key of a source that this factory does not read → the type of `data` that does."""
 
-    @model_validator(mode="after")
-    def _sources_and_split(self) -> "DataConfig":
+    def contradictions(self) -> Iterator[str]:
         if not self.sources:
-            raise ValueError("sources is empty; name at least one source")
+            yield "sources is empty; name at least one source"
         train, held_out = self.train_eval_split
         if min(train, held_out) < 0 or abs(train + held_out - 1) > 1e-6:
-            raise ValueError(
-                f"train_eval_split must be two shares from 0 to 1 that add up to 1, "
-                f"found {train} and {held_out}"
-            )
+            what = "must be two shares from 0 to 1 that add up to 1"
+            yield f"train_eval_split {what}, found {train} and {held_out}"
         if held_out and self.eval_sources:
-            raise ValueError("train_eval_split and eval_sources exclude each other; remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_of_all_or_none(self) -> "DataConfig":
+            yield "train_eval_split and eval_sources exclude each other; remove one"
         weights = [s.weight for s in self.sources if isinstance(s, DataSourceConfig)]
         if None in weights and any(weights):
-            raise ValueError(
-                f"sources.{weights.index(None)} has no weight and another source has one; "
-                f"write one for every source or for none"
-            )
+            without = f"sources.{weights.index(None)} has no weight and another source has one"
+            yield f"{without}; write one for every source or for none"
         for name, named in self.eval_sets.items():
             if not named:
-                raise ValueError(f"eval_sources.{name} is empty; name at least one source")
+                yield f"eval_sources.{name} is empty; name at least one source"
             if any(isinstance(s, DataSourceConfig) and s.weight for s in named):
-                raise ValueError("weight has no effect in eval_sources; remove it")
-        return self
+                yield "weight has no effect in eval_sources; remove it"
 
     @property
     def eval_sets(self) -> dict[str, tuple[Any, ...]]:
@@ -375,39 +357,24 @@ class SFTDataConfig(DataConfig):
     ignore_empty_think: bool = False
     """Do not train an empty think block at the start of a reply."""
 
-    @model_validator(mode="after")
-    def _packing_keys_need_packing(self) -> "SFTDataConfig":
+    def contradictions(self) -> Iterator[str]:
         for key in ("always_max_length", "drop_last", "fuse_positions_prob",
                     "repeat_to_pack_max_length"):  # fmt: skip
             if getattr(self, key) and not self.pack_samples:
-                raise ValueError(f"{key} needs pack_samples: true")
+                yield f"{key} needs pack_samples: true"
         if self.always_max_length and self.packing != "best_fit":
-            raise ValueError("packing has no effect with always_max_length; remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _loss_roles_are_known(self) -> "SFTDataConfig":
-        for role in self.loss_roles:
-            if role not in ROLES:
-                raise ValueError(
-                    f"loss_roles: unknown role {role!r}{did_you_mean(role, ROLES)} "
-                    f"(known: {', '.join(ROLES)})"
-                )
+            yield "packing has no effect with always_max_length; remove one"
+        for role in sorted({*self.loss_roles} - {*ROLES}):
+            known = f"{did_you_mean(role, ROLES)} (known: {', '.join(ROLES)})"
+            yield f"loss_roles: unknown role {role!r}{known}"
         if not self.mask_inputs and self.loss_roles != ("assistant",):
-            raise ValueError("loss_roles has no effect with mask_inputs: false; remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _lengths_divide(self) -> "SFTDataConfig":
+            yield "loss_roles has no effect with mask_inputs: false; remove one"
         # The effective recipe has every default written down, and has to run again.
-        is_own = self.div_length != SFTDataConfig.model_fields["div_length"].default
-        if self.pad_to == "max_length" and is_own and self.max_length:
-            if self.max_length % self.div_length:
-                raise ValueError(
-                    f"max_length {self.max_length} is not a multiple of div_length "
-                    f"{self.div_length}; use {nearest_multiples(self.max_length, self.div_length)}"
-                )
-        return self
+        length, step = self.max_length or 0, self.div_length
+        is_own = step != SFTDataConfig.model_fields["div_length"].default
+        if self.pad_to == "max_length" and is_own and length % step:
+            use = nearest_multiples(length, step)
+            yield f"max_length {length} is not a multiple of div_length {step}; use {use}"
 
     @property
     def overlong_rule(self) -> Literal["drop", "truncate", "error"]:

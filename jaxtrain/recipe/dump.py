@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from jaxtrain.recipe.mapping import value_at
 from jaxtrain.recipe.secrets import restored
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -34,20 +35,10 @@ def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
     """What must be equal for one run to continue another's state: the model, the rows and their
     order, the kind of optimizer."""
     tree = effective(config)
-    data = {key: v for key, v in tree["data"].items() if key not in config.data.CHANGES_NO_BATCH}
-    return {
-        "type": tree["type"],
-        "model.name_or_path": tree["model"]["name_or_path"],
-        "model.hf_config_kwargs": tree["model"]["hf_config_kwargs"],
-        "model.param_dtype": tree["model"]["param_dtype"],
-        "tokenizer": tree["tokenizer"],
-        **{f"data.{key}": value for key, value in data.items()},
-        "optimizer.type": tree["optimizer"]["type"],
-        "seed": tree["seed"],
-        "min_iterations": tree["min_iterations"],
-        "overfit_first_batch": tree["overfit_first_batch"],
-        "global_batch": global_batch,
-    }
+    keys = ["type", "model.name_or_path", "model.hf_config_kwargs", "model.param_dtype"]
+    keys += ["tokenizer", "optimizer.type", "seed", "min_iterations", "overfit_first_batch"]
+    keys += [f"data.{key}" for key in tree["data"] if key not in config.data.CHANGES_NO_BATCH]
+    return {key: value_at(tree, key) for key in keys} | {"global_batch": global_batch}
 
 
 def differences(a: Any, b: Any, key: str = "") -> list[str]:

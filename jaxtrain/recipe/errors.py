@@ -48,8 +48,7 @@ class RecipeError(UserError):
         self.faults = tuple(sorted(faults, key=lambda fault: fault.place or Place("", 0)))
         lines = [str(fault) for fault in self.faults]
         if recipe is not None:
-            count = len(lines)
-            lines.append(f"{count} error{'s' * (count > 1)} in {recipe.name}; nothing was started")
+            lines.append(f"{counted(len(lines), 'error')} in {recipe.name}; nothing was started")
         super().__init__("\n".join(lines))
 
 
@@ -61,12 +60,6 @@ class DataError(UserError):
     """A record, file or data set that cannot be trained on."""
 
     exit_code = 3
-
-
-class MemoryFitError(UserError):
-    """The run does not fit the device's memory."""
-
-    exit_code = 4
 
 
 class NonFiniteError(UserError):
@@ -95,6 +88,11 @@ def shown(value: Any) -> str:
         return str(value).lower()
     text = str(value) if isinstance(value, int | float) else repr(value)
     return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

@@ -59,6 +59,60 @@ class Recipe(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-5 is a number, and 12:30 and 2026-01-01 are text."""
 
+    def __init__(self, text: str, name: str):
+        super().__init__(text)
+        self.file = name
+        self.places: dict[Key, Place] = {}
+        self.num_nodes = 0
+        self.open: set[int] = set()
+
+    def build(self, node: yaml.Node, key: Key) -> Any:
+        """Plain data of a node; notes every place, refuses duplicate keys and endless aliases."""
+        self.places[key] = self.at(node)
+        self.num_nodes += 1
+        if id(node) in self.open:
+            raise self.wrong(key, node, "an alias that contains itself")
+        if self.num_nodes > MAX_NODES:
+            raise self.wrong(key, node, "aliases that grow too far")
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
+            raise self.wrong(key, node, f"not plain YAML: tag {node.tag}")
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, key)
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                return [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
+            return self.mapping(node, key)
+        finally:
+            self.open.discard(id(node))
+
+    def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
+        try:
+            return self.construct_object(node)
+        except (ValueError, yaml.constructor.ConstructorError) as error:
+            problem = getattr(error, "problem", None) or str(error)
+            raise self.wrong(key, node, f"not plain YAML: {problem}") from None
+
+    def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for name_node, _ in node.value:
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise self.wrong(key, name_node, "a key must be text")
+            name = str(name_node.value)
+            if name in seen and name != "<<":
+                what = f"duplicate key, first on line {seen[name]}"
+                raise self.wrong((*key, name), name_node, what)
+            seen[name] = self.at(name_node).line
+        if "<<" in seen:
+            self.flatten_mapping(node)  # type: ignore[arg-type]
+        return {str(k.value): self.build(v, (*key, str(k.value))) for k, v in node.value}
+
+    def at(self, node: yaml.Node) -> Place:
+        return Place(self.file, node.start_mark.line + 1)
+
+    def wrong(self, key: Key, node: yaml.Node, what: str) -> RecipeError:
+        return RecipeError([Fault(dotted(key), what, self.at(node))])
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [
@@ -98,21 +152,18 @@ def read(file: Path) -> Recipe:
         raise RecipeError(f"{file}: {what}")
     if size > MAX_BYTES:
         raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
-    places: dict[Key, Place] = {}
-    tree = parse(text, str(file), places)
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
+    tree, places = parse(text, str(file))
+    if not isinstance(tree, dict | None):
         raise RecipeError(f"{file}: a recipe is a map of keys, found {shown(tree)}")
-    return Recipe(tree, places, file)
+    return Recipe(tree or {}, places, file)
 
 
-def parse(text: str, name: str, places: dict[Key, Place]) -> Any:
-    """Plain data of a YAML text; notes the place of every value. RecipeError names the line."""
+def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
+    """Plain data of a YAML text, and the place of every value. RecipeError names the line."""
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, name)
         node = loader.get_single_node()
-        return _Builder(loader, name, places).build(node, ()) if node else None
+        return loader.build(node, ()) if node else None, loader.places
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
@@ -124,63 +175,6 @@ def parse(text: str, name: str, places: dict[Key, Place]) -> Any:
         raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{name}: nested too deeply") from None
-
-
-class _Builder:
-    """Plain data from YAML nodes; notes every place, refuses duplicate keys and endless aliases."""
-
-    def __init__(self, loader: _Loader, name: str, places: dict[Key, Place]):
-        self.loader, self.name, self.places = loader, name, places
-        self.nodes = 0
-        self.open: set[int] = set()
-
-    def build(self, node: yaml.Node, key: Key) -> Any:
-        place = self.places[key] = self.at(node)
-        self.nodes += 1
-        if self.nodes > MAX_NODES or id(node) in self.open:
-            why = (
-                "an alias that contains itself"
-                if id(node) in self.open
-                else "aliases that grow too far"
-            )
-            raise RecipeError([Fault(dotted(key), why, place)])
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
-            raise RecipeError([Fault(dotted(key), f"not plain YAML: tag {node.tag}", place)])
-        if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node, key)
-        self.open.add(id(node))
-        try:
-            if isinstance(node, yaml.SequenceNode):
-                return [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
-            return self.mapping(node, key)
-        finally:
-            self.open.discard(id(node))
-
-    def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
-        try:
-            return self.loader.construct_object(node)
-        except (ValueError, yaml.constructor.ConstructorError) as error:
-            problem = getattr(error, "problem", None) or str(error)
-            raise RecipeError(
-                [Fault(dotted(key), f"not plain YAML: {problem}", self.at(node))]
-            ) from None
-
-    def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
-        seen: dict[str, int] = {}
-        for name_node, _ in node.value:
-            name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else ""
-            if not isinstance(name_node, yaml.ScalarNode):
-                raise RecipeError([Fault(dotted(key), "a key must be text", self.at(name_node))])
-            if name in seen and name != "<<":
-                what = f"duplicate key, first on line {seen[name]}"
-                raise RecipeError([Fault(dotted((*key, name)), what, self.at(name_node))])
-            seen[name] = self.at(name_node).line
-        if "<<" in seen:
-            self.loader.flatten_mapping(node)  # type: ignore[arg-type]
-        return {str(k.value): self.build(v, (*key, str(k.value))) for k, v in node.value}
-
-    def at(self, node: yaml.Node) -> Place:
-        return Place(self.name, node.start_mark.line + 1)
 
 
 def dotted(key: Key) -> str:

@@ -23,12 +23,6 @@ COMPUTED = (
     ("deepspeed.sequence_parallel_size", "mesh.context"),
 )
 """Key → the key that it must be equal to."""
-OFF_AT_ZERO = (
-    "deepspeed.tensor_parallel.autotp_size",
-    "deepspeed.activation_checkpointing.cpu_checkpointing",
-    "deepspeed.tensorboard.enabled",
-)
-"""Keys whose zero asks for nothing; a gradient clip of zero turns clipping off."""
 
 
 class Mapped(NamedTuple):
@@ -47,15 +41,17 @@ def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
     faults: list[Fault] = []
     original = config
     for source, target in CARRIED:
-        value = value_at(original, source)
-        if value is None or target in faulty or (not value and source in OFF_AT_ZERO):
+        value, there = value_at(original, source), value_at(original, target)
+        # A gradient clip of zero turns clipping off; any other zero asks for nothing.
+        is_asked = value or (value == 0 and target == "max_grad_norm")
+        if not is_asked or target in faulty:
             continue
-        if is_written(original, target) and value_at(original, target) != value:
-            found = shown(value_at(original, target))
-            faults.append(Fault(source, f"{shown(value)} contradicts {target} {found}; remove one"))
-            continue
-        origins[target] = source
-        config = replaced(config, target, value)
+        if is_written(original, target) and there != value:
+            what = f"{shown(value)} contradicts {target} {shown(there)}; remove one"
+            faults.append(Fault(source, what))
+        else:
+            origins[target] = source
+            config = replaced(config, target, value)
     for source, target in COMPUTED:
         value, computed = value_at(config, source), value_at(config, target)
         if value is not None and value != computed and target not in faulty:
@@ -82,9 +78,8 @@ def value_at(config: Any, key: str) -> Any:
 
 def is_written(config: Any, key: str) -> bool:
     name, _, rest = key.partition(".")
-    if name not in config.model_fields_set:
-        return False
-    return not rest or is_written(getattr(config, name), rest)
+    is_here = name in config.model_fields_set
+    return is_here and (not rest or is_written(getattr(config, name), rest))
 
 
 def replaced(config: Any, key: str, value: Any) -> Any:

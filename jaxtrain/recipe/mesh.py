@@ -1,11 +1,12 @@
 """The `mesh` and `pipeline` sections."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError, nearest_divisors
+from jaxtrain.recipe.errors import RecipeError, counted
 from jaxtrain.recipe.section import Section
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
@@ -38,31 +39,30 @@ class MeshConfig(Section):
             return {"data": 1, **values}
         return values
 
-    @model_validator(mode="after")
-    def _sizes_are_legal(self) -> "MeshConfig":
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        for axis, size in sizes.items():
+    def contradictions(self) -> Iterator[str]:
+        for axis, size in self:
             if size != -1 and size < 1:
-                raise ValueError(f"{axis} must be at least 1, or -1 for what is left, found {size}")
-        if sum(size == -1 for size in sizes.values()) > 1:
-            raise ValueError("only one axis may be -1")
-        return self
+                yield f"{axis} must be at least 1, or -1 for what is left, found {size}"
+        if [size for _, size in self].count(-1) > 1:
+            yield "only one axis may be -1"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis on so many devices; RecipeError if the product is another number."""
-        sizes = {axis: getattr(self, axis) for axis in AXES}
-        known = math.prod(size for size in sizes.values() if size != -1)
-        open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
-        if open_axis is not None and num_devices % known == 0:
-            sizes[open_axis] = num_devices // known
+        known = math.prod(size for _, size in self if size != -1)
+        sizes = {axis: num_devices // known if size == -1 else size for axis, size in self}
         if math.prod(sizes.values()) != num_devices:
-            written = " x ".join(f"{a} {s}" for a, s in sizes.items() if s not in (1, -1)) or "1"
+            written = " x ".join(f"{a} {s}" for a, s in self if s not in (1, -1)) or "1"
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise RecipeError(
-                f"mesh: {written} does not fit {num_devices} device{'s' * (num_devices > 1)}; "
+                f"mesh: {written} does not fit {counted(num_devices, 'device')}; "
                 f"the sizes must multiply to {num_devices}, each one of {fits}"
             )
         return sizes
+
+    def shards(self, num_devices: int) -> int:
+        """Parts into which the rows of a batch are split on so many devices."""
+        sizes = self.sizes(num_devices)
+        return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
 class PipelineConfig(Section):
@@ -75,25 +75,15 @@ class PipelineConfig(Section):
     split: Literal["auto"] | tuple[int, ...] = "auto"
     """Layers of each stage."""
 
-    @model_validator(mode="after")
-    def _stages_fit_the_schedule(self) -> "PipelineConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
-            raise ValueError(
-                f"stages_per_device {self.stages_per_device} needs schedule: interleaved, "
-                f"found {self.schedule}"
-            )
-        return self
+            what = f"needs schedule: interleaved, found {self.schedule}"
+            yield f"stages_per_device {self.stages_per_device} {what}"
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
-        """Microbatches of a pipelined update; RecipeError when they do not divide its rows."""
+        """Microbatches of a pipelined update, as written or at least as many as there are stages,
+        where its rows allow it."""
         rows = micro_batch_size * accumulation
-        if self.microbatches is None:
-            if accumulation >= stages:
-                return accumulation
-            return next((n for n in range(stages, rows) if rows % n == 0), rows)
-        if rows % self.microbatches:
-            raise RecipeError(
-                f"pipeline.microbatches: {self.microbatches} does not divide the {rows} rows of a "
-                f"shard; use {nearest_divisors(self.microbatches, rows)}"
-            )
-        return self.microbatches
+        if self.microbatches is not None or accumulation >= stages:
+            return self.microbatches or accumulation
+        return next((n for n in range(stages, rows) if rows % n == 0), rows)

@@ -11,7 +11,6 @@ from jaxtrain.recipe.section import sections_in, spellings
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MOST_KEYS = 10  # of a section, that a message lists
-SIDES = (("gt", "ge"), ("lt", "le"))
 KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
 
 
@@ -74,6 +73,7 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
 
 def must_be_one_of(expected: str, found: Any) -> str:
     """`expected` as pydantic lists the words of a Literal."""
+    expected = expected.replace("True", "true").replace("False", "false")
     words = re.findall(r"'([^']*)'", expected)
     one_of = "one of " * (len(words) > 1)
     return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"
@@ -83,17 +83,13 @@ def _range(cls: type[BaseModel], detail: Any) -> str:
     """`>= 1` for a key with one bound, `in (0, 1]` for one with two."""
     section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
     field = section.model_fields.get(name) if section else None
-    bounds = {
-        kind: f"{getattr(limit, kind):g}"
-        for limit in (field.metadata if field else ())
-        for kind in SIGNS
-        if hasattr(limit, kind)
-    }
+    limits = field.metadata if field else ()
+    bounds = {k: getattr(limit, k) for limit in limits for k in SIGNS if hasattr(limit, k)}
     if len(bounds) == 2:
-        (_, low), (_, high) = (next((k, bounds[k]) for k in side if k in bounds) for side in SIDES)
-        return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
-    context = detail["ctx"]
-    return next(f"{sign} {context[kind]:g}" for kind, sign in SIGNS.items() if kind in context)
+        low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+        left, right = "[" if "ge" in bounds else "(", "]" if "le" in bounds else ")"
+        return f"in {left}{low:g}, {high:g}{right}"
+    return next(f"{SIGNS[k]} {limit:g}" for k, limit in detail["ctx"].items() if k in SIGNS)
 
 
 def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:

@@ -1,15 +1,65 @@
 """The `model` and `tokenizer` sections."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from jaxtrain.recipe.errors import did_you_mean
-from jaxtrain.recipe.peft import PeftConfig
-from jaxtrain.recipe.section import DType, InputPath, TypedSection
+from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.section import DType, InputPath, Section, TypedSection, refused_when_on
 
 TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "truncation")
 """Arguments of a tokenizer that decide the tokens of a text."""
+
+
+# Adapters, with the names of the PEFT package.
+
+
+def _lora(value: Any) -> Any:
+    if str(value).lower() != "lora":
+        raise ValueError(f"only Lora is built in, found {shown(value)}")
+    return "Lora"
+
+
+def _no_bias(value: Any) -> Any:
+    if value != "none":
+        raise ValueError(f"only `none` is built in, found {shown(value)}")
+    return value
+
+
+class PeftConfig(Section):
+    """Low-rank adapters on some layers; the base weights stay as they are."""
+
+    peft_type: Annotated[str, BeforeValidator(_lora)]
+    """`Lora`, in any case."""
+    r: int = Field(default=8, ge=1)
+    """Rank."""
+    lora_alpha: int = Field(default=8, ge=1)
+    """The adapter's output is scaled by `lora_alpha / r`."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | str | None = None
+    """Layers that get adapters: names, a regex, or `all-linear`; by family when left out."""
+    exclude_modules: tuple[str, ...] | str | None = None
+    use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(r)` instead."""
+    bias: Annotated[str, BeforeValidator(_no_bias)] = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules that are trained and saved whole."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: tuple[int, ...] | int | None = None
+    rank_pattern: dict[str, int] = {}
+    """Layer name → rank of its own."""
+    alpha_pattern: dict[str, int] = {}
+    layers_pattern: Any = None
+    fan_in_fan_out: Any = None
+    task_type: Any = None
+    inference_mode: Any = None
+    megatron_config: Any = None
+    megatron_core: Any = None
+    runtime_config: Any = None
+    use_dora: Annotated[Any, refused_when_on("is not supported")] = None
+    loftq_config: Annotated[Any, refused_when_on("is not supported")] = None
+    layer_replication: Annotated[Any, refused_when_on("is not supported")] = None
 
 
 class ModelConfig(TypedSection):
@@ -42,18 +92,12 @@ class ModelConfig(TypedSection):
     remat_every_nth_layer: int = Field(default=1, ge=1)
     """Rematerialise only every n-th layer; the others keep everything."""
 
-    @model_validator(mode="after")
-    def _one_answer_on_remat(self) -> "ModelConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):
-            raise ValueError(
-                f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
-            )
+            yield f"remat: {self.remat} contradicts disable_activation_checkpoint: true; remove one"
         if self.remat_policy == "none" and self.remat_every_nth_layer != 1:
-            raise ValueError(
-                f"remat_every_nth_layer: {self.remat_every_nth_layer} has no effect when no layer "
-                "is rematerialised; remove it"
-            )
-        return self
+            what = "has no effect when no layer is rematerialised; remove it"
+            yield f"remat_every_nth_layer: {self.remat_every_nth_layer} {what}"
 
     @property
     def remat_policy(self) -> Literal["full", "dots", "none"]:
@@ -74,16 +118,10 @@ class TokenizerConfig(TypedSection):
     """The tokenizer's own when left out, else its end-of-sequence token; added as a special token
     when there is none of this name."""
 
-    @model_validator(mode="after")
-    def _arguments_change_tokens(self) -> "TokenizerConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.tokenize_kwargs.get("add_special_tokens"):
-            raise ValueError(
-                "tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document already"
-            )
-        for name in self.tokenize_kwargs:
-            if name not in TOKENIZE_KWARGS:
-                raise ValueError(
-                    f"tokenize_kwargs.{name}: must be one of {', '.join(TOKENIZE_KWARGS)}"
-                    f"{did_you_mean(name, TOKENIZE_KWARGS)}"
-                )
-        return self
+            why = "BOS and EOS are added to each document already"
+            yield f"tokenize_kwargs.add_special_tokens: {why}"
+        for name in sorted(self.tokenize_kwargs.keys() - TOKENIZE_KWARGS):
+            known = ", ".join(TOKENIZE_KWARGS) + did_you_mean(name, TOKENIZE_KWARGS)
+            yield f"tokenize_kwargs.{name}: must be one of {known}"

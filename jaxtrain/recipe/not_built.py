@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from jaxtrain import registry
 from jaxtrain.recipe.errors import Fault, shown
 
@@ -15,8 +17,7 @@ class NotBuilt(NamedTuple):
     instead: str
 
 
-def is_set(value: Any) -> bool:
-    return bool(value)
+is_set = bool
 
 
 def other_than(*values: Any) -> Callable[[Any], bool]:
@@ -32,11 +33,11 @@ TABLE = (
     NotBuilt("model.dtype", lambda dtype: dtype == "float16", "use bf16 or fp32"),
     NotBuilt("model.peft_config", is_set, "remove it to train all weights"),
     *(
-        NotBuilt(f"data.{place}.type", planned("data_source"), "it is for distill; use huggingface")
-        for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
-    ),
-    *(
-        NotBuilt(f"data.{place}.dataset_uri", is_set, "use table_name or sql")
+        NotBuilt(f"data.{place}.{key}", is_asked, instead)
+        for key, is_asked, instead in (
+            ("type", planned("data_source"), "it is for distill; use huggingface"),
+            ("dataset_uri", is_set, "use table_name or sql"),
+        )
         for place in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ),
     NotBuilt(
@@ -55,15 +56,13 @@ TABLE = (
     NotBuilt("enable_routing_replay", is_set, "remove it: dense models route nothing"),
     NotBuilt("arctic_moe", lambda value: value is True, "remove it: there are no experts"),
     NotBuilt("checkpoint.*.adapter", other_than("adapter"), "remove it"),
-    NotBuilt(
-        "deepspeed.zero_optimization.offload_optimizer.device",
-        other_than("none"),
-        "use zero_optimization.stage: 3 on more devices",
-    ),
-    NotBuilt(
-        "deepspeed.zero_optimization.offload_param.device",
-        other_than("none"),
-        "use zero_optimization.stage: 3 on more devices",
+    *(
+        NotBuilt(
+            f"deepspeed.zero_optimization.{key}.device",
+            other_than("none"),
+            "use zero_optimization.stage: 3 on more devices",
+        )
+        for key in ("offload_optimizer", "offload_param")
     ),
     *(
         NotBuilt(f"deepspeed.zero_optimization.{key}", is_set, "use zero_optimization.stage: 3")
@@ -93,7 +92,8 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
             items = value.items() if isinstance(value, dict) else enumerate(entries)
             found = [(str(i), item) for i, item in items]
         else:
-            found = [(name, getattr(value, name))] if hasattr(value, name) else []
+            section = dict(value) if isinstance(value, dict | BaseModel) else {}
+            found = [(name, section[name])] if name in section else []
         for part, inner in found:
             yield from values_at(inner, rest, f"{key}.{part}" if key else part)
 

@@ -1,9 +1,9 @@
 """Recipes of the objectives beyond supervised fine-tuning."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.model import ModelConfig
@@ -28,17 +28,13 @@ class JudgedDataConfig(DataConfig):
     @property
     def limits_prompt(self) -> bool:
         """Whether a limit was written; the effective recipe writes the default too."""
-        default = type(self).model_fields["max_prompt_length"].default
-        return self.max_prompt_length != default
+        return self.max_prompt_length != type(self).model_fields["max_prompt_length"].default
 
-    @model_validator(mode="after")
-    def _a_reply_has_room(self) -> "JudgedDataConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.limits_prompt and self.max_length and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length {self.max_prompt_length} leaves no room for a reply in "
-                f"max_length {self.max_length}; use at most {self.max_length - 1}"
-            )
-        return self
+            what = f"leaves no room for a reply in max_length {self.max_length}"
+            use = f"use at most {self.max_length - 1}"
+            yield f"max_prompt_length {self.max_prompt_length} {what}; {use}"
 
 
 class PreferenceDataConfig(JudgedDataConfig):

@@ -24,16 +24,14 @@ NO_REPOSITORIES = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "ge
 
 def repositories(config: TrainerConfig) -> Iterator[tuple[str, str, str]]:
     """(dotted key, kind, name) of each repository of the hub that a run reads."""
-    named = [("model.name_or_path", config.model.name_or_path)]
-    named += [("tokenizer.name_or_path", config.tokenizer.name_or_path or "")]
-    sources = [(place, s) for place, s in config.data.placed_sources()]
-    found = [(key, "model", name) for key, name in named if not name.startswith("pypi:")]
-    found += [
-        (f"{place}.name_or_path", "dataset", source.name_or_path)
-        for place, source in sources
-        if isinstance(source, HFDataSourceConfig) and source.name_or_path not in NO_REPOSITORIES
-    ]
-    yield from (row for row in found if row[2] and not is_there(row[2]))
+    for section in ("model", "tokenizer"):
+        name = getattr(config, section).name_or_path
+        if name and not (name.startswith("pypi:") or is_there(name)):
+            yield f"{section}.name_or_path", "model", name
+    for place, source in config.data.placed_sources():
+        name = source.name_or_path if isinstance(source, HFDataSourceConfig) else "text"
+        if name not in NO_REPOSITORIES and not is_there(name):
+            yield f"{place}.name_or_path", "dataset", name
 
 
 def asked(config: TrainerConfig) -> tuple[str, list[Fault]]:

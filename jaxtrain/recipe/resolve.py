@@ -1,6 +1,7 @@
 """From a recipe's plain data to its typed, checked config."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.load import Key, Recipe, dotted
 from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import known_keys, said
-from jaxtrain.recipe.not_built import not_built
+from jaxtrain.recipe.not_built import not_built, values_at
 from jaxtrain.recipe.secrets import hidden, written_out
+from jaxtrain.recipe.section import is_there
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -77,19 +79,20 @@ def resolve(
     ]
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
-    faults = tuple(resolver.private(fault) for fault in dict.fromkeys(resolver.faults))
+    faults = tuple(
+        fault._replace(what=hidden(fault.what, recipe.secrets, recipe.key(fault.key)))
+        for fault in dict.fromkeys(resolver.faults)
+    )
     notes = [hidden(note, recipe.secrets) for note in resolver.notes]
     # Which keys there are depends on the trainer.
     told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
     if config is None or faults:
-        return Resolved(recipe, None, faults, report(told, faults, notes))
-    if config.run_dir is None:
-        folder = config.logger.output_dir
-        if folder is None:
-            name = recipe.file.stem if recipe.file else "run"
-            folder = f"runs/{name}-{recipe_hash(config)}"
+        config = None
+    elif config.run_dir is None:
+        name = recipe.file.stem if recipe.file else "run"
+        folder = config.logger.output_dir or f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})
-    return Resolved(recipe, config, (), report(told, (), notes))
+    return Resolved(recipe, config, faults, report(told, faults, notes))
 
 
 def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
@@ -115,42 +118,38 @@ class _Resolver:
 
     def config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
-            value = self.tree.get(section)
-            if section == "checkpoint":
-                entries = value if isinstance(value, list) else [value] if value else []
-                self.tree[section] = [
-                    self.typed(
-                        section, trainer, entry, (section, i) if entries is value else (section,)
-                    )
-                    for i, entry in enumerate(entries)
-                ]
+            value, key = self.tree.get(section), (section,)
+            typed = partial(self.typed, section, trainer)
+            if section != "checkpoint":
+                self.tree[section] = typed(value, key)
+            elif isinstance(value, list):
+                self.tree[section] = [typed(entry, (*key, i)) for i, entry in enumerate(value)]
             else:
-                self.tree[section] = self.typed(section, trainer, value, (section,))
+                self.tree[section] = [typed(value, key)] if value else []
         config = self.validated("trainer", trainer, self.tree, ())
         return None if config is None else self.settled(config)
 
     def trainer_name(self) -> str | None:
         """The recipe's `type`, with the user's code loaded if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
-        if older is not None and name is not None and older != name:
+        if None not in (older, name) and older != name:
             self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
-        file, has_failed = None, False
         try:
-            file = load_code(self.recipe, name)
+            file, has_failed = load_code(self.recipe, name), False
         except RecipeError as error:
             self.faults += error.faults
-            has_failed = True
+            file, has_failed = None, True
         if file:
             self.tree["code"] = str(file)
             if "code" not in self.recipe.tree:
                 self.notes.append(f"code: {file} was run, for a type that is not built in")
-        known = registry.names("trainer")
-        if isinstance(name, str) and registry.canonical("trainer", name) in known:
-            return registry.canonical("trainer", name)
+        known, name = registry.names("trainer"), registry.canonical("trainer", str(name))
+        if name in known:
+            return name
         if not has_failed:  # what the code would have registered is not known
-            what = registry.unknown("trainer", str(name), known)
+            what = registry.unknown("trainer", name, known)
             self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
         return None
 
@@ -166,6 +165,7 @@ class _Resolver:
             self.fault(key, f"must be a map of keys, found {shown(value)}")
             return stand_in
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
+        value = {**value, "type": name}
         if name not in registry.names(section):
             self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
             return stand_in
@@ -179,19 +179,17 @@ class _Resolver:
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(section, name, {**value, "type": name}, key) or stand_in
+        return self.validated(section, name, value, key) or stand_in
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
         for name, split in SOURCES.items():
             written, here = value.get(name), (*key, name)
+            sources = partial(self.sources, split=split, default=default)
             if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
-                value[name] = {
-                    set_name: self.sources(listed, (*here, set_name), split, default)
-                    for set_name, listed in written.items()
-                }
+                value[name] = {n: sources(listed, (*here, n)) for n, listed in written.items()}
             elif written is not None:
-                value[name] = self.sources(written, here, split, default)
+                value[name] = sources(written, here)
         return value
 
     def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
@@ -260,12 +258,7 @@ class _Resolver:
         return config
 
     def fault(self, key: Key, what: str) -> None:
-        self.faults.append(Fault(".".join(map(str, key)), what, self.recipe.place(key)))
-
-    def private(self, fault: Fault) -> Fault:
-        return fault._replace(
-            what=hidden(fault.what, self.recipe.secrets, self.recipe.key(fault.key))
-        )
+        self.faults.append(Fault(dotted(key), what, self.recipe.place(key)))
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
@@ -302,16 +295,13 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
         return None
-    folders = (recipe.folder, Path.cwd())
-    try:
-        candidates = [f / str(written or "train.py") for f in folders[: 2 if written else 1]]
-        file = next((file for file in candidates if file.is_file()), None)
-    except (OSError, ValueError):  # text that no file could be called
-        file = None
+    folders = (recipe.folder, Path.cwd()) if written else (recipe.folder,)
+    files = [folder / str(written or "train.py") for folder in folders]
+    file = next((file for file in files if is_there(str(file)) and file.is_file()), None)
     if file is not None:
         run_user_code(file)
     elif written is not None:
-        looked = " and ".join(dict.fromkeys(map(str, folders)))
+        looked = " and ".join(dict.fromkeys(map(str, (recipe.folder, Path.cwd()))))
         fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
         raise RecipeError([recipe.placed(fault)])
     return file
@@ -320,15 +310,13 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
 def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
-    for section in registry.SECTIONS:
-        value = recipe.tree.get(section)
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-                yield section, registry.canonical(section, entry["type"])
-    data = recipe.tree.get("data")
-    for key in SOURCES:
-        written = data.get(key) if isinstance(data, dict) else None
-        for listed in written.values() if isinstance(written, dict) else [written]:
-            for source in listed if isinstance(listed, list) else ():
-                if isinstance(source, dict) and isinstance(source.get("type"), str):
-                    yield "data_source", registry.canonical("data_source", source["type"])
+    places = [(section, section) for section in registry.SECTIONS]
+    places += [("checkpoint", "checkpoint.*")]
+    places += [
+        ("data_source", f"data.{key}")
+        for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
+    ]
+    for kind, section in places:
+        for _, name in values_at(recipe.tree, f"{section}.type".split(".")):
+            if isinstance(name, str):
+                yield kind, registry.canonical(kind, name)

@@ -1,5 +1,6 @@
 """The `scheduler` section."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
@@ -7,10 +8,6 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 from jaxtrain.recipe.load import dotted
 from jaxtrain.recipe.messages import said
 from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
-
-
-class NoKeys(Section):
-    pass
 
 
 class CosineKeys(Section):
@@ -35,11 +32,9 @@ class CosineMinKeys(Section):
     min_lr: float | None = Field(default=None, ge=0)
     min_lr_rate: float | None = Field(default=None, ge=0, le=1)
 
-    @model_validator(mode="after")
-    def _one_minimum(self) -> "CosineMinKeys":
+    def contradictions(self) -> Iterator[str]:
         if (self.min_lr is None) == (self.min_lr_rate is None):
-            raise ValueError("needs one of min_lr and min_lr_rate")
-        return self
+            yield "needs one of min_lr and min_lr_rate"
 
 
 class CosineWarmupMinKeys(CosineMinKeys):
@@ -56,9 +51,9 @@ class WarmupStableDecayKeys(Section):
 
 
 SHAPES: dict[str, type[Section]] = {
-    "linear": NoKeys,
-    "constant": NoKeys,
-    "constant_with_warmup": NoKeys,
+    "linear": Section,
+    "constant": Section,
+    "constant_with_warmup": Section,
     "cosine": CosineKeys,
     "cosine_with_restarts": RestartKeys,
     "polynomial": PolynomialKeys,
@@ -83,11 +78,9 @@ class SchedulerConfig(TypedSection):
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the rate ends, as a share of the peak."""
 
-    @model_validator(mode="after")
-    def _one_warmup_key(self) -> "SchedulerConfig":
+    def contradictions(self) -> Iterator[str]:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
-        return self
+            yield "warmup_ratio and warmup_steps exclude each other; remove one"
 
     def warmup_updates(self, horizon: int) -> int:
         """Updates over which the rate rises, in a run of `horizon` updates."""
@@ -118,8 +111,7 @@ class HFSchedulerConfig(SchedulerConfig):
             )
         return values
 
-    @model_validator(mode="after")
-    def _keys_belong_to_the_name(self) -> "HFSchedulerConfig":
+    def contradictions(self) -> Iterator[str]:
         try:
             shape = self.shape
         except ValidationError as error:
@@ -127,15 +119,14 @@ class HFSchedulerConfig(SchedulerConfig):
             if what.startswith("unknown key"):
                 known = ", ".join(SHAPES[self.name].model_fields) or "none"
                 what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
-            raise ValueError(f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}") from None
+            yield f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}"
+            return
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
-            raise ValueError(
-                f"min_lr_ratio has no meaning for {self.name!r}; use one of {', '.join(WITH_FLOOR)}"
-            )
-        if isinstance(shape, WarmupStableDecayKeys) and shape.min_lr_ratio is not None:
-            if "min_lr_ratio" in self.model_fields_set and self.min_lr_ratio != shape.min_lr_ratio:
-                raise ValueError("min_lr_ratio is written twice, differently; remove one")
-        return self
+            known = ", ".join(WITH_FLOOR)
+            yield f"min_lr_ratio has no meaning for {self.name!r}; use one of {known}"
+        inner = shape.min_lr_ratio if isinstance(shape, WarmupStableDecayKeys) else None
+        if "min_lr_ratio" in self.model_fields_set and inner not in (None, self.min_lr_ratio):
+            yield "min_lr_ratio is written twice, differently; remove one"
 
     @property
     def shape(self) -> Any:
@@ -154,12 +145,10 @@ class WSDSchedulerConfig(SchedulerConfig):
     num_decay_steps: int = Field(ge=1)
     """Updates over which it falls, at the end of the run."""
 
-    @model_validator(mode="after")
-    def _warmup_is_written_out(self) -> "WSDSchedulerConfig":
+    def contradictions(self) -> Iterator[str]:
         for key in ("warmup_steps", "warmup_ratio"):
             if getattr(self, key) is not None:
-                raise ValueError(f"{key}: the warm-up is num_warmup_steps here, remove it")
-        return self
+                yield f"{key}: the warm-up is num_warmup_steps here, remove it"
 
     def warmup_updates(self, horizon: int) -> int:
         return self.num_warmup_steps

@@ -1,6 +1,6 @@
 """The keys of a recipe as JSON Schema, and as a page to read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -64,9 +64,9 @@ def reference() -> str:
     for kind, level in LEVELS.items():
         for name in _built(kind):
             if registry.is_built_in(kind, name):
-                parts += _table(kind, level, name)
-    rows = [f"| `{row.key}` | {row.instead} |" for row in TABLE]
-    parts += ["## Not built yet", NOT_BUILT, "| key | instead |\n|---|---|\n" + "\n".join(rows)]
+                parts += _section_page(kind, level, name)
+    rows = [(f"`{row.key}`", row.instead) for row in TABLE]
+    parts += ["## Not built yet", NOT_BUILT, _table(("key", "instead"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -76,15 +76,10 @@ def shared_keys() -> str:
     fates: dict[str, dict[tuple[str, str], list[str]]] = {}
     for section, name, field in _every_field():
         found = standing(f"{section}.{name}".lstrip("."))
-        word, how = (
-            found.standing,
-            found.reason
-            or "; ".join(
-                f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items()
-            ),
-        )
-        if word == "own" or field.exclude:
+        if found.standing == "own" or field.exclude:
             continue
+        choices = (f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items())
+        word, how = found.standing, found.reason or "; ".join(choices)
         if why := why_refused(field):
             word, how = "refused", why
         if instead := not_built.get(found.key):
@@ -92,12 +87,9 @@ def shared_keys() -> str:
         fates.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
     parts = []
     for section, by_fate in fates.items():
-        rows = [
-            f"| {', '.join(dict.fromkeys(keys))} | {word} | {why} |"
-            for (word, why), keys in by_fate.items()
-        ]
+        rows = [(", ".join(dict.fromkeys(keys)), *fate) for fate, keys in by_fate.items()]
         title = f"`{section}`" if section else "Top level"
-        parts.append(f"### {title}\n\n| keys | here | how |\n|---|---|---|\n" + "\n".join(rows))
+        parts += [f"### {title}", _table(("keys", "here", "how"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -173,7 +165,12 @@ def _ref(kind: str, name: str) -> dict[str, str]:
     return {"$ref": f"#/$defs/{kind}.{name}"}
 
 
-def _table(kind: str, level: str, name: str) -> list[str]:
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], f"{'|---' * len(columns)}|", *lines[1:]])
+
+
+def _section_page(kind: str, level: str, name: str) -> list[str]:
     cls = registry.config_class(kind, name)
     title = f"`{level}`, type `{name}`" if level else f"Trainer `{name}`"
     said = (cls.__dict__.get("__doc__") or "").strip()
@@ -186,7 +183,7 @@ def _table(kind: str, level: str, name: str) -> list[str]:
 
 
 def _rows(cls: type[BaseModel], level: str) -> str:
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows = []
     for name, field in cls.model_fields.items():
         if field.exclude:
             continue
@@ -197,8 +194,8 @@ def _rows(cls: type[BaseModel], level: str) -> str:
         names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
         filled = not level and name in registry.SECTIONS and name not in ("model", "data")
         cells = (names, _type(field.annotation), "" if filled else _default(field), said)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+        rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
+    return _table(("key", "type", "default", "meaning"), rows)
 
 
 WORDS = {Any: "any", type(None): "null", str: "text", bool: "true, false"}

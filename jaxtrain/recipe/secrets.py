@@ -42,12 +42,12 @@ def restored(tree: Any, secrets: Secrets) -> Any:
     """Plain data in which each value that came from the environment is written as it was."""
     for key, secret in secrets.items():
         tree = _put(tree, key, secret.written)
-    return mapped_leaves(
-        tree,
-        lambda value, _: (
-            hidden(value, secrets) if isinstance(value, str) and "${env:" not in value else value
-        ),
-    )
+
+    def hide(value: Any, _: Key) -> Any:
+        is_own = isinstance(value, str) and "${env:" not in value
+        return hidden(value, secrets) if is_own else value
+
+    return mapped_leaves(tree, hide)
 
 
 def _without(text: str, value: str) -> str:

@@ -4,9 +4,10 @@ numbers."""
 import math
 import re
 import types
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -15,6 +16,7 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -119,6 +121,18 @@ class Section(BaseModel):
     def _read_human_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         return as_written(value, cls.model_fields[str(info.field_name)].annotation)
 
+    def contradictions(self) -> Iterator[str]:
+        """What is wrong between keys that are sound in themselves; a text that begins with a key is
+        told under that key. Those of the classes above are asked first."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _does_not_contradict_itself(self) -> Self:
+        for cls in reversed(type(self).__mro__):
+            for what in vars(cls).get("contradictions", Section.contradictions)(self):
+                raise ValueError(what)
+        return self
+
 
 class TypedSection(Section):
     """A section whose `type` names the factory that reads it, and so decides which keys there
@@ -149,11 +163,8 @@ def input_path(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
-    folders = [folder for folder in (context.get("folder"), Path.cwd()) if folder is not None]
-    there = [
-        path for path in (folder / expanded(value) for folder in folders) if is_there(str(path))
-    ]
-    found = list(dict.fromkeys(file.resolve() for file in there))
+    paths = [folder / expanded(value) for folder in (context.get("folder"), Path.cwd()) if folder]
+    found = list(dict.fromkeys(path.resolve() for path in paths if is_there(str(path))))
     if not found:
         return value
     if len(found) > 1 and "notes" in context:

@@ -32,7 +32,7 @@ def text(name: str) -> str:
 def copied(name: str, target: Path) -> list[Path]:
     """Write a recipe, the code that it names, and the schema for editors; the files written.
 
-    RecipeError when one of them is there already.
+    RecipeError when one of them is there already, or cannot be written.
     """
     recipe = text(name)
     file = target / f"{name}.yaml" if target.is_dir() or not target.suffix else target
@@ -41,11 +41,14 @@ def copied(name: str, target: Path) -> list[Path]:
     there = [f for f in files[:-1] if f.exists()]
     if there:
         raise RecipeError(f"{there[0]} exists already; name another folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipe, encoding="utf-8")
-    for source, copy in zip(code, files[1:], strict=False):
-        shutil.copyfile(source, copy)
-    files[-1].write_text(json.dumps(json_schema(file), indent=1) + "\n", encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe, encoding="utf-8")
+        for source, copy in zip(code, files[1:], strict=False):
+            shutil.copyfile(source, copy)
+        files[-1].write_text(json.dumps(json_schema(file), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{target}: {error.strerror}; name another folder") from None
     return files
 
 

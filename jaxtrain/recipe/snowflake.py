@@ -1,9 +1,10 @@
 """Sources in a Snowflake account."""
 
 import re
+from collections.abc import Iterator
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jaxtrain.recipe.data import DataSourceConfig
 from jaxtrain.recipe.errors import shown
@@ -41,17 +42,15 @@ class SnowflakeSourceConfig(DataSourceConfig):
     def text_column(self) -> str:
         return self.column
 
-    @model_validator(mode="after")
-    def _one_place(self) -> "SnowflakeSourceConfig":
+    def contradictions(self) -> Iterator[str]:
         written = [k for k in ("sql", "table_name", "dataset_uri") if getattr(self, k) is not None]
         if len(written) != 1:
             found = " and ".join(written) or "none"
-            raise ValueError(f"needs exactly one of sql, table_name and dataset_uri, found {found}")
+            yield f"needs exactly one of sql, table_name and dataset_uri, found {found}"
         for key, form, like in (
             ("table_name", TABLE_NAME, "[[db.]schema.]table"),
             ("dataset_uri", DATASET_URI, "snow://dataset/<name>/versions/<version>"),
         ):
             value = getattr(self, key)
             if value is not None and not form.fullmatch(value):
-                raise ValueError(f"{key} must look like {like}, found {shown(value)}")
-        return self
+                yield f"{key} must look like {like}, found {shown(value)}"

@@ -1,5 +1,6 @@
 """What each key of the shared format becomes here: tables, and the report made from them."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -7,17 +8,18 @@ from typing import Any, Literal, NamedTuple
 from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
 from jaxtrain.recipe.errors import Fault, shown
-from jaxtrain.recipe.peft import PeftConfig
+from jaxtrain.recipe.mapping import CARRIED, COMPUTED
+from jaxtrain.recipe.model import PeftConfig
 from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import is_off, why_refused
 
 Standing = Literal["same", "mapped", "no effect", "refused", "own"]
 
 MAPPED = {
+    **dict(CARRIED),
+    **{key: f"compared with {other}" for key, other in COMPUTED},
     "name": "type",
     "micro_batch_size": "rows of a batch shard (data x fsdp x expert), not of a device",
-    "sequence_parallel_size": "mesh.context",
-    "expert_parallel_size": "mesh.expert",
     "enable_routing_replay": "router choices are kept across rematerialisation",
     "activation_checkpoint_cpu_offload": "rematerialisation to host memory",
     "tiled_mlp_compute": "a scan over pieces of the sequence",
@@ -31,27 +33,16 @@ MAPPED = {
     "deepspeed.zero_optimization.offload_param": "where parameters live",
     "deepspeed.zero_optimization.cpu_offload": "older spelling of offload_optimizer.device: cpu",
     "deepspeed.zero_optimization.cpu_offload_param": "older spelling of offload_param.device: cpu",
-    "deepspeed.gradient_clipping": "max_grad_norm",
     "deepspeed.train_batch_size": "compared with micro_batch_size x accumulation x batch shards",
-    "deepspeed.train_micro_batch_size_per_gpu": "compared with micro_batch_size",
-    "deepspeed.gradient_accumulation_steps": "compared with gradient_accumulation_steps",
-    "deepspeed.sequence_parallel_size": "compared with mesh.context",
     "deepspeed.bf16": "compared with model.dtype",
     "deepspeed.bfloat16": "compared with model.dtype",
     "deepspeed.fp16": "compared with model.dtype; the rest is of the loss scaler",
     "deepspeed.data_types": "dtype of the summed gradient",
     "deepspeed.tensor_parallel": "mesh.tensor",
-    "deepspeed.activation_checkpointing.cpu_checkpointing": "activation_checkpoint_cpu_offload",
     "deepspeed.tensorboard": "tensorboard.enable",
 }
 """Key → the mechanism that honours it; holds for the keys below it too."""
 
-STAGES = {
-    0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
-    1: "optimizer state and master weights are sharded over `mesh.data`, gathered once a step",
-    2: "as 1, and gradients are reduce-scattered over `mesh.data`",
-    3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
-}
 CHOICES = {
     "model.attn_implementation": {
         "sdpa": "the fastest kernel that hardware and shapes allow",
@@ -59,7 +50,12 @@ CHOICES = {
         "flash_attention_2": "the flash kernel, or the reference where it cannot run",
         "flash_attention_3": "the flash kernel, or the reference where it cannot run",
     },
-    "deepspeed.zero_optimization.stage": STAGES,
+    "deepspeed.zero_optimization.stage": {
+        0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
+        1: "optimizer state and master weights are sharded over `mesh.data`, gathered once a step",
+        2: "as 1, and gradients are reduce-scattered over `mesh.data`",
+        3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
+    },
 }
 """Key → value → what that value becomes."""
 ALIAS_NOTES = {
@@ -126,6 +122,10 @@ OFF = {
     if why_refused(field)
 }
 """Keys that may only be off."""
+NAMED_SOURCE = re.compile(r"data\.eval_sources\.[^.]+\.\d+")
+"""Key of a source in a named set."""
+READ_AT_THE_START = ("type", "output_dir", "auto_resume", "resume_from", "reset", "on_corrupt")
+"""Keys of a checkpoint entry that a run reads to continue, also from one that saves nothing."""
 SHARED_SECTIONS = (
     "model", "model.peft_config", "tokenizer", "data", "optimizer", "scheduler", "checkpoint",
     "logger", "wandb",
@@ -141,10 +141,6 @@ def _evaluates_nothing(section: Any, tree: dict[str, Any]) -> bool:
     split = data.get("train_eval_split") if isinstance(data, dict) else None
     holds_none_out = not isinstance(split, list) or not split or is_off(split[-1])
     return isinstance(data, dict) and is_off(data.get("eval_sources")) and holds_none_out
-
-
-def _masks_nothing(section: dict[str, Any], tree: Any) -> bool:
-    return section.get("mask_inputs") is False
 
 
 def _has_one_length(section: dict[str, Any], tree: Any) -> bool:
@@ -176,7 +172,8 @@ IDLE = (
     ("data", "div_length max_length_buckets", _has_one_length, "all rows have `max_length` tokens"),
     ("data", "filter_samples", lambda section, _: section.get("overlong") is not None,
      "`overlong` says what happens to long rows"),
-    ("data", "completion_only ignore_empty_think", _masks_nothing,
+    ("data", "completion_only ignore_empty_think",
+     lambda section, _: section.get("mask_inputs") is False,
      "with `mask_inputs: false` every token is trained"),
     ("data.sources", "sample_seed", _without("sample_ratio", "sample_count"),
      "no sample is drawn"),
@@ -204,6 +201,14 @@ class Line(NamedTuple):
     key: str
     standing: Standing
     reason: str = ""
+
+
+STANDINGS = (
+    {key: Line(key, "mapped", how) for key, how in MAPPED.items()}
+    | {key: Line(key, "own") for key in OWN}
+    | {key: Line(key, "no effect", "it is off, as without it") for key in OFF}
+    | {key: Line(key, "no effect", why) for key, why in NO_EFFECT.items()}
+)
 
 
 class Report(NamedTuple):
@@ -242,18 +247,10 @@ def standing(key: str, value: Any = None) -> Line:
     if key in CHOICES and not isinstance(value, dict | list):
         whys = (why for choice, why in CHOICES[key].items() if str(choice) == str(value))
         return Line(key, "mapped", next(whys, ""))
-    if key in NO_EFFECT:
-        return Line(key, "no effect", NO_EFFECT[key])
-    if key in OFF:
-        return Line(key, "no effect", "it is off, as without it")
-    if key in OWN:
-        return Line(key, "own")
     section = key.rpartition(".")[0]
-    if key not in MAPPED and section and section not in SHARED_SECTIONS:
-        above = standing(section)
-        if above.standing != "same":
-            return above._replace(key=key)
-    return Line(key, "mapped", MAPPED[key]) if key in MAPPED else Line(key, "same")
+    if key in STANDINGS or not section or section in SHARED_SECTIONS:
+        return STANDINGS.get(key, Line(key, "same"))
+    return standing(section)._replace(key=key)
 
 
 def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] = ()) -> Report:
@@ -261,18 +258,15 @@ def report(tree: dict[str, Any], faults: Iterable[Fault], notes: Iterable[str] =
     wrong = {fault.key: fault.what for fault in faults}
     lines = []
     for key, value, section in written_keys(tree):
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        plain = plain.replace("eval_sources.", "sources.")
-        parts = key.split(".")
-        above = ".".join(parts[:-1])
-        if above and parts[-1] != "type" and f"{above}.type" in wrong:
+        plain = _plain(NAMED_SOURCE.sub("data.sources", key)).replace("eval_sources.", "sources.")
+        above, _, name = key.rpartition(".")
+        if above and name != "type" and f"{above}.type" in wrong:
             continue  # which keys there are hangs on the type
         found = _by_value(plain, value, section, tree) or standing(plain, value)
+        parts, full = key.split("."), f"{above}.{SPELLINGS.get(name, name)}".lstrip(".")
         around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        if refused := next((k for k in (*around, _respelled(key)) if k in wrong), None):
-            lines.append(
-                Line(key if refused == _respelled(key) else refused, "refused", wrong[refused])
-            )
+        if refused := next((k for k in (*around, full) if k in wrong), None):
+            lines.append(Line(key if refused == full else refused, "refused", wrong[refused]))
         elif found.standing != "own":
             lines.append(found._replace(key=key))
     return Report(tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(notes)))
@@ -295,13 +289,15 @@ def written_keys(
 
 @cache
 def _is_section(key: str) -> bool:
-    plain = [part for part in key.split(".") if not part.isdigit()]
-    is_source = plain[:1] == ["data"] and plain[1:] in (["sources"], ["eval_sources"])
-    return (
-        ".".join(plain) in SHARED_SECTIONS
-        or plain[0] in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
-        or is_source
-    )
+    plain, (first, *_) = _plain(key), key.split(".")
+    is_source = plain in ("data.sources", "data.eval_sources") or NAMED_SOURCE.fullmatch(key)
+    is_whole = first in ("deepspeed", "eval_samples", "pipeline", "tensorboard")
+    return bool(is_source) or is_whole or plain in SHARED_SECTIONS
+
+
+def _plain(key: str) -> str:
+    """A dotted key with positions of lists left out."""
+    return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
 def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any]) -> Line | None:
@@ -316,17 +312,13 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
         return Line(key, "no effect", "`auto` counts as not written")
     if above == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
-            return Line(
-                key, "no effect", f"{shown(value)}: a rank is a process here, most runs have one"
-            )
+            why = f"{shown(value)}: a rank is a process here, most runs have one"
+            return Line(key, "no effect", why)
     if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
-        return Line(key, "no effect", "`enabled: false` turns the entry off")
+        starts = not is_off(section.get("auto_resume")) or section.get("resume_from") is not None
+        if not (starts and name in READ_AT_THE_START):
+            return Line(key, "no effect", "`enabled: false` turns the entry off")
     for where, names, is_idle, why in IDLE:
         if where == above and name in names.split() and is_idle(section, tree):
             return Line(key, "no effect", why)
     return None
-
-
-def _respelled(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    return f"{section}.{SPELLINGS.get(name, name)}".lstrip(".")

@@ -8,12 +8,7 @@ from pydantic import Field, PrivateAttr, SerializeAsAny, SkipValidation
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
-from jaxtrain.recipe.guards import (
-    DivergenceConfig,
-    EarlyStoppingConfig,
-    EmaConfig,
-    SamplesConfig,
-)
+from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, EmaConfig, SamplesConfig
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.logger import (
     LoggerConfig,

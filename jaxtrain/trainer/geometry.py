@@ -25,8 +25,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "Geometry":
-        """RecipeError when the pipeline's microbatches do not divide the rows, or the recipe says
-        another batch."""
+        """RecipeError when the recipe says another batch."""
         shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
         rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
         num_microbatches = accumulation

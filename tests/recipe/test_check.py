@@ -139,6 +139,32 @@ def test_a_section_without_a_stage_is_told():
     assert note not in told(resolve(RECIPE)).splitlines()
 
 
+def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
+    off = {"output_dir": "a", "enabled": False, "keep_best_n": 1, "metric": "mine"}
+    resolved = resolve(RECIPE | {"checkpoint": [off | {"auto_resume": True}]})
+    assert resolved.faults == ()
+    idle = [line.key for line in resolved.report.of("no effect") if "checkpoint" in line.key]
+    assert idle == ["checkpoint.0.keep_best_n", "checkpoint.0.metric"]
+    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.of("same")]
+
+
+def test_keys_of_a_named_set_of_sources_are_told_like_others():
+    source = {"name_or_path": "c/d", "sample_seed": 3, "split": "test", "kwargs": {"x": 1}}
+    named = {"sources": ["a/b"], "eval_sources": {"chat": [source], "more": ["e/f"]}}
+    report = resolve(RECIPE | {"data": named}).report
+    (idle,) = [line for line in report.of("no effect") if line.key.startswith("data.")]
+    assert (idle.key, idle.reason) == ("data.eval_sources.chat.0.sample_seed", "no sample is drawn")
+    same = [line.key for line in report.of("same")]
+    assert {"data.eval_sources.chat.0.kwargs", "data.eval_sources.more"} <= {*same}
+
+
+def test_files_lie_in_the_folder_of_a_person(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    said = told(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
+    assert "files      /home/ann/one: recipe.yaml, run.json, logs, train-log" in said
+    assert "evaluation every 1 update, at the end" in said
+
+
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
     batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
@@ -184,6 +210,13 @@ def test_the_updates_of_local_rows_are_counted(tmp_path):
     ):
         said = told(resolve(recipe | {"data": {"sources": sources}}))
         assert expected in said, said
+
+
+def test_rows_that_may_not_be_read_are_not_counted(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [str(tmp_path / "rows.jsonl")]}}
+    assert "1 epoch, counted when the data is read" in told(resolve(recipe))
 
 
 def test_what_stands_below_a_refused_key_is_refused_with_it():

@@ -122,6 +122,9 @@ def test_one_entry_is_the_first_also_without_its_list(tmp_path):
     (entry,) = get_config(file, changes).checkpoint
     assert (entry.keep_last_n, entry.save_every_n_steps) == (3, 5)
     assert compose(file, ["del:checkpoint.0.keep_last_n"]).tree["checkpoint"] == {"output_dir": "a"}
+    assert "checkpoint" not in compose(file, ["del:checkpoint.0"]).tree
+    (entry,) = get_config(file, ["checkpoint.0={output_dir: b}"]).checkpoint
+    assert (entry.output_dir, entry.keep_last_n) == ("b", None)
 
 
 def test_faults_of_overrides_come_with_all_others(tmp_path):

@@ -107,6 +107,10 @@ KEYS = {
         {"logger": {"print_output_ranks": 0}},
         "logger.print_output_ranks: must be a list or '*', found 0",
     ),
+    "a word that is no text": (
+        {"data": {"sources": [{"type": "synthetic", "process": True}]}},
+        "data.sources.0.process: must be false, found true",
+    ),
     "no word of a list": (
         {"scheduler": {"name": "cosin"}},
         "scheduler.name: must be one of 'linear', 'constant', 'constant_with_warmup', 'cosine', "
@@ -205,6 +209,10 @@ ACROSS = {
         exports(max_shard_size=0),
         "checkpoint.0.max_shard_size: must be at least one byte, found 0",
     ),
+    "shards of almost nothing": (
+        exports(max_shard_size="0.0001KB"),
+        "checkpoint.0.max_shard_size: must be at least one byte, found 0.0001KB",
+    ),
     "shards of no unit": (
         exports(max_shard_size="4"),
         "checkpoint.0.max_shard_size: must be a size such as 4GB or 500MiB, found '4'",
@@ -212,6 +220,10 @@ ACROSS = {
     "one folder twice": (
         {"checkpoint": [{"output_dir": "a"}, {"output_dir": "a", "type": "huggingface"}]},
         "checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",
+    ),
+    "one folder in two spellings": (
+        {"checkpoint": [{"output_dir": "a"}, {"output_dir": "./a/", "type": "huggingface"}]},
+        "checkpoint.1.output_dir: './a/' is checkpoint.0's too; use another",
     ),
     "best without scores": (saves(keep_best_n=2), f"checkpoint.0.keep_best_n: {NEEDS_EVAL}"),
     "best off the grid": (

@@ -50,9 +50,10 @@ def test_bad_yaml_is_one_line_with_its_place(tmp_path, text, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_aliases_that_multiply_end_early(tmp_path):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_multiply_end_early(tmp_path, form):
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 9)]
     with pytest.raises(RecipeError, match="aliases that grow too far"):
         load(written(tmp_path, "\n".join(lines)))
 

@@ -120,6 +120,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
     assert "gamma" in schema["$defs"]["trainer.focal"]["properties"]
     with pytest.raises(RecipeError, match="exists already"):
         shipped.copied("quickstart", tmp_path)
+    (tmp_path / "file.yaml").write_text("")
+    with pytest.raises(RecipeError, match="inside: .*; name another folder"):
+        shipped.copied("quickstart", tmp_path / "file.yaml" / "inside")
     with pytest.raises(RecipeError, match="did you mean `quickstart`"):
         shipped.text("quickstrt")
 
