@@ -195,7 +195,9 @@ def recipes(name: str | None, target: Path | None) -> None:
 
 @_of_recipe
 @click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write the same as a page.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the same as a page."
+)
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
 def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     """Prepare the rows of RECIPE and show what is trained and what is masked."""

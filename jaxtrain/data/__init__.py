@@ -1,9 +1,6 @@
 from jaxtrain.data.causal import CausalDataFactory as CausalDataFactory
-from jaxtrain.data.document_factory import DocumentFactory as DocumentFactory
 from jaxtrain.data.factory import DataFactory as DataFactory
-from jaxtrain.data.factory import DataShape as DataShape
-from jaxtrain.data.factory import LoadedSource as LoadedSource
-from jaxtrain.data.factory import TrainingData as TrainingData
+from jaxtrain.data.factory import DocumentFactory as DocumentFactory
 from jaxtrain.data.given import GivenSource as GivenSource
 from jaxtrain.data.hub import HuggingFaceCausalSource as HuggingFaceCausalSource
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource
@@ -23,4 +20,7 @@ from jaxtrain.data.preference import KTODataFactory as KTODataFactory
 from jaxtrain.data.rows import Rows as Rows
 from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import DataSource as DataSource
+from jaxtrain.data.source import LoadedSource as LoadedSource
 from jaxtrain.data.synthetic import SyntheticSource as SyntheticSource
+from jaxtrain.data.training_data import DataShape as DataShape
+from jaxtrain.data.training_data import TrainingData as TrainingData

@@ -7,28 +7,28 @@ builds; others, on this machine or on another that shares the folder, wait for i
 import json
 import os
 import shutil
-import socket
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
+
+from filelock import SoftFileLease
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.recipe.errors import DataError
+from jaxtrain.recipe.errors import DataError, RecipeError, shown
 from jaxtrain.recipe.section import expanded
 
 LIMIT_BYTES = 20 * 2**30
 """Above this, entries that were not used for longest are deleted; $JAXTRAIN_DATA_CACHE_BYTES goes
 first."""
-BEAT_S = 2.0
 DEAD_S = 30.0
 """A claim that has not moved for so long belongs to a process that is gone."""
 POLL_S = 0.2
-ABANDONED_S = 24 * 3600.0
+ABANDONED_S = 7 * 24 * 3600.0
+"""Longer than any preparation takes: what is left of one that was killed is deleted then."""
 PARTS_FILE = "key.json"
 
 
@@ -44,8 +44,7 @@ class DataCache:
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
         self.folder = cache_folder() / "data" if folder is None else expanded(folder)
         self.is_own = self.folder.is_relative_to(cache_folder())
-        written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES")
-        self.limit_bytes = limit_bytes or (int(written) if written else LIMIT_BYTES)
+        self.limit_bytes = limit_bytes or _limit_bytes()
 
     def get(
         self, parts: Mapping[str, str], build: Callable[[Path], None], *, must_exist: bool = False
@@ -53,7 +52,8 @@ class DataCache:
         """The entry of these parts; `build` fills an empty folder for it when there is none.
 
         DataError when it `must_exist` and does not."""
-        entry = self.folder / key_of(parts)
+        key = sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+        entry = self.folder / key[:32]
         if self._is_whole(entry):
             return self._hit(entry)
         reason = self._reason(parts)
@@ -63,13 +63,16 @@ class DataCache:
                 f"run `jaxtrain data` with this recipe first"
             )
         self._make_folder()
-        while not self._is_whole(entry):
-            with _claim(entry.with_suffix(".claim")) as is_ours:
-                if is_ours and not self._is_whole(entry):
-                    self._build(entry, parts, build)
-                    self._delete_oldest(keep=entry)
-                    return Found(entry, f"cache: miss, {reason}; prepared in {entry}")
-        return self._hit(entry)
+        # Its holder keeps touching a file, since many shared file systems lack locks.
+        claim = SoftFileLease(
+            entry.with_suffix(".claim"), lease_duration=DEAD_S, poll_interval=POLL_S
+        )
+        with claim:
+            if self._is_whole(entry):  # whoever held the claim before has built it
+                return self._hit(entry)
+            self._build(entry, parts, build)
+            self._delete_oldest(keep=entry)
+        return Found(entry, f"cache: miss, {reason}; prepared in {entry}")
 
     def _hit(self, entry: Path) -> Found:
         with suppress(OSError):  # a read-only cache has no order of use
@@ -77,23 +80,35 @@ class DataCache:
         return Found(entry, f"cache: hit, {entry}")
 
     def _make_folder(self) -> None:
-        # Rows may be private; a folder that the recipe names is shared as its owner decides.
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.is_own else 0o777)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=self._mode)
+        except OSError as fault:
+            raise RecipeError(
+                f"no folder for prepared rows at {self.folder}: {fault.strerror}; write another as "
+                f"data.cache_dir or JAXTRAIN_CACHE"
+            ) from None
         for left in self.folder.glob(".new-*"):
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > ABANDONED_S:
                     shutil.rmtree(left, ignore_errors=True)
 
+    @property
+    def _mode(self) -> int:
+        """Rows may be private; a folder that the recipe names is shared as its owner decides."""
+        return 0o700 if self.is_own else 0o777
+
+    def _new(self) -> Path:
+        return self.folder / f".new-{uuid4().hex}"
+
     def _build(self, entry: Path, parts: Mapping[str, str], build: Callable[[Path], None]) -> None:
-        new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+        new = self._new()
+        new.mkdir(mode=self._mode)
         try:
             build(new)
             sizes = {file.name: file.stat().st_size for file in new.iterdir()}
             (new / PARTS_FILE).write_text(json.dumps({"parts": dict(parts), "sizes": sizes}))
-            if not self.is_own:
-                new.chmod(0o777 & ~_umask())
             self._remove(entry)  # one that is damaged
-            with suppress(FileExistsError, OSError):
+            with suppress(OSError):
                 new.rename(entry)
             if not self._is_whole(entry):
                 raise DataError(f"{entry}: could not be written; is the disk full?")
@@ -144,64 +159,16 @@ class DataCache:
 
     def _remove(self, entry: Path) -> None:
         """By rename first, so that nobody opens half an entry."""
+        gone = self._new()
         with suppress(OSError):
-            gone = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
-            with suppress(FileNotFoundError):
-                entry.rename(gone / entry.name)
-            shutil.rmtree(gone, ignore_errors=True)
+            entry.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
-def key_of(parts: Mapping[str, str]) -> str:
-    return sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _claim(file: Path) -> Iterator[bool]:
-    """True for the one process that holds the claim; for others false, once it is free again.
-
-    A file rather than a lock, which many shared file systems lack. Its holder keeps touching it, so
-    that one who died is told from one who works."""
-    try:
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        _wait_for(file)
-        yield False
-        return
-    file.write_text(f"{socket.gethostname()} {os.getpid()}\n")
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(BEAT_S):
-            with suppress(OSError):
-                os.utime(file)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        done.set()
-        thread.join()
-        file.unlink(missing_ok=True)
-
-
-def _wait_for(file: Path) -> None:
-    """Until the claim is gone, or has not moved for so long that it is taken away."""
-    moved, since = -1.0, time.monotonic()
-    while True:
-        try:
-            now = file.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if now != moved:
-            moved, since = now, time.monotonic()
-        elif time.monotonic() - since > DEAD_S:
-            file.unlink(missing_ok=True)
-            return
-        time.sleep(POLL_S)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _limit_bytes() -> int:
+    written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES") or str(LIMIT_BYTES)
+    if not written.isdecimal():
+        raise RecipeError(
+            f"JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found {shown(written)}"
+        )
+    return int(written)

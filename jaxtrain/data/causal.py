@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.document_factory import DocumentFactory
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, plain_backend
-from jaxtrain.data.factory import LoadedSource
+from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.packing import RowPlan, slices
 from jaxtrain.data.render import check_characters
 from jaxtrain.data.rows import missing_column
+from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import CausalDataConfig
@@ -57,7 +57,7 @@ class TextEncoder:
         return Encoded(tokens, weights, 0, 0, False)
 
 
-class CausalDataFactory(DocumentFactory):
+class CausalDataFactory(DataFactory):
     name = "causal"
     config: CausalDataConfig
 

@@ -10,9 +10,9 @@ from types import CodeType
 from typing import Any
 
 ENCODING_FILES = (
-    "causal.py", "conversation.py", "documents.py", "encode.py", "files.py", "hub.py",
-    "preference.py", "render.py", "rows.py", "source.py", "spans.py", "tokenise.py",
-    "tokenised.py",
+    "causal.py", "conversation.py", "documents.py", "encode.py", "files.py", "hub.py", "order.py",
+    "preference.py", "render.py", "rows.py", "source.py", "spans.py", "synthetic.py",
+    "tokenise.py", "tokenised.py",
 )  # fmt: skip
 """Our files that decide rows, tokens and weights: hashed, since a number would be forgotten in some
 change."""

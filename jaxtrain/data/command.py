@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.page import page
 from jaxtrain.data.plan import BatchShape
 from jaxtrain.data.prepare import data_factory, prepare_data
 from jaxtrain.data.preview import as_text, batch_samples, legend, samples
-from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+from jaxtrain.data.training_data import TrainingData
+from jaxtrain.recipe.mesh import AXES, BATCH_AXES
 from jaxtrain.recipe.trainer import TrainerConfig
 
 TERMINAL_TOKENS = 400
@@ -76,11 +76,8 @@ def _chosen(
 
 def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     """Rows of an update on so many devices; on as many as the recipe's mesh names when None."""
-    sizes = config.mesh.sizes(devices or _smallest(config.mesh))
+    fewest = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
+    sizes = config.mesh.sizes(devices or fewest)
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     rows = config.micro_batch_size * config.data.ROWS_A_SAMPLE
     return BatchShape(config.gradient_accumulation_steps, rows * shards)
-
-
-def _smallest(mesh: MeshConfig) -> int:
-    return math.prod(max(1, getattr(mesh, axis)) for axis in AXES)

@@ -1,6 +1,7 @@
 """Tokenised documents in flat arrays on disk, mapped into memory: a row costs no Python object."""
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +59,14 @@ class Documents(NamedTuple):
             part.tofile(folder / name)
 
 
-class DocumentWriter:
-    """Appends documents to the files of a folder; a context manager."""
+class DocumentWriter(ExitStack):
+    """Appends documents to the files of a folder, and closes them."""
 
     def __init__(self, folder: Path):
-        self._files = [(folder / name).open("wb", buffering=1 << 20) for name in FILES]
+        super().__init__()
+        files = ((folder / name).open("wb", buffering=1 << 20) for name in FILES)
+        self._files = [self.enter_context(file) for file in files]
         self._end = 0
-        self.count = 0
 
     def append(
         self,
@@ -79,7 +81,6 @@ class DocumentWriter:
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         self._end += len(tokens)
-        self.count += 1
         trained = int(np.count_nonzero(weights))
         border = len(tokens) if border is None else border
         record = (
@@ -88,13 +89,6 @@ class DocumentWriter:
         parts = (tokens, weights.astype(np.uint8), np.array([record], dtype=INDEX_DTYPE))
         for file, part in zip(self._files, parts, strict=True):
             file.write(part.tobytes())
-
-    def __enter__(self) -> "DocumentWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
 
 
 def _mapped(path: Path, dtype: np.dtype | type) -> np.ndarray:

@@ -9,22 +9,23 @@ import io
 import json
 import mmap
 import re
+import shutil
 import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.data.remote import fetched, is_remote, rows_among
 from jaxtrain.data.rows import ConcatenatedRows, Rows, first_line, without_filling
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
-from jaxtrain.recipe.section import expanded
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
@@ -33,6 +34,7 @@ STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|"|[{}\[\],]', re.DOTALL)
 NOT_BLANK = re.compile(rb"\s*(\S)")
 BLOCK_BYTES = 1 << 22
 ARROW_BLOCK_ROWS = 256
+HASHED_ROWS = 4096
 ARROW_FILE = b"ARROW1"
 
 
@@ -43,36 +45,8 @@ def temporary_file() -> Any:
     return tempfile.TemporaryFile(dir=folder)
 
 
-def data_files(paths: str | Sequence[str]) -> list[Path]:
-    """Files, globs and folders, here or at a URL, as a sorted list of local files; RecipeError for
-    one that is not there."""
-    found: list[Path] = []
-    for written in [paths] if isinstance(paths, str) else paths:
-        path = expanded(written)
-        if is_remote(written):
-            found += fetched(written)
-        elif path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-            files = [names[name] for name in rows_among(names)]
-            if not files:
-                raise RecipeError(f"folder {path} holds no file of {', '.join(FORMATS)}")
-            found += files
-        elif set("*?[") & set(written):
-            base = Path(path.anchor) if path.is_absolute() else Path()
-            pattern = str(path.relative_to(base) if path.is_absolute() else path)
-            files = sorted(f for f in base.glob(pattern) if f.is_file())
-            if not files:
-                raise RecipeError(f"no file matches {written}")
-            found += files
-        else:
-            raise RecipeError(f"no file or folder {written}")
-    return found
-
-
 def open_files(
-    paths: Sequence[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
+    paths: Iterable[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
 ) -> Rows:
     """All rows of `paths`; `kind` is a source type, or `auto` to go by each suffix."""
     parts: list[Rows] = []
@@ -93,6 +67,7 @@ class _Records:
     def __init__(self, path: Path, bytes_of: mmap.mmap | None = None):
         self.path = path
         self._bytes = _mapped(path) if bytes_of is None else bytes_of
+        self._start = _start(self._bytes)
         bounds = array("q", (bound for pair in self._ranges() for bound in pair))
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         if len(self._bounds) == 0:
@@ -137,10 +112,15 @@ class _Records:
         blocks = range(0, offset, BLOCK_BYTES)
         return 1 + sum(self._bytes[b : min(b + BLOCK_BYTES, offset)].count(b"\n") for b in blocks)
 
-    def _start(self) -> int:
-        return len(BOM) if self._bytes[: len(BOM)] == BOM else 0
 
-    def _parse_json(self, text: str, start: int) -> dict[str, Any]:
+class JsonLines(_Records):
+    """One object a line; blank lines are skipped."""
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        for match in LINE.finditer(self._bytes, self._start):
+            yield match.span(1)
+
+    def _parse(self, text: str, start: int) -> dict[str, Any]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as fault:
@@ -155,24 +135,13 @@ class _Records:
         return row
 
 
-class JsonLines(_Records):
-    """One object a line; blank lines are skipped."""
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        for match in LINE.finditer(self._bytes, self._start()):
-            yield match.span(1)
-
-    def _parse(self, text: str, start: int) -> dict[str, Any]:
-        return self._parse_json(text, start)
-
-
-class JsonArray(_Records):
+class JsonArray(JsonLines):
     """The objects of one list."""
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        opening = NOT_BLANK.match(self._bytes, self._start())
+        opening = NOT_BLANK.match(self._bytes, self._start)
         if opening is None or opening[1] != b"[":
-            found = self._decoded(self._start(), min(len(self._bytes), 64))
+            found = self._decoded(self._start, min(len(self._bytes), 64))
             raise DataError(
                 f"{self.path}:1: must be a list of objects, or one object a line, "
                 f"found {shown(found)}"
@@ -191,7 +160,10 @@ class JsonArray(_Records):
                 start, is_first = match.end(), False
             depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
             if depth == 0:
-                return self._nothing_after(match.end())
+                if (rest := NOT_BLANK.match(self._bytes, match.end())) is not None:
+                    line = self._line(rest.start(1))
+                    raise DataError(f"{self.path}:{line}: text after the end of the list")
+                return
         raise DataError(f"{self.path}: ends before its list does; is the file cut off?")
 
     def _place(self, start: int, lines: int = 0) -> str:
@@ -199,30 +171,26 @@ class JsonArray(_Records):
         row = int(np.searchsorted(self._bounds[:, 0], start))
         return f"{super()._place(start, lines)}: row {row}"
 
-    def _nothing_after(self, offset: int) -> None:
-        if (rest := NOT_BLANK.match(self._bytes, offset)) is not None:
-            line = self._line(rest.start(1))
-            raise DataError(f"{self.path}:{line}: text after the end of the list")
-
-    def _parse(self, text: str, start: int) -> dict[str, Any]:
-        return self._parse_json(text, start)
-
 
 class Csv(_Records):
     """A header and a row of text values a record; quoted values may hold line breaks."""
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         csv.field_size_limit(sys.maxsize)  # the default refuses texts of 128 KiB
-        self._position = self._start()
+        self._position = self._start
         records = csv.reader(self._lines(), strict=True)
         try:
-            self._header = next(records)
+            self._header = next(records, [])  # nothing stands behind a mark of UTF-8
             if twice := [name for name, count in Counter(self._header).items() if count > 1]:
                 raise DataError(f"{self.path}:1: the header has column {shown(twice[0])} twice")
             start = self._position
             for record in records:
+                if record and len(record) != len(self._header):
+                    raise DataError(
+                        f"{self.path}:{self._line(start)}: {len(record)} values, but the header "
+                        f"has {len(self._header)} columns: {', '.join(self._header)}"
+                    )
                 if record:
-                    self._check_width(record, start)
                     yield start, self._position
                 start = self._position
         except csv.Error as fault:
@@ -236,13 +204,6 @@ class Csv(_Records):
             line = self._decoded(self._position, end)
             self._position = end
             yield line
-
-    def _check_width(self, record: list[str], start: int) -> None:
-        if len(record) != len(self._header):
-            raise DataError(
-                f"{self.path}:{self._line(start)}: {len(record)} values, but the header has "
-                f"{len(self._header)} columns: {', '.join(self._header)}"
-            )
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         (record,) = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -261,7 +222,7 @@ class TextLines(_Records):
         super().content(digest)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        for match in LINE.finditer(self._bytes, self._start()):
+        for match in LINE.finditer(self._bytes, self._start):
             yield match.span()
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
@@ -272,8 +233,8 @@ class TextFile(TextLines):
     """The whole file as one row."""
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        if LINE.search(self._bytes):
-            yield self._start(), len(self._bytes)
+        if LINE.search(self._bytes, self._start):
+            yield self._start, len(self._bytes)
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         return {self._column: text}
@@ -288,27 +249,39 @@ class ArrowRows:
         self._block: tuple[int, list[dict[str, Any]]] = (-1, [])
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         block, place = divmod(index, ARROW_BLOCK_ROWS)
         if self._block[0] != block:
-            part = self._table.slice(block * ARROW_BLOCK_ROWS, ARROW_BLOCK_ROWS)
-            self._block = (block, [without_filling(row) for row in part.to_pylist()])
+            rows = self._objects(block * ARROW_BLOCK_ROWS, (block + 1) * ARROW_BLOCK_ROWS)
+            self._block = (block, [without_filling(row) for row in rows])
         return self._block[1][place]
+
+    def _objects(self, start: int, stop: int) -> list[dict[str, Any]]:
+        return self._table[start:stop].to_pylist()
 
     def where(self, index: int) -> str:
         return f"{self._label}: row {index}"
 
     def content(self, digest: Any) -> None:
-        for batch in self._table.to_batches():
-            digest.update(batch.serialize())
+        add_table(digest, self._table)
+
+
+def add_table(digest: Any, table: Any) -> None:
+    """With its schema and dictionaries, which hold the names and the values of columns and are no
+    part of its batches; without metadata, which may name places."""
+    for batch in table.replace_schema_metadata(None).to_batches(max_chunksize=HASHED_ROWS):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        digest.update(sink.getvalue())
 
 
 def json_rows(path: Path) -> Rows:
     """A list of objects; files with one object a line often bear this suffix too."""
     whole = _mapped(path)
-    start = NOT_BLANK.match(whole, len(BOM) if whole[: len(BOM)] == BOM else 0)
+    start = NOT_BLANK.match(whole, _start(whole))
     if start is None or start[1] != b"{":
         return JsonArray(path, whole)
     lines = JsonLines(path, whole)
@@ -324,9 +297,6 @@ def json_rows(path: Path) -> Rows:
 
 def parquet_rows(path: Path) -> Rows:
     """Copied block by block into an uncompressed file that can be mapped and read at any row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     sink = temporary_file()
     try:
         with (
@@ -335,7 +305,7 @@ def parquet_rows(path: Path) -> Rows:
         ):
             for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK_ROWS):
                 writer.write_batch(batch)
-    except pa.ArrowInvalid as fault:
+    except (pa.ArrowException, OSError) as fault:
         raise DataError(
             f"{path}: not a Parquet file that can be read: {first_line(fault)}"
         ) from None
@@ -349,13 +319,11 @@ def arrow_rows(path: Path) -> Rows:
 
 
 def _table_rows(whole: mmap.mmap, path: Path) -> Rows:
-    import pyarrow as pa
-
     is_file = whole[: len(ARROW_FILE)] == ARROW_FILE
     try:
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
         rows = ArrowRows(reader.read_all(), str(path))
-    except (pa.ArrowInvalid, OSError) as fault:
+    except (pa.ArrowException, OSError) as fault:
         raise DataError(
             f"{path}: not an Arrow file that can be read: {first_line(fault)}"
         ) from None
@@ -366,21 +334,22 @@ def _table_rows(whole: mmap.mmap, path: Path) -> Rows:
 
 def _mapped(path: Path) -> Any:
     """The bytes of a file, unpacked if its suffix says so, as a read-only memory map."""
-    with path.open("rb") as file:
-        if path.suffix.lower() not in COMPRESSED:
+    if path.suffix.lower() not in COMPRESSED:
+        with path.open("rb") as file:
             return mapped(file, path)
-        import pyarrow as pa
+    codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
+    with temporary_file() as unpacked:
+        try:
+            with pa.input_stream(str(path), compression=codec) as packed:
+                shutil.copyfileobj(packed, unpacked, BLOCK_BYTES)
+        except OSError as fault:
+            raise DataError(f"{path}: cannot be unpacked: {first_line(fault)}") from None
+        unpacked.flush()
+        return mapped(unpacked, path)
 
-        codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
-        with temporary_file() as unpacked:
-            try:
-                with pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
-                    while block := stream.read(BLOCK_BYTES):
-                        unpacked.write(block)
-            except OSError as fault:
-                raise DataError(f"{path}: cannot be unpacked: {first_line(fault)}") from None
-            unpacked.flush()
-            return mapped(unpacked, path)
+
+def _start(whole: Any) -> int:
+    return len(BOM) if whole[: len(BOM)] == BOM else 0
 
 
 def mapped(file: Any, path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Rows that a program has in hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.data.rows import Rows
@@ -16,18 +16,19 @@ class GivenSource(ConversationSource):
     config: RowsConfig
 
     def __init__(
-        self, config: RowsConfig, trainer: Any = None, *, rows: Iterable[dict[str, Any]] = ()
+        self, config: RowsConfig, trainer: Any = None, *, rows: Sequence[dict[str, Any]] = ()
     ):
         super().__init__(config, trainer)
-        self.rows = rows if isinstance(rows, Sequence) else list(rows)
+        self.rows = rows
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]], config: Any = None) -> "GivenSource":
         """`config` is a recipe's `given` source; without one, rows are as the factory reads them,
         and those that have `input_ids` are tokens already."""
+        rows = rows if isinstance(rows, Sequence) else list(rows)
         if not isinstance(config, RowsConfig) or config.type != cls.name:
-            rows = rows if isinstance(rows, Sequence) else list(rows)
-            config = RowsConfig(type=cls.name, process=not (rows and "input_ids" in rows[0]))
+            is_tokens = any(isinstance(row, Mapping) and "input_ids" in row for row in rows[:1])
+            config = RowsConfig(type=cls.name, process=not is_tokens)
         return cls(config, rows=rows)
 
     def load(self, config: RowsConfig, split: str) -> Rows:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.files import data_files, open_files
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, first_line, take_split, without_filling
+from jaxtrain.data.files import HASHED_ROWS, ArrowRows, add_table, open_files
+from jaxtrain.data.paths import data_files
+from jaxtrain.data.rows import MappedRows, Rows, first_line, take_split
 from jaxtrain.data.source import ConversationSource, Limits
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -44,24 +45,23 @@ ROLES = {
     "lmsys/lmsys-chat-1m": _by_role("conversation"),
 }  # fmt: skip
 """Data sets whose columns are known; a mapping in the recipe goes first."""
-HASHED_ROWS = 4096
 SAVED_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
-class DatasetRows(NamedRows):
-    """Rows of a `datasets.Dataset`."""
+class DatasetRows(ArrowRows):
+    """Rows of a `datasets.Dataset`, whose features may decode what a table holds."""
 
-    _rows: Any
-
-    def __getitem__(self, index: int) -> Row:
-        return without_filling(self._rows[index])
+    def _objects(self, start: int, stop: int) -> list[Row]:
+        columns = self._table.with_format(None)[start:stop]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
     def content(self, digest: Any) -> None:
-        for start in range(0, len(self), HASHED_ROWS):
-            stop = min(start + HASHED_ROWS, len(self))
-            table = self._rows.with_format("arrow")[start:stop]
-            for batch in table.combine_chunks().to_batches():
-                digest.update(batch.serialize())
+        digest.update(repr(self._table.features).encode())
+        for block in self._table.with_format("arrow").iter(HASHED_ROWS):
+            add_table(digest, block.combine_chunks())
 
 
 class HuggingFaceSource(ConversationSource):
@@ -77,21 +77,19 @@ class HuggingFaceSource(ConversationSource):
     def load(self, config: HFDataSourceConfig, split: str) -> Rows:
         split = self._own_split(config, split)
         path = Path(config.name_or_path)
-        if path.is_dir() and any((path / name).is_file() for name in SAVED_FILES):
-            return take_split(self._named(_saved(path)), split, self.label)
-        if path.exists():
+        is_saved = any((path / name).is_file() for name in SAVED_FILES)
+        if path.exists() and not is_saved:
             return self.only_split(open_files(data_files(str(path))), split)
-        return take_split(self._named(self._downloaded(config)), split, self.label)
+        splits = _saved(path) if is_saved else self._downloaded(config)
+        named = {
+            str(name): DatasetRows(rows, f"{self.label}:{name}") for name, rows in splits.items()
+        }
+        return take_split(named, split, self.label)
 
     def _own_split(self, config: HFDataSourceConfig, split: str) -> str:
         name, bracket, rest = split.partition("[")
         mapping = SPLITS.get(config.name_or_path, {}) | config.split_mapping
         return mapping.get(name, name) + bracket + rest
-
-    def _named(self, splits: Any) -> dict[str, Rows]:
-        return {
-            str(name): DatasetRows(rows, f"{self.label}:{name}") for name, rows in splits.items()
-        }
 
     def _downloaded(self, config: HFDataSourceConfig) -> Any:
         import datasets  # a second of imports, which local files do without

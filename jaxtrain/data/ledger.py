@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+from pydantic import dataclasses
 
 from jaxtrain.data.encode import Dropped, Encoded
 from jaxtrain.data.plan import BatchPlan
@@ -15,9 +15,9 @@ FAULTY = "faulty"
 SHOWN_FAULTS = 3
 
 
-@dataclass
+@dataclasses.dataclass
 class SourceCounts:
-    """One source, before rows are packed."""
+    """One source, before rows are packed; also made of what `vars` of one is in JSON."""
 
     label: str
     rows: int = 0
@@ -55,23 +55,10 @@ class SourceCounts:
         self.turns += outcome.turns
         self.ended_turns += outcome.ended
 
-    def as_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    @classmethod
-    def of_json(cls, values: dict[str, Any], *, label: str) -> "SourceCounts":
-        """What `as_json` gave, of a source that may go by another name now."""
-        lists = {"lengths": tuple(values["lengths"]), "faults": list(values["faults"])}
-        counted = {"dropped": Counter(values["dropped"]), "label": label}
-        return cls(**{**values, **lists, **counted})
-
     def lines(self) -> list[str]:
-        rows = (
-            f"{self.label}: {_count(self.rows, 'row')} read, {_count(self.documents, 'document')}"
-        )
-        if self.truncated:
-            rows += f", {self.truncated} truncated"
-        lines = [rows]
+        rows, documents = _count(self.rows, "row"), _count(self.documents, "document")
+        cut = f", {self.truncated} truncated" if self.truncated else ""
+        lines = [f"{self.label}: {rows} read, {documents}{cut}"]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"    {what}" for what in self.faults]
         if not self.documents:
@@ -131,9 +118,8 @@ class Ledger:
     warnings: tuple[str, ...] = ()
 
     def joined(self, other: "Ledger") -> "Ledger":
-        return Ledger(
-            self.sources + other.sources, self.sets + other.sets, self.notes + other.notes
-        )
+        """Of the sources of both, before their sets are known."""
+        return Ledger(self.sources + other.sources, (), self.notes + other.notes)
 
     def lines(self) -> list[str]:
         """For the log: what was read, then what came of it."""

@@ -1,6 +1,7 @@
 """Sources of local files, one for each format and one for any."""
 
-from jaxtrain.data.files import data_files, open_files
+from jaxtrain.data.files import open_files
+from jaxtrain.data.paths import data_files
 from jaxtrain.data.rows import Rows, renamed
 from jaxtrain.data.source import ConversationSource
 from jaxtrain.recipe.data import (
@@ -21,8 +22,7 @@ class _LocalSource(ConversationSource, abstract=True):
     def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
         kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
         per_line = isinstance(config, TextDataSourceConfig) and config.per_line
-        files = data_files(config.path)
-        rows = open_files(files, kind, column=config.column, per_line=per_line)
+        rows = open_files(data_files(config.path), kind, column=config.column, per_line=per_line)
         return self.only_split(renamed(rows, config.columns), split)
 
 

@@ -79,15 +79,10 @@ def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rows
 
 
-def one_per_row(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each document, int64 [documents]."""
-    return np.arange(len(lengths), dtype=np.int64)
-
-
 FILL_RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "best_fit": best_fit,
     "next_fit": next_fit,
-    "none": one_per_row,
+    "none": lambda lengths, _: np.arange(len(lengths)),
 }
 
 
@@ -116,8 +111,8 @@ def fitting_lengths(
     padded = np.minimum(-(-row_lengths // multiple) * multiple, most)
     candidates, counts = np.unique(padded, return_counts=True)
     # Share of the updates that each candidate holds; in whole numbers, the same on every host.
-    held = np.cumsum(counts) / len(padded)
-    held = np.round(held**update_rows * 2**30).astype(np.int64)
+    updates = len(padded) ** update_rows
+    held = np.array([(n**update_rows << 30) // updates for n in np.cumsum(counts).tolist()])
     # Least padding of the updates that candidate j holds, with j as the last of n lengths.
     cost, chosen = candidates * held, [(int(length),) for length in candidates]
     is_before = np.tri(len(candidates), k=-1, dtype=bool).T
@@ -140,8 +135,8 @@ def plan_rows(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray)
     assert len(lengths) == 0 or 0 < lengths.min() <= lengths.max() <= capacity
     rows = FILL_RULES[rule](lengths, capacity)
     _, first, rows = np.unique(rows, return_index=True, return_inverse=True)
-    rows = np.argsort(np.argsort(first))[rows]  # numbered by their first document
+    rows = first[rows]  # called by their first document
     order = np.argsort(rows, kind="stable")
-    counts = np.bincount(rows, minlength=0)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    _, offsets = np.unique(rows[order], return_index=True)
+    offsets = np.append(offsets, len(order))
     return RowPlan(chosen[order], np.zeros(len(order), np.int64), lengths[order], offsets)

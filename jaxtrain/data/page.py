@@ -1,14 +1,14 @@
 """What is trained, as one HTML page that needs nothing but itself."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.ledger import SetCounts, SourceCounts, span
 from jaxtrain.data.preview import Sample
+from jaxtrain.data.training_data import TrainingData
 
 BARS = 48
 WIDTH, HEIGHT = 720, 160
@@ -45,9 +45,9 @@ def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: st
         f"<h1>{escape(title)}</h1>",
         *warnings,
         "<h2>Sources</h2>",
-        _table(SOURCE_COLUMNS, [_source_cells(source) for source in ledger.sources]),
+        _table(SOURCE_COLUMNS, ledger.sources),
         "<h2>Sets</h2>",
-        _table(SET_COLUMNS, [_set_cells(counts) for counts in ledger.sets]),
+        _table(SET_COLUMNS, ledger.sets),
         *notes,
         "<h2>Lengths of the training documents</h2>",
         histogram(lengths, data.row_tokens),
@@ -59,43 +59,31 @@ def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: st
     ])  # fmt: skip
 
 
-SOURCE_COLUMNS = (
-    "source", "rows", "dropped", "truncated", "documents", "tokens", "trained", "end of turn",
-)  # fmt: skip
-SET_COLUMNS = ("set", "documents", "rows", "tokens a row", "filled", "trained tokens", "steps")
+SOURCE_COLUMNS: dict[str, Callable[[SourceCounts], str]] = {
+    "source": lambda one: one.label,
+    "rows": lambda one: f"{one.rows:,}",
+    "dropped": lambda one: "; ".join(f"{n} {why}" for why, n in one.dropped.most_common()) or "0",
+    "truncated": lambda one: f"{one.truncated:,}",
+    "documents": lambda one: f"{one.documents:,}",
+    "tokens": lambda one: f"{one.tokens:,}",
+    "trained": lambda one: f"{one.trained_tokens / max(one.tokens, 1):.1%}",
+    "end of turn": lambda one: f"{one.ended_turns / one.turns:.1%}" if one.turns else "",
+}
+SET_COLUMNS: dict[str, Callable[[SetCounts], str]] = {
+    "set": lambda one: one.label,
+    "documents": lambda one: f"{one.documents:,}",
+    "rows": lambda one: f"{one.rows:,}",
+    "tokens a row": lambda one: span(one.lengths),
+    "filled": lambda one: f"{one.fill:.1%}",
+    "trained tokens": lambda one: f"{one.trained_tokens:,}",
+    "steps": lambda one: f"{one.steps:,}",
+}
 
 
-def _source_cells(source: SourceCounts) -> list[str]:
-    why = "; ".join(f"{count} {reason}" for reason, count in source.dropped.most_common())
-    return [
-        source.label,
-        f"{source.rows:,}",
-        why or "0",
-        f"{source.truncated:,}",
-        f"{source.documents:,}",
-        f"{source.tokens:,}",
-        f"{source.trained_tokens / max(source.tokens, 1):.1%}",
-        f"{source.ended_turns / source.turns:.1%}" if source.turns else "",
-    ]
-
-
-def _set_cells(counts: SetCounts) -> list[str]:
-    return [
-        counts.label,
-        f"{counts.documents:,}",
-        f"{counts.rows:,}",
-        span(counts.lengths),
-        f"{counts.fill:.1%}",
-        f"{counts.trained_tokens:,}",
-        f"{counts.steps:,}",
-    ]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(columns: Mapping[str, Callable[[Any], str]], counted: Sequence[Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows
-    )
+    cells = [[f"<td>{escape(cell(one))}</td>" for cell in columns.values()] for one in counted]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -103,23 +91,20 @@ def histogram(lengths: np.ndarray, row_tokens: int) -> str:
     """Bars of document lengths, from 0 to the longest or to the length of a row."""
     longest = max(int(lengths.max()), row_tokens)
     counts, edges = np.histogram(lengths, bins=min(BARS, longest), range=(0, longest))
-    width = WIDTH / len(counts)
-    bars = [_bar(i, int(count), edges, counts, width) for i, count in enumerate(counts) if count]
+    width, tallest, bars = WIDTH / len(counts), int(counts.max()), []
+    for i in np.flatnonzero(counts).tolist():
+        height = max(1.0, HEIGHT * int(counts[i]) / tallest)
+        told = f"{edges[i]:.0f} to {edges[i + 1]:.0f} tokens: {counts[i]:,} documents"
+        bars.append(
+            f'<rect x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - 1:.1f}" '
+            f'height="{height:.1f}"><title>{told}</title></rect>'
+        )
     return (
         f'<svg id="lengths" viewBox="0 0 {WIDTH} {HEIGHT + 24}" width="{WIDTH}" role="img" '
         f'aria-label="document lengths">{"".join(bars)}'
         f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
         f'<text x="0" y="{HEIGHT + 18}">0</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 18}" text-anchor="end">{longest:,} tokens</text></svg>'
-    )
-
-
-def _bar(index: int, count: int, edges: Any, counts: Any, width: float) -> str:
-    height = max(1.0, HEIGHT * count / int(counts.max()))
-    told = f"{edges[index]:.0f} to {edges[index + 1]:.0f} tokens: {count:,} documents"
-    return (
-        f'<rect x="{index * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - 1:.1f}" '
-        f'height="{height:.1f}"><title>{told}</title></rect>'
     )
 
 

@@ -152,22 +152,16 @@ class BatchPlan:
         shape = (*rows.shape, row_tokens)
         tokens, positions, segments = (np.zeros(shape, dtype=np.int32) for _ in range(3))
         loss_weights = np.zeros(shape, dtype=np.float32)
-        batch = Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
         for place in np.ndindex(rows.shape):
             if rows[place] >= 0:
-                self._fill_row(int(rows[place]), *(leaf[place] for leaf in batch[:4]))
-        return batch
+                leaves = (tokens, positions, segments, loss_weights)
+                self._fill_row(int(rows[place]), *(leaf[place] for leaf in leaves))
+        return Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
 
-    def _fill_row(
-        self,
-        row: int,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        segments: np.ndarray,
-        loss_weights: np.ndarray,
-    ) -> None:
+    def _fill_row(self, row: int, *leaves: np.ndarray) -> None:
+        tokens, positions, segments, loss_weights = leaves
         end = 0
-        for segment, piece in enumerate(self._pieces(row), start=1):
+        for segment, piece in enumerate(self.pieces(row), start=1):
             length = int(self.rows.lengths[piece])
             source = int(self.documents.offsets[self.rows.documents[piece]])
             source += int(self.rows.starts[piece])
@@ -181,10 +175,11 @@ class BatchPlan:
             positions[:end] = np.arange(end)
             segments[:end] = 1
 
-    def _pieces(self, row: int) -> range:
+    def pieces(self, row: int) -> range:
+        """Numbers of the pieces of `rows` that stand in it."""
         return range(int(self.rows.offsets[row]), int(self.rows.offsets[row + 1]))
 
     def origins(self, row: int) -> list[Origin]:
         """Source and row of every document of a packed row, in their order."""
-        records = self.documents.index[self.rows.documents[self._pieces(row)]]
+        records = self.documents.index[self.rows.documents[self.pieces(row)]]
         return [Origin(int(record["source"]), int(record["row"])) for record in records]

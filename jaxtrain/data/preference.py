@@ -1,7 +1,6 @@
 """Preferences: replies to a prompt that were compared in pairs, or judged one by one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from jaxtrain.data.conversation import (
     tools_of,
     turns_of,
 )
-from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
     ConversationEncoder,
@@ -25,10 +23,10 @@ from jaxtrain.data.encode import (
     Overlong,
     beyond_limit,
 )
-from jaxtrain.data.factory import LoadedSource
-from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows
-from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.factory import DataFactory
+from jaxtrain.data.packing import RowPlan
 from jaxtrain.data.rows import missing_column
+from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
@@ -36,8 +34,6 @@ from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
 EMPTY = "a reply is empty"
-ROW_MULTIPLE = 256
-"""Rows are padded to a multiple of it."""
 
 
 class Preference(NamedTuple):
@@ -162,12 +158,11 @@ class PreferenceEncoder:
 
     def encode(self, items: Sequence[Preference]) -> list[Outcome]:
         """One outcome a preference, in order; no outcome depends on the others."""
-        unfit = [_unfit(item) for item in items]
-        sound = [item for item, dropped in zip(items, unfit, strict=True) if not dropped]
-        encoded = iter(self._sequences.encode([c for item in sound for c in item.conversations]))
+        sound = [c for item in items if not _unfit(item) for c in item.conversations]
+        encoded = iter(self._sequences.encode(sound))
         return [
-            dropped or self._joined([next(encoded) for _ in item.replies], item.scores)
-            for item, dropped in zip(items, unfit, strict=True)
+            _unfit(item) or self._joined([next(encoded) for _ in item.replies], item.scores)
+            for item in items
         ]
 
     def _joined(self, outcomes: list[Outcome], scores: tuple[float, float]) -> Outcome:
@@ -228,11 +223,15 @@ def _says_something(reply: list[Message]) -> bool:
     return any(turn["content"].strip() or turn.get("tool_calls") for turn in spoken)
 
 
-class KTODataFactory(DocumentFactory):
+class KTODataFactory(DataFactory):
     """A row of a batch is one judged sequence; the index of the documents has its label."""
 
     name = "kto"
     config: JudgedDataConfig
+
+    @property
+    def row_multiple(self) -> int:
+        return 256
 
     @property
     def max_prompt_length(self) -> int:
@@ -268,22 +267,6 @@ class KTODataFactory(DocumentFactory):
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         return {**super().key_parts(loaded), "max_length": str(self.max_length)}
-
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
-        """A row a sequence, in the order of the documents."""
-        return plan_rows(documents.lengths, self.max_length, "none", chosen)
-
-    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
-        return fitting_lengths(
-            row_lengths,
-            update_rows=shape.update_rows,
-            multiple=ROW_MULTIPLE,
-            most=self.max_length,
-            count=self.config.max_length_buckets,
-        )
-
-    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
-        return replace(super().create_dataloader(dataset), together=self.config.ROWS_A_SAMPLE)
 
 
 class DPODataFactory(KTODataFactory):

@@ -1,13 +1,14 @@
 """From the `data` section of a recipe to the batches of its run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxtrain import registry
-from jaxtrain.data.factory import DataFactory, TrainingData
+from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.given import GivenSource
 from jaxtrain.data.plan import BatchPlan, BatchShape
 from jaxtrain.data.source import DataSource
+from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import eval_sources
@@ -70,13 +71,13 @@ def prepare_evaluation(
 ) -> BatchPlan:
     """The batches of a data set that is none of the recipe's: rows, or what a recipe may write
     under `data.eval_sources`, maps with their `type`."""
-    if isinstance(dataset, str):
-        dataset = [dataset]
-    rows = dataset if isinstance(dataset, Sequence) else list(dataset)
-    known = registry.names("data_source")
-    names = any(isinstance(row, str) or row.get("type") in known for row in rows[:1])
-    listed = eval_sources(rows, factory.config) if names else ()
-    sources = _made(listed, factory.trainer) if names else [GivenSource.of(rows)]
+    rows: list[Any] = [dataset] if isinstance(dataset, str) else list(dataset)
+    first = rows[0] if rows else None
+    kind = first.get("type") if isinstance(first, Mapping) else None
+    if isinstance(first, str) or kind in registry.names("data_source"):
+        sources = _made(eval_sources(rows, factory.config), factory.trainer)
+    else:
+        sources = [GivenSource.of(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from jaxtrain.data.factory import TrainingData
 from jaxtrain.data.plan import BatchPlan
+from jaxtrain.data.training_data import TrainingData
 
 STYLES = {
     (True, False): "bold green",
@@ -43,45 +43,41 @@ class Sample(NamedTuple):
 def samples(data: TrainingData, tokenizer: Any, *, most_tokens: int) -> list[Sample]:
     """Some documents of the training set, from every source and every part of it."""
     plan = data.train
-    pieces = np.arange(len(plan.rows.documents))
     sources = plan.documents.index["source"][plan.rows.documents]
-    firsts = [int(pieces[sources == number][0]) for number in np.unique(sources)]
-    spread = np.linspace(0, len(pieces) - 1, SHOWN_DOCUMENTS).astype(int).tolist()
+    firsts = np.unique(sources, return_index=True)[1].tolist()
+    spread = np.linspace(0, len(sources) - 1, SHOWN_DOCUMENTS).astype(int).tolist()
     spread = [*firsts, *spread[: max(0, SHOWN_DOCUMENTS - len(firsts))]]
     whole = range(plan.together)
     chosen = sorted({piece - piece % plan.together + i for piece in spread for i in whole})
-    row_of = np.searchsorted(plan.rows.offsets, chosen, side="right") - 1
-    return [
-        _sample(data, plan, tokenizer, int(row), piece - int(plan.rows.offsets[row]), most_tokens)
-        for row, piece in zip(row_of, chosen, strict=True)
-    ]
+    return [_sample(data, tokenizer, piece, most_tokens) for piece in chosen]
 
 
 def batch_samples(
     data: TrainingData, tokenizer: Any, step: int, *, most_tokens: int
 ) -> Iterator[Sample]:
     """Every document that update `step`, counted from 1, trains on, over all processes."""
+    rows = data.train.row_numbers(step - 1).ravel()
+    for row in rows[rows >= 0].tolist():
+        for piece in data.train.pieces(row):
+            yield _sample(data, tokenizer, piece, most_tokens)
+
+
+def _sample(data: TrainingData, tokenizer: Any, piece: int, most_tokens: int) -> Sample:
     plan = data.train
-    for row in plan.row_numbers(step - 1).ravel().tolist():
-        for place in range(len(plan.origins(row)) if row >= 0 else 0):
-            yield _sample(data, plan, tokenizer, row, place, most_tokens)
-
-
-def _sample(
-    data: TrainingData, plan: BatchPlan, tokenizer: Any, row: int, place: int, most_tokens: int
-) -> Sample:
+    row = int(np.searchsorted(plan.rows.offsets, piece, side="right")) - 1
+    pieces = plan.pieces(row)
+    place = piece - pieces.start
+    ends = np.cumsum(plan.rows.lengths[pieces])
+    part = slice(int(ends[place] - plan.rows.lengths[piece]), int(ends[place]))
     batch = plan.filled(np.array([row]), plan.row_tokens)
-    ends = np.cumsum(plan.rows.lengths[plan.rows.offsets[row] : plan.rows.offsets[row + 1]])
-    start, end = int(ends[place - 1]) if place else 0, int(ends[place])
-    tokens, weights = batch.tokens[0, start:end], batch.loss_weights[0, start:end]
+    tokens, weights = batch.tokens[0, part], batch.loss_weights[0, part]
     origin = plan.origins(row)[place]
     title = f"{data.ledger.sources[origin.source].label}, row {origin.row}"
-    first = int(plan.rows.starts[plan.rows.offsets[row] + place])
-    if plan.together == 1 and first:
+    if plan.together == 1 and (first := int(plan.rows.starts[piece])):
         title += f" from token {first}"
-    title += _preference(plan, row, place)
+    title += _preference(plan, row, plan.documents.index["scores"][plan.rows.documents[piece]])
     return Sample(
-        title=f"{title} (packed row {row}, document {place + 1} of {len(ends)})",
+        title=f"{title} (packed row {row}, document {place + 1} of {len(pieces)})",
         pieces=tuple(pieces_of(tokenizer, tokens[:most_tokens], weights[:most_tokens])),
         tokens=len(tokens),
         trained=int(np.count_nonzero(weights)),
@@ -89,11 +85,10 @@ def _sample(
     )
 
 
-def _preference(plan: BatchPlan, row: int, place: int) -> str:
+def _preference(plan: BatchPlan, row: int, scores: np.ndarray) -> str:
     """What the data set says of a sequence; nothing where it is no preference."""
     side = row % plan.together
-    piece = plan.rows.documents[plan.rows.offsets[row] + place]
-    score = float(plan.documents.index["scores"][piece][side])
+    score = float(scores[side])
     if plan.together == 1:
         return "" if np.isnan(score) else f", label {str(bool(score)).lower()}"
     reference = "" if np.isnan(score) else f", reference score {score:g}"

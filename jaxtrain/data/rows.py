@@ -64,7 +64,10 @@ class NamedRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
+        row = self._rows[index]
+        if not isinstance(row, Mapping):
+            raise DataError(f"{self.where(index)}: a row must be a map, found {shown(row)}")
+        return dict(row)
 
     def where(self, index: int) -> str:
         return f"{self._label}: row {index}"
@@ -142,6 +145,15 @@ class MappedRows:
     def content(self, digest: Any) -> None:
         """Of what goes into the function, which the source's options and code stand for."""
         add_content(digest, self._rows)
+
+
+def number_in_source(rows: Rows, index: int) -> int:
+    """The number that a row had before a split or a sample was taken."""
+    while isinstance(rows, SelectedRows | MappedRows):
+        if isinstance(rows, SelectedRows):
+            index = int(rows._indices[index])
+        rows = rows._rows
+    return index
 
 
 def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:

@@ -5,22 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxtrain.data.document_factory import DocumentFactory, RowSet
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
-from jaxtrain.data.factory import LoadedSource
-from jaxtrain.data.packing import RowPlan, fitting_lengths, plan_rows, slices
-from jaxtrain.data.plan import BatchPlan, BatchShape, fused_rows
+from jaxtrain.data.factory import DataFactory, RowSet
+from jaxtrain.data.packing import RowPlan, plan_rows, slices
+from jaxtrain.data.plan import BatchPlan, fused_rows
+from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 
 
-class SFTDataFactory(DocumentFactory):
+class SFTDataFactory(DataFactory):
     name = "sft"
     config: SFTDataConfig
-    retired = DocumentFactory.retired | dict.fromkeys(
+    retired = DataFactory.retired | dict.fromkeys(
         ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
         "what is trained is found in the rendered template; for other rows define `encoder`",
     )
@@ -72,18 +72,12 @@ class SFTDataFactory(DocumentFactory):
             )
         return plan.without(row)
 
-    def lengths(self, row_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
-        """`max_length`, or without packing few multiples of `div_length`."""
+    @property
+    def row_multiple(self) -> int | None:
         config = self.config
         if config.pack_samples or config.pad_to == "max_length":
-            return (self.max_length,)
-        return fitting_lengths(
-            row_lengths,
-            update_rows=shape.update_rows,
-            multiple=config.div_length,
-            most=self.max_length,
-            count=config.max_length_buckets,
-        )
+            return None
+        return config.div_length
 
     def create_dataloader(self, dataset: RowSet) -> BatchPlan:
         """The batches of one set; an evaluation set keeps its order and fuses nothing."""

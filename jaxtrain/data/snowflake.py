@@ -3,8 +3,6 @@ in its files and environment."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,14 @@ class SnowflakeSource(DataSource):
         return self.config.name or self.config.table_name or "snowflake query"
 
     def load(self, config: SnowflakeSourceConfig, split: str) -> Rows:
-        with _faults(self.label):
-            session = _session()
+        session = _session()
+        try:
             frame = (
                 session.table(config.table_name) if config.table_name else session.sql(config.sql)
             )
             rows = _kept(frame.limit(config.limit) if config.limit else frame, self.label)
+        except (Error, SnowparkClientException) as fault:
+            raise DataError(f"{self.label}: {first_line(fault)}") from None
         return self.only_split(renamed(rows, config.column_mapping), split)
 
 
@@ -78,11 +78,3 @@ def _kept(frame: Any, label: str) -> Rows:
 
 def _plain(value: Any) -> float | str:
     return float(value) if isinstance(value, Decimal) else str(value)
-
-
-@contextmanager
-def _faults(label: str) -> Iterator[None]:
-    try:
-        yield
-    except (Error, SnowparkClientException) as fault:
-        raise DataError(f"{label}: {first_line(fault)}") from None

@@ -73,6 +73,17 @@ class DataSource(Factory, kind="data_source"):
         return SelectedRows(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
 
 
+class LoadedSource(NamedTuple):
+    """A source beside its rows."""
+
+    source: DataSource
+    rows: Rows
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+
 class ConversationSource(DataSource, abstract=True):
     """Rows whose columns the recipe maps to roles."""
 

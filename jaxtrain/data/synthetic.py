@@ -1,5 +1,6 @@
 """Rows of random tokens, for plans and benchmarks."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,18 @@ class SyntheticSource(DataSource):
         return self._sampled(self.only_split(rows, self.config.split or default_split))
 
 
+@dataclass(frozen=True)
 class SyntheticRows:
     """Each `max_length` tokens, a function of the seed and the row's number; all are trained."""
 
-    def __init__(self, count: int, limits: Limits):
-        self._count = count
-        self._limits = limits
+    count: int
+    limits: Limits
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        length, vocab_size, seed = self._limits
+        length, vocab_size, seed = self.limits
         places = np.arange(index * length, (index + 1) * length, dtype=np.uint64)
         tokens = (keyed(places, TOKENS, seed) % np.uint64(vocab_size)).astype(np.int64)
         return {"input_ids": tokens, "labels": tokens}
@@ -43,4 +44,4 @@ class SyntheticRows:
         return f"synthetic row {index}"
 
     def content(self, digest: Any) -> None:
-        digest.update(repr((self._count, *self._limits)).encode())
+        digest.update(repr((self.count, *self.limits)).encode())

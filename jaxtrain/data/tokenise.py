@@ -10,11 +10,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from jaxtrain.data.documents import DocumentWriter
 from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
-from jaxtrain.data.progress import progress
-from jaxtrain.data.rows import Rows
+from jaxtrain.data.rows import Rows, number_in_source
 from jaxtrain.recipe.code import files_named_in, run_user_code
 from jaxtrain.recipe.errors import DataError
 
@@ -74,33 +75,27 @@ def tokenise(
     """Appends the documents of `rows`, and counts what became of each row.
 
     Raises `DataError` with the place of a row that cannot be read and is not tolerated."""
-    with progress(counts.label, len(rows)) as report:
-        for start, outcomes in _results(_batches(rows, encoder), encoder, workers):
+    label = f"tokenising {counts.label}"
+    with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
+        starts = range(0, len(rows), BATCH_ROWS)
+        for start, outcomes in zip(starts, _results(rows, encoder, workers), strict=True):
             for row, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
-                    what, has_place = outcome
-                    what = what if has_place else f"{rows.where(row)}: {what}"
-                    tolerance.skip(what)
+                    place = "" if outcome.has_place else f"{rows.where(row)}: "
+                    tolerance.skip(what := place + outcome.what)
                     counts.add_fault(what)
                     continue
                 counts.add(outcome)
                 if isinstance(outcome, Encoded):
                     writer.append(
-                        outcome.tokens, outcome.weights, source=source, row=row,
+                        outcome.tokens, outcome.weights,
+                        source=source, row=number_in_source(rows, row),
                         border=outcome.border, scores=outcome.scores,
                     )  # fmt: skip
-            report(start + len(outcomes))
+            bar.update(len(outcomes))
 
 
 Items = list[Any | Fault]
-Batches = Iterator[tuple[int, Items]]
-Results = Iterator[tuple[int, list[Outcome]]]
-
-
-def _batches(rows: Rows, encoder: Encoder) -> Batches:
-    for start in range(0, len(rows), BATCH_ROWS):
-        stop = min(start + BATCH_ROWS, len(rows))
-        yield start, [_item(rows, index, encoder) for index in range(start, stop)]
 
 
 def _item(rows: Rows, index: int, encoder: Encoder) -> Any | Fault:
@@ -136,8 +131,8 @@ def _encode(items: Items) -> list[Outcome]:
     return _outcomes(_encoder, items)
 
 
-def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
-    """Outcomes in the order of the batches, with some batches under way at a time."""
+def _results(rows: Rows, encoder: Encoder, workers: int) -> Iterator[list[Outcome]]:
+    """Outcomes of one batch of rows after the other, with some batches under way at a time."""
     if not workers:
         # The tokenizer works without Python's lock, so one batch is rendered while it has another.
         pool, encode = ThreadPoolExecutor(THREADS), partial(_outcomes, encoder)
@@ -146,14 +141,14 @@ def _results(batches: Batches, encoder: Encoder, workers: int) -> Results:
         pickled = pickle.dumps(encoder)
         start = partial(_start_worker, pickled, files_named_in(pickled))
         pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode
-    waiting: deque[tuple[int, Future[list[Outcome]]]] = deque()
+    waiting: deque[Future[list[Outcome]]] = deque()
     try:
-        for start, batch in batches:
-            waiting.append((start, pool.submit(encode, batch)))
+        for first in range(0, len(rows), BATCH_ROWS):
+            numbers = range(first, min(first + BATCH_ROWS, len(rows)))
+            waiting.append(pool.submit(encode, [_item(rows, n, encoder) for n in numbers]))
             if len(waiting) > 2 * (workers or THREADS):  # what is under way is all in memory
-                start, future = waiting.popleft()
-                yield start, future.result()
-        for start, future in waiting:
-            yield start, future.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,8 @@
 """Rows that come as tokens already: `input_ids`, and for conversations `labels`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,38 +23,25 @@ IGNORED = -100
 """A label that says: this token is not trained."""
 
 
-class TokenisedRow(NamedTuple):
-    tokens: np.ndarray
-    """int32 [n]"""
-    is_trained: np.ndarray
-    """uint8 [n]"""
-
-
+@dataclass(frozen=True)
 class TokenisedEncoder:
     """Takes tokens as they stand, and checks them. Without `max_length` a row has any length."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        with_labels: bool,
-        max_length: int | None = None,
-        overlong: Overlong = "drop",
-    ):
-        self._vocab_size = vocab_size
-        self._with_labels = with_labels
-        self._max_length = max_length
-        self._overlong: Overlong = overlong
+    vocab_size: int
+    with_labels: bool
+    max_length: int | None = None
+    overlong: Overlong = "drop"
 
-    def read(self, row: Mapping[str, Any]) -> TokenisedRow:
+    def read(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """int32 and uint8 [n]: tokens, and which are trained."""
         tokens = _integers(row, "input_ids")
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
             raise DataError(
-                f"input_ids: {wrong} is no token; the tokenizer has {self._vocab_size}, from 0"
+                f"input_ids: {wrong} is no token; the tokenizer has {self.vocab_size}, from 0"
             )
-        if not self._with_labels:
-            return TokenisedRow(tokens.astype(np.int32), np.ones(len(tokens), np.uint8))
+        if not self.with_labels:
+            return tokens.astype(np.int32), np.ones(len(tokens), np.uint8)
         labels = _integers(row, "labels")
         if len(labels) != len(tokens):
             raise DataError(f"labels: {len(labels)} of them beside {len(tokens)} input_ids")
@@ -63,21 +51,21 @@ class TokenisedEncoder:
                 f"labels[{wrong[0]}]: must be the token {tokens[wrong[0]]} itself or {IGNORED}, "
                 f"found {labels[wrong[0]]}; labels are not shifted"
             )
-        return TokenisedRow(tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8))
+        return tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8)
 
-    def encode(self, items: Sequence[TokenisedRow]) -> list[Outcome]:
+    def encode(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Outcome]:
         return [self._outcome(*item) for item in items]
 
     def _outcome(self, tokens: np.ndarray, weights: np.ndarray) -> Outcome:
         length = len(tokens)
         if not length:
             return Dropped(NOTHING, 0)
-        most = self._max_length or length
-        if refused := beyond_limit(length, most, self._overlong):
+        most = self.max_length or length
+        if refused := beyond_limit(length, most, self.overlong):
             return refused
         weights = weights[:most].copy()
         weights[0] = 0  # nothing stands before it that could predict it
-        if self._with_labels and not weights.any():
+        if self.with_labels and not weights.any():
             return Dropped(CUT_AWAY if length > most else UNTRAINED, length)
         return Encoded(tokens[:most], weights, 0, 0, length > most)
 
@@ -85,7 +73,10 @@ class TokenisedEncoder:
 def _integers(row: Mapping[str, Any], column: str) -> np.ndarray:
     if column not in row:
         raise missing_column(column, row)
-    values = np.asarray(row[column])
+    try:
+        values = np.asarray(row[column])
+    except ValueError:  # lists of different lengths
+        values = np.zeros((0, 0))
     if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
         raise DataError(f"{column}: must be a list of whole numbers, found {shown(row[column])}")
     return values.astype(np.int64)

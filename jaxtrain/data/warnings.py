@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import OVERLONG
-from jaxtrain.data.factory import LoadedSource
 from jaxtrain.data.ledger import SetCounts, SourceCounts
+from jaxtrain.data.source import LoadedSource
 
 MANY = 0.1
 FEW_TRAINED = 0.02

@@ -1,6 +1,7 @@
 """What a run is made of: each part from its section of the recipe, or given ready-made."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -133,7 +134,7 @@ class Parts:
         """With a data set for evaluation that is none of the recipe's, in place of those."""
         lengths = self.data.train.lengths
         plan = prepare_evaluation(self.data_factory, dataset, self._batch_shape, lengths=lengths)
-        return self.data.with_evals({"eval": plan})
+        return replace(self.data, evals={"eval": plan})
 
     @cached_property
     def language_model(self) -> LanguageModel:

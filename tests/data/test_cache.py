@@ -3,8 +3,11 @@
 import os
 import stat
 import sys
+import time
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxtrain.data import (
@@ -13,11 +16,11 @@ from jaxtrain.data import (
     DataSource,
     HuggingFaceSource,
     JsonLinesSource,
+    ParquetSource,
     SFTDataFactory,
     SyntheticSource,
     TextSource,
 )
-from jaxtrain.data import cache as cache_module
 from jaxtrain.data.cache import DataCache
 from jaxtrain.recipe.data import (
     CausalDataConfig,
@@ -28,7 +31,7 @@ from jaxtrain.recipe.data import (
     SyntheticDataSourceConfig,
     TextDataSourceConfig,
 )
-from jaxtrain.recipe.errors import DataError
+from jaxtrain.recipe.errors import DataError, RecipeError
 from tests.data.made import write
 from tests.tiny import CHATML, PLAIN, chat, tiny_tokenizer
 
@@ -192,6 +195,26 @@ def test_tables_are_known_by_their_rows(tmp_path):
     assert "differs in rows of source 0;" in note(saved("three", "no"))
 
 
+def test_names_and_dictionaries_of_a_table_count(tmp_path):
+    def prepared(name, columns):
+        if name == "saved":
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            datasets.Dataset(pa.table(columns)).save_to_disk(folder)
+            return note(HuggingFaceSource(HFDataSourceConfig(name_or_path=str(folder))))
+        pq.write_table(pa.table(columns), tmp_path / name)
+        return note(ParquetSource(LocalDataSourceConfig(path=str(tmp_path / name))))
+
+    for name in ("rows.parquet", "saved"):
+        told, asked = pa.array(["yes", "no", "no"]), pa.array(["a", "b", "c"])
+        assert not is_hit(prepared(name, {"prompt": asked, "response": told}))
+        assert is_hit(prepared(name, {"prompt": asked, "response": told}))
+        assert not is_hit(prepared(name, {"response": asked, "prompt": told}))
+    other = pa.array(["no", "yes", "yes"])  # the same places in another dictionary
+    for replies in (told, other):
+        columns = {"prompt": asked, "response": replies.dictionary_encode()}
+        assert not is_hit(prepared("rows.parquet", columns))
+
+
 def test_rows_made_up_are_known_by_their_numbers(tmp_path):
     def made(**keys):
         return SyntheticSource(SyntheticDataSourceConfig(rows=4, **keys))
@@ -261,13 +284,14 @@ def test_a_source_without_a_file_of_rows_is_read_to_be_known(rows):
 
 
 def test_our_own_code_counts(rows, monkeypatch):
-    from jaxtrain.data import code_digest, document_factory
+    from jaxtrain.data import code_digest
+    from jaxtrain.data import factory as factory_module
 
     note(local(rows))
     before = code_digest.encoding_digest()
     monkeypatch.setattr(code_digest, "ENCODING_FILES", code_digest.ENCODING_FILES[:-1])
     assert code_digest.encoding_digest() != before
-    assert document_factory.encoding_digest is code_digest.encoding_digest
+    assert factory_module.encoding_digest is code_digest.encoding_digest
     assert "differs in jaxtrain's encoding code;" in note(local(rows))
 
 
@@ -286,7 +310,8 @@ def test_the_folder_is_private_or_the_persons_own(tmp_path, rows, cache):
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     note(local(rows), cache_dir=str(tmp_path / "shared"))
     (entry,) = (tmp_path / "shared").iterdir()
-    assert stat.S_IMODE(entry.stat().st_mode) == 0o777 & ~cache_module._umask()
+    os.umask(mask := os.umask(0))
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o777 & ~mask
 
 
 @pytest.mark.parametrize("spoil", ["cut", "remove", "key"])
@@ -327,11 +352,36 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
     assert [folder.name for folder in (tmp_path / "c").iterdir()] == [huge.name]
 
 
+def test_what_a_killed_preparation_left_goes_after_a_week(tmp_path):
+    cache = DataCache(tmp_path / "c")
+    entry_of(cache, "a", 10)
+    for name, days in (("old", 8), ("under-way", 6)):
+        (tmp_path / "c" / f".new-{name}").mkdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / "c" / f".new-{name}", (then, then))
+    entry_of(cache, "b", 10)
+    assert [path.name for path in (tmp_path / "c").glob(".new-*")] == [".new-under-way"]
+
+
 def test_the_limit_is_the_persons_to_set(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_DATA_CACHE_BYTES", "1500")
     cache = DataCache(tmp_path / "c")
     first, second = entry_of(cache, "a", 1000), entry_of(cache, "b", 1000)
     assert not first.exists() and second.exists()
+    monkeypatch.setenv("JAXTRAIN_DATA_CACHE_BYTES", "20G")
+    with pytest.raises(RecipeError) as error:
+        DataCache(tmp_path / "c")
+    assert str(error.value) == ("JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found '20G'")
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, rows):
+    for below, fault in (("rows.jsonl", "File exists"), ("rows.jsonl/c", "Not a directory")):
+        with pytest.raises(RecipeError) as error:
+            note(local(rows), cache_dir=str(tmp_path / below))
+        assert str(error.value) == (
+            f"no folder for prepared rows at {tmp_path / below}: {fault}; write another as "
+            "data.cache_dir or JAXTRAIN_CACHE"
+        )
 
 
 def test_rows_in_use_outlive_their_entry(tmp_path):

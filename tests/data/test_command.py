@@ -10,7 +10,9 @@ from html import unescape
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from jaxtrain.cli import cli
 from jaxtrain.data.command import show_data
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
@@ -127,6 +129,12 @@ def test_the_page_says_the_same(recipe, tmp_path, capsys):
     counts = [int(n) for n in re.findall(r"tokens: (\d+) documents</title>", page)]
     assert sum(counts) == 10
     assert not re.search(r'(src|href)="', page) and "http" not in page  # it needs nothing else
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(recipe, tmp_path):
+    done = CliRunner().invoke(cli, ["data", str(recipe), "--html", str(tmp_path)])
+    assert done.exit_code == 2 and "is a directory" in done.output
+    assert not (tmp_path / "cache").exists()
 
 
 PAIRS = [

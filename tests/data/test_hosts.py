@@ -1,6 +1,7 @@
 """Several processes and hosts prepare the same rows: by files alone, and each exactly once."""
 
 import multiprocessing
+import socket
 import subprocess
 import sys
 import time
@@ -84,15 +85,21 @@ def test_hosts_prepare_without_a_word_to_each_other(tmp_path, is_shared):
 DIES = """
 import os, sys
 from pathlib import Path
+from jaxtrain.data import cache
 from jaxtrain.data.cache import DataCache
+cache.DEAD_S = 0.5
 DataCache(sys.argv[1]).get({"name": "a"}, lambda folder: os._exit(9))
 """
 
 
-def test_a_claim_of_a_process_that_died_is_taken_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_claim_of_a_process_that_died_is_taken_over(tmp_path, monkeypatch, is_here):
     monkeypatch.setattr(cache_module, "DEAD_S", 0.5)
     died = subprocess.run([sys.executable, "-c", DIES, str(tmp_path / "c")], check=False)
-    assert died.returncode == 9 and list((tmp_path / "c").glob("*.claim"))
+    (claim,) = (tmp_path / "c").glob("*.claim")
+    assert died.returncode == 9 and socket.gethostname() in claim.read_text()
+    if not is_here:  # nobody can ask another machine for its processes, so the claim has to age
+        claim.write_text(claim.read_text().replace(socket.gethostname(), "elsewhere"))
     entry = entry_of(DataCache(tmp_path / "c"), "a", 10)
     assert (entry / "x").stat().st_size == 10
     assert not list((tmp_path / "c").glob("*.claim"))

@@ -90,6 +90,15 @@ def test_named_eval_sets(tmp_path):
     assert (one.split, other.path, other.split) == ("eval", "t.jsonl", "eval[:5]")
 
 
+def test_an_eval_set_named_train_is_not_trained(tmp_path):
+    data = sft([chats(tmp_path, "one", 4)], evals={"train": [chats(tmp_path, "two", 7)]})
+    assert data.train.rows.num_rows == 4 and data.evals["train"].rows.num_rows == 7
+    assert [(counts.label, counts.rows) for counts in data.ledger.sets] == [
+        ("train", 4),
+        ("train", 7),
+    ]
+
+
 # Packing.
 
 

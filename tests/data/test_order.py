@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.data.factory import iterate
 from jaxtrain.data.order import permutation, sample
 from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
+from jaxtrain.data.training_data import iterate
 from tests.data.made import documents_of, plan_of
 
 MICROBATCHES, ROWS = 2, 4

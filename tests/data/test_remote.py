@@ -78,6 +78,15 @@ def test_a_file_is_copied_once_and_again_when_it_changes(memory, cache, capsys):
     assert (cache / "remote").stat().st_mode & 0o077 == 0  # rows may be private
 
 
+def test_a_copy_that_gives_way_to_the_next_is_read_all_the_same(memory, cache, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_DATA_CACHE_BYTES", "1")
+    memory.pipe("/a.jsonl", b'{"id": 1}')
+    memory.pipe("/b.jsonl", b'{"id": 2}')
+    assert read(("memory://a.jsonl", "memory://b.jsonl")) == [{"id": 1}, {"id": 2}]
+    (kept,) = (cache / "remote").iterdir()
+    assert (kept / "0-b.jsonl").is_file()
+
+
 class Stored(MemoryFileSystem):
     """The same memory under another protocol."""
 

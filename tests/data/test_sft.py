@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
+from jaxtrain.data import BatchShape, GivenSource, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
@@ -217,6 +217,12 @@ def test_faults_of_a_row_name_its_place(tmp_path):
     assert failure([source(tmp_path, rows)]).startswith(f"{place}: columns text hold no conver")
 
 
+@pytest.mark.parametrize("row", [None, "text", ["text"], 5], ids=str)
+def test_a_row_that_is_no_map_is_named(row):
+    with pytest.raises(DataError, match=r"^given: row 1: a row must be a map, found "):
+        prepare([GivenSource.of([{"messages": chat("a", "b")}, row])])
+
+
 def test_a25_batches_made_without_threads_are_the_same(tmp_path):
     sources = [source(tmp_path, chats(30))]
     with_threads, without = (
@@ -232,6 +238,18 @@ def test_sources_are_told_apart(tmp_path):
     origins = [data.train.origins(row)[0] for row in range(5)]
     assert origins == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [counts.label for counts in data.ledger.sources] == ["one", "two"]
+
+
+def test_a_row_is_known_by_its_number_in_its_source(tmp_path):
+    """Before a split and a sample were taken, so that a person finds it."""
+    keys = {"split": "train[10:]", "sample_count": 4, "columns": {"id": "id"}}
+    rows = [{**row, "id": n} for n, row in enumerate(chats(20))]
+    path = source(tmp_path, rows).config.path
+    drawn = JsonLinesSource(LocalDataSourceConfig(path=path, **keys))
+    expected = [drawn.read("train")[n]["id"] for n in range(4)]
+    data = prepare([drawn], max_length=512)
+    assert [data.train.origins(row)[0].row for row in range(4)] == expected
+    assert min(expected) >= 10
 
 
 def test_processes_change_no_row(tmp_path):

@@ -124,7 +124,9 @@ def test_files_globs_lists_and_folders(tmp_path, jsonl):
     write(tmp_path / ".cache" / "c.jsonl", "not to be seen")
     assert len(read(LocalSource, tmp_path)) == 11
     assert len(read(LocalSource, [jsonl, other])) == 11
-    assert len(read(JsonLinesSource, tmp_path / "*.jsonl")) == 10
+    write(tmp_path / ".rows.jsonl", "not to be seen")
+    for pattern in ("*.jsonl", "**.jsonl", "**/r*.jsonl", "ro[v-w]s.jsonl"):
+        assert len(read(JsonLinesSource, tmp_path / pattern)) == 10
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "README.md", "a text among texts")
     assert len(read(LocalSource, tmp_path / "texts")) == 1
@@ -207,6 +209,7 @@ CASES = {
     "width": (CsvSource, "a,b\n1,2,3\n", ":2: 3 values, but the header has 2 columns: a, b"),
     "open quote": (CsvSource, 'a,b\n1,"2\n', ":3: not CSV: unexpected end of data"),
     "header alone": (CsvSource, "a,b\n", ": no rows"),
+    "nothing behind the mark": (CsvSource, "\ufeff", ": no rows"),
 }
 
 
@@ -225,6 +228,13 @@ def test_broken_binary_files(tmp_path):
         kind, message = failure(ArrowSource, path)
         assert kind is DataError
         assert message.startswith(f"{path}: not an Arrow file that can be read")
+    numbers = pa.table({"a": list(range(20_000))})
+    pq.write_table(numbers, tmp_path / "a.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[1000:9000] = b"\xff" * 8000  # of a page, so that the file opens
+    path = write(tmp_path / "a.parquet", content)
+    kind, message = failure(ParquetSource, path)
+    assert kind is DataError and message.startswith(f"{path}: not a Parquet file that can be read")
     path = write(tmp_path / "a.jsonl.gz", "not packed")
     kind, message = failure(JsonLinesSource, path)
     assert kind is DataError and message.startswith(f"{path}: cannot be unpacked")

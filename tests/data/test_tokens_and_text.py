@@ -50,6 +50,7 @@ WRONG = {
     "no ids": ({"labels": [1]}, "no column 'input_ids', found labels"),
     "no labels": ({"input_ids": [1]}, "no column 'labels', found input_ids"),
     "text": ({"input_ids": "abc", "labels": [1]}, "input_ids: must be a list of whole numbers"),
+    "lists": ({"input_ids": [[1], [2, 3]], "labels": [1]}, "input_ids: must be a list of whole"),
     "fractions": ({"input_ids": [1.5], "labels": [1]}, "input_ids: must be a list of whole numb"),
     "uneven": ({"input_ids": [1, 2], "labels": [1]}, "labels: 1 of them beside 2 input_ids"),
     "shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels[0]: must be the token 1 itself"),
