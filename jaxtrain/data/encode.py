@@ -37,6 +37,8 @@ class Encoded(NamedTuple):
     border: int | None = None
     """Of a preference: where the rejected reply's sequence begins."""
     scores: tuple[float, float] = NO_SCORES
+    hides_system: bool = False
+    """Does the template leave the system's text out of this conversation?"""
 
 
 class Dropped(NamedTuple):
@@ -146,7 +148,13 @@ class ConversationEncoder:
         weights[0] = 0  # nothing stands before it that could predict it
         if not weights.any():
             return Dropped(CUT_AWAY if length > self._max_length else UNTRAINED, length)
-        return Encoded(tokens, weights, turns, ended, length > self._max_length)
+        first = conversation.messages[0]
+        hides_system = (
+            first["role"] in ("system", "developer") and first["content"].strip() not in text
+        )
+        return Encoded(
+            tokens, weights, turns, ended, length > self._max_length, hides_system=hides_system
+        )
 
     def _spans(self, conversation: Conversation, text: str) -> list[Span]:
         spans = self._renderer.spans(conversation, text, self._loss_roles)

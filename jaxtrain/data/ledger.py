@@ -32,6 +32,8 @@ class SourceCounts:
     """Assistant turns that are trained."""
     ended_turns: int = 0
     """Those of them whose end-of-turn token is trained."""
+    systems_hidden: int = 0
+    """Documents without the text of the system, which the template leaves out."""
     lengths: tuple[int, ...] = ()
     """Tokens of a document at PERCENTILES."""
     faults: list[str] = field(default_factory=list)
@@ -54,6 +56,7 @@ class SourceCounts:
         self.truncated += outcome.truncated
         self.turns += outcome.turns
         self.ended_turns += outcome.ended
+        self.systems_hidden += outcome.hides_system
 
     def lines(self) -> list[str]:
         rows, documents = _count(self.rows, "row"), _count(self.documents, "document")

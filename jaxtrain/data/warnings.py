@@ -39,6 +39,11 @@ def source_warnings(source: SourceCounts) -> Iterator[str]:
     elif source.trained_tokens < FEW_TRAINED * source.tokens:
         share = source.trained_tokens / source.tokens
         yield f"{label}: only {share:.1%} of the tokens are trained"
+    if source.systems_hidden:
+        yield (
+            f"{label}: the chat template leaves the system text out of {source.systems_hidden} of "
+            f"{source.documents} documents; set tokenizer.chat_template to one that shows it"
+        )
     if source.turns and source.ended_turns == 0:
         yield (
             f"{label}: no turn ends in a special token, so the model may never stop; use a chat "

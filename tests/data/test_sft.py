@@ -17,7 +17,7 @@ from jaxtrain.data.rows import NamedRows
 from jaxtrain.data.tokenise import BATCH_ROWS, POOL_ROWS, Tolerance, tokenise, workers_for
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
-from tests.tiny import GENERATION, TEXTS, chat, tiny_tokenizer
+from tests.tiny import CHATML, GENERATION, TEXTS, chat, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -291,3 +291,25 @@ def test_marks_of_a_template_are_not_mixed_up_between_batches(tmp_path):
         place = slice(documents.offsets[number], documents.offsets[number + 1])
         kept = documents.tokens[place][documents.weights[place] > 0]
         assert tokenizer.decode(kept) == row["messages"][1]["content"]
+
+
+LAST_USER = (  # shows the system's text in the last turn, if that is the user's
+    "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'user' %}{{ messages[0].content }}\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "hidden"), [(LAST_USER, [3]), (CHATML, [])])
+def test_a_system_text_that_the_template_leaves_out_is_told(tmp_path, template, hidden):
+    rows = [{"messages": chat("so", "yes", system="it was the river")} for _ in range(3)]
+    rows += [{"messages": chat("so", "no")}]
+    factory = SFTDataFactory(SFTDataConfig(sources=("x",)), tiny_tokenizer(template), 128)
+    data = factory.prepare([source(tmp_path, rows)], {}, BatchShape(1, 1))
+    told = [text for text in data.ledger.warnings if "system text" in text]
+    assert told == [
+        f"chats: the chat template leaves the system text out of {count} of 4 documents; set "
+        f"tokenizer.chat_template to one that shows it"
+        for count in hidden
+    ]
