@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
 
     # The rows of the most documents: there is most to be kept apart.
     rows = np.argsort(-np.diff(data.rows.offsets), kind="stable")[:ROWS]
-    chosen = np.concatenate([data.rows.documents[data._pieces(int(row))] for row in rows])
+    chosen = np.concatenate([data.rows.documents[data.pieces(int(row))] for row in rows])
     alone = plan_rows(data.documents.lengths, ROW_TOKENS, "none", chosen)
 
     def row_alone(row: int):
