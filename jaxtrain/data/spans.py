@@ -54,11 +54,11 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
     hidden = []
     for place, turn in enumerate(turns):
         reply = _reply(messages[turn])
-        words = re.findall(r"\w{4,}", reply) or reply.split()  # short ones stand in the markup too
         where = trained[place : place + 1] if is_by_turn else trained
-        if not words or any(word in text for text in where for word in words):
-            continue
-        hidden.append(turn)
+        words = LONG_WORD if LONG_WORD.search(reply) else WORD
+        is_shown = (word[0] in text for word in words.finditer(reply) for text in where)
+        if reply.strip() and not any(is_shown):
+            hidden.append(turn)
     if hidden and (is_by_turn or len(hidden) == len(turns)):
         raise _hides(hidden[0], "content")
 
@@ -151,12 +151,16 @@ class _MarkedSearch:
         ]
         # A marker in front may hide what a template looks for there, such as <think>.
         self._places = self._places_in_text(both) or self._places_in_text(self._ended) or {}
+        self._ends = self._ends_in(self._places)
 
     @staticmethod
-    def _end_in(places: Places, index: int) -> int | None:
-        """Behind the last that a message says: its content, or its calls."""
-        found = [places[kind, index] for kind in "ec" if (kind, index) in places]
-        return max(found, default=None)
+    def _ends_in(places: Places) -> dict[int, int]:
+        """Message → behind the last that it says: its content, or its calls."""
+        found: dict[int, int] = {}
+        for (kind, index), place in places.items():
+            if kind in "ec":
+                found[index] = max(place, found.get(index, 0))
+        return found
 
     def are_apart(self, turns: list[int], spans: list[Span]) -> bool:
         """Some templates write what a tool answers into the turn that called it, or thoughts in
@@ -175,10 +179,10 @@ class _MarkedSearch:
         """Behind the generation prompt, or else where the content begins."""
         written = self._places.get(("s", turn))
         # Some templates leave out a message here and there.
-        ends = ((i, self._end_in(self._places, i)) for i in range(turn - 1, -1, -1))
-        last, before = next(((i, end) for i, end in ends if end is not None), (0, None))
-        if before is None:
+        last = next((index for index in range(turn - 1, -1, -1) if index in self._ends), None)
+        if last is None:
             return written
+        before = self._ends[last]
         if written is None:
             written = self._start_of_plain_reply(turn, last, before)
         role = self._messages[last]["role"]
@@ -190,7 +194,7 @@ class _MarkedSearch:
             if self._is_directly_before(known, before, written):
                 self._openings[role] = known
         start = before + len(known)
-        end = self._end_in(self._places, turn)
+        end = self._ends.get(turn)
         return start if end is not None and start <= end else written
 
     def _start_of_plain_reply(self, turn: int, last: int, before: int) -> int | None:
@@ -202,7 +206,7 @@ class _MarkedSearch:
         # Some templates refuse an answer without its call.
         for after in (self._ended[turn + 1 :], []):
             probe, places = self._unmarked([*self._ended[:turn], plain, *after], False)
-            end, start = self._end_in(places, last), places.get(("s", turn))
+            end, start = self._ends_in(places).get(last), places.get(("s", turn))
             if end is None or start is None:
                 continue
             header = probe[end:start]
@@ -224,12 +228,12 @@ class _MarkedSearch:
     def _opening(self, turn: int, last: int) -> str | None:
         """From the end of the last content before the turn to that of the generation prompt."""
         prompt, places = self._unmarked(self._ended[:turn], True)
-        place = self._end_in(places, last)
+        place = self._ends_in(places).get(last)
         return None if place is None else prompt[place:]
 
     def end_of(self, turn: int) -> int | None:
         """Behind what closes the turn, if the template writes that here too."""
-        end = self._end_in(self._places, turn)
+        end = self._ends.get(turn)
         if end is None:
             return None
         if turn + 1 == len(self._messages):
@@ -240,7 +244,7 @@ class _MarkedSearch:
         if known is not None and self._text.startswith(known, end):
             return end + len(known)
         rendered, places = self._unmarked(self._ended[: turn + 1], False)
-        place = self._end_in(places, turn)
+        place = self._ends_in(places).get(turn)
         if place is None:
             return None
         # Some templates write more behind a turn that is the last one, such as EOS behind the end
@@ -279,6 +283,8 @@ MARK = re.compile(r"(Mark[0-9a-f]{16}n)(\d+)([serc])")
 """Where a content starts and ends, where reasoning starts, and behind the name of the last call."""
 THOUGHT = re.compile(r"<think>\s*(?=\S)(?!</think>)")
 """What opens the reasoning in a content."""
+LONG_WORD, WORD = re.compile(r"\w{4,}"), re.compile(r"\S+")
+"""Short words stand in the markup too."""
 CUT_TOKEN = re.compile(r"<[^<>]*$")
 """What two tokens share, at the end of what two texts share."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -301,9 +307,10 @@ class _Marks:
             named = {**function, "name": f"{function['name']}{self._stem}{number}c"}
             last = {**last, "function": named} if "function" in last else named
             marked["tool_calls"] = [*calls, last]
-        marked["content"] = THOUGHT.sub(
-            lambda begin: f"{begin[0]}{self._stem}{number}r", message["content"], count=1
-        )
+        if found := THOUGHT.search(message["content"]):
+            marked["content"] = (
+                f"{found.string[: found.end()]}{self._stem}{number}r{found.string[found.end() :]}"
+            )
         if not is_bare_call(message):
             body = marked["content"].rstrip()
             blank = marked["content"][len(body) :]
