@@ -22,8 +22,7 @@ DATE = datetime(2024, 7, 26)
 """Stands for today in templates that write it, so that rows are the same tomorrow; Llama's fall
 back on this day."""
 
-_tracking = Lock()
-"""transformers notes generation blocks in the template's one environment."""
+_rendering = Lock()
 
 
 class Habits(NamedTuple):
@@ -101,8 +100,7 @@ class Renderer:
 
     def _spans_of_template(self, conversation: Conversation, text: str) -> list[Span]:
         messages, tools, _ = conversation
-        with _tracking:
-            rendered, (places,) = self._filled(messages, tools, return_assistant_tokens_mask=True)
+        rendered, (places,) = self._filled(messages, tools, return_assistant_tokens_mask=True)
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")
         return [Span(int(start), int(end)) for start, end in places]
@@ -117,15 +115,23 @@ class Renderer:
         if habits.joins_arguments:
             messages = with_text_arguments(messages)
         try:
-            (text,), places = render_jinja_template([messages], **given)
+            text, places = _rendered(messages, given)
         except TEMPLATE_FAULTS:
             with_texts = with_text_arguments(messages)
             if with_texts == messages:
                 raise
-            (text,), places = render_jinja_template([with_texts], **given)
+            text, places = _rendered(with_texts, given)
         if not options.get("add_generation_prompt"):
             text = text.removesuffix(habits.standing_prompt)
         return text, places
+
+
+def _rendered(messages: list[Message], given: dict[str, Any]) -> tuple[str, Any]:
+    """One at a time: transformers notes generation blocks in the template's one environment, and
+    would note those that another thread renders meanwhile."""
+    with _rendering:
+        (text,), places = render_jinja_template([messages], **given)
+    return text, places
 
 
 @lru_cache
@@ -135,7 +141,7 @@ def _habits(template: str, special: tuple[tuple[str, Any], ...]) -> Habits:
     def render(*messages: Message, prompt: bool = False) -> str:
         given = {"chat_template": template, "add_generation_prompt": prompt, **dict(special)}
         try:
-            return render_jinja_template([list(messages)], **given)[0][0]
+            return _rendered(list(messages), given)[0]
         except TEMPLATE_FAULTS:
             return ""
 

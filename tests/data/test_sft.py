@@ -281,6 +281,15 @@ def test_data_and_tokenizers_import_no_jax():
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.fixture
+def hasty_threads():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty_threads")
 def test_marks_of_a_template_are_not_mixed_up_between_batches(tmp_path):
     rows = [{"messages": chat(f"a{n}", f"yes {n}")} for n in range(5 * BATCH_ROWS)]
     config = SFTDataConfig(sources=("x",))
