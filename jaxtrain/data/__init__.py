@@ -1,6 +1,5 @@
 from jaxtrain.data.causal import CausalDataFactory as CausalDataFactory
 from jaxtrain.data.factory import DataFactory as DataFactory
-from jaxtrain.data.factory import DocumentFactory as DocumentFactory
 from jaxtrain.data.given import GivenSource as GivenSource
 from jaxtrain.data.hub import HuggingFaceCausalSource as HuggingFaceCausalSource
 from jaxtrain.data.hub import HuggingFaceInstructSource as HuggingFaceInstructSource

@@ -266,10 +266,6 @@ class DataFactory(Factory, kind="data"):
         )
 
 
-DocumentFactory = DataFactory
-"""A name that it also has."""
-
-
 @contextmanager
 def _scratch() -> Iterator[Path]:
     """A folder in the user's cache, by a name under which the cache deletes what a process that was
