@@ -41,7 +41,7 @@ def main(target: str, mesh: dict[str, int]) -> None:
         max_position_embeddings=TOKENS,
     )  # fmt: skip
     run = SFTTrainer(get_config(written), devices=topology.devices, data=DataShape(TOKENS))
-    lowered = run.step.lower(run.state_shapes, run.geometry.batch_shapes(TOKENS))
+    lowered = run.step.lower(run.state_shapes, run.layout.batch_shapes(TOKENS))
     memory = lowered.compile().memory_analysis()
     print(
         json.dumps(

@@ -69,7 +69,7 @@ def losses(trainer: Any, steps: int) -> list[float]:
     """Loss of each of the first updates."""
     found = []
     for batch in trainer.data.train_batches(0, steps):
-        trainer.state, metrics = trainer.step(trainer.state, trainer.geometry.on_devices(batch))
+        trainer.state, metrics = trainer.step(trainer.state, trainer.layout.on_devices(batch))
         found.append(metrics["loss"])
     return [float(loss) for loss in found]
 

@@ -19,7 +19,7 @@ UNFINISHED = f".{PREFIX}"
 """Begins the name of a folder that is being written or removed; never that of a checkpoint."""
 
 
-class Moment(NamedTuple):
+class SavePoint(NamedTuple):
     """Where a run is when a save is considered."""
 
     step: int
@@ -62,21 +62,21 @@ class CheckpointEngine(Factory, kind="checkpoint"):
     def wait(self) -> None:
         """Return when everything saved is on disk; raises what went wrong in the background."""
 
-    def is_due(self, moment: Moment) -> bool:
+    def is_due(self, save_point: SavePoint) -> bool:
         """Does the recipe ask for a save here? Never twice for one step."""
-        config, step, ended = self.config, moment.step, moment.epoch_ended
+        config, step, ended = self.config, save_point.step, save_point.epoch_ended
         if not config.enabled or step == self.last_saved:
             return False
         by_step = config.save_every_n_steps and step % config.save_every_n_steps == 0
         by_epoch = ended and config.save_every_n_epochs and ended % config.save_every_n_epochs == 0
         periodic = (by_step or by_epoch) and step >= config.save_after_step
-        at_end = moment.training_ended and config.save_end_of_training
-        return bool(periodic or at_end or (moment.requested and self.is_full_state))
+        at_end = save_point.training_ended and config.save_end_of_training
+        return bool(periodic or at_end or (save_point.requested and self.is_full_state))
 
     @property
     def do_checkpoint(self) -> bool:
         """Is a save due where the run is? May be overridden."""
-        return self.is_due(self.trainer.moment)
+        return self.is_due(self.trainer.save_point)
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxtrain.checkpoint.compatibility import refuse_changes
 from jaxtrain.checkpoint.engine import METADATA, UNFINISHED, CheckpointEngine, read_metadata, remove
 from jaxtrain.checkpoint.files import DamagedCheckpoint, check_files, list_files
-from jaxtrain.checkpoint.lineage import refuse_changes
 from jaxtrain.recipe.checkpoint import PREFIX, OrbaxConfig
 from jaxtrain.recipe.errors import CheckpointError
 

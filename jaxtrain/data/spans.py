@@ -18,7 +18,7 @@ from jaxtrain.recipe.errors import DataError
 Render = Callable[[list[Message], bool], str | None]
 """Messages, with the generation prompt or without → text; None where the template refuses."""
 
-Places = dict[tuple[str, int], int]
+TokenPositions = dict[tuple[str, int], int]
 """Kind of a marker and number of its message → where it stands in the text without markers."""
 
 FEW_TURNS = 2
@@ -154,7 +154,7 @@ class _MarkedSearch:
         self._ends = self._ends_in(self._places)
 
     @staticmethod
-    def _ends_in(places: Places) -> dict[int, int]:
+    def _ends_in(places: TokenPositions) -> dict[int, int]:
         """Message → behind the last that it says: its content, or its calls."""
         found: dict[int, int] = {}
         for (kind, index), place in places.items():
@@ -255,11 +255,11 @@ class _MarkedSearch:
             self._closings.setdefault(message["role"], closing)
         return end + len(closing)
 
-    def _places_in_text(self, marked: list[Message]) -> Places | None:
+    def _places_in_text(self, marked: list[Message]) -> TokenPositions | None:
         plain, places = self._unmarked(marked, False)
         return places if plain == self._text else None
 
-    def _unmarked(self, marked: list[Message], prompt: bool) -> tuple[str, Places]:
+    def _unmarked(self, marked: list[Message], prompt: bool) -> tuple[str, TokenPositions]:
         rendered = self._render(marked, prompt)
         return ("", {}) if rendered is None else self._marks.removed(rendered)
 
@@ -332,10 +332,10 @@ class _Marks:
     def has(self, rendered: str, number: int, kind: str) -> bool:
         return f"{self._stem}{number}{kind}" in rendered
 
-    def removed(self, rendered: str) -> tuple[str, Places]:
+    def removed(self, rendered: str) -> tuple[str, TokenPositions]:
         """The text without markers, and where those stood in it that occur once; where those of
         calls first did, whose names templates write beside the answers too."""
-        places: Places = {}
+        places: TokenPositions = {}
         repeated: set[tuple[str, int]] = set()
         pieces, cut, length = [], 0, 0
         for match in MARK.finditer(rendered):

@@ -35,9 +35,9 @@ class Meter:
 
     @classmethod
     def of(cls, model: Any, devices: Any, *, update_rows: int) -> "Meter":
-        """For a language model; `model` has `shapes` and `described.config`, `devices` is an
+        """For a language model; `model` has `shapes` and `spec.config`, `devices` is an
         array."""
-        config = model.described.config
+        config = model.spec.config
         return cls(
             flops_per_token=6.0 * matmul_parameters(model.shapes),
             flops_per_pair=12.0 * config.num_heads * config.head_size,

@@ -7,10 +7,10 @@ from typing import Any
 
 import jaxtrain
 from jaxtrain.model.decoder import Decoder as Decoder
-from jaxtrain.model.factory import Described as Described
 from jaxtrain.model.factory import HFModelFactory as HFModelFactory
 from jaxtrain.model.factory import LanguageModel as LanguageModel
 from jaxtrain.model.factory import ModelFactory as ModelFactory
+from jaxtrain.model.factory import ModelSpec as ModelSpec
 
 
 def __getattr__(name: str) -> Any:

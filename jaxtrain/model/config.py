@@ -56,7 +56,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class Execution:
+class ComputeConfig:
     """How a decoder is computed; no choice here changes a result beyond rounding."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

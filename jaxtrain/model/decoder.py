@@ -23,10 +23,10 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.batch import Batch
-from jaxtrain.kernels.attention import Places
+from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, weighted_nll
-from jaxtrain.model.config import DecoderConfig, Execution
-from jaxtrain.model.layers import Block, Cache, Embed, Initial, View, rms_norm
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
+from jaxtrain.model.layers import AttentionInputs, Block, Cache, Embed, Initial, rms_norm
 from jaxtrain.model.rope import rotation
 from jaxtrain.parallel.pipeline import gpipe, padded_stack
 from jaxtrain.parallel.sharding import constrain
@@ -52,18 +52,18 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        execution: Execution,
+        compute: ComputeConfig,
         *,
         rngs: nnx.Rngs,
         param_dtype: str = "float32",
     ):
         initial = Initial(config, rngs, param_dtype)
         self.config = config
-        self.execution = execution
+        self.compute = compute
         self.embed = Embed(config, initial)
         self.layers = nnx.Dict({
             str(g): nnx.Dict({
-                str(m): Block(config, spec, execution, initial, group.repeats)
+                str(m): Block(config, spec, compute, initial, group.repeats)
                 for m, spec in enumerate(group.layers)
             })
             for g, group in enumerate(config.groups)
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, batch: Batch) -> Array:
         """[B, T, D] after the final norm, in the compute dtype."""
-        places = Places(batch.segments, batch.positions)
+        places = TokenPositions(batch.segments, batch.positions)
         x_BTD, _ = self.stack(self.embedded(batch.tokens), self.view(places, places))
         return self.normed(x_BTD)
 
@@ -115,37 +115,39 @@ class Decoder(nnx.Module):
 
     # The parts of a forward pass, apart, for pipelines and for generation.
 
-    def view(self, places: Places, kv_places: Places, slot: Array | None = None) -> View:
+    def view(
+        self, places: TokenPositions, kv_places: TokenPositions, slot: Array | None = None
+    ) -> AttentionInputs:
         turns = rotation(self.config.rope, self.config.head_size, places.positions)
-        return View(places, kv_places, *turns, slot)
+        return AttentionInputs(places, kv_places, *turns, slot)
 
     def embedded(self, tokens_BT: Array) -> Array:
-        x_BTD = self.embed(tokens_BT, self.execution.compute_dtype)
+        x_BTD = self.embed(tokens_BT, self.compute.compute_dtype)
         return constrain(x_BTD, "batch", None, None)
 
     def stack(
-        self, x_BTD: Array, view: View, caches: Caches | None = None
+        self, x_BTD: Array, view: AttentionInputs, caches: Caches | None = None
     ) -> tuple[Array, Caches | None]:
         """All layers; with caches, also the caches with these tokens in them."""
-        if self.execution.stages > 1 and caches is None:
+        if self.compute.stages > 1 and caches is None:
             return self._staged(x_BTD, view), None
         filled = {}
         for name in self.layers:
             graph, params = split(self.layers[name])
             x_BTD, filled[name] = run_group(
-                graph, params, x_BTD, view, self.execution,
+                graph, params, x_BTD, view, self.compute,
                 caches=None if caches is None else caches[name],
             )  # fmt: skip
         return x_BTD, (None if caches is None else filled)
 
-    def _staged(self, x_BTD: Array, view: View) -> Array:
+    def _staged(self, x_BTD: Array, view: AttentionInputs) -> Array:
         """All layers, cut into stages over the `pipeline` axis, a microbatch at a time."""
-        stages, num_microbatches = self.execution.stages, self.execution.microbatches
+        stages, num_microbatches = self.compute.stages, self.compute.microbatches
         (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
 
-        def stage(params: Params, x_BTD: Array, view: View, first_layer: Array) -> Array:
+        def stage(params: Params, x_BTD: Array, view: AttentionInputs, first_layer: Array) -> Array:
             return run_group(
-                graph, params, x_BTD, view, self.execution, first=first_layer, end=num_layers
+                graph, params, x_BTD, view, self.compute, first=first_layer, end=num_layers
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.
@@ -180,8 +182,8 @@ def run_group(
     graph: nnx.GraphDef,
     params: Params,
     x_BTD: Array,
-    view: View,
-    execution: Execution,
+    view: AttentionInputs,
+    compute: ComputeConfig,
     *,
     caches: Mapping[str, Cache] | None = None,
     first: Array | int = 0,
@@ -193,7 +195,7 @@ def run_group(
     x as it is.
     """
 
-    every, num_members = execution.remat_every, len(params)
+    every, num_members = compute.remat_every, len(params)
 
     def repeat(x_BTD: Array, scanned, before: int = 0):
         i, scanned = scanned
@@ -209,7 +211,7 @@ def run_group(
         for number, name in enumerate(members, before):
             block_graph, block_params = split(members[name])
 
-            @REMAT[execution.remat if number % every == 0 else "none"]
+            @REMAT[compute.remat if number % every == 0 else "none"]
             def block(x_BTD, params, cache, graph=block_graph):
                 return nnx.merge(graph, params)(x_BTD, view, cache)
 
@@ -241,22 +243,24 @@ class Model(NamedTuple):
     shapes: Params
 
 
-def abstract(config: DecoderConfig, execution: Execution, *, param_dtype: str = "float32") -> Model:
+def abstract(
+    config: DecoderConfig, compute: ComputeConfig, *, param_dtype: str = "float32"
+) -> Model:
     """The decoder that `init_params` or `load_params` fills; nothing is allocated."""
 
     def make() -> Decoder:
         rngs = nnx.Rngs(params=jax.random.key(0))
-        return Decoder(config, execution, rngs=rngs, param_dtype=param_dtype)
+        return Decoder(config, compute, rngs=rngs, param_dtype=param_dtype)
 
     return Model(*split(nnx.eval_shape(make)))
 
 
 def init_params(
-    config: DecoderConfig, execution: Execution, key: Array, *, param_dtype: str = "float32"
+    config: DecoderConfig, compute: ComputeConfig, key: Array, *, param_dtype: str = "float32"
 ) -> Params:
     """Random parameters; pure, so that jit with `out_shardings` makes each where it belongs."""
     rngs = nnx.Rngs(params=key)
-    return split(Decoder(config, execution, rngs=rngs, param_dtype=param_dtype))[1]
+    return split(Decoder(config, compute, rngs=rngs, param_dtype=param_dtype))[1]
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> Decoder:

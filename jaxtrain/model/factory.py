@@ -10,9 +10,9 @@ import jax
 from flax import nnx
 
 from jaxtrain.kernels.attention import choose
-from jaxtrain.kernels.attention.choice import Wanted
+from jaxtrain.kernels.attention.dispatch import Wanted
 from jaxtrain.model import decoder
-from jaxtrain.model.config import DecoderConfig, Execution
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
@@ -34,7 +34,7 @@ WANTED_ATTENTION: dict[str, Wanted] = {
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelSpec:
     """A model before its arrays: what it is and where its weights lie."""
 
     config: DecoderConfig
@@ -43,7 +43,7 @@ class Described:
     stored_tokens: int | None = None
     """tokens of the vocabulary that have weights at `path`, where that is not all"""
 
-    def with_room(self, tokens: int, config: ModelConfig) -> "Described":
+    def with_room(self, tokens: int, config: ModelConfig) -> "ModelSpec":
         """A model for so many tokens; RecipeError where it would have to grow and may not."""
         room = self.config.vocab_size
         if tokens <= room:
@@ -54,15 +54,15 @@ class Described:
                 f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
             )
         grown = replace(self.config, vocab_size=tokens)
-        return Described(grown, self.hf_config | {"vocab_size": tokens}, self.path, room)
+        return ModelSpec(grown, self.hf_config | {"vocab_size": tokens}, self.path, room)
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A decoder as it is computed on a mesh, without its arrays."""
 
-    described: Described
-    execution: Execution
+    spec: ModelSpec
+    compute: ComputeConfig
     attention: str
     """Which attention kernel, and why."""
     graph: nnx.GraphDef
@@ -78,30 +78,28 @@ class LanguageModel:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Attention window of each layer."""
-        groups = self.described.config.groups
+        groups = self.spec.config.groups
         return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
 
     def load(self, shardings: Any, *, seed: int) -> Params:
         """Parameters read from disk, or random ones, each made where it lives."""
-        config = self.described.config
+        config = self.spec.config
         if self.from_scratch:
-            make = partial(
-                decoder.init_params, config, self.execution, param_dtype=self.param_dtype
-            )
+            make = partial(decoder.init_params, config, self.compute, param_dtype=self.param_dtype)
             return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
         return load_params(
-            self.described.path,
+            self.spec.path,
             config,
             self.shapes,
             shardings,
             self.param_dtype,
-            stored_tokens=self.described.stored_tokens,
+            stored_tokens=self.spec.stored_tokens,
         )
 
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
         _, params = decoder.split(module)
-        wanted, found = map(_described, (self.shapes, params))
+        wanted, found = map(_shapes_by_name, (self.shapes, params))
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise WeightError(
@@ -124,10 +122,10 @@ class LanguageModel:
         save_pretrained(
             folder,
             params,
-            self.described.config,
-            self.described.hf_config,
+            self.spec.config,
+            self.spec.hf_config,
             dtype=dtype,
-            generation_config=read_generation_config(self.described.path),
+            generation_config=read_generation_config(self.spec.path),
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,
@@ -138,7 +136,7 @@ class LanguageModel:
         return generate(self.graph, params, prompts, **sampling)
 
 
-def _described(params: Params) -> dict[str, str]:
+def _shapes_by_name(params: Params) -> dict[str, str]:
     """Name → dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {path_name(path): f"{a.dtype}{list(a.shape)}" for path, a in leaves}
@@ -150,11 +148,11 @@ class ModelFactory(Factory, kind="model"):
     events = {"create-config": "create_config", "create-model": "create_model"}
     config: ModelConfig
 
-    def create_config(self) -> Described:
+    def create_config(self) -> ModelSpec:
         """What the model is: read from its config, no weights."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_config()")
 
-    def create_model(self, model_config: Described) -> LanguageModel:
+    def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """The model as the trainer's mesh computes it, without arrays."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_model(config)")
 
@@ -164,38 +162,38 @@ class HFModelFactory(ModelFactory):
 
     name = "huggingface"
 
-    def create_config(self) -> Described:
+    def create_config(self) -> ModelSpec:
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
-        return Described(*read_config(path, self.config), path)
+        return ModelSpec(*read_config(path, self.config), path)
 
-    def create_model(self, model_config: Described) -> LanguageModel:
+    def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""
-        config, geometry, described = self.config, self.trainer.geometry, model_config
-        on, num_kinds = platform(geometry.mesh), len(described.config.groups)
+        config, layout, spec = self.config, self.trainer.layout, model_config
+        on, num_kinds = platform(layout.mesh), len(spec.config.groups)
         try:
             attention = choose(
                 on,
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
-                head_size=described.config.head_size,
+                head_size=spec.config.head_size,
                 tokens=self.trainer.data.row_tokens,
             )
         except ValueError as error:
             raise RecipeError(f"model.attn_implementation: {error}") from None
-        if geometry.stages > 1 and num_kinds > 1:
+        if layout.stages > 1 and num_kinds > 1:
             raise RecipeError(
-                f"mesh.pipeline: {geometry.stages} needs a stack of equal layers, found "
+                f"mesh.pipeline: {layout.stages} needs a stack of equal layers, found "
                 f"{num_kinds} kinds of layers in the model"
             )
-        execution = Execution(
+        compute = ComputeConfig(
             compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
             attention=attention.name,
             remat=config.remat_policy,
             remat_every=config.remat_every_nth_layer,
             tiled_mlp=self.trainer.config.tiled_mlp_compute,
-            stages=geometry.stages,
-            microbatches=geometry.num_microbatches,
+            stages=layout.stages,
+            microbatches=layout.num_microbatches,
         )
-        made = decoder.abstract(described.config, execution, param_dtype=config.param_dtype)
+        made = decoder.abstract(spec.config, compute, param_dtype=config.param_dtype)
         return LanguageModel(
-            described, execution, attention.reason, *made, config.param_dtype, config.from_scratch
+            spec, compute, attention.reason, *made, config.param_dtype, config.from_scratch
         )

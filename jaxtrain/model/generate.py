@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.kernels.attention import Places
+from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge
 from jaxtrain.model.layers import Cache
 
@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     is_done_B: Array
     logits_BV: Array
     caches: Caches
-    places: Places
+    places: TokenPositions
     """[B, S]; segment 1 where the slot holds a token, of the prompt or generated"""
     key: Array
 
@@ -106,8 +106,11 @@ def _prefilled(
     B, P = tokens_BP.shape
     slots_S = jnp.arange(P + sampling.max_new_tokens, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
-    places = Places(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
-    here, caches = Places(*(x[:, :P] for x in places)), _empty_caches(model, B, len(slots_S))
+    places = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
+    here, caches = (
+        TokenPositions(*(x[:, :P] for x in places)),
+        _empty_caches(model, B, len(slots_S)),
+    )
     view = model.view(here, places, jnp.int32(0))
     x_BPD, caches = model.stack(model.embedded(tokens_BP), view, caches)
     assert caches is not None
@@ -133,11 +136,11 @@ def _one_token(
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
     # goes by the positions, not by the order of the slots.
     slot = P + progress.count
-    places = Places(
+    places = TokenPositions(
         progress.places.segments.at[:, slot].set(1),
         progress.places.positions.at[:, slot].set(lengths_B + progress.count),
     )
-    view = model.view(Places(*(x[:, slot, None] for x in places)), places, slot)
+    view = model.view(TokenPositions(*(x[:, slot, None] for x in places)), places, slot)
     x_B1D, caches = model.stack(model.embedded(token_B[:, None]), view, progress.caches)
     assert caches is not None
     return Progress(
@@ -152,7 +155,7 @@ def _one_token(
 
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.execution.compute_dtype
+    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
 
     def empty(repeats: int) -> Cache:
         return Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))

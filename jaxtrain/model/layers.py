@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.kernels.attention import Places, attention
-from jaxtrain.model.config import DecoderConfig, Execution, LayerSpec
+from jaxtrain.kernels.attention import TokenPositions, attention
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec
 from jaxtrain.model.rope import rotate
 from jaxtrain.parallel.sharding import constrain
 
 
-class View(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What all layers of a forward pass share: where the queries and the keys stand."""
 
-    q_places: Places
-    kv_places: Places
+    q_places: TokenPositions
+    kv_places: TokenPositions
     cos: Array
     sin: Array
     slot: Array | None = None
@@ -115,7 +115,12 @@ class Embed(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(
-        self, config: DecoderConfig, spec: LayerSpec, execution: Execution, initial: Initial, L: int
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        compute: ComputeConfig,
+        initial: Initial,
+        L: int,
     ):
         D, K, H = config.width, config.num_kv_heads, config.head_size
         G = config.num_heads // K
@@ -128,9 +133,11 @@ class Attention(nnx.Module):
         self.k_norm = initial.ones(L, H) if config.qk_norm else None
         self.eps = config.rms_eps
         self.window = spec.window
-        self.implementation = execution.attention
+        self.implementation = compute.attention
 
-    def __call__(self, x_BTD: Array, view: View, cache: Cache | None) -> tuple[Array, Cache | None]:
+    def __call__(
+        self, x_BTD: Array, view: AttentionInputs, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
         qkv = dense(x_BTD, self.qkv[...])  # [B, T, K, G + 2, H]
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...].astype(qkv.dtype)
@@ -167,11 +174,11 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, execution: Execution, initial: Initial, L: int):
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, initial: Initial, L: int):
         D, F = config.width, config.ffn_width
         self.gate_up = initial.normal(L, D, 2, F)
         self.down = initial.normal(L, F, D)
-        self.tile_tokens = D if execution.tiled_mlp else None
+        self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(self, x_BTD: Array) -> Array:
         gate_up, down = self.gate_up[...], self.down[...]
@@ -202,16 +209,21 @@ class Block(nnx.Module):
     """Attention and feed-forward, each on a norm of the stream and added to it."""
 
     def __init__(
-        self, config: DecoderConfig, spec: LayerSpec, execution: Execution, initial: Initial, L: int
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        compute: ComputeConfig,
+        initial: Initial,
+        L: int,
     ):
         self.attention_norm = initial.ones(L, config.width)
-        self.attention = Attention(config, spec, execution, initial, L)
+        self.attention = Attention(config, spec, compute, initial, L)
         self.mlp_norm = initial.ones(L, config.width)
-        self.mlp = GatedMLP(config, execution, initial, L)
+        self.mlp = GatedMLP(config, compute, initial, L)
         self.eps = config.rms_eps
 
     def __call__(
-        self, x_BTD: Array, view: View, cache: Cache | None = None
+        self, x_BTD: Array, view: AttentionInputs, cache: Cache | None = None
     ) -> tuple[Array, Cache | None]:
         mixed_BTD, cache = self.attention(
             rms_norm(x_BTD, self.attention_norm[...], self.eps), view, cache

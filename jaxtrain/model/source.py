@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.model.config import DecoderConfig, Execution
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.gguf import read_gguf_config
 from jaxtrain.model.hf_config import decoder_config, overridden
@@ -46,7 +46,7 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
 
 
 def _check_same_shapes(old: DecoderConfig, new: DecoderConfig) -> None:
-    before, after = (tensor_shapes(c, abstract(c, Execution()).shapes) for c in (old, new))
+    before, after = (tensor_shapes(c, abstract(c, ComputeConfig()).shapes) for c in (old, new))
     for name in {**before, **after}:
         was, would_be = (list(shapes.get(name, ())) or "none" for shapes in (before, after))
         if was != would_be:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtrain.batch import Batch
-from jaxtrain.model.config import DecoderConfig, Execution
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Params, abstract, merge
 from jaxtrain.model.hf_config import decoder_config
 from jaxtrain.model.source import read_hf_config
@@ -32,7 +32,7 @@ def verify_folder(folder: Path, params: Params, config: DecoderConfig, dtype: st
     if found != config:
         differing = [name for name, value in vars(config).items() if vars(found)[name] != value]
         raise _failed(f"config.json describes another {' and '.join(differing)}")
-    graph, shapes = abstract(found, Execution(compute_dtype="float32"))
+    graph, shapes = abstract(found, ComputeConfig(compute_dtype="float32"))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     try:
         read = load_params(folder, found, shapes, shardings, dtype)

@@ -31,7 +31,7 @@ def recipe_hash(config: TrainerConfig) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def lineage(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
+def compatibility(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]:
     """What must be equal for one run to continue another's state: the model, the rows and their
     order, the kind of optimizer."""
     tree = effective(config)

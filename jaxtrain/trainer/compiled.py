@@ -53,14 +53,14 @@ def compiled_step(trainer: "Trainer") -> Compiled:
     jitted = jax.jit(
         trainer.step,
         donate_argnums=0,
-        in_shardings=(shardings, trainer.geometry.batch_sharding),
+        in_shardings=(shardings, trainer.layout.batch_sharding),
         out_shardings=(shardings, None),
     )
     return Compiled("train step", jitted, trainer.mesh, trainer.report)
 
 
 def compiled_loss(trainer: "Trainer") -> Compiled:
-    placed = (trainer.shardings, trainer.geometry.batch_sharding, None)
+    placed = (trainer.shardings, trainer.layout.batch_sharding, None)
     jitted = jax.jit(trainer.loss, in_shardings=placed)
     return Compiled("evaluation", jitted, trainer.mesh, trainer.report)
 
@@ -83,5 +83,5 @@ def step_spec(trainer: "Trainer") -> StepSpec:
         counts=partial(counts, windows=model.windows),
         compute_shardings=placed(over_data=stage == 3),
         grad_shardings=placed(over_data=stage >= 2),
-        whole_batch=trainer.geometry.whole_batch,
+        whole_batch=trainer.layout.whole_batch,
     )

@@ -33,7 +33,7 @@ def metrics_of(trainer: "Trainer", data: TrainingData) -> dict[str, float]:
 def batches_of(trainer: "Trainer", data: TrainingData, name: str) -> Iterator[Batch]:
     """On the devices: every row of a set once, up to `max_eval_batches` batches."""
     most = trainer.config.max_eval_batches or None
-    return map(trainer.geometry.on_devices, islice(data.eval_batches(name), most))
+    return map(trainer.layout.on_devices, islice(data.eval_batches(name), most))
 
 
 def _summed(trainer: "Trainer", data: TrainingData, name: str) -> Loss:

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 
 from jaxtrain.checkpoint import CheckpointEngine
-from jaxtrain.checkpoint.engine import Moment
+from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.metrics.recorded import Recorded
 from jaxtrain.metrics.wandb_run import Wandb
 from jaxtrain.model import Decoder
-from jaxtrain.recipe.dump import lineage
+from jaxtrain.recipe.dump import compatibility
 from jaxtrain.trainer.callbacks import Control
 from jaxtrain.trainer.parts import Parts
 from jaxtrain.trainer.report import Report
@@ -89,7 +89,7 @@ class Facts(Parts):
     @property
     def train_batch_idx(self) -> int:
         """Microbatches taken."""
-        return self.position * self.geometry.num_microbatches
+        return self.position * self.layout.num_microbatches
 
     @property
     def epoch_finished(self) -> bool:
@@ -135,9 +135,9 @@ class Facts(Parts):
         return self.stop.signal is not None and not self.is_complete
 
     @property
-    def moment(self) -> Moment:
+    def save_point(self) -> SavePoint:
         """What decides whether a save is due after this update."""
-        return Moment(
+        return SavePoint(
             self.global_step,
             epoch_ended=self.epoch_idx if self.epoch_finished else 0,
             training_ended=self.training_finished and not self.is_preempted,
@@ -203,6 +203,6 @@ class Facts(Parts):
         return self.data.evals
 
     @property
-    def lineage(self) -> dict[str, Any]:
+    def compatibility(self) -> dict[str, Any]:
         """What a checkpoint and a run that continues it must agree in."""
-        return lineage(self.config, global_batch=self.geometry.global_batch)
+        return compatibility(self.config, global_batch=self.layout.global_batch)

@@ -9,7 +9,7 @@ from jaxtrain.data.ledger import span
 from jaxtrain.recipe.mesh import AXES
 
 if TYPE_CHECKING:
-    from jaxtrain.model.config import Execution
+    from jaxtrain.model.config import ComputeConfig
     from jaxtrain.trainer.trainer import Trainer
 
 
@@ -21,7 +21,7 @@ def header(trainer: "Trainer") -> dict[str, str]:
     stage = config.deepspeed.zero_stage if mesh.shape["data"] > 1 else 0
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
-        f"{model.execution.compute_dtype}, {_remat(model.execution)}",
+        f"{model.compute.compute_dtype}, {_remat(model.compute)}",
         "kernels": model.attention,
         "optimizer": _optimizer(trainer),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
@@ -32,9 +32,9 @@ def header(trainer: "Trainer") -> dict[str, str]:
     }
 
 
-def _remat(execution: "Execution") -> str:
-    every = f" of every {execution.remat_every} layers" if execution.remat_every > 1 else ""
-    return f"remat {execution.remat}{every}" + (", tiled MLP" if execution.tiled_mlp else "")
+def _remat(compute: "ComputeConfig") -> str:
+    every = f" of every {compute.remat_every} layers" if compute.remat_every > 1 else ""
+    return f"remat {compute.remat}{every}" + (", tiled MLP" if compute.tiled_mlp else "")
 
 
 def _optimizer(trainer: "Trainer") -> str:
@@ -46,14 +46,14 @@ def _optimizer(trainer: "Trainer") -> str:
 
 
 def _rows(trainer: "Trainer") -> dict[str, str]:
-    geometry, data = trainer.geometry, trainer.data
-    lengths, tokens = data.train.lengths, geometry.global_batch * data.row_tokens
+    layout, data = trainer.layout, trainer.data
+    lengths, tokens = data.train.lengths, layout.global_batch * data.row_tokens
     most = "at most " if len(lengths) > 1 else ""
-    cut = f" in {geometry.num_microbatches} microbatches" if geometry.num_microbatches > 1 else ""
+    cut = f" in {layout.num_microbatches} microbatches" if layout.num_microbatches > 1 else ""
     start = f", from step {trainer.global_step}" if trainer.global_step else ""
     return {
         "data": "\n".join(data.ledger.lines()),
-        "batch": f"{geometry.global_batch:,} rows of {span(lengths)} tokens = {most}{tokens:,} "
+        "batch": f"{layout.global_batch:,} rows of {span(lengths)} tokens = {most}{tokens:,} "
         f"tokens a step{cut}" + (f", compiled for {len(lengths)} lengths" if most else ""),
         "steps": f"{trainer.last_step:,}, {data.steps_per_epoch:,} an epoch, "
         f"warm-up {trainer.warmup_steps:,}{start}",

@@ -13,14 +13,14 @@ from jaxtrain import registry
 from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.data import BatchShape, DataFactory, DataShape, TrainingData
 from jaxtrain.data.prepare import GivenRows, data_factory, prepare_data, prepare_evaluation
-from jaxtrain.model import Decoder, Described, LanguageModel, ModelFactory
+from jaxtrain.model import Decoder, LanguageModel, ModelFactory, ModelSpec
 from jaxtrain.optimizer import Groups, with_moments
+from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 from jaxtrain.trainer.average import Average
-from jaxtrain.trainer.geometry import Geometry
 from jaxtrain.trainer.state import (
     PyTree,
     TrainState,
@@ -92,11 +92,11 @@ class Parts:
         return make_mesh(self.config.mesh, self.given.get("devices") or jax.devices())
 
     @cached_property
-    def geometry(self) -> Geometry:
-        return Geometry.of(self.config, self.mesh)
+    def layout(self) -> BatchLayout:
+        return BatchLayout.of(self.config, self.mesh)
 
     @cached_property
-    def model_config(self) -> Described:
+    def model_config(self) -> ModelSpec:
         """What the model is, with room for the tokenizer, and where its weights lie."""
         if isinstance(self.given.get("data"), DataShape):
             return self._found_model  # no token will come
@@ -127,7 +127,7 @@ class Parts:
         ).repeated(
             min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
         )
-        self.geometry.refuse_too_few(data.train_rows)
+        self.layout.refuse_too_few(data.train_rows)
         return data
 
     def data_of(self, dataset: Any) -> TrainingData:
@@ -208,7 +208,7 @@ class Parts:
         )
 
     @cached_property
-    def _found_model(self) -> Described:
+    def _found_model(self) -> ModelSpec:
         """As its files describe it."""
         return self.model_factory.create_config()
 
@@ -229,7 +229,7 @@ class Parts:
 
     @property
     def _batch_shape(self) -> BatchShape:
-        return BatchShape(self.geometry.num_microbatches, self.geometry.microbatch_rows)
+        return BatchShape(self.layout.num_microbatches, self.layout.microbatch_rows)
 
     def _made(self, kind: str, config: Any, *values: Any) -> Any:
         """The factory that a section of the recipe names."""

@@ -113,7 +113,7 @@ class Saved(Facts):
             "eval_metrics": self.eval_metrics,
             "callbacks": self.callback_states,
             "report": self.report.state_dict(),
-            "lineage": self.lineage,
+            "lineage": self.compatibility,
             "recipe": effective(self.config),
             "versions": versions(),
         }
@@ -184,7 +184,7 @@ class Saved(Facts):
         self.language_model.save(
             folder,
             self.average.told(self.state),
-            dtype=self.config.model.dtype or self.language_model.execution.compute_dtype,
+            dtype=self.config.model.dtype or self.language_model.compute.compute_dtype,
             add_files=partial(save_tokenizer, self.tokenizer),
             max_shard_bytes=config.max_shard_bytes,
             verify=config.verify_export,

@@ -119,7 +119,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         _ = self.scheduler  # one that does not fit the run is refused before anything is written
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
-        rows = self.geometry.global_batch
+        rows = self.layout.global_batch
         meter = Meter.of(self.language_model, self.mesh.devices, update_rows=rows)
         self.report = Report(
             self.console,
@@ -319,7 +319,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         """On the devices, from here to the end of the epoch."""
         end = (self.epoch_idx + 1) * self.data.steps_per_epoch
         for batch in self.report.timed(self.data.train_batches(self.position, end)):
-            yield self.geometry.on_devices(batch)
+            yield self.layout.on_devices(batch)
 
     @property
     def eval_batches(self) -> Iterator[Batch]:
@@ -334,7 +334,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         # nothing.
         self.report.update(self.global_step, metrics, epoch=self.epochs_done)
         self.eval_metrics = {}
-        for _ in range(self.geometry.num_microbatches - 1):
+        for _ in range(self.layout.num_microbatches - 1):
             self.tell("on_substep_end")
         self.tell("on_pre_optimizer_step")
         self.tell("on_optimizer_step")
@@ -368,7 +368,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
             "train_samples": new["rows"],
             **{f"train_{name}_per_second": n / runtime for name, n in counts.items()},
             "epoch": self.epochs_done,
-            "effective_batch_size": self.geometry.global_batch,
+            "effective_batch_size": self.layout.global_batch,
         }
 
     @cached_property

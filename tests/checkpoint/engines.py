@@ -22,7 +22,7 @@ class Run:
     def __init__(self):
         self.console = Console()
         self.allowed_changes = ()
-        self.lineage = {"type": "sft", "data.sources": ["a"], "optimizer.type": "adamw"}
+        self.compatibility = {"type": "sft", "data.sources": ["a"], "optimizer.type": "adamw"}
         self.recipe = {"epochs": 1}
         self.at(0)
 
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def metadata(self):
-        return {"step": self.global_step, "lineage": self.lineage, "recipe": self.recipe}
+        return {"step": self.global_step, "lineage": self.compatibility, "recipe": self.recipe}
 
 
 def engine(folder, **config) -> OrbaxEngine:

@@ -15,7 +15,7 @@ import pytest
 from engines import assert_same, engine, listed, saved, shapes, state
 
 from jaxtrain.checkpoint import CheckpointEngine, OrbaxEngine
-from jaxtrain.checkpoint.engine import Moment
+from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 
@@ -221,7 +221,7 @@ def test_what_the_state_does_not_fit_is_refused_unless_allowed_by_name(tmp_path,
 
     def changed(*allowed, reset=(), **lineage):
         other = engine(tmp_path, auto_resume=True, reset=reset)
-        other.trainer.lineage = other.trainer.lineage | lineage
+        other.trainer.compatibility = other.trainer.compatibility | lineage
         other.trainer.recipe = {"epochs": 2}
         other.trainer.allowed_changes = allowed
         return other.load(shapes())
@@ -254,7 +254,7 @@ def test_another_shape_is_named_and_another_dtype_is_not_cast(tmp_path):
 
 def test_state_of_a_callback_must_be_json(tmp_path):
     saver = engine(tmp_path)
-    saver.trainer.lineage = {"x": object()}
+    saver.trainer.compatibility = {"x": object()}
     with pytest.raises(CheckpointError, match="state must be JSON data"):
         saver.save(None)
 
@@ -282,7 +282,9 @@ def test_saves_are_due_by_the_step_number(tmp_path, case):
         if step == 6:
             saver = engine(tmp_path, **config)
             saver.begin(step - 1)
-        moment = Moment(step, epoch_ended=0 if step % 4 else step // 4, training_ended=step == 10)
+        moment = SavePoint(
+            step, epoch_ended=0 if step % 4 else step // 4, training_ended=step == 10
+        )
         for _ in range(2):
             if saver.is_due(moment):
                 found.append(step)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.kernels.attention import Places, attention, choose
+from jaxtrain.kernels.attention import TokenPositions, attention, choose
 
 IMPLEMENTATIONS = ["reference", "splash_interpret"]
 N, K, H = 4, 2, 64
@@ -30,7 +30,7 @@ def naive_attention(q, k, v, q_places, kv_places, *, window=None):
     return jnp.einsum("bnts,bsnh->btnh", jnp.where(seen, weights, 0), v)
 
 
-def packed(*rows: tuple[int, ...], tokens: int) -> Places:
+def packed(*rows: tuple[int, ...], tokens: int) -> TokenPositions:
     """Rows of documents of the given lengths, filled up with padding."""
     segments, positions = np.zeros((2, len(rows), tokens), np.int32)
     for b, lengths in enumerate(rows):
@@ -39,7 +39,7 @@ def packed(*rows: tuple[int, ...], tokens: int) -> Places:
             segments[b, start : start + length] = i + 1
             positions[b, start : start + length] = np.arange(length)
             start += length
-    return Places(jnp.asarray(segments), jnp.asarray(positions))
+    return TokenPositions(jnp.asarray(segments), jnp.asarray(positions))
 
 
 def random_qkv(B, T, S=None, *, heads=(N, K), dtype=jnp.float32):
@@ -156,9 +156,9 @@ def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
     slots, filled = 190, 170
     order = np.random.default_rng(0).permutation(slots)
     segments = np.where(np.arange(slots) < filled, 1, 0)[order]
-    kv_places = Places(jnp.asarray(segments)[None], jnp.asarray(order)[None])
+    kv_places = TokenPositions(jnp.asarray(segments)[None], jnp.asarray(order)[None])
     positions = np.arange(filled - queries, filled)
-    q_places = Places(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
+    q_places = TokenPositions(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
     qkv = random_qkv(1, queries, slots)
     for rule in ((), (("window", 20),)):
         check("reference", q_places, qkv, kv_places=kv_places, rule=rule)

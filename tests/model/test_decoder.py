@@ -10,10 +10,10 @@ import pytest
 from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
-from jaxtrain.kernels.attention import Places
-from jaxtrain.model.config import DecoderConfig, Execution, LayerSpec, grouped
+from jaxtrain.kernels.attention import TokenPositions
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, grouped
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
-from jaxtrain.model.layers import View
+from jaxtrain.model.layers import AttentionInputs
 from jaxtrain.model.rope import Llama3, Rope
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -38,17 +38,17 @@ CONFIG = DecoderConfig(
 )
 
 
-PLAIN = Execution()
+PLAIN = ComputeConfig()
 
 
 @cache
-def made(execution: Execution = PLAIN) -> tuple[Model, dict]:
-    model = abstract(CONFIG, execution)
-    return model, jax.jit(partial(init_params, CONFIG, execution))(jax.random.key(0))
+def made(compute: ComputeConfig = PLAIN) -> tuple[Model, dict]:
+    model = abstract(CONFIG, compute)
+    return model, jax.jit(partial(init_params, CONFIG, compute))(jax.random.key(0))
 
 
-def view_of(decoder: Decoder, batch: Batch) -> View:
-    places = Places(batch.segments, batch.positions)
+def view_of(decoder: Decoder, batch: Batch) -> AttentionInputs:
+    places = TokenPositions(batch.segments, batch.positions)
     return decoder.view(places, places)
 
 
@@ -135,22 +135,22 @@ def test_the_weighted_sum_is_that_of_the_log_probs():
 def test_remat_changes_neither_loss_nor_gradient():
     batch, _ = packed_rows(9, 1, 11)
 
-    def loss_and_gradient(execution):
-        model, params = made(execution)
+    def loss_and_gradient(compute):
+        model, params = made(compute)
         loss = lambda p: merge(model.graph, p).token_log_probs(batch).sum()
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    plain = loss_and_gradient(Execution(remat="none"))
-    for execution in (
-        Execution(remat="full"),
-        Execution(remat="dots"),
-        Execution(remat="full", remat_every=2),
-        Execution(remat="dots", remat_every=3),
-        Execution(remat="none", tiled_mlp=True),
-        Execution(remat="full", tiled_mlp=True),
+    plain = loss_and_gradient(ComputeConfig(remat="none"))
+    for compute in (
+        ComputeConfig(remat="full"),
+        ComputeConfig(remat="dots"),
+        ComputeConfig(remat="full", remat_every=2),
+        ComputeConfig(remat="dots", remat_every=3),
+        ComputeConfig(remat="none", tiled_mlp=True),
+        ComputeConfig(remat="full", tiled_mlp=True),
     ):
         close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-        jax.tree.map(close, loss_and_gradient(execution), plain)
+        jax.tree.map(close, loss_and_gradient(compute), plain)
 
 
 def rematerialised(jaxpr) -> int:
@@ -177,10 +177,10 @@ def test_every_nth_layer_is_rematerialised(members, repeats, every):
     batch, _ = packed_rows(9, 1, 11)
     params = jax.jit(partial(init_params, config, PLAIN))(jax.random.key(0))
 
-    def hidden(execution):
-        return lambda p: merge(abstract(config, execution).graph, p).hidden(batch)
+    def hidden(compute):
+        return lambda p: merge(abstract(config, compute).graph, p).hidden(batch)
 
-    some, all_of_them = hidden(Execution(remat_every=every)), hidden(PLAIN)
+    some, all_of_them = hidden(ComputeConfig(remat_every=every)), hidden(PLAIN)
     assert rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
     assert rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
     np.testing.assert_allclose(jax.jit(some)(params), jax.jit(all_of_them)(params), atol=1e-5)
@@ -190,19 +190,19 @@ def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
     config = dataclasses.replace(CONFIG, ffn_width=4096, groups=grouped((LayerSpec(),)))
     batch = batch_of(random_tokens(2, 250))  # in eight tiles, the last of which is not full
 
-    def bytes_of(execution):
-        model = abstract(config, execution)
+    def bytes_of(compute):
+        model = abstract(config, compute)
         loss = lambda p: merge(model.graph, p).hidden(batch).sum()
         lowered = jax.jit(jax.grad(loss)).lower(model.shapes)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     wide = 2 * 256 * 2 * 4096 * 4  # of one array [B, T, 2, F]
-    assert bytes_of(Execution(tiled_mlp=True)) < bytes_of(Execution()) - wide
+    assert bytes_of(ComputeConfig(tiled_mlp=True)) < bytes_of(ComputeConfig()) - wide
 
 
 def test_dots_keeps_every_product_of_a_layer():
     def backward_products(remat):
-        model, params = made(Execution(remat=remat))
+        model, params = made(ComputeConfig(remat=remat))
         batch, _ = packed_rows(9, 1, 11)
         loss = lambda p: merge(model.graph, p).hidden(batch).sum()
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
@@ -220,7 +220,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
         hidden = merge(graph, params).hidden(batch)
         return hidden, merge(graph, params).logits(hidden)
 
-    hidden, logits = outputs(made(Execution(compute_dtype="bfloat16"))[0].graph, params)
+    hidden, logits = outputs(made(ComputeConfig(compute_dtype="bfloat16"))[0].graph, params)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     _, exact = outputs(made()[0].graph, params)
     np.testing.assert_allclose(logits, exact, atol=0.1)
@@ -243,7 +243,7 @@ def test_random_parameters_do_not_depend_on_the_mesh():
     model, params = made()
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
     shardings = parameter_shardings(mesh, model.shapes)
-    init = jax.jit(partial(init_params, CONFIG, Execution()), out_shardings=shardings)
+    init = jax.jit(partial(init_params, CONFIG, ComputeConfig()), out_shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, init(jax.random.key(0)), params)
 
 

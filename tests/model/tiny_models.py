@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtrain.model.config import DecoderConfig, Execution
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Model, abstract
 from jaxtrain.model.source import read_config
 from jaxtrain.model.weights import load_params
@@ -84,7 +84,7 @@ def saved(name: str, folder: Path, dtype: str = "float32", **options: Any) -> Pa
 
 def described(folder: Path, **fields: Any) -> tuple[DecoderConfig, dict[str, Any], Model]:
     config, hf = read_config(folder, ModelConfig(name_or_path=str(folder), **fields))
-    return config, hf, abstract(config, Execution())
+    return config, hf, abstract(config, ComputeConfig())
 
 
 def on_one_device(shapes: Any) -> Any:

@@ -151,7 +151,7 @@ def test_a_run_trains_around_what_is_frozen(tmp_path):
     before = bits(run.state.params)
     plain = trainer(recipe(tmp_path / "plain", gradient_accumulation_steps=2))
     metrics = [
-        one.step(one.state, one.geometry.on_devices(next(one.data.train_batches(0, 1))))[1]
+        one.step(one.state, one.layout.on_devices(next(one.data.train_batches(0, 1))))[1]
         for one in (run, plain)
     ]
     assert metrics[0]["grad_norm"] < metrics[1]["grad_norm"], "frozen: not in the norm"

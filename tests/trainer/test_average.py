@@ -21,7 +21,7 @@ def test_it_is_the_exponential_average_from_its_start_on(tmp_path):
     )
     expected = host(run.state.params)
     for step, batch in enumerate(run.data.train_batches(0, STEPS)):
-        run.state, _ = run.step(run.state, run.geometry.on_devices(batch))
+        run.state, _ = run.step(run.state, run.layout.on_devices(batch))
         decay = DECAY if step >= START else 0.0
         for name, array in host(run.state.params).items():
             expected[name] = decay * expected[name] + (1 - decay) * array
@@ -34,7 +34,7 @@ def test_it_is_the_exponential_average_from_its_start_on(tmp_path):
 @pytest.mark.parametrize("is_told", [True, False])
 def test_it_is_evaluated_and_exported(tmp_path, is_told):
     run = run_of(tmp_path, ema={"eval": is_told, "start_step": 0})
-    batch = run.geometry.on_devices(next(run.data.train_batches(0, 1)))
+    batch = run.layout.on_devices(next(run.data.train_batches(0, 1)))
     for _ in range(2):
         run.state, _ = run.step(run.state, batch)
     key, state = jax.random.key(0), run.state
@@ -55,7 +55,7 @@ def test_the_average_of_what_is_frozen_is_what_is_frozen(tmp_path):
     run = run_of(tmp_path, optimizer={"groups": groups}, ema={"start_step": 0})
     before = host(run.state.params)
     for batch in run.data.train_batches(0, STEPS):
-        run.state, _ = run.step(run.state, run.geometry.on_devices(batch))
+        run.state, _ = run.step(run.state, run.layout.on_devices(batch))
     for name, array in host(run.state.average).items():
         assert (array.tobytes() == before[name].tobytes()) == ("embed" in name or "norm" in name)
 

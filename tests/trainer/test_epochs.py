@@ -18,7 +18,7 @@ def run_of(folder, *, devices=1, **changes):
         "scheduler": {"name": "linear", "warmup_ratio": 0}, "data": {"train_eval_split": [0.8, 0.2]},
     }  # fmt: skip
     run = trainer(recipe(folder, **written | changes, checkpoint=[entry]), devices=devices)
-    assert run.geometry.global_batch == 4 and run.data.train_rows % 4
+    assert run.layout.global_batch == 4 and run.data.train_rows % 4
     assert run.data.eval_rows % 4
     return run
 

@@ -197,7 +197,7 @@ def trained_on(run, batches):
     """Parameters after these batches alone."""
     for number in batches:
         (batch,) = run.data.train_batches(number, number + 1)
-        run.state, _ = run.step(run.state, run.geometry.on_devices(batch))
+        run.state, _ = run.step(run.state, run.layout.on_devices(batch))
     return host(run.state)
 
 

@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def first_batch(run):
-    return run.geometry.on_devices(next(run.data.train_batches(0, 1)))
+    return run.layout.on_devices(next(run.data.train_batches(0, 1)))
 
 
 def loss_and_gradients(run, batch):

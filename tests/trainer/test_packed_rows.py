@@ -13,7 +13,7 @@ import pytest
 
 from jaxtrain.batch import Batch
 from jaxtrain.metrics.writer import read_rows
-from jaxtrain.model.config import Execution
+from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract, merge
 from tests.runs import host, model_folder, recipe, trainer
 from tests.tiny import chat
@@ -43,7 +43,7 @@ def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
     )  # fmt: skip
     run = trainer(written)
     params = run.state.params
-    graph = abstract(run.model_config.config, Execution(attention=attention)).graph
+    graph = abstract(run.model_config.config, ComputeConfig(attention=attention)).graph
     packed = jax.tree.map(lambda a: a[0], next(run.data.train_batches(0, 1)))
     weight = packed.loss_weights.sum()
 

@@ -45,7 +45,7 @@ def pairs(tmp_path):
 
 def test_a_batch_holds_twice_as_many_rows_as_pairs(pairs):
     made = trainer(pairs, cls=MarginTrainer)
-    assert made.geometry.global_batch == 8 and made.data.steps_per_epoch == 4
+    assert made.layout.global_batch == 8 and made.data.steps_per_epoch == 4
     (batch,) = made.data.train_batches(0, 1)
     assert batch.tokens.shape[:2] == (2, 4)
     found = losses(made, 8)

@@ -45,7 +45,7 @@ def test_trainers_side_by_side_do_not_touch_each_other(tmp_path):
     found = {0: [], 1: []}
     for step in range(3):
         for number, run in enumerate(runs):
-            batch = run.geometry.on_devices(run.data.train.batch(step))
+            batch = run.layout.on_devices(run.data.train.batch(step))
             run.state, metrics = run.step(run.state, batch)
             found[number].append(float(metrics["loss"]))
     assert found[0] == expected
@@ -353,7 +353,7 @@ def test_norms_of_gradients_are_those_that_are_clipped(tmp_path):
     run = trainer(recipe(tmp_path, gradient_accumulation_steps=2))
     run.add_callback(GradLogger)
     (batch,) = run.data.train_batches(0, 1)
-    _, metrics = run.step(run.state, run.geometry.on_devices(batch))
+    _, metrics = run.step(run.state, run.layout.on_devices(batch))
     parts = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/")]
     assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
 

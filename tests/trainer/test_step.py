@@ -13,7 +13,7 @@ from tests.runs import host, recipe, trainer
 
 
 def first_batch(run):
-    return run.geometry.on_devices(next(run.data.train_batches(0, 1)))
+    return run.layout.on_devices(next(run.data.train_batches(0, 1)))
 
 
 def gradients(run):
@@ -50,7 +50,7 @@ def test_step_and_loss_are_pure_and_compile_once(tmp_path):
     for a, b in zip(before, run.loss(start, batch, key), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
     for batch in run.data.train_batches(0, 6):
-        one, _ = run.step(one, run.geometry.on_devices(batch))
+        one, _ = run.step(one, run.layout.on_devices(batch))
     assert (run.step.num_compilations, run.loss.num_compilations) == (1, 1)
 
 
@@ -118,11 +118,11 @@ def test_the_norm_is_of_the_mean_gradient_and_before_clipping(tmp_path):
 def test_metrics_count_the_tokens_of_the_batch(tmp_path):
     run = trainer(recipe(tmp_path, micro_batch_size=2))
     batch = next(run.data.train_batches(0, 1))
-    run.state, metrics = run.step(run.state, run.geometry.on_devices(batch))
+    run.state, metrics = run.step(run.state, run.layout.on_devices(batch))
     assert metrics["tokens"] == (batch.segments > 0).sum()
     assert metrics["trained_tokens"] == (batch.loss_weights > 0).sum()
     documents = [
         (row == segment).sum() for row in batch.segments[0] for segment in range(1, row.max() + 1)
     ]
     assert metrics["pairs"] == 6 * sum(n * (n + 1) // 2 for n in documents)
-    assert isinstance(run.loss(run.state, run.geometry.on_devices(batch), jax.random.key(0)), Loss)
+    assert isinstance(run.loss(run.state, run.layout.on_devices(batch), jax.random.key(0)), Loss)

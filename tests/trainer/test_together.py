@@ -113,7 +113,7 @@ def test_going_back_takes_all_engines_averages_and_exports_along(tmp_path):
     other = run_of(tmp_path / "b", [])
     for number in (0, 1, 2, 3, 6, 7, 8):
         (batch,) = other.data.train_batches(number, number + 1)
-        other.state, _ = other.step(other.state, other.geometry.on_devices(batch))
+        other.state, _ = other.step(other.state, other.layout.on_devices(batch))
     expected = host(other.state)
     for name, array in host(run.state).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)

@@ -41,7 +41,7 @@ def share(tree):
 
 
 def gradients(run):
-    batch = run.geometry.on_devices(next(run.data.train_batches(0, 1)))
+    batch = run.layout.on_devices(next(run.data.train_batches(0, 1)))
     one = jax.jit(lambda p, b: pure.loss_and_grads(run._spec, p, b, jax.random.key(0))[1])
     with jax.set_mesh(run.mesh):
         return one(run.state.params, batch)
@@ -49,7 +49,7 @@ def gradients(run):
 
 def gathers_of_parameters(run):
     """Inside a loop, and outside of any: the all-gathers of float32 matrices in the step."""
-    shapes = run.geometry.batch_shapes(run.data.row_tokens)
+    shapes = run.layout.batch_shapes(run.data.row_tokens)
     text = run.step.lower(run.state_shapes, shapes).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside, outside, computation = 0, 0, ""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.kernels.attention.rule import Places, score_scale, sees
+from jaxtrain.kernels.attention.mask import TokenPositions, score_scale, sees
 
 BLOCK = 128  # on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # keeps program size and compile time bounded, for an eighth more scores than needed
@@ -34,15 +34,15 @@ class Saved(NamedTuple):
     q_BTNH: Array
     k_BSKH: Array
     v_BSKH: Array
-    q_places: Places
-    kv_places: Places
+    q_places: TokenPositions
+    kv_places: TokenPositions
     out_BTNH: Array
     lse_BTN: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def reference_attention(
-    window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places: Places, kv_places: Places
+    window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places: TokenPositions, kv_places: TokenPositions
 ) -> Array:
     return _forward(window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)[0]
 
@@ -65,7 +65,7 @@ def _forward(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places):
     outs, lses = [], []
     for band in _bands(T, S, C, window):
         keys = slice(band.kv_start, band.kv_stop)
-        kv_band = Places(*(x[:, keys] for x in kv_places))
+        kv_band = TokenPositions(*(x[:, keys] for x in kv_places))
         block = partial(_forward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
         out, lse = lax.map(block, _of(band, (blocks_q, places)))
         outs.append(out)
@@ -75,7 +75,7 @@ def _forward(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places):
     return out_BTNH.astype(q_BTNH.dtype), lse_BTN
 
 
-def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_places: Places, block):
+def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_places: TokenPositions, block):
     q_BKRH, row_places = block
     seen_BRS = sees(row_places, kv_places, window)
     scores_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * score_scale(q_BKRH)
@@ -110,7 +110,7 @@ def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
     d_qs = []
     for band in _bands(T, S, C, window):
         keys = slice(band.kv_start, band.kv_stop)
-        kv_band = Places(*(x[:, keys] for x in saved.kv_places))
+        kv_band = TokenPositions(*(x[:, keys] for x in saved.kv_places))
         block = partial(_backward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
 
         def add(sums, queries, block=block):
@@ -131,7 +131,7 @@ def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
 reference_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _backward_block(window: int | None, k_BKSH, v_BKSH, kv_places: Places, block):
+def _backward_block(window: int | None, k_BKSH, v_BKSH, kv_places: TokenPositions, block):
     """Scores stand keys first here: one of the five products is transposed then, not two."""
     q_BKRH, row_places, d_out_BKRH, lse_BKR1, delta_BKR1 = block
     seen_BSR = sees(row_places, kv_places, window).swapaxes(1, 2)
@@ -196,7 +196,7 @@ def _from_query_rows(x, T: int, N: int) -> Array:
     return x.reshape(B, blocks * R // G, N, H)[:, :T]
 
 
-def _row_places(places: Places, G: int, C: int) -> Places:
-    """Places of each block's rows, [blocks, B, G * C]; what fills the last block is padding."""
+def _row_places(places: TokenPositions, G: int, C: int) -> TokenPositions:
+    """Positions of each block's rows, [blocks, B, G * C]; what fills the last block is padding."""
     heads = (jnp.broadcast_to(x[:, :, None, None], (*x.shape, G, 1)) for x in places)
-    return Places(*(_query_rows(x, 1, C)[:, :, 0, :, 0] for x in heads))
+    return TokenPositions(*(_query_rows(x, 1, C)[:, :, 0, :, 0] for x in heads))

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from jaxtrain.kernels.attention.rule import Places, score_scale
+from jaxtrain.kernels.attention.mask import TokenPositions, score_scale
 from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 LANES = 128  # the kernel cuts a row into multiples of this
@@ -33,8 +33,8 @@ def splash_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
-    q_places: Places,
-    kv_places: Places,
+    q_places: TokenPositions,
+    kv_places: TokenPositions,
     *,
     interpret: bool,
 ) -> Array:

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
+from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
-from jaxtrain.trainer.geometry import Geometry
 
 RECIPE = {
     "model": {"name_or_path": "m"},
@@ -16,15 +16,15 @@ RECIPE = {
 }
 
 
-def geometry(**changes):
+def layout(**changes):
     config = get_config(RECIPE | changes)
-    return Geometry.of(config, make_mesh(config.mesh, jax.devices()[:1]))
+    return BatchLayout.of(config, make_mesh(config.mesh, jax.devices()[:1]))
 
 
 def test_the_batch_of_deepspeed_is_compared():
-    assert geometry(deepspeed={"train_batch_size": 6}).global_batch == 6
+    assert layout(deepspeed={"train_batch_size": 6}).global_batch == 6
     with pytest.raises(RecipeError) as error:
-        geometry(deepspeed={"train_batch_size": 8})
+        layout(deepspeed={"train_batch_size": 8})
     assert str(error.value) == (
         "deepspeed.train_batch_size: 8 is not micro_batch_size 2 x gradient_accumulation_steps 3 x "
         "1 batch shards = 6; remove it"
@@ -32,6 +32,6 @@ def test_the_batch_of_deepspeed_is_compared():
 
 
 def test_a_zero_stage_shards_and_keeps_the_batch():
-    plain = geometry()
-    sharded = geometry(deepspeed={"zero_optimization": {"stage": 3}})
+    plain = layout()
+    sharded = layout(deepspeed={"zero_optimization": {"stage": 3}})
     assert plain.global_batch == sharded.global_batch

@@ -15,7 +15,7 @@ RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: Collection[str]) -> None:
     """Say what has changed; RecipeError for what the state does not fit, unless it is allowed by
     name or its part is reset."""
-    before, now = saved["lineage"], json.loads(json.dumps(trainer.lineage))
+    before, now = saved["lineage"], json.loads(json.dumps(trainer.compatibility))
     known = sorted({*before, *now})
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*trainer.allowed_changes, *freed)

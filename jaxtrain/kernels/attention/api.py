@@ -4,8 +4,8 @@ from functools import partial
 
 from jax import Array
 
+from jaxtrain.kernels.attention.mask import TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
-from jaxtrain.kernels.attention.rule import Places
 from jaxtrain.kernels.attention.splash import splash_attention
 
 IMPLEMENTATIONS = {
@@ -20,8 +20,8 @@ def attention(
     k_BSKH: Array,
     v_BSKH: Array,
     *,
-    q_places: Places,
-    kv_places: Places,
+    q_places: TokenPositions,
+    kv_places: TokenPositions,
     window: int | None = None,
     implementation: str = "reference",
 ) -> Array:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jax import Array
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where each token of a row stands."""
 
     segments: Array
@@ -18,7 +18,7 @@ def score_scale(q: Array) -> float:
     return q.shape[-1] ** -0.5
 
 
-def sees(q_places: Places, kv_places: Places, window: int | None) -> Array:
+def sees(q_places: TokenPositions, kv_places: TokenPositions, window: int | None) -> Array:
     """Bool [B, T, S]: the definition of what a query sees. All false for a padding query."""
     q_segments, kv_segments = q_places.segments[:, :, None], kv_places.segments[:, None, :]
     distance = q_places.positions[:, :, None] - kv_places.positions[:, None, :]

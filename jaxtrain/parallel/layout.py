@@ -15,7 +15,7 @@ from jaxtrain.recipe.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)
-class Geometry:
+class BatchLayout:
     """An update works on `num_microbatches` times `microbatch_rows` rows, over all devices."""
 
     mesh: Mesh
@@ -24,7 +24,7 @@ class Geometry:
     microbatch_rows: int
 
     @classmethod
-    def of(cls, config: TrainerConfig, mesh: Mesh) -> "Geometry":
+    def of(cls, config: TrainerConfig, mesh: Mesh) -> "BatchLayout":
         """RecipeError when the recipe says another batch."""
         shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
         rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
