@@ -158,9 +158,26 @@ class Registered(HasHooks):
             _enter(cls, force=False)
 
 
+class TrainerView:
+    """A trainer as the code of others sees it: every attribute can be read, none can be set."""
+
+    def __init__(self, trainer: Any):
+        vars(self)["_trainer"] = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        trainer = vars(self)["_trainer"]
+        if not hasattr(trainer, name):
+            here = ", ".join(n for n in vars(trainer) if not n.startswith("_"))
+            raise AttributeError(f"trainer.{name}: no such attribute here; there are {here}")
+        return getattr(trainer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"trainer.{name}: a trainer is read-only here")
+
+
 class Factory(Registered, abstract=True):
-    """What a recipe section with a `type` names: made with its section and the trainer that asks
-    for it."""
+    """What a recipe section with a `type` names. `trainer`, a view, is for classes of the user;
+    built-in ones take the values that they use."""
 
     config: Any
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from jax.experimental import topologies
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.data import DataShape
 from tests.runs import model_folder, recipe
 
 H200 = """gpu_device_info {
@@ -40,8 +39,8 @@ def main(target: str, mesh: dict[str, int]) -> None:
         folder / "model", hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=2048,
         max_position_embeddings=TOKENS,
     )  # fmt: skip
-    run = SFTTrainer(get_config(written), devices=topology.devices, data=DataShape(TOKENS))
-    lowered = run.step.lower(run.state_shapes, run.layout.batch_shapes(TOKENS))
+    run = SFTTrainer(get_config(written), "plan", devices=topology.devices)
+    lowered = run.step.lower(run.run.state_shapes, run.layout.batch_shapes(TOKENS))
     memory = lowered.compile().memory_analysis()
     print(
         json.dumps(

@@ -1,9 +1,9 @@
-"""Whether a run may go on with the state of another: what has changed between their recipes."""
+"""Whether a run may resume from the state of another: what has changed between their recipes."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtrain.recipe.dump import differences
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
@@ -12,26 +12,37 @@ RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 """Part that is not restored → what may differ then."""
 
 
-def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: Collection[str]) -> None:
-    """Say what has changed; RecipeError for what the state does not fit, unless it is allowed by
-    name or its part is reset."""
-    before, now = saved["lineage"], json.loads(json.dumps(trainer.compatibility))
+class Identity(NamedTuple):
+    """What a run is compared by with the one that it resumes."""
+
+    compatibility: dict[str, Any]
+    """Key → value: what both must agree in."""
+    recipe: dict[str, Any]
+    allowed_changes: Sequence[str]
+    """Keys that may differ all the same."""
+
+
+def refuse_changes(
+    run: Identity, saved: dict[str, Any], path: Path, reset: Collection[str]
+) -> list[str]:
+    """Dotted keys of the recipe that have changed; RecipeError for what the state does not fit,
+    unless it is allowed by name or its part is reset."""
+    before, now = saved["lineage"], json.loads(json.dumps(run.compatibility))
     known = sorted({*before, *now})
     freed = [name for part in reset for name in RESET.get(part, ())]
-    allowed = (*trainer.allowed_changes, *freed)
+    allowed = (*run.allowed_changes, *freed)
     faults = [
         Fault(key, f"is {shown(now.get(key))}, {path} has {shown(before.get(key))}; a run cannot "
               f"be continued with another, --allow-change {key} does it all the same")
         for key in known
         if before.get(key) != now.get(key) and not any(_covers(name, key) for name in allowed)
     ]  # fmt: skip
-    for name in trainer.allowed_changes:
+    for name in run.allowed_changes:
         if not any(_covers(name, key) for key in known):
             faults.append(Fault("--allow-change", f"{name!r} is none of {', '.join(known)}"))
     if faults:
         raise RecipeError(faults)
-    if changed := differences(saved["recipe"], trainer.metadata["recipe"]):
-        trainer.console.line(f"changed since {path.name}: {', '.join(changed)}")
+    return differences(saved["recipe"], run.recipe)
 
 
 def _covers(name: str, key: str) -> bool:

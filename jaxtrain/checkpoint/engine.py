@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.retention import ranked, retained
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
@@ -31,6 +32,18 @@ class SavePoint(NamedTuple):
     """somebody asked for full state here"""
 
 
+class Snapshot(NamedTuple):
+    """What an engine saves."""
+
+    step: int
+    state: Any
+    """the arrays, as a `TrainState`"""
+    metadata: dict[str, Any]
+    """what is kept beside them; JSON data"""
+    export: Callable[[Path], Any]
+    """writes the weights to a folder that `transformers` loads"""
+
+
 class CheckpointEngine(Factory, kind="checkpoint"):
     """Writes `output_dir/global_step_N/` after N updates. A directory has that name only while it
     is complete."""
@@ -39,6 +52,10 @@ class CheckpointEngine(Factory, kind="checkpoint"):
     is_full_state: bool = False
     """A run can be continued from it."""
     config: CheckpointConfig
+    identify: Callable[[], Identity]
+    """What the run is compared by with the one that it resumes."""
+    say: Callable[[str], None] = print
+    """Prints a line for the person."""
 
     def __init__(self, config: CheckpointConfig, trainer: Any = None):
         super().__init__(config, trainer)
@@ -50,9 +67,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         self.resets: tuple[str, ...] = ()
         """Parts of it that are to start anew."""
 
-    def save(self, model: Any) -> None:
-        """Write one checkpoint of the trainer's state at `self.path(step)`, complete or not at
-        all."""
+    def save(self, model: Snapshot) -> None:
+        """Write one checkpoint at `self.path(model.step)`, complete or not at all."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no save(model)")
 
     def load(self, model: Any) -> Any:

@@ -1,8 +1,6 @@
 """Export: a folder that `transformers` loads."""
 
-from typing import Any
-
-from jaxtrain.checkpoint.engine import CheckpointEngine
+from jaxtrain.checkpoint.engine import CheckpointEngine, Snapshot
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
 from jaxtrain.recipe.errors import CheckpointError
 
@@ -11,10 +9,10 @@ class HFCheckpointEngine(CheckpointEngine):
     name = "huggingface"
     config: HFCheckpointConfig
 
-    def save(self, model: Any) -> None:
-        step = self.trainer.global_step
+    def save(self, model: Snapshot) -> None:
+        path = self.path(model.step)
         try:
-            self.trainer.save_model(self.path(step))
+            model.export(path)
         except OSError as error:
-            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
-        self.delete_surplus(step)
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        self.delete_surplus(model.step)

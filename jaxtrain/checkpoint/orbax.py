@@ -10,7 +10,14 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.compatibility import refuse_changes
-from jaxtrain.checkpoint.engine import METADATA, UNFINISHED, CheckpointEngine, read_metadata, remove
+from jaxtrain.checkpoint.engine import (
+    METADATA,
+    UNFINISHED,
+    CheckpointEngine,
+    Snapshot,
+    read_metadata,
+    remove,
+)
 from jaxtrain.checkpoint.files import DamagedCheckpoint, check_files, list_files
 from jaxtrain.recipe.checkpoint import PREFIX, OrbaxConfig
 from jaxtrain.recipe.errors import CheckpointError
@@ -32,18 +39,18 @@ class OrbaxEngine(CheckpointEngine):
         self._started_from: str | None = None
         self._been_reset: set[str] = set()
 
-    def save(self, model: Any) -> None:
-        """Write the trainer's state; in the background unless the recipe says otherwise.
+    def save(self, model: Snapshot) -> None:
+        """Write full state; in the background unless the recipe says otherwise.
 
         Returns when the arrays are copied, so that the next update may overwrite them.
         """
         self.wait()
-        step, state = self.trainer.global_step, self.trainer.state
+        step, state = model.step, model.state
         parts: dict[str, Any] = {WEIGHTS: _weights(state)}
         if self.config.save_model_only is not True:
             parts[OPTIMIZER] = _optimizer(state)
         metadata = {
-            **self.trainer.metadata,
+            **model.metadata,
             "shapes": _described(parts),
             "scores": self.scores(),
             "started_from": self._started_from,
@@ -92,7 +99,7 @@ class OrbaxEngine(CheckpointEngine):
                 aside = self.path(later).with_suffix(".aside")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(later).rename(aside)
-                self.trainer.console.line(f"{self.path(later)} is not continued: now {aside.name}")
+                self.say(f"{self.path(later)} is not continued: now {aside.name}")
 
     def load(self, model: Any) -> Any:
         """The state of the checkpoint that the recipe starts from, or the newest, each array placed
@@ -112,7 +119,7 @@ class OrbaxEngine(CheckpointEngine):
                     raise CheckpointError(f"{error}; {what}") from error
                 if before is None:
                     raise CheckpointError(f"{error}; there is none before it") from error
-                self.trainer.console.line(f"WARNING: {error}; going on from {before.name}")
+                self.say(f"WARNING: {error}; going on from {before.name}")
         raise CheckpointError(f"no checkpoint in {self.directory}")
 
     @property
@@ -147,7 +154,8 @@ class OrbaxEngine(CheckpointEngine):
             self._refuse_weights_only(path)
             wanted[OPTIMIZER] = _optimizer(model)
         check_files(path, ())
-        refuse_changes(self.trainer, saved, path, reset)
+        if changed := refuse_changes(self.identify(), saved, path, reset):
+            self.say(f"changed since {path.name}: {', '.join(changed)}")
         _refuse_other_shapes(path, saved["shapes"], wanted)
         check_files(path, wanted)
         try:

@@ -21,5 +21,4 @@ from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import DataSource as DataSource
 from jaxtrain.data.source import LoadedSource as LoadedSource
 from jaxtrain.data.synthetic import SyntheticSource as SyntheticSource
-from jaxtrain.data.training_data import DataShape as DataShape
 from jaxtrain.data.training_data import TrainingData as TrainingData

@@ -3,6 +3,7 @@
 import math
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from jaxtrain.data.preview import as_text, batch_samples, legend, samples
 from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES
 from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.registry import TrainerView
 
 TERMINAL_TOKENS = 400
 PAGE_TOKENS = 4000
@@ -33,11 +35,13 @@ def show_data(
     """Prints the ledger and some documents, or all that step `batch` trains on; writes a page of
     the same when `html` names one."""
     shape = batch_shape(config, devices)
-    factory = data_factory(
+    here = SimpleNamespace(config=config, tokenizer=tokenizer, global_rank=0, world_size=1)
+    factory = here.data_factory = data_factory(
         config.data,
         tokenizer,
         max_positions=max_positions,
         tokenize_kwargs=config.tokenizer.tokenize_kwargs,
+        trainer=TrainerView(here),
     )
     data = prepare_data(factory, shape).repeated(
         min_updates=config.min_iterations, first_only=config.overfit_first_batch

@@ -223,9 +223,6 @@ class DataFactory(Factory, kind="data"):
         sources: Sequence[DataSource],
         eval_sources: Mapping[str, Sequence[DataSource]],
         shape: BatchShape,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> TrainingData:
         """Everything from rows to batches; `DataError` when nothing is left to train on."""
         loaded = self.load(sources)
@@ -261,8 +258,6 @@ class DataFactory(Factory, kind="data"):
             evals=plans,
             ledger=Ledger(ledger.sources, tuple(sets), notes, tuple(warnings)),
             threads=self.config.dl_num_workers,
-            process_index=process_index,
-            process_count=process_count,
         )
 
 

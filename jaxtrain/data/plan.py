@@ -3,7 +3,8 @@
 M microbatches of an update, B rows of a microbatch over all shards, T tokens of a row.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ class BatchShape(NamedTuple):
     microbatches: int
     rows: int
     """Rows of one microbatch over all shards."""
+    process_rows: np.ndarray | Sequence[int] | None = None
+    """Those of them that this process feeds, ascending; None is all."""
 
     @property
     def update_rows(self) -> int:
@@ -70,6 +73,8 @@ class BatchPlan:
     """Every update has the rows of the first."""
     together: int = 1
     """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name → [rows, ...]: what `Batch.extras` has of each row."""
 
     @property
     def row_tokens(self) -> int:
@@ -135,17 +140,11 @@ class BatchPlan:
         tokens = self._row_lengths[rows[is_row]].sum()
         return float(tokens / (self.tokens_of(rows) * is_row.sum(axis=-1)).sum())
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """One process's columns of the update: leaves [M, B / processes, T], rows [M, B / p]."""
-        own, rest = divmod(self.shape.rows, process_count)
-        rest += own % self.together
-        if rest:
-            raise ValueError(
-                f"{self.shape.rows} rows of a microbatch do not divide by {process_count} processes"
-            )
-        numbers = self.row_numbers(step)
-        columns = slice(process_index * own, (process_index + 1) * own)
-        return self.filled(numbers[:, columns], int(self.tokens_of(numbers.ravel())))
+    def batch(self, step: int) -> Batch:
+        """This process's rows of a step: leaves [M, process rows, T], from number `step` alone."""
+        numbers, own = self.row_numbers(step), self.shape.process_rows
+        row_tokens = int(self.tokens_of(numbers.ravel()))
+        return self.filled(numbers if own is None else numbers[:, own], row_tokens)
 
     def filled(self, rows: np.ndarray, row_tokens: int) -> Batch:
         """The given rows as a batch of the same leading dimensions, and T of `row_tokens`."""
@@ -156,7 +155,12 @@ class BatchPlan:
             if rows[place] >= 0:
                 leaves = (tokens, positions, segments, loss_weights)
                 self._fill_row(int(rows[place]), *(leaf[place] for leaf in leaves))
-        return Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32))
+        extras = {name: self._of_rows(values, rows) for name, values in self.extras.items()}
+        return Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32), extras)
+
+    def _of_rows(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        is_row = (rows >= 0).reshape(*rows.shape, *[1] * (values.ndim - 1))
+        return np.where(is_row, values[rows], np.zeros((), values.dtype))
 
     def _fill_row(self, row: int, *leaves: np.ndarray) -> None:
         tokens, positions, segments, loss_weights = leaves

@@ -17,6 +17,20 @@ GivenRows = Iterable[dict[str, Any]]
 """Rows as a source gives them."""
 
 
+def max_sequence_length(config: DataConfig, max_positions: int | None) -> int:
+    """Tokens of a sequence, of which the model has `max_positions` at most; RecipeError where
+    neither names a length, or the recipe a longer one."""
+    length = config.max_length or max_positions
+    if length is None:
+        raise RecipeError("data.max_length: is required, since the model's config names no length")
+    if max_positions is not None and length > max_positions:
+        raise RecipeError(
+            f"data.max_length: {length} is longer than the {max_positions} positions of the "
+            "model; write at most that"
+        )
+    return length
+
+
 def data_factory(
     config: DataConfig,
     tokenizer: Any,
@@ -25,16 +39,8 @@ def data_factory(
     tokenize_kwargs: Mapping[str, Any],
     trainer: Any = None,
 ) -> DataFactory:
-    """`max_positions` are those of the model; RecipeError for a `max_length` beyond them, or for
-    none at all."""
-    max_length = config.max_length or max_positions
-    if max_length is None:
-        raise RecipeError("data.max_length: is required, since the model's config names no length")
-    if max_positions is not None and max_length > max_positions:
-        raise RecipeError(
-            f"data.max_length: {max_length} is longer than the {max_positions} positions of the "
-            "model; write at most that"
-        )
+    """The factory that the section names; see `max_sequence_length` for what it refuses."""
+    max_length = max_sequence_length(config, max_positions)
     factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
     factory.tokenize_kwargs = tokenize_kwargs
     return factory
@@ -46,14 +52,12 @@ def prepare_data(
     *,
     train_data: GivenRows | None = None,
     eval_data: GivenRows | Mapping[str, GivenRows] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> TrainingData:
     """Rows to batches, for training and for every evaluation set; given rows stand in for the
     recipe's sources, as one set or by the names of several."""
-    config, trainer = factory.config, factory.trainer
-    train = _made(config.sources, trainer)
-    evals = {name: _made(listed, trainer) for name, listed in config.eval_sets.items()}
+    config = factory.config
+    train = _build_sources(config.sources, factory)
+    evals = {name: _build_sources(listed, factory) for name, listed in config.eval_sets.items()}
     if train_data is not None:
         train = [GivenSource.of(train_data, config.sources[0])]
     if eval_data is not None:
@@ -61,9 +65,7 @@ def prepare_data(
             raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
         named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
         evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
-    return factory.prepare(
-        train, evals, shape, process_index=process_index, process_count=process_count
-    )
+    return factory.prepare(train, evals, shape)
 
 
 def prepare_evaluation(
@@ -75,11 +77,14 @@ def prepare_evaluation(
     first = rows[0] if rows else None
     kind = first.get("type") if isinstance(first, Mapping) else None
     if isinstance(first, str) or kind in registry.names("data_source"):
-        sources = _made(eval_sources(rows, factory.config), factory.trainer)
+        sources = _build_sources(eval_sources(rows, factory.config), factory)
     else:
         sources = [GivenSource.of(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)
 
 
-def _made(listed: Iterable[Any], trainer: Any) -> list[DataSource]:
-    return [registry.find("data_source", s.type)(s, trainer=trainer) for s in listed]
+def _build_sources(listed: Iterable[Any], factory: DataFactory) -> list[DataSource]:
+    sources = [registry.find("data_source", s.type)(s, factory.trainer) for s in listed]
+    for source in sources:
+        source.data_factory = factory
+    return sources

@@ -30,11 +30,8 @@ class DataSource(Factory, kind="data_source"):
         "cache_path_args": "the cache is keyed by the rows that `load` gives and by `options()`",
     }
     config: DataSourceConfig
-
-    @property
-    def data_factory(self) -> Any:
-        """The one that makes batches of these rows."""
-        return self.trainer.data_factory
+    data_factory: Any = None
+    """The one that makes batches of these rows."""
 
     @property
     def label(self) -> str:

@@ -3,19 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.ledger import Ledger
 from jaxtrain.data.plan import BatchPlan
-
-
-class DataShape(NamedTuple):
-    """What is known of the data where a step is compiled and nothing is read."""
-
-    row_tokens: int
-    steps_per_epoch: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +18,6 @@ class TrainingData:
     """Name of the set → its batches; the one set of a plain list is `eval`."""
     ledger: Ledger
     threads: int
-    process_index: int = 0
-    process_count: int = 1
 
     @property
     def row_tokens(self) -> int:
@@ -61,18 +50,15 @@ class TrainingData:
 
     def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """This process's batches from update `start` on, over as many epochs as are asked for."""
-        return self._iterate(self.train, start, stop)
+        return iterate(self.train.batch, start=start, stop=stop, threads=self.threads)
 
     def eval_batches(self, name: str = "eval") -> Iterator[Batch]:
         """Every row of the set once, in order."""
-        plan = self.evals[name]
-        return self._iterate(plan, 0, plan.steps_per_epoch)
+        return self.batches_of(self.evals[name])
 
-    def _iterate(self, plan: BatchPlan, start: int, stop: int | None) -> Iterator[Batch]:
-        batch = partial(
-            plan.batch, process_index=self.process_index, process_count=self.process_count
-        )
-        return iterate(batch, start=start, stop=stop, threads=self.threads)
+    def batches_of(self, plan: BatchPlan) -> Iterator[Batch]:
+        """Every row of an evaluation set, planned in this way, once, in order."""
+        return iterate(plan.batch, stop=plan.steps_per_epoch, threads=self.threads)
 
 
 def iterate(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,6 +19,7 @@ from jaxtrain.model.generate import generate
 from jaxtrain.model.source import read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
+from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import RecipeError, WeightError
@@ -33,6 +34,15 @@ WANTED_ATTENTION: dict[str, Wanted] = {
 """`attn_implementation` → what the kernel is asked for; everything else is automatic."""
 
 
+class Placement(NamedTuple):
+    """What a model is computed on."""
+
+    layout: BatchLayout
+    row_tokens: int
+    """T of the longest batches"""
+    tiled_mlp: bool
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model before its arrays: what it is and where its weights lie."""
@@ -42,6 +52,8 @@ class ModelSpec:
     path: Path
     stored_tokens: int | None = None
     """tokens of the vocabulary that have weights at `path`, where that is not all"""
+    placement: Placement | None = None
+    """what it is computed on, once that is known"""
 
     def with_room(self, tokens: int, config: ModelConfig) -> "ModelSpec":
         """A model for so many tokens; RecipeError where it would have to grow and may not."""
@@ -153,7 +165,7 @@ class ModelFactory(Factory, kind="model"):
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_config()")
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
-        """The model as the trainer's mesh computes it, without arrays."""
+        """The model as `model_config.placement` computes it, without arrays."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_model(config)")
 
 
@@ -168,14 +180,16 @@ class HFModelFactory(ModelFactory):
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""
-        config, layout, spec = self.config, self.trainer.layout, model_config
+        config, spec, placement = self.config, model_config, model_config.placement
+        assert placement is not None
+        layout = placement.layout
         on, num_kinds = platform(layout.mesh), len(spec.config.groups)
         try:
             attention = choose(
                 on,
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
                 head_size=spec.config.head_size,
-                tokens=self.trainer.data.row_tokens,
+                tokens=placement.row_tokens,
             )
         except ValueError as error:
             raise RecipeError(f"model.attn_implementation: {error}") from None
@@ -189,7 +203,7 @@ class HFModelFactory(ModelFactory):
             attention=attention.name,
             remat=config.remat_policy,
             remat_every=config.remat_every_nth_layer,
-            tiled_mlp=self.trainer.config.tiled_mlp_compute,
+            tiled_mlp=placement.tiled_mlp,
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )

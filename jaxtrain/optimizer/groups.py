@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxtrain import registry
@@ -65,20 +64,21 @@ class Groups:
         dtype = self.config.state_dtype if is_said else None
 
         def made(config: OptimizerConfig) -> optax.GradientTransformation:
-            return with_moments(factory.create_optimizer(self.shapes, config), dtype)
+            return with_moments(factory.create_optimizer(self.trained(self.shapes), config), dtype)
 
         labels = set(jax.tree.leaves(self.labels))
         if labels == {REST}:
             return made(self.config)
         parts = {label: made(self._settings(label)) for label in sorted(labels - {FROZEN})}
-        if FROZEN in labels:
-            parts[FROZEN] = optax.stateless(_nothing)
-        return optax.partition(parts, self.labels)
+        return optax.partition(parts, self.trained(self.labels))
 
-    def held(self, params: Any) -> Any:
-        """The same parameters, of which the frozen ones have no gradient."""
-        stop = jax.lax.stop_gradient
-        return jax.tree.map(lambda p, x: stop(p) if x == FROZEN else p, params, self.labels)
+    def trained(self, tree: Any) -> Any:
+        """A tree like the parameters', without what belongs to frozen ones."""
+        return _without_frozen(tree, self.labels)
+
+    def merge(self, params: Any, trained: Any) -> Any:
+        """`params`, with those that are trained replaced by `trained`."""
+        return _overlay(params, trained)
 
     def counts(self) -> Counter[str]:
         """Numbers of parameters that are decayed, not decayed, frozen."""
@@ -100,9 +100,21 @@ class Groups:
         return self.config.model_copy(update={"learning_rate": rate, "weight_decay": decay})
 
 
-def _nothing(grads: Any, params: Any) -> Any:
-    # Zeros with a sign: -0.0 + 0.0 would be another weight, bit for bit.
-    return jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads)
+def _without_frozen(tree: Any, labels: Any) -> Any:
+    if not isinstance(labels, dict):
+        return tree
+    kept = {
+        name: _without_frozen(tree[name], label)
+        for name, label in labels.items()
+        if label != FROZEN
+    }
+    return {name: part for name, part in kept.items() if not isinstance(part, dict) or part}
+
+
+def _overlay(tree: Any, above: Any) -> Any:
+    if not isinstance(tree, dict):
+        return above
+    return {name: _overlay(t, above[name]) if name in above else t for name, t in tree.items()}
 
 
 def _unmatched(match: str, names: list[str]) -> str:

@@ -1,6 +1,9 @@
-"""How the rows of an update are cut: over devices, and into microbatches."""
+"""How the sequences of a step are cut: into microbatches, over devices and over processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,16 +19,15 @@ from jaxtrain.recipe.trainer import TrainerConfig
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """An update works on `num_microbatches` times `microbatch_rows` rows, over all devices."""
+    """A step works on `num_microbatches` times `microbatch_rows` sequences, over all devices."""
 
     mesh: Mesh
-    stages: int
     num_microbatches: int
     microbatch_rows: int
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "BatchLayout":
-        """RecipeError when the recipe says another batch."""
+        """RecipeError when `deepspeed.train_batch_size` contradicts the other keys."""
         shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
         rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
         num_microbatches = accumulation
@@ -40,43 +42,67 @@ class BatchLayout:
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        microbatch_rows = computed // num_microbatches * config.data.ROWS_A_SAMPLE
-        return cls(mesh, stages, num_microbatches, microbatch_rows)
+        return cls(mesh, num_microbatches, computed // num_microbatches * config.data.ROWS_A_SAMPLE)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages. With more than one, all microbatches enter the pipeline at once."""
+        return self.mesh.shape["pipeline"]
 
     @property
     def global_batch(self) -> int:
-        """Rows an update."""
+        """Sequences per step."""
         return self.num_microbatches * self.microbatch_rows
 
-    def refuse_too_few(self, train_rows: int) -> None:
-        """DataError when some shard would never see a row."""
-        if train_rows < (shards := num_batch_shards(self.mesh)):
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of leaves [M, B, ...]: sequences are split, microbatches and tokens are not."""
+        return NamedSharding(self.mesh, P(None, MESH_AXES["batch"]))
+
+    @cached_property
+    def process_rows(self) -> np.ndarray:
+        """int64 [rows]: the rows of a microbatch that devices of this process hold, ascending.
+
+        Processes whose devices share a batch shard, as with `tensor` across hosts, hold the same.
+        """
+        held = self.sharding.addressable_devices_indices_map((1, self.microbatch_rows))
+        is_held = np.zeros(self.microbatch_rows, bool)
+        for index in held.values():
+            is_held[index[1]] = True  # type: ignore[index]
+        return np.flatnonzero(is_held)
+
+    def refuse_too_few(self, num_sequences: int) -> None:
+        """DataError when some shard would never see a sequence."""
+        if num_sequences < (shards := num_batch_shards(self.mesh)):
             raise DataError(
-                f"{train_rows} training rows are fewer than the {shards} batch shards; write "
+                f"{num_sequences} training rows are fewer than the {shards} batch shards; write "
                 "min_iterations to repeat them, or a smaller mesh.data and mesh.fsdp"
             )
 
-    @property
-    def whole_batch(self) -> bool:
-        """A pipeline takes all microbatches at once and cuts them up itself."""
-        return self.stages > 1
-
-    @property
-    def batch_sharding(self) -> NamedSharding:
-        """Of leaves [M, rows, ...]: rows are split, microbatches and tokens are not."""
-        return NamedSharding(self.mesh, P(None, MESH_AXES["batch"]))
-
     def on_devices(self, batch: Batch) -> Batch:
-        """This process's rows of a host batch, as global arrays."""
-        place = jax.make_array_from_process_local_data
-        return jax.tree.map(lambda a: place(self.batch_sharding, np.asarray(a)), batch)
+        """Global arrays of a host batch, whose rows are `process_rows`."""
 
-    def batch_shapes(self, row_tokens: int) -> Batch:
-        """Shapes and shardings of a batch, for compiling without data."""
+        def place(a: Any) -> jax.Array:
+            a = np.asarray(a)
+
+            def shard(index: Any) -> np.ndarray:
+                start, stop, _ = index[1].indices(self.microbatch_rows)
+                first = np.searchsorted(self.process_rows, start)
+                return a[:, first : first + stop - start]
+
+            shape = (a.shape[0], self.microbatch_rows, *a.shape[2:])
+            return jax.make_array_from_callback(shape, self.sharding, shard)
+
+        return jax.tree.map(place, batch)
+
+    def batch_shapes(self, row_tokens: int, extras: Mapping[str, Any] | None = None) -> Batch:
+        """Shapes and shardings of a batch, to compile without data. `extras` maps names to what has
+        the shape [..] and dtype of one sequence's value."""
         lead = (self.num_microbatches, self.microbatch_rows)
 
-        def of(dtype: str, *tail: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.batch_sharding)
+        def shape(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.sharding)
 
-        tokens = of("int32", row_tokens)
-        return Batch(tokens, tokens, tokens, of("float32", row_tokens), of("int32"))
+        tokens = shape("int32", row_tokens)
+        more = {name: shape(one.dtype, *one.shape) for name, one in (extras or {}).items()}
+        return Batch(tokens, tokens, tokens, shape("float32", row_tokens), shape("int32"), more)

@@ -12,10 +12,12 @@ from jaxtrain.scheduler.schedules import Schedule as Schedule
 
 
 class SchedulerFactory(Factory, kind="scheduler"):
-    """Makes the schedule; `self.trainer` has `training_horizon` and `warmup_steps`, in updates."""
-
     events = {"create-scheduler": "create_scheduler"}
     config: SchedulerConfig
+    training_horizon: int = 0
+    """Steps from the start of the schedule to the end of the run, of which the learning rate rises
+    over the first `warmup_steps`."""
+    warmup_steps: int = 0
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
         """A function from the update number (from 0) to a share of the optimizer's own rate."""
@@ -33,8 +35,8 @@ class HFSchedulerFactory(SchedulerFactory):
     def create_scheduler(self, optimizer: Any) -> Schedule:
         return hf_schedule(
             self.config,
-            horizon=self.trainer.training_horizon,
-            warmup=self.trainer.warmup_steps,
+            horizon=self.training_horizon,
+            warmup=self.warmup_steps,
             peak_lr=optimizer.learning_rate,
         )
 
@@ -47,11 +49,11 @@ class WSDSchedulerFactory(SchedulerFactory):
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
         warmup, decay = self.config.num_warmup_steps, self.config.num_decay_steps
-        stable = self.trainer.training_horizon - warmup - decay
+        stable = self.training_horizon - warmup - decay
         if stable < 0:
             raise RecipeError(
                 f"scheduler: num_warmup_steps {warmup} and num_decay_steps {decay} are longer than "
-                f"the run of {self.trainer.training_horizon} updates"
+                f"the run of {self.training_horizon} updates"
             )
         return schedules.warmup_stable_decay(warmup, stable, decay, floor=self.config.min_lr_ratio)
 

@@ -15,20 +15,20 @@ class Average:
     """None keeps no average"""
 
     def start(self, params: PyTree) -> PyTree:
-        """The average before the first update, float32: a copy, since both are donated."""
+        """The average before the first step, float32: a copy, since both are donated."""
         if self.config is None:
             return {}
         return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
 
-    def after(self, average: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """The average after update `step`, counted from 0, has made `params`."""
+    def update(self, average: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+        """The average after step `step`, counted from 0, has made `params`."""
         if self.config is None:
             return average
         has_begun, share = step >= self.config.start_step, 1 - self.config.decay
         # Written as a difference, so that the average of a frozen parameter stays as it is.
-        moved = lambda a, p: jnp.where(has_begun, a + share * (p - a), p)
-        return jax.tree.map(moved, average, params)
+        move = lambda a, p: jnp.where(has_begun, a + share * (p - a), p)
+        return jax.tree.map(move, average, params)
 
-    def told(self, state: TrainState) -> PyTree:
-        """The parameters that an evaluation, a sample and an export are of."""
+    def eval_params(self, state: TrainState) -> PyTree:
+        """The parameters that are evaluated, sampled from and exported."""
         return state.average if self.config and self.config.eval else state.params

@@ -1,4 +1,4 @@
-"""Callbacks as objects: told what happens on the host, and able to ask for more.
+"""Callbacks as objects: called when something happens on the host, and able to request more.
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
 for each update `on_step_begin`, `on_substep_end` for each microbatch but the last,
@@ -12,12 +12,12 @@ due, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_sa
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from jaxtrain.recipe.errors import CheckpointError, did_you_mean
-from jaxtrain.trainer.run_state import RunState
+from jaxtrain.registry import TrainerView
 
 EVENTS = (
     "on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end",
@@ -52,11 +52,11 @@ class Control:
     should_abort_without_save: bool = False
     """Finish the update and end the run with an error; nothing is saved."""
 
-    def taken(self, request: str) -> bool:
-        """Was this asked for? It no longer is."""
-        asked = getattr(self, request)
+    def consume(self, request: str) -> bool:
+        """Was this requested? It no longer is."""
+        was_requested = getattr(self, request)
         setattr(self, request, False)
-        return asked
+        return was_requested
 
 
 class Callback:
@@ -108,89 +108,63 @@ class Callbacks:
                 return found
         return None
 
-    def tell(self, event: str, trainer: Any, **more: Any) -> None:
-        """Call everyone who listens to this event. One may return a `Control` with requests."""
+    def tell(self, event: str, state: TrainerView, **more: Any) -> None:
+        """Call everyone who listens to this event; `state` shows the trainer. A callback may return
+        a `Control` with requests."""
         assert event in EVENTS, event
         for callback in list(self.items):
             listener = getattr(callback, event, None)
             if listener is None:
                 continue
-            state = RunState(trainer)
-            given = {"args": trainer.config, "state": state, "control": self.control, **more}
-            asked = listener(**_wanted(listener, given, trainer))
-            if isinstance(asked, Control):
+            given = {"args": state.config, "state": state, "control": self.control, **more}
+            requested = listener(**_select_arguments(listener, given, state))
+            if isinstance(requested, Control):
                 for field in fields(Control):
-                    wanted = getattr(self.control, field.name) or getattr(asked, field.name)
-                    setattr(self.control, field.name, wanted)
+                    value = getattr(self.control, field.name) or getattr(requested, field.name)
+                    setattr(self.control, field.name, value)
+
+    def measure(self, gradients: Any) -> dict[str, Any]:
+        """What the callbacks report of the mean gradients. Traced."""
+        measures = [c.measure for c in self.items if hasattr(c, "measure")]
+        return {name: value for measure in measures for name, value in measure(gradients).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Name → state, for those that have one."""
-        named = self._named().items()
-        return {name: item.state_dict() for name, item in named if hasattr(item, "state_dict")}
+        items = self._by_name().items()
+        return {name: item.state_dict() for name, item in items if hasattr(item, "state_dict")}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """CheckpointError when a saved state has no callback to take it; that of a key which the
-        recipe no longer has is dropped."""
-        here = self._named()
-        if missing := sorted(name for name in saved.keys() - here.keys() if "." in name):
+    def load_state_dict(self, saved: dict[str, Any], *, reset: Collection[str] = ()) -> None:
+        """Resume, but for the parts that are reset: those of the recipe go by their key, those of
+        the user are `callbacks`.
+
+        CheckpointError when a saved state has no callback to take it; that of a key which the
+        recipe no longer has is dropped.
+        """
+        here = self._by_name()
+        kept = {n: s for n, s in saved.items() if ("callbacks" if "." in n else n) not in reset}
+        if missing := sorted(name for name in kept.keys() - here.keys() if "." in name):
             own = [name for name in here if "." in name]
             raise CheckpointError(
                 f"the checkpoint has the state of callback {missing[0]}, and the run has "
                 f"{', '.join(own) or 'none'}; add it before training"
             )
-        for name in saved.keys() & here.keys():
-            here[name].load_state_dict(saved[name])
+        for name in kept.keys() & here.keys():
+            here[name].load_state_dict(kept[name])
 
-    def _named(self) -> dict[str, Any]:
+    def _by_name(self) -> dict[str, Any]:
         """The recipe key of a callback, else its class and its number among those of the class."""
         numbers: Counter[str] = Counter()
-        named = {}
+        found = {}
         for item in self.items:
             kind = type(item).__name__
-            named[getattr(item, "key", "") or f"{kind}.{numbers[kind]}"] = item
+            found[getattr(item, "key", "") or f"{kind}.{numbers[kind]}"] = item
             numbers[kind] += 1
-        return named
+        return found
 
 
-def _wanted(listener: Any, given: dict[str, Any], trainer: Any) -> dict[str, Any]:
+def _select_arguments(listener: Any, given: dict[str, Any], trainer: TrainerView) -> dict[str, Any]:
     """What a callback names of an event's values, or all of them, and of the trainer's parts."""
     parameters = inspect.signature(listener).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     parts = {name: getattr(trainer, ATTRIBUTES[name]) for name in parameters if name in ATTRIBUTES}
     return parts | {name: v for name, v in given.items() if takes_all or name in parameters}
-
-
-class Listened:
-    """Of a trainer: who is told what happens, and may ask for more."""
-
-    _callbacks: Callbacks
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback object, or a class that is then made; see `jaxtrain.Callback`."""
-        self._callbacks.add(callback)
-
-    def pop_callback(self, callback: Any) -> Any | None:
-        """Take out and return the first callback that is this object or of this class."""
-        return self._callbacks.pop(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        self._callbacks.pop(callback)
-
-    @property
-    def control(self) -> Control:
-        """Requests to the loop: stop, save, evaluate."""
-        return self._callbacks.control
-
-    @property
-    def callback_states(self) -> dict[str, Any]:
-        """State of the callbacks that keep any; part of a checkpoint."""
-        return self._callbacks.state_dict()
-
-    def tell(self, event: str, **more: Any) -> None:
-        """Call everyone who listens to this event."""
-        self._callbacks.tell(event, self, **more)
-
-    def measured(self, gradients: Any) -> dict[str, Any]:
-        """What the callbacks report of the mean gradients. Traced."""
-        measures = [c.measure for c in self._callbacks.items if hasattr(c, "measure")]
-        return {name: value for measure in measures for name, value in measure(gradients).items()}

@@ -11,22 +11,22 @@ from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, direct
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callback, Control
 
-MOST_SKIPPED = 10  # in a row
+MAX_SKIPPED = 10  # in a row
 
 
-def guards(config: TrainerConfig, early_stopper: Any) -> list[Callback]:
+def build_guards(config: TrainerConfig, early_stopper: Any) -> list[Callback]:
     """Those that the recipe asks for, besides `on_nonfinite`; the stopper is a given one."""
-    made: list[Callback] = []
+    guards: list[Callback] = []
     if config.early_stopping is not None:
         if early_stopper is not None:
             raise RecipeError("early_stopping: excludes a given early_stopper; remove one")
-        made.append(EarlyStopping(config.early_stopping))
+        guards.append(EarlyStopping(config.early_stopping))
     if early_stopper is not None:
         metric = config.checkpoint[0].metric if config.checkpoint else "eval/loss"
-        made.append(GivenStopper(early_stopper, metric))
+        guards.append(GivenStopper(early_stopper, metric))
     if config.divergence is not None:
-        made.append(Divergence(config.divergence))
-    return made
+        guards.append(Divergence(config.divergence))
+    return guards
 
 
 class EarlyStopping(Callback):
@@ -98,13 +98,13 @@ class Divergence(Callback):
 
     def on_train_metrics(self, control: Control, metrics: Any) -> None:
         if not self.config.metric.startswith("eval/"):
-            self._see(metrics, control)
+            self._observe(metrics, control)
 
     def on_evaluate(self, control: Control, metrics: Any) -> None:
         if self.config.metric.startswith("eval/"):
-            self._see(metrics, control)
+            self._observe(metrics, control)
 
-    def _see(self, row: Any, control: Control) -> None:
+    def _observe(self, row: Any, control: Control) -> None:
         config = self.config
         value = row.get(config.metric)
         if value is None:
@@ -148,7 +148,7 @@ class NonFinite(Callback):
         self.skipped = 0
         self.in_a_row = 0
 
-    def takes(self, metrics: dict[str, jax.Array], control: Control) -> bool:
+    def accepts(self, metrics: dict[str, jax.Array], control: Control) -> bool:
         """Does this count as an update? All but `stop` wait for the device to know; NonFiniteError
         when ten in a row do not."""
         if self.policy == "stop":
@@ -162,9 +162,9 @@ class NonFinite(Callback):
             return is_finite
         self.in_a_row = 0 if is_finite else self.in_a_row + 1
         self.skipped += not is_finite
-        if self.in_a_row == MOST_SKIPPED:
+        if self.in_a_row == MAX_SKIPPED:
             raise NonFiniteError(
-                f"{MOST_SKIPPED} updates in a row are not finite: on_nonfinite: skip gives up"
+                f"{MAX_SKIPPED} updates in a row are not finite: on_nonfinite: skip gives up"
             )
         metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
         return is_finite

@@ -19,7 +19,7 @@ class Loss(NamedTuple):
     """name → (sum, weight), each float32 []"""
 
 
-def of_documents(weights_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def weigh_documents(weights_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Weights that sum to 1 over each document of a packed row; 0 where nothing is trained."""
 
     def row(weights_T: jax.Array, segments_T: jax.Array) -> jax.Array:
@@ -29,27 +29,28 @@ def of_documents(weights_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     return jax.vmap(row)(weights_BT, segments_BT)
 
 
-def added(a: Loss, b: Loss) -> Loss:
+def add_losses(a: Loss, b: Loss) -> Loss:
     """The loss of two batches together."""
     return jax.tree.map(lambda x, y: x + y, a, b)
 
 
-def means(loss: Loss) -> dict[str, jax.Array]:
+def compute_means(loss: Loss) -> dict[str, jax.Array]:
     """The loss and its metrics, each divided by its weight; NaN where nothing was trained."""
     values = {"loss": (loss.total, loss.weight), **loss.metrics}
     return {name: jnp.where(w > 0, s / w, jnp.nan) for name, (s, w) in values.items()}
 
 
-def evaluated(prefix: str, loss: Loss, unit: str) -> dict[str, float]:
+def eval_metrics(prefix: str, loss: Loss, unit: str) -> dict[str, float]:
     """What an evaluation reports: means, perplexity, and how many tokens or samples, which `unit`
     says, they are means over."""
-    metrics = {f"{prefix}/{name}": float(mean) for name, mean in means(loss).items()}
+    metrics = {f"{prefix}/{name}": float(mean) for name, mean in compute_means(loss).items()}
     perplexity = math.exp(min(metrics[f"{prefix}/loss"], 700.0))
     return metrics | {f"{prefix}/perplexity": perplexity, f"{prefix}/{unit}s": float(loss.weight)}
 
 
-def checked(loss: Any, where: str) -> Loss:
-    """`loss` if it is a `Loss` of scalars; TypeError that says what to return."""
+def check_loss(loss: Any, function: Any) -> Loss:
+    """Returns the loss of a user's function if it is a `Loss` of scalars; TypeError else."""
+    where = getattr(function, "__qualname__", "loss_fn")
     right = "return Loss(total, weight, metrics): sums over the batch, float32 scalars"
     if not isinstance(loss, Loss):
         raise TypeError(f"{where} returned {type(loss).__name__}; {right}")

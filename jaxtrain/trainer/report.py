@@ -1,4 +1,4 @@
-"""What a run tells: a line an update, evaluations, samples; on screen, in the log and to the
+"""What a run reports: a line per step, evaluations, samples; on screen, in the log and to the
 writers of the run."""
 
 import math
@@ -60,19 +60,19 @@ class Report:
             profiler.turn()
             self.meter.restart()
 
-    def flush(self, *, asked: bool = False) -> None:
-        """Report what is held back, with a row when one is due or asked for. NonFiniteError if that
-        update was not finite."""
+    def flush(self, *, requested: bool = False) -> None:
+        """Report the step that is held back, with a metrics row when one is due or requested.
+        NonFiniteError if it was not finite."""
         if self._held is None:
             return
         (step, epoch, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        finite, share = values.pop("finite"), values.pop("lr_share")
-        row = {"iter": step, "epoch": epoch, "lr": share * self.peak_lr, **values}
+        finite, lr_scale = values.pop("finite"), values.pop("lr_scale")
+        row = {"iter": step, "epoch": epoch, "lr": lr_scale * self.peak_lr, **values}
         self.last_loss = values["loss"]
         self.meter.count(values)
         self.tell("on_train_metrics", metrics=row)
-        has_row = asked or is_due(step, self.config.train_log_iter_interval)
+        has_row = requested or is_due(step, self.config.train_log_iter_interval)
         if has_row:
             self.tell("on_log_step", logs=row)
         row |= self.recorded.taken()
@@ -164,8 +164,8 @@ class Report:
 
     def close(self) -> None:
         self.console.close()
-        if told := self.folder.close():
-            self.console.line(told)
+        if remark := self.folder.close():
+            self.console.line(remark)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -131,8 +131,13 @@ class RunFolder:
         for writer in self.writers:
             writer.write(row)
 
+    @property
+    def wandb_run(self) -> Any:
+        """The run of Weights & Biases, None where there is none."""
+        return next((w.run for w in self.writers if isinstance(w, Wandb)), None)
+
     def close(self) -> str | None:
-        """Close what is open and draw the loss; returns what to tell the person, if anything."""
+        """Close what is open and draw the loss; returns a remark for the person, if any."""
         for writer in self.writers:
             writer.close()
         has_rows = any(isinstance(writer, JsonLines) for writer in self.writers)
@@ -146,7 +151,7 @@ class RunFolder:
         return None
 
 
-def named(config: TrainerConfig) -> TrainerConfig:
+def fill_names(config: TrainerConfig) -> TrainerConfig:
     """`config` with the `{n}` of its `run_dir` and the `{run_dir}` of its checkpoints filled in.
 
     A run with a checkpoint to continue keeps the newest number, any other takes the next; process 0

@@ -1,19 +1,18 @@
 """Where a run is, under the names that callbacks of other trainers read."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from jaxtrain.checkpoint import CheckpointEngine
-
-if TYPE_CHECKING:
-    from jaxtrain.trainer.trainer import Trainer
+from jaxtrain.registry import TrainerView
 
 
-class RunState:
-    """A view of the trainer, whose own attributes it has too, but for `epoch`, a method there."""
+class RunState(TrainerView):
+    """A view of the trainer, whose own attributes it has too, but for `epoch`, a method there.
+    Only `state`, the weights and the optimizer's state, may be replaced."""
 
-    trainer: "Trainer"
+    trainer = property(lambda self: self)
     is_hyper_param_search = False
     is_world_process_zero = is_local_process_zero = property(lambda _: jax.process_index() == 0)
     num_processes = property(lambda _: jax.process_count())
@@ -29,34 +28,31 @@ class RunState:
     max_eval_steps = property(lambda self: self.config.max_eval_batches)
     train_batch_size = property(lambda self: self.config.micro_batch_size)
 
-    def __init__(self, trainer: "Trainer"):
-        vars(self)["trainer"] = trainer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trainer, name)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.trainer, name, value)
+        if name == "state":
+            self._trainer.state = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def save_steps(self) -> int:
         """Of the first checkpoint entry that saves by the step."""
-        entries = self.trainer.config.checkpoint
+        entries = self.config.checkpoint
         return next((e.save_every_n_steps for e in entries if e.save_every_n_steps), 0)
 
     @property
     def epoch_start_step(self) -> int:
         """The update after which the epoch began, if no batch was skipped since."""
-        return self.trainer.global_step - self.trainer.position % self.epoch_train_steps
+        return self.global_step - self.position % self.epoch_train_steps
 
     @property
     def num_train_epochs(self) -> float:
-        return self.trainer.planned_updates / self.epoch_train_steps
+        return self.planned_updates / self.epoch_train_steps
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
         """The newest rows, of training and of evaluations; the metrics file has all."""
-        return list(self.trainer.report.history)
+        return list(self.report.history)
 
     @property
     def best_metric(self) -> float | None:
@@ -72,5 +68,5 @@ class RunState:
     @property
     def _best(self) -> tuple[CheckpointEngine | None, int]:
         """Of the first checkpoint entry that has one."""
-        found = ((engine, engine.best()) for engine in self.trainer.checkpoint_engines)
+        found = ((engine, engine.best()) for engine in self.checkpoint_engines)
         return next(((engine, step) for engine, step in found if step is not None), (None, 0))

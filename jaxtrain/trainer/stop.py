@@ -7,12 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, UserError
-
-if TYPE_CHECKING:
-    from jaxtrain.trainer.trainer import Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -24,8 +20,6 @@ class StopRequests:
         self.file = file
         self.signal: signal.Signals | None = None
         """the newest that came"""
-        self.obeyed: signal.Signals | None = None
-        """the one for which the run ends"""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -52,10 +46,9 @@ class StopRequests:
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{self.signal.name}: ending after this update{again}\n".encode())
 
-    def asked(self) -> str | None:
+    def poll(self) -> str | None:
         """Why the run is to end, None while nothing asks; a stop file that is obeyed is removed."""
         if self.signal is not None:
-            self.obeyed = self.signal
             return self.signal.name
         if self.file.exists():
             self.file.unlink(missing_ok=True)
@@ -63,14 +56,12 @@ class StopRequests:
         return None
 
 
-def ended_by_signal(trainer: "Trainer") -> UserError:
-    """What a run raises that a signal has ended: PreemptedError if it can go on from here."""
-    assert trainer.stop.obeyed is not None
-    name, step = trainer.stop.obeyed.name, trainer.global_step
+def preemption_error(name: str, step: int, *, has_full_state: bool, resumes: bool) -> UserError:
+    """What a run raises that the signal of this name has ended after so many steps: PreemptedError
+    if it can be resumed."""
     when = f"{name}: ended after update {step}"
-    if not trainer.full_state_engines:
+    if not has_full_state:
         return AbortedError(f"{when}; nothing could be saved: the recipe has no `orbax` entry")
-    resumes = any(engine.config.auto_resume for engine in trainer.checkpoint_engines)
     how = "" if resumes else "with `auto_resume: true` on its `orbax` entry, "
     if step == 0:
         return PreemptedError(f"{name}: ended before the first update; {how}run it again")

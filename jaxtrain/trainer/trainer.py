@@ -1,5 +1,4 @@
-"""The trainer: builds a run from its recipe, then updates, evaluates and saves in a loop on the
-host.
+"""The trainer: builds a run from its recipe, then steps, evaluates and saves in a loop on the host.
 
 Everything numerical is in two pure, jitted functions: `step(state, batch)` and `loss(state, batch,
 key)`. A trainer of your own overrides `loss_fn`; logging, accumulation, masking, sharding and
@@ -7,16 +6,26 @@ checkpoints stay.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, Unpack
 
 import jax
 
 from jaxtrain import registry
 from jaxtrain.batch import Batch
-from jaxtrain.checkpoint import HFCheckpointEngine, OrbaxEngine
-from jaxtrain.data import SFTDataFactory
+from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
+from jaxtrain.checkpoint.compatibility import Identity
+from jaxtrain.checkpoint.engine import Snapshot
+from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory, TrainingData
+from jaxtrain.data.prepare import (
+    data_factory,
+    max_sequence_length,
+    prepare_data,
+    prepare_evaluation,
+)
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
@@ -27,36 +36,44 @@ from jaxtrain.optimizer import (
     MuonFactory,
     SGDFactory,
 )
-from jaxtrain.recipe.errors import AbortedError, RecipeError
+from jaxtrain.parallel.layout import BatchLayout
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipe.dump import compatibility, effective
+from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory
 from jaxtrain.trainer import step as pure
-from jaxtrain.trainer.callbacks import Callbacks, Listened
-from jaxtrain.trainer.compiled import compiled_loss, compiled_step, step_spec
-from jaxtrain.trainer.evaluation import batches_of, metrics_of, sample
-from jaxtrain.trainer.guards import NonFinite, guards
+from jaxtrain.trainer.callbacks import Callbacks
+from jaxtrain.trainer.checkpoints import Checkpoints
+from jaxtrain.trainer.evaluation import answer_prompts, evaluate_sets
+from jaxtrain.trainer.given import Given, check_given
+from jaxtrain.trainer.guards import NonFinite, build_guards
 from jaxtrain.trainer.header import header
+from jaxtrain.trainer.interface import Interface
+from jaxtrain.trainer.jit import Compiled
 from jaxtrain.trainer.loss import Loss
-from jaxtrain.trainer.parts import Given, known
+from jaxtrain.trainer.progress import Horizon, Progress
 from jaxtrain.trainer.report import Report
-from jaxtrain.trainer.rollback import roll_back
-from jaxtrain.trainer.run_folder import RunFolder, named
-from jaxtrain.trainer.saved import Saved
-from jaxtrain.trainer.state import TrainState
-from jaxtrain.trainer.stop import StopRequests, ended_by_signal
+from jaxtrain.trainer.run import build, find_model
+from jaxtrain.trainer.run_folder import RunFolder, fill_names, versions
+from jaxtrain.trainer.run_state import RunState
+from jaxtrain.trainer.state import PyTree, TrainState
+from jaxtrain.trainer.stop import StopRequests, preemption_error
+
+MAX_ROLLBACKS = 3  # of a process
 
 
 class TrainOutput(NamedTuple):
     global_step: int
     training_loss: float
-    """of the last update, in nats a trained token"""
+    """of the last step, in nats per trained token"""
     metrics: dict[str, float]
     """of the last evaluation; `train_runtime` in seconds, and what was done in it"""
 
 
-class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
+class Trainer(Interface, registry.Registered, kind="trainer"):
     """One run of one objective. Annotations say which factories a recipe may name; the first is the
     default.
 
@@ -88,63 +105,102 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
     def __init__(
         self,
         config: TrainerConfig,
-        mode: Literal["train", "process-data"] = "train",
+        mode: Literal["train", "process-data", "plan"] = "train",
         *,
         callbacks: Sequence[Any] | None = None,
         **given: Unpack[Given],
     ):
-        """`process-data` prepares the rows, and nothing that could be trained. `callbacks` stand in
-        for the default ones.
+        """`process-data` prepares the data, and nothing that could be trained; `plan` builds the
+        run, to compile its step, without data. `callbacks` stand in for the default ones.
 
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
         if not isinstance(config, TrainerConfig):
             name, found = type(self).__qualname__, type(config).__name__
             raise TypeError(f"{name}(config): found {found}; write {name}(get_config(…))")
-        if mode not in ("train", "process-data"):
-            raise ValueError(f"mode must be 'train' or 'process-data', found {mode!r}")
-        self.config, self.mode, self.given = named(config), mode, known(given)
+        if mode not in ("train", "process-data", "plan"):
+            raise ValueError(f"mode must be 'train', 'process-data' or 'plan', found {mode!r}")
+        check_given(given)
+        self.config, self.mode, self.given = fill_names(config), mode, given
+        self.progress = Progress()
         self.nonfinite = NonFinite(config.on_nonfinite)
-        others = self.default_callbacks() if callbacks is None else callbacks
-        self._callbacks = Callbacks(
-            [self.nonfinite, *guards(config, given.get("early_stopper")), *others]
-        )
+        guards = build_guards(config, given.get("early_stopper"))
+        own = self.default_callbacks() if callbacks is None else callbacks
+        self._callbacks = Callbacks([self.nonfinite, *guards, *own])
         ranks = config.logger.print_output_ranks
         self.console = Console(prints=is_among(jax.process_index(), ranks), secrets=config.secrets)
+        self._state: TrainState | None = None
         self._has_begun = False
+
+        view = registry.TrainerView(self)
+        devices = given.get("devices") or jax.devices()
+        self.layout = BatchLayout.of(self.config, make_mesh(self.config.mesh, devices))
+        found = find_model(self.config, given, view)
+        self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
+        max_positions = found.spec.config.max_positions
+        if mode == "plan":
+            lengths = (max_sequence_length(self.config.data, max_positions),)
+            self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
+        else:
+            self.data_factory = data_factory(  # type: ignore[assignment]
+                self.config.data,
+                self.tokenizer,
+                max_positions=max_positions,
+                tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
+                trainer=view,
+            )
+            self.data = self._prepare_data()
+            lengths = self.data.train.lengths
+            self.horizon = Horizon.of(self.config, self.data.steps_per_epoch)
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
             return
 
-        _ = self.scheduler  # one that does not fit the run is refused before anything is written
+        self.run = build(
+            self.config, self.layout, found,
+            steps=self.horizon.steps, row_lengths=lengths, given=given,
+            init_frozen=self.init_frozen, view=view,
+        )  # fmt: skip
+        self.checkpoints = Checkpoints(
+            self.config, view, identify=self._identify, say=self.console.line
+        )
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
-        rows = self.layout.global_batch
-        meter = Meter.of(self.language_model, self.mesh.devices, update_rows=rows)
         self.report = Report(
             self.console,
             self.run_folder,
-            meter,
-            peak_lr=self.peak_lr,
+            Meter.of(self.run.model, self.mesh.devices, update_rows=self.layout.global_batch),
+            peak_lr=self.run.peak_lr,
             last_step=self.last_step,
             tell=self.tell,
         )
-        self.step = compiled_step(self)  # type: ignore[method-assign]
-        self.loss = compiled_loss(self)  # type: ignore[method-assign]
-
-    @classmethod
-    def default_callbacks(cls) -> list[Any]:
-        """Callbacks, or classes of them, that every run of this trainer has."""
-        return []
+        placed, batch = self.run.shardings, self.layout.sharding
+        compiled = partial(Compiled, current_run=lambda: self.run, phase=self.report.phase)
+        self.step = compiled(  # type: ignore[method-assign]
+            "train step", self.step,
+            donate_argnums=1, in_shardings=(placed, batch), out_shardings=(placed, None),
+        )  # fmt: skip
+        self.loss = compiled(  # type: ignore[method-assign]
+            "evaluation", self.loss, in_shardings=(placed, batch, None)
+        )
 
     # The objective: pure functions.
+
+    def init_frozen(self, params: PyTree) -> dict[str, PyTree]:
+        """Further parameters that `merge` receives and nothing trains, of the first ones: name → a
+        tree like the parameters, such as a reference model."""
+        return {}
+
+    def merge(self, params: PyTree, frozen: Mapping[str, PyTree]) -> Any:
+        """The model that `loss_fn` receives."""
+        return self.run.model.merge(params)
 
     def loss_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """The objective, summed over a batch. Pure; traced; override it.
 
-        `model(batch)` gives logits, `model.hidden(batch)` hidden states,
+        `model(batch)` returns logits, `model.hidden(batch)` hidden states,
         `model.token_log_probs(batch)` the log-probability of each token; `batch.step` is the number
-        of the update, from 0.
+        of the step, from 0, and `batch.is_training` is False in an evaluation.
         """
         raise NotImplementedError(
             f"{type(self).__qualname__} defines no loss_fn(model, batch, key)"
@@ -154,18 +210,28 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         """What an evaluation sums; the objective unless overridden."""
         return self.loss_fn(model, batch, key)
 
-    def backward(self, gradients: Any) -> Any:
-        """The summed gradients of a microbatch, as the optimizer is to get them. Pure; traced."""
+    def backward(self, gradients: PyTree) -> PyTree:
+        """The summed gradients of a microbatch, as the optimizer is to receive them. Pure;
+        traced."""
         return gradients
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, pure.Metrics]:
-        """One update. Jitted; `state` is donated, use the one that comes back."""
-        return pure.step(self._spec, state, batch)
+        """One optimizer step. Jitted; `state` is donated, use the one that comes back."""
+        return pure.step(self.step_spec, state, batch)
 
     def loss(self, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
         """The summed evaluation loss of a batch. Jitted."""
-        spec = self._spec._replace(loss_fn=self.eval_fn)
-        return pure.loss(spec, self.average.told(state), batch, key, state.step)
+        params = self.run.average.eval_params(state)
+        return pure.loss(self.step_spec, params, state, batch, key)
+
+    @property
+    def step_spec(self) -> pure.StepSpec:
+        """What the pure step knows; read while it is traced, so that hooks are around its
+        functions."""
+        measure = self._callbacks.measure
+        return self.run.step_spec(
+            pure.Objective(self.merge, self.loss_fn, self.eval_fn, self.backward, measure)
+        )
 
     # The run: a loop on the host.
 
@@ -178,106 +244,182 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         if self._has_begun:
             raise RuntimeError("this trainer has trained already; make a new one to train again")
         self._has_begun = True
-        if self.mode == "process-data":
-            raise RecipeError("mode 'process-data' prepares rows alone; make a trainer without it")
+        if self.mode != "train":
+            raise RecipeError(f"mode {self.mode!r} does not train; make a trainer without it")
         began = time.perf_counter()
-        self.run_folder.refuse_foreign(self.checkpoint_engines)
+        self.run_folder.refuse_foreign(self.checkpoints.engines)
         if self.config.kill_switch_path is None:
             self.stop.file.unlink(missing_ok=True)  # of a run that ended before it was seen
         self.tell("on_init_end")
         with self.stop.listening():
             self.start()
-            self.first_step = self.global_step
+            self.progress.first_step = self.progress.step
             seen = dict(self.report.meter.seen)
             how = "already finished"
             if not self.training_finished:
                 self._run()
-                how = f"ended early, {self.early_stop_reason}" if self.early_stop else "finished"
+                how = "finished"
+                if self.progress.is_stopping:
+                    how = f"ended early, {self.progress.stop_reason}"
         runtime = time.perf_counter() - began
-        done = f"{self.global_step} updates done, {duration(runtime)}"
+        done = f"{self.progress.step} updates done, {duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
-        return TrainOutput(self.global_step, self.report.last_loss, self._told(runtime, seen))
+        metrics = self._summarize(runtime, seen)
+        return TrainOutput(self.progress.step, self.report.last_loss, metrics)
 
     def _run(self) -> None:
+        progress = self.progress
         try:
-            self.run_folder.open(resumed_at=self.global_step)
+            self.run_folder.open(resumed_at=progress.step)
             self.report.last_step = self.last_step
-            for engine in self.checkpoint_engines:
-                engine.begin(self.global_step)
-            self.console.header(header(self))
+            for engine in self.checkpoints:
+                engine.begin(progress.step)
+            self.console.header(
+                header(self.run, self.data, progress, self.horizon, self.run_folder.path)
+            )
             self.tell("on_train_begin")
-            if self.evaluation_is_due:  # before the first update, or where a signal cut it short
+            if self.evaluation_is_due:  # before the first step, or where a signal cut it short
                 self.evaluate()
                 self.checkpoint()
-            self.early_stop = self.need_early_exit()
+            progress.is_stopping = self.need_early_exit()
             for _ in self.epochs:
                 self.epoch()
             self.report.flush()
             self.tell("on_train_end")
         finally:
             self.close()
-        if self.is_preempted:
-            raise ended_by_signal(self)
+        if progress.is_preempted(self.horizon):
+            raise preemption_error(
+                progress.signal or "",
+                progress.step,
+                has_full_state=bool(self.checkpoints.full_state),
+                resumes=any(e.config.auto_resume for e in self.checkpoints),
+            )
 
     def epoch(self) -> None:
-        """The updates from here to the end of the epoch, or of the run."""
+        """The steps from here to the end of the epoch, or of the run."""
         self.tell("on_epoch_begin")
         for batch in self.train_batches:
             self.tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
-            self.position += 1
-            if self.nonfinite.takes(metrics, self.control):
-                self._take(metrics)
+            self.progress.position += 1
+            if self.nonfinite.accepts(metrics, self.control):
+                self._count_step(metrics)
             self.tell("on_step_end")
-            self._obey()
+            self._obey_requests()
             if self.evaluation_is_due:
                 self.evaluate()
-                self._obey()
+                self._obey_requests()
             self.checkpoint()
             if self.training_finished or self.epoch_finished:
                 break
         self.tell("on_epoch_end")
 
-    def evaluate(self, dataset: Any = None) -> dict[str, float]:
-        """Loss and metrics over all evaluation rows: sums over a whole set, divided once.
+    def _count_step(self, metrics: pure.Metrics) -> None:
+        """Count the step that was just dispatched."""
+        self.progress.step += 1
+        # The device is busy with this step, so reading the metrics of the one before costs nothing.
+        self.report.update(self.progress.step, metrics, epoch=self.epochs_done)
+        self.progress.eval_metrics = {}
+        for _ in range(self.layout.num_microbatches - 1):
+            self.tell("on_substep_end")
+        self.tell("on_pre_optimizer_step")
+        self.tell("on_optimizer_step")
 
-        `dataset` is rows or names of sources; its metrics are returned and told as `on_predict`,
-        and not taken for the recipe's.
+    def _obey_requests(self) -> None:
+        """Do what is requested after this step, but for evaluations and saves."""
+        control, progress = self.control, self.progress
+        if control.should_abort_without_save:
+            raise AbortedError(
+                f"a callback ended the run at update {progress.step}; nothing was saved of it"
+            )
+        if control.consume("should_epoch_stop"):
+            progress.skip_epoch(self.horizon)
+        progress.is_stopping |= self.need_early_exit()
+        if control.consume("should_log"):
+            self.report.flush(requested=True)
+        is_due = self.evaluation_is_due or any(e.do_checkpoint for e in self.checkpoints)
+        if is_due or progress.is_complete(self.horizon):
+            self.report.flush()  # before the state is judged or kept, guards have to see its row
+        if control.consume("should_roll_back"):
+            self._roll_back()
+
+    def need_early_exit(self) -> bool:
+        """Does anything ask that the run ends after this step? Looked at once per step; may be
+        overridden."""
+        if reason := self.stop.poll():
+            self.control.should_save = True
+            self.progress.signal = self.stop.signal.name if self.stop.signal else None
+            self.request_stop(reason)
+        elif self.control.should_training_stop:
+            self.request_stop("a callback asked to")
+        return self.control.should_training_stop
+
+    def request_stop(self, reason: str = "asked to") -> None:
+        """Finish the step and end the run, saved as at its end."""
+        self.control.should_training_stop = True
+        self.progress.stop_reason = self.progress.stop_reason or reason
+
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """Loss and metrics over all evaluation data: sums over a whole set, divided once.
+
+        `dataset` is records or names of sources; its metrics are returned and passed to
+        `on_predict`, and not taken for the recipe's.
         """
-        data = self.data if dataset is None else self.data_of(dataset)
-        if not data.evals:
+        plans = self.data.evals if dataset is None else self._plan_evaluation(dataset)
+        if not plans:
             raise RecipeError(
                 "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
             )
         self.report.flush()
-        metrics = metrics_of(self, data)
+        key = jax.random.key(self.config.seed)
+
+        def loss_of(batch: Batch) -> Loss:
+            loss = self.loss(self.state, batch, key)
+            self.tell("on_prediction_step")
+            return loss
+
+        sets = {name: self._eval_batches(plan) for name, plan in plans.items()}
+        unit, must_leave = self.config.loss_weighting, lambda: self.must_leave
+        metrics = evaluate_sets(loss_of, sets, unit=unit, must_leave=must_leave)
         if dataset is not None:
             self.tell("on_predict", metrics=metrics)
             return metrics
         self.control.should_evaluate = False
         if metrics:
-            self.eval_metrics = metrics
-            self.report.evaluation(self.global_step, metrics)
+            self.progress.eval_metrics = metrics
+            self.report.evaluation(self.progress.step, metrics)
             self.tell("on_evaluate", metrics=metrics)
-            sample(self)
+            self._sample()
         return metrics
 
+    def _sample(self) -> None:
+        """Report what the present weights answer, where the recipe asks for it."""
+        config, report = self.config.eval_samples, self.report
+        if config is None or (report.num_evaluations - 1) % config.every_n_evals:
+            return
+        with report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
+            params = self.run.average.eval_params(self.state)
+            answers = answer_prompts(self.run.model, params, self.tokenizer, config)
+        report.samples(self.progress.step, config.prompts, answers)
+
     def checkpoint(self) -> None:
-        """Save with every engine that is due after this update."""
-        for engine in self.checkpoint_engines:
-            engine.note_score(self.global_step, self.eval_metrics)
+        """Save with every engine that is due after this step."""
+        step = self.progress.step
+        for engine in self.checkpoints:
+            engine.note_score(step, self.progress.eval_metrics)
             if engine.do_checkpoint:
-                path = engine.path(self.global_step)
+                path = engine.path(step)
                 with self.report.phase(f"saving {path}", key="save_time"):
-                    engine.save(self)
-                engine.last_saved = self.global_step
-                where = {"path": path, "step": self.global_step, "epoch": self.epochs_done}
+                    engine.save(self.snapshot)
+                engine.last_saved = step
+                where = {"path": path, "step": step, "epoch": self.epochs_done}
                 self.tell("on_save", engine=engine.name, **where)
         self.control.should_save = False
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """Write a row of one's own, and tell it as `on_log`."""
-        row = {"iter": self.global_step, **logs}
+        """Write a metrics row of one's own, and pass it to `on_log`."""
+        row = {"iter": self.progress.step, **logs}
         self.report.write(row)
         self.tell("on_log", logs=row)
 
@@ -285,93 +427,200 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         """Return when all that was saved is on disk and the files of the run are closed; `with`
         does it too."""
         try:
-            for engine in self.checkpoint_engines:
-                engine.wait()
+            self.checkpoints.wait()
         finally:
-            if self.mode == "train":
-                self.report.close()
+            self.report.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if self.mode == "train":
+            self.close()
 
-    def request_stop(self, reason: str = "asked to") -> None:
-        """Finish the update and end the run, saved as at its end."""
-        self.control.should_training_stop = True
-        self.early_stop_reason = self.early_stop_reason or reason
+    def _summarize(self, runtime_s: float, before: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that `train` returns; `before` was seen by earlier processes."""
+        new = {name: count - before[name] for name, count in self.report.meter.seen.items()}
+        counts = {"samples": new["rows"], "steps": self.global_step_this_run,
+                  "tokens": new["tokens"]}  # fmt: skip
+        return {
+            **self.progress.eval_metrics,
+            "train_runtime": runtime_s,
+            "train_samples": new["rows"],
+            **{f"train_{name}_per_second": n / runtime_s for name, n in counts.items()},
+            "epoch": self.epochs_done,
+            "effective_batch_size": self.layout.global_batch,
+        }
 
-    def need_early_exit(self) -> bool:
-        """Does anything ask that the run ends after this update? Looked at once an update; may be
-        overridden."""
-        if reason := self.stop.asked():
-            self.control.should_save = True
-            self.request_stop(reason)
-        elif self.control.should_training_stop:
-            self.request_stop("a callback asked to")
-        return self.control.should_training_stop
+    # Data.
 
-    # What the loop asks.
+    def _prepare_data(self) -> TrainingData:
+        data = prepare_data(
+            self.data_factory,
+            self._batch_shape,
+            train_data=self.given.get("train_data"),
+            eval_data=self.given.get("eval_data"),
+        ).repeated(
+            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
+        )
+        self.layout.refuse_too_few(data.train_rows)
+        return data
+
+    @property
+    def _batch_shape(self) -> BatchShape:
+        layout = self.layout
+        return BatchShape(layout.num_microbatches, layout.microbatch_rows, layout.process_rows)
+
+    def _plan_evaluation(self, dataset: Any) -> dict[str, BatchPlan]:
+        lengths = self.data.train.lengths
+        shape = self._batch_shape
+        return {"eval": prepare_evaluation(self.data_factory, dataset, shape, lengths=lengths)}
 
     @property
     def train_batches(self) -> Iterator[Batch]:
         """On the devices, from here to the end of the epoch."""
         end = (self.epoch_idx + 1) * self.data.steps_per_epoch
-        for batch in self.report.timed(self.data.train_batches(self.position, end)):
+        for batch in self.report.timed(self.data.train_batches(self.progress.position, end)):
             yield self.layout.on_devices(batch)
 
     @property
     def eval_batches(self) -> Iterator[Batch]:
-        """On the devices: the rows of every evaluation set."""
-        for name in self.data.evals:
-            yield from batches_of(self, self.data, name)
+        """On the devices: every sequence of every evaluation set."""
+        for plan in self.data.evals.values():
+            yield from self._eval_batches(plan)
 
-    def _take(self, metrics: pure.Metrics) -> None:
-        """Count the update that was just dispatched."""
-        self.global_step += 1
-        # The device is busy with this update, so reading the metrics of the one before costs
-        # nothing.
-        self.report.update(self.global_step, metrics, epoch=self.epochs_done)
-        self.eval_metrics = {}
-        for _ in range(self.layout.num_microbatches - 1):
-            self.tell("on_substep_end")
-        self.tell("on_pre_optimizer_step")
-        self.tell("on_optimizer_step")
+    def _eval_batches(self, plan: BatchPlan) -> Iterable[Batch]:
+        """Every sequence once, up to `max_eval_batches` batches."""
+        batches = islice(self.data.batches_of(plan), self.config.max_eval_batches or None)
+        return map(self.layout.on_devices, batches)
 
-    def _obey(self) -> None:
-        """What is asked for after this update, but for evaluations and saves."""
-        control, of_epoch = self.control, self.data.steps_per_epoch
-        if control.should_abort_without_save:
-            raise AbortedError(
-                f"a callback ended the run at update {self.global_step}; nothing was saved of it"
-            )
-        if control.taken("should_epoch_stop"):
-            self.position = -(-self.position // of_epoch) * of_epoch
-        self.early_stop |= self.need_early_exit()
-        if control.taken("should_log"):
-            self.report.flush(asked=True)
-        is_due = self.evaluation_is_due or any(e.do_checkpoint for e in self.checkpoint_engines)
-        if is_due or self.is_complete:
-            self.report.flush()  # before the state is judged or kept, guards have to see its row
-        if control.taken("should_roll_back"):
-            roll_back(self)
+    # What is kept on disk and resumed from: full state, and exports.
 
-    def _told(self, runtime: float, before: Mapping[str, float]) -> dict[str, float]:
-        """What `train` returns after so many seconds; `before` was seen by earlier processes."""
-        new = {name: count - before[name] for name, count in self.report.meter.seen.items()}
-        counts = {"samples": new["rows"], "steps": self.global_step_this_run,
-                  "tokens": new["tokens"]}  # fmt: skip
+    @property
+    def state(self) -> TrainState:
+        """Present parameters and optimizer state; read or restored at first use."""
+        self.start()
+        assert self._state is not None
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+
+    def start(self) -> None:
+        """Read the weights, or restore the checkpoint that the recipe resumes from; once."""
+        if self._state is not None:
+            return
+        engine = self.checkpoints.resumed
+        if engine is not None and self.resume_path is not None:
+            self.restore(engine)
+            return
+        if engine is not None:
+            self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
+        with self.console.phase("reading the weights"):
+            self._state = self.run.first_state(self.run.first_params())
+
+    def restore(self, engine: CheckpointEngine) -> None:
+        """Take over the checkpoint that the engine loads, but for the parts that the recipe
+        resets."""
+        self._state = None  # its memory is needed
+        with self.console.phase(f"restoring from {engine.directory}"):
+            self._state, saved, reset = self.checkpoints.restore(engine, self.run)
+        schedule_start = self.progress.schedule_start
+        self.progress.load_state_dict(saved, reset=reset)
+        if (start := self.progress.schedule_start) != schedule_start:
+            self.run = self.run.restart_schedule(self.training_horizon, start)
+        self._callbacks.load_state_dict(saved.get("callbacks", {}), reset=reset)
+        if "report" in saved:
+            self.report.load_state_dict(saved["report"])
+        without = f", not restored: {', '.join(reset)}" if reset else ""
+        self.console.line(f"continuing after update {self.progress.step}{without}")
+
+    def _roll_back(self) -> None:
+        """Restore the newest full state, and leave the data position where it is.
+
+        NonFiniteError at the fourth time, or when no full state was saved yet.
+        """
+        progress = self.progress
+        step, position = progress.step, progress.position
+        if progress.rollbacks == MAX_ROLLBACKS:
+            raise NonFiniteError(f"update {step + 1}: rolled back {MAX_ROLLBACKS} times already")
+        self.checkpoints.wait()
+        if (engine := self.checkpoints.newest) is None:
+            raise NonFiniteError(f"update {step + 1}: no full state was saved yet to roll back to")
+        progress.rollbacks += 1
+        self.restore(engine)
+        progress.position = position
+        for engine in self.checkpoints:
+            engine.roll_back(progress.step)
+        row = {"rolled_back_from": step, "rollbacks": progress.rollbacks}
+        self.report.rolled_back(progress.step, row)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What an engine saves now."""
+        return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays, as JSON data."""
         return {
-            **self.eval_metrics,
-            "train_runtime": runtime,
-            "train_samples": new["rows"],
-            **{f"train_{name}_per_second": n / runtime for name, n in counts.items()},
+            **self.progress.state_dict(),
             "epoch": self.epochs_done,
-            "effective_batch_size": self.layout.global_batch,
+            "callbacks": self.callback_states,
+            "report": self.report.state_dict(),
+            "lineage": self.compatibility,
+            "recipe": effective(self.config),
+            "versions": versions(),
         }
 
-    @cached_property
-    def _spec(self) -> pure.StepSpec:
-        """Read when `step` and `loss` are traced, so that callbacks are around its functions."""
-        return step_spec(self)
+    def _identify(self) -> Identity:
+        return Identity(self.compatibility, effective(self.config), self.allowed_changes)
+
+    @property
+    def compatibility(self) -> dict[str, Any]:
+        """What a checkpoint and a run that continues it must agree in."""
+        return compatibility(self.config, global_batch=self.layout.global_batch)
+
+    def save_checkpoint(self, path: Path | str | None = None) -> Path:
+        """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,
+        else where the recipe's first `orbax` entry saves."""
+        engine, step = self.checkpoints.engine_to_save(path), self.progress.step
+        if engine.last_saved != step:
+            self.report.flush()
+            engine.save(self.snapshot)
+            engine.last_saved = step
+        engine.wait()
+        return engine.path(step)
+
+    def load_checkpoint(self, path: Path | str | int | None = None) -> None:
+        """Resume from a checkpoint: the folder `path`, or this step of the recipe's first `orbax`
+        entry, or its newest one."""
+        self.restore(self.checkpoints.engine_to_load(path))
+
+    def load_best_model(self) -> None:
+        """Go back to the checkpoint with the best score; for after the training, which leaves the
+        last weights."""
+        self.load_checkpoint(self.checkpoints.best_path)
+
+    def save_model(self, output_dir: Path | str | None = None) -> Path:
+        """Export the weights to a folder that `transformers` loads; to where the recipe's first
+        `huggingface` entry has those of this step when none is named.
+
+        CheckpointError if the folder reads back as something else; it is not there then.
+        """
+        folder = Path(output_dir or self.checkpoints.export_path(self.progress.step)).absolute()
+        config = self.checkpoints.export_config(folder)
+        self.run.export(self.state, folder, config, self.tokenizer)
+        return folder
+
+    # Callbacks.
+
+    @classmethod
+    def default_callbacks(cls) -> list[Any]:
+        """Callbacks, or classes of them, that every run of this trainer has."""
+        return []
+
+    def tell(self, event: str, **more: Any) -> None:
+        """Call every callback that has a method for this event."""
+        self._callbacks.tell(event, RunState(self), **more)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.checkpoint import OrbaxEngine
+from jaxtrain.checkpoint.compatibility import Identity
+from jaxtrain.checkpoint.engine import Snapshot
 from jaxtrain.metrics.console import Console
 from jaxtrain.recipe.checkpoint import OrbaxConfig
 from jaxtrain.trainer.state import TrainState, with_shardings
@@ -17,35 +19,34 @@ def state(step: int, size: int = 3) -> TrainState:
 
 
 class Run:
-    """What an engine asks of a trainer."""
+    """What an engine is compared by, and what it says."""
 
     def __init__(self):
-        self.console = Console()
-        self.allowed_changes = ()
         self.compatibility = {"type": "sft", "data.sources": ["a"], "optimizer.type": "adamw"}
         self.recipe = {"epochs": 1}
-        self.at(0)
+        self.allowed_changes = ()
 
-    def at(self, step, size=3):
-        self.global_step = step
-        self.state = state(step, size)
+    def identify(self):
+        return Identity(self.compatibility, self.recipe, self.allowed_changes)
 
-    @property
-    def metadata(self):
-        return {"step": self.global_step, "lineage": self.compatibility, "recipe": self.recipe}
+    def snapshot(self, step, size=3) -> Snapshot:
+        metadata = {"step": step, "lineage": self.compatibility, "recipe": self.recipe}
+        return Snapshot(step, state(step, size), metadata, lambda folder: folder)
 
 
-def engine(folder, **config) -> OrbaxEngine:
+def engine(folder, run=None, **config) -> OrbaxEngine:
     entry = OrbaxConfig(type="orbax", output_dir=str(folder), **config)
-    return OrbaxEngine(entry, Run())
+    made = OrbaxEngine(entry)
+    made.run = run or Run()
+    made.identify, made.say = made.run.identify, Console().line
+    return made
 
 
 def saved(folder, steps, *, size=3, **config) -> OrbaxEngine:
     """An engine that has saved these steps."""
     saver = engine(folder, **config)
     for step in steps:
-        saver.trainer.at(step, size)
-        saver.save(None)
+        saver.save(saver.run.snapshot(step, size))
     saver.wait()
     return saver
 

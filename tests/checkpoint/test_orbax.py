@@ -71,8 +71,7 @@ def test_a_damaged_newest_is_passed_over_when_the_recipe_says_so(tmp_path, capsy
     assert {p.name for p in tmp_path.glob("*.aside")} == {
         "global_step_2.aside", "global_step_3.aside",
     }  # fmt: skip
-    again.trainer.at(2, SIZE)
-    again.save(None)
+    again.save(again.run.snapshot(2, SIZE))
     again.wait()
     assert_same(engine(tmp_path).load(shapes(SIZE)), 2, SIZE)
 
@@ -89,9 +88,9 @@ def test_a_background_save_has_the_bytes_of_a_blocking_one(tmp_path):
     step = jax.jit(lambda state: jax.tree.map(lambda a: a * 0, state), donate_argnums=0)
     for name, background in (("async", True), ("blocking", False)):
         saver = engine(tmp_path / name, async_save=background)
-        saver.trainer.at(4, SIZE)
-        saver.save(None)
-        jax.block_until_ready(step(saver.trainer.state))
+        snapshot = saver.run.snapshot(4, SIZE)
+        saver.save(snapshot)
+        jax.block_until_ready(step(snapshot.state))
         if not background:
             assert listed(tmp_path / name) == [4]
         saver.wait()
@@ -103,9 +102,8 @@ def test_a_failed_background_write_is_not_silent(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        saver.trainer.at(2, SIZE)
         with pytest.raises(CheckpointError, match="global_step_2 cannot be written"):
-            saver.save(None)
+            saver.save(saver.run.snapshot(2, SIZE))
             saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -124,8 +122,7 @@ saver = engine({folder!r}, keep_last_n=2)
 saver.begin(0)
 print("begun", flush=True)
 for step in range(1, 10_000):
-    saver.trainer.at(step, {size})
-    saver.save(None)
+    saver.save(saver.run.snapshot(step, {size}))
 """
 
 
@@ -187,8 +184,7 @@ def test_a_reset_is_done_once(tmp_path):
     saved(tmp_path, [1])
     first = engine(tmp_path, auto_resume=True, reset=["optimizer"])
     assert first.load(shapes()).opt_state is None
-    first.trainer.at(2)
-    first.save(None)
+    first.save(first.run.snapshot(2))
     first.wait()
     second = engine(tmp_path, auto_resume=True, reset=["optimizer"])
     assert_same(second.load(shapes()), 2)
@@ -202,8 +198,7 @@ def test_a_start_that_is_named_is_taken_once_with_auto_resume(tmp_path):
     assert_same(first.load(shapes()), 2)
     first.begin(2)
     assert first.steps() == [1, 2] and (tmp_path / "global_step_3.aside").is_dir()
-    first.trainer.at(4)
-    first.save(None)
+    first.save(first.run.snapshot(4))
     first.wait()
     assert_same(engine(tmp_path, **config).load(shapes()), 4)
     assert_same(engine(tmp_path, resume_from=2).load(shapes()), 2)
@@ -221,9 +216,9 @@ def test_what_the_state_does_not_fit_is_refused_unless_allowed_by_name(tmp_path,
 
     def changed(*allowed, reset=(), **lineage):
         other = engine(tmp_path, auto_resume=True, reset=reset)
-        other.trainer.compatibility = other.trainer.compatibility | lineage
-        other.trainer.recipe = {"epochs": 2}
-        other.trainer.allowed_changes = allowed
+        other.run.compatibility = other.run.compatibility | lineage
+        other.run.recipe = {"epochs": 2}
+        other.run.allowed_changes = allowed
         return other.load(shapes())
 
     new = {"data.sources": ["b"], "optimizer.type": "lion"}
@@ -254,9 +249,9 @@ def test_another_shape_is_named_and_another_dtype_is_not_cast(tmp_path):
 
 def test_state_of_a_callback_must_be_json(tmp_path):
     saver = engine(tmp_path)
-    saver.trainer.compatibility = {"x": object()}
+    saver.run.compatibility = {"x": object()}
     with pytest.raises(CheckpointError, match="state must be JSON data"):
-        saver.save(None)
+        saver.save(saver.run.snapshot(1))
 
 
 DUE = {
@@ -300,10 +295,9 @@ class KeptAsText(CheckpointEngine):
     is_full_state = True
 
     def save(self, model):
-        step = self.trainer.global_step
-        self.path(step).mkdir(parents=True)
-        leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(self.trainer.state)]
-        (self.path(step) / "state.json").write_text(json.dumps(leaves))
+        self.path(model.step).mkdir(parents=True)
+        leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(model.state)]
+        (self.path(model.step) / "state.json").write_text(json.dumps(leaves))
 
     def load(self, model):
         text = (self.path(self.latest()) / "state.json").read_text()
@@ -317,9 +311,8 @@ class KeptAsText(CheckpointEngine):
 
 def test_an_engine_of_ones_own_needs_save_and_load_alone(tmp_path):
     config = CheckpointConfig(type="kept_as_text", output_dir=str(tmp_path))
-    own = KeptAsText(config, engine(tmp_path).trainer)
-    own.trainer.at(6)
-    own.save(None)
+    own = KeptAsText(config)
+    own.save(engine(tmp_path).run.snapshot(6))
     assert own.steps() == [6] and own.metadata(6) == {} and isinstance(own, CheckpointEngine)
     assert not isinstance(own, OrbaxEngine)
     assert_same(own.load(shapes()), 6)

@@ -238,6 +238,11 @@ def resumable(tmp_path, kind):
     return factory.prepare(sources, {}, BatchShape(2, 4))
 
 
+def of_process(data, rows):
+    shape = data.train.shape._replace(process_rows=rows)
+    return replace(data, train=replace(data.train, shape=shape))
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["mixture", "split", "causal"])
 def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path, kind, hosts):
@@ -246,15 +251,9 @@ def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path,
     assert steps > 2
     expected = list(unbroken.train_batches(0, 2 * steps + 1))
     again = resumable(tmp_path, kind)
+    own = np.split(np.arange(again.train.shape.rows), hosts)
     for start in range(2 * steps + 1):
-        parts = [
-            list(
-                replace(again, process_index=h, process_count=hosts).train_batches(
-                    start, 2 * steps + 1
-                )
-            )
-            for h in range(hosts)
-        ]
+        parts = [list(of_process(again, rows).train_batches(start, 2 * steps + 1)) for rows in own]
         for number, batches in enumerate(zip(*parts, strict=True), start):
             joined = [
                 np.concatenate(leaves, axis=1)

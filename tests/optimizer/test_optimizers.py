@@ -8,9 +8,10 @@ import pytest
 
 from jaxtrain import registry
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.mesh import MeshConfig
 from jaxtrain.recipe.resolve import get_config
-from jaxtrain.trainer.state import state_shardings
+from jaxtrain.trainer.state import optimizer_shardings
 
 NAMES = ["adamw", "adafactor", "lion", "muon", "sgd"]
 RATES = {"sgd": 0.3, "adafactor": 0.05}
@@ -85,7 +86,7 @@ def test_its_state_has_a_place_on_a_mesh(name):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer = made(name, params)
     shapes = jax.eval_shape(lambda: params)
-    placed = state_shardings(mesh, shapes, optimizer).opt_state
+    placed = optimizer_shardings(mesh, optimizer, shapes, parameter_shardings(mesh, shapes))
     state = jax.jit(optimizer.init, out_shardings=placed)(params)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
         assert len(sharding.spec) <= leaf.ndim

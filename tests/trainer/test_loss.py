@@ -18,7 +18,7 @@ def first_batch(run):
 
 def loss_and_gradients(run, batch):
     with jax.set_mesh(run.mesh):
-        loss, grads = jax.jit(lambda p, b: pure.loss_and_grads(run._spec, p, b, KEY))(
+        loss, grads = jax.jit(lambda p, b: pure.grads(run.step_spec, p, {}, b, KEY))(
             run.state.params, batch
         )
     return loss, host(grads)

@@ -19,7 +19,7 @@ def first_batch(run):
 def gradients(run):
     key = jax.random.key(0)
     with jax.set_mesh(run.mesh):
-        return jax.jit(lambda p, b: pure.loss_and_grads(run._spec, p, b, key))(
+        return jax.jit(lambda p, b: pure.grads(run.step_spec, p, {}, b, key))(
             run.state.params, first_batch(run)
         )
 

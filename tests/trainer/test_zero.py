@@ -42,7 +42,7 @@ def share(tree):
 
 def gradients(run):
     batch = run.layout.on_devices(next(run.data.train_batches(0, 1)))
-    one = jax.jit(lambda p, b: pure.loss_and_grads(run._spec, p, b, jax.random.key(0))[1])
+    one = jax.jit(lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))[1])
     with jax.set_mesh(run.mesh):
         return one(run.state.params, batch)
 
@@ -50,7 +50,7 @@ def gradients(run):
 def gathers_of_parameters(run):
     """Inside a loop, and outside of any: the all-gathers of float32 matrices in the step."""
     shapes = run.layout.batch_shapes(run.data.row_tokens)
-    text = run.step.lower(run.state_shapes, shapes).compile().as_text()
+    text = run.step.lower(run.run.state_shapes, shapes).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside, outside, computation = 0, 0, ""
     for line in text.splitlines():
@@ -84,7 +84,7 @@ def test_a_stage_changes_no_loss_and_holds_what_it_says(tmp_path, alone, mesh, s
     )[stage]
     assert share(run.state.params) == share(run.state.opt_state) == kept
     assert share(gradients(run)) == summed
-    as_computed = jax.device_put(run.state.params, run._spec.compute_shardings)
+    as_computed = jax.device_put(run.state.params, run.step_spec.compute_shardings)
     assert share(as_computed) == computed
 
 

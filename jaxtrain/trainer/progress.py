@@ -1,0 +1,129 @@
+"""Where a run is: plain numbers, and what follows from them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxtrain.checkpoint.engine import SavePoint
+from jaxtrain.recipe.trainer import TrainerConfig
+
+
+class Horizon(NamedTuple):
+    """How far a run goes: numbers of its recipe and its data."""
+
+    steps: int
+    """that the recipe plans, from the first one"""
+    steps_per_epoch: int
+    epochs: int | None = None
+    """passes over the data, if the recipe counts in them"""
+    exit_step: int = 0
+    """end here, 0 is never; the schedule goes on to `steps`"""
+    exit_after: int = 0
+    """end after so many steps of one process, 0 is never"""
+
+    @classmethod
+    def of(cls, config: TrainerConfig, steps_per_epoch: int) -> "Horizon":
+        steps = config.horizon(steps_per_epoch)
+        assert steps is not None
+        limits = config.exit_iteration, config.exit_iteration_this_run
+        return cls(steps, steps_per_epoch, config.passes, *limits)
+
+
+@dataclass
+class Progress:
+    """Counts steps, of all microbatches and devices together."""
+
+    step: int = 0
+    """steps done; the label of every checkpoint and log line"""
+    position: int = 0
+    """number of the next batch; above the step once batches were skipped"""
+    first_step: int = 0
+    """steps that were done when this process began"""
+    schedule_start: int = 0
+    """step from which the schedule counts"""
+    rollbacks: int = 0
+    """of this process"""
+    eval_metrics: Mapping[str, float] = field(default_factory=dict)
+    """of the evaluation after the newest step, empty when there was none"""
+    stop_reason: str | None = None
+    """why the run ends early, if it does"""
+    is_stopping: bool = False
+    """the run ends after this step, though not all is trained"""
+    signal: str | None = None
+    """name of the signal for which it ends"""
+
+    def last_step(self, horizon: Horizon) -> int:
+        """The step after which this run ends."""
+        limits = [horizon.steps, horizon.exit_step or horizon.steps]
+        limits += [self.first_step + horizon.exit_after] if horizon.exit_after else []
+        return min(limits)
+
+    def epochs_done(self, horizon: Horizon) -> float:
+        """Passes over the data so far."""
+        return self.position / horizon.steps_per_epoch
+
+    def epoch_index(self, horizon: Horizon) -> int:
+        """Whole epochs done; the number of the present one, from 0."""
+        return self.position // horizon.steps_per_epoch
+
+    def is_epoch_end(self, horizon: Horizon) -> bool:
+        """Was the newest batch the last one of an epoch?"""
+        return self.position > 0 and self.position % horizon.steps_per_epoch == 0
+
+    def skip_epoch(self, horizon: Horizon) -> None:
+        """Leave out what is left of the epoch."""
+        self.position = -(-self.position // horizon.steps_per_epoch) * horizon.steps_per_epoch
+
+    def is_complete(self, horizon: Horizon) -> bool:
+        """Was everything trained that the recipe asks of this run?"""
+        has_passed = horizon.epochs is not None and self.epoch_index(horizon) >= horizon.epochs
+        return has_passed or self.step >= self.last_step(horizon)
+
+    def is_finished(self, horizon: Horizon) -> bool:
+        return self.is_stopping or self.is_complete(horizon)
+
+    def is_preempted(self, horizon: Horizon) -> bool:
+        """Does a signal end the run before it is complete?"""
+        return self.signal is not None and not self.is_complete(horizon)
+
+    def evaluation_is_due(
+        self, config: TrainerConfig, horizon: Horizon, *, has_eval: bool, requested: bool
+    ) -> bool:
+        """After this step, or before the first, once; a signal that ends the run does not wait."""
+        if requested:
+            return True
+        if not has_eval or self.eval_metrics or self.is_preempted(horizon):
+            return False
+        if self.step == 0:
+            return config.eval_at_start
+        at_end = self.is_finished(horizon) and config.eval_at_end is not False
+        by_step = config.eval_interval and self.step % config.eval_interval == 0
+        epochs = self.is_epoch_end(horizon) and config.eval_every_n_epochs
+        by_epoch = epochs and self.epoch_index(horizon) % epochs == 0
+        return at_end or bool((by_step or by_epoch) and self.step >= config.eval_after_step)
+
+    def save_point(self, horizon: Horizon, *, requested: bool) -> SavePoint:
+        """What decides whether a save is due after this step."""
+        return SavePoint(
+            self.step,
+            epoch_ended=self.epoch_index(horizon) if self.is_epoch_end(horizon) else 0,
+            training_ended=self.is_finished(horizon) and not self.is_preempted(horizon),
+            requested=requested,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON data."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "schedule_start": self.schedule_start,
+            "eval_metrics": dict(self.eval_metrics),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, reset: tuple[str, ...] = ()) -> None:
+        """Resume from what a checkpoint kept, but for the parts that are reset."""
+        self.step = saved["step"]
+        self.position = 0 if "data" in reset else saved.get("position", self.step)
+        self.eval_metrics = saved.get("eval_metrics", {})
+        start = self.step if "scheduler" in reset else saved.get("schedule_start", 0)
+        self.schedule_start = start

@@ -1,0 +1,208 @@
+"""A run: everything that is fixed while a recipe trains, built once, without weights and data."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain import registry
+from jaxtrain.metrics.flops import counts
+from jaxtrain.model import LanguageModel, ModelFactory, ModelSpec
+from jaxtrain.model.factory import Placement
+from jaxtrain.optimizer import Groups, with_moments
+from jaxtrain.parallel.layout import BatchLayout
+from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.checkpoint import HFCheckpointConfig
+from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.scheduler import Schedule
+from jaxtrain.tokenizer import save_tokenizer
+from jaxtrain.trainer.average import Average
+from jaxtrain.trainer.given import Given
+from jaxtrain.trainer.state import (
+    PyTree,
+    TrainState,
+    frozen_shardings,
+    optimizer_shardings,
+    with_shardings,
+)
+from jaxtrain.trainer.step import Objective, StepSpec
+
+
+class FoundModel(NamedTuple):
+    """What is known of a model before its mesh and its batches are."""
+
+    factory: ModelFactory
+    spec: ModelSpec
+    """with room for the tokenizer"""
+    tokenizer: Any
+    """with its chat template"""
+
+
+def find_model(config: TrainerConfig, given: Given | None = None, view: Any = None) -> FoundModel:
+    """Read the model's config and the tokenizer; `view` is the trainer as factories see it."""
+    given = given or {}
+    factory = registry.find("model", config.model.type)(config.model, trainer=view)
+    spec = factory.create_config()
+    ready = (given.get("tokenizer"), given.get("processing_class"))
+    tokenizer = next((one for one in ready if one is not None), None)
+    if tokenizer is None:
+        cls = registry.find("tokenizer", config.tokenizer.type)
+        tokenizer = cls(config.tokenizer, spec.path, trainer=view).create_tokenizer()
+    num_tokens = 1 + max(tokenizer.get_vocab().values())
+    return FoundModel(factory, spec.with_room(num_tokens, config.model), tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What is fixed while a recipe trains; holds no arrays. Hashed by identity, so that it may be a
+    static argument of what is compiled."""
+
+    config: TrainerConfig
+    layout: BatchLayout
+    model: LanguageModel
+    """as the mesh computes it, without its weights"""
+    groups: Groups
+    optimizer: optax.GradientTransformation
+    """of what is trained; its updates are at the peak learning rate"""
+    peak_lr: float
+    """1 for a given optimizer, whose rate nobody knows"""
+    schedule: Schedule
+    """step → fraction of the peak learning rate"""
+    average: Average
+    init_frozen: Callable[[PyTree], PyTree]
+    shardings: TrainState
+    """where each array of the state lives"""
+    given: Given
+    view: Any
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.layout.mesh
+
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """Shapes and shardings of the state: what a checkpoint is restored to."""
+        return with_shardings(jax.eval_shape(self._first_state, self.model.shapes), self.shardings)
+
+    def first_state(self, params: PyTree) -> TrainState:
+        """The state before the first step of these parameters, which are donated."""
+        build = jax.jit(self._first_state, donate_argnums=0, out_shardings=self.shardings)
+        with jax.set_mesh(self.mesh):
+            return build(params)
+
+    def _first_state(self, params: PyTree) -> TrainState:
+        opt_state = self.optimizer.init(self.groups.trained(params))
+        frozen, average = self.init_frozen(params), self.average.start(params)
+        return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average)
+
+    def first_params(self) -> PyTree:
+        """The weights to start from, each made or read where it lives."""
+        with jax.set_mesh(self.mesh):
+            if (given := self.given.get("model")) is not None:
+                return self.model.copied(given, self.shardings.params)
+            return self.model.load(self.shardings.params, seed=self.config.seed)
+
+    def export(
+        self, state: TrainState, folder: Path, config: HFCheckpointConfig, tokenizer: Any
+    ) -> None:
+        """Write a folder that `transformers` loads; CheckpointError, and no folder, if it reads
+        back as something else."""
+        self.model.save(
+            folder,
+            self.average.eval_params(state),
+            dtype=self.config.model.dtype or self.model.compute.compute_dtype,
+            add_files=partial(save_tokenizer, tokenizer),
+            max_shard_bytes=config.max_shard_bytes,
+            verify=config.verify_export,
+        )
+
+    def restart_schedule(self, steps: int, start: int) -> "Run":
+        """The same run with a schedule over so many steps, counted from step `start`."""
+        schedule = build_schedule(self.config, steps, start, given=self.given, view=self.view)
+        return replace(self, schedule=schedule)
+
+    def step_spec(self, objective: Objective) -> StepSpec:
+        """What the pure step needs."""
+        stage, groups = self.config.deepspeed.zero_stage, self.groups
+        place = partial(parameter_shardings, self.mesh, self.model.shapes)
+        return StepSpec(
+            objective=objective,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            average=self.average.update,
+            select_trained=groups.trained,
+            replace_trained=groups.merge,
+            max_grad_norm=self.config.max_grad_norm,
+            seed=self.config.seed,
+            count=partial(counts, windows=self.model.windows),
+            compute_shardings=place(over_data=stage == 3),
+            grad_shardings=groups.trained(place(over_data=stage >= 2)),
+            whole_batch=self.layout.stages > 1,
+        )
+
+
+def build(
+    config: TrainerConfig,
+    layout: BatchLayout,
+    model: FoundModel,
+    *,
+    steps: int,
+    row_lengths: Iterable[int],
+    given: Given | None = None,
+    init_frozen: Callable[[PyTree], PyTree] = lambda params: {},
+    view: Any = None,
+) -> Run:
+    """The run of a recipe, of so many steps on sequences of these lengths. RecipeError for what the
+    mesh, the model or the schedule cannot do."""
+    given = given or {}
+    mesh, stage = layout.mesh, config.deepspeed.zero_stage
+
+    placement = Placement(layout, max(row_lengths), config.tiled_mlp_compute)
+    language_model = model.factory.create_model(replace(model.spec, placement=placement))
+    shapes = language_model.shapes
+
+    groups, peak_lr = Groups.of(config.optimizer, shapes), config.optimizer.learning_rate
+    optimizer = given.get("optimizer")
+    if optimizer is None:
+        cls = registry.find("optimizer", config.optimizer.type)
+        optimizer = groups.optimizer(cls(config.optimizer, trainer=view))
+    elif config.optimizer.groups:
+        raise RecipeError("optimizer.groups: excludes a given optimizer; remove one")
+    else:
+        optimizer, peak_lr = with_moments(optimizer, None), 1.0
+    schedule = build_schedule(config, steps, 0, given=given, view=view)
+
+    params = parameter_shardings(mesh, shapes, over_data=stage >= 1)
+    frozen = jax.eval_shape(init_frozen, shapes)
+    trained = groups.trained(shapes), groups.trained(params)
+    shardings = TrainState(
+        step=NamedSharding(mesh, P()),  # type: ignore[arg-type]
+        params=params,
+        frozen=frozen_shardings(mesh, frozen, over_data=stage == 3),
+        opt_state=optimizer_shardings(mesh, optimizer, *trained),
+        average=params if config.ema is not None else {},
+    )
+    return Run(
+        config, layout, language_model, groups, optimizer, peak_lr, schedule, Average(config.ema),
+        init_frozen, shardings, given, view,
+    )  # fmt: skip
+
+
+def build_schedule(
+    config: TrainerConfig, steps: int, start: int, *, given: Given, view: Any = None
+) -> Schedule:
+    """Step → fraction of the peak learning rate, over so many steps from step `start`."""
+    schedule = given.get("scheduler")
+    if schedule is None:
+        factory = registry.find("scheduler", config.scheduler.type)(config.scheduler, trainer=view)
+        factory.training_horizon = steps
+        factory.warmup_steps = config.scheduler.warmup_updates(steps)
+        schedule = factory.create_scheduler(config.optimizer)
+    return (lambda step: schedule(step - start)) if start else schedule
