@@ -164,6 +164,37 @@ def coloured(match: re.Match[str]) -> str:
     return click.style(match[0], fg=COLOURS.get(word), bold=word not in COLOURS)
 
 
+@_of_recipe
+@click.option("--devices", type=click.IntRange(min=1), help="Simulate so many devices on the CPU.")
+def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
+    """Compile the step of RECIPE and say what memory it takes of each device.
+
+    Reads no data and no weights.
+    """
+    if devices is not None:  # jax reads both when it is imported
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxtrain.plan import plan
+    from jaxtrain.recipe.resolve import resolve
+
+    config = resolve(recipe, as_overrides(overrides)).checked()
+    with no_secret_told(config.secrets):
+        for name, fact in plan(config):
+            click.echo(f"{name:10} {fact}")
+
+
+@cli.command()
+@click.argument("source", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The new folder.")
+def export(source: Path, to: Path) -> None:
+    """Write the newest checkpoint of a run, or one checkpoint, as a folder that transformers
+    loads."""
+    from jaxtrain.export import export
+
+    click.echo(f"{export(source, to)} → {to}")
+
+
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--markdown", is_flag=True, help="The reference page instead of JSON Schema.")

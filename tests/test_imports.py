@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
-    {"trainer"},
+    {"trainer", "plan", "export"},
     {"cli", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
@@ -30,6 +30,7 @@ HOMES = {
         "checkpoint",
         "metrics",
         "trainer",
+        "plan",
     },
     "flax": {"model"},
     "orbax": {"checkpoint"},
@@ -63,7 +64,7 @@ def violations(package: Path) -> list[str]:
                 own, other = floor_of(part), floor_of(rest[0])
                 if other > own or (other == own and own not in MAY_KNOW_SIBLINGS):
                     found.append(f"{where}: {part} may not import {rest[0]}")
-    return found
+    return circles
 
 
 def imported_names(node: ast.AST) -> list[str]:
@@ -76,6 +77,48 @@ def imported_names(node: ast.AST) -> list[str]:
             else [node.module]
         )
     return []
+
+
+def cycles(package: Path) -> list[list[str]]:
+    """Every circle of modules that import one another; imports for types and inside functions
+    count."""
+    files = {
+        ".".join(file.relative_to(package.parent).with_suffix("").parts): file
+        for file in package.rglob("*.py")
+    }
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        found = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        imported = [(str(n.module), f"{n.module}.{alias.name}") for n in found for alias in n.names]
+        graph[name] = {inner if inner in files else module for module, inner in imported}
+    graph[package.name] = set()  # names are found at first use, by strings
+    circles, done = [], set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            circles.append(path[path.index(name) :])
+        elif name not in done:
+            for target in sorted(graph[name] & graph.keys() - {name}):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return circles
+
+
+def test_no_modules_import_each_other():
+    assert cycles(PACKAGE) == []
+
+
+@pytest.mark.parametrize("block", ["", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "])
+def test_a_planted_cycle_is_found_also_one_for_types(tmp_path, block):
+    (package := tmp_path / "jaxtrain").mkdir()
+    for name, target in (("one", "two"), ("two", "three"), ("three", "one")):
+        line = f"from jaxtrain.{target} import x"
+        (package / f"{name}.py").write_text(f"{block if name == 'three' else ''}{line}\n")
+    assert cycles(package) == [["jaxtrain.one", "jaxtrain.two", "jaxtrain.three"]]
 
 
 def test_every_import_goes_down():

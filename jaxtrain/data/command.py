@@ -43,9 +43,7 @@ def show_data(
         tokenize_kwargs=config.tokenizer.tokenize_kwargs,
         trainer=TrainerView(here),
     )
-    data = prepare_data(factory, shape).repeated(
-        min_updates=config.min_iterations, first_only=config.overfit_first_batch
-    )
+    data = prepare_data(config, factory, shape)
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
         console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))

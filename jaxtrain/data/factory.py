@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,8 @@ class DataFactory(Factory, kind="data"):
         "cache_path": "write `data.cache_dir` in the recipe",
     }
     config: DataConfig
+    extras: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = MappingProxyType({})
+    """What `Batch.extras` of its batches have: name → dtype and shape for each sequence."""
     tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Further arguments for a tokenizer that is given text."""
 

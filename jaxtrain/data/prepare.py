@@ -12,12 +12,13 @@ from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import eval_sources
+from jaxtrain.recipe.trainer import TrainerConfig
 
 GivenRows = Iterable[dict[str, Any]]
 """Rows as a source gives them."""
 
 
-def max_sequence_length(config: DataConfig, max_positions: int | None) -> int:
+def sequence_limit(config: DataConfig, max_positions: int | None) -> int:
     """Tokens of a sequence, of which the model has `max_positions` at most; RecipeError where
     neither names a length, or the recipe a longer one."""
     length = config.max_length or max_positions
@@ -39,14 +40,15 @@ def data_factory(
     tokenize_kwargs: Mapping[str, Any],
     trainer: Any = None,
 ) -> DataFactory:
-    """The factory that the section names; see `max_sequence_length` for what it refuses."""
-    max_length = max_sequence_length(config, max_positions)
+    """The factory that the section names; see `sequence_limit` for what it refuses."""
+    max_length = sequence_limit(config, max_positions)
     factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
     factory.tokenize_kwargs = tokenize_kwargs
     return factory
 
 
 def prepare_data(
+    recipe: TrainerConfig,
     factory: DataFactory,
     shape: BatchShape,
     *,
@@ -65,7 +67,9 @@ def prepare_data(
             raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
         named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
         evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
-    return factory.prepare(train, evals, shape)
+    return factory.prepare(train, evals, shape).repeated(
+        min_updates=recipe.min_iterations, first_only=recipe.overfit_first_batch
+    )
 
 
 def prepare_evaluation(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from jaxtrain.parallel.sharding import MESH_AXES
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
+Extras = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name → dtype and shape, for each sequence, of what a batch has besides its tokens."""
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -24,6 +28,8 @@ class BatchLayout:
     mesh: Mesh
     num_microbatches: int
     microbatch_rows: int
+    rows_per_sample: int = 1
+    """Neighbouring rows that belong together, such as those of a pair."""
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "BatchLayout":
@@ -42,7 +48,8 @@ class BatchLayout:
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        return cls(mesh, num_microbatches, computed // num_microbatches * config.data.ROWS_A_SAMPLE)
+        together = config.data.ROWS_A_SAMPLE
+        return cls(mesh, num_microbatches, computed // num_microbatches * together, together)
 
     @property
     def stages(self) -> int:
@@ -95,14 +102,13 @@ class BatchLayout:
 
         return jax.tree.map(place, batch)
 
-    def batch_shapes(self, row_tokens: int, extras: Mapping[str, Any] | None = None) -> Batch:
-        """Shapes and shardings of a batch, to compile without data. `extras` maps names to what has
-        the shape [..] and dtype of one sequence's value."""
+    def batch_shapes(self, row_tokens: int, extras: Extras = MappingProxyType({})) -> Batch:
+        """Shapes and shardings of a batch, to compile without data."""
         lead = (self.num_microbatches, self.microbatch_rows)
 
         def shape(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.sharding)
 
         tokens = shape("int32", row_tokens)
-        more = {name: shape(one.dtype, *one.shape) for name, one in (extras or {}).items()}
+        more = {name: shape(dtype, *tail) for name, (dtype, tail) in extras.items()}
         return Batch(tokens, tokens, tokens, shape("float32", row_tokens), shape("int32"), more)

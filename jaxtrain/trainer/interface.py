@@ -1,26 +1,29 @@
 """What ArcticTraining, Forgather and transformers promise of a trainer, and where it stands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxtrain import registry
 from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.data import TrainingData
 from jaxtrain.metrics.recorded import Recorded
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model_folder import is_complete
-from jaxtrain.parallel.layout import BatchLayout
+from jaxtrain.parallel.layout import BatchLayout, Extras
+from jaxtrain.recipe.dump import compatibility, effective
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.checkpoints import Checkpoints
 from jaxtrain.trainer.progress import Horizon, Progress
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import Run
-from jaxtrain.trainer.run_folder import RunFolder
+from jaxtrain.trainer.run_folder import RunFolder, versions
+from jaxtrain.trainer.run_state import RunState
 from jaxtrain.trainer.state import PyTree, TrainState
 from jaxtrain.trainer.stop import StopRequests
 
@@ -83,6 +86,29 @@ class Interface:
     @property
     def peak_lr(self) -> float:
         return self.run.peak_lr
+
+    @property
+    def data_extras(self) -> Extras:
+        """What the batches of the recipe's data have besides their tokens."""
+        return registry.find("data", self.config.data.type).extras
+
+    @property
+    def compatibility(self) -> dict[str, Any]:
+        """What a checkpoint and a run that continues it must agree in."""
+        return compatibility(self.config, global_batch=self.layout.global_batch)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays, as JSON data."""
+        return {
+            **self.progress.state_dict(),
+            "epoch": self.epochs_done,
+            "callbacks": self.callback_states,
+            "report": self.report.state_dict(),
+            "lineage": self.compatibility,
+            "recipe": effective(self.config),
+            "versions": versions(),
+        }
 
     @property
     def planned_updates(self) -> int:
@@ -243,7 +269,22 @@ class Interface:
         """The run of Weights & Biases, None where there is none."""
         return self.run_folder.wandb_run
 
+    def log(self, logs: Mapping[str, Any]) -> None:
+        """Write a metrics row of one's own, and pass it to `on_log`."""
+        row = {"iter": self.progress.step, **logs}
+        self.report.write(row)
+        self.report.tell("on_log", logs=row)
+
     # Callbacks.
+
+    @classmethod
+    def default_callbacks(cls) -> list[Any]:
+        """Callbacks, or classes of them, that every run of this trainer has."""
+        return []
+
+    def tell(self, event: str, **more: Any) -> None:
+        """Call every callback that has a method for this event."""
+        self._callbacks.tell(event, RunState(self), **more)
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback object, or a class that is then made; see `jaxtrain.Callback`."""

@@ -4,7 +4,7 @@ writers of the run."""
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -148,6 +148,19 @@ class Report:
             yield
         self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - began
         self.meter.restart()
+
+    def summarize(
+        self, runtime_s: float, *, steps: int, before: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Counts and rates of a training of so many steps; `before` was seen by earlier
+        processes."""
+        new = {name: count - before[name] for name, count in self.meter.seen.items()}
+        counts = {"samples": new["rows"], "steps": steps, "tokens": new["tokens"]}
+        return {
+            "train_runtime": runtime_s,
+            "train_samples": new["rows"],
+            **{f"train_{name}_per_second": n / runtime_s for name, n in counts.items()},
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on counting after a resume."""

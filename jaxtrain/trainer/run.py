@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
 from jaxtrain.metrics.flops import counts
-from jaxtrain.model import LanguageModel, ModelFactory, ModelSpec
+from jaxtrain.model import LanguageModel
 from jaxtrain.model.factory import Placement
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
@@ -24,6 +24,7 @@ from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.average import Average
+from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
 from jaxtrain.trainer.state import (
     PyTree,
@@ -33,30 +34,6 @@ from jaxtrain.trainer.state import (
     with_shardings,
 )
 from jaxtrain.trainer.step import Objective, StepSpec
-
-
-class FoundModel(NamedTuple):
-    """What is known of a model before its mesh and its batches are."""
-
-    factory: ModelFactory
-    spec: ModelSpec
-    """with room for the tokenizer"""
-    tokenizer: Any
-    """with its chat template"""
-
-
-def find_model(config: TrainerConfig, given: Given | None = None, view: Any = None) -> FoundModel:
-    """Read the model's config and the tokenizer; `view` is the trainer as factories see it."""
-    given = given or {}
-    factory = registry.find("model", config.model.type)(config.model, trainer=view)
-    spec = factory.create_config()
-    ready = (given.get("tokenizer"), given.get("processing_class"))
-    tokenizer = next((one for one in ready if one is not None), None)
-    if tokenizer is None:
-        cls = registry.find("tokenizer", config.tokenizer.type)
-        tokenizer = cls(config.tokenizer, spec.path, trainer=view).create_tokenizer()
-    num_tokens = 1 + max(tokenizer.get_vocab().values())
-    return FoundModel(factory, spec.with_room(num_tokens, config.model), tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +122,7 @@ class Run:
             compute_shardings=place(over_data=stage == 3),
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
+            rows_per_sample=self.layout.rows_per_sample,
         )
 
 

@@ -5,6 +5,7 @@ weight and the gradient of the loss are summed over the microbatches and divided
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ class StepSpec(NamedTuple):
     """where the gradients of what is trained are summed"""
     whole_batch: bool
     """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
+    rows_per_sample: int = 1
+    """neighbouring rows that stay neighbours, such as those of a pair"""
 
 
 def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -144,8 +147,7 @@ def _sum_over_microbatches(
     """The sum of `one(rows, key)` over the microbatches of a batch."""
     num_microbatches = batch.tokens.shape[0]
     if spec.whole_batch:
-        # [M, B, ...] → [B * M, ...]. Sequences lead, so that each device keeps its own.
-        return one(jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), batch), key)
+        return one(jax.tree.map(partial(_rows_first, spec.rows_per_sample), batch), key)
     first = jax.tree.map(lambda a: a[0], batch)
     if num_microbatches == 1:
         return one(first, key)
@@ -156,3 +158,9 @@ def _sum_over_microbatches(
     keys = jax.random.split(key, num_microbatches)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, keys[0]))
     return jax.lax.scan(body, zeros, (batch, keys))[0]
+
+
+def _rows_first(rows_per_sample: int, a: jax.Array) -> jax.Array:
+    """[M, B, ...] → [B * M, ...]. Samples lead, so that each device keeps its own rows."""
+    samples = a.reshape(a.shape[0], -1, rows_per_sample, *a.shape[2:])
+    return samples.swapaxes(0, 1).reshape(-1, *a.shape[2:])

@@ -19,26 +19,15 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import Snapshot
-from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory, TrainingData
-from jaxtrain.data.prepare import (
-    data_factory,
-    max_sequence_length,
-    prepare_data,
-    prepare_evaluation,
-)
+from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory
+from jaxtrain.data.prepare import data_factory, prepare_data, prepare_evaluation, sequence_limit
 from jaxtrain.metrics.console import Console, duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
-from jaxtrain.optimizer import (
-    AdafactorFactory,
-    AdamWFactory,
-    LionFactory,
-    MuonFactory,
-    SGDFactory,
-)
+from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, MuonFactory, SGDFactory
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipe.dump import compatibility, effective
+from jaxtrain.recipe.dump import effective
 from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -48,6 +37,7 @@ from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.callbacks import Callbacks
 from jaxtrain.trainer.checkpoints import Checkpoints
 from jaxtrain.trainer.evaluation import answer_prompts, evaluate_sets
+from jaxtrain.trainer.found_model import find_model
 from jaxtrain.trainer.given import Given, check_given
 from jaxtrain.trainer.guards import NonFinite, build_guards
 from jaxtrain.trainer.header import header
@@ -56,9 +46,8 @@ from jaxtrain.trainer.jit import Compiled
 from jaxtrain.trainer.loss import Loss
 from jaxtrain.trainer.progress import Horizon, Progress
 from jaxtrain.trainer.report import Report
-from jaxtrain.trainer.run import build, find_model
-from jaxtrain.trainer.run_folder import RunFolder, fill_names, versions
-from jaxtrain.trainer.run_state import RunState
+from jaxtrain.trainer.run import build
+from jaxtrain.trainer.run_folder import RunFolder, fill_names
 from jaxtrain.trainer.state import PyTree, TrainState
 from jaxtrain.trainer.stop import StopRequests, preemption_error
 
@@ -135,11 +124,13 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         view = registry.TrainerView(self)
         devices = given.get("devices") or jax.devices()
         self.layout = BatchLayout.of(self.config, make_mesh(self.config.mesh, devices))
+        rows = self.layout.microbatch_rows, self.layout.process_rows
+        self._batch_shape = BatchShape(self.layout.num_microbatches, *rows)
         found = find_model(self.config, given, view)
         self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
         max_positions = found.spec.config.max_positions
         if mode == "plan":
-            lengths = (max_sequence_length(self.config.data, max_positions),)
+            lengths = (sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
         else:
             self.data_factory = data_factory(  # type: ignore[assignment]
@@ -149,7 +140,14 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                 tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
                 trainer=view,
             )
-            self.data = self._prepare_data()
+            self.data = prepare_data(
+                self.config,
+                self.data_factory,
+                self._batch_shape,
+                train_data=given.get("train_data"),
+                eval_data=given.get("eval_data"),
+            )
+            self.layout.refuse_too_few(self.data.train_rows)
             lengths = self.data.train.lengths
             self.horizon = Horizon.of(self.config, self.data.steps_per_epoch)
         if mode == "process-data":
@@ -264,7 +262,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         runtime = time.perf_counter() - began
         done = f"{self.progress.step} updates done, {duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
-        metrics = self._summarize(runtime, seen)
+        metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
+        metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}
+        metrics = {**self.progress.eval_metrics, **metrics}
         return TrainOutput(self.progress.step, self.report.last_loss, metrics)
 
     def _run(self) -> None:
@@ -417,15 +417,11 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                 self.tell("on_save", engine=engine.name, **where)
         self.control.should_save = False
 
-    def log(self, logs: Mapping[str, Any]) -> None:
-        """Write a metrics row of one's own, and pass it to `on_log`."""
-        row = {"iter": self.progress.step, **logs}
-        self.report.write(row)
-        self.tell("on_log", logs=row)
-
     def close(self) -> None:
         """Return when all that was saved is on disk and the files of the run are closed; `with`
         does it too."""
+        if self.mode == "process-data":
+            return
         try:
             self.checkpoints.wait()
         finally:
@@ -435,45 +431,12 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.mode == "train":
-            self.close()
-
-    def _summarize(self, runtime_s: float, before: Mapping[str, float]) -> dict[str, float]:
-        """The metrics that `train` returns; `before` was seen by earlier processes."""
-        new = {name: count - before[name] for name, count in self.report.meter.seen.items()}
-        counts = {"samples": new["rows"], "steps": self.global_step_this_run,
-                  "tokens": new["tokens"]}  # fmt: skip
-        return {
-            **self.progress.eval_metrics,
-            "train_runtime": runtime_s,
-            "train_samples": new["rows"],
-            **{f"train_{name}_per_second": n / runtime_s for name, n in counts.items()},
-            "epoch": self.epochs_done,
-            "effective_batch_size": self.layout.global_batch,
-        }
+        self.close()
 
     # Data.
 
-    def _prepare_data(self) -> TrainingData:
-        data = prepare_data(
-            self.data_factory,
-            self._batch_shape,
-            train_data=self.given.get("train_data"),
-            eval_data=self.given.get("eval_data"),
-        ).repeated(
-            min_updates=self.config.min_iterations, first_only=self.config.overfit_first_batch
-        )
-        self.layout.refuse_too_few(data.train_rows)
-        return data
-
-    @property
-    def _batch_shape(self) -> BatchShape:
-        layout = self.layout
-        return BatchShape(layout.num_microbatches, layout.microbatch_rows, layout.process_rows)
-
     def _plan_evaluation(self, dataset: Any) -> dict[str, BatchPlan]:
-        lengths = self.data.train.lengths
-        shape = self._batch_shape
+        shape, lengths = self._batch_shape, self.data.train.lengths
         return {"eval": prepare_evaluation(self.data_factory, dataset, shape, lengths=lengths)}
 
     @property
@@ -561,26 +524,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         """What an engine saves now."""
         return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the arrays, as JSON data."""
-        return {
-            **self.progress.state_dict(),
-            "epoch": self.epochs_done,
-            "callbacks": self.callback_states,
-            "report": self.report.state_dict(),
-            "lineage": self.compatibility,
-            "recipe": effective(self.config),
-            "versions": versions(),
-        }
-
     def _identify(self) -> Identity:
         return Identity(self.compatibility, effective(self.config), self.allowed_changes)
-
-    @property
-    def compatibility(self) -> dict[str, Any]:
-        """What a checkpoint and a run that continues it must agree in."""
-        return compatibility(self.config, global_batch=self.layout.global_batch)
 
     def save_checkpoint(self, path: Path | str | None = None) -> Path:
         """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,
@@ -613,14 +558,3 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         config = self.checkpoints.export_config(folder)
         self.run.export(self.state, folder, config, self.tokenizer)
         return folder
-
-    # Callbacks.
-
-    @classmethod
-    def default_callbacks(cls) -> list[Any]:
-        """Callbacks, or classes of them, that every run of this trainer has."""
-        return []
-
-    def tell(self, event: str, **more: Any) -> None:
-        """Call every callback that has a method for this event."""
-        self._callbacks.tell(event, RunState(self), **more)

@@ -35,9 +35,8 @@ EVERY_SECOND = {
 
 
 def save_scored(saver, step, score):
-    saver.trainer.at(step)
     saver.note_score(step, {} if score is None else {"eval/loss": score})
-    saver.save(None)
+    saver.save(saver.run.snapshot(step))
     saver.wait()
 
 
@@ -66,9 +65,8 @@ def test_the_best_of_a_metric_that_rises_are_its_largest(tmp_path):
     """Trap G1, in the other direction."""
     saver = engine(tmp_path, keep_last_n=1, keep_best_n=2, metric="eval/token_accuracy")
     for step, score in enumerate([0.5, 0.3, 0.4, 0.5, 0.9, 0.1], start=1):
-        saver.trainer.at(step)
         saver.note_score(step, {"eval/token_accuracy": score, "eval/loss": -step})
-        saver.save(None)
+        saver.save(saver.run.snapshot(step))
         saver.wait()
     assert listed(tmp_path) == [1, 5, 6]
 

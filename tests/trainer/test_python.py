@@ -123,7 +123,7 @@ def test_a_mode_prepares_data_and_nothing_else(tmp_path, capsys):
     run = SFTTrainer(get_config(recipe(tmp_path)), mode="process-data")
     assert run.data.train_rows > 0
     assert "rows read" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="mode 'process-data' prepares rows alone"):
+    with pytest.raises(RecipeError, match="mode 'process-data' does not train"):
         run.train()
     assert not (tmp_path / "run").exists()
 
@@ -230,7 +230,10 @@ def test_a_mistake_in_a_call_says_what_is_right(tmp_path):
     config = get_config(recipe(tmp_path))
     for call, expected in (
         (lambda: SFTTrainer("recipe.yaml"), r"found str; write SFTTrainer\(get_config\(…\)\)"),
-        (lambda: SFTTrainer(config, mode="eval"), "mode must be 'train' or 'process-data', found"),
+        (
+            lambda: SFTTrainer(config, mode="eval"),
+            "mode must be 'train', 'process-data' or 'plan', found",
+        ),
         (lambda: SFTTrainer(config, callbacks=["x"]), "'x' is no callback: it has none of on_"),
         (lambda: SFTTrainer(config, model="x"), "model must be the `model` of another trainer"),
         (lambda: SFTTrainer(config, optimizer="adam"), "optimizer must be an optax transformation"),

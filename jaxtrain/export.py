@@ -1,0 +1,56 @@
+"""`jaxtrain export`: a checkpoint as a folder that `transformers` loads; prepares no data and reads
+the weights of the checkpoint alone."""
+
+from pathlib import Path
+
+from jaxtrain import registry
+from jaxtrain.checkpoint import OrbaxEngine
+from jaxtrain.checkpoint.compatibility import Identity
+from jaxtrain.checkpoint.engine import read_metadata
+from jaxtrain.recipe.checkpoint import HFCheckpointConfig, OrbaxConfig
+from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.errors import CheckpointError
+from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
+from jaxtrain.recipe.resolve import get_config
+
+HERE = {
+    "mesh": MeshConfig(data=1, fsdp=-1),
+    "pipeline": PipelineConfig(),
+    "deepspeed": DeepSpeedConfig(),
+}
+
+
+def export(source: Path, to: Path) -> Path:
+    """Write the checkpoint at `source`, or the newest one of the run at `source`, to the folder
+    `to`; returns the checkpoint.
+
+    CheckpointError if there is none, if it is damaged, or if the export reads back as another.
+    """
+    checkpoint = find_checkpoint(source.absolute())
+    if to.exists():
+        raise CheckpointError(f"--to: {to} exists already; name a new folder")
+    config = get_config(read_metadata(checkpoint)["recipe"]).model_copy(update=HERE)
+    trainer = registry.find("trainer", config.type)(config, "plan")
+    keys = {"output_dir": str(checkpoint.parent), "resume_from": str(checkpoint)}
+    engine = OrbaxEngine(OrbaxConfig(type="orbax", **keys, reset=("optimizer", "data")))
+    engine.identify = lambda: Identity(trainer.compatibility, trainer.metadata["recipe"], ())
+    engine.say = trainer.console.line
+    state = engine.load(trainer.run.state_shapes)
+    to = to.absolute()
+    trainer.run.export(state, to, HFCheckpointConfig(output_dir=str(to.parent)), trainer.tokenizer)
+    return checkpoint
+
+
+def find_checkpoint(source: Path) -> Path:
+    """`source`, if it is a checkpoint, else the newest full state of the run in that folder."""
+    if read_metadata(source):
+        return source
+    if not (source / "recipe.yaml").is_file():
+        raise CheckpointError(f"{source} is neither a run folder nor a checkpoint `global_step_N`")
+    entries = get_config(source / "recipe.yaml").checkpoint
+    engines = [OrbaxEngine(entry) for entry in entries if isinstance(entry, OrbaxConfig)]
+    saved = [engine for engine in engines if engine.steps()]
+    if not saved:
+        raise CheckpointError(f"the run in {source} has saved no full state")
+    newest = max(saved, key=lambda engine: engine.steps()[-1])
+    return newest.path(newest.steps()[-1])

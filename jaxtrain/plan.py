@@ -1,0 +1,45 @@
+"""`jaxtrain plan`: what the step of a recipe takes of each device, found by compiling it; prepares
+no data and reads no weights."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxtrain import registry
+from jaxtrain.recipe.mesh import AXES
+from jaxtrain.recipe.trainer import TrainerConfig
+
+
+def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tuple[str, str]]:
+    """(name, fact) in the order in which they are shown. RecipeError for a mesh that does not fit
+    the devices or the model."""
+    trainer = registry.find("trainer", config.type)(config, "plan", devices=devices)
+    run, layout, mesh = trainer.run, trainer.layout, trainer.mesh
+    shapes, row_tokens = run.state_shapes, run.model.spec.placement.row_tokens
+    axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    yield "devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (axes and f", {axes}")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.shapes))
+    yield "model", f"{count:,} parameters, computed in {run.model.compute.compute_dtype}"
+    yield "batch", f"{layout.global_batch:,} sequences of {row_tokens:,} tokens per step"
+    parts = {"parameters": (shapes.params, shapes.frozen), "optimizer": shapes.opt_state}
+    parts |= {"average": shapes.average} if shapes.average else {}
+    held = ", ".join(f"{name} {format_bytes(device_bytes(part))}" for name, part in parts.items())
+    yield "state", f"{format_bytes(device_bytes(shapes))} per device: {held}"
+    batch = layout.batch_shapes(row_tokens, trainer.data_extras)
+    memory = trainer.step.lower(shapes, batch).compile().memory_analysis()
+    yield "step", f"{format_bytes(memory.temp_size_in_bytes)} of temporaries per device"
+    yield "peak", f"{format_bytes(memory.peak_memory_in_bytes)} per device"
+
+
+def device_bytes(shapes: Any) -> int:
+    """What one device holds of arrays with these shapes and shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"

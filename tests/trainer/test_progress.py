@@ -1,0 +1,96 @@
+"""Where a run is follows from plain numbers: properties over random recipes and moments."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtrain.recipe.resolve import get_config
+from jaxtrain.trainer.progress import Horizon, Progress
+
+RECIPE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"], "eval_sources": ["a/c"]}}
+counts = st.integers(0, 40)
+horizons = st.builds(
+    Horizon,
+    steps=st.integers(0, 30),
+    steps_per_epoch=st.integers(1, 12),
+    epochs=st.none() | st.integers(0, 4),
+    exit_step=counts,
+    exit_after=counts,
+)
+moments = st.builds(
+    Progress,
+    step=counts,
+    position=counts,
+    first_step=counts,
+    schedule_start=counts,
+    eval_metrics=st.sampled_from([{}, {"eval/loss": 0.0}]),
+    is_stopping=st.booleans(),
+    signal=st.sampled_from([None, "SIGTERM"]),
+)
+
+
+def due(progress, horizon, *, has_eval=True, requested=False, **keys):
+    config = get_config(RECIPE | {"eval_interval": 3} | keys)
+    return progress.evaluation_is_due(config, horizon, has_eval=has_eval, requested=requested)
+
+
+@given(moments, horizons)
+def test_the_last_step_is_the_first_limit_and_ends_the_run(progress, horizon):
+    last = progress.last_step(horizon)
+    limits = [horizon.steps, horizon.exit_step, horizon.exit_after and progress.first_step]
+    assert last <= horizon.steps
+    assert not horizon.exit_step or last <= horizon.exit_step
+    assert not horizon.exit_after or last <= progress.first_step + horizon.exit_after
+    assert last == horizon.steps or any(limits[1:])
+    assert progress.is_complete(horizon) or progress.step < last
+    progress.step = last
+    assert progress.is_complete(horizon) and progress.is_finished(horizon)
+
+
+@given(moments, horizons)
+def test_positions_count_batches_of_epochs(progress, horizon):
+    index, done = progress.epoch_index(horizon), progress.epochs_done(horizon)
+    assert index <= done < index + 1
+    assert progress.is_epoch_end(horizon) == (progress.position > 0 and done == index)
+    before = progress.position
+    progress.skip_epoch(horizon)
+    assert 0 <= progress.position - before < horizon.steps_per_epoch
+    assert progress.epochs_done(horizon) == progress.epoch_index(horizon)
+
+
+@given(moments, horizons)
+def test_a_signal_preempts_what_is_not_complete(progress, horizon):
+    preempted = progress.is_preempted(horizon)
+    assert preempted == (bool(progress.signal) and not progress.is_complete(horizon))
+    point = progress.save_point(horizon, requested=False)
+    assert point.training_ended == (progress.is_finished(horizon) and not preempted)
+    assert (point.epoch_ended > 0) == progress.is_epoch_end(horizon)
+    assert not preempted or not due(progress, horizon)
+
+
+@given(moments, horizons)
+def test_an_evaluation_is_due_once_where_the_recipe_says(progress, horizon):
+    assert due(progress, horizon, requested=True)
+    assert not due(progress, horizon, has_eval=False)
+    if progress.eval_metrics:
+        assert not due(progress, horizon)
+    elif not progress.is_preempted(horizon) and progress.step:
+        at_end = progress.is_finished(horizon)
+        assert due(progress, horizon) == (at_end or progress.step % 3 == 0)
+        assert due(progress, horizon, eval_at_end=False) == (progress.step % 3 == 0)
+        after = due(progress, horizon, eval_after_step=20, eval_at_end=False)
+        assert after == (progress.step % 3 == 0 and progress.step >= 20)
+        by_epoch = progress.is_epoch_end(horizon) and progress.epoch_index(horizon) % 2 == 0
+        keys = {"eval_interval": 0, "eval_every_n_epochs": 2, "eval_at_end": False}
+        assert due(progress, horizon, **keys) == by_epoch
+
+
+@given(moments)
+def test_what_a_checkpoint_keeps_is_json_and_comes_back_but_for_what_is_reset(progress):
+    saved = json.loads(json.dumps(progress.state_dict()))
+    again = Progress()
+    again.load_state_dict(saved)
+    assert again.state_dict() == progress.state_dict()
+    again.load_state_dict(saved, reset=("data", "scheduler"))
+    assert (again.step, again.position, again.schedule_start) == (progress.step, 0, progress.step)
