@@ -212,3 +212,34 @@ def test_the_page_in_a_browser(recipe, tmp_path):
     assert found["bars"] and max(found["bars"]) == 160 and min(found["bars"]) >= 1
     assert found["text"] == "".join(spans(page, "trained")).removeprefix("trained")
     assert found["wide"]
+
+
+ASKING = '''
+from jaxtrain import DataSource, DataSourceConfig, SFTDataFactory, SFTTrainer
+
+
+class AskingSource(DataSource):
+    name = "asking-of-test"
+    config: DataSourceConfig
+
+    def load(self, config, split):
+        trainer, factory = self.trainer, self.data_factory
+        assert trainer.data_factory is factory and trainer.tokenizer is factory.tokenizer
+        assert (trainer.global_rank, factory.world_size, factory.micro_batch_size) == (0, 1, 2)
+        return [{"prompt": f"of {trainer.config.type}?", "response": "yes"}] * 3
+
+
+class AskingTrainer(SFTTrainer):
+    name = "asking-of-test"
+'''
+
+
+@pytest.mark.parametrize("command", ["data", "check"])
+def test_a_source_of_the_user_may_read_its_trainer(recipe, command):
+    written = yaml.safe_load(recipe.read_text())
+    written |= {"type": "asking-of-test", "code": "asking.py"}
+    written["data"]["sources"] = [{"type": "asking-of-test"}]
+    recipe.write_text(yaml.safe_dump(written))
+    (recipe.parent / "asking.py").write_text(ASKING)
+    out = run(recipe, command)
+    assert command == "check" or "of asking-of-test?" in out

@@ -14,6 +14,7 @@ from jaxtrain.metrics.log import log
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, WeightError
 from jaxtrain.recipe.guards import EarlyStoppingConfig
+from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.run_state import RunState
 from tests.runs import conversations, host, losses, recipe, trainer
 from tests.tiny import chat, tiny_tokenizer
@@ -421,3 +422,53 @@ def test_what_came_from_the_environment_is_in_no_file_of_the_run(tmp_path, monke
     assert any(file.name == "rank_0.log" for file in files)
     assert [file for file in files if b"quite-secret" in file.read_bytes()] == []
     assert "quite-secret" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_schedule_changes_the_rates_of_the_compiled_step(tmp_path):
+    """A run whose schedule was reset at step 2 is loaded into one that has stepped already."""
+    entry = {"output_dir": str(tmp_path / "state"), "save_every_n_steps": 1}
+    keys = {"scheduler": {"name": "linear"}, "train_iters": 6}
+    first = trainer(recipe(tmp_path, checkpoint=[entry], exit_iteration=2, **keys))
+    first.train()
+    reset = entry | {"auto_resume": True, "reset": ["scheduler"]}
+    again = trainer(recipe(tmp_path, checkpoint=[reset], exit_iteration=3, **keys))
+    again.train()
+    run = trainer(recipe(tmp_path, checkpoint=[reset], **keys))
+    run.load_checkpoint(tmp_path / "state" / "global_step_1")
+    batch = run.layout.on_devices(run.data.train.batch(0))
+    rates = []
+    for step in (1, 3):
+        run.load_checkpoint(tmp_path / "state" / f"global_step_{step}")
+        run.state, metrics = run.step(run.state, batch)
+        rates.append(float(metrics["lr_scale"]))
+    assert rates == pytest.approx([1 - 1 / 6, 1 - 1 / 4]), "4 steps are left from step 2 on"
+
+
+def test_callbacks_and_factories_cannot_set_what_the_loop_reads(tmp_path):
+    state = RunState(trainer(recipe(tmp_path)))
+    for name in ("global_step", "gloabl_step", "config"):
+        with pytest.raises(AttributeError, match=rf"trainer.{name}: a trainer is read-only here"):
+            setattr(state, name, 1)
+    with pytest.raises(AttributeError, match=r"trainer.gloabl_step: no such attribute here"):
+        state.gloabl_step  # noqa: B018
+    state.state = state.state._replace(step=state.state.step + 1)
+    assert int(state.trainer.state.step) == 1
+
+
+def test_frozen_parameters_have_no_gradient_and_stay_as_they_are(tmp_path):
+    groups = [{"match": "/mlp/", "freeze": True}]
+    run = trainer(recipe(tmp_path, optimizer={"groups": groups}, gradient_accumulation_steps=2))
+    before, batch = host(run.state.params), run.layout.batch_shapes(run.data.row_tokens)
+    with jax.set_mesh(run.mesh):
+        shapes = jax.eval_shape(
+            lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))[1],
+            run.run.model.shapes, batch,
+        )  # fmt: skip
+    assert not any("['mlp']" in name for name in named(shapes)) and len(named(shapes)) > 3
+    losses(run, 2)
+    for name, array in host(run.state.params).items():
+        assert (array == before[name]).all() == ("['mlp']" in name), name
+
+
+def named(tree):
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
