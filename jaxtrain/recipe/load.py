@@ -68,7 +68,6 @@ class _Loader(yaml.SafeLoader):
 
     def build(self, node: yaml.Node, key: Key) -> Any:
         """Plain data of a node; notes every place, refuses duplicate keys and endless aliases."""
-        self.places[key] = self.at(node)
         self.num_nodes += 1
         if id(node) in self.open:
             raise self.wrong(key, node, "an alias that contains itself")
@@ -76,15 +75,18 @@ class _Loader(yaml.SafeLoader):
             raise self.wrong(key, node, "aliases that grow too far")
         if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
             raise self.wrong(key, node, f"not plain YAML: tag {node.tag}")
-        if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node, key)
         self.open.add(id(node))
         try:
-            if isinstance(node, yaml.SequenceNode):
-                return [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
-            return self.mapping(node, key)
+            if isinstance(node, yaml.ScalarNode):
+                value = self.scalar(node, key)
+            elif isinstance(node, yaml.SequenceNode):
+                value = [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
+            else:
+                value = self.mapping(node, key)
         finally:
             self.open.discard(id(node))
+        self.places[key] = self.at(node)  # last: a merged map is built under the same key
+        return value
 
     def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
         try:
@@ -94,18 +96,25 @@ class _Loader(yaml.SafeLoader):
             raise self.wrong(key, node, f"not plain YAML: {problem}") from None
 
     def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
-        seen: dict[str, int] = {}
-        for name_node, _ in node.value:
+        """Own keys over merged ones. PyYAML's merging differs between versions and has no bound."""
+        merged: dict[str, Any] = {}
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for name_node, value in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
                 raise self.wrong(key, name_node, "a key must be text")
             name = str(name_node.value)
-            if name in seen and name != "<<":
-                what = f"duplicate key, first on line {seen[name]}"
+            if name_node.tag == "tag:yaml.org,2002:merge":
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in reversed(sources):  # the first of several wins
+                    if not isinstance(source, yaml.MappingNode):
+                        raise self.wrong((*key, name), source, "must be a map or a list of maps")
+                    merged |= self.build(source, key)
+            elif name in own:
+                what = f"duplicate key, first on line {self.at(own[name][0]).line}"
                 raise self.wrong((*key, name), name_node, what)
-            seen[name] = self.at(name_node).line
-        if "<<" in seen:
-            self.flatten_mapping(node)  # type: ignore[arg-type]
-        return {str(k.value): self.build(v, (*key, str(k.value))) for k, v in node.value}
+            else:
+                own[name] = name_node, value
+        return merged | {name: self.build(value, (*key, name)) for name, (_, value) in own.items()}
 
     def at(self, node: yaml.Node) -> Place:
         return Place(self.file, node.start_mark.line + 1)

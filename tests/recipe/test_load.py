@@ -1,7 +1,10 @@
+import signal
+
 import pytest
 
 from jaxtrain.recipe.compose import compose as load
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.load import MAX_NODES, parse
 
 
 def written(tmp_path, text):
@@ -41,6 +44,7 @@ def test_every_value_knows_its_line(tmp_path):
         ("a: 1\n---\nb: 2\n", ":2: not YAML: expected a single document"),
         ("- 1\n", "a recipe is a map of keys, found [1]"),
         ("a: &x [*x]\n", "an alias that contains itself"),
+        ("a: {<<: 1}\n", ":1: a.<<: must be a map or a list of maps"),
         ("a: !!python/object/apply:os.system [ls]\n", "not plain YAML"),
     ],
 )
@@ -50,12 +54,70 @@ def test_bad_yaml_is_one_line_with_its_place(tmp_path, text, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"])
-def test_aliases_that_multiply_end_early(tmp_path, form):
-    lines = ["a0: &a0 {x: 1}"]
-    lines += [f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 9)]
-    with pytest.raises(RecipeError, match="aliases that grow too far"):
-        load(written(tmp_path, "\n".join(lines)))
+def levels(outer, item, first="{x: 1}", width=9, depth=8):
+    """Each line uses the one before it `width` times."""
+    lines = [f"a0: &a0 {first}"]
+    for i in range(1, depth + 1):
+        items = [item.format(k=k, use=f"*a{i - 1}") for k in range(width)]
+        lines.append(f"a{i}: &a{i} {outer % ', '.join(items)}")
+    return "\n".join(lines)
+
+
+WIDE_MAP = "{" + ", ".join(f"key{k}: 1" for k in range(10_000)) + "}"
+MULTIPLYING = {
+    "in lists": levels("[%s]", "{use}"),
+    "in maps": levels("{%s}", "k{k}: {use}"),
+    "in merges": levels("{%s}", "<<: {use}"),
+    "in merged lists": levels("{<<: [%s]}", "{use}"),
+    "in merges of merges": levels("{<<: [%s]}", "{{<<: {use}}}"),
+    "in merges of nested maps": levels("{%s}", "<<: {{k{k}: {use}}}"),
+    "in lists of merges": levels("[{<<: [%s]}]", "{{x: {use}}}"),
+    "in merges of nothing": levels("{<<: [%s]}", "{use}", first="{}"),
+    "in merges with long keys": levels("{<<: [%s]}", "{use}", first="{a long key: 1}"),
+    "in one wide merge": levels("{<<: [%s]}", "{use}", first=WIDE_MAP, width=40_000, depth=1),
+    "in a chain of wide merges": levels("{<<: %s}", "{use}", first=WIDE_MAP, width=1, depth=200),
+    "in itself": "a: &a {x: [*a]}",
+    "merged into itself": "a: &a {x: 1, <<: *a}",
+}
+
+
+def num_nodes(tree):
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return 1 + sum(map(num_nodes, children))
+
+
+@pytest.mark.parametrize("text", MULTIPLYING.values(), ids=MULTIPLYING)
+def test_aliases_and_merges_grow_a_little_or_are_refused_and_soon(text):
+    def stop(*_):
+        raise TimeoutError("still reading after 10 s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    try:
+        assert num_nodes(parse(text, "recipe.yaml")[0]) <= MAX_NODES
+    except RecipeError as error:
+        assert "aliases that grow too far" in str(error) or "contains itself" in str(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_own_keys_win_over_merged_ones_and_the_first_of_several_maps_wins(tmp_path):
+    text = """
+first: &first {from_all: 1, from_first_and_second: 1, nested: {x: 1}}
+second: &second {from_all: 2, from_first_and_second: 2, from_second: 2, nested: {y: 2}}
+both:
+  <<: [*first, *second]
+  from_all: 0
+one: {own: 0, <<: *second}
+"""
+    recipe = load(written(tmp_path, text))
+    both = {"from_all": 0, "from_first_and_second": 1, "from_second": 2, "nested": {"x": 1}}
+    assert recipe.tree["both"] == both
+    assert recipe.tree["one"] == {"own": 0, **recipe.tree["second"]}
+    lines = {key: recipe.places["both", key].line for key in both}
+    assert lines == {"from_all": 6, "from_first_and_second": 2, "from_second": 3, "nested": 2}
+    assert recipe.places["both",].line == 5
 
 
 def test_a_missing_file_and_a_folder_are_said(tmp_path):
