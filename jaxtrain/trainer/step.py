@@ -70,13 +70,26 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
         average = spec.average(state.average, params, state.step)
         return state._replace(params=params, opt_state=opt_state, average=average)
 
-    # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
     finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-    state = jax.lax.cond(finite & (loss.weight > 0), updated, lambda state, _: state, state, grads)
+    state = apply_if(finite & (loss.weight > 0), updated, state, grads)
     metrics = spec.counts(batch) | means(loss)
     metrics |= spec.measure(jax.tree.map(lambda g: g * per_weight, grads))
     metrics |= {"grad_norm": norm, "lr_share": share, "finite": finite.astype(jnp.float32)}
     return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
+
+
+def apply_if(
+    ok: jax.Array,
+    update: Callable[[TrainState, PyTree], TrainState],
+    state: TrainState,
+    grads: PyTree,
+) -> TrainState:
+    """`update(state, grads)` where `ok`, else `state` bit for bit; either way in its memory."""
+    # A loop of one turn or none, since XLA updates what a loop carries in place. It copies the
+    # whole state out of a `cond` on GPU, and on CPU a `where` keeps the old and the new one alive.
+    # The barrier keeps products of the gradients alone, two more trees of them, inside the loop.
+    body = lambda _, state: update(*jax.lax.optimization_barrier((state, grads)))
+    return jax.lax.fori_loop(0, ok.astype(jnp.int32), body, state)
 
 
 def loss(
