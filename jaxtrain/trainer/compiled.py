@@ -71,7 +71,7 @@ def step_spec(trainer: "Trainer") -> StepSpec:
     stage = config.deepspeed.zero_stage
     placed = partial(parameter_shardings, trainer.mesh, model.shapes)
     return StepSpec(
-        merge=lambda params: model.merge(trainer.groups.held(params)),
+        merge=lambda params: model.merge(trainer.groups.stop_frozen_gradients(params)),
         loss_fn=trainer.loss_fn,
         on_gradients=trainer.backward,
         measure=trainer.measured,

@@ -17,7 +17,7 @@ from jaxtrain.recipe.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def build(tmp_path_factory):
     return loaded(saved("llama31", tmp_path_factory.mktemp("hf") / "m"))
 
 
@@ -89,9 +89,9 @@ ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 HARM = {
     "rope lost": (set_config(rope_parameters=ROPE, rope_scaling=None), "describes another rope"),
     "heads": (set_config(num_attention_heads=2), "describes another"),
-    "a bit": (flip_a_bit, "1 parameters read back as others, first "),
+    "a bit": (flip_a_bit, "1 parameters differ when read back, first "),
     "truncated": (cut_short, "not a safetensors file"),
-    "a shard": (lose_a_shard, "which is not there"),
+    "a shard": (lose_a_shard, "which does not exist"),
 }
 
 
@@ -102,7 +102,7 @@ def test_an_export_that_reads_back_as_something_else_is_not_there(made, tmp_path
     config, hf, _, params = made
     harm, expected = HARM[case]
     options = {"dtype": dtype, "max_shard_bytes": 20_000, "add_files": harm}
-    with pytest.raises(CheckpointError, match=f"does not pass its check, .*{expected}"):
+    with pytest.raises(CheckpointError, match=f"failed verification and was removed: .*{expected}"):
         save_pretrained(tmp_path / "out", params, config, hf, **options)
     assert list(tmp_path.iterdir()) == []
     save_pretrained(tmp_path / "out", params, config, hf, **options, verify=False)
@@ -115,7 +115,7 @@ def test_an_export_of_every_family_passes_its_check(tmp_path, family):
     params["norm"] = params["norm"].at[0].set(jnp.nan)
     save_pretrained(tmp_path / "out", params, config, hf, dtype="bfloat16")
     other = jax.tree.map(lambda leaf: leaf, params) | {"norm": params["norm"].at[1].add(0.5)}
-    with pytest.raises(CheckpointError, match="1 parameters read back as others, first norm"):
+    with pytest.raises(CheckpointError, match="1 parameters differ when read back, first norm"):
         verify_folder(tmp_path / "out", other, config, "bfloat16")
 
 

@@ -52,7 +52,7 @@ def test_missing_reshaped_and_unknown_tensors_are_named_together(folder):
         loaded(folder)
     missing, reshaped, unknown = faults(error)
     assert "model.norm.weight [32] is missing" in missing
-    assert "up_proj.weight must be [48, 32]" in reshaped and "found [48, 31]" in reshaped
+    assert "up_proj.weight must have shape [48, 32]" in reshaped and "found [48, 31]" in reshaped
     assert "adapter.weight [4] has no place" in unknown
 
 
@@ -64,12 +64,10 @@ def test_many_missing_tensors_are_counted(folder):
 
 def test_a_folder_without_weights_says_what_it_looked_for(folder):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(
-        WeightError, match=r"found pytorch_model.bin; pickled weights are never read"
-    ):
+    with pytest.raises(WeightError, match=r"found pytorch_model.bin; pickled weights are not read"):
         loaded(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(WeightError, match="no weights at all"):
+    with pytest.raises(WeightError, match="no weights"):
         loaded(folder)
 
 
@@ -121,7 +119,7 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
         ("head_dim", 7, "must be even"),
         ("hidden_size", None, "must be a positive whole number, found None"),
-        ("rms_norm_eps", "1e-5", "must be a number from 0 up"),
+        ("rms_norm_eps", "1e-5", "must be a number of at least 0"),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
         ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),

@@ -72,7 +72,7 @@ def test_a_frozen_zero_keeps_its_sign():
         ),
         (
             [{"match": "layers"}, {"match": "mlp"}],
-            "optimizer.groups.1.match: every parameter that 'mlp' matches belongs to a group above",
+            "optimizer.groups.1.match: every parameter that 'mlp' matches belongs to an earlier group",
         ),
         (
             [{"match": ".", "freeze": True}],
