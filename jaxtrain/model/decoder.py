@@ -93,8 +93,7 @@ class Decoder(nnx.Module):
             _next(batch.tokens),
             head_layout=self.head_layout,
         )
-        # Position t - 1 predicts token t; the roll moves the last prediction to t = 0, where it is
-        # masked: the first token of a row begins a document.
+        # Position t - 1 predicts token t; the roll puts the last at t = 0, which no token predicts.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
     def weighted_nll(
@@ -147,11 +146,9 @@ class Decoder(nnx.Module):
         stages, num_microbatches = self.compute.stages, self.compute.microbatches
         (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
 
-        def stage(
-            params: Params, x_BTD: Array, inputs: AttentionInputs, first_layer: Array
-        ) -> Array:
+        def stage(params: Params, x_BTD: Array, inputs: AttentionInputs, first: Array) -> Array:
             return run_group(
-                graph, params, x_BTD, inputs, self.compute, first=first_layer, end=num_layers
+                graph, params, x_BTD, inputs, self.compute, first=first, end=num_layers
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.

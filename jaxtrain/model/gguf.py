@@ -54,9 +54,8 @@ def read_gguf_tensors(path: Path) -> dict[str, StoredTensor]:
                 name, rotated_heads = f"model.layers.{layer}.{PER_LAYER[kind]}", heads.get(kind)
             case _:
                 name = FIXED.get(name, name)
-        tensors[name] = StoredTensor(
-            tensor.shape, partial(_dequantize, path, tensor, rotated_heads)
-        )
+        read = partial(_dequantize, path, tensor, rotated_heads)
+        tensors[name] = StoredTensor(tensor.shape, read)
     return tensors
 
 

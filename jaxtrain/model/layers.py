@@ -187,9 +187,9 @@ class GatedMLP(nnx.Module):
             wide = dense(x_BtD, gate_up)  # [B, t, 2, F]
             return dense(jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :], down)
 
-        return (
-            mlp(x_BTD) if self.tile_tokens is None else run_in_tiles(mlp, x_BTD, self.tile_tokens)
-        )
+        if self.tile_tokens is None:
+            return mlp(x_BTD)
+        return run_in_tiles(mlp, x_BTD, self.tile_tokens)
 
 
 def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:

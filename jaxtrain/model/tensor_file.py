@@ -87,12 +87,10 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     ]
     if faults:
         raise WeightError(faults)
-    return {name: _stored_tensor(data[start:], **entry) for name, entry in header.items()}
+    return {name: _view(data[start:], **entry) for name, entry in header.items()}
 
 
-def _stored_tensor(
-    data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]
-) -> StoredTensor:
+def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
     read = lambda: data[slice(*data_offsets)].view(DTYPES[dtype]).reshape(shape)
     return StoredTensor(tuple(shape), read)
 

@@ -50,19 +50,17 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
         tensors = PARAMETER_TENSORS[match[3]]
-        return [
-            p for at, i in enumerate(numbers) for p in _parameter_pieces(config, tensors, at, i)
-        ]
-    return list(_parameter_pieces(config, PARAMETER_TENSORS[path]))
+        return [p for at, i in enumerate(numbers) for p in _pieces(config, tensors, at, i)]
+    return list(_pieces(config, PARAMETER_TENSORS[path]))
 
 
-def _parameter_pieces(
+def _pieces(
     config: DecoderConfig,
     tensors: ParameterTensors,
     at: int | None = None,
-    number: int | None = None,
+    layer: int | None = None,
 ) -> Iterator[Piece]:
-    """The pieces of a parameter; of a stacked one, those of layer `number`, at index `at` of L."""
+    """The pieces of a parameter; of a stacked one, those of `layer`, at index `at` of L."""
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads, "1": 1,
@@ -79,7 +77,7 @@ def _parameter_pieces(
             place.insert(0, slice(at, at + 1))
         letters = lead + tensor.dims.replace(" ", "") + "1" * ("1" in mine)
         yield Piece(
-            name=tensor.name.format(i=number),
+            name=tensor.name.format(i=layer),
             shape=tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split()),
             place=tuple(place),
             split=tuple(size[letter] for letter in letters),

@@ -31,10 +31,9 @@ def cosine_restarts(num_cycles: int) -> Fall:
 
 
 def _fall_of(kind: Kind, num_cycles: float = 0.5) -> Fall:
-    falls = {
-        "linear": polynomial(), "cosine": cosine(num_cycles), "1-sqrt": lambda x: 1 - jnp.sqrt(x),
-    }  # fmt: skip
-    return falls[kind]
+    if kind == "1-sqrt":
+        return lambda x: 1 - jnp.sqrt(x)
+    return polynomial() if kind == "linear" else cosine(num_cycles)
 
 
 def _progress(step: jax.Array, first: int, last: int) -> jax.Array:

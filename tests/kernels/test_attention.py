@@ -199,7 +199,7 @@ def mesh_of(**sizes: int):
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def sharded(mesh, positions, qkv):
+def shard(mesh, positions, qkv):
     heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor", None))
     rows = NamedSharding(mesh, P(("data", "fsdp"), None))
     return jax.device_put(positions, rows), jax.device_put(qkv, heads)
@@ -214,7 +214,7 @@ def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
     truth = pull("naive", (), positions, positions, *qkv, d_out)
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        positions, (*qkv, d_out) = sharded(mesh, positions, (*qkv, d_out))
+        positions, (*qkv, d_out) = shard(mesh, positions, (*qkv, d_out))
         compiled = pull.lower(implementation, (), positions, positions, *qkv, d_out).compile()
         found = compiled(positions, positions, *qkv, d_out)
     assert "all-gather" not in compiled.as_text()

@@ -153,7 +153,7 @@ def test_remat_changes_neither_loss_nor_gradient():
         jax.tree.map(close, loss_and_gradient(compute), plain)
 
 
-def rematerialised(jaxpr) -> int:
+def count_rematerialised(jaxpr) -> int:
     """How many blocks under `jax.checkpoint` a forward pass runs."""
     count = 0
     for eqn in jaxpr.eqns:
@@ -162,7 +162,7 @@ def rematerialised(jaxpr) -> int:
         if eqn.primitive.name in ("checkpoint", "remat2"):
             count += 1
         elif inner is not None:
-            count += times * rematerialised(getattr(inner, "jaxpr", inner))
+            count += times * count_rematerialised(getattr(inner, "jaxpr", inner))
     return count
 
 
@@ -181,8 +181,8 @@ def test_every_nth_layer_is_rematerialised(members, repeats, every):
         return lambda p: merge(abstract(config, compute).graph, p).hidden(batch)
 
     some, all_of_them = hidden(ComputeConfig(remat_every=every)), hidden(PLAIN)
-    assert rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
-    assert rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
+    assert count_rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
+    assert count_rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
     np.testing.assert_allclose(jax.jit(some)(params), jax.jit(all_of_them)(params), atol=1e-5)
 
 

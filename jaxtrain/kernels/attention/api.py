@@ -34,6 +34,5 @@ def attention(
     `choose` returns, or 'splash_interpret' for a test on CPU; an implementation that does not
     support a shape raises NotImplementedError.
     """
-    return IMPLEMENTATIONS[implementation](
-        window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
-    )
+    attend = IMPLEMENTATIONS[implementation]
+    return attend(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)

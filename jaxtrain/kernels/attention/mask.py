@@ -18,11 +18,9 @@ def score_scale(q: Array) -> float:
     return q.shape[-1] ** -0.5
 
 
-def visible_keys(
-    q_positions: TokenPositions, kv_positions: TokenPositions, window: int | None
-) -> Array:
+def visible_keys(q: TokenPositions, kv: TokenPositions, window: int | None) -> Array:
     """Bool [B, T, S]: which keys each query attends to; none for a padding query."""
-    q_segments, kv_segments = q_positions.segments[:, :, None], kv_positions.segments[:, None, :]
-    distance = q_positions.positions[:, :, None] - kv_positions.positions[:, None, :]
+    q_segments, kv_segments = q.segments[:, :, None], kv.segments[:, None, :]
+    distance = q.positions[:, :, None] - kv.positions[:, None, :]
     visible = (q_segments == kv_segments) & (q_segments != 0) & (distance >= 0)
     return visible if window is None else visible & (distance < window)

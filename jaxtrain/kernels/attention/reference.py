@@ -42,12 +42,7 @@ class Saved(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def reference_attention(
-    window: int | None,
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    q_positions: TokenPositions,
-    kv_positions: TokenPositions,
+    window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
 ) -> Array:
     return _forward(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
 
