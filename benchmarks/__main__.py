@@ -1,4 +1,4 @@
-"""`python -m benchmarks` runs every comparison that this machine can run, one after the other."""
+"""`python -m benchmarks` runs every comparison that this machine supports, in turn."""
 
 import subprocess
 import sys

@@ -1,13 +1,12 @@
-"""A full fine-tuning step, jaxtrain beside transformers + torch, in turn on the same machine.
+"""Compares a full fine-tuning step of jaxtrain and transformers + torch, in turn on one machine.
 
-    python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512 tokens,
-    float32, CPU python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096
-    tokens, bfloat16, GPU
+    python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512, float32, CPU
+    python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096, bfloat16, GPU
 
-Each side is a process of its own, started as its user starts it: `python -m jaxtrain recipe.yaml`,
-and a plain loop over `LlamaForCausalLM` with AdamW. Forward, backward, clipping and update, random
-weights, the first two steps left out. Prints tokens a second, peak memory of the process, and the
-ratios.
+Each side runs in its own process, started as a user would: `python -m jaxtrain recipe.yaml`, and a
+plain loop over `LlamaForCausalLM` with AdamW. A step is forward, backward, clipping and update on
+random weights; the first two are not measured. Prints tokens per second, peak memory of the
+process, and their ratios.
 """
 
 import argparse
@@ -45,11 +44,11 @@ COMMON = {
     "mlp_bias": False, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-SKIPPED = 2
+WARMUP_STEPS = 2
 
 
 def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
-    """A model folder without weights, rows of text, and the recipe."""
+    """Writes a model folder without weights, conversations, and the recipe; returns the recipe."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [f"w{i}" for i in range(2000)]
@@ -59,12 +58,12 @@ def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(specials)
     tokenizer.save(str(folder / "tokenizer.json"))
-    described = {
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|end|>",
         "chat_template": TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (folder / "config.json").write_text(json.dumps(COMMON | preset["config"]))
 
     rng = random.Random(0)
@@ -93,7 +92,7 @@ def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
 
 
 def torch_steps(preset: dict, steps: int) -> list[float]:
-    """Seconds of each step of the plain torch loop."""
+    """Seconds per step of the plain torch loop."""
     import time
 
     import torch
@@ -127,31 +126,21 @@ def run_jaxtrain(preset_name: str, steps: int) -> tuple[list[float], float]:
         folder = Path(name)
         recipe = write_inputs(folder, PRESETS[preset_name], steps)
         command = [sys.executable, "-m", "jaxtrain", str(recipe), f"run_dir={folder / 'run'}"]
-        peak = run(
-            command, {"JAX_PLATFORMS": "cpu"} if PRESETS[preset_name]["device"] == "cpu" else {}
-        )
+        on_cpu = PRESETS[preset_name]["device"] == "cpu"
+        peak = run(command, {"JAX_PLATFORMS": "cpu"} if on_cpu else {})
         rows = [json.loads(line) for line in (folder / "run/train-log-metrics.jsonl").open()]
         return [row["step_time"] for row in rows if "step_time" in row], peak
 
 
 def run_torch(preset_name: str, steps: int) -> tuple[list[float], float]:
     with tempfile.NamedTemporaryFile() as file:
-        command = [
-            sys.executable,
-            __file__,
-            "--torch",
-            file.name,
-            "--preset",
-            preset_name,
-            "--steps",
-            str(steps),
-        ]
-        peak = run(command, {})
+        options = ["--torch", file.name, "--preset", preset_name, "--steps", str(steps)]
+        peak = run([sys.executable, __file__, *options], {})
         return json.loads(Path(file.name).read_text()), peak
 
 
 def run(command: list[str], environment: dict[str, str]) -> float:
-    """Run to the end; peak resident memory in GB."""
+    """Runs a command to its end; returns its peak resident memory in GB."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
@@ -170,7 +159,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     preset = PRESETS[args.preset]
@@ -184,7 +173,7 @@ def main() -> None:
     for round_ in range(args.rounds):
         for name, side in sides.items():
             seconds, peak = side(args.preset, args.steps)
-            rates[name].append(tokens / statistics.median(seconds[SKIPPED:]))
+            rates[name].append(tokens / statistics.median(seconds[WARMUP_STEPS:]))
             peaks[name].append(peak)
             rate = f"{rates[name][-1]:10,.1f} tokens/s"
             print(f"round {round_ + 1}  {name:9} {rate}  peak {peak:.2f} GB", flush=True)

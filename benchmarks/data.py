@@ -1,13 +1,13 @@
-"""Preparing and feeding training data, beside `datasets.map` and TRL's packing on the same rows.
+"""Compares preparing training data with `datasets.map` and TRL's packing on the same records.
 
     python benchmarks/data.py                     needs the packages trl and accelerate
     nice -n 19 python benchmarks/data.py --no-trl
 
-Each side is a process of its own that starts with an empty cache; they take turns. The rows are the
-chats of the quick start with its tokenizer: rendered, tokenised with a mask of what the assistant
-says, and packed best-fit into rows of 2048. Then the time of a start that finds them prepared, the
-rate at which batches of 4096 are made beside what a training step consumes, and the memory of a
-process that prepared few rows and many. Prints tokens a second and the ratios.
+Each side runs in its own process with an empty cache; they take turns. The records are the chats of
+the quick start with its tokenizer: rendered, tokenised with a mask of the assistant's tokens, and
+packed best-fit into sequences of 2048. Also measures a start with a warm cache, the rate of batches
+of 4096 relative to a training step, and the memory of a process that prepared few and many records.
+Prints tokens per second and the ratios.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROW_TOKENS, FEED_TOKENS = 2048, 4096
 FEED_BATCHES, FEED_ROWS = 200, 4
-STEP_TOKENS_PER_S = 174.6  # the fastest that cpu_step.py ever gave; see README.md
-MARKED = (  # the tokenizer's ChatML with marks around what is trained, which the other side needs
+STEP_TOKENS_PER_S = 174.6  # the highest measured with cpu_step.py; see README.md
+MARKED_TEMPLATE = (  # ChatML with generation marks around trained text, which TRL needs
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}"
     "<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
@@ -32,7 +32,7 @@ MARKED = (  # the tokenizer's ChatML with marks around what is trained, which th
 
 
 def write_inputs(folder: Path) -> None:
-    """Rows and tokenizer of the quick start."""
+    """Writes the records and the tokenizer of the quick start."""
     from jaxtrain import registry
     from jaxtrain.recipe.resolve import get_config
     from jaxtrain.tokenizer import load_tokenizer, model_files
@@ -47,8 +47,8 @@ def write_inputs(folder: Path) -> None:
             file.write(json.dumps(rows[index]) + "\n")
 
 
-def prepared(folder: Path, row_tokens: int):
-    """Our side: file to batches."""
+def prepare(folder: Path, row_tokens: int):
+    """Prepares batches from the file; returns them and the seconds that it took."""
     from transformers import AutoTokenizer
 
     from jaxtrain.data import BatchShape, JsonLinesSource, SFTDataFactory
@@ -65,7 +65,7 @@ def prepared(folder: Path, row_tokens: int):
 
 
 def side_jaxtrain(folder: Path) -> dict[str, float]:
-    data, seconds = prepared(folder, ROW_TOKENS)
+    data, seconds = prepare(folder, ROW_TOKENS)
     counts = data.ledger.sets[0]
     return {"seconds": seconds, "tokens": counts.tokens, "trained": counts.trained_tokens,
             "fill": counts.fill}  # fmt: skip
@@ -77,7 +77,7 @@ def side_trl(folder: Path) -> dict[str, float]:
     from trl.data_utils import pack_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    tokenizer.chat_template = MARKED
+    tokenizer.chat_template = MARKED_TEMPLATE
 
     def encode(row):
         found = tokenizer.apply_chat_template(
@@ -98,15 +98,15 @@ def side_trl(folder: Path) -> dict[str, float]:
 
 
 def side_warm(folder: Path) -> dict[str, float]:
-    """A second start of the same run, in the process that has prepared its rows."""
-    prepared(folder, ROW_TOKENS)
-    data, seconds = prepared(folder, ROW_TOKENS)
+    """Starts the same run twice in one process; times the second start."""
+    prepare(folder, ROW_TOKENS)
+    data, seconds = prepare(folder, ROW_TOKENS)
     assert data.ledger.notes[0].startswith("cache: hit"), data.ledger.notes
     return {"seconds": seconds}
 
 
 def side_feed(folder: Path) -> dict[str, float]:
-    data, _ = prepared(folder, FEED_TOKENS)
+    data, _ = prepare(folder, FEED_TOKENS)
     batches = data.train_batches(0, FEED_BATCHES + 8)
     for _ in range(8):
         next(batches)
@@ -116,8 +116,8 @@ def side_feed(folder: Path) -> dict[str, float]:
 
 
 def side_memory(folder: Path, rows: int) -> dict[str, float]:
-    """Memory that is the process's own, once all rows are prepared and some batches made; pages of
-    mapped files are the system's to keep or to drop."""
+    """Anonymous memory of the process after preparing all rows and some batches: pages of mapped
+    files do not count, since the system can drop them."""
     from transformers import AutoTokenizer
 
     from jaxtrain.data import BatchShape, SFTDataFactory, SyntheticSource
@@ -135,7 +135,7 @@ def side_memory(folder: Path, rows: int) -> dict[str, float]:
 
 
 def run(folder: Path, side: str, rows: int = 0) -> dict[str, float]:
-    """One side in a process of its own, with an empty cache."""
+    """Runs one side in its own process, with an empty cache."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         environment = os.environ | {
             "JAXTRAIN_CACHE": cache, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1",
@@ -170,9 +170,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-trl", action="store_true", help="our side alone")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--cpu-step", type=Path, help="what cpu_step.py --json wrote")
+    parser.add_argument("--no-trl", action="store_true", help="only the jaxtrain side")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--cpu-step", type=Path, help="the file that cpu_step.py --json wrote")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -189,7 +189,7 @@ def main() -> None:
         if "trl" in rates:
             print(f"ratio jaxtrain / datasets.map + TRL: {rates['jaxtrain'] / rates['trl']:.2f}")
         rates["warm_seconds"] = run(folder, "warm")["seconds"]
-        print(f"start that finds its rows prepared: {rates['warm_seconds']:.2f} s")
+        print(f"start with a warm cache: {rates['warm_seconds']:.2f} s")
         fed = run(folder, "feed")
         rates["feed"] = fed["tokens"] / fed["seconds"]
         step = STEP_TOKENS_PER_S

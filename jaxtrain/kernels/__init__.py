@@ -1,1 +1,1 @@
-"""Operations worth more than one implementation. Each takes its implementation by name."""
+"""Operations with several implementations; each is chosen by name."""

@@ -1,6 +1,6 @@
-"""One decoder, its families as data, and its weights in and out of Hugging Face folders.
+"""One decoder, its families as data, and loading and exporting of Hugging Face folders.
 
-The names of the package are found here too, as in ArcticTraining.
+The names of the package can be imported from here too, as in ArcticTraining.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a decoder is, and how it is computed: hashable values, so that both may steer tracing."""
+"""The architecture of a decoder and how it is computed: hashable, so static under jit."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,15 @@ from jaxtrain.model.rope import Rope
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ from layer to layer."""
+    """The settings that may differ between layers."""
 
     window: int | None = None
-    """How many of the last tokens a query sees, itself included; None: all of its document."""
+    """number of last tokens that a query sees, itself included; None: all of its document"""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Neighbouring layers that repeat; each member is stacked over the repeats and scanned."""
+    """A repeating pattern of layers; each member is stacked over the repeats and scanned."""
 
     layers: tuple[LayerSpec, ...]
     repeats: int
@@ -36,20 +36,20 @@ class DecoderConfig:
     rms_eps: float
     max_positions: int
     tied: bool = False
-    """The head is the embedding."""
+    """the head is the embedding"""
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
-    """Queries and keys pass an RMS norm over each head before they are rotated."""
+    """an RMS norm over each head of queries and keys, before their rotation"""
     initializer_range: float = 0.02
-    """Standard deviation of the weights of a model from scratch."""
+    """standard deviation of random weights"""
 
     @property
     def num_layers(self) -> int:
         return sum(len(group.layers) * group.repeats for group in self.groups)
 
     def layer_numbers(self, group: int, layer: int) -> range:
-        """Numbers, from the bottom of the stack, of the layers that one stacked member holds."""
+        """Numbers in the whole stack of the layers that one stacked member holds."""
         before = sum(len(g.layers) * g.repeats for g in self.groups[:group])
         period = len(self.groups[group].layers)
         return range(before + layer, before + period * self.groups[group].repeats, period)
@@ -57,30 +57,30 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a decoder is computed; no choice here changes a result beyond rounding."""
+    """How a decoder is computed; changes no result beyond rounding."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str = "reference"
-    """Implementation of the attention kernel."""
+    """implementation of the attention kernel"""
     remat: Literal["full", "dots", "none"] = "full"
-    """What the backward pass finds: inputs of layers, their matrix products too, or everything."""
+    """what is recomputed in the backward pass: layers, all but their matrix products, nothing"""
     remat_every: int = 1
-    """Every how many layers of a stack one is treated so; the others keep everything."""
+    """applies `remat` to every n-th layer of a stack; the others save everything"""
     tiled_mlp: bool = False
-    """Feed-forward layers work on as many tokens at a time as the model is wide."""
+    """feed-forward layers process as many tokens at a time as the model is wide"""
     stages: int = 1
-    """Pieces into which the stack is cut over the `pipeline` axis."""
+    """parts of the stack over the `pipeline` axis"""
     microbatches: int = 1
-    """Pieces of a batch that are under way in the stages at once."""
+    """parts of a batch that pass through the stages"""
 
 
-def grouped(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
-    """The stack as few repeating groups: a run of equal layers, or of a longer pattern, is one."""
+def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
+    """Groups the stack by what repeats: equal layers, or a longer pattern."""
     groups = []
     while layers:
         period, repeats = max(
             ((period, _repeats(layers, period)) for period in range(1, len(layers) // 2 + 1)),
-            key=lambda found: (found[0] * found[1] if found[1] > 1 else 0, -found[0]),
+            key=lambda pair: (pair[0] * pair[1] if pair[1] > 1 else 0, -pair[0]),
             default=(1, 1),
         )
         repeats = repeats if repeats > 1 else 1
@@ -91,7 +91,7 @@ def grouped(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
 
 
 def _repeats(layers: tuple[LayerSpec, ...], period: int) -> int:
-    """How often the first `period` layers follow one another from the start."""
+    """How often the first `period` layers repeat from the start."""
     repeats = 1
     while layers[repeats * period :][:period] == layers[:period]:
         repeats += 1

@@ -26,9 +26,9 @@ from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, weighted_nll
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Embed, Initial, rms_norm
+from jaxtrain.model.layers import AttentionInputs, Block, Cache, Embed, Initializer, rms_norm
 from jaxtrain.model.rope import rotation
-from jaxtrain.parallel.pipeline import gpipe, padded_stack
+from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
 Params = dict[str, Any]
@@ -57,29 +57,30 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: str = "float32",
     ):
-        initial = Initial(config, rngs, param_dtype)
+        init = Initializer(config, rngs, param_dtype)
         self.config = config
         self.compute = compute
-        self.embed = Embed(config, initial)
+        self.embed = Embed(config, init)
         self.layers = nnx.Dict({
             str(g): nnx.Dict({
-                str(m): Block(config, spec, compute, initial, group.repeats)
+                str(m): Block(config, spec, compute, init, group.repeats)
                 for m, spec in enumerate(group.layers)
             })
             for g, group in enumerate(config.groups)
         })  # fmt: skip
-        self.norm = initial.ones(config.width)
-        self.head = None if config.tied else initial.normal(config.width, config.vocab_size)
+        self.norm = init.ones(config.width)
+        self.head = None if config.tied else init.normal(config.width, config.vocab_size)
 
     def __call__(self, batch: Batch) -> Array:
-        """Logits of the token after each, float32 [B, T, V]."""
+        """Logits of each next token, float32 [B, T, V]."""
         return self.logits(self.hidden(batch))
 
     def hidden(self, batch: Batch) -> Array:
-        """[B, T, D] after the final norm, in the compute dtype."""
-        places = TokenPositions(batch.segments, batch.positions)
-        x_BTD, _ = self.stack(self.embedded(batch.tokens), self.view(places, places))
-        return self.normed(x_BTD)
+        """Hidden states [B, T, D] after the final norm, in the compute dtype."""
+        positions = TokenPositions(batch.segments, batch.positions)
+        inputs = self.attention_inputs(positions, positions)
+        x_BTD, _ = self.stack(self.embed_tokens(batch.tokens), inputs)
+        return self.normalize(x_BTD)
 
     def token_log_probs(self, batch: Batch) -> Array:
         """Log-probability of each token given those before it, float32 [B, T].
@@ -92,15 +93,15 @@ class Decoder(nnx.Module):
             _next(batch.tokens),
             head_layout=self.head_layout,
         )
-        # Position t - 1 predicts token t; what the last position predicts comes round to t = 0.
+        # Position t - 1 predicts token t; the roll puts the last at t = 0, which no token predicts.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
     def weighted_nll(
         self, batch: Batch, weights_BT: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
     ) -> NLL:
-        """Weighted sum of -log p of each token given those before it, gradients made on the way.
+        """Weighted sum of -log p of each token given those before it, with its gradients.
 
-        weights_BT[b, t] weighs the prediction of token t; first tokens and padding count 0.
+        weights_BT[b, t] weighs the prediction of token t; first tokens and padding weigh 0.
         """
         weights_BT = jnp.where(_is_predicted(batch.segments), weights_BT, 0.0)
         return weighted_nll(
@@ -113,55 +114,55 @@ class Decoder(nnx.Module):
             label_smoothing=label_smoothing,
         )
 
-    # The parts of a forward pass, apart, for pipelines and for generation.
+    # The parts of a forward pass, for pipelines and for generation.
 
-    def view(
-        self, places: TokenPositions, kv_places: TokenPositions, slot: Array | None = None
+    def attention_inputs(
+        self, q_positions: TokenPositions, kv_positions: TokenPositions, slot: Array | None = None
     ) -> AttentionInputs:
-        turns = rotation(self.config.rope, self.config.head_size, places.positions)
-        return AttentionInputs(places, kv_places, *turns, slot)
+        cos, sin = rotation(self.config.rope, self.config.head_size, q_positions.positions)
+        return AttentionInputs(q_positions, kv_positions, cos, sin, slot)
 
-    def embedded(self, tokens_BT: Array) -> Array:
+    def embed_tokens(self, tokens_BT: Array) -> Array:
         x_BTD = self.embed(tokens_BT, self.compute.compute_dtype)
         return constrain(x_BTD, "batch", None, None)
 
     def stack(
-        self, x_BTD: Array, view: AttentionInputs, caches: Caches | None = None
+        self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None
     ) -> tuple[Array, Caches | None]:
-        """All layers; with caches, also the caches with these tokens in them."""
+        """Runs all layers; with caches, also returns them with these tokens added."""
         if self.compute.stages > 1 and caches is None:
-            return self._staged(x_BTD, view), None
-        filled = {}
+            return self._run_stages(x_BTD, inputs), None
+        new_caches = {}
         for name in self.layers:
             graph, params = split(self.layers[name])
-            x_BTD, filled[name] = run_group(
-                graph, params, x_BTD, view, self.compute,
+            x_BTD, new_caches[name] = run_group(
+                graph, params, x_BTD, inputs, self.compute,
                 caches=None if caches is None else caches[name],
             )  # fmt: skip
-        return x_BTD, (None if caches is None else filled)
+        return x_BTD, (None if caches is None else new_caches)
 
-    def _staged(self, x_BTD: Array, view: AttentionInputs) -> Array:
-        """All layers, cut into stages over the `pipeline` axis, a microbatch at a time."""
+    def _run_stages(self, x_BTD: Array, inputs: AttentionInputs) -> Array:
+        """Runs all layers, split into stages over the `pipeline` axis, by microbatch."""
         stages, num_microbatches = self.compute.stages, self.compute.microbatches
         (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
 
-        def stage(params: Params, x_BTD: Array, view: AttentionInputs, first_layer: Array) -> Array:
+        def stage(params: Params, x_BTD: Array, inputs: AttentionInputs, first: Array) -> Array:
             return run_group(
-                graph, params, x_BTD, view, self.compute, first=first_layer, end=num_layers
+                graph, params, x_BTD, inputs, self.compute, first=first, end=num_layers
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.
-        cut = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
+        split_rows = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
         y_MBTD = gpipe(
             stage,
-            padded_stack(params, stages=stages),
-            constrain(cut(x_BTD), None, "batch", None, None),
-            jax.tree.map(cut, view),
+            pad_stack(params, stages=stages),
+            constrain(split_rows(x_BTD), None, "batch", None, None),
+            jax.tree.map(split_rows, inputs),
             stages=stages,
         )
         return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", None, None)
 
-    def normed(self, x_BTD: Array) -> Array:
+    def normalize(self, x_BTD: Array) -> Array:
         return rms_norm(x_BTD, self.norm[...], self.config.rms_eps)
 
     def logits(self, hidden_BTD: Array) -> Array:
@@ -182,44 +183,44 @@ def run_group(
     graph: nnx.GraphDef,
     params: Params,
     x_BTD: Array,
-    view: AttentionInputs,
+    inputs: AttentionInputs,
     compute: ComputeConfig,
     *,
     caches: Mapping[str, Cache] | None = None,
     first: Array | int = 0,
     end: int | None = None,
 ) -> tuple[Array, Mapping[str, Cache] | None]:
-    """x after those layers of a group whose stacked parameters are given: all, or any slice.
+    """Runs the layers of a group, all or any slice, on x; `params` are their stacked parameters.
 
-    Repeats from number `end` on, counted from `first` for the first one here, are padding and leave
-    x as it is.
+    `first` is the number of the first repeat; those from number `end` on are padding, which leaves
+    x unchanged.
     """
 
     every, num_members = compute.remat_every, len(params)
 
     def repeat(x_BTD: Array, scanned, before: int = 0):
         i, scanned = scanned
-        run = partial(whole, before=before)
+        run = partial(run_members, before=before)
         if end is None:
             return run(x_BTD, scanned)
         return lax.cond(i < end, run, lambda x, _: (x, None), x_BTD, scanned)
 
-    def whole(x_BTD: Array, scanned, *, before: int):
+    def run_members(x_BTD: Array, scanned, *, before: int):
         params, caches = scanned
         members = nnx.merge(graph, params)
-        filled = {}
+        new_caches = {}
         for number, name in enumerate(members, before):
             block_graph, block_params = split(members[name])
 
             @REMAT[compute.remat if number % every == 0 else "none"]
             def block(x_BTD, params, cache, graph=block_graph):
-                return nnx.merge(graph, params)(x_BTD, view, cache)
+                return nnx.merge(graph, params)(x_BTD, inputs, cache)
 
-            x_BTD, filled[name] = block(x_BTD, block_params, caches and caches[name])
-        return x_BTD, (caches and filled)
+            x_BTD, new_caches[name] = block(x_BTD, block_params, caches and caches[name])
+        return x_BTD, (caches and new_caches)
 
-    def several(x_BTD: Array, scanned):
-        """Repeats after which the pattern of rematerialised layers starts again."""
+    def run_period(x_BTD: Array, scanned):
+        """Runs the repeats after which the pattern of rematerialised layers starts again."""
         for j in range(jax.tree.leaves(scanned)[0].shape[0]):
             one = jax.tree.map(lambda a, j=j: a[j], scanned)
             x_BTD, _ = repeat(x_BTD, one, before=j * num_members)
@@ -232,12 +233,12 @@ def run_group(
         return lax.scan(repeat, x_BTD, scanned)
     loops, rest = divmod(num_repeats, at_once)
     cut = lambda a: a[: loops * at_once].reshape(loops, at_once, *a.shape[1:])
-    x_BTD, _ = lax.scan(several, x_BTD, jax.tree.map(cut, scanned))
-    return several(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
+    x_BTD, _ = lax.scan(run_period, x_BTD, jax.tree.map(cut, scanned))
+    return run_period(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
 
 
 class Model(NamedTuple):
-    """A decoder without arrays: its static graph, and the shape of every parameter."""
+    """A decoder without arrays: its static graph and the shapes of its parameters."""
 
     graph: nnx.GraphDef
     shapes: Params
@@ -246,7 +247,7 @@ class Model(NamedTuple):
 def abstract(
     config: DecoderConfig, compute: ComputeConfig, *, param_dtype: str = "float32"
 ) -> Model:
-    """The decoder that `init_params` or `load_params` fills; nothing is allocated."""
+    """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
 
     def make() -> Decoder:
         rngs = nnx.Rngs(params=jax.random.key(0))
@@ -258,7 +259,7 @@ def abstract(
 def init_params(
     config: DecoderConfig, compute: ComputeConfig, key: Array, *, param_dtype: str = "float32"
 ) -> Params:
-    """Random parameters; pure, so that jit with `out_shardings` makes each where it belongs."""
+    """Random parameters; pure, so that jit with `out_shardings` makes each on its devices."""
     rngs = nnx.Rngs(params=key)
     return split(Decoder(config, compute, rngs=rngs, param_dtype=param_dtype))[1]
 
@@ -268,17 +269,17 @@ def merge(graph: nnx.GraphDef, params: Params) -> Decoder:
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """The static graph of a module, and its parameters as plain dicts."""
+    """Splits a module into its static graph and its parameters as plain dicts."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
 
 
 def _next(x_BT: Array) -> Array:
-    """At t what stands at t + 1; the last place gets what stands at 0, which is never predicted."""
+    """Shifts x by one: t gets x[t + 1]; the last gets x[0], which is never predicted."""
     return jnp.roll(x_BT, -1, axis=1)
 
 
 def _is_predicted(segments_BT: Array) -> Array:
-    """True where a token has one before it in its document."""
+    """True for every token but the first of a document, and for no padding."""
     before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
     return (segments_BT == before_BT) & (segments_BT != 0)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of trained parameters, written a tensor at a time, never seen half done."""
+"""Writes trained parameters as a Hugging Face folder, one tensor at a time and atomically."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.hf_config import decoder_config, family_of
-from jaxtrain.model.tensor_file import ToWrite, write_folder
+from jaxtrain.model.tensor_file import TensorToWrite, write_folder
 from jaxtrain.model.verify import verify_folder
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
@@ -32,16 +32,16 @@ def save_pretrained(
     add_files: Callable[[Path], None] = lambda folder: None,
     verify: bool = True,
 ) -> None:
-    """Replaces `folder` by one that transformers loads: weights, config, generation config.
+    """Replaces `folder` with one that transformers can load: weights, config, generation config.
 
-    `add_files` is called with the unfinished folder, to put the tokenizer in. Nothing stands under
-    the name `folder` before all is written and, with `verify`, read back and found equal.
+    `add_files` receives the unfinished folder, to add the tokenizer. The name `folder` appears only
+    after everything is written and, with `verify`, read back and found equal.
     """
-    assert decoder_config(hf_config) == config, "an export would describe another model"
-    with _replaced(folder) as unfinished:
+    assert decoder_config(hf_config) == config, "config.json describes another model"
+    with _replace_folder(folder) as unfinished:
         tensors = to_hf_tensors(params, config, dtype)
         write_folder(unfinished, tensors, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
-        _write_json(unfinished / "config.json", exported_config(hf_config, dtype))
+        _write_json(unfinished / "config.json", config_to_export(hf_config, dtype))
         if generation_config is not None:
             _write_json(unfinished / "generation_config.json", generation_config)
         add_files(unfinished)
@@ -49,43 +49,43 @@ def save_pretrained(
             verify_folder(unfinished, params, config, dtype)
 
 
-def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, ToWrite]:
-    """Every tensor by its Hugging Face name, in the order of the file; made when asked for."""
+def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, TensorToWrite]:
+    """Every tensor by its Hugging Face name, in the order of the file; computed lazily."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = [(piece, leaf) for path, leaf in leaves for piece in pieces(config, path_name(path))]
     tensors.sort(key=lambda tensor: tensor[0].name)
     return {
-        piece.name: ToWrite(piece.shape, partial(_make, piece, leaf, dtype))
+        piece.name: TensorToWrite(piece.shape, partial(_make_tensor, piece, leaf, dtype))
         for piece, leaf in tensors
     }
 
 
-def _make(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
-    """One tensor on the host: only its own layer leaves the devices, in the dtype asked for."""
+def _make_tensor(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
+    """Copies one tensor to the host in `dtype`; only its own layer leaves the devices."""
     return piece.to_theirs(np.asarray(leaf[piece.place].astype(dtype)))
 
 
-def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json as it was read, rope in the style in which it came, and the dtype of the file."""
+def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json as it was read, rope in its original style, with the dtype of the file."""
     config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     family = family_of(hf_config)
     config |= {"architectures": [family.architecture], "model_type": family.name}
-    # transformers 5 writes `dtype` and still reads `torch_dtype`, which is all that 4 knows.
+    # transformers 4 reads only `torch_dtype`; 5 writes `dtype` and reads both.
     return {**config, "torch_dtype": dtype}
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place at the end; removed if writing fails."""
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `folder` at the end; removed if writing fails."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    unfinished.chmod(0o755)  # mkdtemp lets nobody else read it
+    unfinished.chmod(0o755)  # mkdtemp creates it readable to its owner alone
     try:
         yield unfinished
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            folder.rename(old)  # over an empty folder, in one move
+            folder.rename(old)  # replaces the empty folder atomically
             unfinished.rename(folder)
             shutil.rmtree(old)
         else:

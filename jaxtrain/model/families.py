@@ -1,8 +1,8 @@
-"""The families of Hugging Face models that the decoder covers, as data.
+"""The Hugging Face model families that the decoder supports, as data.
 
-A family says what its config.json means. The tensors of all have the same names, in a table that is
-read in both directions, so that loading and exporting cannot disagree. The dimensions of a tensor
-are written in letters: `KGH D` is [K * G * H, D].
+A family says what its config.json means. All families name their tensors alike; one table of names
+is read in both directions, so that loading and exporting cannot disagree. The dimensions of a
+tensor are written in letters: `KGH D` is [K * G * H, D].
 
 D width, K key/value heads, G query heads to each, H head size, F feed-forward, V vocabulary.
 """
@@ -16,65 +16,65 @@ class Tensor(NamedTuple):
     """One tensor of a Hugging Face file, and the part of our parameter that it fills."""
 
     name: str
-    """With `{i}` for the number of the layer."""
+    """`{i}` stands for the number of the layer"""
     dims: str
-    """As in the file."""
+    """dimensions in the file"""
     ours: str
-    """The same letters in the order of our parameter; 1 for a dimension that the file lacks."""
+    """the same letters in the order of our parameter; 1 for a dimension that the file lacks"""
 
 
-class Row(NamedTuple):
-    """One parameter, without the leading L of stacked ones."""
+class ParameterTensors(NamedTuple):
+    """The tensors that make up one parameter, without the leading L of stacked ones."""
 
     tensors: tuple[Tensor, ...]
-    joined: int | None
-    """The dimension along which several tensors stand one after another."""
+    join_dim: int | None
+    """the dimension along which several tensors are concatenated"""
 
 
-def _row(*tensors: str, joined: int | None = None) -> Row:
-    """Each as `name: dimensions -> ours`; a name with a dot before it belongs to a layer."""
+def _tensors(*tensors: str, join_dim: int | None = None) -> ParameterTensors:
+    """Parses `name: dimensions -> ours`; a name that begins with a dot belongs to a layer."""
     parts = (tensor.replace(" -> ", ": ").split(": ") for tensor in tensors)
     full = lambda name: "model.layers.{i}" + name if name.startswith(".") else name
-    return Row(tuple(Tensor(full(name), *dims) for name, *dims in parts), joined)
+    return ParameterTensors(tuple(Tensor(full(name), *dims) for name, *dims in parts), join_dim)
 
 
-ROWS = {
-    "embed/embedding": _row("model.embed_tokens.weight: V D -> V D"),
-    "attention_norm": _row(".input_layernorm.weight: D -> D"),
-    "attention/qkv": _row(
+PARAMETER_TENSORS = {
+    "embed/embedding": _tensors("model.embed_tokens.weight: V D -> V D"),
+    "attention_norm": _tensors(".input_layernorm.weight: D -> D"),
+    "attention/qkv": _tensors(
         ".self_attn.q_proj.weight: KGH D -> D K G H",
         ".self_attn.k_proj.weight: KH D -> D K 1 H",
         ".self_attn.v_proj.weight: KH D -> D K 1 H",
-        joined=2,
+        join_dim=2,
     ),
-    "attention/qkv_bias": _row(
+    "attention/qkv_bias": _tensors(
         ".self_attn.q_proj.bias: KGH -> K G H",
         ".self_attn.k_proj.bias: KH -> K 1 H",
         ".self_attn.v_proj.bias: KH -> K 1 H",
-        joined=1,
+        join_dim=1,
     ),
-    "attention/q_norm": _row(".self_attn.q_norm.weight: H -> H"),
-    "attention/k_norm": _row(".self_attn.k_norm.weight: H -> H"),
-    "attention/out": _row(".self_attn.o_proj.weight: D KGH -> K G H D"),
-    "attention/out_bias": _row(".self_attn.o_proj.bias: D -> D"),
-    "mlp_norm": _row(".post_attention_layernorm.weight: D -> D"),
-    "mlp/gate_up": _row(
-        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F", joined=1
+    "attention/q_norm": _tensors(".self_attn.q_norm.weight: H -> H"),
+    "attention/k_norm": _tensors(".self_attn.k_norm.weight: H -> H"),
+    "attention/out": _tensors(".self_attn.o_proj.weight: D KGH -> K G H D"),
+    "attention/out_bias": _tensors(".self_attn.o_proj.bias: D -> D"),
+    "mlp_norm": _tensors(".post_attention_layernorm.weight: D -> D"),
+    "mlp/gate_up": _tensors(
+        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F", join_dim=1
     ),
-    "mlp/down": _row(".mlp.down_proj.weight: D F -> F D"),
-    "norm": _row("model.norm.weight: D -> D"),
-    "head": _row("lm_head.weight: V D -> D V"),
+    "mlp/down": _tensors(".mlp.down_proj.weight: D F -> F D"),
+    "norm": _tensors("model.norm.weight: D -> D"),
+    "head": _tensors("lm_head.weight: V D -> D V"),
 }
 """Path of a parameter → its tensors; `attention/qkv` is `layers/<group>/<member>/attention/qkv`."""
 
 HARMLESS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
-"""Tensors of old files that nobody needs: they are computed from the config."""
+"""Tensors of old files that are ignored: they follow from the config."""
 
 NO_EFFECT = frozenset({
     "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id",
     "pretraining_tp", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
-"""Fields of config.json that change nothing that is computed here."""
+"""Fields of config.json that do not change any result here."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Family:
     """`model_type` in config.json"""
     architecture: str
     defaults: Mapping[str, Any]
-    """What a field means when config.json lacks it."""
+    """values of the fields that config.json lacks"""
     windows: Callable[[Mapping[str, Any]], list[int | None]]
-    """Attention window of each layer, from the fields of config.json."""
+    """fields of config.json → attention window of each layer"""
     only: Mapping[str, tuple[Any, ...]]
-    """Fields that change results, with the values that are built in."""
+    """fields that change results → the supported values"""
     traits: Callable[[Mapping[str, Any]], Mapping[str, bool]]
-    """The switches of `DecoderConfig` that this family sets."""
+    """fields of config.json → the switches of `DecoderConfig` that this family sets"""
 
 
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-"""Fields without which there is no model; transformers would take those of a 7B one."""
+"""Fields that have no default here; transformers would assume those of a 7B model."""
 
 _DEFAULTS = {
     "num_key_value_heads": None,
@@ -113,12 +113,12 @@ _ONLY = {
 }
 
 
-def _everywhere(hf: Mapping[str, Any]) -> list[int | None]:
+def _windows_of_all_layers(hf: Mapping[str, Any]) -> list[int | None]:
     return [hf["sliding_window"]] * hf["num_hidden_layers"]
 
 
-def _upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
-    """By `layer_types` if there, else from layer `max_window_layers` up; only where switched on."""
+def _windows_of_upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
+    """Windows by `layer_types` if present, else from layer `max_window_layers` up."""
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     depth = hf["num_hidden_layers"]
     if hf["layer_types"] is None:
@@ -126,7 +126,7 @@ def _upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
     kinds = {"full_attention": None, "sliding_attention": window}
     if len(hf["layer_types"]) != depth or not set(hf["layer_types"]) <= set(kinds):
         raise ValueError(
-            f"layer_types must give one of {', '.join(kinds)} for each of the {depth} layers, "
+            f"layer_types must name one of {', '.join(kinds)} for each of the {depth} layers, "
             f"found {len(hf['layer_types'])}: {', '.join(sorted(set(map(str, hf['layer_types']))))}"
         )
     return [kinds[kind] for kind in hf["layer_types"]]
@@ -156,7 +156,7 @@ FAMILIES = (
             **_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        windows=_everywhere,
+        windows=_windows_of_all_layers,
         only={**_ONLY, "layer_types": (None,)},
         traits=lambda hf: {},
     ),
@@ -164,7 +164,7 @@ FAMILIES = (
         name="qwen2",
         architecture="Qwen2ForCausalLM",
         defaults={**_DEFAULTS, **_QWEN},
-        windows=_upper_layers,
+        windows=_windows_of_upper_layers,
         only=_ONLY,
         traits=lambda hf: {"qkv_bias": True},
     ),
@@ -172,7 +172,7 @@ FAMILIES = (
         name="qwen3",
         architecture="Qwen3ForCausalLM",
         defaults={**_DEFAULTS, **_QWEN, "head_dim": 128, "attention_bias": False},
-        windows=_upper_layers,
+        windows=_windows_of_upper_layers,
         only=_ONLY,
         traits=lambda hf: {
             "qk_norm": True, "qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"],

@@ -1,4 +1,4 @@
-"""Continuations of prompts, through the layers of the decoder and a cache of keys and values.
+"""Generates continuations of prompts with a cache of keys and values.
 
 B prompts, P tokens of the longest, N new tokens, S = P + N slots of the cache, T tokens, D width,
 V vocabulary.
@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What one new token changes."""
+    """The state of the generation loop."""
 
     count: Array
     """int32 []: tokens generated so far"""
@@ -39,8 +39,8 @@ class Progress(NamedTuple):
     is_done_B: Array
     logits_BV: Array
     caches: Caches
-    places: TokenPositions
-    """[B, S]; segment 1 where the slot holds a token, of the prompt or generated"""
+    positions: TokenPositions
+    """[B, S]; segment 1 where the slot holds a token, prompted or generated"""
     key: Array
 
 
@@ -55,12 +55,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, with the end token if it came; greedy at temperature 0.
+    """Returns the new tokens of each prompt, its end token included; greedy at temperature 0.
 
-    With `top_p` below 1 only the likeliest tokens that together reach it are drawn from.
+    With `top_p` below 1, samples only from the likeliest tokens that together reach it.
     """
-    is_drawn = temperature >= 0 and 0 < top_p <= 1
-    if not prompts or not all(prompts) or max_new_tokens < 1 or not is_drawn:
+    is_valid_sampling = temperature >= 0 and 0 < top_p <= 1
+    if not prompts or not all(prompts) or max_new_tokens < 1 or not is_valid_sampling:
         raise ValueError(
             "generate needs prompts of at least one token, max_new_tokens >= 1, temperature >= 0 "
             f"and 0 < top_p <= 1; found prompts of {[len(p) for p in prompts]} tokens, "
@@ -91,65 +91,64 @@ def _run(
     key: Array,
 ) -> Array:
     model = merge(graph, params)
-    progress = _prefilled(model, sampling, tokens_BP, lengths_B, key)
+    progress = _prefill(model, sampling, tokens_BP, lengths_B, key)
 
     def unfinished(progress: Progress) -> Array:
         return (progress.count < sampling.max_new_tokens) & ~progress.is_done_B.all()
 
-    step = partial(_one_token, model, sampling, tokens_BP.shape[1], lengths_B)
+    step = partial(_generate_token, model, sampling, tokens_BP.shape[1], lengths_B)
     return lax.while_loop(unfinished, step, progress).tokens_BN
 
 
-def _prefilled(
+def _prefill(
     model: Decoder, sampling: Sampling, tokens_BP: Array, lengths_B: Array, key: Array
 ) -> Progress:
     B, P = tokens_BP.shape
     slots_S = jnp.arange(P + sampling.max_new_tokens, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
-    places = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
-    here, caches = (
-        TokenPositions(*(x[:, :P] for x in places)),
-        _empty_caches(model, B, len(slots_S)),
-    )
-    view = model.view(here, places, jnp.int32(0))
-    x_BPD, caches = model.stack(model.embedded(tokens_BP), view, caches)
+    positions = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
+    prompt_positions = TokenPositions(*(x[:, :P] for x in positions))
+    inputs = model.attention_inputs(prompt_positions, positions, jnp.int32(0))
+    caches = _empty_caches(model, B, len(slots_S))
+    x_BPD, caches = model.stack(model.embed_tokens(tokens_BP), inputs, caches)
     assert caches is not None
     last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
     return Progress(
         count=jnp.int32(0),
         tokens_BN=jnp.zeros((B, sampling.max_new_tokens), jnp.int32),
         is_done_B=jnp.zeros(B, bool),
-        logits_BV=model.logits(model.normed(last_B1D))[:, 0],
+        logits_BV=model.logits(model.normalize(last_B1D))[:, 0],
         caches=caches,
-        places=places,
+        positions=positions,
         key=key,
     )
 
 
-def _one_token(
+def _generate_token(
     model: Decoder, sampling: Sampling, P: int, lengths_B: Array, progress: Progress
 ) -> Progress:
-    """Chooses a token from the logits at hand, and computes those of the next."""
-    key, draw = jax.random.split(progress.key)
-    token_B = _chosen(progress.logits_BV, sampling, draw)
+    """Chooses a token from the current logits and computes the next ones."""
+    key, sample_key = jax.random.split(progress.key)
+    token_B = _choose_token(progress.logits_BV, sampling, sample_key)
     is_end_B = jnp.isin(token_B, jnp.array(sampling.eos_ids, jnp.int32))
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
-    # goes by the positions, not by the order of the slots.
+    # follows the positions, not the order of the slots.
     slot = P + progress.count
-    places = TokenPositions(
-        progress.places.segments.at[:, slot].set(1),
-        progress.places.positions.at[:, slot].set(lengths_B + progress.count),
+    positions = TokenPositions(
+        progress.positions.segments.at[:, slot].set(1),
+        progress.positions.positions.at[:, slot].set(lengths_B + progress.count),
     )
-    view = model.view(TokenPositions(*(x[:, slot, None] for x in places)), places, slot)
-    x_B1D, caches = model.stack(model.embedded(token_B[:, None]), view, progress.caches)
+    q_positions = TokenPositions(*(x[:, slot, None] for x in positions))
+    inputs = model.attention_inputs(q_positions, positions, slot)
+    x_B1D, caches = model.stack(model.embed_tokens(token_B[:, None]), inputs, progress.caches)
     assert caches is not None
     return Progress(
         count=progress.count + 1,
         tokens_BN=progress.tokens_BN.at[:, progress.count].set(token_B),
         is_done_B=progress.is_done_B | is_end_B,
-        logits_BV=model.logits(model.normed(x_B1D))[:, 0],
+        logits_BV=model.logits(model.normalize(x_B1D))[:, 0],
         caches=caches,
-        places=places,
+        positions=positions,
         key=key,
     )
 
@@ -167,7 +166,7 @@ def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
     }
 
 
-def _chosen(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
+def _choose_token(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature

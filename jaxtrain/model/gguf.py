@@ -1,6 +1,6 @@
-"""GGUF files of Llama models, shown as the Hugging Face folder they were made from.
+"""Reads GGUF files of Llama models like the Hugging Face folders that they were made from.
 
-The tokenizer in the file is read elsewhere.
+tokenizer/gguf.py reads the tokenizer in the file.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.gguf_file import Header, Tensor, read_header
-from jaxtrain.model.tensor_file import Stored
+from jaxtrain.model.tensor_file import StoredTensor
 from jaxtrain.recipe.errors import WeightError, shown
 
 FIXED = {
@@ -34,14 +34,14 @@ PER_LAYER = {
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
-    """config.json, rebuilt from the file's metadata; WeightError for a model that is no Llama."""
-    return _config(path, _header(path))
+    """Rebuilds config.json from the metadata; WeightError for a model other than Llama."""
+    return _build_config(path, _read_checked_header(path))
 
 
-def read_gguf_tensors(path: Path) -> dict[str, Stored]:
-    """Hugging Face names and shapes; a tensor is dequantised to float32 each time it is read."""
-    header = _header(path)
-    config = _config(path, header)
+def read_gguf_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors by Hugging Face name, dequantised to float32 each time they are read."""
+    header = _read_checked_header(path)
+    config = _build_config(path, header)
     heads = {
         "attn_q.weight": config["num_attention_heads"],
         "attn_k.weight": config["num_key_value_heads"] or config["num_attention_heads"],
@@ -54,11 +54,12 @@ def read_gguf_tensors(path: Path) -> dict[str, Stored]:
                 name, rotated_heads = f"model.layers.{layer}.{PER_LAYER[kind]}", heads.get(kind)
             case _:
                 name = FIXED.get(name, name)
-        tensors[name] = Stored(tensor.shape, partial(_read, path, tensor, rotated_heads))
+        read = partial(_dequantize, path, tensor, rotated_heads)
+        tensors[name] = StoredTensor(tensor.shape, read)
     return tensors
 
 
-def _config(path: Path, header: Header) -> dict[str, Any]:
+def _build_config(path: Path, header: Header) -> dict[str, Any]:
     kv = header.metadata
     architecture = kv.get("general.architecture")
     if architecture != "llama":
@@ -76,11 +77,11 @@ def _config(path: Path, header: Header) -> dict[str, Any]:
         "head_dim": kv.get("llama.attention.key_length", kv.get("llama.rope.dimension_count")),
         "hidden_act": "silu",
         "max_position_embeddings": kv.get("llama.context_length"),
-        "rms_norm_eps": _short(kv.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
-        "rope_theta": _short(kv.get("llama.rope.freq_base", 10_000.0)),
+        "rms_norm_eps": _shorten(kv.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": _shorten(kv.get("llama.rope.freq_base", 10_000.0)),
         "rope_scaling": None
         if scaling == "none"
-        else {"rope_type": scaling, "factor": _short(kv.get("llama.rope.scaling.factor", 1.0))},
+        else {"rope_type": scaling, "factor": _shorten(kv.get("llama.rope.scaling.factor", 1.0))},
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": False,
         "mlp_bias": False,
@@ -93,20 +94,20 @@ def _config(path: Path, header: Header) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path, tensor: Tensor, rotated_heads: int | None) -> np.ndarray:
+def _dequantize(path: Path, tensor: Tensor, rotated_heads: int | None) -> np.ndarray:
     from gguf.quants import dequantize
 
     kind, bytes_shape = _layout(tensor)
     data = np.memmap(path, np.uint8, "r", tensor.start, bytes_shape)
     value = dequantize(data, kind).astype(np.float32, copy=False)
     if rotated_heads is not None:
-        # The file lists the two halves of a head in turn; Hugging Face has one behind the other.
+        # The file interleaves the two halves of a head; Hugging Face concatenates them.
         value = value.reshape(rotated_heads, -1, 2, tensor.shape[1]).swapaxes(1, 2)
     return value.reshape(tensor.shape)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """The type, and the shape in bytes; ValueError for a type that cannot be read."""
+    """The quantisation type and the shape in bytes; ValueError for an unsupported type."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 
@@ -115,19 +116,19 @@ def _layout(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
     try:
         dequantize(np.zeros((1, bytes_shape[-1]), np.uint8), kind)
     except NotImplementedError:
-        raise ValueError(f"{kind.name} is not a type that the gguf package reads") from None
+        raise ValueError(f"the gguf package cannot read type {kind.name}") from None
     return kind, bytes_shape
 
 
-def _short(value: float) -> float:
-    """The decimal that was meant: metadata are float32, and 1e-5 comes back as 9.99999974e-06."""
+def _shorten(value: float) -> float:
+    """The shortest decimal: metadata are float32, which turns 1e-5 into 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
-def _header(path: Path) -> Header:
-    """WeightError also for tensors that cannot be read, before one of them is."""
+def _read_checked_header(path: Path) -> Header:
+    """Reads the header; WeightError if any tensor cannot be read."""
     if find_spec("gguf") is None:
-        need = "GGUF files need the gguf package; pip install 'jaxtrain[demo]'"
+        need = "GGUF files need the gguf package; run pip install 'jaxtrain[demo]'"
         raise WeightError(f"{path}: {need}")
     header, size = read_header(path), path.stat().st_size
     for name, tensor in header.tensors.items():

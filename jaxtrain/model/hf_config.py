@@ -1,16 +1,16 @@
-"""config.json in the words of transformers, read into a DecoderConfig."""
+"""Reads the config.json of transformers into a DecoderConfig."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.model import rope
-from jaxtrain.model.config import DecoderConfig, LayerSpec, grouped
+from jaxtrain.model.config import DecoderConfig, LayerSpec, group_layers
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, shown
 
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family that a config.json names; RecipeError lists those there are."""
+    """The family that a config.json names; RecipeError lists the supported ones."""
     named = (hf.get("architectures") or [None])[0]
     for family in FAMILIES:
         if named == family.architecture or (named is None and hf.get("model_type") == family.name):
@@ -23,7 +23,7 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
-    """What a config.json describes; RecipeError names every field that is wrong or not built in."""
+    """The decoder of a config.json; RecipeError names every invalid or unsupported field."""
     family = family_of(hf, where)
     hf = {**family.defaults, **hf}
     faults = _number_faults(hf) or _field_faults(hf, family)
@@ -45,7 +45,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         num_kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
         head_size=hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"],
         ffn_width=hf["intermediate_size"],
-        groups=grouped(tuple(LayerSpec(window=window) for window in windows)),
+        groups=group_layers(tuple(LayerSpec(window=window) for window in windows)),
         rope=position,
         rms_eps=hf["rms_norm_eps"],
         max_positions=hf["max_position_embeddings"],
@@ -56,7 +56,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
 
 
 def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
-    """Sizes that are missing or no sizes."""
+    """Fields that are missing or not valid numbers."""
     faults = {}
     for field in (*REQUIRED, "max_position_embeddings"):
         if not _is_size(hf.get(field)):
@@ -66,7 +66,7 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
             faults[field] = f"must be a positive whole number or null, found {shown(hf[field])}"
     for field in ("rms_norm_eps", "initializer_range"):
         if isinstance(hf[field], bool) or not isinstance(hf[field], int | float) or hf[field] < 0:
-            faults[field] = f"must be a number from 0 up, found {shown(hf[field])}"
+            faults[field] = f"must be a number of at least 0, found {shown(hf[field])}"
     return faults
 
 
@@ -75,18 +75,18 @@ def _is_size(value: Any) -> bool:
 
 
 def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
-    """Values that are not built in, and sizes that do not fit together."""
+    """Unsupported values, and sizes that do not fit together."""
     faults = {}
     for field, values in family.only.items():
         if field in hf and hf[field] not in values:
             allowed = " or ".join(shown(value) for value in values)
-            faults[field] = f"must be {allowed}, found {shown(hf[field])}, which is not built in"
+            faults[field] = f"must be {allowed}, found {shown(hf[field])}, which is not supported"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
     if hf["head_dim"] is None and hf["hidden_size"] % heads:
         faults["hidden_size"] = (
-            f"must be a multiple of the {heads} attention heads where there is no head_dim, "
+            f"must be a multiple of the {heads} attention heads without a head_dim, "
             f"found {hf['hidden_size']}"
         )
     elif (size := hf["head_dim"] or hf["hidden_size"] // heads) % 2:
@@ -94,10 +94,10 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     return faults
 
 
-def overridden(
+def override_config(
     hf: Mapping[str, Any], kwargs: Mapping[str, Any], where: str = "config.json"
 ) -> dict[str, Any]:
-    """config.json with fields replaced; RecipeError for those that the family does not have."""
+    """Replaces fields of a config.json; RecipeError for fields that the family does not have."""
     if not kwargs:
         return dict(hf)
     family = family_of({**hf, **kwargs}, where)
@@ -112,11 +112,11 @@ def overridden(
     ]
     if faults:
         raise RecipeError(faults)
-    return {**_without_replaced_rope(hf, kwargs), **kwargs}
+    return {**_drop_replaced_rope(hf, kwargs), **kwargs}
 
 
-def _without_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says of rope in one style must not lose to what the file says in the other."""
+def _drop_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the file's rope fields in one style if the recipe overrides them in the other."""
     kept = dict(hf)
     replaced = [field for field in rope.FIELDS if field in kwargs]
     if "rope_parameters" in replaced:

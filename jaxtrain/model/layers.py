@@ -1,7 +1,7 @@
 """The layers of the decoder. Each holds its parameters stacked over the layers of its group.
 
-A module is built with a leading dimension L on every parameter, and called with one layer of it, as
-`lax.scan` cuts it: the graph of a module does not know shapes, so merging it with either is legal.
+A module is built with a leading dimension L on every parameter and called with the slice of one
+layer, as `lax.scan` passes it: the graph of a module does not know shapes, so it merges with both.
 
 B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
 a key/value head, H head size, F feed-forward, V vocabulary, L layers.
@@ -23,14 +23,14 @@ from jaxtrain.parallel.sharding import constrain
 
 
 class AttentionInputs(NamedTuple):
-    """What all layers of a forward pass share: where the queries and the keys stand."""
+    """What all layers of a forward pass share: positions of queries and keys, and rotations."""
 
-    q_places: TokenPositions
-    kv_places: TokenPositions
+    q_positions: TokenPositions
+    kv_positions: TokenPositions
     cos: Array
     sin: Array
     slot: Array | None = None
-    """int32 []: where in the cache the keys of these tokens go; None without a cache"""
+    """int32 []: index in the cache of the first of these tokens; None without a cache"""
 
 
 class Cache(NamedTuple):
@@ -54,16 +54,16 @@ def _product(contract: int, x: Array, w: Array) -> Array:
 
 
 def _product_fwd(contract: int, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    # The product stands here in the open, where a rematerialisation policy can see it.
+    # Not behind another call, so that a rematerialisation policy can see the product.
     dims = (_last(x, contract), tuple(range(contract)))
     return lax.dot_general(x, w, (dims, ((), ()))), (x, w)
 
 
 def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """As autodiff, but dw comes out in the layout of w: a twentieth of a step on CPU.
+    """The gradients of autodiff, with dw in the layout of w: saves a twentieth of a step on CPU.
 
-    Autodiff makes the transpose of dw and turns it, and contracts B and T as two dimensions, for
-    which the compiler first turns dy.
+    Autodiff computes dw transposed and turns it, and contracts B and T as two dimensions, for
+    which the compiler first transposes dy.
     """
     x, w = saved
     outputs = w.ndim - contract
@@ -82,14 +82,14 @@ def _last(x: Array, count: int) -> tuple[int, ...]:
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Over the last dimension, in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """RMS norm of the last dimension, in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-class Initial:
-    """First values of parameters; drawn in float32, so that another dtype is only a rounding."""
+class Initializer:
+    """Makes initial parameters; drawn in float32, so that another dtype only rounds them."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: str):
         self._std, self._rngs, self._dtype = config.initializer_range, rngs, dtype
@@ -106,8 +106,8 @@ class Initial:
 
 
 class Embed(nnx.Module):
-    def __init__(self, config: DecoderConfig, initial: Initial):
-        self.embedding = initial.normal(config.vocab_size, config.width)
+    def __init__(self, config: DecoderConfig, init: Initializer):
+        self.embedding = init.normal(config.vocab_size, config.width)
 
     def __call__(self, tokens_BT: Array, dtype: str) -> Array:
         return jnp.take(self.embedding[...], tokens_BT, axis=0, mode="clip").astype(dtype)
@@ -119,24 +119,24 @@ class Attention(nnx.Module):
         config: DecoderConfig,
         spec: LayerSpec,
         compute: ComputeConfig,
-        initial: Initial,
+        init: Initializer,
         L: int,
     ):
         D, K, H = config.width, config.num_kv_heads, config.head_size
         G = config.num_heads // K
-        # For each key/value head its queries, its key, its value: one product, split over K.
-        self.qkv = initial.normal(L, D, K, G + 2, H)
-        self.qkv_bias = initial.zeros(L, K, G + 2, H) if config.qkv_bias else None
-        self.out = initial.normal(L, K, G, H, D)
-        self.out_bias = initial.zeros(L, D) if config.out_bias else None
-        self.q_norm = initial.ones(L, H) if config.qk_norm else None
-        self.k_norm = initial.ones(L, H) if config.qk_norm else None
+        # The queries, the key and the value of each key/value head: one product, split over K.
+        self.qkv = init.normal(L, D, K, G + 2, H)
+        self.qkv_bias = init.zeros(L, K, G + 2, H) if config.qkv_bias else None
+        self.out = init.normal(L, K, G, H, D)
+        self.out_bias = init.zeros(L, D) if config.out_bias else None
+        self.q_norm = init.ones(L, H) if config.qk_norm else None
+        self.k_norm = init.ones(L, H) if config.qk_norm else None
         self.eps = config.rms_eps
         self.window = spec.window
         self.implementation = compute.attention
 
     def __call__(
-        self, x_BTD: Array, view: AttentionInputs, cache: Cache | None
+        self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         qkv = dense(x_BTD, self.qkv[...])  # [B, T, K, G + 2, H]
         if self.qkv_bias is not None:
@@ -145,24 +145,24 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTKGH = rms_norm(q_BTKGH, self.q_norm[...], self.eps)
             k_BTK1H = rms_norm(k_BTK1H, self.k_norm[...], self.eps)
-        q_BTKGH = rotate(q_BTKGH, view.cos, view.sin)
-        k_BTKH = rotate(k_BTK1H, view.cos, view.sin)[:, :, :, 0]
+        q_BTKGH = rotate(q_BTKGH, inputs.cos, inputs.sin)
+        k_BTKH = rotate(k_BTK1H, inputs.cos, inputs.sin)[:, :, :, 0]
         v_BTKH = v_BTK1H[:, :, :, 0]
         keys = Cache(k_BTKH, v_BTKH)
         if cache is not None:
-            assert view.slot is not None
+            assert inputs.slot is not None
             keys = Cache(*(
-                lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), view.slot, axis=1)
-                for kept, new in zip(cache, keys, strict=True)
+                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), inputs.slot, axis=1)
+                for old, new in zip(cache, keys, strict=True)
             ))  # fmt: skip
         B, T, K, G, H = q_BTKGH.shape
         mixed_BTNH = attention(
             q_BTKGH.reshape(B, T, K * G, H),
             *keys,
-            q_places=view.q_places,
-            kv_places=view.kv_places,
+            q_positions=inputs.q_positions,
+            kv_positions=inputs.kv_positions,
             window=self.window,
-            # A cache is in any order and often met by one query: flash kernels do neither.
+            # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
         y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], contract=3)
@@ -174,10 +174,10 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, compute: ComputeConfig, initial: Initial, L: int):
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
         D, F = config.width, config.ffn_width
-        self.gate_up = initial.normal(L, D, 2, F)
-        self.down = initial.normal(L, F, D)
+        self.gate_up = init.normal(L, D, 2, F)
+        self.down = init.normal(L, F, D)
         self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(self, x_BTD: Array) -> Array:
@@ -187,46 +187,48 @@ class GatedMLP(nnx.Module):
             wide = dense(x_BtD, gate_up)  # [B, t, 2, F]
             return dense(jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :], down)
 
-        return mlp(x_BTD) if self.tile_tokens is None else tiled(mlp, x_BTD, self.tile_tokens)
+        if self.tile_tokens is None:
+            return mlp(x_BTD)
+        return run_in_tiles(mlp, x_BTD, self.tile_tokens)
 
 
-def tiled(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
-    """`layer` on pieces of a row, one after another, each made again in the backward pass: what a
-    layer makes on its way is held for one piece."""
+def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
+    """Runs `layer` on one tile of a row at a time, and again in the backward pass: activations are
+    in memory for one tile only."""
     B, T, D = x_BTD.shape
     tiles = -(-T // tile_tokens)
     if tiles == 1:
         return layer(x_BTD)
-    tile_tokens = -(-T // tiles)  # equal pieces, so that little padding fills the last
+    tile_tokens = -(-T // tiles)  # equal tiles, so that the last has little padding
     x_BTD = jnp.pad(x_BTD, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
-    pieces = x_BTD.reshape(B, tiles, tile_tokens, D).swapaxes(0, 1)
-    # Inside a loop nothing is merged with the forward pass, so the check against that can go.
-    done = lax.map(jax.checkpoint(layer, prevent_cse=False), pieces)
-    return done.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
+    x_tiles = x_BTD.reshape(B, tiles, tile_tokens, D).swapaxes(0, 1)
+    # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
+    y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), x_tiles)
+    return y_tiles.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a norm of the stream and added to it."""
+    """Attention and feed-forward, each reading a norm of the residual stream and added to it."""
 
     def __init__(
         self,
         config: DecoderConfig,
         spec: LayerSpec,
         compute: ComputeConfig,
-        initial: Initial,
+        init: Initializer,
         L: int,
     ):
-        self.attention_norm = initial.ones(L, config.width)
-        self.attention = Attention(config, spec, compute, initial, L)
-        self.mlp_norm = initial.ones(L, config.width)
-        self.mlp = GatedMLP(config, compute, initial, L)
+        self.attention_norm = init.ones(L, config.width)
+        self.attention = Attention(config, spec, compute, init, L)
+        self.mlp_norm = init.ones(L, config.width)
+        self.mlp = GatedMLP(config, compute, init, L)
         self.eps = config.rms_eps
 
     def __call__(
-        self, x_BTD: Array, view: AttentionInputs, cache: Cache | None = None
+        self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None = None
     ) -> tuple[Array, Cache | None]:
         mixed_BTD, cache = self.attention(
-            rms_norm(x_BTD, self.attention_norm[...], self.eps), view, cache
+            rms_norm(x_BTD, self.attention_norm[...], self.eps), inputs, cache
         )
         x_BTD = x_BTD + mixed_BTD
         x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864): its config, frequencies and use.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864).
 
 B batch, T tokens, H head size, R = H / 2 rotated pairs.
 """
@@ -16,19 +16,19 @@ from jaxtrain.recipe.errors import shown
 
 DEFAULT_THETA = 10_000.0
 FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-"""Where config.json keeps it: the first two up to transformers 4, the third from 5."""
+"""Its fields in config.json: the first two up to transformers 4, the third from 5."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Positions divided by a factor."""
+    """Divides positions by a factor."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """Only the slow frequencies divided, as in Llama 3.1."""
+    """Divides only the low frequencies, as in Llama 3.1."""
 
     factor: float
     low_freq_factor: float
@@ -43,7 +43,7 @@ class Rope:
 
 
 def read_rope(hf: Mapping[str, Any]) -> Rope:
-    """The rope of a config.json of either style; ValueError for what is not built in."""
+    """Reads the rope of a config.json of either style; ValueError for an unsupported one."""
     fields = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(fields, Mapping) or any(isinstance(v, Mapping) for v in fields.values()):
         raise ValueError(f"must be one map for all layers, found {shown(fields)}")
@@ -56,7 +56,7 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     theta = _number(fields, kind, "rope_theta")
     if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ValueError(
-            "partial_rotary_factor must be 1.0; rotating part of a head is not built in"
+            "partial_rotary_factor must be 1.0; rotating part of a head is not supported"
         )
     if kind == "default":
         return Rope(theta)
@@ -79,7 +79,7 @@ def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
 
 
 def frequencies(rope: Rope, head_size: int) -> np.ndarray:
-    """Radians a position of each rotated pair, float32 [H / 2]."""
+    """Radians per position of each rotated pair, float32 [H / 2]."""
     exponents_R = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     freqs_R = 1.0 / np.float32(rope.theta) ** exponents_R
     scaling = rope.scaling
@@ -88,7 +88,7 @@ def frequencies(rope: Rope, head_size: int) -> np.ndarray:
     elif isinstance(scaling, Llama3):
         wavelengths_R = 2 * math.pi / freqs_R
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        # 0 where the original context holds fewer than `low` turns, 1 from `high` turns on.
+        # 0 for fewer than `low` turns in the original context, 1 for more than `high`.
         turns_R = scaling.original_max_positions / wavelengths_R
         keep_R = np.clip((turns_R - low) / (high - low), 0.0, 1.0)
         freqs_R = keep_R * freqs_R + (1 - keep_R) * freqs_R / scaling.factor
@@ -96,13 +96,13 @@ def frequencies(rope: Rope, head_size: int) -> np.ndarray:
 
 
 def rotation(rope: Rope, head_size: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle, float32 [B, T, 1, 1, R]: the heads of a token share them."""
+    """Cosine and sine of every angle, float32 [B, T, 1, 1, R]: all heads share them."""
     freqs_R = jnp.asarray(frequencies(rope, head_size))
     angles_BT11R = positions_BT.astype(jnp.float32)[:, :, None, None, None] * freqs_R
     return jnp.cos(angles_BT11R), jnp.sin(angles_BT11R)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, T, K, G, H] turned by its positions; pairs are (h, h + H/2), as in Hugging Face."""
+    """Rotates x [B, T, K, G, H] by its positions; pairs are (h, h + H/2), as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

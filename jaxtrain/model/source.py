@@ -1,4 +1,4 @@
-"""What a model's folder or GGUF file describes."""
+"""Reads the configs of a model's folder or GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.gguf import read_gguf_config
-from jaxtrain.model.hf_config import decoder_config, overridden
+from jaxtrain.model.hf_config import decoder_config, override_config
 from jaxtrain.model.weights import tensor_shapes
 from jaxtrain.model_folder import read_json
 from jaxtrain.recipe.errors import RecipeError
@@ -14,14 +14,13 @@ from jaxtrain.recipe.model import ModelConfig
 
 
 def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The decoder, and its config.json with `hf_config_kwargs` set.
+    """Returns the decoder, and its config.json with `hf_config_kwargs` applied.
 
-    Without `from_scratch` those must leave every tensor's shape; RecipeError names the first that
-    would change.
+    RecipeError if those change the shape of a tensor, unless the model is trained from scratch.
     """
     hf = read_hf_config(path)
     where = str(path / "config.json") if path.is_dir() else str(path)
-    new = overridden(hf, config.hf_config_kwargs, where)
+    new = override_config(hf, config.hf_config_kwargs, where)
     decoder = decoder_config(new, where)
     if config.hf_config_kwargs and not config.from_scratch:
         _check_same_shapes(decoder_config(hf, where), decoder)
@@ -29,14 +28,14 @@ def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[st
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, or what a GGUF file says instead."""
+    """config.json of a folder, or the equivalent from a GGUF file."""
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf_config(path)
     return read_json(path / "config.json")
 
 
 def read_generation_config(path: Path) -> dict[str, Any] | None:
-    """generation_config.json of a folder, or the same from the tokens that a GGUF file names."""
+    """generation_config.json of a folder, or the equivalent from a GGUF file."""
     if path.is_dir():
         file = path / "generation_config.json"
         return read_json(file) if file.is_file() else None

@@ -1,7 +1,7 @@
 """safetensors files: eight bytes of header length, a JSON header, then the bytes of the tensors.
 
-Read by memory map, so that only what is used leaves the disk; written a tensor at a time, since the
-header needs shapes alone. (https://github.com/huggingface/safetensors, section Format)
+Reads map the file into memory, so that only what is used leaves the disk; writes take one tensor at
+a time, since the header needs only shapes. (https://github.com/huggingface/safetensors, Format)
 """
 
 import json
@@ -26,17 +26,17 @@ DTYPES = {
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-class Stored(NamedTuple):
-    """A tensor that can be read."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    """The tensor, as a view of the file where the format allows."""
+    """returns the tensor, as a view of the file if the format allows"""
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a Hugging Face folder; WeightError names all broken files."""
-    tensors: dict[str, Stored] = {}
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Reads every tensor of a Hugging Face folder; WeightError names all broken files."""
+    tensors: dict[str, StoredTensor] = {}
     faults: list[Fault] = []
     for path in _files(folder):
         try:
@@ -56,22 +56,22 @@ def _files(folder: Path) -> list[Path]:
             raise WeightError(f"{index}: has no `weight_map` of names to files: {error}") from None
         absent = [name for name in named if not (folder / name).is_file()]
         if absent:
-            what = "names {}, which is not there"
+            what = "names {}, which does not exist"
             raise WeightError([Fault(str(index), what.format(name)) for name in absent])
         return [folder / name for name in named]
     if (single := folder / SINGLE).is_file():
         return [single]
     others = sorted(path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
-    what = f"needs {SINGLE} or {INDEX}, found {', '.join(others) or 'no weights at all'}"
+    what = f"needs {SINGLE} or {INDEX}, found {', '.join(others) or 'no weights'}"
     if any(not name.endswith(".safetensors") for name in others):
-        what += "; pickled weights are never read: save the model again with safetensors"
+        what += "; pickled weights are not read; save the model again with safetensors"
     raise WeightError(f"{folder}: {what}")
 
 
-def read_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, as views of its memory map; WeightError names what is broken."""
+def read_file(path: Path) -> dict[str, StoredTensor]:
+    """Reads the tensors of one file as views of its memory map; WeightError if it is broken."""
     try:
-        with safe_open(path, "numpy"):  # which compares the header with the length of the file
+        with safe_open(path, "numpy"):  # checks the header against the length of the file
             data = np.memmap(path, np.uint8, "r")
     except SafetensorError as error:
         raise WeightError(f"{path}: not a safetensors file: {error}; fetch it again") from None
@@ -87,24 +87,24 @@ def read_file(path: Path) -> dict[str, Stored]:
     ]
     if faults:
         raise WeightError(faults)
-    return {name: _stored(data[start:], **entry) for name, entry in header.items()}
+    return {name: _view(data[start:], **entry) for name, entry in header.items()}
 
 
-def _stored(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
     read = lambda: data[slice(*data_offsets)].view(DTYPES[dtype]).reshape(shape)
-    return Stored(tuple(shape), read)
+    return StoredTensor(tuple(shape), read)
 
 
-class ToWrite(NamedTuple):
+class TensorToWrite(NamedTuple):
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
-    """Called once, when its turn has come; the result is written and forgotten."""
+    """called once, just before its result is written"""
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, ToWrite], dtype: np.dtype, max_shard_bytes: float
+    folder: Path, tensors: Mapping[str, TensorToWrite], dtype: np.dtype, max_shard_bytes: float
 ) -> None:
-    """One file, or several and their index; one larger than the limit is alone in its file."""
+    """Writes one file, or shards and their index; a tensor above the limit gets its own file."""
     split = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
@@ -118,7 +118,7 @@ def write_folder(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: Mapping[str, ToWrite], dtype: np.dtype) -> None:
+def write_file(path: Path, tensors: Mapping[str, TensorToWrite], dtype: np.dtype) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored = next(name for name, known in DTYPES.items() if known == dtype)
     offset = 0
@@ -127,7 +127,7 @@ def write_file(path: Path, tensors: Mapping[str, ToWrite], dtype: np.dtype) -> N
         header[name] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned for every dtype
+    text += b" " * (-len(text) % 8)  # aligns the data for every dtype
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""Is a written folder the model that was meant? Read back as any reader would, and compared.
+"""Verifies an exported folder: reads it back and compares it with the parameters in memory.
 
-The weights that were read lie on the devices in the dtype of the file, beside the state: at most
-the 4 bytes a parameter that the gradients of an update take, which are not there during a save.
-B rows, T tokens, V vocabulary.
+The weights that are read lie on the devices beside the state, in the dtype of the file: at most 4
+bytes per parameter, as many as the gradients of a step, which do not exist during a save.
+B sequences, T tokens, V vocabulary.
 """
 
 from functools import partial
@@ -22,39 +22,38 @@ from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, WeightError
 
-TOKENS = 16  # of the one row whose logits are compared
+TOKENS = 16  # of the sequence whose logits are compared
 
 
 def verify_folder(folder: Path, params: Params, config: DecoderConfig, dtype: str) -> None:
-    """CheckpointError unless config, every tensor bit for bit, and logits are those of `params` in
-    `dtype`."""
+    """CheckpointError unless the config, every tensor bit for bit and the logits match `params`."""
     found = decoder_config(read_hf_config(folder), str(folder / "config.json"))
     if found != config:
         differing = [name for name, value in vars(config).items() if vars(found)[name] != value]
-        raise _failed(f"config.json describes another {' and '.join(differing)}")
+        raise _export_error(f"config.json describes another {' and '.join(differing)}")
     graph, shapes = abstract(found, ComputeConfig(compute_dtype="float32"))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     try:
         read = load_params(folder, found, shapes, shardings, dtype)
     except WeightError as error:
-        raise _failed(str(error)) from error
-    same = jax.device_get(_same(dtype, params, read))
+        raise _export_error(str(error)) from error
+    same = jax.device_get(_compare_bits(dtype, params, read))
     is_same = jax.tree_util.tree_leaves_with_path(same)
     if other := [path_name(path) for path, yes in is_same if not yes]:
-        raise _failed(f"{len(other)} parameters read back as others, first {other[0]}")
+        raise _export_error(f"{len(other)} parameters differ when read back, first {other[0]}")
     wanted_BTV, found_BTV = (np.asarray(_logits(graph, dtype, tree)) for tree in (params, read))
-    # The parameters are equal; what is left to find is a model that cannot be computed from them.
+    # The parameters are equal, so this finds a config or a graph that does not fit them.
     if not np.allclose(wanted_BTV, found_BTV, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise _failed(f"its logits differ by up to {np.abs(wanted_BTV - found_BTV).max()}")
+        raise _export_error(f"its logits differ by up to {np.abs(wanted_BTV - found_BTV).max()}")
 
 
-def _failed(what: str) -> CheckpointError:
-    return CheckpointError(f"the export does not pass its check, nothing is kept of it: {what}")
+def _export_error(what: str) -> CheckpointError:
+    return CheckpointError(f"the export failed verification and was removed: {what}")
 
 
 @partial(jax.jit, static_argnums=0)
-def _same(dtype: str, ours: Params, theirs: Params) -> Params:
-    """Of each parameter, whether it is equal bit for bit: NaN equals NaN, 0 is not -0."""
+def _compare_bits(dtype: str, ours: Params, theirs: Params) -> Params:
+    """Whether each parameter is equal bit for bit: NaN equals NaN, 0 does not equal -0."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(dtype).itemsize]
     as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
     return jax.tree.map(lambda a, b: (as_bits(a.astype(dtype)) == as_bits(b)).all(), ours, theirs)

@@ -1,4 +1,4 @@
-"""Parameters from named Hugging Face tensors and back, by the family's table.
+"""Converts named Hugging Face tensors to parameters and back, by the table of families.py.
 
 L layers of one stacked parameter; the other letters are those of families.py.
 """
@@ -15,33 +15,33 @@ import jax
 import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.families import HARMLESS, ROWS, Row
+from jaxtrain.model.families import HARMLESS, PARAMETER_TENSORS, ParameterTensors
 from jaxtrain.model.gguf import read_gguf_tensors
-from jaxtrain.model.tensor_file import Stored, read_folder
+from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, WeightError
 
-NAMED_FAULTS = 20  # of one kind; what is wrong is clear before the thousandth line
+MAX_FAULTS = 20  # of one kind in a message
 
 
 class Piece(NamedTuple):
-    """One Hugging Face tensor, and the place in our parameter where it goes."""
+    """One Hugging Face tensor, and the part of our parameter that it fills."""
 
     name: str
     shape: tuple[int, ...]
-    """As in the file"""
+    """as in the file"""
     place: tuple[slice, ...]
     split: tuple[int, ...]
-    """The file's shape with merged dimensions apart, and those of length 1 that it lacks"""
+    """the file's shape with merged dimensions split, and with those of length 1 that it lacks"""
     order: tuple[int, ...]
-    """Transposes `split` into our order"""
+    """transposes `split` into our order"""
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
         """A view in our order, so that a slice of it reads only that slice of the file."""
         return theirs.reshape(self.split).transpose(self.order)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor, from what stands at its place in our parameter."""
+        """The tensor, from its part of our parameter."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
 
@@ -49,32 +49,35 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        row = ROWS[match[3]]
-        return [p for at, i in enumerate(numbers) for p in _row_pieces(config, row, at, i)]
-    return list(_row_pieces(config, ROWS[path]))
+        tensors = PARAMETER_TENSORS[match[3]]
+        return [p for at, i in enumerate(numbers) for p in _pieces(config, tensors, at, i)]
+    return list(_pieces(config, PARAMETER_TENSORS[path]))
 
 
-def _row_pieces(
-    config: DecoderConfig, row: Row, at: int | None = None, number: int | None = None
+def _pieces(
+    config: DecoderConfig,
+    tensors: ParameterTensors,
+    at: int | None = None,
+    layer: int | None = None,
 ) -> Iterator[Piece]:
-    """The tensors of a row; of a stacked one, those of layer `number`, which is `at` along L."""
+    """The pieces of a parameter; of a stacked one, those of `layer`, at index `at` of L."""
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads, "1": 1,
     }  # fmt: skip
     lead = "" if at is None else "1"
     end = 0
-    for tensor in row.tensors:
+    for tensor in tensors.tensors:
         mine = tensor.ours.split()
         place = [slice(0, size[letter]) for letter in mine]
-        if row.joined is not None:
-            begin, end = end, end + size[mine[row.joined]]
-            place[row.joined] = slice(begin, end)
+        if tensors.join_dim is not None:
+            begin, end = end, end + size[mine[tensors.join_dim]]
+            place[tensors.join_dim] = slice(begin, end)
         if at is not None:
             place.insert(0, slice(at, at + 1))
         letters = lead + tensor.dims.replace(" ", "") + "1" * ("1" in mine)
         yield Piece(
-            name=tensor.name.format(i=number),
+            name=tensor.name.format(i=layer),
             shape=tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split()),
             place=tuple(place),
             split=tuple(size[letter] for letter in letters),
@@ -99,7 +102,7 @@ def load_params(
 ) -> Any:
     """Parameters read from a folder or a GGUF file; each device reads only its own part.
 
-    Where the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows.
+    If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows.
     WeightError names every tensor that is missing, unknown or of another shape.
     """
     stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
@@ -107,18 +110,18 @@ def load_params(
     _check(path, stored, tensor_shapes(in_file, shapes), config)
     for name, shape in tensor_shapes(config, shapes).items():
         if shape != stored[name].shape:
-            stored[name] = _grown(stored[name], shape)
+            stored[name] = _grow(stored[name], shape)
     dtype = np.dtype(jax.numpy.dtype(param_dtype))
 
-    def one(key_path, shape, sharding) -> jax.Array:
+    def load(key_path, shape, sharding) -> jax.Array:
         read = _reader(pieces(config, path_name(key_path)), stored, shape.shape, dtype)
         return jax.make_array_from_callback(shape.shape, sharding, read)
 
-    return jax.tree_util.tree_map_with_path(one, shapes, shardings)
+    return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
 
-def _grown(tensor: Stored, shape: tuple[int, ...]) -> Stored:
-    """The tensor with more rows, each the mean of those it has."""
+def _grow(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """Appends rows to a tensor, each the mean of those it has."""
 
     @cache
     def read() -> np.ndarray:
@@ -126,28 +129,28 @@ def _grown(tensor: Stored, shape: tuple[int, ...]) -> Stored:
         mean = rows.mean(0, dtype=np.float32).astype(rows.dtype)
         return np.concatenate([rows, np.broadcast_to(mean, (shape[0] - len(rows), *shape[1:]))])
 
-    return Stored(shape, read)
+    return StoredTensor(shape, read)
 
 
 def _reader(
-    parts: list[Piece], stored: Mapping[str, Stored], shape: tuple[int, ...], dtype: np.dtype
+    parts: list[Piece], stored: Mapping[str, StoredTensor], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """Reads one slice of a parameter; a slice that several devices share is read once."""
+    """A function that reads one slice of a parameter; a slice shared by devices is read once."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds not in known:
-            known[bounds] = _assembled(parts, stored, bounds, dtype)
+            known[bounds] = _assemble(parts, stored, bounds, dtype)
         return known[bounds]
 
     return read
 
 
-def _assembled(
+def _assemble(
     parts: list[Piece],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     bounds: tuple[tuple[int, int], ...],
     dtype: np.dtype,
 ) -> np.ndarray:
@@ -169,7 +172,7 @@ def _assembled(
 
 def _check(
     path: Path,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     wanted: Mapping[str, tuple[int, ...]],
     config: DecoderConfig,
 ) -> None:
@@ -180,17 +183,17 @@ def _check(
             missing.append(f"tensor {name} {list(shape)} is missing")
         elif (found := stored[name].shape) != shape:
             reshaped.append(
-                f"tensor {name} must be {list(shape)} by config.json, found {list(found)}"
+                f"tensor {name} must have shape {list(shape)} by config.json, found {list(found)}"
             )
     unknown = [
-        f"tensor {name} {list(found.shape)} has no place in a {config.family} model of this config"
+        f"tensor {name} {list(found.shape)} is unknown in a {config.family} model of this config"
         for name, found in stored.items()
         if name not in wanted and not harmless.fullmatch(name)
     ]
     lines: list[str] = []
     for kind in (missing, reshaped, unknown):
-        lines += kind[:NAMED_FAULTS]
-        if len(kind) > NAMED_FAULTS:
-            lines.append(f"and {len(kind) - NAMED_FAULTS} more of this kind")
+        lines += kind[:MAX_FAULTS]
+        if len(kind) > MAX_FAULTS:
+            lines.append(f"and {len(kind) - MAX_FAULTS} more of this kind")
     if lines:
         raise WeightError([Fault(str(path), line) for line in lines])

@@ -1,7 +1,7 @@
-"""Optimizers: optax transformations, made from the `optimizer` section."""
+"""Optimizers: optax transformations built from the `optimizer` section."""
 
 from jaxtrain.optimizer.factory import OptimizerFactory as OptimizerFactory
-from jaxtrain.optimizer.factory import decayed as decayed
+from jaxtrain.optimizer.factory import decay_mask as decay_mask
 from jaxtrain.optimizer.groups import Groups as Groups
 from jaxtrain.optimizer.moments import with_moments as with_moments
 from jaxtrain.optimizer.muon import MuonFactory as MuonFactory

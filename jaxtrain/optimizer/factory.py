@@ -1,4 +1,4 @@
-"""What every optimizer factory gives back."""
+"""The base class of optimizer factories."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class OptimizerFactory(Factory, kind="optimizer"):
     config: OptimizerConfig
 
     def create_optimizer(self, model: Any, optimizer_config: Any) -> optax.GradientTransformation:
-        """An optax transformation at the peak rate; the step multiplies its updates by the
-        schedule.
+        """Returns an optax transformation at the peak learning rate; the training step multiplies
+        its updates by the schedule.
 
         `model` is the tree of the trained parameters' shapes.
         """
@@ -24,10 +24,10 @@ class OptimizerFactory(Factory, kind="optimizer"):
         )
 
 
-def decayed(params: Any) -> Any:
-    """True for each parameter that weight decay acts on: all but norms and biases."""
+def decay_mask(params: Any) -> Any:
+    """True for each parameter that weight decay applies to: all but norms and biases."""
 
-    def one(path: tuple[Any, ...], _: Any) -> bool:
+    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         return not str(path[-1].key).endswith(("norm", "bias"))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

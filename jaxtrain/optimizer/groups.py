@@ -1,5 +1,4 @@
-"""Parameters with settings of their own: `optimizer.groups`, of which the first that matches
-counts."""
+"""`optimizer.groups`: parameters with their own settings; the first group that matches counts."""
 
 import math
 import re
@@ -11,28 +10,28 @@ import jax
 import optax
 
 from jaxtrain import registry
-from jaxtrain.optimizer.factory import OptimizerFactory, decayed
+from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
 from jaxtrain.optimizer.moments import with_moments
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, shown
 from jaxtrain.recipe.optimizer import OptimizerConfig
 
 REST, FROZEN = "rest", "frozen"
-NAMED = 12  # parameters that a message lists
+MAX_NAMES = 12  # of parameters in a message
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which parameters are trained, and with which settings."""
+    """Assigns settings to each parameter, or freezes it."""
 
     config: OptimizerConfig
     shapes: Any
     labels: Any
-    """for each parameter `rest`, `frozen` or the number of its group"""
+    """`rest`, `frozen` or the number of the group, for each parameter"""
 
     @classmethod
     def of(cls, config: OptimizerConfig, shapes: Any) -> "Groups":
-        """RecipeError for a group without a parameter, and when nothing is left to train."""
+        """Matches the groups to parameters; RecipeError if one matches none or all are frozen."""
         found: Counter[int] = Counter()
 
         def label(path: tuple[Any, ...], _: Any) -> str:
@@ -46,7 +45,7 @@ class Groups:
         labels = jax.tree_util.tree_map_with_path(label, shapes)
         names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         faults = [
-            Fault(f"optimizer.groups.{number}.match", _unmatched(group.match, names))
+            Fault(f"optimizer.groups.{number}.match", _explain_no_match(group.match, names))
             for number, group in enumerate(config.groups)
             if not found[number]
         ]
@@ -57,19 +56,19 @@ class Groups:
         return cls(config, shapes, labels)
 
     def optimizer(self, factory: OptimizerFactory) -> optax.GradientTransformation:
-        """One optimizer of the factory for all parameters, or one for each group."""
-        # An optimizer of the user may have a dtype of its own in mind.
+        """Builds one optimizer for all parameters, or one for each group."""
+        # A user's optimizer keeps its own dtype unless the recipe sets one.
         is_ours = registry.is_built_in("optimizer", self.config.type)
-        is_said = is_ours or "state_dtype" in self.config.model_fields_set
-        dtype = self.config.state_dtype if is_said else None
+        is_set = is_ours or "state_dtype" in self.config.model_fields_set
+        dtype = self.config.state_dtype if is_set else None
 
-        def made(config: OptimizerConfig) -> optax.GradientTransformation:
+        def build(config: OptimizerConfig) -> optax.GradientTransformation:
             return with_moments(factory.create_optimizer(self.trained(self.shapes), config), dtype)
 
         labels = set(jax.tree.leaves(self.labels))
         if labels == {REST}:
-            return made(self.config)
-        parts = {label: made(self._settings(label)) for label in sorted(labels - {FROZEN})}
+            return build(self.config)
+        parts = {label: build(self._config_of(label)) for label in sorted(labels - {FROZEN})}
         return optax.partition(parts, self.trained(self.labels))
 
     def trained(self, tree: Any) -> Any:
@@ -83,15 +82,15 @@ class Groups:
     def counts(self) -> Counter[str]:
         """Numbers of parameters that are decayed, not decayed, frozen."""
         counts: Counter[str] = Counter()
-        leaves = (jax.tree.leaves(t) for t in (self.shapes, self.labels, decayed(self.shapes)))
+        leaves = (jax.tree.leaves(t) for t in (self.shapes, self.labels, decay_mask(self.shapes)))
         for leaf, label, may_decay in zip(*leaves, strict=True):
-            decays = label != FROZEN and may_decay and self._settings(label).weight_decay
+            decays = label != FROZEN and may_decay and self._config_of(label).weight_decay
             kind = FROZEN if label == FROZEN else "decayed" if decays else "not decayed"
             counts[kind] += math.prod(leaf.shape)
         return counts
 
-    def _settings(self, label: str) -> OptimizerConfig:
-        """The section as it stands for one group."""
+    def _config_of(self, label: str) -> OptimizerConfig:
+        """The optimizer section with the settings of one group."""
         if label == REST:
             return self.config
         group = self.config.groups[int(label)]
@@ -117,8 +116,8 @@ def _overlay(tree: Any, above: Any) -> Any:
     return {name: _overlay(t, above[name]) if name in above else t for name, t in tree.items()}
 
 
-def _unmatched(match: str, names: list[str]) -> str:
+def _explain_no_match(match: str, names: list[str]) -> str:
     if any(re.search(match, name) for name in names):
-        return f"every parameter that {shown(match)} matches belongs to a group above"
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{shown(match)} matches no parameter; there are {', '.join(names[:NAMED])}{more}"
+        return f"every parameter that {shown(match)} matches belongs to an earlier group"
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{shown(match)} matches no parameter; there are {', '.join(names[:MAX_NAMES])}{more}"

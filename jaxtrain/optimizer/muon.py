@@ -1,5 +1,5 @@
-"""Muon (Jordan et al. 2024; the scale of Liu et al. 2025, arXiv:2502.16982, so that one rate suits
-both parts)."""
+"""Muon (Jordan et al. 2024), with the scale of Liu et al. 2025, arXiv:2502.16982: one learning rate
+suits matrices and the parameters that adam updates."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxtrain.optimizer.factory import OptimizerFactory, decayed
+from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
 from jaxtrain.recipe.optimizer import MuonConfig
 
 MATRICES = {
@@ -16,9 +16,9 @@ MATRICES = {
     "gate_up": MuonDimensionNumbers(1, 3),
     "down": MuonDimensionNumbers(1, 2),
 }
-"""Name of a stacked matrix → the dimensions of its input and output; the others, layers first, are
-matrices apart."""
-RMS = 0.2  # of an update, which is about that of adamw
+"""Name of a stacked matrix → its input and output dimensions; the others, such as layers, index
+separate matrices."""
+RMS = 0.2  # of an update, about that of adamw
 
 
 class MuonFactory(OptimizerFactory):
@@ -37,19 +37,19 @@ class MuonFactory(OptimizerFactory):
                 nesterov=config.nesterov,
                 adam_b1=config.betas[0],
                 adam_b2=config.betas[1],
-                muon_weight_dimension_numbers=matrices,
+                muon_weight_dimension_numbers=matrix_dimensions,
                 consistent_rms=RMS,
             ),
-            # `muon` has turned the sign already.
-            optax.add_decayed_weights(-config.weight_decay, decayed),
+            # `muon` negates its updates; decay follows it, so its sign is negative.
+            optax.add_decayed_weights(-config.weight_decay, decay_mask),
             optax.scale(config.learning_rate),
         )
 
 
-def matrices(params: Any) -> Any:
-    """The dimension numbers of every parameter that is a stack of matrices; None for the others."""
+def matrix_dimensions(params: Any) -> Any:
+    """The dimension numbers of every stack of matrices; None for other parameters."""
 
-    def one(path: tuple[Any, ...], _: Any) -> MuonDimensionNumbers | None:
+    def lookup(path: tuple[Any, ...], _: Any) -> MuonDimensionNumbers | None:
         return MATRICES.get(str(path[-1].key))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(lookup, params)

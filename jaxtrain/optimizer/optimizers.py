@@ -1,11 +1,11 @@
-"""Optimizers that optax has whole: what the recipe says of each, in its words."""
+"""The optimizers that optax provides, built from their recipe sections."""
 
 from typing import Any
 
 import optax
 from optax import GradientTransformation
 
-from jaxtrain.optimizer.factory import OptimizerFactory, decayed
+from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
 from jaxtrain.recipe.optimizer import AdafactorConfig, AdamWConfig, LionConfig, SGDConfig
 
 
@@ -21,7 +21,7 @@ class AdamWFactory(OptimizerFactory):
             *optimizer_config.betas,
             eps=optimizer_config.eps,
             weight_decay=optimizer_config.weight_decay,
-            mask=decayed,
+            mask=decay_mask,
         )
 
 
@@ -36,12 +36,12 @@ class LionFactory(OptimizerFactory):
             optimizer_config.learning_rate,
             *optimizer_config.betas,
             weight_decay=optimizer_config.weight_decay,
-            mask=decayed,
+            mask=decay_mask,
         )
 
 
 class AdafactorFactory(OptimizerFactory):
-    """Shazeer and Stern 2018, arXiv:1804.04235, with a rate of its own and no momentum."""
+    """Shazeer and Stern 2018, arXiv:1804.04235, with a given learning rate and no momentum."""
 
     name = "adafactor"
     config: AdafactorConfig
@@ -52,13 +52,13 @@ class AdafactorFactory(OptimizerFactory):
         return optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(optimizer_config.weight_decay, decayed),
+            optax.add_decayed_weights(optimizer_config.weight_decay, decay_mask),
             optax.scale_by_learning_rate(optimizer_config.learning_rate),
         )
 
 
 class SGDFactory(OptimizerFactory):
-    """With decoupled weight decay."""
+    """SGD with decoupled weight decay."""
 
     name = "sgd"
     config: SGDConfig
@@ -67,6 +67,6 @@ class SGDFactory(OptimizerFactory):
         momentum = optimizer_config.momentum
         return optax.chain(
             optax.trace(momentum, optimizer_config.nesterov) if momentum else optax.identity(),
-            optax.add_decayed_weights(optimizer_config.weight_decay, decayed),
+            optax.add_decayed_weights(optimizer_config.weight_decay, decay_mask),
             optax.scale_by_learning_rate(optimizer_config.learning_rate),
         )

@@ -12,7 +12,7 @@ from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
 
 
 def first_devices(count: int) -> list[Any]:
-    """RecipeError when there are fewer."""
+    """The first `count` devices; RecipeError when there are fewer."""
     devices = jax.devices()
     if len(devices) < count:
         raise RecipeError(f"--num_gpus {count}: there are only {len(devices)}")
@@ -20,8 +20,7 @@ def first_devices(count: int) -> list[Any]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """All six axes over these devices, each `Auto`: the compiler places what the rules leave
-    open."""
+    """A mesh of all six axes, each `Auto`: the compiler shards what the rules leave open."""
     sizes = config.sizes(len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
@@ -29,10 +28,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Number of groups of devices that work on different rows."""
+    """Number of groups of devices that work on different sequences."""
     return prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def platform(mesh: Mesh) -> str:
-    """`cpu`, `gpu` or `tpu`; what kernels are chosen by, also for devices that are not there."""
+    """`cpu`, `gpu` or `tpu`, also of devices that are only simulated; kernels are chosen by it."""
     return mesh.devices.flat[0].platform

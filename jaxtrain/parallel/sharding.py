@@ -1,5 +1,4 @@
-"""Where arrays live: one table from parameter paths to logical axes, one from those to mesh
-axes."""
+"""Where arrays live: a table of parameter paths to logical axes, and one of those to mesh axes."""
 
 import math
 import re
@@ -34,8 +33,7 @@ PARAMETERS = (
     (r"layers/.*/(attention_norm|mlp_norm)", ("layers", None)),
     (r"norm", (None,)),
 )
-"""Parameter path → logical axis of each of its dimensions; the first row that matches whole
-counts."""
+"""Parameter path → logical axis of each dimension; the first full match counts."""
 
 
 TITLES = {
@@ -43,7 +41,7 @@ TITLES = {
     "kv_heads": "key/value heads",
     "ffn": "feed-forward channels",
 }
-"""What the dimensions that `tensor` splits are called in a message."""
+"""Names in messages of the dimensions that `tensor` splits."""
 
 
 def spec(logical_axes: tuple[str | None, ...]) -> P:
@@ -52,9 +50,9 @@ def spec(logical_axes: tuple[str | None, ...]) -> P:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """`x`, kept sharded by these logical axes; unchanged outside a mesh.
+    """Constrains the sharding of `x` to these logical axes; no effect outside a mesh.
 
-    Axes that an enclosing `shard_map` has made manual are left alone.
+    Skips mesh axes that an enclosing `shard_map` has made manual.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -74,20 +72,19 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> Any:
-    """The sharding of every parameter, from the two tables; `over_data`: what `fsdp` splits is
-    split over `data` as well.
+    """The sharding of every parameter; `over_data` splits over `data` what `fsdp` splits.
 
     RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
-    for a parameter that no row names.
+    for a parameter that no rule matches.
     """
     split_by_tensor: dict[str, int] = {}
 
-    def one(path, leaf) -> NamedSharding:
+    def sharding_of(path, leaf) -> NamedSharding:
         name = path_name(path)
         axes = next((axes for row, axes in PARAMETERS if re.fullmatch(row, name)), None)
         if axes is None:
             raise ValueError(
-                f"no sharding rule names the parameter {name!r}; add a row to PARAMETERS"
+                f"no sharding rule matches the parameter {name!r}; add one to PARAMETERS"
             )
         assert len(axes) == len(leaf.shape), (name, axes, leaf.shape)
         split_by_tensor.update(
@@ -97,7 +94,7 @@ def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> 
         )
         return NamedSharding(mesh, P(*_mesh_axes(axes, leaf.shape, mesh, over_data)))
 
-    shardings = jax.tree_util.tree_map_with_path(one, shapes)
+    shardings = jax.tree_util.tree_map_with_path(sharding_of, shapes)
     tensor = mesh.shape["tensor"]
     uneven = [f"{size} {TITLES[axis]}" for axis, size in split_by_tensor.items() if size % tensor]
     if uneven:
@@ -112,16 +109,19 @@ def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> 
 def _mesh_axes(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, over_data: bool
 ) -> list[tuple[str, ...] | None]:
-    """Mesh axes of each dimension. What does not divide its own dimension moves to another that it
-    does divide, so that parameters stay sharded; `tensor` never moves."""
+    """Mesh axes of each dimension.
+
+    Axes that do not divide their own dimension move to one that they divide, so that parameters
+    stay sharded; `tensor` never moves.
+    """
     placed = [list(MESH_AXES[axis]) if axis else [] for axis in axes]
 
     def fits(dimension: int, *more: str) -> bool:
         parts = math.prod(mesh.shape[axis] for axis in (*placed[dimension], *more))
         return shape[dimension] % parts == 0
 
-    def settle(dimension: int, *more: str) -> None:
-        """Put mesh axes where they fit: in this dimension, else in the largest."""
+    def place_axes(dimension: int, *more: str) -> None:
+        """Adds mesh axes to this dimension if they divide it, else to the largest that they do."""
         for other in sorted(range(len(shape)), key=lambda i: (i != dimension, -shape[i])):
             if axes[other] is not None and fits(other, *more):
                 placed[other] += more
@@ -130,7 +130,7 @@ def _mesh_axes(
     for dimension, axis in enumerate(axes):
         if axis in ("embed", "layers") and not fits(dimension):
             moved, placed[dimension] = placed[dimension], []
-            settle(dimension, *moved)
+            place_axes(dimension, *moved)
     if over_data and "embed" in axes:
-        settle(axes.index("embed"), "data")
+        place_axes(axes.index("embed"), "data")
     return [tuple(dimension) or None for dimension in placed]

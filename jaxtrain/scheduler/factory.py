@@ -68,18 +68,18 @@ def hf_schedule(
         floor = as_share(shape.min_lr) if shape.min_lr_rate is None else shape.min_lr_rate
     match config.name:
         case "linear":
-            return schedules.decay(schedules.straight(), *span, floor=floor)
+            return schedules.decay(schedules.polynomial(), *span, floor=floor)
         case "cosine" | "cosine_with_min_lr":
-            return schedules.decay(schedules.wave(shape.num_cycles), *span, floor=floor)
+            return schedules.decay(schedules.cosine(shape.num_cycles), *span, floor=floor)
         case "cosine_with_restarts":
-            return schedules.decay(schedules.restarts(shape.num_cycles), *span)
+            return schedules.decay(schedules.cosine_restarts(shape.num_cycles), *span)
         case "polynomial":
             floor = floor or min(1.0, as_share(shape.lr_end))
-            return schedules.decay(schedules.straight(shape.power), *span, floor=floor)
+            return schedules.decay(schedules.polynomial(shape.power), *span, floor=floor)
         case "inverse_sqrt":
             return schedules.inverse_sqrt(warmup, shape.timescale or warmup or 10_000)
         case "cosine_warmup_with_min_lr":
-            return schedules.cosine_from(
+            return schedules.cosine_from_initial_rate(
                 *span, first=shape.warmup_lr_rate, floor=floor, num_cycles=shape.num_cycles
             )
         case "warmup_stable_decay":

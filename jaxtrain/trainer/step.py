@@ -87,14 +87,27 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
         average = spec.average(state.average, params, state.step)
         return state._replace(params=params, opt_state=opt_state, average=average)
 
-    # A branch, not a `where` over the state: that keeps old and new moments alive side by side.
     finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-    keep = lambda state, _: state
-    state = jax.lax.cond(finite & (loss.weight > 0), update, keep, state, gradients)
+    state = apply_if(finite & (loss.weight > 0), update, state, gradients)
     metrics = spec.count(batch) | compute_means(loss)
     metrics |= spec.objective.measure(jax.tree.map(lambda g: g * per_weight, gradients))
     metrics |= {"grad_norm": norm, "lr_scale": lr_scale, "finite": finite.astype(jnp.float32)}
     return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
+
+
+def apply_if(
+    ok: jax.Array,
+    update: Callable[[TrainState, PyTree], TrainState],
+    state: TrainState,
+    gradients: PyTree,
+) -> TrainState:
+    """`update(state, gradients)` where `ok`, else `state` bit for bit; either way in its memory."""
+    # A loop of one turn or none, since XLA updates what a loop carries in place. It copies the
+    # whole state out of a `cond` on GPU, and on CPU a `where` keeps the old and the new one alive.
+    # The barrier keeps products of the gradients alone, two more trees of them, inside the loop.
+    body = lambda _, state: update(*jax.lax.optimization_barrier((state, gradients)))
+    moving = jax.lax.fori_loop(0, ok.astype(jnp.int32), body, state._replace(frozen={}))
+    return moving._replace(frozen=state.frozen)
 
 
 def loss(spec: StepSpec, params: PyTree, state: TrainState, batch: Batch, key: jax.Array) -> Loss:

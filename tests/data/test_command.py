@@ -214,7 +214,7 @@ def test_the_page_in_a_browser(recipe, tmp_path):
     assert found["wide"]
 
 
-ASKING = '''
+ASKING = """
 from jaxtrain import DataSource, DataSourceConfig, SFTDataFactory, SFTTrainer
 
 
@@ -231,7 +231,7 @@ class AskingSource(DataSource):
 
 class AskingTrainer(SFTTrainer):
     name = "asking-of-test"
-'''
+"""
 
 
 @pytest.mark.parametrize("command", ["data", "check"])

@@ -16,13 +16,13 @@ N, K, H = 4, 2, 64
 RULES = {"plain": {}, "window": {"window": 9}}
 
 
-def naive_attention(q, k, v, q_places, kv_places, *, window=None):
+def naive_attention(q, k, v, q_positions, kv_positions, *, window=None):
     """All scores at once, gradients by autodiff."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    distance = q_places.positions[:, :, None] - kv_places.positions[:, None]
-    seen = (q_places.segments[:, :, None] == kv_places.segments[:, None]) & (distance >= 0)
-    seen &= (q_places.segments != 0)[:, :, None]
+    distance = q_positions.positions[:, :, None] - kv_positions.positions[:, None]
+    seen = (q_positions.segments[:, :, None] == kv_positions.segments[:, None]) & (distance >= 0)
+    seen &= (q_positions.segments != 0)[:, :, None]
     if window:
         seen &= distance < window
     seen = seen[:, None]
@@ -48,34 +48,34 @@ def random_qkv(B, T, S=None, *, heads=(N, K), dtype=jnp.float32):
     return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
 
 
-def attend(implementation, q_places, kv_places=None, **rule):
+def attend(implementation, q_positions, kv_positions=None, **rule):
     """The attention to test, or the naive one, as a function of q, k and v."""
-    kv_places = q_places if kv_places is None else kv_places
+    kv_positions = q_positions if kv_positions is None else kv_positions
     if implementation == "naive":
-        return partial(naive_attention, q_places=q_places, kv_places=kv_places, **rule)
+        return partial(naive_attention, q_positions=q_positions, kv_positions=kv_positions, **rule)
     return partial(
         attention,
-        q_places=q_places,
-        kv_places=kv_places,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
         implementation=implementation,
         **rule,
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def pull(implementation, rule, places, kv_places, q, k, v, d_out):
+def pull(implementation, rule, positions, kv_positions, q, k, v, d_out):
     """Output, and gradients of q, k and v for the given gradient of the output."""
-    out, back = jax.vjp(attend(implementation, places, kv_places, **dict(rule)), q, k, v)
+    out, back = jax.vjp(attend(implementation, positions, kv_positions, **dict(rule)), q, k, v)
     return out, *back(d_out)
 
 
-def check(implementation, places, qkv, *, kv_places=None, rule=(), atol=1e-5):
+def check(implementation, positions, qkv, *, kv_positions=None, rule=(), atol=1e-5):
     """Output and gradients agree with the naive definition; returns them."""
     d_out = jax.random.normal(jax.random.key(9), qkv[0].shape, qkv[0].dtype)
-    kv_places = places if kv_places is None else kv_places
-    found = pull(implementation, rule, places, kv_places, *qkv, d_out)
+    kv_positions = positions if kv_positions is None else kv_positions
+    found = pull(implementation, rule, positions, kv_positions, *qkv, d_out)
     exact = [x.astype(jnp.float32) for x in (*qkv, d_out)]
-    for x, y in zip(found, pull("naive", rule, places, kv_places, *exact), strict=True):
+    for x, y in zip(found, pull("naive", rule, positions, kv_positions, *exact), strict=True):
         assert x.dtype == qkv[0].dtype
         np.testing.assert_allclose(np.asarray(x, np.float32), y, atol=atol, rtol=atol)
     return found
@@ -85,16 +85,16 @@ def check(implementation, places, qkv, *, kv_places=None, rule=(), atol=1e-5):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_packed_row_equals_each_document_alone(implementation, rule):
     rule, lengths, T = tuple(rule.items()), (70, 1, 129), 210
-    places = packed(lengths, tokens=T)
+    positions = packed(lengths, tokens=T)
     qkv = random_qkv(1, T)
     d_out = jax.random.normal(jax.random.key(9), qkv[0].shape)
-    together = pull(implementation, rule, places, places, *qkv, d_out)
+    together = pull(implementation, rule, positions, positions, *qkv, d_out)
     start = 0
     for length in lengths:
         cut = slice(start, start + length)
-        alone_places = packed((length,), tokens=length)
+        alone_positions = packed((length,), tokens=length)
         x = [x[:, cut] for x in (*qkv, d_out)]
-        alone = pull("naive", rule, alone_places, alone_places, *x)
+        alone = pull("naive", rule, alone_positions, alone_positions, *x)
         for one, all_ in zip(alone, together, strict=True):
             np.testing.assert_allclose(all_[:, cut], one, atol=1e-5)
         start += length
@@ -105,30 +105,30 @@ def test_a_packed_row_equals_each_document_alone(implementation, rule):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 1)])
 def test_heads_share_keys_in_groups(implementation, heads):
-    places = packed((40,), (13, 20), tokens=40)
-    check(implementation, places, random_qkv(2, 40, heads=heads))
+    positions = packed((40,), (13, 20), tokens=40)
+    check(implementation, positions, random_qkv(2, 40, heads=heads))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_stays_near_float32(implementation):
-    places = packed((100, 31), tokens=140)
-    check(implementation, places, random_qkv(1, 140, dtype=jnp.bfloat16), atol=4e-2)
+    positions = packed((100, 31), tokens=140)
+    check(implementation, positions, random_qkv(1, 140, dtype=jnp.bfloat16), atol=4e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_of_padding_alone_is_zero(implementation):
-    places = packed((), (20,), tokens=20)
-    found = check(implementation, places, random_qkv(2, 20))
+    positions = packed((), (20,), tokens=20)
+    found = check(implementation, positions, random_qkv(2, 20))
     for x in found:
         assert not np.any(x[0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_gradient_from_later_tokens_or_other_documents(implementation):
-    places, t = packed((60, 80), tokens=140), 100
+    positions, t = packed((60, 80), tokens=140), 100
     q, k, v = random_qkv(1, 140)
     d_out = jnp.zeros_like(q).at[:, t].set(1.0)
-    _, *grads = pull(implementation, (), places, places, q, k, v, d_out)
+    _, *grads = pull(implementation, (), positions, positions, q, k, v, d_out)
     for grad in grads:
         assert not np.any(grad[:, t + 1 :])
         assert not np.any(grad[:, :60])
@@ -137,8 +137,8 @@ def test_no_gradient_from_later_tokens_or_other_documents(implementation):
 
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_reference_takes_any_length(tokens):
-    places = packed((tokens // 3, tokens - tokens // 3), tokens=tokens)
-    check("reference", places, random_qkv(1, tokens))
+    positions = packed((tokens // 3, tokens - tokens // 3), tokens=tokens)
+    check("reference", positions, random_qkv(1, tokens))
 
 
 @pytest.mark.slow
@@ -146,8 +146,8 @@ def test_reference_takes_any_length(tokens):
 @pytest.mark.parametrize("rule", [(), (("window", 200),)])
 def test_long_rows_agree_where_blocks_are_looped_over(implementation, rule):
     tokens = 1300  # eleven blocks in six bands for the reference
-    places = packed((500, 90, 700), tokens=tokens)
-    check(implementation, places, random_qkv(1, tokens, heads=(2, 1)), rule=rule)
+    positions = packed((500, 90, 700), tokens=tokens)
+    check(implementation, positions, random_qkv(1, tokens, heads=(2, 1)), rule=rule)
 
 
 @pytest.mark.parametrize("queries", [1, 140])
@@ -156,24 +156,24 @@ def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
     slots, filled = 190, 170
     order = np.random.default_rng(0).permutation(slots)
     segments = np.where(np.arange(slots) < filled, 1, 0)[order]
-    kv_places = TokenPositions(jnp.asarray(segments)[None], jnp.asarray(order)[None])
+    kv_positions = TokenPositions(jnp.asarray(segments)[None], jnp.asarray(order)[None])
     positions = np.arange(filled - queries, filled)
-    q_places = TokenPositions(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
+    q_positions = TokenPositions(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
     qkv = random_qkv(1, queries, slots)
     for rule in ((), (("window", 20),)):
-        check("reference", q_places, qkv, kv_places=kv_places, rule=rule)
+        check("reference", q_positions, qkv, kv_positions=kv_positions, rule=rule)
 
 
 def test_splash_refuses_a_cache():
-    places, kv_places = packed((3,), tokens=3), packed((9,), tokens=9)
+    positions, kv_positions = packed((3,), tokens=3), packed((9,), tokens=9)
     with pytest.raises(NotImplementedError, match="3 queries and 9 keys"):
-        attend("splash_interpret", places, kv_places)(*random_qkv(1, 3, 9))
+        attend("splash_interpret", positions, kv_positions)(*random_qkv(1, 3, 9))
 
 
 def test_a_policy_that_saves_attention_runs_the_forward_once():
-    places = packed((200,), tokens=200)
+    positions = packed((200,), tokens=200)
     qkv = random_qkv(1, 200)
-    layer = attend("reference", places)
+    layer = attend("reference", positions)
 
     def scanned(policy, qkv):
         q, k, v = qkv
@@ -199,24 +199,24 @@ def mesh_of(**sizes: int):
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def sharded(mesh, places, qkv):
+def shard(mesh, positions, qkv):
     heads = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor", None))
     rows = NamedSharding(mesh, P(("data", "fsdp"), None))
-    return jax.device_put(places, rows), jax.device_put(qkv, heads)
+    return jax.device_put(positions, rows), jax.device_put(qkv, heads)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "pipeline": 2}], ids=str)
 def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
-    places = packed(*[(9, 20), (33,), (5, 5, 5), ()] * 2, tokens=33)
+    positions = packed(*[(9, 20), (33,), (5, 5, 5), ()] * 2, tokens=33)
     qkv = random_qkv(8, 33)
     d_out = jnp.ones_like(qkv[0])
-    truth = pull("naive", (), places, places, *qkv, d_out)
+    truth = pull("naive", (), positions, positions, *qkv, d_out)
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
-        places, (*qkv, d_out) = sharded(mesh, places, (*qkv, d_out))
-        compiled = pull.lower(implementation, (), places, places, *qkv, d_out).compile()
-        found = compiled(places, places, *qkv, d_out)
+        positions, (*qkv, d_out) = shard(mesh, positions, (*qkv, d_out))
+        compiled = pull.lower(implementation, (), positions, positions, *qkv, d_out).compile()
+        found = compiled(positions, positions, *qkv, d_out)
     assert "all-gather" not in compiled.as_text()
     for x, y in zip(found, truth, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
@@ -225,10 +225,10 @@ def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
-    places = packed(*[(9, 20), (33,)] * 2, tokens=33)
+    positions = packed(*[(9, 20), (33,)] * 2, tokens=33)
     qkv = random_qkv(4, 33)
     mesh = mesh_of(pipeline=2, tensor=tensor)
-    layer = attend(implementation, places)
+    layer = attend(implementation, positions)
 
     def stage(q, k, v):
         return jax.lax.ppermute(layer(q[0], k[0], v[0])[None], "pipeline", [(0, 1), (1, 0)])
@@ -245,7 +245,7 @@ def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
         return jnp.sum(out[0] ** 2) + jnp.sum(out[1])
 
     def expected(qkv):
-        naive = attend("naive", places)
+        naive = attend("naive", positions)
         return jnp.sum(naive(*(x / 2 for x in qkv)) ** 2) + jnp.sum(naive(*qkv))
 
     truth = jax.jit(jax.grad(expected))(qkv)
@@ -256,10 +256,10 @@ def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
 
 
 def test_splash_lowers_to_a_tpu_kernel_forward_and_backward():
-    places = packed((100, 28), tokens=130)
+    positions = packed((100, 28), tokens=130)
     qkv = random_qkv(1, 130)
     d_out = jnp.ones_like(qkv[0])
-    traced = pull.trace("splash", (), places, places, *qkv, d_out)
+    traced = pull.trace("splash", (), positions, positions, *qkv, d_out)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3  # forward, gradient of q, gradient of k and v
 

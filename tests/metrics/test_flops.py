@@ -5,7 +5,7 @@ import pytest
 
 from jaxtrain.batch import Batch
 from jaxtrain.metrics.flops import counts, matmul_parameters, peak_flops
-from tests.model.tiny_models import FAMILIES, described, hf_model, saved
+from tests.model.tiny_models import FAMILIES, describe_model, hf_model, save_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -14,7 +14,7 @@ def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
     matrices = {n: p.numel() for n, p in hf_model(name).named_parameters() if p.ndim == 2}
     if "lm_head.weight" in matrices:
         del matrices["model.embed_tokens.weight"]
-    _, _, model = described(saved(name, tmp_path))
+    _, _, model = describe_model(save_model(name, tmp_path))
     assert matmul_parameters(model.shapes) == sum(matrices.values())
 
 

@@ -11,7 +11,7 @@ from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, grouped
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
 from jaxtrain.model.layers import AttentionInputs
 from jaxtrain.model.rope import Llama3, Rope
@@ -27,7 +27,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_size=8,
     ffn_width=48,
-    groups=grouped((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
+    groups=group_layers((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
     rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
     rms_eps=1e-6,
     max_positions=64,
@@ -42,14 +42,14 @@ PLAIN = ComputeConfig()
 
 
 @cache
-def made(compute: ComputeConfig = PLAIN) -> tuple[Model, dict]:
+def build(compute: ComputeConfig = PLAIN) -> tuple[Model, dict]:
     model = abstract(CONFIG, compute)
     return model, jax.jit(partial(init_params, CONFIG, compute))(jax.random.key(0))
 
 
-def view_of(decoder: Decoder, batch: Batch) -> AttentionInputs:
-    places = TokenPositions(batch.segments, batch.positions)
-    return decoder.view(places, places)
+def inputs_of(decoder: Decoder, batch: Batch) -> AttentionInputs:
+    positions = TokenPositions(batch.segments, batch.positions)
+    return decoder.attention_inputs(positions, positions)
 
 
 def packed_rows(*lengths: int) -> tuple[Batch, list[np.ndarray]]:
@@ -61,7 +61,7 @@ def packed_rows(*lengths: int) -> tuple[Batch, list[np.ndarray]]:
 
 
 def test_a_document_in_a_packed_row_equals_the_document_alone():
-    model, params = made()
+    model, params = build()
     packed, documents = packed_rows(9, 1, 11)
 
     @jax.jit
@@ -81,7 +81,7 @@ def test_a_document_in_a_packed_row_equals_the_document_alone():
 
 
 def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents():
-    model, params = made()
+    model, params = build()
     packed, documents = packed_rows(11, 11)
 
     @jax.jit
@@ -94,14 +94,14 @@ def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents():
 
 
 def test_no_gradient_flows_back_in_time():
-    model, params = made()
+    model, params = build()
     batch = batch_of(random_tokens(1, 16))
     decoder = merge(model.graph, params)
-    x_BTD = decoder.embedded(batch.tokens)
+    x_BTD = decoder.embed_tokens(batch.tokens)
 
     @jax.jit
     def gradient(x_BTD, t):
-        out = lambda x_BTD: decoder.stack(x_BTD, view_of(decoder, batch))[0][0, t].sum()
+        out = lambda x_BTD: decoder.stack(x_BTD, inputs_of(decoder, batch))[0][0, t].sum()
         return jax.grad(out)(x_BTD)[0]
 
     for t in (0, 7, 14):
@@ -110,7 +110,7 @@ def test_no_gradient_flows_back_in_time():
 
 
 def test_token_log_probs_are_those_of_the_logits():
-    model, params = made()
+    model, params = build()
     batch, _ = packed_rows(9, 1, 11)
     decoder = merge(model.graph, params)
     logps = jax.nn.log_softmax(decoder(batch))
@@ -123,7 +123,7 @@ def test_token_log_probs_are_those_of_the_logits():
 
 
 def test_the_weighted_sum_is_that_of_the_log_probs():
-    model, params = made()
+    model, params = build()
     batch, _ = packed_rows(9, 1, 11)
     weights = np.random.default_rng(0).random(batch.tokens.shape, np.float32)
     summed = lambda p: merge(model.graph, p).weighted_nll(batch, weights)[0]
@@ -136,7 +136,7 @@ def test_remat_changes_neither_loss_nor_gradient():
     batch, _ = packed_rows(9, 1, 11)
 
     def loss_and_gradient(compute):
-        model, params = made(compute)
+        model, params = build(compute)
         loss = lambda p: merge(model.graph, p).token_log_probs(batch).sum()
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -153,7 +153,7 @@ def test_remat_changes_neither_loss_nor_gradient():
         jax.tree.map(close, loss_and_gradient(compute), plain)
 
 
-def rematerialised(jaxpr) -> int:
+def count_rematerialised(jaxpr) -> int:
     """How many blocks under `jax.checkpoint` a forward pass runs."""
     count = 0
     for eqn in jaxpr.eqns:
@@ -162,7 +162,7 @@ def rematerialised(jaxpr) -> int:
         if eqn.primitive.name in ("checkpoint", "remat2"):
             count += 1
         elif inner is not None:
-            count += times * rematerialised(getattr(inner, "jaxpr", inner))
+            count += times * count_rematerialised(getattr(inner, "jaxpr", inner))
     return count
 
 
@@ -172,7 +172,7 @@ def rematerialised(jaxpr) -> int:
 def test_every_nth_layer_is_rematerialised(members, repeats, every):
     """And the stack gives the same, however its pattern and the recipe's fall together."""
     layers = tuple(LayerSpec(window=4 + i) for i in range(members)) * repeats
-    config = dataclasses.replace(CONFIG, groups=grouped(layers))
+    config = dataclasses.replace(CONFIG, groups=group_layers(layers))
     assert len(config.groups) == 1
     batch, _ = packed_rows(9, 1, 11)
     params = jax.jit(partial(init_params, config, PLAIN))(jax.random.key(0))
@@ -181,13 +181,13 @@ def test_every_nth_layer_is_rematerialised(members, repeats, every):
         return lambda p: merge(abstract(config, compute).graph, p).hidden(batch)
 
     some, all_of_them = hidden(ComputeConfig(remat_every=every)), hidden(PLAIN)
-    assert rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
-    assert rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
+    assert count_rematerialised(jax.make_jaxpr(all_of_them)(params).jaxpr) == len(layers)
+    assert count_rematerialised(jax.make_jaxpr(some)(params).jaxpr) == -(-len(layers) // every)
     np.testing.assert_allclose(jax.jit(some)(params), jax.jit(all_of_them)(params), atol=1e-5)
 
 
 def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
-    config = dataclasses.replace(CONFIG, ffn_width=4096, groups=grouped((LayerSpec(),)))
+    config = dataclasses.replace(CONFIG, ffn_width=4096, groups=group_layers((LayerSpec(),)))
     batch = batch_of(random_tokens(2, 250))  # in eight tiles, the last of which is not full
 
     def bytes_of(compute):
@@ -202,7 +202,7 @@ def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
 
 def test_dots_keeps_every_product_of_a_layer():
     def backward_products(remat):
-        model, params = made(ComputeConfig(remat=remat))
+        model, params = build(ComputeConfig(remat=remat))
         batch, _ = packed_rows(9, 1, 11)
         loss = lambda p: merge(model.graph, p).hidden(batch).sum()
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
@@ -213,34 +213,34 @@ def test_dots_keeps_every_product_of_a_layer():
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     batch, _ = packed_rows(9, 1, 11)
-    params = made()[1]
+    params = build()[1]
 
     @partial(jax.jit, static_argnums=0)
     def outputs(graph, params):
         hidden = merge(graph, params).hidden(batch)
         return hidden, merge(graph, params).logits(hidden)
 
-    hidden, logits = outputs(made(ComputeConfig(compute_dtype="bfloat16"))[0].graph, params)
+    hidden, logits = outputs(build(ComputeConfig(compute_dtype="bfloat16"))[0].graph, params)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
-    _, exact = outputs(made()[0].graph, params)
+    _, exact = outputs(build()[0].graph, params)
     np.testing.assert_allclose(logits, exact, atol=0.1)
 
 
 def test_a_group_may_be_run_in_slices():
-    model, params = made()
+    model, params = build()
     batch, _ = packed_rows(9, 1, 11)
     decoder = merge(model.graph, params)
-    x_BTD, view = decoder.embedded(batch.tokens), view_of(decoder, batch)
+    x_BTD, inputs = decoder.embed_tokens(batch.tokens), inputs_of(decoder, batch)
     graph, layers = split(decoder.layers["0"])
-    whole, _ = run_group(graph, layers, x_BTD, view, PLAIN)
+    whole, _ = run_group(graph, layers, x_BTD, inputs, PLAIN)
     for i in range(2):
         one = jax.tree.map(lambda p, i=i: p[i : i + 1], layers)
-        x_BTD, _ = run_group(graph, one, x_BTD, view, PLAIN)
+        x_BTD, _ = run_group(graph, one, x_BTD, inputs, PLAIN)
     np.testing.assert_allclose(x_BTD, whole, atol=1e-6)
 
 
 def test_random_parameters_do_not_depend_on_the_mesh():
-    model, params = made()
+    model, params = build()
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
     shardings = parameter_shardings(mesh, model.shapes)
     init = jax.jit(partial(init_params, CONFIG, ComputeConfig()), out_shardings=shardings)
@@ -248,7 +248,7 @@ def test_random_parameters_do_not_depend_on_the_mesh():
 
 
 def test_a_sharded_forward_and_backward_equal_those_of_one_device():
-    model, params = made()
+    model, params = build()
     batch = batch_of(random_tokens(4, 24))
     loss = lambda p, b: -merge(model.graph, p).token_log_probs(b).sum()
     whole = jax.jit(jax.value_and_grad(loss))(params, batch)
@@ -272,6 +272,6 @@ def test_a_sharded_forward_and_backward_equal_those_of_one_device():
 )
 def test_layers_are_grouped_by_what_repeats(windows, groups):
     layers = tuple(LayerSpec(window=window) for window in windows)
-    found = grouped(layers)
+    found = group_layers(layers)
     assert [(len(group.layers), group.repeats) for group in found] == groups
     assert tuple(layer for group in found for layer in group.layers * group.repeats) == layers

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, described, loaded, saved
+from tiny_models import FAMILIES, describe_model, load_model, save_model
 
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.tensor_file import read_folder
@@ -17,12 +17,12 @@ from jaxtrain.recipe.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return loaded(saved("llama31", tmp_path_factory.mktemp("hf") / "m"))
+def exportable(tmp_path_factory):
+    return load_model(save_model("llama31", tmp_path_factory.mktemp("hf") / "m"))
 
 
-def test_an_interrupted_export_leaves_the_old_one_and_nothing_else(made, tmp_path):
-    config, hf, _, params = made
+def test_an_interrupted_export_leaves_the_old_one_and_nothing_else(exportable, tmp_path):
+    config, hf, _, params = exportable
     out = tmp_path / "out"
     save_pretrained(out, params, config, hf, dtype="float32")
 
@@ -37,8 +37,8 @@ def test_an_interrupted_export_leaves_the_old_one_and_nothing_else(made, tmp_pat
     np.testing.assert_array_equal(read_folder(out)["model.norm.weight"].read(), params["norm"])
 
 
-def test_an_export_replaces_the_one_before_and_holds_the_files_added(made, tmp_path):
-    config, hf, _, params = made
+def test_an_export_replaces_the_one_before_and_holds_the_files_added(exportable, tmp_path):
+    config, hf, _, params = exportable
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.txt").touch()
@@ -55,7 +55,7 @@ def test_an_export_replaces_the_one_before_and_holds_the_files_added(made, tmp_p
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert described(out)[0] == config
+    assert describe_model(out)[0] == config
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -89,20 +89,22 @@ ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 HARM = {
     "rope lost": (set_config(rope_parameters=ROPE, rope_scaling=None), "describes another rope"),
     "heads": (set_config(num_attention_heads=2), "describes another"),
-    "a bit": (flip_a_bit, "1 parameters read back as others, first "),
+    "a bit": (flip_a_bit, "1 parameters differ when read back, first "),
     "truncated": (cut_short, "not a safetensors file"),
-    "a shard": (lose_a_shard, "which is not there"),
+    "a shard": (lose_a_shard, "which does not exist"),
 }
 
 
 @pytest.mark.parametrize("case", HARM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_that_reads_back_as_something_else_is_not_there(made, tmp_path, case, dtype):
+def test_an_export_that_reads_back_as_something_else_is_not_there(
+    exportable, tmp_path, case, dtype
+):
     """Trap F15."""
-    config, hf, _, params = made
+    config, hf, _, params = exportable
     harm, expected = HARM[case]
     options = {"dtype": dtype, "max_shard_bytes": 20_000, "add_files": harm}
-    with pytest.raises(CheckpointError, match=f"does not pass its check, .*{expected}"):
+    with pytest.raises(CheckpointError, match=f"failed verification and was removed: .*{expected}"):
         save_pretrained(tmp_path / "out", params, config, hf, **options)
     assert list(tmp_path.iterdir()) == []
     save_pretrained(tmp_path / "out", params, config, hf, **options, verify=False)
@@ -111,16 +113,16 @@ def test_an_export_that_reads_back_as_something_else_is_not_there(made, tmp_path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_of_every_family_passes_its_check(tmp_path, family):
-    config, hf, _, params = loaded(saved(family, tmp_path / "m"))
+    config, hf, _, params = load_model(save_model(family, tmp_path / "m"))
     params["norm"] = params["norm"].at[0].set(jnp.nan)
     save_pretrained(tmp_path / "out", params, config, hf, dtype="bfloat16")
     other = jax.tree.map(lambda leaf: leaf, params) | {"norm": params["norm"].at[1].add(0.5)}
-    with pytest.raises(CheckpointError, match="1 parameters read back as others, first norm"):
+    with pytest.raises(CheckpointError, match="1 parameters differ when read back, first norm"):
         verify_folder(tmp_path / "out", other, config, "bfloat16")
 
 
-def test_no_file_is_larger_than_the_limit_but_for_a_tensor_that_is(made, tmp_path):
-    config, hf, _, params = made
+def test_no_file_is_larger_than_the_limit_but_for_a_tensor_that_is(exportable, tmp_path):
+    config, hf, _, params = exportable
     limit = 8_000
     save_pretrained(tmp_path, params, config, hf, dtype="float32", max_shard_bytes=limit)
     files = {file: file.stat().st_size for file in tmp_path.glob("*.safetensors")}
@@ -132,8 +134,8 @@ def test_no_file_is_larger_than_the_limit_but_for_a_tensor_that_is(made, tmp_pat
         assert size < max(limit, largest) + 2_000  # the header
 
 
-def test_a_full_disk_leaves_the_old_export(made, tmp_path):
-    config, hf, _, params = made
+def test_a_full_disk_leaves_the_old_export(exportable, tmp_path):
+    config, hf, _, params = exportable
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

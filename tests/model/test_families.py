@@ -10,11 +10,11 @@ from jax.sharding import AxisType
 from model_rows import batch_of, random_tokens
 from tiny_models import (
     FAMILIES,
-    described,
+    describe_model,
     hf_model,
-    loaded,
+    load_model,
     on_one_device,
-    saved,
+    save_model,
     torch,
     transformers,
 )
@@ -32,11 +32,11 @@ LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hf")
-    return {name: saved(name, root / name) for name in FAMILIES}
+    return {name: save_model(name, root / name) for name in FAMILIES}
 
 
 def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    _, _, model, params = loaded(folder)
+    _, _, model, params = load_model(folder)
     forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
     return np.asarray(forward(params, batch_of(tokens)))
 
@@ -56,7 +56,7 @@ def test_logits_equal_those_of_transformers(name, folders):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
-    config, hf, _, params = loaded(folders[name])
+    config, hf, _, params = load_model(folders[name])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
     assert_same_tensors(folders[name], tmp_path / "out")
 
@@ -72,7 +72,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "qwen3"])
 def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, tmp_path):
-    config, hf, _, params = loaded(folders[name])
+    config, hf, _, params = load_model(folders[name])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
     tokens = random_tokens(1, 40)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -81,9 +81,9 @@ def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, t
 
 
 def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):
-    folder = saved("qwen3", tmp_path / "in", "bfloat16", max_shard_size="20KB")
+    folder = save_model("qwen3", tmp_path / "in", "bfloat16", max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
-    config, hf, _, params = loaded(folder)
+    config, hf, _, params = load_model(folder)
     save_pretrained(tmp_path / "out", params, config, hf, dtype="bfloat16", max_shard_bytes=20e3)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     assert_same_tensors(folder, tmp_path / "out")
@@ -92,12 +92,12 @@ def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):
 
 
 def test_param_dtype_is_the_dtype_of_every_parameter(folders):
-    *_, params = loaded(folders["biased"], param_dtype="bfloat16")
+    *_, params = load_model(folders["biased"], param_dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
 def test_a_tied_model_has_no_head_here_and_none_in_the_export(folders, tmp_path):
-    config, hf, _, params = loaded(folders["smollm2"])
+    config, hf, _, params = load_model(folders["smollm2"])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
     assert "head" not in params
     assert "lm_head.weight" not in read_folder(tmp_path / "out")
@@ -105,7 +105,7 @@ def test_a_tied_model_has_no_head_here_and_none_in_the_export(folders, tmp_path)
 
 @pytest.mark.parametrize("name", ["smollm2", "biased", "qwen2-alternating", "qwen3"])
 def test_a_sharded_load_equals_one_device_and_leaves_no_matrix_whole(name, folders):
-    config, _, model = described(folders[name])
+    config, _, model = describe_model(folders[name])
     mesh = jax.make_mesh((1, 4, 1, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     shardings = parameter_shardings(mesh, model.shapes)
     sharded = load_params(folders[name], config, model.shapes, shardings)
@@ -123,4 +123,4 @@ def test_the_config_may_be_of_transformers_4(folders, tmp_path):
     old = {**new, "rope_theta": scaling.pop("rope_theta")}
     old["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert described(tmp_path)[0] == described(folders["llama31"])[0]
+    assert describe_model(tmp_path)[0] == describe_model(folders["llama31"])[0]

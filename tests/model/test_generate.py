@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from model_rows import batch_of
-from tiny_models import hf_model, loaded, saved, torch
+from tiny_models import hf_model, load_model, save_model, torch
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.generate import generate
@@ -15,7 +15,9 @@ PROMPTS = [[5, 17, 40], [7], [33, 9, 81, 12, 60, 4, 77, 51, 20]]
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A family with windows shorter than what is generated."""
-    _, _, model, params = loaded(saved("qwen2-alternating", tmp_path_factory.mktemp("hf") / "m"))
+    _, _, model, params = load_model(
+        save_model("qwen2-alternating", tmp_path_factory.mktemp("hf") / "m")
+    )
     return model.graph, params
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tiny_models import described, loaded, saved
+from tiny_models import describe_model, load_model, save_model
 
 from jaxtrain.model.gguf import FIXED, PER_LAYER
 from jaxtrain.model.source import read_generation_config
@@ -16,7 +16,7 @@ gguf = pytest.importorskip("gguf")
 quants = pytest.importorskip("gguf.quants")
 
 
-def permuted(w: np.ndarray, heads: int) -> np.ndarray:
+def permute(w: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k in the order of GGUF: the two halves of a head in turn."""
     return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
@@ -38,7 +38,7 @@ def write_gguf(path, folder, hf, kind=gguf.GGMLQuantizationType.F32, architectur
     for name, stored in read_folder(folder).items():
         w = np.asarray(stored.read())
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = permuted(w, heads[name[-len("q_proj.weight")]])
+            w = permute(w, heads[name[-len("q_proj.weight")]])
         if "down_proj" not in name:  # its rows are no multiple of a block
             w = quants.quantize(w, kind) if w.ndim == 2 else w
             writer.add_tensor(gguf_name(name), w, raw_dtype=kind if w.ndim == 2 else None)
@@ -61,10 +61,10 @@ def gguf_name(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["llama3", "smollm2"])
 def test_a_gguf_file_equals_its_folder(name, tmp_path):
-    folder = saved(name, tmp_path / "hf")
-    config, hf, _, params = loaded(folder)
+    folder = save_model(name, tmp_path / "hf")
+    config, hf, _, params = load_model(folder)
     path = write_gguf(tmp_path / "m.gguf", folder, hf)
-    of_file, _, _, from_file = loaded(path)
+    of_file, _, _, from_file = load_model(path)
     # How a model was initialised is the one thing that the format does not keep.
     assert replace(of_file, initializer_range=config.initializer_range) == config
     jax.tree.map(np.testing.assert_array_equal, from_file, params)
@@ -73,10 +73,10 @@ def test_a_gguf_file_equals_its_folder(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1", "Q4_0"])
 def test_quantised_tensors_come_back_as_their_format_rounds_them(kind, tmp_path):
-    folder = saved("smollm2", tmp_path / "hf")
-    _, hf, _, params = loaded(folder)
+    folder = save_model("smollm2", tmp_path / "hf")
+    _, hf, _, params = load_model(folder)
     path = write_gguf(tmp_path / "m.gguf", folder, hf, gguf.GGMLQuantizationType[kind])
-    *_, from_file = loaded(path)
+    *_, from_file = load_model(path)
     table = np.asarray(params["embed"]["embedding"])
     type_ = gguf.GGMLQuantizationType[kind]
     rounded = quants.dequantize(quants.quantize(table, type_), type_)
@@ -86,29 +86,31 @@ def test_quantised_tensors_come_back_as_their_format_rounds_them(kind, tmp_path)
 
 
 def test_other_architectures_and_other_files_are_refused(tmp_path):
-    folder = saved("smollm2", tmp_path / "hf")
-    other = write_gguf(tmp_path / "gemma.gguf", folder, described(folder)[1], architecture="gemma")
+    folder = save_model("smollm2", tmp_path / "hf")
+    other = write_gguf(
+        tmp_path / "gemma.gguf", folder, describe_model(folder)[1], architecture="gemma"
+    )
     with pytest.raises(WeightError, match="must be of architecture llama, found 'gemma'"):
-        described(other)
+        describe_model(other)
     (tmp_path / "text.gguf").write_text("no weights in here, only words that go on for a while")
     with pytest.raises(WeightError, match="not a GGUF file"):
-        described(tmp_path / "text.gguf")
+        describe_model(tmp_path / "text.gguf")
 
 
 def test_a_file_that_is_cut_off_is_refused_before_a_tensor_is_read(tmp_path):
-    folder = saved("smollm2", tmp_path / "hf")
-    path = write_gguf(tmp_path / "m.gguf", folder, described(folder)[1])
+    folder = save_model("smollm2", tmp_path / "hf")
+    path = write_gguf(tmp_path / "m.gguf", folder, describe_model(folder)[1])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightError, match=r"ends at byte \d+, the file at \d+; fetch it again"):
-        described(path)
+        describe_model(path)
 
 
 def test_a_type_that_is_not_read_is_named(tmp_path):
-    folder = saved("smollm2", tmp_path / "hf")
-    path = write_gguf(tmp_path / "m.gguf", folder, described(folder)[1])
+    folder = save_model("smollm2", tmp_path / "hf")
+    path = write_gguf(tmp_path / "m.gguf", folder, describe_model(folder)[1])
     name = b"blk.0.ffn_norm.weight"
     data = path.read_bytes()
     at = data.index(name) + len(name) + 4 + 8  # behind the number of dimensions and the only one
     path.write_bytes(data[:at] + (28).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(WeightError, match=r"ffn_norm.weight: F64 is not a type"):
-        described(path)
+    with pytest.raises(WeightError, match=r"ffn_norm.weight: .* cannot read type F64"):
+        describe_model(path)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from model_rows import batch_of
-from tiny_models import loaded
+from tiny_models import load_model
 
 from jaxtrain.assets import fetch
 from jaxtrain.model.decoder import merge
@@ -34,7 +34,7 @@ def smollm2():
         if "sha256" in str(error):
             raise
         pytest.skip(str(error))
-    return loaded(path)
+    return load_model(path)
 
 
 @pytest.mark.parametrize("item", GOLDEN, ids=lambda item: item["prompt"][:12])
@@ -63,5 +63,5 @@ def test_the_file_exports_as_a_hugging_face_folder(smollm2, tmp_path):
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
     again, _ = read_config(tmp_path / "out", ModelConfig(name_or_path=str(tmp_path / "out")))
     assert again == config
-    *_, reloaded = loaded(tmp_path / "out")
+    *_, reloaded = load_model(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)

@@ -77,12 +77,12 @@ def hf_model(name: str) -> Any:
     return model
 
 
-def saved(name: str, folder: Path, dtype: str = "float32", **options: Any) -> Path:
+def save_model(name: str, folder: Path, dtype: str = "float32", **options: Any) -> Path:
     hf_model(name).to(getattr(torch, dtype)).save_pretrained(folder, **options)
     return folder
 
 
-def described(folder: Path, **fields: Any) -> tuple[DecoderConfig, dict[str, Any], Model]:
+def describe_model(folder: Path, **fields: Any) -> tuple[DecoderConfig, dict[str, Any], Model]:
     config, hf = read_config(folder, ModelConfig(name_or_path=str(folder), **fields))
     return config, hf, abstract(config, ComputeConfig())
 
@@ -92,7 +92,7 @@ def on_one_device(shapes: Any) -> Any:
     return jax.tree.map(lambda _: device, shapes)
 
 
-def loaded(folder: Path, **options: Any) -> tuple[DecoderConfig, dict[str, Any], Model, Any]:
-    config, hf, model = described(folder)
+def load_model(folder: Path, **options: Any) -> tuple[DecoderConfig, dict[str, Any], Model, Any]:
+    config, hf, model = describe_model(folder)
     params = load_params(folder, config, model.shapes, on_one_device(model.shapes), **options)
     return config, hf, model, params

@@ -10,11 +10,11 @@ from jaxtrain import SFTTrainer, registry
 from jaxtrain.optimizer import Groups
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
-from tests.optimizer.test_optimizers import NAMES, parameters, stepped
+from tests.optimizer.test_optimizers import NAMES, parameters, take_step
 from tests.runs import host, losses, recipe, trainer
 
 
-def made(name, params, **keys):
+def build(name, params, **keys):
     written = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
     config = get_config(written | {"optimizer": {"type": name, **keys}}).optimizer
     groups = Groups.of(config, jax.eval_shape(lambda: params))
@@ -34,14 +34,14 @@ def test_a_group_is_the_optimizer_with_its_settings(name):
         {"match": "layers", "freeze": True},
     ]
     common = {"lr": 0.1, "weight_decay": 0.01}
-    _, optimizer = made(name, params, groups=groups, **common)
-    _, rest = made(name, params, **common)
-    _, attention = made(name, params, lr=0.05, weight_decay=0.3)
+    _, optimizer = build(name, params, groups=groups, **common)
+    _, rest = build(name, params, **common)
+    _, attention = build(name, params, lr=0.05, weight_decay=0.3)
     after = []
     for one in (optimizer, rest, attention):
         p, state = params, one.init(params)
         for _ in range(3):
-            p, state = stepped(one, p, state)
+            p, state = take_step(one, p, state)
         after.append(p)
     found, as_rest, as_attention = after
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -57,7 +57,7 @@ def test_a_group_is_the_optimizer_with_its_settings(name):
 
 def test_a_frozen_zero_keeps_its_sign():
     params = {"embed": jnp.array([-0.0, 1.0]), "norm": jnp.ones(2)}
-    _, optimizer = made("sgd", params, groups=[{"match": "embed", "freeze": True}])
+    _, optimizer = build("sgd", params, groups=[{"match": "embed", "freeze": True}])
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert bits(optax.apply_updates(params, updates)["embed"]) == bits(params["embed"])
 
@@ -72,7 +72,7 @@ def test_a_frozen_zero_keeps_its_sign():
         ),
         (
             [{"match": "layers"}, {"match": "mlp"}],
-            "optimizer.groups.1.match: every parameter that 'mlp' matches belongs to a group above",
+            "optimizer.groups.1.match: every parameter that 'mlp' matches belongs to an earlier group",
         ),
         (
             [{"match": ".", "freeze": True}],
@@ -82,13 +82,13 @@ def test_a_frozen_zero_keeps_its_sign():
 )
 def test_a_group_that_cannot_be_is_refused(groups, expected):
     with pytest.raises(RecipeError) as error:
-        made("adamw", parameters(), groups=groups)
+        build("adamw", parameters(), groups=groups)
     assert expected in str(error.value)
 
 
 def test_parameters_are_counted_by_what_happens_to_them():
     keys = {"groups": [{"match": "gate", "freeze": True}, {"match": "qkv", "weight_decay": 0}]}
-    groups, _ = made("adamw", parameters(), **keys)
+    groups, _ = build("adamw", parameters(), **keys)
     embedding, qkv, gate_up, norm = 12 * 8, 2 * 8 * 2 * 3 * 4, 2 * 8 * 2 * 16, 2 * 8
     assert groups.counts() == {
         "decayed": embedding, "not decayed": qkv + norm, "frozen": gate_up
@@ -101,7 +101,7 @@ def test_parameters_are_counted_by_what_happens_to_them():
 def test_moments_have_the_dtype_that_is_said(name, params, dtype):
     params = parameters(params)
     more = {"momentum": 0.9} if name == "sgd" else {}
-    _, optimizer = made(name, params, state_dtype=dtype, **more)
+    _, optimizer = build(name, params, state_dtype=dtype, **more)
     state = optimizer.init(params)
     grads = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     _, after = optimizer.update(grads, state, params)
@@ -114,7 +114,7 @@ def test_moments_have_the_dtype_that_is_said(name, params, dtype):
 def second_moment(**keys):
     """What adamw has of a gradient that was large for a while and has long been small."""
     params = {"embed": {"embedding": jnp.zeros((8, 128))}}
-    _, optimizer = made("adamw", params, **keys)
+    _, optimizer = build("adamw", params, **keys)
 
     @jax.jit
     def many(state, size, updates):
@@ -133,7 +133,7 @@ def test_moments_in_bfloat16_forget_as_those_in_float32():
 def test_moments_in_float16_are_refused():
     """The square of a gradient of 1e-4 is 0 there."""
     with pytest.raises(RecipeError, match="optimizer.state_dtype"):
-        made("adamw", parameters(), state_dtype="fp16")
+        build("adamw", parameters(), state_dtype="fp16")
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-2), optax.adafactor(1e-2)])

@@ -17,7 +17,7 @@ NAMES = ["adamw", "adafactor", "lion", "muon", "sgd"]
 RATES = {"sgd": 0.3, "adafactor": 0.05}
 
 
-def made(name, params, **keys):
+def build(name, params, **keys):
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
     config = get_config(recipe | {"optimizer": {"type": name, **keys}}).optimizer
     shapes = jax.eval_shape(lambda: params)
@@ -41,7 +41,7 @@ def distance(params):
     return sum(jnp.mean(jnp.square(p.astype(jnp.float32) - 0.5)) for p in jax.tree.leaves(params))
 
 
-def stepped(optimizer, params, state):
+def take_step(optimizer, params, state):
     grads = jax.grad(distance)(params)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state
@@ -50,9 +50,9 @@ def stepped(optimizer, params, state):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_lowers_a_quadratic(name):
     params = parameters()
-    optimizer = made(name, params, lr=RATES.get(name, 0.02), weight_decay=0)
+    optimizer = build(name, params, lr=RATES.get(name, 0.02), weight_decay=0)
     state, before = optimizer.init(params), distance(params)
-    step = jax.jit(lambda params, state: stepped(optimizer, params, state))
+    step = jax.jit(lambda params, state: take_step(optimizer, params, state))
     for _ in range(100):
         params, state = step(params, state)
     assert distance(params) < 0.6 * before
@@ -62,15 +62,15 @@ def test_it_lowers_a_quadratic(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_keeps_dtypes(name, dtype):
     params = parameters(dtype)
-    optimizer = made(name, params)
-    after, _ = stepped(optimizer, params, optimizer.init(params))
+    optimizer = build(name, params)
+    after, _ = take_step(optimizer, params, optimizer.init(params))
     assert {p.dtype for p in jax.tree.leaves(after)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decay_shrinks_weights_and_leaves_norms(name):
     params = parameters()
-    optimizer = made(name, params, lr=0.1, weight_decay=0.5)
+    optimizer = build(name, params, lr=0.1, weight_decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -84,7 +84,7 @@ def test_decay_shrinks_weights_and_leaves_norms(name):
 def test_its_state_has_a_place_on_a_mesh(name):
     params = {"embed": {"embedding": jnp.ones((256, 256))}, "norm": jnp.ones(256)}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    optimizer = made(name, params)
+    optimizer = build(name, params)
     shapes = jax.eval_shape(lambda: params)
     placed = optimizer_shardings(mesh, optimizer, shapes, parameter_shardings(mesh, shapes))
     state = jax.jit(optimizer.init, out_shardings=placed)(params)
@@ -102,10 +102,10 @@ def test_every_key_changes_the_update(name, keys):
     results = []
     for extra in ({}, keys):
         params = parameters()
-        optimizer = made(name, params, lr=0.1, **extra)
+        optimizer = build(name, params, lr=0.1, **extra)
         state = optimizer.init(params)
         for _ in range(3):
-            params, state = stepped(optimizer, params, state)
+            params, state = take_step(optimizer, params, state)
         results.append(params)
     same = jax.tree.map(jnp.array_equal, *results)
     assert not all(jax.tree.leaves(same))

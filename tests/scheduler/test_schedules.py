@@ -43,8 +43,8 @@ CASES = {
 def schedule(name, kwargs, **keys):
     config = HFSchedulerConfig(name=name, scheduler_specific_kwargs=kwargs, **keys)
     warmup = config.warmup_updates(HORIZON)
-    made = hf_schedule(config, horizon=HORIZON, warmup=warmup, peak_lr=PEAK)
-    return [float(made(jnp.int32(u))) for u in range(HORIZON)]
+    rate = hf_schedule(config, horizon=HORIZON, warmup=warmup, peak_lr=PEAK)
+    return [float(rate(jnp.int32(u))) for u in range(HORIZON)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -291,6 +291,6 @@ def test_an_export_is_written_as_its_entry_says(tmp_path, monkeypatch):
         right(folder, tensors, dtype, max_shard_bytes)
 
     monkeypatch.setattr(export, "write_folder", zeroed)
-    with pytest.raises(CheckpointError, match="read back as others"):
+    with pytest.raises(CheckpointError, match="differ when read back"):
         exported("damaged")
     assert exported("unseen", verify_export=False)

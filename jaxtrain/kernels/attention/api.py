@@ -1,4 +1,4 @@
-"""The public entry to attention."""
+"""The public attention function."""
 
 from functools import partial
 
@@ -20,18 +20,19 @@ def attention(
     k_BSKH: Array,
     v_BSKH: Array,
     *,
-    q_places: TokenPositions,
-    kv_places: TokenPositions,
+    q_positions: TokenPositions,
+    kv_positions: TokenPositions,
     window: int | None = None,
     implementation: str = "reference",
 ) -> Array:
     """Causal attention inside each segment, [B, T, N, H] in the dtype of q; softmax in float32.
 
     A query sees a key of its own segment at the same or an earlier position, at most `window - 1`
-    back. Padding (segment 0) comes out as exactly 0 and gets no gradient. With T == S the row looks
-    at itself and must be in order: positions rise with the index inside a segment. With T != S the
-    keys are a cache, in any order; an empty slot of it has segment 0 and finite contents.
-    `implementation` is what `choose` named, or 'splash_interpret' for a test on CPU; those that
-    cannot do a shape raise NotImplementedError.
+    back. Padding (segment 0) gives exactly 0 and gets no gradient. T == S is self-attention, and
+    positions must rise with the index inside a segment. With T != S the keys are a cache, in any
+    order; an empty slot has segment 0 and finite contents. `implementation` is the name that
+    `choose` returns, or 'splash_interpret' for a test on CPU; an implementation that does not
+    support a shape raises NotImplementedError.
     """
-    return IMPLEMENTATIONS[implementation](window, q_BTNH, k_BSKH, v_BSKH, q_places, kv_places)
+    attend = IMPLEMENTATIONS[implementation]
+    return attend(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)

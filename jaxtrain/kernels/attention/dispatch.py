@@ -1,4 +1,4 @@
-"""Which implementation of attention a platform gets."""
+"""Chooses the attention implementation for a platform."""
 
 from typing import Literal, NamedTuple
 
@@ -9,19 +9,18 @@ Wanted = Literal["auto", "pallas", "reference"]
 
 class Choice(NamedTuple):
     name: str
-    """what `attention` takes as its implementation"""
+    """the `implementation` to pass to `attention`"""
     reason: str
     """one sentence for the log"""
 
 
 def choose(platform: str, *, wanted: Wanted, head_size: int, tokens: int) -> Choice:
-    """The implementation for rows of `tokens` on the mesh's platform; ValueError if a forced one
-    cannot run there."""
+    """Chooses for sequences of `tokens`; ValueError if the wanted implementation cannot run."""
     if wanted == "reference":
-        return Choice("reference", "attention: plain jnp, as the recipe asks")
+        return Choice("reference", "attention: plain jnp, as set in the recipe")
     fault = _pallas_fault(platform, head_size)
     if wanted == "auto" and fault is None and tokens < LANES:
-        fault = f"rows of {tokens} tokens are shorter than the {LANES} that splash works on"
+        fault = f"sequences of {tokens} tokens are shorter than the {LANES} that splash needs"
     if fault is None:
         return Choice("splash", "attention: splash, the Pallas kernel for TPU")
     if wanted == "pallas":
@@ -33,5 +32,5 @@ def _pallas_fault(platform: str, head_size: int) -> str | None:
     if platform == "tpu":
         return splash_fault(head_size=head_size)
     if platform in ("gpu", "cuda", "rocm"):
-        return "there is no kernel for packed rows on a GPU yet"
+        return "there is no kernel for packed sequences on GPU yet"
     return f"there is no Pallas kernel for platform {platform!r}"

@@ -1,4 +1,4 @@
-"""Who may look at whom, and how scores are scaled: what every implementation shares."""
+"""The attention mask and the scale of scores, shared by all implementations."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,21 @@ from jax import Array
 
 
 class TokenPositions(NamedTuple):
-    """Where each token of a row stands."""
+    """The document of each token, and its place there."""
 
     segments: Array
     """int32 [B, T]: the document, counted from 1; 0 is padding"""
     positions: Array
-    """int32 [B, T]: place inside the document"""
+    """int32 [B, T]: index inside the document, from 0"""
 
 
 def score_scale(q: Array) -> float:
     return q.shape[-1] ** -0.5
 
 
-def sees(q_places: TokenPositions, kv_places: TokenPositions, window: int | None) -> Array:
-    """Bool [B, T, S]: the definition of what a query sees. All false for a padding query."""
-    q_segments, kv_segments = q_places.segments[:, :, None], kv_places.segments[:, None, :]
-    distance = q_places.positions[:, :, None] - kv_places.positions[:, None, :]
-    seen = (q_segments == kv_segments) & (q_segments != 0) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+def visible_keys(q: TokenPositions, kv: TokenPositions, window: int | None) -> Array:
+    """Bool [B, T, S]: which keys each query attends to; none for a padding query."""
+    q_segments, kv_segments = q.segments[:, :, None], kv.segments[:, None, :]
+    distance = q.positions[:, :, None] - kv.positions[:, None, :]
+    visible = (q_segments == kv_segments) & (q_segments != 0) & (distance >= 0)
+    return visible if window is None else visible & (distance < window)

@@ -1,4 +1,4 @@
-"""Attention by the Pallas TPU kernel that ships with jax (splash attention), mapped over a mesh.
+"""Attention with jax's Pallas kernel for TPU (splash attention), mapped over a mesh.
 
 B batch, T tokens, N query heads, K key/value heads, H head size.
 """
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtrain.kernels.attention.mask import TokenPositions, score_scale
 from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
-LANES = 128  # the kernel cuts a row into multiples of this
+LANES = 128  # block sizes of the kernel are multiples of this
 LARGEST_BLOCK = 512
 
 
@@ -33,48 +33,48 @@ def splash_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
-    q_places: TokenPositions,
-    kv_places: TokenPositions,
+    q_positions: TokenPositions,
+    kv_positions: TokenPositions,
     *,
     interpret: bool,
 ) -> Array:
-    """Self-attention only, and a window counts indices: positions must rise by one a token."""
+    """Self-attention; a window counts indices, so positions must rise by one per token."""
     T, S = q_BTNH.shape[1], k_BTKH.shape[1]
     if T != S:
         raise NotImplementedError(
-            f"splash attention does self-attention only: found {T} queries and {S} keys; "
+            f"splash attention supports only self-attention, found {T} queries and {S} keys; "
             "use implementation 'reference' with a cache"
         )
     if not interpret and (fault := splash_fault(head_size=q_BTNH.shape[-1])):
         raise NotImplementedError(fault)
-    del kv_places  # the same tokens as q_places
+    del kv_positions  # the same tokens as q_positions
     local = partial(_local_attention, window=window, interpret=interpret)
-    return _mapped(local, q_BTNH, k_BTKH, v_BTKH, q_places.segments)
+    return _map_over_mesh(local, q_BTNH, k_BTKH, v_BTKH, q_positions.segments)
 
 
 def splash_fault(*, head_size: int) -> str | None:
-    """Why the kernel cannot serve this shape."""
+    """Why the kernel does not support this shape, if so."""
     if head_size % 64:
         return f"splash attention needs a head size that is a multiple of 64, found {head_size}"
     return None
 
 
-def _mapped(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
-    """Run the kernel on each device's share of batch and heads.
+def _map_over_mesh(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
+    """Runs the kernel on each device's part of batch and heads.
 
-    Mosaic refuses to be partitioned by the compiler, so every axis that is not manual yet becomes
-    so here. The mesh is left to the context, for inside a pipeline stage a part of it is manual.
+    The compiler cannot partition Mosaic kernels, so every axis becomes manual here. The mesh is
+    that of the context, since inside a pipeline stage one axis is manual already.
     """
     sizes = free_axis_sizes()
     if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
-    # Axes of size 1 ride on the batch: an axis that no input names costs a sum in the backward.
+    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
     batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
     shards = prod(sizes[a] for a in batch)
     if q_BTNH.shape[0] % shards:
         raise NotImplementedError(
-            f"batch {q_BTNH.shape[0]} does not split over {shards} devices of axes {batch}; "
+            f"batch {q_BTNH.shape[0]} does not split over the {shards} devices of axes {batch}; "
             f"use a multiple of {shards}"
         )
     heads = PartitionSpec(batch, None, TENSOR_AXIS if TENSOR_AXIS in sizes else None, None)
@@ -100,17 +100,17 @@ def _local_attention(
     fill = -T % LANES
     kernel = _kernel(T + fill, N, window, interpret)
 
-    def ready(x_BTNH: Array) -> Array:
+    def pad(x_BTNH: Array) -> Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    # In float32, for a scale rounded to bfloat16 would err by the same share in every score.
+    # In float32: a scale rounded to bfloat16 would bias every score by the same factor.
     q_BTNH = (q_BTNH.astype(jnp.float32) * score_scale(q_BTNH)).astype(q_BTNH.dtype)
     # Padding forms a segment of its own, so that no row of scores is empty.
     filled_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)))
     out_BNTH = jax.vmap(kernel)(
-        ready(q_BTNH),
-        ready(k_BTKH),
-        ready(v_BTKH),
+        pad(q_BTNH),
+        pad(k_BTKH),
+        pad(v_BTKH),
         SegmentIds(filled_BT, filled_BT),
     )
     out_BTNH = out_BNTH.swapaxes(1, 2)[:, :T]
@@ -136,4 +136,4 @@ def _kernel(T: int, N: int, window: int | None, interpret: bool) -> Callable[...
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    return cast(Callable[..., Array], kernel)  # its residuals are not asked for
+    return cast(Callable[..., Array], kernel)  # residuals are not requested

@@ -1,11 +1,10 @@
-"""Cross-entropy from hidden states, a chunk of tokens at a time: [B, T, V] is never held.
+"""Cross-entropy from hidden states, one chunk of tokens at a time: [B, T, V] never exists.
 
 On a mesh the batch gets a leading dimension of shards, and so does the gradient of the head. Each
-device then adds up its own share over all chunks, and one sum over the shards follows the loop; the
-compiler would otherwise reduce the whole head gradient once a chunk.
+device then sums its own part over all chunks, and one sum over the shards follows the loop; the
+compiler would otherwise reduce the whole head gradient once per chunk.
 
-I shards of the batch, B batch (b of one shard), T tokens, C tokens of a chunk, D width,
-V vocabulary.
+I shards of the batch, B batch (b per shard), T tokens, C tokens per chunk, D width, V vocabulary.
 """
 
 from functools import partial
@@ -20,7 +19,7 @@ from jaxtrain.kernels.cross_entropy.plan import NLL, HeadLayout, Plan, make_plan
 
 
 class Scores(NamedTuple):
-    """The logits of a chunk and what the loss needs of them."""
+    """The logits of a chunk, and what the loss derives from them."""
 
     logits_IbCV: Array
     top_IbC: Array
@@ -43,9 +42,9 @@ def weighted_nll(
 ) -> NLL:
     """Weighted sum of the losses of targets[b, t] given hidden[b, t].
 
-    The gradients of hidden and head are made in the forward pass, which saves one product in four,
-    and are for `total` alone; weights are constants. A token of weight 0 adds nothing, not even a
-    NaN. `chunk_tokens` counts tokens of each row.
+    The forward pass computes the gradients of hidden and head too, which saves one product in four.
+    Only `total` is differentiated; weights are constants. A token of weight 0 adds nothing, not
+    even a NaN. `chunk_tokens` counts tokens of each sequence.
     """
     plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens, z_loss, label_smoothing)
     weights_BT = lax.stop_gradient(weights_BT.astype(jnp.float32))
@@ -57,31 +56,31 @@ def weighted_nll(
 def _weighted_nll(
     plan: Plan, hidden_BTD: Array, head: Array, targets_BT: Array, weights_BT: Array
 ) -> NLL:
-    # The compiler drops the gradients, which nobody asks for here.
+    # Without differentiation the gradients are unused, and the compiler drops them.
     return _weighted_nll_fwd(plan, hidden_BTD, head, targets_BT, weights_BT)[0]
 
 
 def _weighted_nll_fwd(
     plan: Plan, hidden_BTD: Array, head: Array, targets_BT: Array, weights_BT: Array
 ):
-    ready = _ready_head(plan, head, hidden_BTD.dtype)
+    prepared = _prepare_head(plan, head, hidden_BTD.dtype)
 
     def step(sums, chunk):
         x_IbCD, y_IbC, w_IbC = chunk
-        x_IbCD = _cleaned(x_IbCD, w_IbC)
-        scores = _scores(plan, ready, x_IbCD, y_IbC)
+        x_IbCD = _zero_unweighted(x_IbCD, w_IbC)
+        scores = _scores(plan, prepared, x_IbCD, y_IbC)
         d_logits_IbCV = _d_total(
             plan, scores.logits_IbCV, scores.is_target_IbCV, scores.lse_IbC, w_IbC
         )
-        d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_logits_IbCV)
+        d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_logits_IbCV)
         nll = _chunk_nll(plan, scores, w_IbC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden
 
-    xs = _chunks(plan, hidden_BTD, targets_BT, weights_BT)
+    xs = _split_chunks(plan, hidden_BTD, targets_BT, weights_BT)
     sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, head)
     (nll, d_head), d_hidden = lax.scan(step, sums, xs)
     like = jnp.zeros((), head.dtype)
-    saved = _joined(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like
+    saved = _join_chunks(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like
     return NLL(*(x.sum() for x in nll)), saved
 
 
@@ -109,7 +108,7 @@ def _chunk_nll(plan: Plan, scores: Scores, w_IbC: Array) -> NLL:
 def _d_total(
     plan: Plan, logits_IbCV: Array, is_target_IbCV: Array, lse_IbC: Array, w_IbC: Array
 ) -> Array:
-    """Gradient of a chunk's total by its logits, float32 [I, b, C, V]."""
+    """Gradient of a chunk's total with respect to its logits, float32 [I, b, C, V]."""
     smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], lse_IbC[..., None]
     d_IbCV = jnp.exp(logits_IbCV - lse_IbC1) * w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
     d_IbCV -= jnp.where(is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
@@ -126,8 +125,8 @@ def token_log_probs(
 ) -> Array:
     """Log-probability of targets[b, t] given hidden[b, t], float32 [B, T].
 
-    The backward makes the logits again. A token whose gradient is 0 adds nothing to it, not even a
-    NaN. `chunk_tokens` counts tokens of each row.
+    The backward pass recomputes the logits. A token whose gradient is 0 adds nothing, not even a
+    NaN. `chunk_tokens` counts tokens of each sequence.
     """
     plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens)
     return _log_probs(plan, hidden_BTD, head, targets_BT)
@@ -139,41 +138,41 @@ def _log_probs(plan: Plan, hidden_BTD, head, targets_BT) -> Array:
 
 
 def _log_probs_fwd(plan: Plan, hidden_BTD, head, targets_BT):
-    ready = _ready_head(plan, head, hidden_BTD.dtype)
+    prepared = _prepare_head(plan, head, hidden_BTD.dtype)
 
     def step(_, chunk):
         x_IbCD, y_IbC = chunk
-        scores = _scores(plan, ready, x_IbCD, y_IbC)
+        scores = _scores(plan, prepared, x_IbCD, y_IbC)
         return (), (scores.target_IbC - scores.lse_IbC, scores.lse_IbC)
 
-    _, (log_probs, lse) = lax.scan(step, (), _chunks(plan, hidden_BTD, targets_BT))
-    lse_BT = _joined(lse, targets_BT)
-    return _joined(log_probs, targets_BT), (hidden_BTD, head, targets_BT, lse_BT)
+    _, (log_probs, lse) = lax.scan(step, (), _split_chunks(plan, hidden_BTD, targets_BT))
+    lse_BT = _join_chunks(lse, targets_BT)
+    return _join_chunks(log_probs, targets_BT), (hidden_BTD, head, targets_BT, lse_BT)
 
 
 def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
     hidden_BTD, head, targets_BT, lse_BT = saved
-    ready = _ready_head(plan, head, hidden_BTD.dtype)
+    prepared = _prepare_head(plan, head, hidden_BTD.dtype)
 
     def step(d_head_sum, chunk):
         x_IbCD, y_IbC, lse_IbC, g_IbC = chunk
-        x_IbCD, lse_IbC = _cleaned(x_IbCD, g_IbC), jnp.where(g_IbC != 0, lse_IbC, 0)
-        logits_IbCV = _logits(plan, ready, x_IbCD)
+        x_IbCD, lse_IbC = _zero_unweighted(x_IbCD, g_IbC), jnp.where(g_IbC != 0, lse_IbC, 0)
+        logits_IbCV = _logits(plan, prepared, x_IbCD)
         # A log-probability is the negative of a loss of weight 1.
         d_IbCV = _d_total(plan, logits_IbCV, _is_target(logits_IbCV, y_IbC), lse_IbC, -g_IbC)
-        d_hidden, d_head = _product_gradients(plan, ready, x_IbCD, d_IbCV)
+        d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
         return d_head_sum + d_head, d_hidden
 
-    xs = _chunks(plan, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
+    xs = _split_chunks(plan, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
     d_head, d_hidden = lax.scan(step, _head_sums(plan, head), xs)
     d_head = _head_gradient(plan, d_head).astype(head.dtype)
-    return _joined(d_hidden, hidden_BTD), d_head, None
+    return _join_chunks(d_hidden, hidden_BTD), d_head, None
 
 
 _log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
 
 
-def _cleaned(x_IbCD: Array, w_IbC: Array) -> Array:
+def _zero_unweighted(x_IbCD: Array, w_IbC: Array) -> Array:
     # 0 * NaN is NaN, so a weight alone does not keep a bad row out of the head's gradient.
     return jnp.where(w_IbC[..., None] != 0, x_IbCD, 0)
 
@@ -191,7 +190,7 @@ def _is_target(logits_IbCV: Array, y_IbC: Array) -> Array:
 
 
 def _scores(plan: Plan, head: Array, x_IbCD: Array, y_IbC: Array) -> Scores:
-    """The target is found by comparing: with the vocabulary split, an index would gather it."""
+    """Finds the target by comparison: indexing would gather a vocabulary that is split."""
     logits_IbCV = _logits(plan, head, x_IbCD)
     top_IbC = logits_IbCV.max(-1)
     lse_IbC = top_IbC + jnp.log(jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1))
@@ -201,7 +200,7 @@ def _scores(plan: Plan, head: Array, x_IbCD: Array, y_IbC: Array) -> Scores:
 
 
 def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_logits_IbCV: Array):
-    """Gradients of a chunk's hidden states and, a shard each, of the head in its layout."""
+    """Gradients of a chunk's hidden states, and of the head [I, D, V], one per shard."""
     d_logits_IbCV = d_logits_IbCV.astype(x_IbCD.dtype)
     d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_logits_IbCV, head)
     d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_logits_IbCV)
@@ -218,25 +217,25 @@ def _head_sums(plan: Plan, head: Array) -> Array:
 def _head_gradient(plan: Plan, sums_IDV: Array) -> Array:
     """The sum over shards in the layout of the head.
 
-    A head [V, D] too gets its gradient added up as [D, V], and transposed here: the other way round
-    the compiler for CPU transposes the gradient of the logits in every chunk, a fifth of the time.
+    The gradient of a head [V, D] is summed as [D, V] too, and transposed here: otherwise XLA on CPU
+    transposes the gradient of the logits in every chunk, which takes a fifth of the time.
     """
     d_head_DV = sums_IDV.sum(0)
     return d_head_DV if plan.head_layout == "DV" else d_head_DV.T
 
 
-def _ready_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
-    """The head as the products want it: cast, then gathered over all but the vocabulary, once."""
+def _prepare_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
+    """Casts the head, then gathers it over all axes but that of the vocabulary: once per step."""
     split = plan.vocabulary_axis
     return plan.place(
         head.astype(dtype), *((None, split) if plan.head_layout == "DV" else (split,))
     )
 
 
-def _chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
-    """[chunks, I, b, C, ...] of each; what fills the last chunk is 0, so that it weighs nothing."""
+def _split_chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
+    """Splits each into [chunks, I, b, C, ...]; the last is filled with 0, which has no effect."""
 
-    def cut(x: Array) -> Array:
+    def split(x: Array) -> Array:
         B, T, *rest = x.shape
         chunks = -(-T // plan.chunk_tokens)
         fill = chunks * plan.chunk_tokens - T
@@ -245,11 +244,11 @@ def _chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
         x = jnp.moveaxis(x.reshape(shape), 2, 0)
         return plan.place(x, None, plan.batch_axes, *((None,) * (x.ndim - 2)))
 
-    return tuple(cut(x) for x in xs_BT)
+    return tuple(split(x) for x in xs_BT)
 
 
-def _joined(x: Array, like: Array) -> Array:
-    """The inverse of `_chunks`, in the shape of `like`."""
+def _join_chunks(x: Array, like: Array) -> Array:
+    """The inverse of `_split_chunks`, in the shape of `like`."""
     chunks, shards, batch, tokens, *rest = x.shape
     x = jnp.moveaxis(x, 0, 2).reshape(shards * batch, chunks * tokens, *rest)
     return x[:, : like.shape[1]]

@@ -1,4 +1,4 @@
-"""What the chunked loss is to do, and how it is cut over tokens and devices."""
+"""What the chunked loss computes, and how it is split over tokens and devices."""
 
 from math import prod
 from typing import Literal, NamedTuple
@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 HeadLayout = Literal["DV", "VD"]
-"""Order of the head's dimensions: 'VD' is an embedding that serves as the head too."""
+"""Order of the head's dimensions; 'VD' is that of a tied embedding."""
 
-SMALL_BYTES = 64 * 2**20  # logits of a chunk need not be smaller
-MOST_TOKENS = 1024  # of a chunk on one device; more gain nothing
+MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
+MAX_TOKENS = 1024  # of a chunk on one device; more are no faster
 
 
 class NLL(NamedTuple):
-    """Sums over the batch, float32 []. Only `total` is differentiated; the rest is for the log."""
+    """Sums over the batch, float32 []. Only `total` is differentiated; the others are metrics."""
 
     total: Array
     """weighted negative log-likelihood, smoothing and z-loss included"""
@@ -28,20 +28,20 @@ class NLL(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Static, hashable. Shards: how many ways the batch is split over `batch_axes`."""
+    """Hashable and static. `shards` is the number of parts of the batch over `batch_axes`."""
 
     head_layout: HeadLayout
     z_loss: float
     label_smoothing: float
     chunk_tokens: int
-    """of each row"""
+    """of each sequence"""
     batch_axes: tuple[str, ...]
     shards: int
     vocabulary_axis: str | None
     on_mesh: bool
 
     def place(self, x: Array, *spec) -> Array:
-        """x with a sharding constraint, where there is a mesh."""
+        """Constrains the sharding of x, if there is a mesh."""
         return jax.lax.with_sharding_constraint(x, P(*spec)) if self.on_mesh else x
 
 
@@ -71,7 +71,7 @@ def make_plan(
     splits = splits if V % splits == 0 else 1
     if chunk_tokens is None:
         # With D tokens the logits take as much memory as the float32 gradient of the head.
-        tokens = min(MOST_TOKENS, max(D, SMALL_BYTES // (4 * V // splits)))
+        tokens = min(MAX_TOKENS, max(D, MIN_BYTES // (4 * V // splits)))
         chunk_tokens = max(1, tokens // (B // shards))
     chunks = -(-T // chunk_tokens)
     return Plan(
