@@ -55,12 +55,12 @@ def prepare_data(
     train = _made(config.sources, trainer)
     evals = {name: _made(listed, trainer) for name, listed in config.eval_sets.items()}
     if train_data is not None:
-        train = [GivenSource.of(train_data, config.sources[0])]
+        train = [GivenSource.from_records(train_data, config.sources[0])]
     if eval_data is not None:
         if config.train_eval_split[1]:
             raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
         named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
-        evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
+        evals = {name: [GivenSource.from_records(rows)] for name, rows in named.items()}
     return factory.prepare(
         train, evals, shape, process_index=process_index, process_count=process_count
     )
@@ -77,7 +77,7 @@ def prepare_evaluation(
     if isinstance(first, str) or kind in registry.names("data_source"):
         sources = _made(eval_sources(rows, factory.config), factory.trainer)
     else:
-        sources = [GivenSource.of(rows)]
+        sources = [GivenSource.from_records(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)
 
 

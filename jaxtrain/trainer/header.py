@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxtrain.data.ledger import span
+from jaxtrain.data.ledger import format_range
 from jaxtrain.recipe.mesh import AXES
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def _rows(trainer: "Trainer") -> dict[str, str]:
     start = f", from step {trainer.global_step}" if trainer.global_step else ""
     return {
         "data": "\n".join(data.ledger.lines()),
-        "batch": f"{layout.global_batch:,} rows of {span(lengths)} tokens = {most}{tokens:,} "
-        f"tokens a step{cut}" + (f", compiled for {len(lengths)} lengths" if most else ""),
+        "batch": f"{layout.global_batch:,} rows of {format_range(lengths)} tokens = {most}"
+        f"{tokens:,} tokens a step{cut}"
+        + (f", compiled for {len(lengths)} lengths" if most else ""),
         "steps": f"{trainer.last_step:,}, {data.steps_per_epoch:,} an epoch, "
         f"warm-up {trainer.warmup_steps:,}{start}",
     }

@@ -122,7 +122,7 @@ def test_save_model_goes_where_the_recipe_exports_to(tmp_path):
 def test_a_mode_prepares_data_and_nothing_else(tmp_path, capsys):
     run = SFTTrainer(get_config(recipe(tmp_path)), mode="process-data")
     assert run.data.train_rows > 0
-    assert "rows read" in capsys.readouterr().out
+    assert "records read" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="mode 'process-data' prepares rows alone"):
         run.train()
     assert not (tmp_path / "run").exists()
@@ -130,7 +130,7 @@ def test_a_mode_prepares_data_and_nothing_else(tmp_path, capsys):
 
 def test_rows_may_be_given(tmp_path):
     written = recipe(tmp_path, data={"sources": ["given"]})
-    with pytest.raises(DataError, match="given: no rows; give them as `train_data`"):
+    with pytest.raises(DataError, match="given: no records; pass them as `train_data`"):
         trainer(written)
     run = SFTTrainer(
         get_config(written), devices=jax.devices()[:1], train_data=CHATS[:16],
