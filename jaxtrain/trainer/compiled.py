@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.metrics.flops import counts
+from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.step import StepSpec
@@ -80,7 +80,7 @@ def step_spec(trainer: "Trainer") -> StepSpec:
         average=trainer.average.after,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        counts=partial(counts, windows=model.windows),
+        counts=partial(count_tokens, windows=model.windows),
         compute_shardings=placed(over_data=stage == 3),
         grad_shardings=placed(over_data=stage >= 2),
         whole_batch=trainer.layout.whole_batch,

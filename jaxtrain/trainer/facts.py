@@ -7,7 +7,7 @@ import jax
 
 from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.checkpoint.engine import SavePoint
-from jaxtrain.metrics.recorded import Recorded
+from jaxtrain.metrics.user_metrics import UserMetrics
 from jaxtrain.metrics.wandb_run import Wandb
 from jaxtrain.model import Decoder
 from jaxtrain.recipe.dump import compatibility
@@ -182,7 +182,7 @@ class Facts(Parts):
     model_unwrapped = model
 
     @property
-    def metrics(self) -> Recorded:
+    def metrics(self) -> UserMetrics:
         """For numbers of the user's own, which the row of this update will have."""
         return self.report.recorded
 

@@ -17,7 +17,7 @@ from jaxtrain import registry
 from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import HFCheckpointEngine, OrbaxEngine
 from jaxtrain.data import SFTDataFactory
-from jaxtrain.metrics.console import Console, duration
+from jaxtrain.metrics.console import Console, format_duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import (
@@ -120,7 +120,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
         rows = self.layout.global_batch
-        meter = Meter.of(self.language_model, self.mesh.devices, update_rows=rows)
+        meter = Meter.for_model(self.language_model, self.mesh.devices, update_rows=rows)
         self.report = Report(
             self.console,
             self.run_folder,
@@ -194,7 +194,7 @@ class Trainer(Listened, Saved, registry.Registered, kind="trainer"):
                 self._run()
                 how = f"ended early, {self.early_stop_reason}" if self.early_stop else "finished"
         runtime = time.perf_counter() - began
-        done = f"{self.global_step} updates done, {duration(runtime)}"
+        done = f"{self.global_step} updates done, {format_duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
         return TrainOutput(self.global_step, self.report.last_loss, self._told(runtime, seen))
 
