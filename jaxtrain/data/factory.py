@@ -126,7 +126,7 @@ class DataFactory(Factory, kind="data"):
         """Turns records into documents and counted drops; DataError when no document is left."""
         counts = tuple(SourceCounts(one.label) for one in dataset)
         tolerance = Tolerance(self.config.max_rows_with_errors)
-        with _scratch_folder() as folder:
+        with _open_scratch() as folder:
             with DocumentWriter(folder) as writer:
                 for number, (one, count) in enumerate(zip(dataset, counts, strict=True)):
                     workers = choose_num_workers(len(one.rows), self.config.num_proc)
@@ -264,7 +264,7 @@ class DataFactory(Factory, kind="data"):
 
 
 @contextmanager
-def _scratch_folder() -> Iterator[Path]:
+def _open_scratch() -> Iterator[Path]:
     """Opens a temporary folder in the user's cache, named so that the cache deletes what a killed
     process leaves; what was mapped from it stays readable after it is deleted."""
     parent = cache_folder() / "data"

@@ -23,9 +23,8 @@ class GivenSource(ConversationSource):
 
     @classmethod
     def from_records(cls, records: Iterable[dict[str, Any]], config: Any = None) -> "GivenSource":
-        """Makes a source of `records`, read as `config`, a recipe's `given` source, says.
-
-        Without one, records that have `input_ids` are read as tokens, all others as raw data."""
+        """Makes a source of `records`; `config` is the recipe's `given` source, if it has one, else
+        records with `input_ids` are read as tokens and all others as raw data."""
         records = records if isinstance(records, Sequence) else list(records)
         if not isinstance(config, RowsConfig) or config.type != cls.name:
             is_tokens = any(isinstance(one, Mapping) and "input_ids" in one for one in records[:1])

@@ -57,9 +57,9 @@ class SFTDataFactory(DataFactory):
             plan = cut_documents(documents.lengths, self.max_length, chosen)
         else:
             plan = pack(documents.lengths, self.max_length, config.packing, chosen)
-        return self._without_short_pack(plan) if train and config.drop_last else plan
+        return self._drop_short_pack(plan) if train and config.drop_last else plan
 
-    def _without_short_pack(self, plan: PackingPlan) -> PackingPlan:
+    def _drop_short_pack(self, plan: PackingPlan) -> PackingPlan:
         """Drops the pack that holds the rest: the last in order, or the shortest of best-fit."""
         in_order = self.config.always_max_length or self.config.packing == "next_fit"
         short = plan.num_sequences - 1 if in_order else int(np.argmin(plan.sequence_lengths))

@@ -153,10 +153,10 @@ class _MarkedSearch:
         ]
         # A marker at the start may hide what a template looks for there, such as <think>.
         self._places = self._find_places(both) or self._find_places(self._ended) or {}
-        self._ends = self._content_ends(self._places)
+        self._ends = self._find_ends(self._places)
 
     @staticmethod
-    def _content_ends(places: MarkPositions) -> dict[int, int]:
+    def _find_ends(places: MarkPositions) -> dict[int, int]:
         """Returns the end of what each message says, its content or its calls."""
         found: dict[int, int] = {}
         for (kind, index), place in places.items():
@@ -209,7 +209,7 @@ class _MarkedSearch:
         # Some templates refuse an answer without its call.
         for after in (self._ended[turn + 1 :], []):
             probe, places = self._render_unmarked([*self._ended[:turn], plain, *after], False)
-            end, start = self._content_ends(places).get(last), places.get(("s", turn))
+            end, start = self._find_ends(places).get(last), places.get(("s", turn))
             if end is None or start is None:
                 continue
             header = probe[end:start]
@@ -231,7 +231,7 @@ class _MarkedSearch:
     def _render_opening(self, turn: int, last: int) -> str | None:
         """Renders what is between the last content before the turn and the end of the prompt."""
         prompt, places = self._render_unmarked(self._ended[:turn], True)
-        place = self._content_ends(places).get(last)
+        place = self._find_ends(places).get(last)
         return None if place is None else prompt[place:]
 
     def find_end(self, turn: int) -> int | None:
@@ -247,7 +247,7 @@ class _MarkedSearch:
         if known is not None and self._text.startswith(known, end):
             return end + len(known)
         rendered, places = self._render_unmarked(self._ended[: turn + 1], False)
-        place = self._content_ends(places).get(turn)
+        place = self._find_ends(places).get(turn)
         if place is None:
             return None
         # Some templates write more after a last turn, such as EOS after the end of turn; a token

@@ -157,7 +157,7 @@ def test_what_causal_data_refuse(tmp_path):
     with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
         CausalDataConfig(sources=("x",), pack_samples=True)
     with pytest.raises(
-        DataError, match="data.max_length: \d+ is more than all \d+ tokens; lower it"
+        DataError, match=r"data.max_length: \d+ is more than all \d+ tokens; lower it"
     ):
         causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)
     tokenizer = tiny_tokenizer()
