@@ -44,9 +44,7 @@ class TokenisedEncoder:
             return tokens.astype(np.int32), np.ones(len(tokens), np.uint8)
         labels = _read_integers(record, "labels")
         if len(labels) != len(tokens):
-            raise DataError(
-                f"labels: found {len(labels)}, must be as many as the {len(tokens)} input_ids"
-            )
+            raise DataError(f"labels: must be {len(tokens)}, as input_ids, found {len(labels)}")
         wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
         if len(wrong):
             raise DataError(

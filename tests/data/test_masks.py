@@ -195,9 +195,8 @@ def test_a_name_may_stand_in_the_id_of_its_call():
 
 def test_tools_that_the_template_hides_are_refused():
     found = outcome(CHATML, chat("a", "b"), [{"name": "f"}])
-    assert isinstance(found, Fault) and found.message.startswith(
-        "tools: the chat template does not"
-    )
+    assert isinstance(found, Fault)
+    assert found.message.startswith("tools: the chat template does not")
 
 
 @pytest.mark.parametrize("written", ["{{ a }}", "{{ '' + a }}", "{{ a | tojson }}"])
@@ -305,9 +304,8 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 
     text = render(messages, False)
     turns = list(range(1, len(messages), 2))
-    assert find_by_marks(render, messages, turns, text) == find_by_prefixes(
-        render, messages, turns, text
-    )
+    case = (render, messages, turns, text)
+    assert find_by_marks(*case) == find_by_prefixes(*case)
 
 
 @settings(max_examples=40, deadline=None)
@@ -529,9 +527,8 @@ def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
-    assert found.message.startswith(
-        "messages[1].content: the chat template does not show all of it"
-    )
+    told = "messages[1].content: the chat template does not show all of it"
+    assert found.message.startswith(told)
     marked = GENERATION.replace(
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>",

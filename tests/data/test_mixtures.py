@@ -80,10 +80,8 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
 def test_named_eval_sets(tmp_path):
     math, talk = chats(tmp_path, "math", 3), chats(tmp_path, "talk", 5)
     data = sft([chats(tmp_path, "one", 4)], evals={"math": [math], "talk": [talk]})
-    assert {name: plan.rows.num_sequences for name, plan in data.evals.items()} == {
-        "math": 3,
-        "talk": 5,
-    }
+    counts = {name: plan.rows.num_sequences for name, plan in data.evals.items()}
+    assert counts == {"math": 3, "talk": 5}
     named = {"math": ["m.jsonl"], "talk": "t.jsonl:eval[:5]"}
     config = get_config({
         "model": {"name_or_path": "m"}, "eval_interval": 1,
@@ -111,9 +109,8 @@ def test_slices_are_full_and_hold_every_token_once_in_order(lengths, capacity):
     lengths = np.array(lengths)
     chosen = np.arange(len(lengths))[::-1]
     plan = cut_documents(lengths, capacity, chosen)
-    assert (plan.sequence_lengths[:-1] == capacity).all() and 0 < plan.sequence_lengths[
-        -1
-    ] <= capacity
+    *full, last = plan.sequence_lengths
+    assert set(full) <= {capacity} and 0 < last <= capacity
     found = [
         (document, token)
         for document, start, length in zip(*plan[:3], strict=True)
@@ -142,9 +139,7 @@ def test_drop_last_drops_one_short_pack(tmp_path, keys):
     source = chats(tmp_path, "one", 41)
     kept = sft([source], pack_samples=True, max_length=64, **keys).train.rows
     rest = sft([source], pack_samples=True, max_length=64, drop_last=True, **keys).train.rows
-    assert (
-        rest.num_sequences == kept.num_sequences - 1 and len(rest.offsets) == rest.num_sequences + 1
-    )
+    assert len(rest.offsets) == rest.num_sequences + 1 == kept.num_sequences
     last = kept.sequence_lengths.min() if not keys else kept.sequence_lengths[-1]
     assert kept.sequence_lengths.sum() - rest.sequence_lengths.sum() == last < 64
     with pytest.raises(DataError, match="drop_last would drop the only pack"):

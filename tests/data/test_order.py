@@ -82,11 +82,8 @@ def test_an_epoch_may_take_all_rows_several_times(plan):
     assert plan.repeated(0).passes == plan.repeated(3).passes == 1
     for wanted in (4, 5, 6, 100):
         repeated = plan.repeated(wanted)
-        assert (
-            repeated.steps_per_epoch
-            >= wanted
-            > (repeated.passes - 1) * plan.rows.num_sequences // 8
-        )
+        fewer = (repeated.passes - 1) * plan.rows.num_sequences // 8
+        assert repeated.steps_per_epoch >= wanted > fewer
     repeated = plan.repeated(4)
     assert repeated.passes == 2 and repeated.steps_per_epoch == -(-2 * plan.rows.num_sequences // 8)
     copies = [epoch_rows(repeated, epoch)[: 2 * plan.rows.num_sequences] for epoch in (0, 1)]

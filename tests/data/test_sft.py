@@ -186,9 +186,8 @@ def test_the_ledger_counts_every_row(tmp_path):
     assert lines[0] == "chats: 10 records read, 8 documents"
     assert "  dropped 1: longer than max_length" in lines
     assert lines[5].startswith("  end of turn trained in 100.0% of ")
-    assert lines[-3].startswith(
-        f"train: 8 documents in {data.train_rows} sequences of 160 tokens, fill"
-    )
+    packed = f"train: 8 documents in {data.train_rows} sequences of 160 tokens, fill"
+    assert lines[-3].startswith(packed)
     assert sum(len(d) for d in documents_in(data.train_batches(0, 9))) >= counts.tokens
 
 
@@ -280,10 +279,8 @@ def test_processes_change_no_row(tmp_path):
 
 
 def test_processes_start_only_for_many_rows():
-    assert (
-        choose_num_workers(MIN_POOL_RECORDS - 1, 16) == 0
-        and choose_num_workers(MIN_POOL_RECORDS, 1) == 0
-    )
+    assert choose_num_workers(MIN_POOL_RECORDS - 1, 16) == 0
+    assert choose_num_workers(MIN_POOL_RECORDS, 1) == 0
 
 
 def test_data_and_tokenizers_import_no_jax():

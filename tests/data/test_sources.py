@@ -160,6 +160,7 @@ def test_samples_are_drawn_once_and_kept_in_order(jsonl):
     assert len(read(JsonLinesSource, jsonl, sample_count=99)) == 10
 
 
+EXPECTED = "must be a list of objects, or one object per line"
 CASES = {
     "no comma": (
         JsonSource,
@@ -178,15 +179,11 @@ CASES = {
     "one object": (
         JsonSource,
         '{"a":\n1}',
-        ":1: must be a list of objects, or one object per line, found one object over several lines",
+        f":1: {EXPECTED}, found one object over several lines",
     ),
     "empty list": (JsonSource, "[]", ": no records"),
     "empty file": (JsonSource, "", ": the file is empty"),
-    "a number": (
-        JsonSource,
-        "5",
-        ":1: must be a list of objects, or one object per line, found '5'",
-    ),
+    "a number": (JsonSource, "5", f":1: {EXPECTED}, found '5'"),
     "list of numbers": (JsonSource, "[\n1]", ":2: record 0: must be an object, found 1"),
     "more text": (JsonSource, '[{"a":1}]\nx', ":2: text after the end of the list"),
     "second object": (
@@ -251,9 +248,8 @@ def test_what_the_recipe_names_and_is_not_there(tmp_path):
     )
     pattern = f"{tmp_path}/*.jsonl"
     assert failure(JsonLinesSource, pattern) == (RecipeError, f"no file matches {pattern}")
-    assert failure(LocalSource, tmp_path)[1].startswith(
-        f"folder {tmp_path} holds no data file; known are .json"
-    )
+    message = failure(LocalSource, tmp_path)[1]
+    assert message.startswith(f"folder {tmp_path} holds no data file; known are .json")
     path = write(tmp_path / "a.dat", "x")
     assert failure(LocalSource, path)[1].startswith(f"{path}: unknown suffix")
 

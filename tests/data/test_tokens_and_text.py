@@ -52,15 +52,9 @@ WRONG = {
     "text": ({"input_ids": "abc", "labels": [1]}, "input_ids: must be a list of whole numbers"),
     "lists": ({"input_ids": [[1], [2, 3]], "labels": [1]}, "input_ids: must be a list of whole"),
     "fractions": ({"input_ids": [1.5], "labels": [1]}, "input_ids: must be a list of whole numb"),
-    "uneven": (
-        {"input_ids": [1, 2], "labels": [1]},
-        "labels: found 1, must be as many as the 2 input_ids",
-    ),
+    "uneven": ({"input_ids": [1, 2], "labels": [1]}, "labels: must be 2, as input_ids, found 1"),
     "shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels[0]: must be the token 1 itself"),
-    "no token": (
-        {"input_ids": [1, 999], "labels": [1, 999]},
-        "input_ids: 999 is no token; must be from 0 to",
-    ),
+    "no token": ({"input_ids": [1, 999], "labels": [1, 999]}, "input_ids: 999 is no token; must"),
 }
 
 
@@ -156,9 +150,7 @@ def test_the_column_of_the_text(tmp_path):
 def test_what_causal_data_refuse(tmp_path):
     with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
         CausalDataConfig(sources=("x",), pack_samples=True)
-    with pytest.raises(
-        DataError, match=r"data.max_length: \d+ is more than all \d+ tokens; lower it"
-    ):
+    with pytest.raises(DataError, match=r"data.max_length: \d+ is more than all \d+ tokens"):
         causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
