@@ -35,10 +35,10 @@ def write_inputs(folder: Path) -> None:
     """Writes the records and the tokenizer of the quick start."""
     from jaxtrain import registry
     from jaxtrain.recipe.resolve import get_config
-    from jaxtrain.tokenizer import load_tokenizer, model_files
+    from jaxtrain.tokenizer import find_model_files, load_tokenizer
 
     config = get_config(ROOT / "recipes" / "quickstart.yaml")
-    tokenizer = load_tokenizer(config.tokenizer, model_files(config.model).path)
+    tokenizer = load_tokenizer(config.tokenizer, find_model_files(config.model).path)
     tokenizer.save_pretrained(folder / "tokenizer")
     source = config.data.sources[0]
     rows = registry.find("data_source", source.type)(source).read("train")

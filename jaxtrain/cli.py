@@ -235,14 +235,14 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
     from jaxtrain.recipe.resolve import resolve
-    from jaxtrain.tokenizer import model_files
+    from jaxtrain.tokenizer import find_model_files
 
     resolved = resolve(recipe, as_overrides(overrides), only_data=True)
     config = resolved.checked()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
     with no_secret_told(config.secrets):
-        model = model_files(config.model)
+        model = find_model_files(config.model)
         make = registry.find("tokenizer", config.tokenizer.type)
         tokenizer = make(config.tokenizer, model.path).create_tokenizer()
         show_data(config, tokenizer, max_positions=model.max_positions, **shown)

@@ -31,8 +31,13 @@ def export(source: Path, to: Path) -> Path:
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
     config = get_config(read_metadata(checkpoint)["recipe"]).model_copy(update=HERE)
     trainer = registry.find("trainer", config.type)(config, "plan")
-    keys = {"output_dir": str(checkpoint.parent), "resume_from": str(checkpoint)}
-    engine = OrbaxEngine(OrbaxConfig(type="orbax", **keys, reset=("optimizer", "data")))
+    entry = OrbaxConfig(
+        type="orbax",
+        output_dir=str(checkpoint.parent),
+        resume_from=str(checkpoint),
+        reset=("optimizer", "data"),
+    )
+    engine = OrbaxEngine(entry)
     engine.identify = lambda: Identity(trainer.compatibility, trainer.metadata["recipe"], ())
     engine.say = trainer.console.line
     state = engine.load(trainer.run.state_shapes)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read in a tenth of a second; the `gguf` package, which makes a numpy
+"""Reads the header of a GGUF file in a tenth of a second; the `gguf` package, which makes a numpy
 array of every token, takes seconds for a vocabulary."""
 
 import mmap
@@ -31,64 +31,64 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """WeightError for a file that is no GGUF or cut off."""
+    """Reads a header; WeightError for a file that is not GGUF, or is cut off."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise WeightError(f"{path}: not a GGUF file")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     reader = _Reader(data)
     try:
-        version = reader.number("I")
+        version = reader.read_number("I")
         if version not in VERSIONS:
-            raise WeightError(f"{path}: GGUF version {version} cannot be read, only 2 and 3")
-        num_tensors, num_pairs = reader.number("Q"), reader.number("Q")
-        metadata = dict(reader.pair() for _ in range(num_pairs))
-        tensors = dict(reader.tensor() for _ in range(num_tensors))
+            raise WeightError(f"{path}: must be GGUF version 2 or 3, found {version}")
+        num_tensors, num_pairs = reader.read_number("Q"), reader.read_number("Q")
+        metadata = dict(reader.read_pair() for _ in range(num_pairs))
+        tensors = dict(reader.read_tensor() for _ in range(num_tensors))
     except (struct.error, UnicodeDecodeError, KeyError):
         raise WeightError(f"{path}: the metadata is damaged; is the file cut off?") from None
-    start = reader.after(metadata.get("general.alignment", 32))
+    start = reader.align(metadata.get("general.alignment", 32))
     return Header(metadata, {n: t._replace(start=start + t.start) for n, t in tensors.items()})
 
 
 class _Reader:
     def __init__(self, data: mmap.mmap):
         self._data = data
-        self._at = 4  # behind the magic word
+        self._at = 4  # after the magic word
 
-    def number(self, letter: str) -> Any:
+    def read_number(self, letter: str) -> Any:
         (value,) = struct.unpack_from(f"<{letter}", self._data, self._at)
         self._at += struct.calcsize(f"<{letter}")
         return value
 
-    def text(self) -> str:
-        length = self.number("Q")
+    def read_text(self) -> str:
+        length = self.read_number("Q")
         if self._at + length > len(self._data):
             raise struct.error
         self._at += length
         return self._data[self._at - length : self._at].decode("utf-8")
 
-    def pair(self) -> tuple[str, Any]:
-        return self.text(), self.value(self.number("I"))
+    def read_pair(self) -> tuple[str, Any]:
+        return self.read_text(), self.read_value(self.read_number("I"))
 
-    def tensor(self) -> tuple[str, Tensor]:
-        name = self.text()
-        shape = [self.number("Q") for _ in range(self.number("I"))]
-        return name, Tensor(tuple(reversed(shape)), self.number("I"), self.number("Q"))
+    def read_tensor(self) -> tuple[str, Tensor]:
+        name = self.read_text()
+        shape = [self.read_number("Q") for _ in range(self.read_number("I"))]
+        return name, Tensor(tuple(reversed(shape)), self.read_number("I"), self.read_number("Q"))
 
-    def after(self, alignment: int) -> int:
-        """The first place from here on that is a multiple."""
+    def align(self, alignment: int) -> int:
+        """Returns the next offset that is a multiple of `alignment`."""
         return -(-self._at // alignment) * alignment
 
-    def value(self, kind: int) -> Any:
+    def read_value(self, kind: int) -> Any:
         if kind == STRING:
-            return self.text()
+            return self.read_text()
         if kind != ARRAY:
-            return self.number(NUMBERS[kind])
-        kind, count = self.number("I"), self.number("Q")
+            return self.read_number(NUMBERS[kind])
+        kind, count = self.read_number("I"), self.read_number("Q")
         if kind in NUMBERS:
-            if count > len(self._data):  # a damaged count, which struct would try to honour
+            if count > len(self._data):  # a damaged count, for which struct would allocate
                 raise struct.error
             layout = struct.Struct(f"<{count}{NUMBERS[kind]}")
             self._at += layout.size
             return list(layout.unpack_from(self._data, self._at - layout.size))
-        return [self.value(kind) for _ in range(count)]
+        return [self.read_value(kind) for _ in range(count)]

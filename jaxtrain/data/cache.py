@@ -1,7 +1,7 @@
-"""Prepared documents, kept under a key of everything that decides them.
+"""Prepared documents, cached under a key of everything that decides them.
 
-An entry is a folder that appears by rename and never changes. Whoever misses it first claims it and
-builds; others, on this machine or on another that shares the folder, wait for it to appear.
+An entry is a folder that appears by rename and never changes. The first process that misses it
+claims and builds it; others, also on other machines that share the folder, wait for it to appear.
 """
 
 import json
@@ -21,111 +21,111 @@ from jaxtrain.assets import cache_folder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 from jaxtrain.recipe.section import expanded
 
-LIMIT_BYTES = 20 * 2**30
-"""Above this, entries that were not used for longest are deleted; $JAXTRAIN_DATA_CACHE_BYTES goes
-first."""
-DEAD_S = 30.0
-"""A claim that has not moved for so long belongs to a process that is gone."""
+MAX_BYTES = 20 * 2**30
+"""Above this size the least recently used entries are deleted; $JAXTRAIN_DATA_CACHE_BYTES overrides
+it."""
+CLAIM_TIMEOUT_S = 30.0
+"""A claim that was not renewed for so long belongs to a process that is gone."""
 POLL_S = 0.2
-ABANDONED_S = 7 * 24 * 3600.0
-"""Longer than any preparation takes: what is left of one that was killed is deleted then."""
+MAX_BUILD_AGE_S = 7 * 24 * 3600.0
+"""Longer than any preparation takes; what a killed one left behind is deleted after it."""
 PARTS_FILE = "key.json"
 
 
-class Found(NamedTuple):
+class CacheEntry(NamedTuple):
     folder: Path
     note: str
-    """Hit or miss, and why; one line for the ledger."""
+    """Hit or miss, and why: one line for the ledger."""
 
 
 class DataCache:
-    """The entries of one folder; the user's cache folder when none is given."""
+    """The cache entries in one folder, by default in the user's cache folder."""
 
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
         self.folder = cache_folder() / "data" if folder is None else expanded(folder)
         self.is_own = self.folder.is_relative_to(cache_folder())
-        self.limit_bytes = limit_bytes or _limit_bytes()
+        self.limit_bytes = limit_bytes or _read_limit()
 
     def get(
         self, parts: Mapping[str, str], build: Callable[[Path], None], *, must_exist: bool = False
-    ) -> Found:
-        """The entry of these parts; `build` fills an empty folder for it when there is none.
+    ) -> CacheEntry:
+        """Returns the entry for `parts`; `build` fills an empty folder for a missing one.
 
-        DataError when it `must_exist` and does not."""
+        DataError when the entry `must_exist` and does not."""
         key = sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
         entry = self.folder / key[:32]
-        if self._is_whole(entry):
-            return self._hit(entry)
-        reason = self._reason(parts)
+        if self._is_intact(entry):
+            return self._use_entry(entry)
+        reason = self._explain_miss(parts)
         if must_exist:
             raise DataError(
-                f"data.fail_on_missing_cache: nothing prepared in {self.folder}: {reason}; "
+                f"data.fail_on_missing_cache: not found in {self.folder}: {reason}; "
                 f"run `jaxtrain data` with this recipe first"
             )
         self._make_folder()
-        # Its holder keeps touching a file, since many shared file systems lack locks.
+        # A lease renewed by touching a file, since many shared file systems lack locks.
         claim = SoftFileLease(
-            entry.with_suffix(".claim"), lease_duration=DEAD_S, poll_interval=POLL_S
+            entry.with_suffix(".claim"), lease_duration=CLAIM_TIMEOUT_S, poll_interval=POLL_S
         )
         with claim:
-            if self._is_whole(entry):  # whoever held the claim before has built it
-                return self._hit(entry)
+            if self._is_intact(entry):  # the previous holder of the claim has built it
+                return self._use_entry(entry)
             self._build(entry, parts, build)
             self._delete_oldest(keep=entry)
-        return Found(entry, f"cache: miss, {reason}; prepared in {entry}")
+        return CacheEntry(entry, f"cache: miss, {reason}; prepared in {entry}")
 
-    def _hit(self, entry: Path) -> Found:
+    def _use_entry(self, entry: Path) -> CacheEntry:
         with suppress(OSError):  # a read-only cache has no order of use
             os.utime(entry / PARTS_FILE)
-        return Found(entry, f"cache: hit, {entry}")
+        return CacheEntry(entry, f"cache: hit, {entry}")
 
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=self._mode)
         except OSError as fault:
             raise RecipeError(
-                f"no folder for prepared rows at {self.folder}: {fault.strerror}; write another as "
-                f"data.cache_dir or JAXTRAIN_CACHE"
+                f"cannot create the cache folder {self.folder}: {fault.strerror}; name another "
+                f"one in data.cache_dir or JAXTRAIN_CACHE"
             ) from None
         for left in self.folder.glob(".new-*"):
             with suppress(OSError):
-                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                if time.time() - left.stat().st_mtime > MAX_BUILD_AGE_S:
                     shutil.rmtree(left, ignore_errors=True)
 
     @property
     def _mode(self) -> int:
-        """Rows may be private; a folder that the recipe names is shared as its owner decides."""
+        """Private in our own cache, since data may be; a folder of the recipe follows the umask."""
         return 0o700 if self.is_own else 0o777
 
-    def _new(self) -> Path:
+    def _new_folder(self) -> Path:
         return self.folder / f".new-{uuid4().hex}"
 
     def _build(self, entry: Path, parts: Mapping[str, str], build: Callable[[Path], None]) -> None:
-        new = self._new()
+        new = self._new_folder()
         new.mkdir(mode=self._mode)
         try:
             build(new)
             sizes = {file.name: file.stat().st_size for file in new.iterdir()}
             (new / PARTS_FILE).write_text(json.dumps({"parts": dict(parts), "sizes": sizes}))
-            self._remove(entry)  # one that is damaged
+            self._remove(entry)  # it may be there, damaged
             with suppress(OSError):
                 new.rename(entry)
-            if not self._is_whole(entry):
+            if not self._is_intact(entry):
                 raise DataError(f"{entry}: could not be written; is the disk full?")
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def _is_whole(self, entry: Path) -> bool:
+    def _is_intact(self, entry: Path) -> bool:
         try:
             sizes = json.loads((entry / PARTS_FILE).read_text())["sizes"]
             return all((entry / name).stat().st_size == size for name, size in sizes.items())
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
             return False
 
-    def _reason(self, parts: Mapping[str, str]) -> str:
-        """In which parts the entry that is most like this one differs."""
+    def _explain_miss(self, parts: Mapping[str, str]) -> str:
+        """Says in which parts the most similar entry differs."""
         nearest: list[str] | None = None
-        for _, _, entry in self._entries():
+        for _, _, entry in self._list_entries():
             with suppress(OSError, ValueError, KeyError):
                 known = json.loads((entry / PARTS_FILE).read_text())["parts"]
                 names = [*parts, *(name for name in known if name not in parts)]
@@ -136,8 +136,8 @@ class DataCache:
             return "nothing prepared yet"
         return f"the nearest entry differs in {', '.join(nearest) or 'nothing, but is damaged'}"
 
-    def _entries(self) -> list[tuple[float, int, Path]]:
-        """Time of last use, bytes and folder of each entry, oldest first."""
+    def _list_entries(self) -> list[tuple[float, int, Path]]:
+        """Returns the time of last use, size and folder of each entry, oldest first."""
         found = []
         for file in self.folder.glob(f"*/{PARTS_FILE}"):
             with suppress(OSError):  # another process may delete it meanwhile
@@ -147,8 +147,8 @@ class DataCache:
         return sorted(found)
 
     def _delete_oldest(self, *, keep: Path) -> None:
-        """What a run has mapped stays readable to it after it is deleted here."""
-        entries = self._entries()
+        """Deletes entries until the limit is met; what a run has mapped stays readable to it."""
+        entries = self._list_entries()
         total = sum(size for _, size, _ in entries)
         for _, size, entry in entries:
             if total <= self.limit_bytes:
@@ -158,15 +158,15 @@ class DataCache:
                 total -= size
 
     def _remove(self, entry: Path) -> None:
-        """By rename first, so that nobody opens half an entry."""
-        gone = self._new()
+        """Renames an entry before deleting it, so that nobody opens half of one."""
+        gone = self._new_folder()
         with suppress(OSError):
             entry.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def _limit_bytes() -> int:
-    written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES") or str(LIMIT_BYTES)
+def _read_limit() -> int:
+    written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES") or str(MAX_BYTES)
     if not written.isdecimal():
         raise RecipeError(
             f"JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found {shown(written)}"

@@ -1,4 +1,4 @@
-"""Pre-training: texts joined and cut into rows that are full to the last token."""
+"""Pre-training: texts joined and cut into sequences that are full to the last token."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,53 +7,50 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, plain_backend
+from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, prepare_backend
 from jaxtrain.data.factory import DataFactory
-from jaxtrain.data.packing import RowPlan, slices
+from jaxtrain.data.packing import PackingPlan, cut_documents
+from jaxtrain.data.records import get_text
 from jaxtrain.data.render import check_characters
-from jaxtrain.data.rows import missing_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import CausalDataConfig
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError
 
 
 class TextEncoder:
-    """Text between BOS, where the tokenizer has one, and EOS; every token but the first trained."""
+    """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
 
     def __init__(self, tokenizer: Any, column: str, kwargs: Mapping[str, Any]):
         if tokenizer.eos_token_id is None:
-            raise RecipeError("tokenizer: has no EOS token, which ends every document")
-        self._tokenizer, self._backend = tokenizer, plain_backend(tokenizer)
+            raise RecipeError("tokenizer: has no EOS token, which must end every document")
+        self._tokenizer, self._backend = tokenizer, prepare_backend(tokenizer)
         self._column = column
         self._kwargs = dict(kwargs)
         self._before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._eos = tokenizer.eos_token_id
 
-    def read(self, row: Mapping[str, Any]) -> str:
-        column = next(iter(row)) if len(row) == 1 else self._column
-        if column not in row:
-            raise missing_column(column, row)
-        if not isinstance(row[column], str):
-            raise DataError(f"{column}: must be text, found {shown(row[column])}")
-        check_characters(row[column])
-        return row[column]
+    def read(self, record: Mapping[str, Any]) -> str:
+        column = next(iter(record)) if len(record) == 1 else self._column
+        text = get_text(record, column)
+        check_characters(text)
+        return text
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
         if not self._kwargs:
             encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
-            return [self._outcome(encoding.ids) for encoding in encodings]
-        asked = {**self._kwargs, "add_special_tokens": False, "return_attention_mask": False}
-        encoding = self._tokenizer(list(items), verbose=False, **asked)
-        return [self._outcome(ids) for ids in encoding["input_ids"]]
+            return [self._encode_one(encoding.ids) for encoding in encodings]
+        kwargs = {**self._kwargs, "add_special_tokens": False, "return_attention_mask": False}
+        encoding = self._tokenizer(list(items), verbose=False, **kwargs)
+        return [self._encode_one(ids) for ids in encoding["input_ids"]]
 
-    def _outcome(self, ids: list[int]) -> Outcome:
+    def _encode_one(self, ids: list[int]) -> Outcome:
         if not ids:
             return Dropped(NOTHING, 0)
         tokens = np.array([*self._before, *ids, self._eos], dtype=np.int32)
         weights = np.ones(len(tokens), dtype=np.uint8)
-        weights[0] = 0  # what stands before it in a row is another text
+        weights[0] = 0  # before it in a sequence is another text
         return Encoded(tokens, weights, 0, 0, False)
 
 
@@ -74,15 +71,14 @@ class CausalDataFactory(DataFactory):
         kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)
         return super().key_parts(loaded) | {"tokenizer.tokenize_kwargs": kwargs}
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
-        """In the order of the documents. The tail that fills no row is left out of training, once,
-        and kept in evaluation."""
-        plan = slices(documents.lengths, self.max_length, chosen)
-        if not train or plan.row_lengths[-1] == self.max_length:
+    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+        """Cuts the documents in their order; training leaves out the last sequence unless full."""
+        plan = cut_documents(documents.lengths, self.max_length, chosen)
+        if not train or plan.sequence_lengths[-1] == self.max_length:
             return plan
-        if plan.num_rows == 1:
+        if plan.num_sequences == 1:
             raise DataError(
-                f"{plan.row_lengths[0]} tokens in all, which is less than one row of max_length "
-                f"{self.max_length}; lower data.max_length or add text"
+                f"data.max_length: {self.max_length} is more than all {plan.sequence_lengths[0]} "
+                f"tokens; lower it or add text"
             )
-        return plan.without(plan.num_rows - 1)
+        return plan.drop(plan.num_sequences - 1)

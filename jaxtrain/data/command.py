@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxtrain.data.page import page
+from jaxtrain.data.page import render_page
 from jaxtrain.data.plan import BatchShape
 from jaxtrain.data.prepare import data_factory, prepare_data
-from jaxtrain.data.preview import as_text, batch_samples, legend, samples
+from jaxtrain.data.preview import format_legend, format_sample, iter_batch_samples, pick_samples
 from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -49,31 +49,32 @@ def show_data(
         console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))
     in_colour = console.color_system is not None
     console.print()
-    console.print(legend(in_colour=in_colour))
-    heading, shown = _chosen(data, tokenizer, shape, batch, most_tokens=TERMINAL_TOKENS)
+    console.print(format_legend(in_colour=in_colour))
+    heading, shown = _choose_samples(data, tokenizer, shape, batch, max_tokens=TERMINAL_TOKENS)
     console.print(Text(heading, "bold"))
     for sample in shown:
-        console.print(as_text(sample, in_colour=in_colour))
+        console.print(format_sample(sample, in_colour=in_colour))
     if html is not None:
-        heading, shown = _chosen(data, tokenizer, shape, batch, most_tokens=PAGE_TOKENS)
+        heading, shown = _choose_samples(data, tokenizer, shape, batch, max_tokens=PAGE_TOKENS)
         documents = islice(shown, PAGE_DOCUMENTS)
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(data, documents, title="Training data", heading=heading), "utf-8")
+        page = render_page(data, documents, title="Training data", heading=heading)
+        html.write_text(page, "utf-8")
         console.print(f"page: {html}")
     return data
 
 
-def _chosen(
-    data: TrainingData, tokenizer: Any, shape: BatchShape, step: int | None, *, most_tokens: int
+def _choose_samples(
+    data: TrainingData, tokenizer: Any, shape: BatchShape, step: int | None, *, max_tokens: int
 ) -> tuple[str, Any]:
     if step is None:
-        return "Some documents", samples(data, tokenizer, most_tokens=most_tokens)
+        return "Some documents", pick_samples(data, tokenizer, max_tokens=max_tokens)
     epoch, place = divmod(step - 1, data.steps_per_epoch)
     heading = (
         f"Step {step}: update {place + 1} of {data.steps_per_epoch} of epoch {epoch + 1}, "
         f"{shape.update_rows} rows"
     )
-    return heading, batch_samples(data, tokenizer, step, most_tokens=most_tokens)
+    return heading, iter_batch_samples(data, tokenizer, step, max_tokens=max_tokens)
 
 
 def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:

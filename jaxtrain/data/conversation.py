@@ -1,26 +1,27 @@
-"""From a row of columns to a conversation: a list of `{role, content}` turns in their order.
+"""Reads a record as a conversation: a list of `{role, content}` turns in their order.
 
-Faults are `DataError`s that name the field; whoever knows the row puts its place in front.
+Faults are `DataError`s that name the field; the caller puts the place of the record before it.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
-from jaxtrain.data.rows import missing_column
+from jaxtrain.data.records import get_column, get_text
 from jaxtrain.recipe.data import ROLES
 from jaxtrain.recipe.errors import DataError, did_you_mean, shown
 
 Message = dict[str, Any]
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
-SHARED_NAMES = {
+SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
-"""Value of `from` in a `conversations` row → role."""
+"""Value of `from` in `conversations` → role."""
 CONTENT_KEYS = ("content", "text", "message", "value")
 ACCEPTED = (
     "messages; conversations; prompt and response or completion; instruction and output; "
@@ -31,13 +32,13 @@ ACCEPTED = (
 class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[Any] | None = None
-    """What the template shows as callable, in the data set's own JSON."""
+    """Functions that the template offers, in the data set's own JSON."""
     prompt_turns: int = 0
-    """So many turns come from the prompt of a row that has a prompt and a reply."""
+    """Number of turns that are the prompt, in a record that has a prompt and a reply."""
 
 
-class MappedRoles:
-    """A row read by `role_mapping`: columns first, then the turns of each array as they stand."""
+class RoleMapper:
+    """Reads records by `role_mapping`: columns first, then the turns of each array in order."""
 
     def __init__(self, mapping: Mapping[str, str], content_key: str | None = None):
         self._columns: list[tuple[str, str]] = []
@@ -49,60 +50,62 @@ class MappedRoles:
                 self._arrays.setdefault((parts[0], parts[1]), {})[parts[2]] = role
             else:
                 self._columns.append((role, source))
-        # A map in a recipe has no order that a person means; a conversation has.
+        # The order of a map in a recipe means nothing; that of a conversation does.
         place = {"system": 0, "developer": 0, "user": 1, "assistant": 3}
         self._columns.sort(key=lambda pair: place.get(pair[0], 2))
 
-    def __call__(self, row: Row) -> dict[str, Any]:
-        turns = [turn for role, column in self._columns for turn in _column(row, role, column)]
+    def __call__(self, record: Record) -> dict[str, Any]:
+        columns = (_read_column(record, role, column) for role, column in self._columns)
+        turns = [turn for turns in columns for turn in turns]
         for (array, field), roles in self._arrays.items():
-            turns += self._turns(row, array, field, roles)
+            turns += self._read_array(record, array, field, roles)
         if not turns:
-            raise DataError(f"role_mapping found no turn; columns are {', '.join(row)}")
-        return {**row, "system": None, "messages": turns}  # what is mapped is all that is said
+            raise DataError(f"role_mapping found no turn; columns are {', '.join(record)}")
+        return {**record, "system": None, "messages": turns}  # the mapping leaves out all else
 
-    def _turns(self, row: Row, array: str, field: str, roles: dict[str, str]) -> list[Message]:
+    def _read_array(
+        self, record: Record, array: str, field: str, roles: dict[str, str]
+    ) -> list[Message]:
         turns = []
-        for index, turn in enumerate(_list(row, array)):
+        for index, turn in enumerate(_get_list(record, array)):
             place = f"{array}[{index}]"
-            value = _field(turn, field, place)
+            value = _get_field(turn, field, place)
             if value not in roles:
                 raise DataError(
-                    f"{place}.{field}: {shown(value)} has no role in role_mapping, which knows "
+                    f"{place}.{field}: {shown(value)} has no role in role_mapping; known are "
                     f"{', '.join(roles)}{did_you_mean(str(value), roles)}"
                 )
             key = self._content_key or next((k for k in CONTENT_KEYS if turn.get(k)), None)
             key = key or next((k for k in CONTENT_KEYS if k in turn), CONTENT_KEYS[0])
             rest = {k: v for k, v in turn.items() if k not in (field, key, "role")}
-            turns.append({"role": roles[value], "content": _field(turn, key, place), **rest})
+            turns.append({"role": roles[value], "content": _get_field(turn, key, place), **rest})
         return turns
 
 
-def to_conversation(row: Row) -> Conversation:
-    """The turns of a row in any of the accepted forms; DataError names the field at fault."""
+def read_conversation(record: Record) -> Conversation:
+    """Reads a record in any of the accepted forms; DataError names the field at fault."""
     prompt_turns = 0
     for columns, read in FORMS:
-        if all(column in row for column in columns):
-            messages = [_checked(m, f"messages[{i}]") for i, m in enumerate(read(row))]
+        if all(column in record for column in columns):
+            messages = [_check_message(m, f"messages[{i}]") for i, m in enumerate(read(record))]
             if columns[0] == "prompt":
-                reply = row[columns[1]]
+                reply = record[columns[1]]
                 prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
-        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in row)), "")
+        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in record)), "")
         raise DataError(
-            f"columns {', '.join(row) or 'none'} hold no conversation; one of: {ACCEPTED}{near}"
+            f"columns {', '.join(record) or 'none'} hold no conversation; "
+            f"accepted are {ACCEPTED}{near}"
         )
     if not messages:
         raise DataError("messages: empty conversation")
-    return Conversation(messages, tools_of(row), prompt_turns)
+    return Conversation(messages, read_tools(record), prompt_turns)
 
 
-def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
-    """The checked turns of a column: text, which `role` says; one turn; or a list of turns."""
-    if column not in row:
-        raise missing_column(column, row)
-    value = row[column]
+def read_turns(record: Record, column: str, role: str = "assistant") -> list[Message]:
+    """Reads and checks the turns of a column: text said by `role`, one turn, or a list of turns."""
+    value = get_column(record, column)
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     turns = [value] if isinstance(value, Mapping) else value
@@ -111,49 +114,51 @@ def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
     checked = []
     for index, turn in enumerate(turns):
         place = f"{column}[{index}]"
-        is_shared = isinstance(turn, Mapping) and "from" in turn
-        checked.append(_checked(_shared_turn(turn, place) if is_shared else turn, place))
+        if isinstance(turn, Mapping) and "from" in turn:
+            turn = _read_shared_turn(turn, place)
+        checked.append(_check_message(turn, place))
     return checked
 
 
-def _messages(row: Row) -> list[Message]:
-    """A system column is their first turn, unless they have their own."""
-    turns = _list(row, "messages")
+def _read_messages(record: Record) -> list[Message]:
+    """Reads `messages`, after the `system` column unless they have a system turn of their own."""
+    turns = _get_list(record, "messages")
     has_own = any(isinstance(turn, Mapping) and turn.get("role") == "system" for turn in turns[:1])
-    return turns if has_own else [*system_turns(row), *turns]
+    return turns if has_own else [*read_system(record), *turns]
 
 
-def _shared(row: Row) -> list[Message]:
-    """ShareGPT's form: `conversations` of `{from, value}`, or of `{role, content}`."""
-    turns = enumerate(_list(row, "conversations"))
-    return system_turns(row) + [_shared_turn(turn, f"conversations[{i}]") for i, turn in turns]
+def _read_shared(record: Record) -> list[Message]:
+    """Reads ShareGPT's form: `conversations` of `{from, value}`, or of `{role, content}`."""
+    shared = enumerate(_get_list(record, "conversations"))
+    turns = [_read_shared_turn(turn, f"conversations[{i}]") for i, turn in shared]
+    return [*read_system(record), *turns]
 
 
-def _shared_turn(turn: Any, place: str) -> Message:
+def _read_shared_turn(turn: Any, place: str) -> Message:
     if isinstance(turn, Mapping) and "role" in turn and "from" not in turn:
         return dict(turn)
-    sender = _field(turn, "from", place)
-    role = SHARED_NAMES.get(sender) if isinstance(sender, str) else None
+    sender = _get_field(turn, "from", place)
+    role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(
-            f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHARED_NAMES)}"
-            f"{did_you_mean(str(sender), SHARED_NAMES)}"
+            f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHAREGPT_ROLES)}"
+            f"{did_you_mean(str(sender), SHAREGPT_ROLES)}"
         )
-    value = _field(turn, "value", place)
+    value = _get_field(turn, "value", place)
     if sender == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(value, f"{place}.value")}
+        return {"role": role, "content": "", "tool_calls": _read_calls(value, f"{place}.value")}
     return {"role": role, "content": value}
 
 
-def _calls(value: Any, place: str) -> list[Any]:
-    """Calls as most templates want them, with maps as arguments: text would be escaped by those
-    that write JSON themselves."""
-    calls = _json(value, place)
+def _read_calls(value: Any, place: str) -> list[Any]:
+    """Returns calls as most templates want them, with maps as arguments: templates that write JSON
+    themselves would escape text."""
+    calls = _parse_json(value, place)
     wrapped = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{place}: a call has a name and arguments, found {shown(call)}")
+            raise DataError(f"{place}: a call must have a name and arguments, found {shown(call)}")
         if isinstance(arguments := function.get("arguments"), str):
             with suppress(json.JSONDecodeError):
                 parsed = json.loads(arguments)
@@ -164,8 +169,8 @@ def _calls(value: Any, place: str) -> list[Any]:
     return wrapped
 
 
-def with_text_arguments(messages: list[Message]) -> list[Message]:
-    """For the templates that join the arguments of calls to other text."""
+def stringify_arguments(messages: list[Message]) -> list[Message]:
+    """Returns messages with the arguments of calls as JSON, for templates that insert text."""
     changed = []
     for message in messages:
         calls = []
@@ -179,65 +184,53 @@ def with_text_arguments(messages: list[Message]) -> list[Message]:
     return changed
 
 
-def _prompt(reply: str) -> Callable[[Row], list[Message]]:
-    """Both sides are text, or lists of turns."""
-
-    def read(row: Row) -> list[Message]:
-        return [*system_turns(row), *turns_of(row, "prompt", "user"), *turns_of(row, reply)]
-
-    return read
+def _read_pair(record: Record, reply: str) -> list[Message]:
+    """Reads `prompt` and `reply`, each of which is text or a list of turns."""
+    prompt, replies = read_turns(record, "prompt", "user"), read_turns(record, reply)
+    return [*read_system(record), *prompt, *replies]
 
 
-def _instruction(row: Row) -> list[Message]:
-    (turn,) = _column(row, "user", "instruction")
-    if given := row.get("input"):
-        if not isinstance(given, str):
-            raise DataError(f"input: must be text, found {shown(given)}")
-        turn["content"] += f"\n{given}"
-    return [*system_turns(row), turn, *_column(row, "assistant", "output")]
+def _read_instruction(record: Record) -> list[Message]:
+    (turn,) = _read_column(record, "user", "instruction")
+    if record.get("input"):
+        turn["content"] += f"\n{get_text(record, 'input')}"
+    return [*read_system(record), turn, *_read_column(record, "assistant", "output")]
 
 
-def _two_columns(row: Row) -> list[Message]:
-    return MappedRoles({"user": "user", "assistant": "assistant"})(row)["messages"]
+def _read_two_columns(record: Record) -> list[Message]:
+    return [*_read_column(record, "user", "user"), *_read_column(record, "assistant", "assistant")]
 
 
-def system_turns(row: Row) -> list[Message]:
-    return _column(row, "system", "system") if row.get("system") else []
+def read_system(record: Record) -> list[Message]:
+    return _read_column(record, "system", "system") if record.get("system") else []
 
 
-FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], list[Message]]], ...] = (
-    (("messages",), _messages),
-    (("conversations",), _shared),
-    (("prompt", "response"), _prompt("response")),
-    (("prompt", "completion"), _prompt("completion")),
-    (("instruction", "output"), _instruction),
-    (("user", "assistant"), _two_columns),
+FORMS: tuple[tuple[tuple[str, ...], Callable[[Record], list[Message]]], ...] = (
+    (("messages",), _read_messages),
+    (("conversations",), _read_shared),
+    (("prompt", "response"), partial(_read_pair, reply="response")),
+    (("prompt", "completion"), partial(_read_pair, reply="completion")),
+    (("instruction", "output"), _read_instruction),
+    (("user", "assistant"), _read_two_columns),
 )
-"""Columns that a form needs → its reader; the first that a row has all columns of counts."""
+"""Columns of a form → its reader; a record is read by the first form whose columns it has."""
 COLUMNS = tuple(dict.fromkeys(column for columns, _ in FORMS for column in columns))
 
 
-def _column(row: Row, role: str, column: str) -> list[Message]:
-    """One turn; none for a system column that this row leaves empty."""
-    if column not in row:
-        raise missing_column(column, row)
-    value = row[column]
-    if role == "system" and not value:
+def _read_column(record: Record, role: str, column: str) -> list[Message]:
+    """Reads a column as one turn, or none for a system column that is empty."""
+    if role == "system" and not get_column(record, column):
         return []
-    if not isinstance(value, str):
-        raise DataError(f"{column}: must be text, found {shown(value)}")
-    return [{"role": role, "content": value}]
+    return [{"role": role, "content": get_text(record, column)}]
 
 
-def _list(row: Row, column: str) -> list[Any]:
-    if column not in row:
-        raise missing_column(column, row)
-    if not isinstance(row[column], list):
-        raise DataError(f"{column}: must be a list of turns, found {shown(row[column])}")
-    return row[column]
+def _get_list(record: Record, column: str) -> list[Any]:
+    if not isinstance(turns := get_column(record, column), list):
+        raise DataError(f"{column}: must be a list of turns, found {shown(turns)}")
+    return turns
 
 
-def _field(turn: Any, field: str, place: str) -> Any:
+def _get_field(turn: Any, field: str, place: str) -> Any:
     if not isinstance(turn, Mapping):
         raise DataError(f"{place}: must be a map, found {shown(turn)}")
     if field not in turn:
@@ -245,27 +238,27 @@ def _field(turn: Any, field: str, place: str) -> Any:
     return turn[field]
 
 
-def _checked(message: Any, place: str) -> Message:
-    """A turn as templates want it: a known role, text content, no fields that are null."""
-    role = _field(message, "role", place)
+def _check_message(message: Any, place: str) -> Message:
+    """Returns a turn as templates want it: a known role, text content and no null fields."""
+    role = _get_field(message, "role", place)
     if role not in ROLES:
         raise DataError(
             f"{place}.role: unknown role {shown(role)}; known are {', '.join(ROLES)}"
             f"{did_you_mean(str(role), ROLES)}"
         )
     # A typed table fills a field that one turn has with null in all others.
-    kept = {key: value for key, value in message.items() if value is not None}
-    calls = kept.pop("tool_calls", None) or kept.pop("function_call", None)
+    turn = {key: value for key, value in message.items() if value is not None}
+    calls = turn.pop("tool_calls", None) or turn.pop("function_call", None)
     if calls:
-        kept["tool_calls"] = _calls(calls, f"{place}.tool_calls")
-        kept.setdefault("content", "")
-    content = kept["content"] if "content" in kept else _field(message, "content", place)
-    kept["content"] = _text(content, f"{place}.content")
-    return kept
+        turn["tool_calls"] = _read_calls(calls, f"{place}.tool_calls")
+        turn.setdefault("content", "")
+    content = turn["content"] if "content" in turn else _get_field(message, "content", place)
+    turn["content"] = _join_text(content, f"{place}.content")
+    return turn
 
 
-def _text(content: Any, place: str) -> str:
-    """Content written as a list of text parts is their text joined."""
+def _join_text(content: Any, place: str) -> str:
+    """Returns the content, joined if it is a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -279,17 +272,17 @@ def _text(content: Any, place: str) -> str:
     return "".join(parts)
 
 
-def tools_of(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
+def read_tools(record: Record) -> list[Any] | None:
+    tools = record.get("tools")
     if not tools:
         return None
-    tools = _json(tools, "tools")
+    tools = _parse_json(tools, "tools")
     if not isinstance(tools, list):
         raise DataError(f"tools: must be a list, found {shown(tools)}")
     return tools or None
 
 
-def _json(value: Any, place: str) -> Any:
+def _parse_json(value: Any, place: str) -> Any:
     if not isinstance(value, str):
         return value
     try:

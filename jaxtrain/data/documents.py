@@ -1,4 +1,4 @@
-"""Tokenised documents in flat arrays on disk, mapped into memory: a row costs no Python object."""
+"""Tokenised documents in flat arrays on disk, mapped into memory, without a Python object each."""
 
 import hashlib
 from contextlib import ExitStack
@@ -11,11 +11,11 @@ INDEX_DTYPE = np.dtype(
     [
         ("end", np.int64),  # where the document ends in the flat arrays
         ("source", np.int32),
-        ("row", np.int64),  # number of the row in its source
+        ("record", np.int64),  # number of the record in its source
         ("trained", np.int32),  # tokens with a weight
         ("digest", np.uint64),  # of the tokens: equal for equal documents
-        ("border", np.int64),  # where the rejected reply's sequence begins; the length if none does
-        ("scores", np.float32, 2),  # of a preference, as the data set has them; else not a number
+        ("rejected_start", np.int64),  # first token of the rejected sequence; else the length
+        ("scores", np.float32, 2),  # of a preference, as in the data set; else not a number
     ]
 )
 FILES = ("tokens.bin", "weights.bin", "index.bin")
@@ -33,7 +33,7 @@ class Documents(NamedTuple):
     offsets: np.ndarray
     """int64 [documents + 1]"""
     index: np.ndarray
-    """INDEX_DTYPE [documents]: where each came from, and its counts"""
+    """INDEX_DTYPE [documents]: the origin of each document, and its counts"""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -41,26 +41,25 @@ class Documents(NamedTuple):
 
     @property
     def sequence_lengths(self) -> np.ndarray:
-        """int64 [documents]: as `lengths`, but of the longer sequence of a preference."""
-        return np.maximum(self.index["border"], self.lengths - self.index["border"])
+        """int64 [documents]: `lengths`, or the longer of the two sequences of a preference."""
+        return np.maximum(self.index["rejected_start"], self.lengths - self.index["rejected_start"])
 
     @classmethod
     def open(cls, folder: Path) -> "Documents":
-        """What a `DocumentWriter` has closed; the maps outlive the files' names."""
-        tokens, weight, index = (folder / name for name in FILES)
-        records = _mapped(index, INDEX_DTYPE)
-        offsets = np.zeros(len(records) + 1, dtype=np.int64)
-        offsets[1:] = records["end"]
-        return cls(_mapped(tokens, np.int32), _mapped(weight, np.uint8), offsets, records)
+        """Maps what a `DocumentWriter` wrote; the maps stay readable when the files are deleted."""
+        dtypes = (np.int32, np.uint8, INDEX_DTYPE)
+        tokens, weights, index = map(_map_array, (folder / name for name in FILES), dtypes)
+        offsets = np.concatenate([np.zeros(1, np.int64), index["end"]])
+        return cls(tokens, weights, offsets, index)
 
     def save(self, folder: Path) -> None:
-        """Writes what `open` reads."""
+        """Writes the files that `open` maps."""
         for name, part in zip(FILES, (self.tokens, self.weights, self.index), strict=True):
             part.tofile(folder / name)
 
 
 class DocumentWriter(ExitStack):
-    """Appends documents to the files of a folder, and closes them."""
+    """Appends documents to the files of a folder, and closes the files on exit."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -74,24 +73,23 @@ class DocumentWriter(ExitStack):
         weights: np.ndarray,
         *,
         source: int,
-        row: int,
-        border: int | None = None,
+        record: int,
+        rejected_start: int | None = None,
         scores: tuple[float, float] = NO_SCORES,
     ) -> None:
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         self._end += len(tokens)
         trained = int(np.count_nonzero(weights))
-        border = len(tokens) if border is None else border
-        record = (
-            self._end, source, row, trained, int.from_bytes(digest, "little"), border, scores
-        )  # fmt: skip
-        parts = (tokens, weights.astype(np.uint8), np.array([record], dtype=INDEX_DTYPE))
+        rejected_start = len(tokens) if rejected_start is None else rejected_start
+        digest = int.from_bytes(digest, "little")
+        entry = (self._end, source, record, trained, digest, rejected_start, scores)
+        parts = (tokens, weights.astype(np.uint8), np.array([entry], dtype=INDEX_DTYPE))
         for file, part in zip(self._files, parts, strict=True):
             file.write(part.tobytes())
 
 
-def _mapped(path: Path, dtype: np.dtype | type) -> np.ndarray:
+def _map_array(path: Path, dtype: np.dtype | type) -> np.ndarray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")

@@ -1,4 +1,4 @@
-"""Conversations to tokens with loss weights: one tokenisation of the rendered text, by offsets."""
+"""Encodes conversations: tokenises the rendered text once, and weighs its tokens by offsets."""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from jaxtrain.data.conversation import Conversation, to_conversation
+from jaxtrain.data.conversation import Conversation, read_conversation
 from jaxtrain.data.documents import NO_SCORES
 from jaxtrain.data.render import Renderer
 from jaxtrain.data.spans import Span
@@ -19,40 +19,41 @@ UNTRAINED = "no assistant text to train on"
 CUT_AWAY = "no assistant text left after truncation"
 NOTHING = "renders to nothing"
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
-HEAD_CHARACTERS = 5
-"""So many for each token that a row holds are nearly always more tokens than that."""
+HEAD_CHARACTERS_PER_TOKEN = 5
+"""A text of this many characters per token of `max_length` is nearly always longer than it."""
 
 
 class Encoded(NamedTuple):
-    """A document."""
+    """The tokens of one document, and what the ledger counts of it."""
 
     tokens: np.ndarray
     """int32 [n]"""
     weights: np.ndarray
-    """uint8 [n]: weight of the prediction of token t; 0 for the first"""
+    """uint8 [n]: loss weight of the prediction of token t; 0 for the first"""
     turns: int
-    """Assistant turns that are trained, and those of them whose last token ends a turn."""
+    """Trained assistant turns."""
     ended: int
+    """Trained turns whose last token ends a turn."""
     truncated: bool
-    border: int | None = None
-    """Of a preference: where the rejected reply's sequence begins."""
+    rejected_start: int | None = None
+    """First token of the rejected sequence of a preference."""
     scores: tuple[float, float] = NO_SCORES
     hides_system: bool = False
-    """Does the template leave the system's text out of this conversation?"""
+    """Whether the template leaves the system text out of this conversation."""
 
 
 class Dropped(NamedTuple):
     reason: str
     length: int
-    """In tokens; of a text far beyond the limit, only those that were counted."""
+    """Tokens, as far as they were counted: a text far beyond the limit is cut first."""
 
 
 class Fault(NamedTuple):
-    """What is wrong with a row, as text, since it may come from another process."""
+    """What is wrong with a record, as text, since it may come from another process."""
 
-    what: str
-    has_place: bool = False
-    """Whether the text names the row already."""
+    message: str
+    names_record: bool = False
+    """Whether the message names the record already."""
 
 
 Overlong = Literal["drop", "truncate", "error"]
@@ -60,7 +61,7 @@ Outcome = Encoded | Dropped | Fault
 
 
 class ConversationEncoder:
-    """Holds all that decides a document's tokens and weights, and nothing else; can be pickled."""
+    """Encodes conversations; holds only what decides tokens and weights, and can be pickled."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class ConversationEncoder:
         completion_only: bool = True,
         ignore_empty_think: bool = False,
     ):
-        self._backend = plain_backend(tokenizer)
+        self._backend = prepare_backend(tokenizer)
         self._renderer = Renderer(tokenizer)
         self._max_length = max_length
         self._overlong: Overlong = overlong
@@ -82,34 +83,34 @@ class ConversationEncoder:
         self._completion_only = completion_only
         self._ignore_empty_think = ignore_empty_think
         self._markup = frozenset(tokenizer.added_tokens_decoder)
-        self._borders = borders(tokenizer)
+        self._added_tokens = compile_added_tokens(tokenizer)
 
-    def read(self, row: Mapping[str, Any]) -> Conversation:
-        return to_conversation(row)
+    def read(self, record: Mapping[str, Any]) -> Conversation:
+        return read_conversation(record)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
-        """One outcome a conversation, in order; no outcome depends on the others."""
+        """Returns one outcome per conversation, in order and independent of the others."""
         outcomes: list[Outcome] = [Dropped(NOTHING, 0)] * len(conversations)
         texts: dict[int, str] = {}
         for index, conversation in enumerate(conversations):
             try:
-                texts[index] = self._renderer.text(conversation)
+                texts[index] = self._renderer.render(conversation)
             except DataError as fault:
                 outcomes[index] = Fault(str(fault))
         texts = {index: text for index, text in texts.items() if text}
-        encodings = self._encodings(list(texts.values()))
+        encodings = self._tokenise(list(texts.values()))
         for (index, text), encoding in zip(texts.items(), encodings, strict=True):
             try:
-                outcomes[index] = self._outcome(conversations[index], text, encoding)
+                outcomes[index] = self._encode_one(conversations[index], text, encoding)
             except DataError as fault:
                 outcomes[index] = Fault(str(fault))
         return outcomes
 
-    def _encodings(self, texts: list[str]) -> list[Encoding]:
-        """Of each text, or of so much of it that is longer than a row."""
-        # The template has written BOS already where it belongs.
+    def _tokenise(self, texts: list[str]) -> list[Encoding]:
+        """Tokenises each text, or a head of it that is longer than `max_length` already."""
+        # No special tokens are added: the template has written BOS where it belongs.
         encode = self._backend.encode_batch
-        heads = [self._head(text) for text in texts]
+        heads = [self._take_head(text) for text in texts]
         encodings = encode(heads, add_special_tokens=False)
         short = [
             index
@@ -121,86 +122,76 @@ class ConversationEncoder:
             encodings[index] = encoding
         return encodings
 
-    def _head(self, text: str) -> str:
-        """What stands behind a row's length is cut or dropped anyway. A tokenizer splits a text at
-        added tokens before all else, so that what precedes one does not depend on what follows."""
-        if self._overlong == "error" or self._borders is None:
+    def _take_head(self, text: str) -> str:
+        """Returns a head of the text that is likely longer than `max_length`. It ends at an added
+        token, where a tokenizer splits a text first, so that it does not depend on the rest."""
+        if self._overlong == "error" or self._added_tokens is None:
             return text
-        border = self._borders.search(text, HEAD_CHARACTERS * self._max_length)
-        return text[: border.end()] if border else text
+        added_token = self._added_tokens.search(text, HEAD_CHARACTERS_PER_TOKEN * self._max_length)
+        return text[: added_token.end()] if added_token else text
 
     def _is_head(self, encoding: Encoding) -> bool:
         return len(encoding) > self._max_length and encoding.ids[-1] in self._markup
 
-    def _outcome(self, conversation: Conversation, text: str, encoding: Encoding) -> Outcome:
+    def _encode_one(self, conversation: Conversation, text: str, encoding: Encoding) -> Outcome:
         length = len(encoding)
         if length == 0:
             return Dropped(NOTHING, 0)
-        if refused := beyond_limit(length, self._max_length, self._overlong):
+        if refused := check_length(length, self._max_length, self._overlong):
             return refused
         tokens = np.array(encoding.ids[: self._max_length], dtype=np.int32)
         is_pair = conversation.prompt_turns > 0
         if self._mask_inputs and (self._completion_only or not is_pair):
-            spans = self._spans(conversation, text)
-            weights, turns, ended = self._weights(tokens, encoding, text, spans)
+            spans = self._find_spans(conversation, text)
+            weights, turns, ended = self._weigh_tokens(tokens, encoding, text, spans)
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
         weights[0] = 0  # nothing stands before it that could predict it
         if not weights.any():
             return Dropped(CUT_AWAY if length > self._max_length else UNTRAINED, length)
-        first = conversation.messages[0]
-        hides_system = (
-            first["role"] in ("system", "developer") and first["content"].strip() not in text
-        )
-        return Encoded(
-            tokens, weights, turns, ended, length > self._max_length, hides_system=hides_system
-        )
+        first, is_cut = conversation.messages[0], length > self._max_length
+        is_system = first["role"] in ("system", "developer")
+        hides_system = is_system and first["content"].strip() not in text
+        return Encoded(tokens, weights, turns, ended, is_cut, hides_system=hides_system)
 
-    def _spans(self, conversation: Conversation, text: str) -> list[Span]:
-        spans = self._renderer.spans(conversation, text, self._loss_roles)
+    def _find_spans(self, conversation: Conversation, text: str) -> list[Span]:
+        spans = self._renderer.find_spans(conversation, text, self._loss_roles)
         if not self._ignore_empty_think:
             return spans
-        return [
-            span._replace(start=found.end())
-            if (found := EMPTY_THINK.match(text, span.start, span.end))
-            else span
-            for span in spans
-        ]
+        thoughts = [EMPTY_THINK.match(text, span.start, span.end) for span in spans]
+        pairs = zip(spans, thoughts, strict=True)
+        return [span._replace(start=found.end()) if found else span for span, found in pairs]
 
-    def _weights(
+    def _weigh_tokens(
         self, tokens: np.ndarray, encoding: Encoding, text: str, spans: Sequence[Span]
     ) -> tuple[np.ndarray, int, int]:
-        """uint8 [n], the number of trained turns, and how many of them end in an end-of-turn."""
+        """Returns the weights, uint8 [n], and the numbers of trained and of ended turns."""
         weights = np.zeros(len(tokens), dtype=np.uint8)
         turns = ended = last = 0
         for span in spans:
-            first, last = self._token_range(tokens, encoding, text, span, last)
+            first, last = self._find_token_range(tokens, encoding, text, span, last)
             if first < last:
                 weights[first:last] = 1
                 turns += 1
                 ended += int(tokens[last - 1]) in self._markup
         return weights, turns, ended
 
-    def _token_range(
+    def _find_token_range(
         self, tokens: np.ndarray, encoding: Encoding, text: str, span: Span, begin: int
     ) -> tuple[int, int]:
-        """The tokens [first, last) of a span, from token `begin` on.
+        """Finds the tokens [first, last) of a span, from token `begin` on.
 
-        A token over the edge counts if only white space of it lies outside: many tokenizers bind
-        a blank to the word behind it. White space after the end-of-turn token does not count: the
-        model is stopped there."""
+        A token across the edge counts if only white space of it lies outside: many tokenizers bind
+        a blank to the next word. White space after the end-of-turn token does not count, since
+        generation stops there."""
 
         def chars(index: int) -> tuple[int, int]:
             place = encoding.token_to_chars(index)
-            assert place is not None, "a token that is of no text"
+            assert place is not None, "a token without text"
             return place
 
-        def starts(index: int) -> int:
-            return chars(index)[0]
-
-        def ends(index: int) -> int:
-            return chars(index)[1]
-
+        starts = lambda index: chars(index)[0]
+        ends = lambda index: chars(index)[1]
         places = range(len(tokens))  # a list of all offsets would cost more than a few look-ups
         first = bisect_right(places, span.start, begin, key=ends)
         last = bisect_left(places, span.end, first, key=starts)
@@ -208,7 +199,7 @@ class ConversationEncoder:
             first += 1
         if first < last and text[span.end : ends(last - 1)].strip():
             last -= 1
-        if first >= last or text[ends(len(tokens) - 1) : span.end].strip():  # the row is cut here
+        if first >= last or text[ends(len(tokens) - 1) : span.end].strip():  # cut in this span
             return first, last
         end = min(span.end, ends(last - 1))
         closing = (i for i in range(last - 1, first - 1, -1) if int(tokens[i]) in self._markup)
@@ -218,16 +209,16 @@ class ConversationEncoder:
         return first, last
 
 
-def plain_backend(tokenizer: Any) -> Tokenizer:
-    """What tokenises whole texts. Truncation and padding are states that any call may leave."""
+def prepare_backend(tokenizer: Any) -> Tokenizer:
+    """Returns the backend without truncation and padding, which any call may leave on."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def borders(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds added tokens that stand for themselves wherever they are written."""
+def compile_added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Compiles a pattern of the added tokens that are tokens wherever they are written."""
     added = tokenizer.added_tokens_decoder.values()
     plain = [
         re.escape(token.content)
@@ -238,8 +229,8 @@ def borders(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(plain)) if plain else None
 
 
-def beyond_limit(length: int, max_length: int, rule: Overlong) -> Dropped | Fault | None:
-    """What becomes of a row of so many tokens; None for one that is taken, cut or whole."""
+def check_length(length: int, max_length: int, rule: Overlong) -> Dropped | Fault | None:
+    """Returns what becomes of a document of `length` tokens; None keeps it, whole or cut."""
     if length <= max_length or rule == "truncate":
         return None
     if rule == "drop":

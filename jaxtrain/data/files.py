@@ -1,7 +1,7 @@
-"""Local files as rows: an index of byte offsets over a memory map, and parsing when a row is read.
+"""Records of local files: byte offsets into a memory map, parsed when a record is read.
 
-Arrow's own readers would give every row the columns and fields of all others, filled with null, and
-would name no line. Memory holds two integers a row.
+Arrow's own readers would give every record the columns and fields of all others, filled with null,
+and would name no line. Memory holds two integers per record.
 """
 
 import csv
@@ -23,23 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.data.rows import ConcatenatedRows, Rows, first_line, without_filling
+from jaxtrain.data.records import ConcatenatedRecords, Records, drop_nulls, first_line
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
-# A JSON text down to what nests it; a quote that opens no string whole is a match of its own.
+# The brackets and commas of JSON; a quote that opens no complete string matches by itself.
 STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|"|[{}\[\],]', re.DOTALL)
 NOT_BLANK = re.compile(rb"\s*(\S)")
 BLOCK_BYTES = 1 << 22
-ARROW_BLOCK_ROWS = 256
-HASHED_ROWS = 4096
+ARROW_BLOCK = 256
+HASH_RECORDS = 4096
 ARROW_FILE = b"ARROW1"
 
 
-def temporary_file() -> Any:
-    """An open file without a name, in the user's cache: gone with the process, whatever ends it."""
+def open_temporary_file() -> Any:
+    """Opens a nameless file in the user's cache, gone with the process however that ends."""
     folder = cache_folder() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryFile(dir=folder)
@@ -47,9 +47,9 @@ def temporary_file() -> Any:
 
 def open_files(
     paths: Iterable[Path], kind: str = "auto", *, column: str = "text", per_line: bool = False
-) -> Rows:
-    """All rows of `paths`; `kind` is a source type, or `auto` to go by each suffix."""
-    parts: list[Rows] = []
+) -> Records:
+    """Opens the records of `paths`; `kind` is a source type, or `auto` to go by each suffix."""
+    parts: list[Records] = []
     for path in paths:
         form = file_format(path.name) if kind == "auto" else kind
         if form == "text":
@@ -57,23 +57,23 @@ def open_files(
         elif form in READERS:
             parts.append(READERS[form](path))
         else:
-            raise RecipeError(f"{path}: the suffix says no format; known are {', '.join(FORMATS)}")
-    return parts[0] if len(parts) == 1 else ConcatenatedRows(parts)
+            raise RecipeError(f"{path}: unknown suffix; known are {', '.join(FORMATS)}")
+    return parts[0] if len(parts) == 1 else ConcatenatedRecords(parts)
 
 
-class _Records:
-    """Byte ranges of one file, each of which is parsed to a row on access."""
+class _FileRecords:
+    """Byte ranges of one file, each of which is parsed to a record on access."""
 
-    def __init__(self, path: Path, bytes_of: mmap.mmap | None = None):
+    def __init__(self, path: Path, contents: mmap.mmap | None = None):
         self.path = path
-        self._bytes = _mapped(path) if bytes_of is None else bytes_of
-        self._start = _start(self._bytes)
-        bounds = array("q", (bound for pair in self._ranges() for bound in pair))
+        self._bytes = _map_unpacked(path) if contents is None else contents
+        self._data_start = _skip_bom(self._bytes)
+        bounds = array("q", (bound for pair in self._find_ranges() for bound in pair))
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         if len(self._bounds) == 0:
-            raise DataError(f"{path}: no rows")
+            raise DataError(f"{path}: no records")
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
         raise NotImplementedError
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
@@ -84,20 +84,20 @@ class _Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = map(int, self._bounds[index])
-        return self._parse(self._decoded(start, end), start)
+        return self._parse(self._decode(start, end), start)
 
     def where(self, index: int) -> str:
         return self._place(int(self._bounds[index][0]))
 
     def _place(self, start: int, lines: int = 0) -> str:
-        """Of the row that starts there, or so many lines on."""
+        """Names the record that starts at a byte, or the line so many `lines` below its first."""
         return f"{self.path}:{self._line(start) + lines}"
 
-    def content(self, digest: Any) -> None:
+    def update_digest(self, digest: Any) -> None:
         digest.update(type(self).__name__.encode())
         digest.update(self._bytes)
 
-    def _decoded(self, start: int, end: int) -> str:
+    def _decode(self, start: int, end: int) -> str:
         try:
             return self._bytes[start:end].decode("utf-8")
         except UnicodeDecodeError as fault:
@@ -108,21 +108,21 @@ class _Records:
             ) from None
 
     def _line(self, offset: int) -> int:
-        """Counted only for messages."""
+        """Counts the lines up to a byte, which only messages need."""
         blocks = range(0, offset, BLOCK_BYTES)
         return 1 + sum(self._bytes[b : min(b + BLOCK_BYTES, offset)].count(b"\n") for b in blocks)
 
 
-class JsonLines(_Records):
-    """One object a line; blank lines are skipped."""
+class JsonLines(_FileRecords):
+    """One object per line; blank lines are skipped."""
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        for match in LINE.finditer(self._bytes, self._start):
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
+        for match in LINE.finditer(self._bytes, self._data_start):
             yield match.span(1)
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         try:
-            row = json.loads(text)
+            record = json.loads(text)
         except json.JSONDecodeError as fault:
             raise DataError(
                 f"{self._place(start, fault.lineno - 1)}: not JSON: {fault.msg} at column "
@@ -130,20 +130,20 @@ class JsonLines(_Records):
             ) from None
         except RecursionError:
             raise DataError(f"{self._place(start)}: JSON nested too deeply") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{self._place(start)}: a row must be an object, found {shown(row)}")
-        return row
+        if not isinstance(record, dict):
+            raise DataError(f"{self._place(start)}: must be an object, found {shown(record)}")
+        return record
 
 
 class JsonArray(JsonLines):
-    """The objects of one list."""
+    """The objects of one JSON list."""
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        opening = NOT_BLANK.match(self._bytes, self._start)
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
+        opening = NOT_BLANK.match(self._bytes, self._data_start)
         if opening is None or opening[1] != b"[":
-            found = self._decoded(self._start, min(len(self._bytes), 64))
+            found = self._decode(self._data_start, min(len(self._bytes), 64))
             raise DataError(
-                f"{self.path}:1: must be a list of objects, or one object a line, "
+                f"{self.path}:1: must be a list of objects, or one object per line, "
                 f"found {shown(found)}"
             )
         depth, start, is_first = 1, opening.end(), True
@@ -167,20 +167,20 @@ class JsonArray(JsonLines):
         raise DataError(f"{self.path}: ends before its list does; is the file cut off?")
 
     def _place(self, start: int, lines: int = 0) -> str:
-        """With the number of the row too: many arrays are one line."""
-        row = int(np.searchsorted(self._bounds[:, 0], start))
-        return f"{super()._place(start, lines)}: row {row}"
+        """Adds the number of the record, since many arrays are one line."""
+        number = int(np.searchsorted(self._bounds[:, 0], start))
+        return f"{super()._place(start, lines)}: record {number}"
 
 
-class Csv(_Records):
-    """A header and a row of text values a record; quoted values may hold line breaks."""
+class Csv(_FileRecords):
+    """A header, and records of text values; quoted values may hold line breaks."""
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
         csv.field_size_limit(sys.maxsize)  # the default refuses texts of 128 KiB
-        self._position = self._start
+        self._position = self._data_start
         records = csv.reader(self._lines(), strict=True)
         try:
-            self._header = next(records, [])  # nothing stands behind a mark of UTF-8
+            self._header = next(records, [])  # empty after a byte order mark alone
             if twice := [name for name, count in Counter(self._header).items() if count > 1]:
                 raise DataError(f"{self.path}:1: the header has column {shown(twice[0])} twice")
             start = self._position
@@ -198,10 +198,10 @@ class Csv(_Records):
             raise DataError(f"{self.path}:{line}: not CSV: {fault}") from None
 
     def _lines(self) -> Iterator[str]:
-        """The reader asks for lines only until its record is whole, so the position is its end."""
+        """Yields lines; the reader stops at the end of its record, where `_position` then is."""
         while self._position < len(self._bytes):
             end = self._bytes.find(b"\n", self._position) + 1 or len(self._bytes)
-            line = self._decoded(self._position, end)
+            line = self._decode(self._position, end)
             self._position = end
             yield line
 
@@ -210,19 +210,19 @@ class Csv(_Records):
         return dict(zip(self._header, record, strict=True))
 
 
-class TextLines(_Records):
-    """A row a line."""
+class TextLines(_FileRecords):
+    """One record per line."""
 
     def __init__(self, path: Path, column: str):
         self._column = column
         super().__init__(path)
 
-    def content(self, digest: Any) -> None:
+    def update_digest(self, digest: Any) -> None:
         digest.update(self._column.encode())
-        super().content(digest)
+        super().update_digest(digest)
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        for match in LINE.finditer(self._bytes, self._start):
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
+        for match in LINE.finditer(self._bytes, self._data_start):
             yield match.span()
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
@@ -230,18 +230,18 @@ class TextLines(_Records):
 
 
 class TextFile(TextLines):
-    """The whole file as one row."""
+    """The whole file as one record."""
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        if LINE.search(self._bytes, self._start):
-            yield self._start, len(self._bytes)
+    def _find_ranges(self) -> Iterator[tuple[int, int]]:
+        if LINE.search(self._bytes, self._data_start):
+            yield self._data_start, len(self._bytes)
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         return {self._column: text}
 
 
-class ArrowRows:
-    """Rows of a memory-mapped table; a block at a time becomes Python objects."""
+class ArrowRecords:
+    """Records of a memory-mapped table; one block at a time becomes Python objects."""
 
     def __init__(self, table: Any, label: str):
         self._table = table
@@ -252,36 +252,36 @@ class ArrowRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        block, place = divmod(index, ARROW_BLOCK_ROWS)
+        block, place = divmod(index, ARROW_BLOCK)
         if self._block[0] != block:
-            rows = self._objects(block * ARROW_BLOCK_ROWS, (block + 1) * ARROW_BLOCK_ROWS)
-            self._block = (block, [without_filling(row) for row in rows])
+            records = self._read_block(block * ARROW_BLOCK, (block + 1) * ARROW_BLOCK)
+            self._block = (block, [drop_nulls(record) for record in records])
         return self._block[1][place]
 
-    def _objects(self, start: int, stop: int) -> list[dict[str, Any]]:
+    def _read_block(self, start: int, stop: int) -> list[dict[str, Any]]:
         return self._table[start:stop].to_pylist()
 
     def where(self, index: int) -> str:
-        return f"{self._label}: row {index}"
+        return f"{self._label}: record {index}"
 
-    def content(self, digest: Any) -> None:
-        add_table(digest, self._table)
+    def update_digest(self, digest: Any) -> None:
+        hash_table(digest, self._table)
 
 
-def add_table(digest: Any, table: Any) -> None:
-    """With its schema and dictionaries, which hold the names and the values of columns and are no
-    part of its batches; without metadata, which may name places."""
-    for batch in table.replace_schema_metadata(None).to_batches(max_chunksize=HASHED_ROWS):
+def hash_table(digest: Any, table: Any) -> None:
+    """Hashes a table with its schema and dictionaries, which hold the names and values of columns
+    and are no part of its batches, but without metadata, which may name places."""
+    for batch in table.replace_schema_metadata(None).to_batches(max_chunksize=HASH_RECORDS):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         digest.update(sink.getvalue())
 
 
-def json_rows(path: Path) -> Rows:
-    """A list of objects; files with one object a line often bear this suffix too."""
-    whole = _mapped(path)
-    start = NOT_BLANK.match(whole, _start(whole))
+def read_json(path: Path) -> Records:
+    """Reads a list of objects, or one object per line, which files often have under this suffix."""
+    whole = _map_unpacked(path)
+    start = NOT_BLANK.match(whole, _skip_bom(whole))
     if start is None or start[1] != b"{":
         return JsonArray(path, whole)
     lines = JsonLines(path, whole)
@@ -289,81 +289,77 @@ def json_rows(path: Path) -> Rows:
         lines[0]
     except DataError:
         raise DataError(
-            f"{path}:1: must be a list of objects, or one object a line, found one object over "
+            f"{path}:1: must be a list of objects, or one object per line, found one object over "
             f"several lines"
         ) from None
     return lines
 
 
-def parquet_rows(path: Path) -> Rows:
-    """Copied block by block into an uncompressed file that can be mapped and read at any row."""
-    sink = temporary_file()
+def read_parquet(path: Path) -> Records:
+    """Copies blocks into an uncompressed file that can be mapped and read at any record."""
+    sink = open_temporary_file()
     try:
         with (
             pq.ParquetFile(path, memory_map=True) as file,
             pa.ipc.new_file(sink, file.schema_arrow) as writer,
         ):
-            for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK_ROWS):
+            for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK):
                 writer.write_batch(batch)
     except (pa.ArrowException, OSError) as fault:
-        raise DataError(
-            f"{path}: not a Parquet file that can be read: {first_line(fault)}"
-        ) from None
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(fault)}") from None
     sink.flush()
-    return _table_rows(mapped(sink, path), path)
+    return _open_table(map_file(sink, path), path)
 
 
-def arrow_rows(path: Path) -> Rows:
-    """A table as it lies in memory: Arrow's file format (Feather too) or its stream."""
-    return _table_rows(_mapped(path), path)
+def read_arrow(path: Path) -> Records:
+    """Maps a table in Arrow's file format (Feather too) or its stream format."""
+    return _open_table(_map_unpacked(path), path)
 
 
-def _table_rows(whole: mmap.mmap, path: Path) -> Rows:
+def _open_table(whole: mmap.mmap, path: Path) -> Records:
     is_file = whole[: len(ARROW_FILE)] == ARROW_FILE
     try:
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
-        rows = ArrowRows(reader.read_all(), str(path))
+        records = ArrowRecords(reader.read_all(), str(path))
     except (pa.ArrowException, OSError) as fault:
-        raise DataError(
-            f"{path}: not an Arrow file that can be read: {first_line(fault)}"
-        ) from None
-    if len(rows) == 0:
-        raise DataError(f"{path}: no rows")
-    return rows
+        raise DataError(f"{path}: not a readable Arrow file: {first_line(fault)}") from None
+    if len(records) == 0:
+        raise DataError(f"{path}: no records")
+    return records
 
 
-def _mapped(path: Path) -> Any:
-    """The bytes of a file, unpacked if its suffix says so, as a read-only memory map."""
+def _map_unpacked(path: Path) -> Any:
+    """Maps the bytes of a file read-only, unpacked first if its suffix says so."""
     if path.suffix.lower() not in COMPRESSED:
         with path.open("rb") as file:
-            return mapped(file, path)
+            return map_file(file, path)
     codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
-    with temporary_file() as unpacked:
+    with open_temporary_file() as unpacked:
         try:
             with pa.input_stream(str(path), compression=codec) as packed:
                 shutil.copyfileobj(packed, unpacked, BLOCK_BYTES)
         except OSError as fault:
             raise DataError(f"{path}: cannot be unpacked: {first_line(fault)}") from None
         unpacked.flush()
-        return mapped(unpacked, path)
+        return map_file(unpacked, path)
 
 
-def _start(whole: Any) -> int:
+def _skip_bom(whole: Any) -> int:
     return len(BOM) if whole[: len(BOM)] == BOM else 0
 
 
-def mapped(file: Any, path: Path) -> Any:
-    """A read-only map of an open file, which messages call `path`."""
+def map_file(file: Any, path: Path) -> Any:
+    """Maps an open file read-only; messages call it `path`."""
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:  # an empty file cannot be mapped
         raise DataError(f"{path}: the file is empty") from None
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
-    "json": json_rows,
+READERS: dict[str, Callable[[Path], Records]] = {
+    "json": read_json,
     "jsonl": JsonLines,
     "csv": Csv,
-    "parquet": parquet_rows,
-    "arrow": arrow_rows,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
 }

@@ -1,39 +1,39 @@
-"""Rows that a program has in hand."""
+"""Records that a program passes in memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxtrain.data.rows import Rows
+from jaxtrain.data.records import Records
 from jaxtrain.data.source import ConversationSource
 from jaxtrain.recipe.data import RowsConfig
 from jaxtrain.recipe.errors import DataError
 
 
 class GivenSource(ConversationSource):
-    """What a recipe names where a program will give the rows."""
+    """The source that a recipe names where a program passes the records."""
 
     name = "given"
     config: RowsConfig
 
     def __init__(
-        self, config: RowsConfig, trainer: Any = None, *, rows: Sequence[dict[str, Any]] = ()
+        self, config: RowsConfig, trainer: Any = None, *, records: Sequence[dict[str, Any]] = ()
     ):
         super().__init__(config, trainer)
-        self.rows = rows
+        self.records = records
 
     @classmethod
-    def of(cls, rows: Iterable[dict[str, Any]], config: Any = None) -> "GivenSource":
-        """`config` is a recipe's `given` source; without one, rows are as the factory reads them,
-        and those that have `input_ids` are tokens already."""
-        rows = rows if isinstance(rows, Sequence) else list(rows)
+    def from_records(cls, records: Iterable[dict[str, Any]], config: Any = None) -> "GivenSource":
+        """Makes a source of `records`; `config` is the recipe's `given` source, if it has one, else
+        records with `input_ids` are read as tokens and all others as raw data."""
+        records = records if isinstance(records, Sequence) else list(records)
         if not isinstance(config, RowsConfig) or config.type != cls.name:
-            is_tokens = any(isinstance(row, Mapping) and "input_ids" in row for row in rows[:1])
+            is_tokens = any(isinstance(one, Mapping) and "input_ids" in one for one in records[:1])
             config = RowsConfig(type=cls.name, process=not is_tokens)
-        return cls(config, rows=rows)
+        return cls(config, records=records)
 
-    def load(self, config: RowsConfig, split: str) -> Rows:
-        if not self.rows:
+    def load(self, config: RowsConfig, split: str) -> Records:
+        if not self.records:
             raise DataError(
-                f"{self.label}: no rows; give them as `train_data` or `eval_data` of the trainer"
+                f"{self.label}: no records; pass them as `train_data` or `eval_data` of the trainer"
             )
-        return self.only_split(self.rows, split)
+        return self.only_split(self.records, split)

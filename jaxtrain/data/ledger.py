@@ -1,4 +1,4 @@
-"""What became of every row: the counts that a person looks at before trusting a run."""
+"""What became of every record: the counts to look at before trusting a run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,33 +17,33 @@ SHOWN_FAULTS = 3
 
 @dataclasses.dataclass
 class SourceCounts:
-    """One source, before rows are packed; also made of what `vars` of one is in JSON."""
+    """Counts of one source before packing; the cache keeps its `vars` as JSON."""
 
     label: str
     rows: int = 0
-    """Rows read."""
+    """Records read."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason → rows."""
+    """Reason → records."""
     truncated: int = 0
     documents: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     turns: int = 0
-    """Assistant turns that are trained."""
+    """Trained assistant turns."""
     ended_turns: int = 0
-    """Those of them whose end-of-turn token is trained."""
+    """Trained turns whose end-of-turn token is trained too."""
     systems_hidden: int = 0
-    """Documents without the text of the system, which the template leaves out."""
+    """Documents whose system text the template leaves out."""
     lengths: tuple[int, ...] = ()
-    """Tokens of a document at PERCENTILES."""
+    """Tokens per document at PERCENTILES."""
     faults: list[str] = field(default_factory=list)
-    """The first of the rows that were skipped as faulty, and what is wrong with them."""
+    """The first records that were skipped as faulty, with what is wrong with them."""
 
-    def add_fault(self, what: str) -> None:
+    def add_fault(self, message: str) -> None:
         self.rows += 1
         self.dropped[FAULTY] += 1
         if len(self.faults) < SHOWN_FAULTS:
-            self.faults.append(what)
+            self.faults.append(message)
 
     def add(self, outcome: Encoded | Dropped) -> None:
         self.rows += 1
@@ -59,14 +59,14 @@ class SourceCounts:
         self.systems_hidden += outcome.hides_system
 
     def lines(self) -> list[str]:
-        rows, documents = _count(self.rows, "row"), _count(self.documents, "document")
+        records, documents = _pluralise(self.rows, "record"), _pluralise(self.documents, "document")
         cut = f", {self.truncated} truncated" if self.truncated else ""
-        lines = [f"{self.label}: {rows} read, {documents}{cut}"]
+        lines = [f"{self.label}: {records} read, {documents}{cut}"]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
-        lines += [f"    {what}" for what in self.faults]
+        lines += [f"    {message}" for message in self.faults]
         if not self.documents:
             return lines
-        lines.append(f"  {_tokens(self.tokens, self.trained_tokens)}")
+        lines.append(f"  {_format_tokens(self.tokens, self.trained_tokens)}")
         steps = (f"{value} at {p}%" for p, value in zip(PERCENTILES, self.lengths, strict=True))
         lines.append(f"  document lengths: {', '.join(steps)}")
         if self.turns:
@@ -77,7 +77,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class SetCounts:
-    """One set of rows that is trained or evaluated on."""
+    """Counts of one packed set, for training or for evaluation."""
 
     label: str
     documents: int
@@ -85,30 +85,32 @@ class SetCounts:
     trained_tokens: int
     rows: int
     lengths: tuple[int, ...]
-    """Tokens that a row of a batch may have."""
+    """Tokens that a sequence of a batch may have."""
     fill: float
-    """Share of the rows' tokens that is no padding."""
+    """Fraction of the sequences' tokens that is not padding."""
     steps: int
-    """Updates of an epoch, or batches of one evaluation."""
+    """Steps of an epoch, or batches of one evaluation."""
 
     @classmethod
-    def of(cls, label: str, plan: BatchPlan) -> "SetCounts":
+    def from_plan(cls, label: str, plan: BatchPlan) -> "SetCounts":
         return cls(
             label=label,
             documents=len(np.unique(plan.rows.documents)),
             tokens=int(plan.rows.lengths.sum()),
             trained_tokens=plan.trained_tokens,
-            rows=plan.rows.num_rows,
+            rows=plan.rows.num_sequences,
             lengths=plan.lengths,
             fill=plan.fill,
             steps=plan.steps_per_epoch,
         )
 
     def lines(self) -> list[str]:
+        documents = _pluralise(self.documents, "document")
+        sequences, steps = _pluralise(self.rows, "sequence"), _pluralise(self.steps, "step")
         return [
-            f"{self.label}: {_count(self.documents, 'document')} in {_count(self.rows, 'row')} of "
-            f"{span(self.lengths)} tokens, filled {self.fill:.1%}; {_count(self.steps, 'step')}",
-            f"  {_tokens(self.tokens, self.trained_tokens)}",
+            f"{self.label}: {documents} in {sequences} of {format_range(self.lengths)} tokens, "
+            f"filled {self.fill:.1%}; {steps}",
+            f"  {_format_tokens(self.tokens, self.trained_tokens)}",
         ]
 
 
@@ -117,33 +119,33 @@ class Ledger:
     sources: tuple[SourceCounts, ...]
     sets: tuple[SetCounts, ...]
     notes: tuple[str, ...] = ()
-    """Whether prepared rows were found, and why not."""
+    """Whether prepared documents were found, and why not."""
     warnings: tuple[str, ...] = ()
 
-    def joined(self, other: "Ledger") -> "Ledger":
-        """Of the sources of both, before their sets are known."""
+    def merge(self, other: "Ledger") -> "Ledger":
+        """Returns a ledger of the sources of both, before their sets are known."""
         return Ledger(self.sources + other.sources, (), self.notes + other.notes)
 
     def lines(self) -> list[str]:
-        """For the log: what was read, then what came of it."""
+        """Returns lines for the log: what was read, then what became of it."""
         counted = [line for part in (*self.sources, *self.sets) for line in part.lines()]
         return [*counted, *self.notes, *(f"warning: {text}" for text in self.warnings)]
 
 
-def length_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
+def compute_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
     if not len(lengths):
         return ()
     return tuple(int(v) for v in np.percentile(lengths, PERCENTILES, method="higher"))
 
 
-def span(lengths: Sequence[int]) -> str:
-    """The one, or the first and the last."""
+def format_range(lengths: Sequence[int]) -> str:
+    """Writes one length, or the first and the last of several."""
     return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
-def _count(number: int, noun: str) -> str:
+def _pluralise(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _tokens(tokens: int, trained: int) -> str:
+def _format_tokens(tokens: int, trained: int) -> str:
     return f"{tokens} tokens, {trained} trained ({trained / max(tokens, 1):.1%})"

@@ -1,8 +1,8 @@
-"""Sources of local files, one for each format and one for any."""
+"""Sources of local files: one for each format, and one for any format."""
 
 from jaxtrain.data.files import open_files
-from jaxtrain.data.paths import data_files
-from jaxtrain.data.rows import Rows, renamed
+from jaxtrain.data.paths import find_data_files
+from jaxtrain.data.records import Records, rename_columns
 from jaxtrain.data.source import ConversationSource
 from jaxtrain.recipe.data import (
     AnyLocalDataSourceConfig,
@@ -19,11 +19,12 @@ class _LocalSource(ConversationSource, abstract=True):
         path = self.config.path
         return self.config.name or (path if isinstance(path, str) else ", ".join(path))
 
-    def load(self, config: LocalDataSourceConfig, split: str) -> Rows:
+    def load(self, config: LocalDataSourceConfig, split: str) -> Records:
         kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
         per_line = isinstance(config, TextDataSourceConfig) and config.per_line
-        rows = open_files(data_files(config.path), kind, column=config.column, per_line=per_line)
-        return self.only_split(renamed(rows, config.columns), split)
+        paths = find_data_files(config.path)
+        records = open_files(paths, kind, column=config.column, per_line=per_line)
+        return self.only_split(rename_columns(records, config.columns), split)
 
 
 class JsonSource(_LocalSource):

@@ -1,5 +1,5 @@
-"""Orders, draws, splits and mixtures of documents that depend on their keys alone: not on a
-library's version, a machine or a past state."""
+"""Orders, draws, splits and mixtures of documents that depend on their keys alone, never on a
+library's version, a machine or earlier state."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer over uint64: equal in, equal out, and else as good as random."""
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """Applies splitmix64's finalizer to uint64 values, a bijection whose output looks random."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))
@@ -21,35 +21,36 @@ def mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def keyed(values: np.ndarray, *keys: int) -> np.ndarray:
-    """A hash of each of `values` (uint64) under integer keys."""
+def hash_with_keys(values: np.ndarray, *keys: int) -> np.ndarray:
+    """Hashes each of `values` (uint64) under integer keys."""
     for key in keys:
         shift = np.array([(key * GOLDEN + GOLDEN) & MASK], dtype=np.uint64)
-        values = mixed(values + mixed(shift))
+        values = mix_bits(values + mix_bits(shift))
     return values
 
 
 def permutation(count: int, *keys: int) -> np.ndarray:
-    """An order of `count` things, int64 [count]; numpy's own generators may change by release."""
-    return np.argsort(keyed(np.arange(count, dtype=np.uint64), *keys), kind="stable")
+    """Returns a random order of `count` things, int64 [count], as no numpy release may change."""
+    return np.argsort(hash_with_keys(np.arange(count, dtype=np.uint64), *keys), kind="stable")
 
 
 def sample(count: int, size: int, *keys: int) -> np.ndarray:
-    """`size` of `count` numbers, rising, so that files are read from front to back."""
+    """Draws `size` of `count` numbers, in rising order, so that files are read front to back."""
     return np.sort(permutation(count, *keys)[:size])
 
 
 def split_by_content(digests: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rising document numbers for training and for evaluation, `share` of them in the second.
+    """Returns the documents to train on and those to evaluate on, `share` of them, both rising.
 
     Equal documents go to the same side, so the share is met to within one group of equals."""
     groups, members, sizes = np.unique(digests, return_inverse=True, return_counts=True)
     if len(groups) < 2:
         raise DataError(
-            f"train_eval_split needs two different documents, found {len(groups)} in {len(digests)}"
+            f"data.train_eval_split: needs two different documents, found {len(groups)} in "
+            f"{len(digests)}"
         )
-    order = np.argsort(keyed(groups, SPLIT, seed), kind="stable")
-    # The cut whose number of documents is nearest to the share, with something on either side.
+    order = np.argsort(hash_with_keys(groups, SPLIT, seed), kind="stable")
+    # Cut where the number of documents is nearest to the share, with something on either side.
     totals = np.cumsum(sizes[order])
     cut = int(np.argmin(np.abs(totals[:-1] - share * len(digests)))) + 1
     is_held_out = np.zeros(len(groups), dtype=bool)
@@ -58,31 +59,31 @@ def split_by_content(digests: np.ndarray, share: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def mixed_documents(
+def mix_sources(
     chosen: np.ndarray, sources: np.ndarray, weights: Sequence[float | None], seed: int
 ) -> np.ndarray:
-    """Numbers of the documents of an epoch: as many as in `chosen`, each source cut or repeated to
-    its share. `sources[d]` is the source of document d; weights of None leave `chosen` as it is.
+    """Returns the documents of an epoch: as many as in `chosen`, each source cut or repeated to its
+    share. `sources[d]` is the source of document d; weights of None leave `chosen` as it is.
 
-    A source that is repeated is taken whole as often as it fits, and the rest is drawn."""
+    A repeated source is taken whole as often as it fits, and the rest is drawn at random."""
     shares = [weight for weight in weights if weight is not None]
     if not shares:
         return chosen
     passes: dict[int, list[np.ndarray]] = {}
-    for number, count in enumerate(_counts(len(chosen), shares)):
+    for number, count in enumerate(_apportion(len(chosen), shares)):
         own = chosen[sources[chosen] == number]
         if not len(own):
-            raise DataError(f"source {number} has a weight, and no document is left of it")
+            raise DataError(f"source {number} has a weight, but none of its documents is left")
         whole, rest = divmod(count, len(own))
         drawn = np.sort(permutation(len(own), MIXTURE, seed, number)[:rest])
         for turn, taken in enumerate([*[own] * whole, own[drawn]]):
             passes.setdefault(turn, []).append(taken)
-    # Pass by pass, so that copies of a document do not stand beside one another.
+    # Pass by pass, so that copies of a document are not neighbours.
     return np.concatenate([taken for turn in sorted(passes) for taken in passes[turn]])
 
 
-def _counts(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` divided by `shares`; what rounding leaves goes to the largest remainders."""
+def _apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Divides `total` by `shares`; the largest remainders get what rounding leaves."""
     exact = np.array(shares) / sum(shares) * total
     counts = np.floor(exact).astype(int)
     for number in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:

@@ -1,5 +1,5 @@
-"""Which documents share a row. Planned once over the whole set, so that the number of rows, and
-with it the length of an epoch, is known before the first step."""
+"""Plans which documents share a packed sequence, once over the whole set, so that the number of
+sequences, and with it the length of an epoch, is known before the first step."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -7,76 +7,79 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_CANDIDATES = 256
-SHORTEST = 128  # tokens; rows below it leave lanes of the devices' matrix units empty
+MAX_CANDIDATES = 256
+MIN_PADDED_LENGTH = 128  # shorter sequences leave lanes of the devices' matrix units empty
 
 
-class RowPlan(NamedTuple):
-    """Row r holds the pieces `offsets[r]:offsets[r + 1]`, each a run of tokens of one document."""
+class PackingPlan(NamedTuple):
+    """Packed sequence s is the pieces `offsets[s]:offsets[s + 1]`, each a part of one document."""
 
     documents: np.ndarray
     """int64 [pieces]"""
     starts: np.ndarray
-    """int64 [pieces]: first token, counted in its document"""
+    """int64 [pieces]: first token of the piece within its document"""
     lengths: np.ndarray
     """int64 [pieces]"""
     offsets: np.ndarray
-    """int64 [rows + 1]"""
+    """int64 [sequences + 1]"""
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.offsets) - 1
 
     @property
-    def row_lengths(self) -> np.ndarray:
-        """int64 [rows]: tokens without padding."""
-        return np.add.reduceat(self.lengths, self.offsets[:-1]) if self.num_rows else self.lengths
+    def sequence_lengths(self) -> np.ndarray:
+        """int64 [sequences]: tokens without padding."""
+        return (
+            np.add.reduceat(self.lengths, self.offsets[:-1]) if len(self.lengths) else self.lengths
+        )
 
-    def without(self, row: int) -> "RowPlan":
-        """All rows but one."""
-        pieces = np.r_[self.offsets[row] : self.offsets[row + 1]]
+    def drop(self, sequence: int) -> "PackingPlan":
+        """Returns the plan without one sequence."""
+        pieces = np.r_[self.offsets[sequence] : self.offsets[sequence + 1]]
         documents, starts, lengths = (np.delete(part, pieces) for part in self[:3])
-        offsets = np.delete(self.offsets, row + 1)
-        offsets[row + 1 :] -= len(pieces)
-        return RowPlan(documents, starts, lengths, offsets)
+        offsets = np.delete(self.offsets, sequence + 1)
+        offsets[sequence + 1 :] -= len(pieces)
+        return PackingPlan(documents, starts, lengths, offsets)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each document, int64 [documents]: longest first, each into the fullest row that has
-    room for it."""
-    rows, num_rows = np.zeros(len(lengths), dtype=np.int64), 0
-    rooms: list[int] = []  # that some row has, rising
-    rows_with: dict[int, list[int]] = {}
+    """Returns the sequence of each document, int64 [documents]: longest documents first, each into
+    the fullest sequence that has room for it."""
+    sequences, count = np.zeros(len(lengths), dtype=np.int64), 0
+    rooms: list[int] = []  # free tokens that some sequence has, rising
+    sequences_with: dict[int, list[int]] = {}
     order = np.argsort(-lengths, kind="stable")
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(rooms, length)
         if place == len(rooms):
-            row, room = num_rows, capacity
-            num_rows += 1
+            sequence, room = count, capacity
+            count += 1
         else:
             room = rooms[place]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rooms[place], rows_with[room]
-        rows[document] = row
+            sequence = sequences_with[room].pop()
+            if not sequences_with[room]:
+                del rooms[place], sequences_with[room]
+        sequences[document] = sequence
         left = room - length
-        if left and left not in rows_with:
+        if left and left not in sequences_with:
             insort(rooms, left)
         if left:
-            rows_with.setdefault(left, []).append(row)
-    return rows
+            sequences_with.setdefault(left, []).append(sequence)
+    return sequences
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each document, int64 [documents]: in order; one that does not fit opens a row."""
-    rows = np.zeros(len(lengths), dtype=np.int64)
-    row, room = 0, capacity
+    """Returns the sequence of each document, int64 [documents]: in order, opening a new sequence
+    for a document that does not fit."""
+    sequences = np.zeros(len(lengths), dtype=np.int64)
+    sequence, room = 0, capacity
     for document, length in enumerate(lengths.tolist()):
         if length > room:
-            row, room = row + 1, capacity
-        rows[document] = row
+            sequence, room = sequence + 1, capacity
+        sequences[document] = sequence
         room -= length
-    return rows
+    return sequences
 
 
 FILL_RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
@@ -86,34 +89,35 @@ FILL_RULES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
-def slices(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> RowPlan:
-    """The documents numbered in `chosen` one behind the other, cut every `capacity` tokens: each
-    row but the last is full, and a document may go on in the next row."""
+def cut_documents(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> PackingPlan:
+    """Joins the documents numbered in `chosen` and cuts them every `capacity` tokens: each sequence
+    but the last is full, and a document may continue in the next one."""
     ends = np.cumsum(lengths[chosen])
     total = int(ends[-1]) if len(ends) else 0
-    borders = np.arange(0, total, capacity)
-    cuts = np.union1d(borders, ends - lengths[chosen])  # where a piece begins
+    sequence_starts = np.arange(0, total, capacity)
+    cuts = np.union1d(sequence_starts, ends - lengths[chosen])  # where a piece begins
     owner = np.searchsorted(ends, cuts, side="right")
     starts = cuts - (ends - lengths[chosen])[owner]
-    offsets = np.append(np.searchsorted(cuts, borders), len(cuts))
-    return RowPlan(chosen[owner], starts, np.diff(cuts, append=total), offsets.astype(np.int64))
+    offsets = np.append(np.searchsorted(cuts, sequence_starts), len(cuts))
+    return PackingPlan(chosen[owner], starts, np.diff(cuts, append=total), offsets.astype(np.int64))
 
 
-def fitting_lengths(
-    row_lengths: np.ndarray, *, update_rows: int, multiple: int, most: int, count: int
+def choose_lengths(
+    sequence_lengths: np.ndarray, *, update_rows: int, multiple: int, max_length: int, count: int
 ) -> tuple[int, ...]:
-    """Rising lengths to pad rows to, at most `count`, the last for the longest row. They are the
-    multiples, or `most`, that leave the least padding where an update of `update_rows` random rows
-    takes the shortest that holds them all."""
-    longest = int(row_lengths.max())
-    multiple *= -(-longest // (multiple * MOST_CANDIDATES))
-    row_lengths = np.maximum(row_lengths, min(longest, SHORTEST))
-    padded = np.minimum(-(-row_lengths // multiple) * multiple, most)
+    """Returns at most `count` rising lengths to pad sequences to, the last for the longest one.
+
+    They are the multiples, or `max_length`, that leave the least padding when an update of
+    `update_rows` random sequences takes the shortest length that holds them all."""
+    longest = int(sequence_lengths.max())
+    multiple *= -(-longest // (multiple * MAX_CANDIDATES))
+    sequence_lengths = np.maximum(sequence_lengths, min(longest, MIN_PADDED_LENGTH))
+    padded = np.minimum(-(-sequence_lengths // multiple) * multiple, max_length)
     candidates, counts = np.unique(padded, return_counts=True)
-    # Share of the updates that each candidate holds; in whole numbers, the same on every host.
+    # Share of the updates that fit each candidate; whole numbers are the same on every host.
     updates = len(padded) ** update_rows
     held = np.array([(n**update_rows << 30) // updates for n in np.cumsum(counts).tolist()])
-    # Least padding of the updates that candidate j holds, with j as the last of n lengths.
+    # Least padding of the updates that fit candidate j, with j as the last of n lengths.
     cost, chosen = candidates * held, [(int(length),) for length in candidates]
     is_before = np.tri(len(candidates), k=-1, dtype=bool).T
     for _ in range(count - 1):
@@ -128,15 +132,15 @@ def fitting_lengths(
     return chosen[-1]
 
 
-def plan_rows(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> RowPlan:
-    """Rows of at most `capacity` tokens out of the documents numbered in `chosen`; rows, and the
-    documents in each, stand in the documents' order."""
+def pack(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> PackingPlan:
+    """Packs the documents numbered in `chosen` into sequences of at most `capacity` tokens;
+    sequences, and the documents in each, keep the documents' order."""
     lengths = lengths[chosen]
     assert len(lengths) == 0 or 0 < lengths.min() <= lengths.max() <= capacity
-    rows = FILL_RULES[rule](lengths, capacity)
-    _, first, rows = np.unique(rows, return_index=True, return_inverse=True)
-    rows = first[rows]  # called by their first document
-    order = np.argsort(rows, kind="stable")
-    _, offsets = np.unique(rows[order], return_index=True)
+    sequences = FILL_RULES[rule](lengths, capacity)
+    _, first, sequences = np.unique(sequences, return_index=True, return_inverse=True)
+    first_document = first[sequences]
+    order = np.argsort(first_document, kind="stable")
+    _, offsets = np.unique(first_document[order], return_index=True)
     offsets = np.append(offsets, len(order))
-    return RowPlan(chosen[order], np.zeros(len(order), np.int64), lengths[order], offsets)
+    return PackingPlan(chosen[order], np.zeros(len(order), np.int64), lengths[order], offsets)

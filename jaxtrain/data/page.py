@@ -1,4 +1,4 @@
-"""What is trained, as one HTML page that needs nothing but itself."""
+"""Writes what is trained as one self-contained HTML page."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.ledger import SetCounts, SourceCounts, span
+from jaxtrain.data.ledger import SetCounts, SourceCounts, format_range
 from jaxtrain.data.preview import Sample
 from jaxtrain.data.training_data import TrainingData
 
@@ -32,7 +32,7 @@ rect { fill: #2da44e; } line { stroke: #888; } svg text { font-size: 12px; fill:
 """
 
 
-def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: str) -> str:
+def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: str) -> str:
     ledger = data.ledger
     warnings = [f'<p class="warning">{escape(text)}</p>' for text in ledger.warnings]
     notes = [f"<p>{escape(text)}</p>" for text in ledger.notes]
@@ -45,23 +45,23 @@ def page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: st
         f"<h1>{escape(title)}</h1>",
         *warnings,
         "<h2>Sources</h2>",
-        _table(SOURCE_COLUMNS, ledger.sources),
+        _render_table(SOURCE_COLUMNS, ledger.sources),
         "<h2>Sets</h2>",
-        _table(SET_COLUMNS, ledger.sets),
+        _render_table(SET_COLUMNS, ledger.sets),
         *notes,
         "<h2>Lengths of the training documents</h2>",
-        histogram(lengths, data.row_tokens),
+        render_histogram(lengths, data.row_tokens),
         f"<h2>{escape(heading)}</h2>",
         '<p><span class="trained">trained</span> <span class="masked">masked</span> '
         '<span class="special">special token</span></p>',
-        *(_sample(sample) for sample in shown),
+        *(_render_sample(sample) for sample in shown),
         "</body></html>",
     ])  # fmt: skip
 
 
 SOURCE_COLUMNS: dict[str, Callable[[SourceCounts], str]] = {
     "source": lambda one: one.label,
-    "rows": lambda one: f"{one.rows:,}",
+    "records": lambda one: f"{one.rows:,}",
     "dropped": lambda one: "; ".join(f"{n} {why}" for why, n in one.dropped.most_common()) or "0",
     "truncated": lambda one: f"{one.truncated:,}",
     "documents": lambda one: f"{one.documents:,}",
@@ -72,32 +72,32 @@ SOURCE_COLUMNS: dict[str, Callable[[SourceCounts], str]] = {
 SET_COLUMNS: dict[str, Callable[[SetCounts], str]] = {
     "set": lambda one: one.label,
     "documents": lambda one: f"{one.documents:,}",
-    "rows": lambda one: f"{one.rows:,}",
-    "tokens a row": lambda one: span(one.lengths),
+    "sequences": lambda one: f"{one.rows:,}",
+    "tokens per sequence": lambda one: format_range(one.lengths),
     "filled": lambda one: f"{one.fill:.1%}",
     "trained tokens": lambda one: f"{one.trained_tokens:,}",
     "steps": lambda one: f"{one.steps:,}",
 }
 
 
-def _table(columns: Mapping[str, Callable[[Any], str]], counted: Sequence[Any]) -> str:
+def _render_table(columns: Mapping[str, Callable[[Any], str]], counted: Sequence[Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     cells = [[f"<td>{escape(cell(one))}</td>" for cell in columns.values()] for one in counted]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def histogram(lengths: np.ndarray, row_tokens: int) -> str:
-    """Bars of document lengths, from 0 to the longest or to the length of a row."""
+def render_histogram(lengths: np.ndarray, row_tokens: int) -> str:
+    """Draws document lengths, from 0 to the longest one or to the length of a sequence."""
     longest = max(int(lengths.max()), row_tokens)
     counts, edges = np.histogram(lengths, bins=min(BARS, longest), range=(0, longest))
     width, tallest, bars = WIDTH / len(counts), int(counts.max()), []
     for i in np.flatnonzero(counts).tolist():
         height = max(1.0, HEIGHT * int(counts[i]) / tallest)
-        told = f"{edges[i]:.0f} to {edges[i + 1]:.0f} tokens: {counts[i]:,} documents"
+        title = f"{edges[i]:.0f} to {edges[i + 1]:.0f} tokens: {counts[i]:,} documents"
         bars.append(
             f'<rect x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - 1:.1f}" '
-            f'height="{height:.1f}"><title>{told}</title></rect>'
+            f'height="{height:.1f}"><title>{title}</title></rect>'
         )
     return (
         f'<svg id="lengths" viewBox="0 0 {WIDTH} {HEIGHT + 24}" width="{WIDTH}" role="img" '
@@ -108,12 +108,12 @@ def histogram(lengths: np.ndarray, row_tokens: int) -> str:
     )
 
 
-def _sample(sample: Sample) -> str:
+def _render_sample(sample: Sample) -> str:
     spans = "".join(
         f'<span class="{"trained" if piece.is_trained else "masked"}'
         f'{" special" if piece.is_special else ""}">{escape(piece.text)}</span>'
         for piece in sample.pieces
     )
-    rest = f" … and {sample.left_out:,} tokens more" if sample.left_out else ""
-    told = f"{sample.title}: {sample.tokens:,} tokens, {sample.trained:,} trained"
-    return f"<h3>{escape(told)}</h3><pre>{spans}{rest}</pre>"
+    rest = f" … and {sample.left_out:,} more tokens" if sample.left_out else ""
+    heading = f"{sample.title}: {sample.tokens:,} tokens, {sample.trained:,} trained"
+    return f"<h3>{escape(heading)}</h3><pre>{spans}{rest}</pre>"

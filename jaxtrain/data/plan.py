@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.order import keyed, permutation
-from jaxtrain.data.packing import RowPlan
+from jaxtrain.data.order import hash_with_keys, permutation
+from jaxtrain.data.packing import PackingPlan
 
 EPOCH = 2  # keeps the order of an epoch apart from other orders under the same seed
 FUSE = 5
@@ -45,9 +45,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, EPOCH, seed, epoch)
 
 
-def fused_rows(count: int, share: float, seed: int) -> np.ndarray:
+def choose_fused(count: int, share: float, seed: int) -> np.ndarray:
     """bool [count]: which rows are one sequence, about `share` of them."""
-    drawn = keyed(np.arange(count, dtype=np.uint64), FUSE, seed)
+    drawn = hash_with_keys(np.arange(count, dtype=np.uint64), FUSE, seed)
     return drawn / 2.0**64 < share
 
 
@@ -57,7 +57,7 @@ class BatchPlan:
     that have no token."""
 
     documents: Documents
-    rows: RowPlan
+    rows: PackingPlan
     shape: BatchShape
     lengths: tuple[int, ...]
     """What T may be, rising: an update takes the shortest that holds its longest row. The step
@@ -83,12 +83,12 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows.num_rows * self.passes // self.shape.update_rows)
+        return -(-self.rows.num_sequences * self.passes // self.shape.update_rows)
 
     def repeated(self, min_updates: int) -> "BatchPlan":
         """With as many passes an epoch as fill so many updates."""
         filled = max(min_updates - 1, 0) * self.shape.update_rows
-        return replace(self, passes=filled // self.rows.num_rows + 1)
+        return replace(self, passes=filled // self.rows.num_sequences + 1)
 
     @property
     def trained_tokens(self) -> int:
@@ -112,7 +112,7 @@ class BatchPlan:
 
     def _rows_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """int64 [places, together]: the rows at places of an epoch; -1 behind its end."""
-        count = self.rows.num_rows // self.together
+        count = self.rows.num_sequences // self.together
         turns, found = np.divmod(places, count)
         if self.seed is not None:
             for turn in np.unique(turns[turns < self.passes]):
@@ -128,12 +128,12 @@ class BatchPlan:
 
     @cached_property
     def _row_lengths(self) -> np.ndarray:
-        return self.rows.row_lengths
+        return self.rows.sequence_lengths
 
     @property
     def fill(self) -> float:
         """Of the places of the rows, those that hold a token, in the first pass over all rows."""
-        steps, size = -(-self.rows.num_rows // self.shape.update_rows), self.shape.update_rows
+        steps, size = -(-self.rows.num_sequences // self.shape.update_rows), self.shape.update_rows
         places = np.arange(steps * size // self.together)
         rows = self._rows_at(0, places).reshape(steps, size)
         is_row = rows >= 0
@@ -185,5 +185,5 @@ class BatchPlan:
 
     def origins(self, row: int) -> list[Origin]:
         """Source and row of every document of a packed row, in their order."""
-        records = self.documents.index[self.rows.documents[self.pieces(row)]]
-        return [Origin(int(record["source"]), int(record["row"])) for record in records]
+        entries = self.documents.index[self.rows.documents[self.pieces(row)]]
+        return [Origin(int(entry["source"]), int(entry["record"])) for entry in entries]

@@ -1,4 +1,4 @@
-"""Preferences: replies to a prompt that were compared in pairs, or judged one by one."""
+"""Preferences: replies to a prompt, compared in pairs or judged one by one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,10 +8,10 @@ import numpy as np
 from jaxtrain.data.conversation import (
     Conversation,
     Message,
-    system_turns,
-    to_conversation,
-    tools_of,
-    turns_of,
+    read_conversation,
+    read_system,
+    read_tools,
+    read_turns,
 )
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
@@ -21,29 +21,30 @@ from jaxtrain.data.encode import (
     Fault,
     Outcome,
     Overlong,
-    beyond_limit,
+    check_length,
 )
 from jaxtrain.data.factory import DataFactory
-from jaxtrain.data.packing import RowPlan
-from jaxtrain.data.rows import missing_column
+from jaxtrain.data.packing import PackingPlan
+from jaxtrain.data.records import get_column
 from jaxtrain.data.source import LoadedSource
-from jaxtrain.data.spans import shared_start
+from jaxtrain.data.spans import count_shared
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, shown
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
 EMPTY = "a reply is empty"
+SIDES = ("chosen", "rejected")
 
 
 class Preference(NamedTuple):
-    """One prompt with its replies: chosen and rejected, or the one that was judged."""
+    """A prompt with its chosen and rejected reply, or with the one reply that was judged."""
 
     prompt: list[Message]
     replies: tuple[list[Message], ...]
     tools: list[Any] | None
     scores: tuple[float, float]
-    """Reference scores of chosen and rejected, or 1 or 0 for a judgement first."""
+    """Reference scores of chosen and rejected; the first is 1 or 0 for a judged reply."""
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -51,59 +52,53 @@ class Preference(NamedTuple):
         return [Conversation([*self.prompt, *reply], self.tools, start) for reply in self.replies]
 
 
-def read_pair(row: Mapping[str, Any]) -> Preference:
-    """Of `chosen` and `rejected`, with `prompt` or with what both begin with; DataError names the
+def read_pair(record: Mapping[str, Any]) -> Preference:
+    """Reads `chosen` and `rejected`, after `prompt` or what both begin with; DataError names the
     field at fault."""
-    for column in ("chosen", "rejected"):
-        if column not in row:
-            other = "; judged rows need data.type: kto" if "label" in row else ""
-            raise DataError(f"{missing_column(column, row)}{other}")
-    prompt, given = _prompt(row), (row["chosen"], row["rejected"])
+    hint = "; judged records need data.type: kto" if "label" in record else ""
+    given = [get_column(record, side, hint) for side in SIDES]
+    prompt = _read_prompt(record)
     if not prompt and all(isinstance(reply, str) for reply in given):
-        text = _shared_text(*given)
+        text = _find_shared_text(*given)
         prompt, given = [{"role": "user", "content": text}], [r[len(text) :] for r in given]
-    replies = [
-        turns_of({name: reply}, name)
-        for name, reply in zip(("chosen", "rejected"), given, strict=True)
-    ]
+    replies = [read_turns({side: reply}, side) for side, reply in zip(SIDES, given, strict=True)]
     if not prompt or all(reply and reply[0]["role"] != "assistant" for reply in replies):
-        prompt, replies = _without_shared_turns(prompt, *replies)
-    for name, reply in zip(("chosen", "rejected"), replies, strict=True):
+        prompt, replies = _split_shared_turns(prompt, *replies)
+    for side, reply in zip(SIDES, replies, strict=True):
         if reply and reply[0]["role"] != "assistant":
             role = shown(reply[0]["role"])
-            raise DataError(f"{name}: must go on with a reply of the assistant, found role {role}")
-    scores = _score(row, "reference_score_chosen"), _score(row, "reference_score_rejected")
-    whole = [*system_turns(row), *prompt] if prompt[0]["role"] != "system" else prompt
-    return Preference(whole, (replies[0], replies[1]), tools_of(row), scores)
+            raise DataError(f"{side}: must continue with the assistant's reply, found role {role}")
+    scores = [_read_score(record, f"reference_score_{side}") for side in SIDES]
+    whole = [*read_system(record), *prompt] if prompt[0]["role"] != "system" else prompt
+    return Preference(whole, tuple(replies), read_tools(record), (scores[0], scores[1]))
 
 
-def read_judged(row: Mapping[str, Any]) -> Preference:
-    """Of `label` beside `prompt` and `completion`, or beside `messages`, whose last turns are what
-    was judged; DataError names the field at fault."""
-    if "label" not in row:
-        other = "; pairs need data.type: dpo" if "chosen" in row else ""
-        raise DataError(f"{missing_column('label', row)}{other}")
-    if not isinstance(row["label"], bool):
-        raise DataError(f"label: must be true or false, found {shown(row['label'])}")
-    messages, tools, start = to_conversation(row)
+def read_judged(record: Mapping[str, Any]) -> Preference:
+    """Reads `label` beside `prompt` and `completion`, or beside `messages`, whose last turns were
+    judged; DataError names the field at fault."""
+    hint = "; pairs need data.type: dpo" if "chosen" in record else ""
+    label = get_column(record, "label", hint)
+    if not isinstance(label, bool):
+        raise DataError(f"label: must be true or false, found {shown(label)}")
+    messages, tools, start = read_conversation(record)
     if not start:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
-            raise DataError("messages: no turn of the user, so it is open what was judged")
+            raise DataError("messages: must have a user turn before the judged reply, found none")
         start = users[-1] + 1
-    return Preference(messages[:start], (messages[start:],), tools, (float(row["label"]), np.nan))
+    return Preference(messages[:start], (messages[start:],), tools, (float(label), np.nan))
 
 
-def _prompt(row: Mapping[str, Any]) -> list[Message]:
+def _read_prompt(record: Mapping[str, Any]) -> list[Message]:
     for column in ("prompt", "conversations"):
-        if row.get(column):
-            return turns_of(row, column, "user")
+        if record.get(column):
+            return read_turns(record, column, "user")
     return []
 
 
-def _shared_text(chosen: str, rejected: str) -> str:
-    """Up to the end of a word."""
-    shared = chosen[: shared_start(chosen, rejected)]
+def _find_shared_text(chosen: str, rejected: str) -> str:
+    """Returns what both replies begin with, up to the end of a word."""
+    shared = chosen[: count_shared(chosen, rejected)]
     if shared != chosen and shared != rejected:
         shared = shared[: len(shared) - len(shared.split(" ")[-1])]
     if not shared.strip():
@@ -111,20 +106,20 @@ def _shared_text(chosen: str, rejected: str) -> str:
     return shared
 
 
-def _without_shared_turns(
+def _split_shared_turns(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
-    """What both replies begin with is the prompt; one that is given beside them is part of it."""
-    shared = chosen[: shared_start(chosen, rejected)]
+    """Returns what both replies begin with, which must contain the given prompt, and their rest."""
+    shared = chosen[: count_shared(chosen, rejected)]
     if not shared:
         raise DataError("chosen and rejected begin differently, and there is no prompt before them")
     if not all(turn in shared for turn in prompt):
-        raise DataError("prompt: is not what chosen and rejected, which have a prompt, begin with")
+        raise DataError("prompt: must be part of what chosen and rejected begin with")
     return shared, [chosen[len(shared) :], rejected[len(shared) :]]
 
 
-def _score(row: Mapping[str, Any], column: str) -> float:
-    value = row.get(column)
+def _read_score(record: Mapping[str, Any], column: str) -> float:
+    value = record.get(column)
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -133,7 +128,7 @@ def _score(row: Mapping[str, Any], column: str) -> float:
 
 
 class PreferenceEncoder:
-    """A preference to one document: the sequences of its replies, each behind the whole prompt."""
+    """Encodes a preference as one document: a sequence per reply, each after the whole prompt."""
 
     def __init__(
         self,
@@ -153,28 +148,28 @@ class PreferenceEncoder:
         self._prompt_truncation = prompt_truncation
         self._overlong: Overlong = overlong
 
-    def read(self, row: Mapping[str, Any]) -> Preference:
-        return read_judged(row) if len(self._names) == 1 else read_pair(row)
+    def read(self, record: Mapping[str, Any]) -> Preference:
+        return read_judged(record) if len(self._names) == 1 else read_pair(record)
 
     def encode(self, items: Sequence[Preference]) -> list[Outcome]:
-        """One outcome a preference, in order; no outcome depends on the others."""
-        sound = [c for item in items if not _unfit(item) for c in item.conversations]
+        """Returns one outcome per preference, in order and independent of the others."""
+        sound = [c for item in items if not _check_replies(item) for c in item.conversations]
         encoded = iter(self._sequences.encode(sound))
         return [
-            _unfit(item) or self._joined([next(encoded) for _ in item.replies], item.scores)
+            _check_replies(item) or self._join([next(encoded) for _ in item.replies], item.scores)
             for item in items
         ]
 
-    def _joined(self, outcomes: list[Outcome], scores: tuple[float, float]) -> Outcome:
+    def _join(self, outcomes: list[Outcome], scores: tuple[float, float]) -> Outcome:
         sequences: list[Encoded] = []
         for name, outcome in zip(self._names, outcomes, strict=True):
             if isinstance(outcome, Fault):
-                return Fault(f"{name}{outcome.what}")
+                return Fault(f"{name}{outcome.message}")
             if isinstance(outcome, Dropped):
                 return outcome
             sequences.append(outcome)
         longest = max(len(sequence.tokens) for sequence in sequences)
-        if refused := beyond_limit(longest, self._max_length, self._overlong):
+        if refused := check_length(longest, self._max_length, self._overlong):
             return refused
         is_cut = longest > self._max_length
         if is_cut:
@@ -188,12 +183,12 @@ class PreferenceEncoder:
             turns=sum(sequence.turns for sequence in sequences),
             ended=sum(sequence.ended for sequence in sequences),
             truncated=is_cut,
-            border=len(first.tokens) if len(sequences) == 2 else None,
+            rejected_start=len(first.tokens) if len(sequences) == 2 else None,
             scores=scores,
         )
 
     def _cut(self, sequence: Encoded) -> Encoded:
-        """The prompt first, by its own limit; the reply may use all room that it leaves."""
+        """Cuts the prompt to its own limit, and the reply to the room that the prompt leaves."""
         tokens, weights = sequence.tokens, sequence.weights
         prompt = int(np.argmax(weights))  # at least 1: the first token is never trained
         kept = min(prompt, self._max_prompt_length)
@@ -210,21 +205,21 @@ class PreferenceEncoder:
         return Encoded(tokens[places], weights[places], turns, ended, True)
 
 
-def _unfit(item: Preference) -> Dropped | None:
+def _check_replies(item: Preference) -> Dropped | None:
     if len(item.replies) == 2 and item.replies[0] == item.replies[1]:
         return Dropped(EQUAL, 0)
-    if not all(map(_says_something, item.replies)):
+    if not all(map(_has_words, item.replies)):
         return Dropped(EMPTY, 0)
     return None
 
 
-def _says_something(reply: list[Message]) -> bool:
+def _has_words(reply: list[Message]) -> bool:
     spoken = (turn for turn in reply if turn["role"] == "assistant")
     return any(turn["content"].strip() or turn.get("tool_calls") for turn in spoken)
 
 
 class KTODataFactory(DataFactory):
-    """A row of a batch is one judged sequence; the index of the documents has its label."""
+    """A sequence of a batch is one judged reply; the documents' index has its label."""
 
     name = "kto"
     config: JudgedDataConfig
@@ -235,14 +230,14 @@ class KTODataFactory(DataFactory):
 
     @property
     def max_prompt_length(self) -> int:
-        """RecipeError for a limit that leaves no room for a reply; the default gives way."""
-        most = self.config.max_prompt_length
-        if most < self.max_length:
-            return most
+        """Limit of a prompt in tokens; RecipeError if the recipe's leaves no room for a reply."""
+        written = self.config.max_prompt_length
+        if written < self.max_length:
+            return written
         if self.config.limits_prompt:
             raise RecipeError(
-                f"data.max_prompt_length: {most} leaves no room for a reply in the "
-                f"{self.max_length} tokens of a row; use at most {self.max_length - 1}"
+                f"data.max_prompt_length: {written} leaves no room for a reply in "
+                f"max_length {self.max_length}; use at most {self.max_length - 1}"
             )
         return max(1, self.max_length // 2)
 
@@ -251,7 +246,7 @@ class KTODataFactory(DataFactory):
         if used == written:
             return super().remarks()
         lowered = (
-            f"max_prompt_length is {used}, half of max_length, since {written} is not below it"
+            f"max_prompt_length is {used}, half of max_length, which {written} does not fit in"
         )
         return [*super().remarks(), lowered]
 
@@ -270,13 +265,13 @@ class KTODataFactory(DataFactory):
 
 
 class DPODataFactory(KTODataFactory):
-    """Rows 2i and 2i + 1 of a batch are the chosen and the rejected sequence of one pair."""
+    """Sequences 2i and 2i + 1 of a batch are the chosen and the rejected one of a pair."""
 
     name = "dpo"
     config: PreferenceDataConfig
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
-        borders, ends = documents.index["border"][chosen], documents.lengths[chosen]
-        starts = np.column_stack([np.zeros_like(borders), borders]).ravel()
-        lengths = np.column_stack([borders, ends - borders]).ravel()
-        return RowPlan(np.repeat(chosen, 2), starts, lengths, np.arange(len(starts) + 1))
+    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+        middles, ends = documents.index["rejected_start"][chosen], documents.lengths[chosen]
+        starts = np.column_stack([np.zeros_like(middles), middles]).ravel()
+        lengths = np.column_stack([middles, ends - middles]).ravel()
+        return PackingPlan(np.repeat(chosen, 2), starts, lengths, np.arange(len(starts) + 1))

@@ -61,12 +61,12 @@ def prepare_data(
     train = _build_sources(config.sources, factory)
     evals = {name: _build_sources(listed, factory) for name, listed in config.eval_sets.items()}
     if train_data is not None:
-        train = [GivenSource.of(train_data, config.sources[0])]
+        train = [GivenSource.from_records(train_data, config.sources[0])]
     if eval_data is not None:
         if config.train_eval_split[1]:
             raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
         named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
-        evals = {name: [GivenSource.of(rows)] for name, rows in named.items()}
+        evals = {name: [GivenSource.from_records(rows)] for name, rows in named.items()}
     return factory.prepare(train, evals, shape).repeated(
         min_updates=recipe.min_iterations, first_only=recipe.overfit_first_batch
     )
@@ -83,7 +83,7 @@ def prepare_evaluation(
     if isinstance(first, str) or kind in registry.names("data_source"):
         sources = _build_sources(eval_sources(rows, factory.config), factory)
     else:
-        sources = [GivenSource.of(rows)]
+        sources = [GivenSource.from_records(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations to packed rows with loss on what the assistant says."""
+"""Supervised fine-tuning: packed conversations with loss on what the assistant says."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import ConversationEncoder
-from jaxtrain.data.factory import DataFactory, RowSet
-from jaxtrain.data.packing import RowPlan, plan_rows, slices
-from jaxtrain.data.plan import BatchPlan, fused_rows
+from jaxtrain.data.factory import DataFactory, PackedSet
+from jaxtrain.data.packing import PackingPlan, cut_documents, pack
+from jaxtrain.data.plan import BatchPlan, choose_fused
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
@@ -22,7 +22,7 @@ class SFTDataFactory(DataFactory):
     config: SFTDataConfig
     retired = DataFactory.retired | dict.fromkeys(
         ("get_masked_labels", "get_assistant_start_end_indices", "tokenize_messages"),
-        "what is trained is found in the rendered template; for other rows define `encoder`",
+        "trained text is found in the rendered template; for other records define `encoder`",
     )
 
     def encoder(self, loaded: LoadedSource) -> Encoder:
@@ -46,31 +46,31 @@ class SFTDataFactory(DataFactory):
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         return {**super().key_parts(loaded), "max_length": str(self.max_length)}
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> RowPlan:
+    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         config = self.config
         if not config.pack_samples:
-            return plan_rows(documents.lengths, self.max_length, "none", chosen)
+            return pack(documents.lengths, self.max_length, "none", chosen)
         if train and config.repeat_to_pack_max_length:
             total = int(documents.lengths[chosen].sum())
             chosen = np.tile(chosen, max(1, self.max_length // total))
         if config.always_max_length:
-            plan = slices(documents.lengths, self.max_length, chosen)
+            plan = cut_documents(documents.lengths, self.max_length, chosen)
         else:
-            plan = plan_rows(documents.lengths, self.max_length, config.packing, chosen)
-        return self._without_short_pack(plan) if train and config.drop_last else plan
+            plan = pack(documents.lengths, self.max_length, config.packing, chosen)
+        return self._drop_short_pack(plan) if train and config.drop_last else plan
 
-    def _without_short_pack(self, plan: RowPlan) -> RowPlan:
-        """Best-fit packs are short by some tokens each, and one holds what was left."""
+    def _drop_short_pack(self, plan: PackingPlan) -> PackingPlan:
+        """Drops the pack that holds the rest: the last in order, or the shortest of best-fit."""
         in_order = self.config.always_max_length or self.config.packing == "next_fit"
-        row = plan.num_rows - 1 if in_order else int(np.argmin(plan.row_lengths))
-        if plan.row_lengths[row] == self.max_length:
+        short = plan.num_sequences - 1 if in_order else int(np.argmin(plan.sequence_lengths))
+        if plan.sequence_lengths[short] == self.max_length:
             return plan
-        if plan.num_rows == 1:
+        if plan.num_sequences == 1:
             raise DataError(
-                f"data.drop_last would drop the only pack, which has {plan.row_lengths[0]} of "
+                f"data.drop_last would drop the only pack, which has {plan.sequence_lengths[0]} of "
                 f"{self.max_length} tokens; set it to false"
             )
-        return plan.without(row)
+        return plan.drop(short)
 
     @property
     def row_multiple(self) -> int | None:
@@ -79,10 +79,10 @@ class SFTDataFactory(DataFactory):
             return None
         return config.div_length
 
-    def create_dataloader(self, dataset: RowSet) -> BatchPlan:
-        """The batches of one set; an evaluation set keeps its order and fuses nothing."""
+    def create_dataloader(self, dataset: PackedSet) -> BatchPlan:
+        """Plans the batches of one set; an evaluation set keeps its order and fuses nothing."""
         plan = super().create_dataloader(dataset)
         share = self.config.fuse_positions_prob
         if not dataset.is_train or not share:
             return plan
-        return replace(plan, fused=fused_rows(plan.rows.num_rows, share, self.config.seed))
+        return replace(plan, fused=choose_fused(plan.rows.num_sequences, share, self.config.seed))

@@ -1,5 +1,5 @@
-"""Rows of a Snowflake account. Credentials are a matter of its own package: the default connection
-in its files and environment."""
+"""Records of a Snowflake account; its own package finds the credentials of the default connection
+in its files and the environment."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from snowflake.snowpark import Session  # pyright: ignore[reportMissingImports]
 from snowflake.snowpark.exceptions import SnowparkClientException  # pyright: ignore[reportMissingImports]
 from snowflake.snowpark.types import ArrayType, MapType, VariantType  # pyright: ignore[reportMissingImports]
 
-from jaxtrain.data.files import JsonLines, mapped, temporary_file
-from jaxtrain.data.rows import Rows, SelectedRows, first_line, renamed
+from jaxtrain.data.files import JsonLines, map_file, open_temporary_file
+from jaxtrain.data.records import Records, SelectedRecords, first_line, rename_columns
 from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.snowflake import SnowflakeSourceConfig
@@ -28,20 +28,21 @@ class SnowflakeSource(DataSource):
     def label(self) -> str:
         return self.config.name or self.config.table_name or "snowflake query"
 
-    def load(self, config: SnowflakeSourceConfig, split: str) -> Rows:
-        session = _session()
+    def load(self, config: SnowflakeSourceConfig, split: str) -> Records:
+        session = _open_session()
         try:
             frame = (
                 session.table(config.table_name) if config.table_name else session.sql(config.sql)
             )
-            rows = _kept(frame.limit(config.limit) if config.limit else frame, self.label)
+            frame = frame.limit(config.limit) if config.limit else frame
+            records = _save_records(frame, self.label)
         except (Error, SnowparkClientException) as fault:
             raise DataError(f"{self.label}: {first_line(fault)}") from None
-        return self.only_split(renamed(rows, config.column_mapping), split)
+        return self.only_split(rename_columns(records, config.column_mapping), split)
 
 
-def _session() -> Any:
-    """The one that is open, or one by the default connection; RecipeError when there is none."""
+def _open_session() -> Any:
+    """Returns the open session, or opens the default connection; RecipeError without one."""
     try:
         return Session.builder.getOrCreate()
     except (Error, SnowparkClientException) as fault:
@@ -51,30 +52,30 @@ def _session() -> Any:
         ) from None
 
 
-def _kept(frame: Any, label: str) -> Rows:
-    """The rows in a file without a name, one object a line. A query has no order, and a run must
-    have one: it is that of the rows' digests."""
+def _save_records(frame: Any, label: str) -> Records:
+    """Saves the records in a nameless file, one object per line, and orders them by their digests:
+    a query has no order of its own, and a run needs one."""
     nested = {
         field.name.strip('"')
         for field in frame.schema.fields
         if isinstance(field.datatype, ArrayType | MapType | VariantType)
     }
     digests = bytearray()
-    file = temporary_file()
+    file = open_temporary_file()
     for record in frame.to_local_iterator():
-        row = {
+        values = {
             name: json.loads(value) if name in nested and isinstance(value, str) else value
             for name, value in record.as_dict().items()
         }
-        line = json.dumps(row, default=_plain).encode()
+        line = json.dumps(values, default=_to_json_value).encode()
         digests += hashlib.blake2b(line, digest_size=8).digest()
         file.write(line + b"\n")
     if not digests:
-        raise DataError(f"{label}: no rows")
+        raise DataError(f"{label}: no records")
     file.flush()
     order = np.argsort(np.frombuffer(digests, dtype=np.uint64), kind="stable")
-    return SelectedRows(JsonLines(Path(label), mapped(file, Path(label))), order)
+    return SelectedRecords(JsonLines(Path(label), map_file(file, Path(label))), order)
 
 
-def _plain(value: Any) -> float | str:
+def _to_json_value(value: Any) -> float | str:
     return float(value) if isinstance(value, Decimal) else str(value)

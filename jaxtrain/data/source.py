@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxtrain.data.conversation import MappedRoles
+from jaxtrain.data.conversation import RoleMapper
 from jaxtrain.data.order import sample
-from jaxtrain.data.rows import MappedRows, NamedRows, Rows, SelectedRows, take_split
+from jaxtrain.data.records import MappedRecords, NamedRecords, Records, SelectedRecords, take_split
 from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
 from jaxtrain.recipe.errors import DataError
 from jaxtrain.registry import Factory
@@ -38,7 +38,7 @@ class DataSource(Factory, kind="data_source"):
         """What logs and messages call this source."""
         return self.config.name or self.config.type or self.name
 
-    def load(self, config: Any, split: str) -> Rows | Sequence[dict[str, Any]]:
+    def load(self, config: Any, split: str) -> Records | Sequence[dict[str, Any]]:
         """All rows of `split`; a plain list of dicts will do."""
         raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
 
@@ -46,35 +46,35 @@ class DataSource(Factory, kind="data_source"):
         """The recipe's keys that decide what a row becomes once it is read."""
         return self.config.model_dump(mode="json", exclude=set(self.config.says_which_rows))
 
-    def only_split(self, rows: Rows | Sequence[dict[str, Any]], split: str) -> Rows:
+    def only_split(self, rows: Records | Sequence[dict[str, Any]], split: str) -> Records:
         """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a
         slice such as `train[:100]`; DataError for any other name."""
-        rows = rows if isinstance(rows, Rows) else NamedRows(rows, self.label)
+        rows = rows if isinstance(rows, Records) else NamedRecords(rows, self.label)
         return take_split({"train": rows, "eval": rows}, split, self.label)
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
+    def read(self, default_split: str, limits: Limits | None = None) -> Records:
         """The rows to train on: the recipe's split, then its sample; DataError when there are
         none."""
         loaded = self.load(self.config, self.config.split or default_split)
-        rows = loaded if isinstance(loaded, Rows) else NamedRows(loaded, self.label)
+        rows = loaded if isinstance(loaded, Records) else NamedRecords(loaded, self.label)
         if len(rows) == 0:
             raise DataError(f"{self.label}: no rows")
         return self._sampled(rows)
 
-    def _sampled(self, rows: Rows) -> Rows:
+    def _sampled(self, rows: Records) -> Records:
         count = self.config.sample_count
         if self.config.sample_ratio is not None:
             count = max(1, round(self.config.sample_ratio * len(rows)))
         if count is None or count >= len(rows):
             return rows
-        return SelectedRows(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
+        return SelectedRecords(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
 
 
 class LoadedSource(NamedTuple):
     """A source beside its rows."""
 
     source: DataSource
-    rows: Rows
+    rows: Records
 
     @property
     def label(self) -> str:
@@ -90,8 +90,8 @@ class ConversationSource(DataSource, abstract=True):
         """Role → column or `array.field.value`; empty leaves rows as they are."""
         return self.config.role_mapping
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
+    def read(self, default_split: str, limits: Limits | None = None) -> Records:
         rows = super().read(default_split, limits)
         if not (mapping := self.role_mapping()):
             return rows
-        return MappedRows(rows, MappedRoles(mapping, self.config.content_key))
+        return MappedRecords(rows, RoleMapper(mapping, self.config.content_key))

@@ -1,12 +1,12 @@
-"""Rows of random tokens, for plans and benchmarks."""
+"""Records of random tokens, for plans and benchmarks."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.order import keyed
-from jaxtrain.data.rows import Rows
+from jaxtrain.data.order import hash_with_keys
+from jaxtrain.data.records import Records
 from jaxtrain.data.source import DataSource, Limits
 from jaxtrain.recipe.data import SyntheticDataSourceConfig
 
@@ -17,16 +17,16 @@ class SyntheticSource(DataSource):
     name = "synthetic"
     config: SyntheticDataSourceConfig
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Rows:
+    def read(self, default_split: str, limits: Limits | None = None) -> Records:
         assert limits is not None, "a factory reads its sources with its limits"
-        most = self.config.vocab_size or limits.vocab_size
-        rows = SyntheticRows(self.config.rows, limits._replace(vocab_size=most))
-        return self._sampled(self.only_split(rows, self.config.split or default_split))
+        vocab_size = self.config.vocab_size or limits.vocab_size
+        records = SyntheticRecords(self.config.rows, limits._replace(vocab_size=vocab_size))
+        return self._sampled(self.only_split(records, self.config.split or default_split))
 
 
 @dataclass(frozen=True)
-class SyntheticRows:
-    """Each `max_length` tokens, a function of the seed and the row's number; all are trained."""
+class SyntheticRecords:
+    """Records of `max_length` trained tokens, a function of the seed and the record's number."""
 
     count: int
     limits: Limits
@@ -37,11 +37,11 @@ class SyntheticRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         length, vocab_size, seed = self.limits
         places = np.arange(index * length, (index + 1) * length, dtype=np.uint64)
-        tokens = (keyed(places, TOKENS, seed) % np.uint64(vocab_size)).astype(np.int64)
+        tokens = (hash_with_keys(places, TOKENS, seed) % np.uint64(vocab_size)).astype(np.int64)
         return {"input_ids": tokens, "labels": tokens}
 
     def where(self, index: int) -> str:
-        return f"synthetic row {index}"
+        return f"synthetic record {index}"
 
-    def content(self, digest: Any) -> None:
+    def update_digest(self, digest: Any) -> None:
         digest.update(repr((self.count, *self.limits)).encode())

@@ -1,4 +1,4 @@
-"""Rows that come as tokens already: `input_ids`, and for conversations `labels`."""
+"""Records that are tokens already: `input_ids`, and `labels` for conversations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,37 +14,37 @@ from jaxtrain.data.encode import (
     Encoded,
     Outcome,
     Overlong,
-    beyond_limit,
+    check_length,
 )
-from jaxtrain.data.rows import missing_column
+from jaxtrain.data.records import get_column
 from jaxtrain.recipe.errors import DataError, shown
 
 IGNORED = -100
-"""A label that says: this token is not trained."""
+"""The label of a token that is not trained."""
 
 
 @dataclass(frozen=True)
 class TokenisedEncoder:
-    """Takes tokens as they stand, and checks them. Without `max_length` a row has any length."""
+    """Checks tokens and takes them as they are, of any length unless `max_length` is given."""
 
     vocab_size: int
     with_labels: bool
     max_length: int | None = None
     overlong: Overlong = "drop"
 
-    def read(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """int32 and uint8 [n]: tokens, and which are trained."""
-        tokens = _integers(row, "input_ids")
+    def read(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens, int32 [n], and which of them are trained, uint8 [n]."""
+        tokens = _read_integers(record, "input_ids")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
             raise DataError(
-                f"input_ids: {wrong} is no token; the tokenizer has {self.vocab_size}, from 0"
+                f"input_ids: {wrong} is no token; must be from 0 to {self.vocab_size - 1}"
             )
         if not self.with_labels:
             return tokens.astype(np.int32), np.ones(len(tokens), np.uint8)
-        labels = _integers(row, "labels")
+        labels = _read_integers(record, "labels")
         if len(labels) != len(tokens):
-            raise DataError(f"labels: {len(labels)} of them beside {len(tokens)} input_ids")
+            raise DataError(f"labels: must be {len(tokens)}, as input_ids, found {len(labels)}")
         wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
         if len(wrong):
             raise DataError(
@@ -54,29 +54,28 @@ class TokenisedEncoder:
         return tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8)
 
     def encode(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Outcome]:
-        return [self._outcome(*item) for item in items]
+        return [self._encode_one(*item) for item in items]
 
-    def _outcome(self, tokens: np.ndarray, weights: np.ndarray) -> Outcome:
+    def _encode_one(self, tokens: np.ndarray, weights: np.ndarray) -> Outcome:
         length = len(tokens)
         if not length:
             return Dropped(NOTHING, 0)
         most = self.max_length or length
-        if refused := beyond_limit(length, most, self.overlong):
+        if refused := check_length(length, most, self.overlong):
             return refused
         weights = weights[:most].copy()
-        weights[0] = 0  # nothing stands before it that could predict it
+        weights[0] = 0  # nothing before it predicts it
         if self.with_labels and not weights.any():
             return Dropped(CUT_AWAY if length > most else UNTRAINED, length)
         return Encoded(tokens[:most], weights, 0, 0, length > most)
 
 
-def _integers(row: Mapping[str, Any], column: str) -> np.ndarray:
-    if column not in row:
-        raise missing_column(column, row)
+def _read_integers(record: Mapping[str, Any], column: str) -> np.ndarray:
+    numbers = get_column(record, column)
     try:
-        values = np.asarray(row[column])
+        values = np.asarray(numbers)
     except ValueError:  # lists of different lengths
         values = np.zeros((0, 0))
     if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
-        raise DataError(f"{column}: must be a list of whole numbers, found {shown(row[column])}")
+        raise DataError(f"{column}: must be a list of whole numbers, found {shown(numbers)}")
     return values.astype(np.int64)

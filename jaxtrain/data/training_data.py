@@ -31,12 +31,12 @@ class TrainingData:
     @property
     def train_rows(self) -> int:
         """Of an epoch."""
-        return self.train.rows.num_rows * self.train.passes
+        return self.train.rows.num_sequences * self.train.passes
 
     @property
     def eval_rows(self) -> int:
         """Of all evaluation sets."""
-        return sum(plan.rows.num_rows for plan in self.evals.values())
+        return sum(plan.rows.num_sequences for plan in self.evals.values())
 
     @property
     def trained_share(self) -> float:

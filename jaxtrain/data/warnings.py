@@ -1,4 +1,4 @@
-"""What usually goes wrong with training data, said before it costs a run."""
+"""Warnings of what usually goes wrong with training data, before it costs a run."""
 
 from collections.abc import Iterator
 
@@ -9,34 +9,34 @@ from jaxtrain.data.encode import OVERLONG
 from jaxtrain.data.ledger import SetCounts, SourceCounts
 from jaxtrain.data.source import LoadedSource
 
-MANY = 0.1
-FEW_TRAINED = 0.02
-FEW_FILLED = 0.5
-MANY_EQUAL = 0.01
+MAX_LOST_SHARE = 0.1
+MIN_TRAINED_SHARE = 0.02
+MIN_FILL = 0.5
+MAX_EQUAL_SHARE = 0.01
 
 
-def sample_warnings(loaded: LoadedSource) -> Iterator[str]:
+def check_sample(loaded: LoadedSource) -> Iterator[str]:
     wanted = loaded.source.config.sample_count
     if wanted is not None and wanted > len(loaded.rows):
-        yield f"{loaded.label}: sample_count {wanted} takes all, there are {len(loaded.rows)} rows"
+        yield f"{loaded.label}: sample_count {wanted} takes all {len(loaded.rows)} records"
 
 
-def source_warnings(source: SourceCounts) -> Iterator[str]:
-    label, rows = source.label, max(source.rows, 1)
+def check_source(source: SourceCounts) -> Iterator[str]:
+    label, records = source.label, max(source.rows, 1)
     overlong = source.dropped.get(OVERLONG, 0)
-    if overlong > MANY * rows:
+    if overlong > MAX_LOST_SHARE * records:
         yield (
-            f"{label}: {overlong / rows:.0%} of the rows are dropped as longer than max_length; "
-            f"raise data.max_length, or set data.overlong: truncate"
+            f"{label}: {overlong / records:.0%} of the records are longer than max_length and "
+            f"dropped; raise data.max_length, or set data.overlong: truncate"
         )
-    if source.truncated > MANY * rows:
+    if source.truncated > MAX_LOST_SHARE * records:
         yield (
-            f"{label}: {source.truncated / rows:.0%} of the rows are truncated, and lose their "
-            f"end; raise data.max_length"
+            f"{label}: {source.truncated / records:.0%} of the records lose their end to "
+            f"truncation; raise data.max_length"
         )
     if source.documents == 0:
-        yield f"{label}: none of its {source.rows} rows is trained"
-    elif source.trained_tokens < FEW_TRAINED * source.tokens:
+        yield f"{label}: none of its {source.rows} records is trained"
+    elif source.trained_tokens < MIN_TRAINED_SHARE * source.tokens:
         share = source.trained_tokens / source.tokens
         yield f"{label}: only {share:.1%} of the tokens are trained"
     if source.systems_hidden:
@@ -51,18 +51,18 @@ def source_warnings(source: SourceCounts) -> Iterator[str]:
         )
 
 
-def set_warnings(counts: SetCounts) -> Iterator[str]:
-    if counts.documents == counts.rows and counts.fill < FEW_FILLED:
+def check_set(counts: SetCounts) -> Iterator[str]:
+    if counts.documents == counts.rows and counts.fill < MIN_FILL:
         yield (
-            f"{counts.label}: rows are filled to {counts.fill:.0%}, the rest is padding; "
-            f"data.pack_samples: true puts several documents into a row"
+            f"{counts.label}: sequences are {counts.fill:.0%} full, the rest is padding; "
+            f"data.pack_samples: true packs several documents into a sequence"
         )
 
 
-def document_warnings(documents: Documents, bos: int | None) -> Iterator[str]:
+def check_documents(documents: Documents, bos: int | None) -> Iterator[str]:
     digests = documents.index["digest"]
     equal = len(digests) - len(np.unique(digests))
-    if equal > MANY_EQUAL * len(digests):
+    if equal > MAX_EQUAL_SHARE * len(digests):
         yield f"{equal} of {len(digests)} training documents are copies of another"
     firsts = documents.offsets[:-1][documents.lengths > 1]
     if bos is None or not len(firsts):
@@ -71,5 +71,5 @@ def document_warnings(documents: Documents, bos: int | None) -> Iterator[str]:
     if twice.any():
         yield (
             f"{np.count_nonzero(twice)} training documents begin with BOS twice; the chat template "
-            f"or the rows write one too many"
+            f"or the data add one too many"
         )

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+"""The output of a run: one live line on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -15,8 +15,7 @@ from jaxtrain.recipe.secrets import hidden
 
 
 class Console:
-    """Writes to the terminal; silent in processes that shall not print. `secrets` are not
-    shown."""
+    """Writes to the terminal, if this process `prints`, and hides `secrets`."""
 
     def __init__(self, *, prints: bool = True, secrets: Secrets | None = None):
         self._secrets = secrets or {}
@@ -34,14 +33,14 @@ class Console:
                 self._console.print(Text(" " * (width + 2) + line))
 
     def line(self, text: str) -> None:
-        """A line that stays, above the live one; the log has it too."""
+        """Prints a line that stays, above the live one, and logs it."""
         text = hidden(text, self._secrets)
         screen.info(text)
         self._console.print(Text(text))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say what is being done and, when it is done, how long it took."""
+        """Shows what is being done and then how long it took."""
         start = time.perf_counter()
         if self._console.is_terminal and self._live is None:
             with self._console.status(name):
@@ -51,8 +50,8 @@ class Console:
         self.line(f"{name}: {time.perf_counter() - start:.1f} s")
 
     def progress(self, row: dict[str, Any], total: int) -> None:
-        """One update: replaces the line of the one before, if the terminal can."""
-        text = Text(progress_line(row, total))
+        """Shows a step, in place of the one before if the terminal can."""
+        text = Text(format_progress(row, total))
         if not self._console.is_terminal:
             self._console.print(text)
             return
@@ -64,13 +63,13 @@ class Console:
         self._live.update(Text.assemble(bar, text))
 
     def close(self) -> None:
-        """Leave the last line standing."""
+        """Stops the live line and leaves it on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
-def progress_line(row: dict[str, Any], total: int) -> str:
+def format_progress(row: dict[str, Any], total: int) -> str:
     parts = [
         f"step {row['iter']}/{total}",
         f"loss {row['loss']:.4f}",
@@ -84,11 +83,11 @@ def progress_line(row: dict[str, Any], total: int) -> str:
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     if row.get("eta") is not None:
-        parts.append(f"ETA {duration(row['eta'])}")
+        parts.append(f"ETA {format_duration(row['eta'])}")
     return "  ".join(parts)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

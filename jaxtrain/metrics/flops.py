@@ -1,4 +1,4 @@
-"""Model FLOPs and the share of a chip's peak that they are."""
+"""FLOPs of a model and the peak of a chip."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,20 +23,21 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-"""Dense bfloat16 FLOP/s of a device, by the start of its kind, from the makers' data sheets."""
+"""Start of a device's kind → its dense bfloat16 FLOP/s, from the makers' data sheets."""
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """The longest entry of the table that the kind starts with; None for a chip it does not
-    know."""
+def find_peak_flops(device_kind: str) -> float | None:
+    """Returns the FLOP/s of the longest name that the kind starts with; None if unknown."""
     known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def matmul_parameters(params: Any) -> int:
-    """Parameters that a token is multiplied with: all but norms and biases, and an embedding only
-    where it is the head too. Each costs 2 FLOPs a token forward and 4 backward (Kaplan et al. 2020,
-    arXiv:2001.08361); a pair of query and key costs 4 and 8 times query heads times head size."""
+def count_matmul_parameters(params: Any) -> int:
+    """Counts the parameters that a token is multiplied with: all but norms and biases, and an
+    embedding only if it is also the head.
+
+    Each costs 2 FLOPs per token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361); a
+    pair of query and key costs 4 and 8 times query heads times head size."""
     count = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -46,13 +47,12 @@ def matmul_parameters(params: Any) -> int:
     return count
 
 
-def counts(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
-    """Rows that have a token, the length of a row with its padding, tokens, trained tokens, and
-    pairs of a query and a key that it sees, summed over the layers.
+def count_tokens(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
+    """Counts sequences that have a token, their padded length, tokens, trained tokens, and pairs of
+    a query and a key that it sees, summed over the layers.
 
-    `windows` has one entry a layer. A document of n tokens has n * (n + 1) / 2 pairs, less with a
-    window.
-    """
+    `windows` has one entry per layer. A document of n tokens has n * (n + 1) / 2 pairs, fewer with
+    a window."""
     visible = jnp.where(batch.segments > 0, batch.positions + 1, 0)
     pairs = jnp.float32(0)
     for window, layers in Counter(windows).items():

@@ -1,4 +1,4 @@
-"""The log of a process: a file with everything, and warnings on the terminal."""
+"""The log of a process: everything in a file, and warnings on the terminal."""
 
 import logging
 from pathlib import Path
@@ -9,11 +9,11 @@ from jaxtrain.recipe.secrets import hidden
 
 log = logging.getLogger("jaxtrain")
 screen = logging.getLogger("jaxtrain.screen")
-"""What the console has shown already; it goes into the file alone."""
+"""Logs what the console has shown already, to the file alone."""
 
 
-class _Hiding(logging.Formatter):
-    """Without what came from the environment."""
+class _SecretsFormatter(logging.Formatter):
+    """Hides values that came from the environment."""
 
     def __init__(self, secrets: Secrets):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -26,8 +26,8 @@ class _Hiding(logging.Formatter):
 def open_log(
     folder: Path, logger: LoggerConfig, *, process: int, secrets: Secrets | None = None
 ) -> None:
-    """Write `folder/logs/rank_N.log`, and to the terminal what has the level or a higher one, where
-    this process is asked to."""
+    """Logs to `folder/logs/rank_N.log`, and at the recipe's level to the terminal, in the processes
+    that the recipe names."""
     close_log()
     _, level = logger.written_level()
     handlers: list[logging.Handler] = []
@@ -41,7 +41,7 @@ def open_log(
         terminal.addFilter(lambda record: record.name != screen.name)
         handlers.append(terminal)
     for handler in handlers:
-        handler.setFormatter(_Hiding(secrets or {}))
+        handler.setFormatter(_SecretsFormatter(secrets or {}))
         log.addHandler(handler)
     log.setLevel(min(logging.INFO, logging.getLevelNamesMapping()[level]))
     log.propagate = False

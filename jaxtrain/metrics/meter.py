@@ -1,4 +1,4 @@
-"""Time, tokens and FLOPs of the run, as the rows of the metrics file."""
+"""Measures time, tokens and FLOPs of the run for the metrics rows."""
 
 import sys
 import time
@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from jaxtrain.metrics.flops import matmul_parameters, peak_flops
+from jaxtrain.metrics.flops import count_matmul_parameters, find_peak_flops
 
 
 class Meter:
-    """`count` is called once an update, when its metrics have arrived; it has the time since
-    `restart`. `row` is of the updates since the row before."""
+    """Accumulates the metrics and time of each step that `count` receives, until `build_row`."""
 
     def __init__(
         self,
@@ -23,49 +22,46 @@ class Meter:
         num_devices: int,
         update_rows: int,
     ):
-        """`peak_flops` is of one device; rows count fillers."""
+        """`peak_flops` is that of one device; `update_rows` includes filler sequences."""
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
         self.peak_flops, self.num_devices = peak_flops, num_devices
         self.update_rows = update_rows
         self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
-        """over all restarts"""
+        """Totals over all restarts."""
         self._since_row: dict[str, float] = defaultdict(float)
         self._updates, self._training_s = 0, 0.0
         self.restart()
 
     @classmethod
-    def of(cls, model: Any, devices: Any, *, update_rows: int) -> "Meter":
-        """For a language model; `model` has `shapes` and `spec.config`, `devices` is an
-        array."""
+    def for_model(cls, model: Any, devices: Any, *, update_rows: int) -> "Meter":
+        """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
         config = model.spec.config
         return cls(
-            flops_per_token=6.0 * matmul_parameters(model.shapes),
+            flops_per_token=6.0 * count_matmul_parameters(model.shapes),
             flops_per_pair=12.0 * config.num_heads * config.head_size,
-            peak_flops=peak_flops(devices.flat[0].device_kind),
+            peak_flops=find_peak_flops(devices.flat[0].device_kind),
             num_devices=devices.size,
             update_rows=update_rows,
         )
 
     @property
     def flops(self) -> float:
-        """Of all that was trained on, over all restarts."""
+        """FLOPs of all training, over all restarts."""
         seen = self.seen
         return self.flops_per_token * seen["tokens"] + self.flops_per_pair * seen["pairs"]
 
     def restart(self) -> None:
-        """Begin to count here: what came before (a compilation, an evaluation, a save) was no
-        training."""
+        """Restarts the clock: the time before, of a compilation or a save, was not training."""
         self._since = time.perf_counter()
         self._data_s = 0.0
 
-    def waited_for_data(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         self._data_s += seconds
 
     def count(self, metrics: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         counted = {"updates": 1, "seconds": seconds, "data": self._data_s}
-        for name in ("tokens", "trained_tokens", "pairs"):
-            counted[name] = metrics[name]
+        counted |= {name: metrics[name] for name in ("tokens", "trained_tokens", "pairs")}
         for name, value in counted.items():
             self._since_row[name] += value
         for name in self.seen:
@@ -74,16 +70,16 @@ class Meter:
         self._training_s += seconds
         self.restart()
 
-    def row(self, metrics: dict[str, float], *, updates_left: int) -> dict[str, Any]:
-        """Seconds, rates and shares of an update, means since the row before, and the seconds that
-        the rest will take; how full the rows of the newest update are."""
+    def build_row(self, metrics: dict[str, float], *, updates_left: int) -> dict[str, Any]:
+        """Returns times, rates and shares per step since the last row, the seconds that remain, and
+        how full the sequences of the newest step are."""
         since, self._since_row = self._since_row, defaultdict(float)
         seconds, updates = since["seconds"], since["updates"]
         flops = self.flops_per_token * since["tokens"] + self.flops_per_pair * since["pairs"]
         tflops = flops / seconds / self.num_devices / 1e12
         places = metrics["rows"] * metrics["seqlen"]
         return {
-            # The device works on while the host waits for data, so both are one time.
+            # The device keeps working while the host waits for data, so both times are equal.
             "iter_time": seconds / updates,
             "step_time": seconds / updates,
             "iter_tflops": tflops,
@@ -102,14 +98,14 @@ class Meter:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most that was in use so far on the fullest device of this process; of the process, where
-    devices keep no count, as on CPU."""
+    """Returns the peak memory of the fullest device of this process, or of the process itself where
+    devices do not count it, as on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if peaks := [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]:
         return max(peaks)
     try:
         import resource
-    except ImportError:  # no such count on this system
+    except ImportError:  # this system does not count it
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

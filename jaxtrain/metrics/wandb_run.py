@@ -1,4 +1,4 @@
-"""Rows for Weights & Biases."""
+"""Sends metrics rows to Weights & Biases."""
 
 import os
 import secrets
@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.metrics.writer import Row, numbers
+from jaxtrain.metrics.writer import MetricsRow, select_numbers
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import WandbConfig
 
 
 class Wandb:
-    """One run of theirs over all restarts of ours: its id is kept in our run's folder. What it is
-    told again after a restart it drops, since its steps only rise."""
+    """One W&B run over all restarts, whose id is kept in the run's folder. W&B drops steps that are
+    logged again after a restart, since its steps only rise."""
 
     def __init__(self, config: WandbConfig, folder: Path, recipe: dict[str, Any]):
         import wandb  # an extra  # pyright: ignore[reportMissingImports]
 
-        kept = folder / "wandb-id"
-        known = kept.read_text().strip() if kept.is_file() else None
+        id_file = folder / "wandb-id"
+        known = id_file.read_text().strip() if id_file.is_file() else None
         run_id = config.id or known or secrets.token_hex(4)
         self.run = wandb.init(
             entity=config.entity,
@@ -32,18 +32,18 @@ class Wandb:
             config=recipe,
             settings=wandb.Settings(console="off"),  # the log of the run has what the screen shows
         )
-        kept.write_text(run_id)
+        id_file.write_text(run_id)
 
-    def write(self, row: Row) -> None:
-        self.run.log(numbers(row), step=row["iter"])
+    def write(self, row: MetricsRow) -> None:
+        self.run.log(select_numbers(row), step=row["iter"])
 
     def close(self) -> None:
-        """With the error that ends the run, if one does."""
+        """Finishes the run, as failed if an exception ends it."""
         self.run.finish(exit_code=int(sys.exception() is not None))
 
 
-def refuse_without_key(config: WandbConfig) -> None:
-    """RecipeError where nobody is logged in and the run is to be sent; asks on a terminal."""
+def check_login(config: WandbConfig) -> None:
+    """Logs in, on a terminal by asking; RecipeError if an online run has no login."""
     import wandb  # an extra  # pyright: ignore[reportMissingImports]
 
     if (config.mode or os.environ.get("WANDB_MODE", "online")) != "online":

@@ -1,4 +1,4 @@
-"""Who takes the rows of a run; rows as JSON lines, and the loss as a picture."""
+"""Writers of metrics rows: the protocol, JSON lines, and the loss as a picture."""
 
 import json
 import math
@@ -6,27 +6,27 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-Row = dict[str, Any]
-"""Name → value of one moment; `iter` is its update. A service is told the numbers alone."""
+MetricsRow = dict[str, Any]
+"""Name → value; `iter` is the step. Services receive only the numbers."""
 
 
 class Writer(Protocol):
-    """Takes rows in the order of their updates."""
+    """Receives metrics rows in the order of their steps."""
 
-    def write(self, row: Row) -> None: ...
+    def write(self, row: MetricsRow) -> None: ...
 
     def close(self) -> None:
-        """Return when all of it is kept."""
+        """Returns when everything is stored."""
         ...
 
 
-def numbers(row: Row) -> dict[str, float]:
+def select_numbers(row: MetricsRow) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "iter"}
 
 
 class JsonLines:
-    """One JSON object a line. On resume, rows behind the restored step are cut, so steps only
-    rise; a fresh start cuts all."""
+    """Writes one JSON object per line. Opening cuts the rows after the restored step, or all rows
+    if there is none, so that steps only rise."""
 
     def __init__(self, file: Path, *, resumed_at: int):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class JsonLines:
             os.replace(partial, file)
         self._stream = file.open("a", encoding="utf-8")
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -48,8 +48,8 @@ class JsonLines:
         self._stream.close()
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
+def read_rows(file: Path) -> list[MetricsRow]:
+    """Reads the rows of a metrics file, without a last line that a crash cut short."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -59,9 +59,9 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def plot_loss(rows: list[Row], file: Path) -> None:
-    """Training and evaluation loss over updates, as PNG; no picture without either. ImportError
-    without matplotlib."""
+def plot_loss(rows: list[MetricsRow], file: Path) -> None:
+    """Saves training and evaluation loss over steps as PNG, if there is any; ImportError without
+    matplotlib."""
     import matplotlib  # lazy: an extra, and slow to import
 
     matplotlib.use("Agg")
@@ -77,8 +77,8 @@ def plot_loss(rows: list[Row], file: Path) -> None:
     for key, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=key, marker="o" if "/" in key else "")
-    axes.set_xlabel("update")
-    axes.set_ylabel("nats a trained token")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per trained token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""From the `tokenizer` section to a tokenizer."""
+"""Makes the tokenizer of the `tokenizer` section."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtrain.tokenizer.load import load_tokenizer
 
 
 class TokenizerFactory(Factory, kind="tokenizer"):
-    """Makes the tokenizer; `self.model_path` is where the model lies."""
+    """Makes the tokenizer; `self.model_path` is the model's folder or GGUF file."""
 
     events = {"create-tokenizer": "create_tokenizer"}
     config: TokenizerConfig
@@ -19,7 +19,7 @@ class TokenizerFactory(Factory, kind="tokenizer"):
         self.model_path = model_path
 
     def create_tokenizer(self) -> Any:
-        raise NotImplementedError(f"{type(self).__qualname__} defines no create_tokenizer()")
+        raise NotImplementedError(f"{type(self).__qualname__} must define create_tokenizer()")
 
 
 class HFTokenizerFactory(TokenizerFactory):

@@ -1,8 +1,7 @@
-"""A byte-level BPE tokenizer rebuilt from the metadata of a GGUF file.
+"""Rebuilds a byte-level BPE tokenizer from the metadata of a GGUF file.
 
-The file stores tokens, merges and the *name* of a pre-tokenizer; the regex behind the name is not
-in it. A name that is not known here is refused, because a near guess gives wrong ids on few texts
-only, and nobody would notice.
+The file stores tokens, merges and the *name* of a pre-tokenizer, but not the regex of that name. An
+unknown name is refused: a guess that is nearly right yields wrong ids on a few texts, unnoticed.
 """
 
 from pathlib import Path
@@ -26,13 +25,13 @@ WORDS = (
 
 
 class PreTokenizer(NamedTuple):
-    """How text is cut before merging."""
+    """How text is split before merging."""
 
     regex: str | None
-    """None is GPT-2's own, which the byte-level step has built in."""
+    """None is that of GPT-2, which is built into the byte-level step."""
     single_digits: bool = False
     ignore_merges: bool = False
-    """A cut that is a token as a whole is taken as one, whatever the merges say."""
+    """A piece that is a token as a whole stays one, whatever the merges say."""
     nfc: bool = False
 
 
@@ -47,14 +46,14 @@ PRE_TOKENIZERS = {
 }  # fmt: skip
 
 
-def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of the file, with its chat template; RecipeError for a kind not known here."""
+def build_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer of a file with its chat template; RecipeError for an unknown kind."""
     fields = read_header(path).metadata
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise RecipeError(
-            f"{path}: tokenizer.ggml.model is {model!r}; only byte-level BPE (gpt2) can be "
-            f"rebuilt from GGUF; name a Hugging Face tokenizer in tokenizer.name_or_path"
+            f"{path}: tokenizer.ggml.model is {model!r}, must be gpt2 (byte-level BPE) to be "
+            f"rebuilt; name a Hugging Face tokenizer in tokenizer.name_or_path"
         )
     name = fields.get("tokenizer.ggml.pre", "default")
     if name not in PRE_TOKENIZERS:
@@ -66,7 +65,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if missing := [key for key in REQUIRED if key not in fields]:
         raise RecipeError(f"{path}: the metadata lacks {', '.join(missing)}")
     tokens = fields["tokenizer.ggml.tokens"]
-    backend = _backend(fields, PRE_TOKENIZERS[name])
+    backend = _build_backend(fields, PRE_TOKENIZERS[name])
     named = {
         f"{role}_token": tokens[fields[key]]
         for role, key in {
@@ -95,7 +94,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _backend(fields: dict[str, Any], pre: PreTokenizer) -> Tokenizer:
+def _build_backend(fields: dict[str, Any], pre: PreTokenizer) -> Tokenizer:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(
@@ -107,13 +106,13 @@ def _backend(fields: dict[str, Any], pre: PreTokenizer) -> Tokenizer:
             ignore_merges=pre.ignore_merges,
         )
     )
-    cuts: list[Any] = []
+    splits: list[Any] = []
     if pre.single_digits:
-        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+        splits.append(pre_tokenizers.Digits(individual_digits=True))
     if pre.regex is not None:
-        cuts.append(pre_tokenizers.Split(Regex(pre.regex), behavior="isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.regex is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        splits.append(pre_tokenizers.Split(Regex(pre.regex), behavior="isolated"))
+    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.regex is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
     if pre.nfc:
         backend.normalizer = normalizers.NFC()

@@ -10,26 +10,26 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, shown
 from jaxtrain.recipe.model import TokenizerConfig
-from jaxtrain.tokenizer.gguf import gguf_tokenizer
+from jaxtrain.tokenizer.gguf import build_gguf_tokenizer
 
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer; `model_path` is where to look when the recipe names none.
+    """Loads the recipe's tokenizer, by default that of `model_path`.
 
-    Extra tokens, and a pad token that it lacks, are added as special ones. A missing pad token
-    becomes EOS: padding is told by position, so EOS stays trainable."""
+    Extra tokens, and a pad token that it lacks, are added as special ones. The default pad token is
+    EOS: padding is known by position, so EOS stays trainable."""
     named = config.name_or_path
     path = Path(assets.fetch(named) if named and assets.is_asset(named) else named or model_path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RecipeError(f"tokenizer: no file {path}")
-        tokenizer = gguf_tokenizer(path)
+        tokenizer = build_gguf_tokenizer(path)
     else:
-        tokenizer = _from_hugging_face(path, named or str(model_path))
+        tokenizer = _load_from_hugging_face(path, named or str(model_path))
     if config.chat_template is not None:
-        tokenizer.chat_template = _template_text(config.chat_template)
+        tokenizer.chat_template = _read_template(config.chat_template)
         _check_syntax(tokenizer)
     for token in filter(None, (*config.extra_tokens, config.pad_token)):
         tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
@@ -41,26 +41,26 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json, its config and the chat template, as transformers reads them."""
+    """Writes tokenizer.json, its config and the chat template for transformers to read."""
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     written = json.loads(config.read_text(encoding="utf-8"))
     if written.get("tokenizer_class") == "TokenizersBackend":
-        # The name that transformers 5 writes; this older one is read by every release and engine.
+        # Transformers 5 writes the new name; every release and engine reads the older one.
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(
             json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
 
-def _from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
+def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
     if path.is_dir():
         tokenizer = _read(str(path), local_only=True)
         if tokenizer is None:
             files = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "no file"
-            raise RecipeError(f"{path} holds no tokenizer that can be read; found {files}")
+            raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}")
     else:
-        # The cache goes first, so that a run that has its files never waits for the hub.
+        # The cache comes first, so that a run that has its files never waits for the hub.
         tokenizer = _read(name, local_only=True)
         if tokenizer is None and not is_offline_mode():
             tokenizer = _read(name, local_only=False)
@@ -68,7 +68,7 @@ def _from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
             where = "the hub's cache (offline)" if is_offline_mode() else "the hub"
             raise RecipeError(f"tokenizer {shown(name)} is neither a folder nor in {where}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise RecipeError(f"{name}: has no fast tokenizer (tokenizer.json), which masks need")
+        raise RecipeError(f"tokenizer: {name} has no tokenizer.json, which masks need")
     return tokenizer
 
 
@@ -77,18 +77,17 @@ def _read(name: str, *, local_only: bool):
         return AutoTokenizer.from_pretrained(
             name, local_files_only=local_only, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError):  # transformers' ways to say: absent or incomplete
+    except (OSError, ValueError, KeyError):  # transformers' faults of absent or partial files
         return None
 
 
-def _template_text(value: str) -> str:
-    """`value` is a file that exists, or Jinja text."""
-    looks_like_text = "{" in value or "\n" in value
-    if looks_like_text:
+def _read_template(value: str) -> str:
+    """Returns Jinja text, which `value` is or names a file of."""
+    if "{" in value or "\n" in value:
         return value
     path = Path(value)
     if not path.is_file():
-        hint = "" if path.suffix in TEMPLATE_SUFFIXES else ", and it is no Jinja text"
+        hint = "" if path.suffix in TEMPLATE_SUFFIXES else ", and it is not Jinja text"
         raise RecipeError(f"tokenizer.chat_template: no file {shown(value)}{hint}")
     try:
         return path.read_text(encoding="utf-8")
@@ -105,4 +104,4 @@ def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
             f"tokenizer.chat_template: line {fault.lineno}: {fault.message}"
         ) from None
     except jinja2.TemplateError:
-        return  # the template refuses this conversation; real ones are judged row by row
+        return  # the template refuses this conversation; real ones are checked one by one

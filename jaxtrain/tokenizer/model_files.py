@@ -1,4 +1,4 @@
-"""Where a model's tokenizer and description lie, for commands that need neither jax nor weights."""
+"""Finds a model's tokenizer and description for commands that need neither jax nor weights."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,8 @@ class ModelFiles(NamedTuple):
     """None when the description names no length."""
 
 
-def model_files(config: ModelConfig) -> ModelFiles:
-    """RecipeError when there is no such model here or on the hub."""
+def find_model_files(config: ModelConfig) -> ModelFiles:
+    """Finds the files of a model; RecipeError when it is neither here nor on the hub."""
     path = locate(config.name_or_path, with_weights=False)
     if path.is_dir():
         described, field = read_json(path / "config.json"), "max_position_embeddings"

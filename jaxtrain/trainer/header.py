@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxtrain.data import TrainingData
-from jaxtrain.data.ledger import span
+from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.recipe.mesh import AXES
 from jaxtrain.trainer.progress import Horizon, Progress
@@ -55,7 +55,7 @@ def _batch(run: Run, data: TrainingData) -> str:
     most = "at most " if len(lengths) > 1 else ""
     cut = f" in {layout.num_microbatches} microbatches" if layout.num_microbatches > 1 else ""
     compiled = f", compiled for {len(lengths)} lengths" if most else ""
-    rows = f"{layout.global_batch:,} rows of {span(lengths)} tokens"
+    rows = f"{layout.global_batch:,} rows of {format_range(lengths)} tokens"
     return f"{rows} = {most}{tokens:,} tokens a step{cut}{compiled}"
 
 

@@ -11,7 +11,7 @@ from jaxtrain import registry
 from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.data import TrainingData
-from jaxtrain.metrics.recorded import Recorded
+from jaxtrain.metrics.user_metrics import UserMetrics
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
@@ -260,7 +260,7 @@ class Interface:
         return is_complete(Path(output_dir), with_weights=True)
 
     @property
-    def metrics(self) -> Recorded:
+    def metrics(self) -> UserMetrics:
         """For numbers of the user's own, which the metrics row of this step will have."""
         return self.report.recorded
 

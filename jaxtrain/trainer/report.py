@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.metrics.console import Console, progress_line
+from jaxtrain.metrics.console import Console, format_progress
 from jaxtrain.metrics.log import log, screen
 from jaxtrain.metrics.meter import Meter
-from jaxtrain.metrics.recorded import Recorded
-from jaxtrain.metrics.writer import Row
+from jaxtrain.metrics.user_metrics import UserMetrics
+from jaxtrain.metrics.writer import MetricsRow
 from jaxtrain.recipe.errors import NonFiniteError
 from jaxtrain.trainer.run_folder import RunFolder
 
@@ -42,8 +42,8 @@ class Report:
         self.console, self.folder, self.meter = console, folder, meter
         self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
         self.tell = tell
-        self.recorded = Recorded()
-        self.history: deque[Row] = deque(maxlen=LONGEST_HISTORY)
+        self.recorded = UserMetrics()
+        self.history: deque[MetricsRow] = deque(maxlen=LONGEST_HISTORY)
         self.num_evaluations = 0
         self.last_loss = float("nan")
         self._held: tuple[int, float, dict[str, jax.Array]] | None = None
@@ -55,9 +55,9 @@ class Report:
         self.flush()
         self._held = (step, epoch, metrics)
         profiler = self.folder.profiler
-        if profiler and profiler.turns_at(step):
+        if profiler and profiler.is_due(step):
             self.flush()  # waits for the update
-            profiler.turn()
+            profiler.toggle()
             self.meter.restart()
 
     def flush(self, *, requested: bool = False) -> None:
@@ -75,23 +75,23 @@ class Report:
         has_row = requested or is_due(step, self.config.train_log_iter_interval)
         if has_row:
             self.tell("on_log_step", logs=row)
-        row |= self.recorded.taken()
+        row |= self.recorded.pop_values()
         if has_row:
-            row |= self.meter.row(values, updates_left=self.last_step - step) | self._phases
+            row |= self.meter.build_row(values, updates_left=self.last_step - step) | self._phases
             self._phases = dict(NO_PHASES)
             self.recorded.row = row
             self.write(row)
             self.console.progress(row, self.last_step)
             self.tell("on_log", logs=row)
         if is_due(step, self.config.loss_log_interval):
-            (screen if has_row else log).info(progress_line(row, self.last_step))
+            (screen if has_row else log).info(format_progress(row, self.last_step))
         if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
                 f"update {step} is not finite: loss {values['loss']}, grad norm "
                 f"{values['grad_norm']}; the weights are still those of update {step - 1}"
             )
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         self.history.append(row)
         self.folder.write(row)
 
@@ -135,7 +135,7 @@ class Report:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.meter.waited_for_data(time.perf_counter() - began)
+            self.meter.add_data_wait(time.perf_counter() - began)
             yield batch
 
     @contextmanager

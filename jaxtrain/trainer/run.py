@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
-from jaxtrain.metrics.flops import counts
+from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import LanguageModel
 from jaxtrain.model.factory import Placement
 from jaxtrain.optimizer import Groups, with_moments
@@ -118,7 +118,7 @@ class Run:
             replace_trained=groups.merge,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
-            count=partial(counts, windows=self.model.windows),
+            count=partial(count_tokens, windows=self.model.windows),
             compute_shardings=place(over_data=stage == 3),
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,

@@ -18,8 +18,8 @@ from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
-from jaxtrain.metrics.wandb_run import Wandb, refuse_without_key
-from jaxtrain.metrics.writer import JsonLines, Row, Writer, plot_loss, read_rows
+from jaxtrain.metrics.wandb_run import Wandb, check_login
+from jaxtrain.metrics.writer import JsonLines, MetricsRow, Writer, plot_loss, read_rows
 from jaxtrain.recipe.dump import differences, effective, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import Secrets
@@ -82,7 +82,7 @@ class RunFolder:
             if written and not is_ours and _holds_something(self.output(written, "")):
                 raise RecipeError(f"{key}: {written} holds rows of another run; use another")
         if self.config.wandb.is_on and jax.process_index() == 0:
-            refuse_without_key(self.config.wandb)
+            check_login(self.config.wandb)
         self.is_new = before is None
 
     def open(self, *, resumed_at: int) -> None:
@@ -126,7 +126,7 @@ class RunFolder:
             writer.close()
         self.writers = [*(self._row_writers(step) if takers else ()), *kept]
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """To everyone who takes rows; to nobody while no run is open."""
         for writer in self.writers:
             writer.write(row)

@@ -21,7 +21,7 @@ from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import Snapshot
 from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory
 from jaxtrain.data.prepare import data_factory, prepare_data, prepare_evaluation, sequence_limit
-from jaxtrain.metrics.console import Console, duration
+from jaxtrain.metrics.console import Console, format_duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, MuonFactory, SGDFactory
@@ -167,7 +167,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.of(self.run.model, self.mesh.devices, update_rows=self.layout.global_batch),
+            Meter.for_model(
+                self.run.model, self.mesh.devices, update_rows=self.layout.global_batch
+            ),
             peak_lr=self.run.peak_lr,
             last_step=self.last_step,
             tell=self.tell,
@@ -260,7 +262,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                 if self.progress.is_stopping:
                     how = f"ended early, {self.progress.stop_reason}"
         runtime = time.perf_counter() - began
-        done = f"{self.progress.step} updates done, {duration(runtime)}"
+        done = f"{self.progress.step} updates done, {format_duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
         metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
         metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxtrain.data import BatchShape, CausalDataFactory, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
-from jaxtrain.data.packing import plan_rows
+from jaxtrain.data.packing import pack
 from jaxtrain.data.plan import BatchPlan
 from jaxtrain.recipe.data import CausalDataConfig, LocalDataSourceConfig, SFTDataConfig
 from tests.tiny import chat, tiny_tokenizer
@@ -18,13 +18,13 @@ def documents_of(lengths: list[int], folder: Path) -> Documents:
         for row, length in enumerate(lengths):
             tokens = np.arange(length)
             tokens[0] = 100 + row
-            writer.append(tokens, np.ones(length, np.uint8), source=0, row=row)
+            writer.append(tokens, np.ones(length, np.uint8), source=0, record=row)
     return Documents.open(folder)
 
 
 def plan_of(documents: Documents, *, capacity: int, shape: BatchShape, seed: int = 42) -> BatchPlan:
     chosen = np.arange(len(documents.index))
-    rows = plan_rows(documents.lengths, capacity, "best_fit", chosen)
+    rows = pack(documents.lengths, capacity, "best_fit", chosen)
     return BatchPlan(documents, rows, shape, (capacity,), seed)
 
 
@@ -55,7 +55,7 @@ def causal(sources, *, max_length=16, evals=None, **keys):
 
 
 def all_rows(plan):
-    return plan.filled(np.arange(plan.rows.num_rows), plan.row_tokens)
+    return plan.filled(np.arange(plan.rows.num_sequences), plan.row_tokens)
 
 
 def texts(folder, rows, **keys):

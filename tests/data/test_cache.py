@@ -136,7 +136,7 @@ def test_an_edited_file_misses_and_a_moved_one_hits(tmp_path, rows):
     moved = rows.rename(tmp_path / "elsewhere" / "others.jsonl")
     assert is_hit(note(local(moved, name="label")))
     moved.write_text(moved.read_text().replace("a3", "a9"))  # the size stays
-    assert "differs in rows of source 0;" in note(local(moved))
+    assert "differs in records of source 0;" in note(local(moved))
 
 
 def test_the_tokenizers_content_counts_and_not_its_object(rows):
@@ -173,7 +173,7 @@ def test_options_of_a_source_count(tmp_path, keys):
 )
 def test_which_rows_are_taken_counts(rows, keys):
     note(local(rows))
-    assert "differs in rows of source 0;" in note(local(rows, **keys))
+    assert "differs in records of source 0;" in note(local(rows, **keys))
     assert is_hit(note(local(rows, split="train[:6]", sample_count=6)))  # all of them
 
 
@@ -192,7 +192,7 @@ def test_tables_are_known_by_their_rows(tmp_path):
 
     note(saved("one", "yes"))
     assert is_hit(note(saved("two", "yes")))
-    assert "differs in rows of source 0;" in note(saved("three", "no"))
+    assert "differs in records of source 0;" in note(saved("three", "no"))
 
 
 def test_names_and_dictionaries_of_a_table_count(tmp_path):
@@ -221,7 +221,8 @@ def test_rows_made_up_are_known_by_their_numbers(tmp_path):
 
     note(made())
     assert is_hit(note(made()))
-    assert "rows of source 0" in note(made(vocab_size=9)) and "rows of" in note(made(), seed=1)
+    assert "records of source 0" in note(made(vocab_size=9))
+    assert "records of" in note(made(), seed=1)
 
 
 def test_text_rows_do_not_depend_on_the_length_of_a_row(tmp_path):
@@ -280,7 +281,7 @@ def test_a_source_without_a_file_of_rows_is_read_to_be_known(rows):
     note(source)
     assert is_hit(note(source))
     Listed.word = "no"  # as a database may change
-    assert "differs in rows of source 0;" in note(source)
+    assert "differs in records of source 0;" in note(source)
 
 
 def test_our_own_code_counts(rows, monkeypatch):
@@ -288,10 +289,10 @@ def test_our_own_code_counts(rows, monkeypatch):
     from jaxtrain.data import factory as factory_module
 
     note(local(rows))
-    before = code_digest.encoding_digest()
+    before = code_digest.hash_encoding_code()
     monkeypatch.setattr(code_digest, "ENCODING_FILES", code_digest.ENCODING_FILES[:-1])
-    assert code_digest.encoding_digest() != before
-    assert factory_module.encoding_digest is code_digest.encoding_digest
+    assert code_digest.hash_encoding_code() != before
+    assert factory_module.hash_encoding_code is code_digest.hash_encoding_code
     assert "differs in jaxtrain's encoding code;" in note(local(rows))
 
 
@@ -299,7 +300,7 @@ def test_a_demanded_entry_that_is_missing_is_refused(rows, cache):
     with pytest.raises(DataError) as error:
         note(local(rows), fail_on_missing_cache=True)
     assert str(error.value) == (
-        f"data.fail_on_missing_cache: nothing prepared in {cache}: nothing prepared yet; "
+        f"data.fail_on_missing_cache: not found in {cache}: nothing prepared yet; "
         f"run `jaxtrain data` with this recipe first"
     )
     assert not cache.exists()
@@ -379,7 +380,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, rows):
         with pytest.raises(RecipeError) as error:
             note(local(rows), cache_dir=str(tmp_path / below))
         assert str(error.value) == (
-            f"no folder for prepared rows at {tmp_path / below}: {fault}; write another as "
+            f"cannot create the cache folder {tmp_path / below}: {fault}; name another one in "
             "data.cache_dir or JAXTRAIN_CACHE"
         )
 

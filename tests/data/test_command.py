@@ -74,7 +74,7 @@ def shown(recipe, **options):
 
 def test_the_command_prepares_and_shows_without_jax_and_without_weights(recipe):
     text = run(recipe, "data")
-    assert "chats: 11 rows read, 10 documents\n  dropped 1: longer than max_length" in text
+    assert "chats: 11 records read, 10 documents\n  dropped 1: longer than max_length" in text
     assert "cache: miss, nothing prepared yet" in text and "jax imported: False" in text
     assert {*trained_on_terminal(text)} <= {"no<|im_end|>", "yes <b>&amp;</b><|im_end|>"}
     assert "cache: hit" in run(recipe, "process-data")  # also another name of it
@@ -90,7 +90,7 @@ def test_a_batch_is_that_of_its_step(recipe, capsys):
         for row in rows if row >= 0
         for origin in data.train.origins(int(row))
     ]  # fmt: skip
-    titles = re.findall(r"── (\S+), row (\d+) ", text)
+    titles = re.findall(r"── (\S+), record (\d+) ", text)
     assert [(label, int(row)) for label, row in titles] == expected and expected
     assert data.steps_per_epoch == 2 and "Step 2: update 2 of 2 of epoch 1, 4 rows" in text
     number = expected[0][1]
@@ -158,8 +158,8 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
     page = tmp_path / "page.html"
     text = run(recipe, "data", "--html", str(page), "--batch", "1")
     assert "note      a run is refused: type: is not built yet, use sft (found 'dpo')" in text
-    assert "chats: 5 rows read, 5 documents" in text and "5 documents in 10 rows" in text
-    titles = re.findall(r"── chats, row (\d), (\w+)(?:, reference score (\d))? ", text)
+    assert "chats: 5 records read, 5 documents" in text and "5 documents in 10 sequences" in text
+    titles = re.findall(r"── chats, record (\d), (\w+)(?:, reference score (\d))? ", text)
     assert len(titles) == 8  # 2 pairs, accumulated twice
     for chosen, rejected in zip(titles[::2], titles[1::2], strict=True):
         assert chosen == (chosen[0], "chosen", chosen[0])
@@ -173,7 +173,7 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
 def test_judged_rows_are_shown_with_their_label(recipe, tmp_path):
     objective(recipe, tmp_path, "kto", JUDGED)
     text = run(recipe, "data", "--batch", "1")
-    labels = re.findall(r"── chats, row (\d), label (\w+) ", text)
+    labels = re.findall(r"── chats, record (\d), label (\w+) ", text)
     assert len(labels) == 4
     assert all(label == ("true" if int(row) < 3 else "false") for row, label in labels)
     assert "yes<|im_end|>" in trained_on_terminal(text) and "pack_samples" not in text

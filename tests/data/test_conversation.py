@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from jaxtrain.data.conversation import MappedRoles, to_conversation
+from jaxtrain.data.conversation import RoleMapper, read_conversation
 from jaxtrain.recipe.data import RowsConfig
 from jaxtrain.recipe.errors import DataError
 from tests.tiny import chat
 
 
 def turns(row):
-    return [(m["role"], m["content"]) for m in to_conversation(row).messages]
+    return [(m["role"], m["content"]) for m in read_conversation(row).messages]
 
 
 SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -44,7 +44,7 @@ def test_a_system_column_beside_messages_is_their_first_turn():
     assert turns({"messages": chat("a", "b"), "system": "s"})[0] == ("system", "s")
     own = chat("a", "b", system="own")
     assert turns({"messages": own, "system": "s"})[0] == ("system", "own")
-    mapped = MappedRoles({"user": "q", "assistant": "a"})({"q": "a", "a": "b", "system": "s"})
+    mapped = RoleMapper({"user": "q", "assistant": "a"})({"q": "a", "a": "b", "system": "s"})
     assert turns(mapped) == [("user", "a"), ("assistant", "b")]
 
 
@@ -67,7 +67,7 @@ def test_calls_and_tools_keep_their_structure():
         ],
         "tools": '[{"name": "f"}]',
     }
-    conversation = to_conversation(row)
+    conversation = read_conversation(row)
     assert [m["role"] for m in conversation.messages] == ["user", "assistant", "tool"]
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     assert conversation.messages[1]["tool_calls"] == [call]
@@ -90,19 +90,19 @@ CALL = {"name": "f", "arguments": {"x": 1}}
 def test_every_form_of_a_call_is_one(turn):
     messages = [*chat("a"), {"role": "assistant", "content": None, **turn}]
     wrapped = [{"type": "function", "function": CALL}]
-    assert to_conversation({"messages": messages}).messages[1] == {
+    assert read_conversation({"messages": messages}).messages[1] == {
         "role": "assistant", "content": "", "tool_calls": wrapped,
     }  # fmt: skip
 
 
 def test_nulls_of_a_typed_table_are_no_fields():
     row = {"messages": [{"role": "user", "content": "a", "tool_calls": None, "name": None}]}
-    assert to_conversation(row).messages == [{"role": "user", "content": "a"}]
+    assert read_conversation(row).messages == [{"role": "user", "content": "a"}]
 
 
 def test_mapped_columns_have_the_order_of_a_conversation():
     mapping = {"assistant": "y", "user": "x", "system": "s"}
-    assert turns(MappedRoles(mapping)({"x": "a", "y": "b", "s": "c"})) == [
+    assert turns(RoleMapper(mapping)({"x": "a", "y": "b", "s": "c"})) == [
         ("system", "c"),
         ("user", "a"),
         ("assistant", "b"),
@@ -126,7 +126,7 @@ def test_a2_mapped_turns_keep_their_order_and_none_is_cut():
         ("human", "6"),
     ]
     row = {"c": [{"from": name, "value": text} for name, text in said]}
-    assert turns(MappedRoles(mapping)(row)) == [
+    assert turns(RoleMapper(mapping)(row)) == [
         ("system", "0"),
         ("user", "1"),
         ("user", "2"),
@@ -139,8 +139,8 @@ def test_a2_mapped_turns_keep_their_order_and_none_is_cut():
 
 def test_a41_the_content_key_is_found_or_said():
     row = {"c": [{"role": "p", "message": "m", "text": "t"}]}
-    assert turns(MappedRoles({"user": "c.role.p"})(row)) == [("user", "t")]
-    assert turns(MappedRoles({"user": "c.role.p"}, "message")(row)) == [("user", "m")]
+    assert turns(RoleMapper({"user": "c.role.p"})(row)) == [("user", "t")]
+    assert turns(RoleMapper({"user": "c.role.p"}, "message")(row)) == [("user", "m")]
     with pytest.raises(ValueError, match="content_key stands beside it"):
         RowsConfig(role_mapping={"user": "a", "content_key": "b"})
 
@@ -148,12 +148,12 @@ def test_a41_the_content_key_is_found_or_said():
 BAD = {
     "no form": (
         {"text": "x"},
-        "columns text hold no conversation; one of: messages; conversations; prompt and response "
+        "columns text hold no conversation; accepted are messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant",
     ),
     "a column misspelt": (
         {"mesages": []},
-        "columns mesages hold no conversation; one of: messages; conversations; prompt and response "
+        "columns mesages hold no conversation; accepted are messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant; did you mean `messages`?",
     ),
     "no columns": ({}, "columns none hold no conversation"),
@@ -194,7 +194,7 @@ BAD = {
     "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
     "calls": (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 3}]}]},
-        "messages[0].tool_calls: a call has a name and arguments, found {'id': 3}",
+        "messages[0].tool_calls: a call must have a name and arguments, found {'id': 3}",
     ),
     "call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},
@@ -210,12 +210,12 @@ BAD = {
 @pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
 def test_a_bad_record_names_its_field(row, message):
     with pytest.raises(DataError) as error:
-        to_conversation(row)
+        read_conversation(row)
     assert str(error.value).startswith(message)
 
 
 def test_a_value_without_a_role_names_the_turn():
     row = {"c": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}
     with pytest.raises(DataError) as error:
-        MappedRoles({"user": "c.from.human"})(row)
-    assert str(error.value) == ("c[1].from: 'bot' has no role in role_mapping, which knows human")
+        RoleMapper({"user": "c.from.human"})(row)
+    assert str(error.value) == ("c[1].from: 'bot' has no role in role_mapping; known are human")

@@ -86,14 +86,14 @@ import os, sys
 from pathlib import Path
 from jaxtrain.data import cache
 from jaxtrain.data.cache import DataCache
-cache.DEAD_S = 0.5
+cache.CLAIM_TIMEOUT_S = 0.5
 DataCache(sys.argv[1]).get({"name": "a"}, lambda folder: os._exit(9))
 """
 
 
 @pytest.mark.parametrize("is_here", [True, False])
 def test_a_claim_of_a_process_that_died_is_taken_over(tmp_path, monkeypatch, is_here):
-    monkeypatch.setattr(cache_module, "DEAD_S", 0.5)
+    monkeypatch.setattr(cache_module, "CLAIM_TIMEOUT_S", 0.5)
     died = subprocess.run([sys.executable, "-c", DIES, str(tmp_path / "c")], check=False)
     (claim,) = (tmp_path / "c").glob("*.claim")
     assert died.returncode == 9 and socket.gethostname() in claim.read_text()

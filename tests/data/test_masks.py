@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.conversation import Conversation, to_conversation
+from jaxtrain.data.conversation import Conversation, read_conversation
 from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
 from jaxtrain.data.render import Renderer
-from jaxtrain.data.spans import by_marks, by_prefixes
+from jaxtrain.data.spans import find_by_marks, find_by_prefixes
 from jaxtrain.recipe.errors import RecipeError
 from tests.tiny import (
     CHATML,
@@ -128,7 +128,7 @@ def test_without_masking_all_but_the_first_token_is_trained():
 def test_a_template_that_cannot_be_followed_is_refused_by_name():
     long = "The river was low that summer"
     found = outcome(SHUFFLING, chat(long, long, long, long))
-    assert isinstance(found, Fault) and "tokenizer.chat_template" in found.what
+    assert isinstance(found, Fault) and "tokenizer.chat_template" in found.message
 
 
 def test_what_the_template_raises_is_said():
@@ -182,7 +182,7 @@ HIDDEN = {
 def test_what_the_template_hides_of_calls_is_refused(template, turns, place):
     found = outcome(template, [*chat("a"), *turns, *ANSWERED])
     assert isinstance(found, Fault)
-    assert found.what.startswith(f"{place}: the chat template does not show all of it; set")
+    assert found.message.startswith(f"{place}: the chat template does not show all of it; set")
     shown = outcome(TOOLS, [*chat("a"), *turns, *ANSWERED])
     assert isinstance(shown, Encoded)
 
@@ -195,7 +195,8 @@ def test_a_name_may_stand_in_the_id_of_its_call():
 
 def test_tools_that_the_template_hides_are_refused():
     found = outcome(CHATML, chat("a", "b"), [{"name": "f"}])
-    assert isinstance(found, Fault) and found.what.startswith("tools: the chat template does not")
+    assert isinstance(found, Fault)
+    assert found.message.startswith("tools: the chat template does not")
 
 
 @pytest.mark.parametrize("written", ["{{ a }}", "{{ '' + a }}", "{{ a | tojson }}"])
@@ -284,7 +285,7 @@ def test_a47_overlong_conversations():
     gone = outcome(CHATML, messages, max_length=8, overlong="truncate")
     assert gone.reason == "no assistant text left after truncation"
     refused = outcome(CHATML, messages, max_length=length - 1, overlong="error")
-    assert refused.what.startswith(
+    assert refused.message.startswith(
         f"{length} tokens, but max_length is {length - 1}; set data.over"
     )
 
@@ -303,7 +304,8 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 
     text = render(messages, False)
     turns = list(range(1, len(messages), 2))
-    assert by_marks(render, messages, turns, text) == by_prefixes(render, messages, turns, text)
+    case = (render, messages, turns, text)
+    assert find_by_marks(*case) == find_by_prefixes(*case)
 
 
 @settings(max_examples=40, deadline=None)
@@ -361,8 +363,8 @@ def test_no_token_is_trained_that_says_something_outside_of_its_turn(contents, k
         assert isinstance(found, Dropped)
         return
     renderer = Renderer(tokenizer)
-    text = renderer.text(conversation)
-    ours = {place for span in renderer.spans(conversation, text) for place in range(*span)}
+    text = renderer.render(conversation)
+    ours = {place for span in renderer.find_spans(conversation, text) for place in range(*span)}
     offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     for (start, end), weight in zip(offsets, found.weights, strict=True):
         said = {place for place in range(start, end) if text[place].strip()}
@@ -407,13 +409,13 @@ def test_a_text_is_read_up_to_the_token_behind_its_limit_and_again_where_that_wa
     texts = ["<|im_start|>" + "a b c d " * 9 + "<|im_end|>" + "yes " * 50,  # over after 40
              "<|im_start|>" * 2 + "The river was low" * 2 + "<|im_end|>" + "yes " * 50]  # fmt: skip
     whole = encoder._backend.encode_batch(texts, add_special_tokens=False)
-    heads = encoder._encodings(texts)
+    heads = encoder._tokenise(texts)
     assert [len(h.ids) < len(w.ids) for h, w in zip(heads, whole, strict=True)] == [True, True]
     assert all(h.ids == w.ids[: len(h)] for h, w in zip(heads, whole, strict=True))
     roomy = ConversationEncoder(tiny_tokenizer(), max_length=60, overlong="truncate")
     few = ["The river was low that summer, and the boys walked across it without wet knees." * 4
            + "<|im_end|>" + "yes " * 50]  # fmt: skip
-    assert len(roomy._encodings(few)[0].ids) > 60
+    assert len(roomy._tokenise(few)[0].ids) > 60
 
 
 END_OF_ALL = CHATML.replace(
@@ -454,7 +456,7 @@ def test_what_a_tool_answers_is_not_trained_where_it_stands_in_the_turn_that_cal
     for more in ([], chat("", "yes")[1:], [*chat("", "yes")[1:], *chat("b", "no")]):
         messages = [*chat("a"), told, {"role": "tool", "content": "was low"}, *more]
         found = outcome(INLINE, messages)
-        assert isinstance(found, Fault) and "rewrites turns" in found.what
+        assert isinstance(found, Fault) and "rewrites turns" in found.message
 
 
 def test_a_thought_that_stands_behind_the_answer_is_not_left_out_in_silence():
@@ -470,7 +472,7 @@ def test_a_thought_that_stands_behind_the_answer_is_not_left_out_in_silence():
     for count in (1, 3):
         messages = [*chat("a"), calling(call(), content=thought), *ANSWERED] * count
         found = outcome(behind, messages)
-        assert isinstance(found, Fault) and "rewrites turns" in found.what
+        assert isinstance(found, Fault) and "rewrites turns" in found.message
         bare = trained(behind, [*chat("a"), calling(call()), *ANSWERED] * count)
         assert bare == ["<call>river</call>", "yes<|im_end|>"] * count
 
@@ -485,7 +487,7 @@ def test_thoughts_in_front_of_the_end_of_the_prompt_are_not_left_out_in_silence(
     turn = {"role": "assistant", "content": "yes", "reasoning_content": "was low"}
     for count in (1, 3):
         found = outcome(template, [*chat("a"), turn] * count)
-        assert isinstance(found, Fault) and "rewrites turns" in found.what
+        assert isinstance(found, Fault) and "rewrites turns" in found.message
     open_prompt = template.replace("assistant\n<think></think>", "assistant\n")
     whole = "<think>was low</think>yes<|im_end|>"
     assert trained(open_prompt, [*chat("a"), turn] * 3) == [whole] * 3
@@ -517,7 +519,7 @@ def test_a_call_behind_thoughts_is_trained_to_its_end():
 
 def test_half_a_character_is_refused():
     found = outcome(CHATML, chat("a \ud83d", "yes"))
-    told = "U+D83D is half of a character, found behind '<|im_start|>user\\na '; remove it"
+    told = "U+D83D is half of a character, found after '<|im_start|>user\\na '; remove it"
     assert found == Fault(told)
 
 
@@ -525,7 +527,8 @@ def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
-    assert found.what.startswith("messages[1].content: the chat template does not show all of it")
+    told = "messages[1].content: the chat template does not show all of it"
+    assert found.message.startswith(told)
     marked = GENERATION.replace(
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>",
@@ -558,7 +561,7 @@ def test_other_roles_are_trained_where_the_recipe_says_so():
 
 
 def pair(prompt, reply):
-    return to_conversation({"prompt": prompt, "completion": reply})
+    return read_conversation({"prompt": prompt, "completion": reply})
 
 
 @pytest.mark.parametrize("template", [CHATML, GENERATION])

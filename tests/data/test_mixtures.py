@@ -13,8 +13,8 @@ from jaxtrain.data import (
     CausalDataFactory,
     SFTDataFactory,
 )
-from jaxtrain.data.order import mixed_documents
-from jaxtrain.data.packing import slices
+from jaxtrain.data.order import mix_sources
+from jaxtrain.data.packing import cut_documents
 from jaxtrain.recipe.data import (
     CausalDataConfig,
     LocalDataSourceConfig,
@@ -39,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 def test_shares_are_met_and_no_document_is_favoured(parts):
     sources = np.repeat(np.arange(len(parts)), [count for count, _ in parts])
     chosen, weights = np.arange(len(sources)), [weight for _, weight in parts]
-    mixed = mixed_documents(chosen, sources, weights, seed=1)
+    mixed = mix_sources(chosen, sources, weights, seed=1)
     assert len(mixed) == len(chosen)  # the epoch keeps its length
     for number, weight in enumerate(weights):
         times = np.bincount(mixed, minlength=len(sources))[sources == number]
@@ -80,7 +80,8 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
 def test_named_eval_sets(tmp_path):
     math, talk = chats(tmp_path, "math", 3), chats(tmp_path, "talk", 5)
     data = sft([chats(tmp_path, "one", 4)], evals={"math": [math], "talk": [talk]})
-    assert {name: plan.rows.num_rows for name, plan in data.evals.items()} == {"math": 3, "talk": 5}
+    counts = {name: plan.rows.num_sequences for name, plan in data.evals.items()}
+    assert counts == {"math": 3, "talk": 5}
     named = {"math": ["m.jsonl"], "talk": "t.jsonl:eval[:5]"}
     config = get_config({
         "model": {"name_or_path": "m"}, "eval_interval": 1,
@@ -92,7 +93,7 @@ def test_named_eval_sets(tmp_path):
 
 def test_an_eval_set_named_train_is_not_trained(tmp_path):
     data = sft([chats(tmp_path, "one", 4)], evals={"train": [chats(tmp_path, "two", 7)]})
-    assert data.train.rows.num_rows == 4 and data.evals["train"].rows.num_rows == 7
+    assert data.train.rows.num_sequences == 4 and data.evals["train"].rows.num_sequences == 7
     assert [(counts.label, counts.rows) for counts in data.ledger.sets] == [
         ("train", 4),
         ("train", 7),
@@ -107,8 +108,9 @@ def test_an_eval_set_named_train_is_not_trained(tmp_path):
 def test_slices_are_full_and_hold_every_token_once_in_order(lengths, capacity):
     lengths = np.array(lengths)
     chosen = np.arange(len(lengths))[::-1]
-    plan = slices(lengths, capacity, chosen)
-    assert (plan.row_lengths[:-1] == capacity).all() and 0 < plan.row_lengths[-1] <= capacity
+    plan = cut_documents(lengths, capacity, chosen)
+    *full, last = plan.sequence_lengths
+    assert set(full) <= {capacity} and 0 < last <= capacity
     found = [
         (document, token)
         for document, start, length in zip(*plan[:3], strict=True)
@@ -121,8 +123,8 @@ def test_a3_always_max_length_fills_each_pack_and_splits_the_row_that_is_over(tm
     source = chats(tmp_path, "one", 40)
     data = sft([source], pack_samples=True, always_max_length=True, max_length=50)
     rows = data.train.rows
-    assert (rows.row_lengths[:-1] == 50).all() and rows.row_lengths[-1] <= 50
-    assert rows.row_lengths.sum() == data.train.documents.lengths.sum()
+    assert (rows.sequence_lengths[:-1] == 50).all() and rows.sequence_lengths[-1] <= 50
+    assert rows.sequence_lengths.sum() == data.train.documents.lengths.sum()
     assert rows.starts.any()  # some are split
     batch = all_rows(data.train)
     assert data.ledger.sets[0].trained_tokens == batch.loss_weights.sum()
@@ -137,9 +139,9 @@ def test_drop_last_drops_one_short_pack(tmp_path, keys):
     source = chats(tmp_path, "one", 41)
     kept = sft([source], pack_samples=True, max_length=64, **keys).train.rows
     rest = sft([source], pack_samples=True, max_length=64, drop_last=True, **keys).train.rows
-    assert rest.num_rows == kept.num_rows - 1 and len(rest.offsets) == rest.num_rows + 1
-    last = kept.row_lengths.min() if not keys else kept.row_lengths[-1]
-    assert kept.row_lengths.sum() - rest.row_lengths.sum() == last < 64
+    assert len(rest.offsets) == rest.num_sequences + 1 == kept.num_sequences
+    last = kept.sequence_lengths.min() if not keys else kept.sequence_lengths[-1]
+    assert kept.sequence_lengths.sum() - rest.sequence_lengths.sum() == last < 64
     with pytest.raises(DataError, match="drop_last would drop the only pack"):
         sft([source], pack_samples=True, max_length=9999, drop_last=True, **keys)
 
@@ -155,7 +157,7 @@ def test_fused_packs_are_one_sequence(tmp_path, share):
     )
     fused = (batch.segments.max(axis=1) == 1) & (plain.segments.max(axis=1) > 1)
     assert abs(fused.mean() - share) < 0.15
-    lengths = data.train.rows.row_lengths
+    lengths = data.train.rows.sequence_lengths
     for row in np.flatnonzero(fused):
         assert batch.positions[row, : lengths[row]].tolist() == list(range(lengths[row]))
     assert (batch.tokens == plain.tokens).all() and (batch.loss_weights == plain.loss_weights).all()
@@ -168,11 +170,11 @@ def test_a_small_set_is_repeated_into_one_pack(tmp_path):
     source = chats(tmp_path, "one", 3)
     alone = sft([source], pack_samples=True, max_length=1000)
     data = sft([source], pack_samples=True, max_length=1000, repeat_to_pack_max_length=True)
-    times = 1000 // alone.train.rows.row_lengths.sum()
-    assert data.train.rows.num_rows == 1 and times > 1
-    assert data.train.rows.row_lengths[0] == times * alone.train.rows.row_lengths[0]
+    times = 1000 // alone.train.rows.sequence_lengths.sum()
+    assert data.train.rows.num_sequences == 1 and times > 1
+    assert data.train.rows.sequence_lengths[0] == times * alone.train.rows.sequence_lengths[0]
     longer = sft([source], pack_samples=True, max_length=30, repeat_to_pack_max_length=True)
-    assert longer.train.rows.row_lengths.sum() == alone.train.rows.row_lengths.sum()
+    assert longer.train.rows.sequence_lengths.sum() == alone.train.rows.sequence_lengths.sum()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_a36_a_sample_that_cannot_be_is_a_fault_of_the_recipe(keys):
 
 def test_a36_a_sample_larger_than_its_source_takes_all_and_says_so(tmp_path):
     data = sft([chats(tmp_path, "one", 5, sample_count=9)])
-    told = "one: sample_count 9 takes all, there are 5 rows"
+    told = "one: sample_count 9 takes all 5 records"
     assert data.train_rows == 5 and told in data.ledger.warnings
     exact = sft([chats(tmp_path, "one", 5, sample_count=5)]).ledger.warnings
     assert exact == tuple(text for text in data.ledger.warnings if text != told)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.data.documents import INDEX_DTYPE, Documents
-from jaxtrain.data.packing import best_fit, fitting_lengths, next_fit, plan_rows, slices
+from jaxtrain.data.packing import best_fit, choose_lengths, cut_documents, next_fit, pack
 from jaxtrain.data.plan import BatchPlan, BatchShape
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200)
@@ -17,10 +17,11 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200)
 def test_no_row_is_too_long_and_every_token_stands_once(lengths, rule):
     lengths = np.array(lengths)
     chosen = np.flatnonzero(np.arange(len(lengths)) % 3 != 1)
-    plan = plan_rows(lengths, 64, rule, chosen)
+    plan = pack(lengths, 64, rule, chosen)
     assert sorted(plan.documents) == chosen.tolist()
     assert (plan.lengths == lengths[plan.documents]).all() and not plan.starts.any()
-    assert plan.row_lengths.max() <= 64 and plan.row_lengths.sum() == lengths[chosen].sum()
+    found = plan.sequence_lengths
+    assert found.max() <= 64 and found.sum() == lengths[chosen].sum()
     assert (np.diff(plan.offsets) > 0).all()
 
 
@@ -50,33 +51,33 @@ def test_next_fit_keeps_the_order_and_opens_a_row_only_when_it_must(lengths):
 
 def test_a4_best_fit_fills_rows_of_short_documents():
     lengths = np.random.default_rng(0).integers(5, 200, 20_000)
-    plan = plan_rows(lengths, 512, "best_fit", np.arange(len(lengths)))
-    assert plan.row_lengths.sum() / (plan.num_rows * 512) > 0.999
+    plan = pack(lengths, 512, "best_fit", np.arange(len(lengths)))
+    assert plan.sequence_lengths.sum() / (plan.num_sequences * 512) > 0.999
 
 
 def test_rows_stand_in_the_order_of_their_documents():
-    plan = plan_rows(np.array([6, 3, 8, 2, 5]), 8, "best_fit", np.arange(5))
+    plan = pack(np.array([6, 3, 8, 2, 5]), 8, "best_fit", np.arange(5))
     firsts = plan.documents[plan.offsets[:-1]]
     assert firsts.tolist() == sorted(firsts.tolist())
 
 
 def test_a_document_longer_than_a_row_is_our_fault():
     with pytest.raises(AssertionError):
-        plan_rows(np.array([9]), 8, "best_fit", np.arange(1))
+        pack(np.array([9]), 8, "best_fit", np.arange(1))
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS)
 def test_a4_no_two_packs_of_the_whole_set_would_fit_into_one(lengths):
-    plan = plan_rows(np.array(lengths), 64, "best_fit", np.arange(len(lengths)))
-    assert np.sort(plan.row_lengths)[:2].sum() > 64 or plan.num_rows == 1
+    plan = pack(np.array(lengths), 64, "best_fit", np.arange(len(lengths)))
+    assert np.sort(plan.sequence_lengths)[:2].sum() > 64 or plan.num_sequences == 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3))
 def test_no_other_lengths_leave_less_padding_to_random_updates(lengths, count, update_rows):
-    found = fitting_lengths(
-        np.array(lengths), update_rows=update_rows, multiple=100, most=850, count=count
+    found = choose_lengths(
+        np.array(lengths), update_rows=update_rows, multiple=100, max_length=850, count=count
     )
     updates = [max(rows) for rows in product(np.minimum(lengths, 850), repeat=update_rows)]
 
@@ -113,7 +114,7 @@ def test_a38_an_epoch_of_batches_is_its_documents_once_and_apart(lengths, rule, 
     documents = Documents(tokens, weights, offsets, np.zeros(len(lengths), INDEX_DTYPE))
     chosen = np.arange(len(lengths))
     planned = (
-        slices(lengths, 64, chosen) if rule == "slices" else plan_rows(lengths, 64, rule, chosen)
+        cut_documents(lengths, 64, chosen) if rule == "slices" else pack(lengths, 64, rule, chosen)
     )
     plan = BatchPlan(documents, planned, BatchShape(m, rows), (64,), seed)
     batches = [plan.batch(step) for step in range(plan.steps_per_epoch)]

@@ -90,7 +90,7 @@ FAULTS = {
     ),
     "judged": (
         {"prompt": "a", "completion": "b", "label": True},
-        "no column 'chosen', found prompt, completion, label; judged rows need data.type: kto",
+        "no column 'chosen', found prompt, completion, label; judged records need data.type: kto",
     ),
     "type": (FORMS["texts"] | {"chosen": 3}, "chosen: must be text or a list of turns, found 3"),
     "role": (
@@ -108,11 +108,11 @@ FAULTS = {
     ),
     "another prompt": (
         {"prompt": "x", **FORMS["no prompt"]},
-        "prompt: is not what chosen and rejected, which have a prompt, begin with",
+        "prompt: must be part of what chosen and rejected begin with",
     ),
     "a reply of the user": (
         {"prompt": "a", "chosen": [reply("b")], "rejected": [user("c")]},
-        "rejected: must go on with a reply of the assistant, found role 'user'",
+        "rejected: must continue with the assistant's reply, found role 'user'",
     ),
     "score": (
         FORMS["texts"] | {"reference_score_chosen": "high"},
@@ -142,7 +142,7 @@ def sides(outcome):
     """(tokens, weights) of chosen and of rejected."""
     return [
         (outcome.tokens[part].tolist(), outcome.weights[part].tolist())
-        for part in (slice(outcome.border), slice(outcome.border, None))
+        for part in (slice(outcome.rejected_start), slice(outcome.rejected_start, None))
     ]
 
 
@@ -310,7 +310,7 @@ def test_a_copy_of_a_pair_is_never_held_out_from_itself(tmp_path):
     rows = [*pairs(10), *pairs(10)]
     data = prepare([source(tmp_path, rows)], train_eval_split=(0.5, 0.5))
     trained, held_out = (
-        {plan.documents.index["row"][d] % 10 for d in plan.rows.documents}
+        {plan.documents.index["record"][d] % 10 for d in plan.rows.documents}
         for plan in (data.train, data.evals["eval"])
     )
     assert trained and held_out and not trained & held_out
@@ -372,10 +372,10 @@ def test_a_fault_names_file_line_and_side(tmp_path):
 def test_a_limit_of_the_prompt_leaves_room_or_gives_way(tmp_path):
     """Trap A19: a written limit is refused, the default lowered with a note."""
     rows = source(tmp_path, pairs(3))
-    with pytest.raises(RecipeError, match="64 leaves no room for a reply in the 64 tokens"):
+    with pytest.raises(RecipeError, match="64 leaves no room for a reply in max_length 64"):
         prepare([rows], max_prompt_length=64)
     assert prepare([rows]).ledger.notes[0] == (
-        "max_prompt_length is 32, half of max_length, since 4096 is not below it"
+        "max_prompt_length is 32, half of max_length, which 4096 does not fit in"
     )
     (note,) = prepare([rows], max_prompt_length=63).ledger.notes
     assert note.startswith("cache: ")
@@ -390,8 +390,8 @@ def test_the_effective_recipe_of_a_lowered_limit_runs_again():
 def test_known_splits_of_ultrafeedback():
     name = "HuggingFaceH4/ultrafeedback_binarized"
     made = HuggingFaceSource(HFDataSourceConfig(name_or_path=name))
-    assert made._own_split(made.config, "train[:9]") == "train_prefs[:9]"
-    assert made._own_split(made.config, "eval") == "test_prefs"
+    assert made._rename_split(made.config, "train[:9]") == "train_prefs[:9]"
+    assert made._rename_split(made.config, "eval") == "test_prefs"
 
 
 JUDGED = [
@@ -426,7 +426,7 @@ def test_judged_rows_are_documents_with_their_label(tmp_path):
         ({"messages": [], "label": True}, "messages: empty conversation"),
         (
             {"messages": [reply("b")], "label": True},
-            "messages: no turn of the user, so it is open what was judged",
+            "messages: must have a user turn before the judged reply, found none",
         ),
     ],
 )

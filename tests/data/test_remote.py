@@ -147,13 +147,13 @@ class Broken(Stored):
 FAULTS = {
     "memory://no/such.jsonl": "memory://no/such.jsonl: no such file",
     "memory://no/*.jsonl": "no file matches memory://no/*.jsonl",
-    "memory://logs": "folder memory://logs holds no file of .json, .jsonl, .ndjson, .parquet, "
+    "memory://logs": "folder memory://logs holds no data file; known are .json, .jsonl, .ndjson, .parquet, "
     ".arrow, .feather, .csv, .txt, .text, .md",
-    "nope://a.jsonl": "nope://a.jsonl: could not be read: ValueError: Protocol not known: nope",
+    "nope://a.jsonl": "nope://a.jsonl: cannot be read: ValueError: Protocol not known: nope",
     "absent://a.jsonl": "absent://a.jsonl: needs a package that is not installed: install absentfs",
-    "locked://a.jsonl": "locked://a.jsonl: could not be read: NoCredentialsError: unable to locate "
+    "locked://a.jsonl": "locked://a.jsonl: cannot be read: NoCredentialsError: unable to locate "
     "credentials",
-    "broken://a.jsonl": "broken://a.jsonl: could not be read: ConnectionError: reset by peer",
+    "broken://a.jsonl": "broken://a.jsonl: cannot be read: ConnectionError: reset by peer",
 }
 
 

@@ -13,8 +13,14 @@ from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import ConversationEncoder
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.order import split_by_content
-from jaxtrain.data.rows import NamedRows
-from jaxtrain.data.tokenise import BATCH_ROWS, POOL_ROWS, Tolerance, tokenise, workers_for
+from jaxtrain.data.records import NamedRecords
+from jaxtrain.data.tokenise import (
+    BATCH_RECORDS,
+    MIN_POOL_RECORDS,
+    Tolerance,
+    choose_num_workers,
+    tokenise,
+)
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 from tests.tiny import CHATML, GENERATION, TEXTS, chat, tiny_tokenizer
@@ -177,10 +183,11 @@ def test_the_ledger_counts_every_row(tmp_path):
         "longer than max_length": 1,
     }
     lines = data.ledger.lines()
-    assert lines[0] == "chats: 10 rows read, 8 documents"
+    assert lines[0] == "chats: 10 records read, 8 documents"
     assert "  dropped 1: longer than max_length" in lines
     assert lines[5].startswith("  end of turn trained in 100.0% of ")
-    assert lines[-3].startswith(f"train: 8 documents in {data.train_rows} rows of 160 tokens, fill")
+    packed = f"train: 8 documents in {data.train_rows} sequences of 160 tokens, fill"
+    assert lines[-3].startswith(packed)
     assert sum(len(d) for d in documents_in(data.train_batches(0, 9))) >= counts.tokens
 
 
@@ -188,7 +195,7 @@ def test_truncated_rows_are_counted(tmp_path):
     rows = [{"messages": chat("a", "The river was low " * 40)}]
     data = prepare([source(tmp_path, rows)], filter_samples=False)
     assert data.ledger.sources[0].truncated == 1 and data.row_tokens == 128
-    assert data.ledger.lines()[0] == "chats: 1 row read, 1 document, 1 truncated"
+    assert data.ledger.lines()[0] == "chats: 1 record read, 1 document, 1 truncated"
 
 
 def failure(*args, **keys):
@@ -200,7 +207,7 @@ def failure(*args, **keys):
 def test_f4_nothing_to_train_on_at_all(tmp_path):
     rows = [{"messages": chat("a")}, {"messages": chat("a", "b " * 200)}]
     assert failure([source(tmp_path, rows)]) == (
-        "no row is left: chats: 2 rows read, 1 dropped as no assistant text to train on, "
+        "no record is left: chats: 2 records read, 1 dropped as no assistant text to train on, "
         "1 dropped as longer than max_length"
     )
 
@@ -219,8 +226,8 @@ def test_faults_of_a_row_name_its_place(tmp_path):
 
 @pytest.mark.parametrize("row", [None, "text", ["text"], 5], ids=str)
 def test_a_row_that_is_no_map_is_named(row):
-    with pytest.raises(DataError, match=r"^given: row 1: a row must be a map, found "):
-        prepare([GivenSource.of([{"messages": chat("a", "b")}, row])])
+    with pytest.raises(DataError, match=r"^given: record 1: a record must be a map, found "):
+        prepare([GivenSource.from_records([{"messages": chat("a", "b")}, row])])
 
 
 def test_a25_batches_made_without_threads_are_the_same(tmp_path):
@@ -253,7 +260,7 @@ def test_a_row_is_known_by_its_number_in_its_source(tmp_path):
 
 
 def test_processes_change_no_row(tmp_path):
-    rows = NamedRows(chats(300), "rows")
+    rows = NamedRecords(chats(300), "rows")
     encoder = ConversationEncoder(tiny_tokenizer(), max_length=128, overlong="drop")
     results = []
     for workers in (0, 2):
@@ -272,7 +279,8 @@ def test_processes_change_no_row(tmp_path):
 
 
 def test_processes_start_only_for_many_rows():
-    assert workers_for(POOL_ROWS - 1, 16) == 0 and workers_for(POOL_ROWS, 1) == 0
+    assert choose_num_workers(MIN_POOL_RECORDS - 1, 16) == 0
+    assert choose_num_workers(MIN_POOL_RECORDS, 1) == 0
 
 
 def test_data_and_tokenizers_import_no_jax():
@@ -291,7 +299,7 @@ def hasty_threads():
 
 @pytest.mark.usefixtures("hasty_threads")
 def test_marks_of_a_template_are_not_mixed_up_between_batches(tmp_path):
-    rows = [{"messages": chat(f"a{n}", f"yes {n}")} for n in range(5 * BATCH_ROWS)]
+    rows = [{"messages": chat(f"a{n}", f"yes {n}")} for n in range(5 * BATCH_RECORDS)]
     config = SFTDataConfig(sources=("x",))
     factory = SFTDataFactory(config, tiny_tokenizer(GENERATION), 64)
     data = factory.prepare([source(tmp_path, rows)], {}, BatchShape(1, 1))

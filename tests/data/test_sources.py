@@ -16,7 +16,7 @@ from jaxtrain.data import (
     ParquetSource,
     TextSource,
 )
-from jaxtrain.data.conversation import to_conversation
+from jaxtrain.data.conversation import read_conversation
 from jaxtrain.recipe.data import (
     HFDataSourceConfig,
     LocalDataSourceConfig,
@@ -131,7 +131,7 @@ def test_files_globs_lists_and_folders(tmp_path, jsonl):
     write(tmp_path / "texts" / "README.md", "a text among texts")
     assert len(read(LocalSource, tmp_path / "texts")) == 1
     rows = read(LocalSource, [jsonl, other], columns={"id": "number"})
-    assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1: row 0"
+    assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1: record 0"
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,18 @@ def test_samples_are_drawn_once_and_kept_in_order(jsonl):
     assert len(read(JsonLinesSource, jsonl, sample_count=99)) == 10
 
 
+EXPECTED = "must be a list of objects, or one object per line"
 CASES = {
     "no comma": (
         JsonSource,
         '[{"a":1} {"b":2}]',
-        ":1: row 0: not JSON: Extra data at column 9, found '{\"b\":2}'",
+        ":1: record 0: not JSON: Extra data at column 9, found '{\"b\":2}'",
     ),
     "a column twice": (CsvSource, "a,b,a\n1,2,3", ":1: the header has column 'a' twice"),
     "comma at the end": (
         JsonSource,
         '[{"a":1},]',
-        ":1: row 1: not JSON: Expecting value at column 1, found ''",
+        ":1: record 1: not JSON: Expecting value at column 1, found ''",
     ),
     "cut off": (JsonSource, '[{"a":1}', ": ends before its list does; is the file cut off?"),
     "open text": (JsonSource, '[{"a":\n"x}]', ':2: not JSON: " without its pair'),
@@ -178,17 +179,17 @@ CASES = {
     "one object": (
         JsonSource,
         '{"a":\n1}',
-        ":1: must be a list of objects, or one object a line, found one object over several lines",
+        f":1: {EXPECTED}, found one object over several lines",
     ),
-    "empty list": (JsonSource, "[]", ": no rows"),
+    "empty list": (JsonSource, "[]", ": no records"),
     "empty file": (JsonSource, "", ": the file is empty"),
-    "a number": (JsonSource, "5", ":1: must be a list of objects, or one object a line, found '5'"),
-    "list of numbers": (JsonSource, "[\n1]", ":2: row 0: a row must be an object, found 1"),
+    "a number": (JsonSource, "5", f":1: {EXPECTED}, found '5'"),
+    "list of numbers": (JsonSource, "[\n1]", ":2: record 0: must be an object, found 1"),
     "more text": (JsonSource, '[{"a":1}]\nx', ":2: text after the end of the list"),
     "second object": (
         JsonSource,
         '[{"a":1},\n{"a":\n}]',
-        ":3: row 1: not JSON: Expecting value at column 1, found '}'",
+        ":3: record 1: not JSON: Expecting value at column 1, found '}'",
     ),
     "line 2": (
         JsonLinesSource,
@@ -200,7 +201,7 @@ CASES = {
         '{"a":1}\n\n{a:1}\n',
         ":3: not JSON: Expecting property name enclosed in double quotes at column 2, found 'a:1}'",
     ),
-    "blank": (JsonLinesSource, " \n\n", ": no rows"),
+    "blank": (JsonLinesSource, " \n\n", ": no records"),
     "not utf-8": (
         JsonLinesSource,
         b'{"a":"b"}\n{"a":"\xff"}',
@@ -208,8 +209,8 @@ CASES = {
     ),
     "width": (CsvSource, "a,b\n1,2,3\n", ":2: 3 values, but the header has 2 columns: a, b"),
     "open quote": (CsvSource, 'a,b\n1,"2\n', ":3: not CSV: unexpected end of data"),
-    "header alone": (CsvSource, "a,b\n", ": no rows"),
-    "nothing behind the mark": (CsvSource, "\ufeff", ": no rows"),
+    "header alone": (CsvSource, "a,b\n", ": no records"),
+    "nothing behind the mark": (CsvSource, "\ufeff", ": no records"),
 }
 
 
@@ -222,19 +223,19 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, cls, content, message):
 def test_broken_binary_files(tmp_path):
     path = write(tmp_path / "a.parquet", "PAR1 and nothing else")
     kind, message = failure(ParquetSource, path)
-    assert kind is DataError and message.startswith(f"{path}: not a Parquet file that can be read")
+    assert kind is DataError and message.startswith(f"{path}: not a readable Parquet file")
     for content in ("ARROW1 and nothing else", "nothing"):
         path = write(tmp_path / "a.arrow", content)
         kind, message = failure(ArrowSource, path)
         assert kind is DataError
-        assert message.startswith(f"{path}: not an Arrow file that can be read")
+        assert message.startswith(f"{path}: not a readable Arrow file")
     numbers = pa.table({"a": list(range(20_000))})
     pq.write_table(numbers, tmp_path / "a.parquet", use_dictionary=False)
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[1000:9000] = b"\xff" * 8000  # of a page, so that the file opens
     path = write(tmp_path / "a.parquet", content)
     kind, message = failure(ParquetSource, path)
-    assert kind is DataError and message.startswith(f"{path}: not a Parquet file that can be read")
+    assert kind is DataError and message.startswith(f"{path}: not a readable Parquet file")
     path = write(tmp_path / "a.jsonl.gz", "not packed")
     kind, message = failure(JsonLinesSource, path)
     assert kind is DataError and message.startswith(f"{path}: cannot be unpacked")
@@ -247,18 +248,19 @@ def test_what_the_recipe_names_and_is_not_there(tmp_path):
     )
     pattern = f"{tmp_path}/*.jsonl"
     assert failure(JsonLinesSource, pattern) == (RecipeError, f"no file matches {pattern}")
-    assert failure(LocalSource, tmp_path)[1].startswith(f"folder {tmp_path} holds no file of .json")
+    message = failure(LocalSource, tmp_path)[1]
+    assert message.startswith(f"folder {tmp_path} holds no data file; known are .json")
     path = write(tmp_path / "a.dat", "x")
-    assert failure(LocalSource, path)[1].startswith(f"{path}: the suffix says no format")
+    assert failure(LocalSource, path)[1].startswith(f"{path}: unknown suffix")
 
 
 def test_a33_a_split_that_is_not_there_lists_those_that_are(jsonl):
     assert failure(JsonLinesSource, jsonl, split="traim") == (
         DataError,
-        f"{jsonl}: no split 'traim'; there are train, eval; did you mean `train`?",
+        f"{jsonl}: no split 'traim'; known are train, eval; did you mean `train`?",
     )
     assert failure(JsonLinesSource, jsonl, split="train[4:4]")[1].endswith(
-        "split 'train[4:4]' is empty; train has 10 rows"
+        "split 'train[4:4]' is empty; train has 10 records"
     )
 
 
@@ -306,11 +308,11 @@ def test_folders_that_datasets_saved(tmp_path):
     mapping = {"assistant": "response", "user": "query"}
     rows = instruct(f"{folder}/saved:train[1:3]", role_mapping=mapping).read("train")
     assert [turn["content"] for turn in rows[0]["messages"]] == ["q1", "r1"] and len(rows) == 2
-    assert rows.where(0) == f"{folder}/saved:train: row 1"
+    assert rows.where(0) == f"{folder}/saved:train: record 1"
     assert len(instruct(f"{folder}/one:split").read("eval")) == 4
     mapped = instruct(f"{folder}/saved", split_mapping={"eval": "test"})
     assert len(mapped.read("eval")) == 1
-    with pytest.raises(DataError, match="no split 'eval'; there are train, test"):
+    with pytest.raises(DataError, match="no split 'eval'; known are train, test"):
         instruct(f"{folder}/saved").read("eval")
 
 
@@ -329,7 +331,7 @@ def test_a_data_set_that_is_nowhere(monkeypatch):
     with pytest.raises(RecipeError) as error:
         instruct("nobody/nothing-of-this-name").read("train")
     assert str(error.value).startswith(
-        f"data set 'nobody/nothing-of-this-name' is no local file, and could not be read from "
+        f"data set 'nobody/nothing-of-this-name' is not a local file, and cannot be read from "
         f"{datasets.config.HF_DATASETS_CACHE} or the hub: "
     )
 
@@ -342,7 +344,7 @@ def test_known_data_sets_need_no_mapping(monkeypatch):
         lambda config, split: [{"system_prompt": "", "question": "q", "response": "r"}],
     )
     row = source.read("train")[0]
-    assert [turn["role"] for turn in to_conversation(row).messages] == ["user", "assistant"]
+    assert [turn["role"] for turn in read_conversation(row).messages] == ["user", "assistant"]
     source = instruct("nvidia/AceMath-Instruct-Training-Data")
     turns = [{"role": "user", "content": "1+1"}]
     monkeypatch.setattr(source, "load", lambda *_: [{"messages": turns, "answer": "2"}])

@@ -14,7 +14,7 @@ import pytest
 
 from jaxtrain import assets
 from jaxtrain.data import SFTDataFactory
-from jaxtrain.data.conversation import Conversation, to_conversation
+from jaxtrain.data.conversation import Conversation, read_conversation
 from jaxtrain.data.encode import ConversationEncoder, Encoded, Fault
 from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import RecipeError
@@ -215,7 +215,7 @@ REFUSED = {
 def test_what_a_template_cannot_say_is_refused(case, message):
     name, conversation = case
     found = outcome(family_tokenizer(template(name)), CONVERSATIONS[conversation])
-    assert isinstance(found, Fault) and found.what.startswith(message)
+    assert isinstance(found, Fault) and found.message.startswith(message)
 
 
 MARKED = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "lfm2_v2", "llama3", "qwen2_5_vl",
@@ -236,7 +236,7 @@ def test_arguments_of_a_call_may_be_text(name):
     """These templates want maps, text, or either; one that writes JSON would escape the text."""
     tokenizer = family_tokenizer(template(name))
     in_text = [user("w?"), reply("", call('{"x":1}')), *ANSWERED]
-    read = to_conversation({"messages": in_text}).messages
+    read = read_conversation({"messages": in_text}).messages
     assert trained(tokenizer, read) == trained(tokenizer, TOOL)
 
 
@@ -245,7 +245,7 @@ def test_a_date_in_a_template_is_the_same_every_day():
     found = outcome(tokenizer, CHAT)
     assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(found.tokens)
     config = SFTDataConfig(sources=("x",))
-    told = "the chat template writes the day: it is 26 Jul 2024 on every one"
+    told = "the chat template writes the date; it is always 26 Jul 2024"
     assert SFTDataFactory(config, tokenizer, 64).remarks() == [told]
     assert SFTDataFactory(config, tiny_tokenizer(), 64).remarks() == []
 

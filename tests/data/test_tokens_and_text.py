@@ -52,9 +52,9 @@ WRONG = {
     "text": ({"input_ids": "abc", "labels": [1]}, "input_ids: must be a list of whole numbers"),
     "lists": ({"input_ids": [[1], [2, 3]], "labels": [1]}, "input_ids: must be a list of whole"),
     "fractions": ({"input_ids": [1.5], "labels": [1]}, "input_ids: must be a list of whole numb"),
-    "uneven": ({"input_ids": [1, 2], "labels": [1]}, "labels: 1 of them beside 2 input_ids"),
+    "uneven": ({"input_ids": [1, 2], "labels": [1]}, "labels: must be 2, as input_ids, found 1"),
     "shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels[0]: must be the token 1 itself"),
-    "no token": ({"input_ids": [1, 999], "labels": [1, 999]}, "input_ids: 999 is no token; the"),
+    "no token": ({"input_ids": [1, 999], "labels": [1, 999]}, "input_ids: 999 is no token; must"),
 }
 
 
@@ -123,7 +123,7 @@ def test_an_evaluation_on_text_keeps_its_tail(tmp_path):
 def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     from jaxtrain.data import tokenise
 
-    monkeypatch.setattr(tokenise, "POOL_ROWS", 1)
+    monkeypatch.setattr(tokenise, "MIN_POOL_RECORDS", 1)
     source = texts(tmp_path, [{"text": f"{text} {n}"} for n in range(100) for text in TEXTS])
     batches = []
     for number, processes in enumerate((1, 8)):
@@ -150,7 +150,7 @@ def test_the_column_of_the_text(tmp_path):
 def test_what_causal_data_refuse(tmp_path):
     with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
         CausalDataConfig(sources=("x",), pack_samples=True)
-    with pytest.raises(DataError, match="tokens in all, which is less than one row of max_length"):
+    with pytest.raises(DataError, match=r"data.max_length: \d+ is more than all \d+ tokens"):
         causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None

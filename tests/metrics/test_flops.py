@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.batch import Batch
-from jaxtrain.metrics.flops import counts, matmul_parameters, peak_flops
+from jaxtrain.metrics.flops import count_matmul_parameters, count_tokens, find_peak_flops
 from tests.model.tiny_models import FAMILIES, describe_model, hf_model, save_model
 
 
@@ -15,7 +15,7 @@ def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
     if "lm_head.weight" in matrices:
         del matrices["model.embed_tokens.weight"]
     _, _, model = describe_model(save_model(name, tmp_path))
-    assert matmul_parameters(model.shapes) == sum(matrices.values())
+    assert count_matmul_parameters(model.shapes) == sum(matrices.values())
 
 
 def test_pairs_are_what_the_rows_let_each_token_see():
@@ -24,7 +24,7 @@ def test_pairs_are_what_the_rows_let_each_token_see():
     positions = np.array([[[0, 1, 2, 0, 1, 0]], [[0] * 6]])
     weights = np.array([[[0.0, 1, 1, 0, 1, 0]], [[0.0] * 6]])
     batch = Batch(segments, positions, segments, weights, np.zeros((2, 1)))
-    found = {name: float(value) for name, value in counts(batch, (None, None, 2)).items()}
+    found = {name: float(value) for name, value in count_tokens(batch, (None, None, 2)).items()}
     whole, windowed = 6 + 3, (1 + 2 + 2) + 3
     pairs = 2 * whole + windowed
     assert found == {
@@ -37,4 +37,4 @@ def test_pairs_are_what_the_rows_let_each_token_see():
     [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 PCIe", 756e12), ("cpu", None)],
 )
 def test_a_kind_of_device_has_the_peak_of_its_longest_name(kind, peak):
-    assert peak_flops(kind) == peak
+    assert find_peak_flops(kind) == peak

@@ -148,9 +148,9 @@ def test_rates_are_over_the_interval_and_per_device(monkeypatch):
     meter.count(update)
     meter.count(update)
     meter.restart()  # six seconds of something else
-    meter.waited_for_data(1.0)
+    meter.add_data_wait(1.0)
     meter.count(update | {"tokens": 4.0, "rows": 1.0})
-    row = meter.row(update | {"tokens": 4.0, "rows": 1.0}, updates_left=3)
+    row = meter.build_row(update | {"tokens": 4.0, "rows": 1.0}, updates_left=3)
     flops = 600 * 36 + 40 * 300
     assert row["iter_time"] == row["step_time"] == pytest.approx(4 / 3)
     assert row["tokens_per_sec"] == 9 and row["trained_tokens_per_sec"] == 6

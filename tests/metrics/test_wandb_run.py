@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.metrics.wandb_run import refuse_without_key
+from jaxtrain.metrics.wandb_run import check_login
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import WandbConfig
@@ -103,4 +103,4 @@ def test_nobody_logged_in_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(RecipeError, match=r"wandb: No API key .* Or write wandb\.mode: offline"):
         trainer(recipe(tmp_path, train_iters=1, wandb={"enable": True, "mode": "online"})).train()
     assert not (tmp_path / "run").exists()
-    refuse_without_key(WandbConfig(enable=True, mode="offline"))
+    check_login(WandbConfig(enable=True, mode="offline"))

@@ -241,7 +241,7 @@ def test_a_cache_with_the_config_alone_serves_only_from_scratch(cached):
 def test_a_folder_is_found_where_it_is(good, tmp_path):
     assert locate(str(good), with_weights=True) == good
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(RecipeError, match=r"must be a folder, a .gguf file or a hub name"):
+    with pytest.raises(RecipeError, match=r"must be a folder, .gguf file or hub name"):
         locate(str(tmp_path / "weights.bin"), with_weights=True)
 
 

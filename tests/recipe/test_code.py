@@ -157,8 +157,8 @@ def test_the_users_code_and_what_it_imports_work_in_worker_processes(tmp_path, m
     words = text.replace("user\n", "").replace("assistant\n", "")
     assert words.isupper()
 
-    monkeypatch.setattr(factory_module, "workers_for", lambda num_rows, num_proc: 2)
-    monkeypatch.setattr(factory_module, "workers_for", lambda num_rows, num_proc: 2)
+    monkeypatch.setattr(factory_module, "choose_num_workers", lambda num_records, num_proc: 2)
+    monkeypatch.setattr(factory_module, "choose_num_workers", lambda num_records, num_proc: 2)
     monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
     apart = trainer(tmp_path / "code" / "recipe.yaml")
     assert (apart.data.train.documents.tokens == alone.data.train.documents.tokens).all()

@@ -145,6 +145,6 @@ def test_a_format_is_what_all_files_are(tmp_path):
     """A file with a suffix that says something else is read as the recipe says."""
     path = str(conversations(tmp_path / "rows.txt", 9))
     source = {"type": "local", "path": path, "format": "jsonl"}
-    assert "9 rows read" in header(made(tmp_path, data={"sources": [source]}))["data"]
+    assert "9 records read" in header(made(tmp_path, data={"sources": [source]}))["data"]
     with pytest.raises(DataError, match="hold no conversation"):
         made(tmp_path, data={"sources": [{"type": "local", "path": path}]})

@@ -63,7 +63,7 @@ def test_bad_templates_are_said(folder, tmp_path):
     assert failure(folder, chat_template="nowhere.jinja") == (
         "tokenizer.chat_template: no file 'nowhere.jinja'"
     )
-    assert failure(folder, chat_template="no template").endswith("and it is no Jinja text")
+    assert failure(folder, chat_template="no template").endswith("and it is not Jinja text")
     assert failure(folder, chat_template="{% for m in messages %}\n{% end %}").startswith(
         "tokenizer.chat_template: line 2: "
     )
@@ -89,7 +89,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     assert failure(tmp_path / "a.gguf") == f"tokenizer: no file {tmp_path}/a.gguf"
     (tmp_path / "empty").mkdir()
     assert failure(tmp_path / "empty") == (
-        f"{tmp_path}/empty holds no tokenizer that can be read; found no file"
+        f"tokenizer: {tmp_path}/empty has no readable tokenizer, found no file"
     )
     assert failure(tmp_path, name_or_path="nobody/nothing") == (
         "tokenizer 'nobody/nothing' is neither a folder nor in the hub's cache (offline)"
@@ -157,7 +157,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path):
     path = gguf_file(tmp_path / "a.gguf", pre="qwen3")
     assert failure(path).startswith(f"{path}: tokenizer.ggml.pre is 'qwen3', known are default, ")
     path = gguf_file(tmp_path / "b.gguf", model="llama")
-    assert failure(path).startswith(f"{path}: tokenizer.ggml.model is 'llama'; only byte-level")
+    assert failure(path).startswith(f"{path}: tokenizer.ggml.model is 'llama', must be gpt2")
     (tmp_path / "c.gguf").write_bytes(b"no such thing")
     assert failure(tmp_path / "c.gguf") == f"{tmp_path}/c.gguf: not a GGUF file"
 

@@ -131,7 +131,7 @@ def test_a_mode_prepares_data_and_nothing_else(tmp_path, capsys):
 
 def test_rows_may_be_given(tmp_path):
     written = recipe(tmp_path, data={"sources": ["given"]})
-    with pytest.raises(DataError, match="given: no rows; give them as `train_data`"):
+    with pytest.raises(DataError, match="given: no records; pass them as `train_data`"):
         trainer(written)
     run = SFTTrainer(
         get_config(written), devices=jax.devices()[:1], train_data=CHATS[:16],
