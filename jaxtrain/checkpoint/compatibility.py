@@ -5,8 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.recipe.dump import differences
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
+from jaxtrain.recipe.dump import find_differences
+from jaxtrain.recipe.errors import Fault, RecipeError, show
 
 RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 """Part that is not restored → what may differ then."""
@@ -20,7 +20,7 @@ def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: Colle
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*trainer.allowed_changes, *freed)
     faults = [
-        Fault(key, f"is {shown(now.get(key))}, {path} has {shown(before.get(key))}; a run cannot "
+        Fault(key, f"is {show(now.get(key))}, {path} has {show(before.get(key))}; a run cannot "
               f"be continued with another, --allow-change {key} does it all the same")
         for key in known
         if before.get(key) != now.get(key) and not any(_covers(name, key) for name in allowed)
@@ -30,7 +30,7 @@ def refuse_changes(trainer: Any, saved: dict[str, Any], path: Path, reset: Colle
             faults.append(Fault("--allow-change", f"{name!r} is none of {', '.join(known)}"))
     if faults:
         raise RecipeError(faults)
-    if changed := differences(saved["recipe"], trainer.metadata["recipe"]):
+    if changed := find_differences(saved["recipe"], trainer.metadata["recipe"]):
         trainer.console.line(f"changed since {path.name}: {', '.join(changed)}")
 
 

@@ -16,7 +16,7 @@ from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.tokenise import Encoder
 from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import CausalDataConfig
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 
 class TextEncoder:
@@ -36,7 +36,7 @@ class TextEncoder:
         if column not in row:
             raise missing_column(column, row)
         if not isinstance(row[column], str):
-            raise DataError(f"{column}: must be text, found {shown(row[column])}")
+            raise DataError(f"{column}: must be text, found {show(row[column])}")
         check_characters(row[column])
         return row[column]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.data.rows import missing_column
 from jaxtrain.recipe.data import ROLES
-from jaxtrain.recipe.errors import DataError, did_you_mean, shown
+from jaxtrain.recipe.errors import DataError, did_you_mean, show
 
 Message = dict[str, Any]
 Row = Mapping[str, Any]
@@ -68,7 +68,7 @@ class MappedRoles:
             value = _field(turn, field, place)
             if value not in roles:
                 raise DataError(
-                    f"{place}.{field}: {shown(value)} has no role in role_mapping, which knows "
+                    f"{place}.{field}: {show(value)} has no role in role_mapping, which knows "
                     f"{', '.join(roles)}{did_you_mean(str(value), roles)}"
                 )
             key = self._content_key or next((k for k in CONTENT_KEYS if turn.get(k)), None)
@@ -107,7 +107,7 @@ def turns_of(row: Row, column: str, role: str = "assistant") -> list[Message]:
         return [{"role": role, "content": value}]
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise DataError(f"{column}: must be text or a list of turns, found {shown(value)}")
+        raise DataError(f"{column}: must be text or a list of turns, found {show(value)}")
     checked = []
     for index, turn in enumerate(turns):
         place = f"{column}[{index}]"
@@ -136,7 +136,7 @@ def _shared_turn(turn: Any, place: str) -> Message:
     role = SHARED_NAMES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(
-            f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHARED_NAMES)}"
+            f"{place}.from: unknown role {show(sender)}; known are {', '.join(SHARED_NAMES)}"
             f"{did_you_mean(str(sender), SHARED_NAMES)}"
         )
     value = _field(turn, "value", place)
@@ -153,7 +153,7 @@ def _calls(value: Any, place: str) -> list[Any]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{place}: a call has a name and arguments, found {shown(call)}")
+            raise DataError(f"{place}: a call has a name and arguments, found {show(call)}")
         if isinstance(arguments := function.get("arguments"), str):
             with suppress(json.JSONDecodeError):
                 parsed = json.loads(arguments)
@@ -192,7 +192,7 @@ def _instruction(row: Row) -> list[Message]:
     (turn,) = _column(row, "user", "instruction")
     if given := row.get("input"):
         if not isinstance(given, str):
-            raise DataError(f"input: must be text, found {shown(given)}")
+            raise DataError(f"input: must be text, found {show(given)}")
         turn["content"] += f"\n{given}"
     return [*system_turns(row), turn, *_column(row, "assistant", "output")]
 
@@ -225,7 +225,7 @@ def _column(row: Row, role: str, column: str) -> list[Message]:
     if role == "system" and not value:
         return []
     if not isinstance(value, str):
-        raise DataError(f"{column}: must be text, found {shown(value)}")
+        raise DataError(f"{column}: must be text, found {show(value)}")
     return [{"role": role, "content": value}]
 
 
@@ -233,15 +233,15 @@ def _list(row: Row, column: str) -> list[Any]:
     if column not in row:
         raise missing_column(column, row)
     if not isinstance(row[column], list):
-        raise DataError(f"{column}: must be a list of turns, found {shown(row[column])}")
+        raise DataError(f"{column}: must be a list of turns, found {show(row[column])}")
     return row[column]
 
 
 def _field(turn: Any, field: str, place: str) -> Any:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{place}: must be a map, found {shown(turn)}")
+        raise DataError(f"{place}: must be a map, found {show(turn)}")
     if field not in turn:
-        raise DataError(f"{place}: no field {shown(field)}, found {', '.join(turn) or 'none'}")
+        raise DataError(f"{place}: no field {show(field)}, found {', '.join(turn) or 'none'}")
     return turn[field]
 
 
@@ -250,7 +250,7 @@ def _checked(message: Any, place: str) -> Message:
     role = _field(message, "role", place)
     if role not in ROLES:
         raise DataError(
-            f"{place}.role: unknown role {shown(role)}; known are {', '.join(ROLES)}"
+            f"{place}.role: unknown role {show(role)}; known are {', '.join(ROLES)}"
             f"{did_you_mean(str(role), ROLES)}"
         )
     # A typed table fills a field that one turn has with null in all others.
@@ -269,12 +269,12 @@ def _text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise DataError(f"{place}: must be text, found {shown(content)}")
+        raise DataError(f"{place}: must be text, found {show(content)}")
     parts = []
     for index, part in enumerate(content):
         text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type", "text") != "text":
-            raise DataError(f"{place}[{index}]: must be a text part, found {shown(part)}")
+            raise DataError(f"{place}[{index}]: must be a text part, found {show(part)}")
         parts.append(text)
     return "".join(parts)
 
@@ -285,7 +285,7 @@ def tools_of(row: Row) -> list[Any] | None:
         return None
     tools = _json(tools, "tools")
     if not isinstance(tools, list):
-        raise DataError(f"tools: must be a list, found {shown(tools)}")
+        raise DataError(f"tools: must be a list, found {show(tools)}")
     return tools or None
 
 
@@ -295,4 +295,4 @@ def _json(value: Any, place: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as fault:
-        raise DataError(f"{place}: must be JSON ({fault.msg}), found {shown(value)}") from None
+        raise DataError(f"{place}: must be JSON ({fault.msg}), found {show(value)}") from None

@@ -199,7 +199,7 @@ class DataFactory(Factory, kind="data"):
         """The batches of one set; an evaluation set keeps its order."""
         documents, rows, shape, lengths, is_train = dataset
         seed = self.config.seed if is_train else None
-        together = self.config.ROWS_A_SAMPLE
+        together = self.config.ROWS_PER_SAMPLE
         return BatchPlan(documents, rows, shape, lengths, seed, together=together)
 
     def evaluation(

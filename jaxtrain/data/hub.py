@@ -8,7 +8,7 @@ from jaxtrain.data.paths import data_files
 from jaxtrain.data.rows import MappedRows, Rows, first_line, take_split
 from jaxtrain.data.source import ConversationSource, Limits
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 Row = dict[str, Any]
 
@@ -101,12 +101,12 @@ class HuggingFaceSource(ConversationSource):
             return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             raise RecipeError(
-                f"data set {shown(config.name_or_path)} is no local file, and could not be "
+                f"data set {show(config.name_or_path)} is no local file, and could not be "
                 f"read from {HF_DATASETS_CACHE} or the hub: {first_line(fault)}"
             ) from None
         except DatasetsError as fault:
             first = first_line(fault.__cause__ or fault)
-            raise DataError(f"data set {shown(config.name_or_path)}: {first}") from None
+            raise DataError(f"data set {show(config.name_or_path)}: {first}") from None
 
 
 class HuggingFaceInstructSource(HuggingFaceSource):
@@ -134,7 +134,7 @@ class HuggingFaceCausalSource(HuggingFaceSource):
 def _with_answer(row: Row) -> Row:
     """AceMath keeps the last reply beside the conversation."""
     if not isinstance(answer := row.get("answer"), str):
-        raise DataError(f"answer: must be text, found {shown(answer)}")
+        raise DataError(f"answer: must be text, found {show(answer)}")
     return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
 
 

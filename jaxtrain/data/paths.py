@@ -17,7 +17,7 @@ from jaxtrain.data.cache import DataCache
 from jaxtrain.data.rows import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
-from jaxtrain.recipe.section import expanded
+from jaxtrain.recipe.section import expand_user
 
 CONTENT_KEYS = (
     "etag", "md5", "sha", "crc", "digest", "blob_id", "generation", "version", "modified", "mtime",
@@ -34,7 +34,7 @@ def data_files(paths: str | Sequence[str]) -> Iterator[Path]:
     one that is not there. Each is to be opened before the next is asked for: a copy of what is
     elsewhere may give way to the next one's."""
     for written in [paths] if isinstance(paths, str) else paths:
-        path = expanded(written)
+        path = expand_user(written)
         if "://" in written:
             yield from fetched(written)
         elif path.is_file():

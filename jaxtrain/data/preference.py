@@ -29,7 +29,7 @@ from jaxtrain.data.rows import missing_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import shared_start
 from jaxtrain.data.tokenise import Encoder
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
@@ -70,7 +70,7 @@ def read_pair(row: Mapping[str, Any]) -> Preference:
         prompt, replies = _without_shared_turns(prompt, *replies)
     for name, reply in zip(("chosen", "rejected"), replies, strict=True):
         if reply and reply[0]["role"] != "assistant":
-            role = shown(reply[0]["role"])
+            role = show(reply[0]["role"])
             raise DataError(f"{name}: must go on with a reply of the assistant, found role {role}")
     scores = _score(row, "reference_score_chosen"), _score(row, "reference_score_rejected")
     whole = [*system_turns(row), *prompt] if prompt[0]["role"] != "system" else prompt
@@ -84,7 +84,7 @@ def read_judged(row: Mapping[str, Any]) -> Preference:
         other = "; pairs need data.type: dpo" if "chosen" in row else ""
         raise DataError(f"{missing_column('label', row)}{other}")
     if not isinstance(row["label"], bool):
-        raise DataError(f"label: must be true or false, found {shown(row['label'])}")
+        raise DataError(f"label: must be true or false, found {show(row['label'])}")
     messages, tools, start = to_conversation(row)
     if not start:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -128,7 +128,7 @@ def _score(row: Mapping[str, Any], column: str) -> float:
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{column}: must be a number, found {shown(value)}")
+        raise DataError(f"{column}: must be a number, found {show(value)}")
     return float(value)
 
 
@@ -258,7 +258,7 @@ class KTODataFactory(DataFactory):
     def encoder(self, loaded: LoadedSource) -> Encoder:
         return PreferenceEncoder(
             self.tokenizer,
-            is_paired=self.config.ROWS_A_SAMPLE == 2,
+            is_paired=self.config.ROWS_PER_SAMPLE == 2,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             prompt_truncation=self.config.dpo_prompt_truncation_mode,

@@ -11,7 +11,7 @@ from jaxtrain.data.source import DataSource
 from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.resolve import eval_sources
+from jaxtrain.recipe.resolve import parse_eval_sources
 
 GivenRows = Iterable[dict[str, Any]]
 """Rows as a source gives them."""
@@ -75,7 +75,7 @@ def prepare_evaluation(
     first = rows[0] if rows else None
     kind = first.get("type") if isinstance(first, Mapping) else None
     if isinstance(first, str) or kind in registry.names("data_source"):
-        sources = _made(eval_sources(rows, factory.config), factory.trainer)
+        sources = _made(parse_eval_sources(rows, factory.config), factory.trainer)
     else:
         sources = [GivenSource.of(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)

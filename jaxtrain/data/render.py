@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, with_text_arguments
 from jaxtrain.data.spans import Render, Span, check_calls, check_shown, shared_start, turn_spans
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is code that works on a person's data: this is what it raises on data it does not fit.
@@ -175,7 +175,7 @@ def check_characters(text: str) -> None:
         half = ord(text[fault.start])
         raise DataError(
             f"U+{half:04X} is half of a character, found behind "
-            f"{shown(text[max(0, fault.start - 20) : fault.start])}; remove it"
+            f"{show(text[max(0, fault.start - 20) : fault.start])}; remove it"
         ) from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxtrain.recipe.errors import DataError, did_you_mean, shown
+from jaxtrain.recipe.errors import DataError, did_you_mean, show
 
 SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
@@ -66,7 +66,7 @@ class NamedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         if not isinstance(row, Mapping):
-            raise DataError(f"{self.where(index)}: a row must be a map, found {shown(row)}")
+            raise DataError(f"{self.where(index)}: a row must be a map, found {show(row)}")
         return dict(row)
 
     def where(self, index: int) -> str:
@@ -189,7 +189,7 @@ def first_line(fault: BaseException) -> str:
 
 def missing_column(column: str, row: Mapping[str, Any]) -> DataError:
     return DataError(
-        f"no column {shown(column)}, found {', '.join(row) or 'none'}{did_you_mean(column, row)}"
+        f"no column {show(column)}, found {', '.join(row) or 'none'}{did_you_mean(column, row)}"
     )
 
 
@@ -197,11 +197,11 @@ def take_split(splits: Mapping[str, Rows], split: str, label: str) -> Rows:
     """The rows that `train`, `train[10:20]` or `train[:10%]` names; DataError lists the splits."""
     match = SPLIT.fullmatch(split)
     if match is None:
-        raise DataError(f"{label}: split {shown(split)} is not of the form train[10:20]")
+        raise DataError(f"{label}: split {show(split)} is not of the form train[10:20]")
     name = match["name"]
     if name not in splits:
         raise DataError(
-            f"{label}: no split {shown(name)}; there are {', '.join(splits)}"
+            f"{label}: no split {show(name)}; there are {', '.join(splits)}"
             f"{did_you_mean(name, splits)}"
         )
     rows = splits[name]
@@ -210,7 +210,7 @@ def take_split(splits: Mapping[str, Rows], split: str, label: str) -> Rows:
     if (start, stop) == (0, len(rows)):
         return rows
     if start >= stop:
-        raise DataError(f"{label}: split {shown(split)} is empty; {name} has {len(rows)} rows")
+        raise DataError(f"{label}: split {show(split)} is empty; {name} has {len(rows)} rows")
     return SelectedRows(rows, range(start, stop))
 
 

@@ -17,7 +17,7 @@ from jaxtrain.data.encode import (
     beyond_limit,
 )
 from jaxtrain.data.rows import missing_column
-from jaxtrain.recipe.errors import DataError, shown
+from jaxtrain.recipe.errors import DataError, show
 
 IGNORED = -100
 """A label that says: this token is not trained."""
@@ -78,5 +78,5 @@ def _integers(row: Mapping[str, Any], column: str) -> np.ndarray:
     except ValueError:  # lists of different lengths
         values = np.zeros((0, 0))
     if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
-        raise DataError(f"{column}: must be a list of whole numbers, found {shown(row[column])}")
+        raise DataError(f"{column}: must be a list of whole numbers, found {show(row[column])}")
     return values.astype(np.int64)

@@ -15,7 +15,7 @@ from jaxtrain import registry
 from jaxtrain.optimizer.factory import OptimizerFactory, decayed
 from jaxtrain.optimizer.moments import with_moments
 from jaxtrain.parallel.sharding import path_name
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
+from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.optimizer import OptimizerConfig
 
 REST, FROZEN = "rest", "frozen"
@@ -107,6 +107,6 @@ def _nothing(grads: Any, params: Any) -> Any:
 
 def _unmatched(match: str, names: list[str]) -> str:
     if any(re.search(match, name) for name in names):
-        return f"every parameter that {shown(match)} matches belongs to a group above"
+        return f"every parameter that {show(match)} matches belongs to a group above"
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{shown(match)} matches no parameter; there are {', '.join(names[:NAMED])}{more}"
+    return f"{show(match)} matches no parameter; there are {', '.join(names[:NAMED])}{more}"

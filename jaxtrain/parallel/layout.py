@@ -40,7 +40,7 @@ class BatchLayout:
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        microbatch_rows = computed // num_microbatches * config.data.ROWS_A_SAMPLE
+        microbatch_rows = computed // num_microbatches * config.data.ROWS_PER_SAMPLE
         return cls(mesh, stages, num_microbatches, microbatch_rows)
 
     @property

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
-from jaxtrain.recipe.errors import counted
+from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.resolve import Resolved
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.standing import Report, braced
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -22,7 +22,7 @@ WIDTH = 100
 COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth of a second
 
 
-def told(resolved: Resolved, devices: int | None = None) -> str:
+def describe(resolved: Resolved, devices: int | None = None) -> str:
     """The report of a recipe's keys and, when nothing is wrong with it, the run that it asks for,
     on so many devices if their number is known."""
     parts = [report_lines(resolved.report)]
@@ -67,7 +67,7 @@ def run_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str,
 
 def model(config: TrainerConfig) -> str:
     name = config.model.name_or_path.split("#")[0]
-    if is_there(name):
+    if path_exists(name):
         return name
     is_path = name.startswith(("/", ".", "~"))
     return f"{name}, {'not on this machine' if is_path else 'of the local cache or fetched'}"
@@ -75,11 +75,11 @@ def model(config: TrainerConfig) -> str:
 
 def missing_files(config: TrainerConfig) -> Iterator[str]:
     """Files of sources that are not there."""
-    for place, source in config.data.placed_sources():
+    for place, source in config.data.iter_sources():
         if isinstance(source, LocalDataSourceConfig):
             for path in local_paths(source):
                 is_glob = "\0" not in path and glob(path, recursive=True)
-                if not ("://" in path or is_there(path) or is_glob):
+                if not ("://" in path or path_exists(path) or is_glob):
                     yield f"{place}.path {path}"
 
 
@@ -104,8 +104,8 @@ def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
     """Rows an update."""
     rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
     (n, size), *others = sizes.items()
-    what = "pair" if config.data.ROWS_A_SAMPLE == 2 else "row"
-    counts = [f"{counted(size, what)} an update on {n}"]
+    what = "pair" if config.data.ROWS_PER_SAMPLE == 2 else "row"
+    counts = [f"{pluralize(size, what)} an update on {n}"]
     counts += [f"{size:,} on {n}" for n, size in others]
     devices = "device" if [*sizes] == [1] else "devices"
     return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"
@@ -130,9 +130,9 @@ def updates(config: TrainerConfig, horizon: int | None, sizes: dict[int, int]) -
     known = "counted when the data is read"
     if rows := local_rows(config):
         (devices, size), *_ = sizes.items()
-        on = counted(devices, "device")
+        on = pluralize(devices, "device")
         known = f"at most {-(-rows // size):,} updates each on {on}: {rows:,} local rows"
-    return f"{first}{counted(config.passes or 0, 'epoch')}, {known}"
+    return f"{first}{pluralize(config.passes or 0, 'epoch')}, {known}"
 
 
 def local_rows(config: TrainerConfig) -> int | None:
@@ -179,7 +179,7 @@ def saves(entry: CheckpointConfig) -> str:
 
 def periods(num_updates: int, num_epochs: int) -> list[str]:
     due = ((num_updates, "update"), (num_epochs, "epoch"))
-    return [f"every {counted(number, what)}" for number, what in due if number]
+    return [f"every {pluralize(number, what)}" for number, what in due if number]
 
 
 def files(config: TrainerConfig) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from jaxtrain.recipe.errors import nearest_multiples
-from jaxtrain.recipe.guards import Direction, direction
-from jaxtrain.recipe.section import InputPath, TypedSection, expanded
+from jaxtrain.recipe.guards import Direction, metric_direction
+from jaxtrain.recipe.section import InputPath, TypedSection, expand_user
 
 PREFIX = "global_step_"
 """Of the folder of one checkpoint; the number of updates done follows."""
@@ -20,7 +20,7 @@ METRIC_NAMES = {"loss/eval": "eval/loss"}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B")
 
 
-def num_bytes(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
     """Of a number, or of text such as `4GB`; ValueError where it has no unit."""
     if isinstance(size, int):
         return size
@@ -31,7 +31,7 @@ def num_bytes(size: int | str) -> int:
 
 
 def _size(value: Any) -> Any:
-    if isinstance(value, int | str) and num_bytes(value) < 1:
+    if isinstance(value, int | str) and parse_size(value) < 1:
         raise ValueError(f"must be at least one byte, found {value}")
     return value
 
@@ -74,11 +74,11 @@ class CheckpointConfig(TypedSection):
 
     @property
     def direction(self) -> Direction | None:
-        return direction(self.metric, self.mode)
+        return metric_direction(self.metric, self.mode)
 
     @property
     def folder(self) -> Path:
-        return expanded(self.output_dir).absolute()
+        return expand_user(self.output_dir).absolute()
 
     @property
     def start(self) -> Path | None:
@@ -86,7 +86,7 @@ class CheckpointConfig(TypedSection):
         return None
 
     @property
-    def goes_on(self) -> bool:
+    def is_continued(self) -> bool:
         """Does the run add to what `output_dir` holds?"""
         return self.auto_resume or (self.start is not None and self.start.parent == self.folder)
 
@@ -114,7 +114,7 @@ class OrbaxConfig(CheckpointConfig):
     def start(self) -> Path | None:
         if isinstance(self.resume_from, int):
             return self.folder / f"{PREFIX}{self.resume_from}"
-        return expanded(self.resume_from).absolute() if self.resume_from else None
+        return expand_user(self.resume_from).absolute() if self.resume_from else None
 
     def contradictions(self) -> Iterator[str]:
         if self.reset and not self.auto_resume and self.resume_from is None:
@@ -136,7 +136,7 @@ class HFCheckpointConfig(CheckpointConfig):
 
     @property
     def max_shard_bytes(self) -> int:
-        return num_bytes(self.max_shard_size)
+        return parse_size(self.max_shard_size)
 
     def contradictions(self) -> Iterator[str]:
         if self.auto_resume:

@@ -8,11 +8,11 @@ from typing import Any
 
 from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
-from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
-from jaxtrain.recipe.guards import direction
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, show
+from jaxtrain.recipe.guards import metric_direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -63,10 +63,10 @@ def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
         start = entry.start
         if start is None or "{" in entry.output_dir:  # is filled in when the run begins
             continue
-        is_found = is_there(str(start))
+        is_found = path_exists(str(start))
         if not is_found or not re.fullmatch(rf"{PREFIX}\d+", start.name):
             folder = start if is_found else start.parent
-            found = folder.glob(f"{PREFIX}*") if is_there(str(folder)) else ()
+            found = folder.glob(f"{PREFIX}*") if path_exists(str(folder)) else ()
             held = ", ".join(sorted(path.name for path in found)) or "no checkpoints"
             what = (
                 f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds {held}"
@@ -109,7 +109,7 @@ def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
 @_needs("early_stopping")
 def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
     stopping = config.early_stopping
-    if stopping and direction(stopping.metric, stopping.mode) is None:
+    if stopping and metric_direction(stopping.metric, stopping.mode) is None:
         what = f"cannot tell whether a smaller {stopping.metric} is better; write min or max"
         yield Fault("early_stopping.mode", what)
 
@@ -131,25 +131,25 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
     """Apart from values that say the default, which the effective recipe writes."""
     if not registry.is_built_in("data", config.data.type):
         return  # a factory of the user reads what it likes
-    for place, source in config.data.placed_sources():
+    for place, source in config.data.iter_sources():
         for key in ("column", "role_mapping", "content_key", "process"):
             fields = type(source).model_fields
             if key not in source.model_fields_set or getattr(source, key) == fields[key].default:
                 continue
-            if owner := config.data.UNREAD_OF_SOURCES.get(key):
+            if owner := config.data.UNREAD_SOURCE_KEYS.get(key):
                 what = f"belongs to data.type {owner}, {config.data.type} does not read it"
             elif source.is_tokenised and key != "process":
                 what = "has no effect on rows that hold tokens; remove it, or process: false"
             else:
                 continue
-            yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
+            yield Fault(f"{place}.{key}", f"{what} (found {show(getattr(source, key))})")
 
 
 @_needs("data", "tensorboard", "wandb")
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
-    for place, source in config.data.placed_sources():
-        if source.NEEDS and not _is_installed(source.NEEDS):
-            what = f"{source.type} needs {source.NEEDS}: pip install 'jaxtrain[{source.type}]'"
+    for place, source in config.data.iter_sources():
+        if source.PACKAGE and not _is_installed(source.PACKAGE):
+            what = f"{source.type} needs {source.PACKAGE}: pip install 'jaxtrain[{source.type}]'"
             yield Fault(f"{place}.type", what)
     for key, is_on, package in (
         ("tensorboard", config.tensorboard.enable, "tensorboardX"),
@@ -222,13 +222,13 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
 
 @_needs("kill_switch_path")
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
-    if config.kill_switch_path and is_there(config.kill_switch_path):
+    if config.kill_switch_path and path_exists(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
 @_needs("logger")
 def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
-    where, level = config.logger.written_level()
+    where, level = config.logger.find_level()
     if level not in LEVELS:
         what = f"the variable {where} must be one of {', '.join(LEVELS)}, found {level!r}"
         yield Fault("logger.level", what)

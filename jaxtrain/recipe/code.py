@@ -58,7 +58,7 @@ def module_name(file: Path) -> str:
     return f"jaxtrain_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
 
 
-def files_named_in(pickled: bytes) -> list[Path]:
+def find_user_files(pickled: bytes) -> list[Path]:
     """Files that another process has to run before it can read what was pickled here."""
     return [file for file in _texts if module_name(file).encode() in pickled]
 

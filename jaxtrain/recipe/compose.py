@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
-from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, mapped_leaves, parse, read
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, show
+from jaxtrain.recipe.load import Key, Recipe, Secret, join_key, map_leaves, parse, read
+from jaxtrain.recipe.section import path_exists
 
 COMMAND_LINE = Place("command line", 0)
 MAX_BITS = 1023
@@ -22,7 +22,7 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
     if isinstance(source, dict):
         try:
             as_text = lambda value, _: str(value) if isinstance(value, Path) else value
-            recipe = Recipe(mapped_leaves(source, as_text), {}, None)
+            recipe = Recipe(map_leaves(source, as_text), {}, None)
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply, or contains itself") from None
     else:
@@ -49,10 +49,10 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
     result = Recipe({}, {}, recipe.file, {})
     for name in bases if isinstance(bases, list) else [bases]:
         if not isinstance(name, str) or not name or "\0" in name:
-            what = f"must be a path or a list of paths, found {shown(bases)}"
+            what = f"must be a path or a list of paths, found {show(bases)}"
             raise RecipeError([Fault("base", what, place)])
         folders = (recipe.folder, Path.cwd())
-        file = next((f / name for f in folders if is_there(f"{f}/{name}")), None)
+        file = next((f / name for f in folders if path_exists(f"{f}/{name}")), None)
         if file is None:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
@@ -135,7 +135,7 @@ def _step(here: Any, part: str, key: Key, name: str) -> str | int:
             return int(part)
         help = f"a list: write a position from 0 to {len(here) - 1}" if here else "[]"
         help = f", it is {help}"
-    raise _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
+    raise _wrong(name, f"{join_key(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _forget(notes: Any, key: Key) -> None:
@@ -151,7 +151,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
     def fill(value: Any, key: Key) -> Any:
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             what = f"a number of {value.bit_length()} bits is too large"
-            faults.append(Fault(dotted(key), what, recipe.place(key)))
+            faults.append(Fault(join_key(key), what, recipe.place(key)))
         is_under = any(key[: len(root)] == root for root in under)
         if not isinstance(value, str) or "${" not in value or not is_under:
             return value
@@ -163,7 +163,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
             found = os.environ.get(match["name"], match["default"])
             if found is None:
                 what = f"the environment variable {match['name']} is not set, and has no default"
-                faults.append(Fault(dotted(key), what, recipe.place(key)))
+                faults.append(Fault(join_key(key), what, recipe.place(key)))
                 return ""
             if match["name"] in os.environ and found:
                 values.append(found)
@@ -174,7 +174,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
             secrets[key] = Secret(value, tuple(values))
         return _scalar(text) if VARIABLE.fullmatch(value) else text
 
-    tree = mapped_leaves(recipe.tree, fill)
+    tree = map_leaves(recipe.tree, fill)
     if faults:
         raise RecipeError(faults)
     return recipe._replace(tree=tree, secrets=secrets)

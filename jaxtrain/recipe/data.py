@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from jaxtrain.recipe.errors import did_you_mean, nearest_multiples
-from jaxtrain.recipe.section import InputPath, TypedSection, is_there
+from jaxtrain.recipe.section import InputPath, TypedSection, path_exists
 
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -38,10 +38,10 @@ def file_format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
+def parse_split(text: str, folder: Path | None = None) -> tuple[str, str]:
     """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
     that exists, in `folder` or the current one, and has a colon in it."""
-    if is_there(text) or (folder is not None and is_there(f"{folder}/{text}")):
+    if path_exists(text) or (folder is not None and path_exists(f"{folder}/{text}")):
         return text, ""
     match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")
@@ -50,7 +50,7 @@ def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
 def source_from_text(text: str, *, registered: Collection[str], default: str) -> dict[str, Any]:
     """The map that a source written as a string stands for: a registered name, else a file, here or
     at a URL, else what the factory's `default` source makes of it."""
-    name, split = split_suffix(text)
+    name, split = parse_split(text)
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
@@ -92,12 +92,12 @@ class DataSourceConfig(TypedSection):
     """Label in logs and counts."""
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
+    def selection_keys(self) -> tuple[str, ...]:
         """Keys that say where rows are and which of them are taken: the rows' own content stands
         for these in the cache's key."""
         return ("name", "split", "sample_ratio", "sample_count", "sample_seed", "weight")
 
-    NEEDS: ClassVar[str] = ""
+    PACKAGE: ClassVar[str] = ""
     """Package of an extra that is called as the source's type."""
 
     @property
@@ -139,10 +139,10 @@ class HFDataSourceConfig(RowsConfig):
     """Standard split name → the data set's own."""
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
+    def selection_keys(self) -> tuple[str, ...]:
         # The name of a well-known data set decides how its columns are read.
         place = ("name_or_path",) if Path(self.name_or_path).exists() else ()
-        return (*super().says_which_rows, *place, "kwargs", "split_mapping")
+        return (*super().selection_keys, *place, "kwargs", "split_mapping")
 
     def contradictions(self) -> Iterator[str]:
         for key, why in REFUSED_ARGUMENTS.items():
@@ -155,7 +155,7 @@ class HFDataSourceConfig(RowsConfig):
         """`name:split` is the name and the split, so that the effective recipe says each once."""
         if not isinstance(data, dict) or not isinstance(data.get("name_or_path"), str):
             return data
-        name, split = split_suffix(data["name_or_path"], (info.context or {}).get("folder"))
+        name, split = parse_split(data["name_or_path"], (info.context or {}).get("folder"))
         if not split:
             return data
         given = data.get("split")
@@ -186,8 +186,8 @@ class SyntheticDataSourceConfig(DataSourceConfig):
     process: Literal[False] = False
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
-        return (*super().says_which_rows, "rows", "vocab_size")
+    def selection_keys(self) -> tuple[str, ...]:
+        return (*super().selection_keys, "rows", "vocab_size")
 
 
 class LocalDataSourceConfig(RowsConfig):
@@ -205,8 +205,8 @@ class LocalDataSourceConfig(RowsConfig):
         return self.column
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
-        return (*super().says_which_rows, "path")
+    def selection_keys(self) -> tuple[str, ...]:
+        return (*super().selection_keys, "path")
 
 
 class TextDataSourceConfig(LocalDataSourceConfig):
@@ -273,9 +273,9 @@ class DataConfig(TypedSection):
     """Keys that change no document: these, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
     """Type of a source that names none."""
-    ROWS_A_SAMPLE: ClassVar[int] = 1
+    ROWS_PER_SAMPLE: ClassVar[int] = 1
     """Rows of a batch for each of `micro_batch_size`."""
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {}
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {}
     """Key of a source that this factory does not read → the type of `data` that does."""
 
     def contradictions(self) -> Iterator[str]:
@@ -304,7 +304,7 @@ class DataConfig(TypedSection):
             return self.eval_sources
         return {"eval": self.eval_sources} if self.eval_sources else {}
 
-    def placed_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
+    def iter_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
         """(dotted key, source) of every source."""
         for key in ("sources", "eval_sources"):
             written = getattr(self, key)
@@ -323,7 +323,7 @@ class SFTDataConfig(DataConfig):
         "div_length", "pad_to", "pack_samples", "packing", "always_max_length", "drop_last",
         "fuse_positions_prob", "repeat_to_pack_max_length",
     }  # fmt: skip
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"column": "causal"}
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"column": "causal"}
     default_source: ClassVar[str] = "huggingface_instruct"
 
     div_length: int = Field(default=256, ge=1)
@@ -384,7 +384,7 @@ class SFTDataConfig(DataConfig):
 class CausalDataConfig(DataConfig):
     """Text joined with BOS and EOS and cut into rows of exactly `max_length` tokens."""
 
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
 
     @model_validator(mode="before")
     @classmethod

@@ -48,7 +48,7 @@ class RecipeError(UserError):
         self.faults = tuple(sorted(faults, key=lambda fault: fault.place or Place("", 0)))
         lines = [str(fault) for fault in self.faults]
         if recipe is not None:
-            lines.append(f"{counted(len(lines), 'error')} in {recipe.name}; nothing was started")
+            lines.append(f"{pluralize(len(lines), 'error')} in {recipe.name}; nothing was started")
         super().__init__("\n".join(lines))
 
 
@@ -82,7 +82,7 @@ class PreemptedError(UserError):
     exit_code = 75
 
 
-def shown(value: Any) -> str:
+def show(value: Any) -> str:
     """A found value as a message shows it."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """`1 row`, `2,000 rows`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 

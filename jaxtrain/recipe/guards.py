@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
-from jaxtrain.recipe.errors import shown
-from jaxtrain.recipe.section import Section, input_path
+from jaxtrain.recipe.errors import show
+from jaxtrain.recipe.section import Section, resolve_input_path
 
 Direction = Literal["min", "max"]
 _DIRECTIONS: dict[str, Direction] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
 
 
-def direction(metric: str, mode: Literal["auto", "min", "max"]) -> Direction | None:
+def metric_direction(metric: str, mode: Literal["auto", "min", "max"]) -> Direction | None:
     """Which way a metric gets better; None when neither `mode` nor its name says so."""
     return _DIRECTIONS.get(metric.rsplit("/", 1)[-1]) if mode == "auto" else mode
 
@@ -51,11 +51,11 @@ def _lines(value: Any, info: ValidationInfo) -> Any:
     """The lines of a file that are not empty, in place of its name."""
     if not isinstance(value, str):
         return value
-    file = Path(input_path(value, info))
+    file = Path(resolve_input_path(value, info))
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError):
-        raise ValueError(f"must be a list or a text file, found {shown(value)}") from None
+        raise ValueError(f"must be a list or a text file, found {show(value)}") from None
 
 
 class SamplesConfig(Section):

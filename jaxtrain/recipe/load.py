@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, shown
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, show
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000  # an alias counts again each time it is used, so that a YAML bomb ends early
@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):
         return Place(self.file, node.start_mark.line + 1)
 
     def wrong(self, key: Key, node: yaml.Node, what: str) -> RecipeError:
-        return RecipeError([Fault(dotted(key), what, self.at(node))])
+        return RecipeError([Fault(join_key(key), what, self.at(node))])
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -146,7 +146,7 @@ def read(file: Path) -> Recipe:
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{shown(str(file))}: {error}") from None
+        raise RecipeError(f"{show(str(file))}: {error}") from None
     if not is_there:
         what = "is a folder, not a recipe file" if is_folder else "recipe not found"
         raise RecipeError(f"{file}: {what}")
@@ -154,7 +154,7 @@ def read(file: Path) -> Recipe:
         raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
     tree, places = parse(text, str(file))
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{file}: a recipe is a map of keys, found {shown(tree)}")
+        raise RecipeError(f"{file}: a recipe is a map of keys, found {show(tree)}")
     return Recipe(tree or {}, places, file)
 
 
@@ -177,15 +177,15 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
         raise RecipeError(f"{name}: nested too deeply") from None
 
 
-def dotted(key: Key) -> str:
+def join_key(key: Key) -> str:
     """`a.0.b` for ("a", 0, "b")."""
     return ".".join(map(str, key))
 
 
-def mapped_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
+def map_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
     """Plain data with `change(value, key)` in place of every value that is no map and no list."""
     if isinstance(tree, dict):
-        return {str(k): mapped_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
+        return {str(k): map_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [mapped_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
+        return [map_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
     return change(tree, key)

@@ -30,7 +30,7 @@ class LoggerConfig(Section):
     file_output_ranks: Ranks = "*"
     """Numbers of the processes with a log file; `*` is all."""
 
-    def written_level(self) -> tuple[str, str]:
+    def find_level(self) -> tuple[str, str]:
         """Where the level is said, and the level, which only a variable can have wrong."""
         said = ((name, os.environ.get(name, "").upper()) for name in LEVEL_VARIABLES)
         places = (("logger.level", self.level), *said, ("logger.level", "WARNING"))

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
-from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.errors import Fault, show
 from jaxtrain.recipe.not_built import values_at
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -47,7 +47,7 @@ def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
         if not is_asked or target in faulty:
             continue
         if is_written(original, target) and there != value:
-            what = f"{shown(value)} contradicts {target} {shown(there)}; remove one"
+            what = f"{show(value)} contradicts {target} {show(there)}; remove one"
             faults.append(Fault(source, what))
         else:
             origins[target] = source
@@ -55,7 +55,7 @@ def mapped(config: TrainerConfig, faulty: Collection[str] = ()) -> Mapped:
     for source, target in COMPUTED:
         value, computed = value_at(config, source), value_at(config, target)
         if value is not None and value != computed and target not in faulty:
-            what = f"{shown(value)} is not the {shown(computed)} of {target}; write it there only"
+            what = f"{show(value)} is not the {show(computed)} of {target}; write it there only"
             faults.append(Fault(source, what))
     return Mapped(config, origins, tuple(faults))
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError, counted
+from jaxtrain.recipe.errors import RecipeError, pluralize
 from jaxtrain.recipe.section import Section
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
@@ -54,7 +54,7 @@ class MeshConfig(Section):
             written = " x ".join(f"{a} {s}" for a, s in self if s not in (1, -1)) or "1"
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise RecipeError(
-                f"mesh: {written} does not fit {counted(num_devices, 'device')}; "
+                f"mesh: {written} does not fit {pluralize(num_devices, 'device')}; "
                 f"the sizes must multiply to {num_devices}, each one of {fits}"
             )
         return sizes

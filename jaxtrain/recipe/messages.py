@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.errors import did_you_mean, show
 from jaxtrain.recipe.load import Key
 from jaxtrain.recipe.section import sections_in, spellings
 
@@ -14,7 +14,7 @@ MOST_KEYS = 10  # of a section, that a message lists
 KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
 
 
-def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
+def explain(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
     """(key, what) of each fault in a section of that class; one a key."""
     found: dict[Key, str] = {}
     for detail in error.errors():
@@ -24,7 +24,7 @@ def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
             # A validator of a section that begins with a key means that key.
             name, *rest = match[1].split(".")
             written = detail["input"] if isinstance(detail["input"], dict) else ()
-            if name in known_keys(cls, loc) or name in written:
+            if name in list_keys(cls, loc) or name in written:
                 loc, what = (*loc, name, *rest), match[2]
         found[loc] = _either(found[loc], what) if loc in found else what
     return [*found.items()]
@@ -44,13 +44,13 @@ def _is_branch(part: str | int) -> bool:
 def _message(detail: Any, cls: type[BaseModel]) -> str:
     found, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
-        if full := section and full_name(section, name):
+        section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+        if full := section and find_full_name(section, name):
             return f"is another name of `{full}`, which is written too; remove one"
-        known = known_keys(cls, detail["loc"][:-1])
+        known = list_keys(cls, detail["loc"][:-1])
         all_known = f"; known: {', '.join(known)}" if known and "type" not in known else ""
         help = did_you_mean(name, known) or (all_known if len(known) <= MOST_KEYS else "")
-        return f"unknown key (found {shown(found)}){help}"
+        return f"unknown key (found {show(found)}){help}"
     if kind == "missing":
         return "is required"
     if kind == "value_error":
@@ -58,7 +58,7 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
     if kind == "literal_error":
         return must_be_one_of(context["expected"], found)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"must be {_range(cls, detail)}, found {shown(found)}"
+        return f"must be {_range(cls, detail)}, found {show(found)}"
     wanted = {
         "int_type": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
         "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
@@ -67,8 +67,8 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
         "string_too_short": "text that is not empty",
     }  # fmt: skip
     if kind in wanted:
-        return f"must be {wanted[kind]}, found {shown(found)}"
-    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+        return f"must be {wanted[kind]}, found {show(found)}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {show(found)}"
 
 
 def must_be_one_of(expected: str, found: Any) -> str:
@@ -76,12 +76,12 @@ def must_be_one_of(expected: str, found: Any) -> str:
     expected = expected.replace("True", "true").replace("False", "false")
     words = re.findall(r"'([^']*)'", expected)
     one_of = "one of " * (len(words) > 1)
-    return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"
+    return f"must be {one_of}{expected}, found {show(found)}{did_you_mean(str(found), words)}"
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:
     """`>= 1` for a key with one bound, `in (0, 1]` for one with two."""
-    section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+    section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
     field = section.model_fields.get(name) if section else None
     limits = field.metadata if field else ()
     bounds = {k: getattr(limit, k) for limit in limits for k in SIGNS if hasattr(limit, k)}
@@ -92,7 +92,7 @@ def _range(cls: type[BaseModel], detail: Any) -> str:
     return next(f"{SIGNS[k]} {limit:g}" for k, limit in detail["ctx"].items() if k in SIGNS)
 
 
-def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+def find_section(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
     """The class of the section at `loc` below `cls`."""
     for part in loc:
         field = cls.model_fields.get(str(part))
@@ -103,14 +103,14 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
     return cls
 
 
-def full_name(section: type[BaseModel], name: str) -> str | None:
+def find_full_name(section: type[BaseModel], name: str) -> str | None:
     """The key that `name` is a shorter spelling of."""
     fields = section.model_fields.items()
     return next((full for full, field in fields if name in spellings(field)), None)
 
 
-def known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def list_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc` below `cls`, in all their spellings."""
-    section = section_at(cls, loc)
+    section = find_section(cls, loc)
     fields = section.model_fields if section else {}
     return [*dict.fromkeys([*fields, *(n for f in fields.values() for n in spellings(f))])]

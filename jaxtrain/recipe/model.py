@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.errors import did_you_mean, show
 from jaxtrain.recipe.section import DType, InputPath, Section, TypedSection, refused_when_on
 
 TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "truncation")
@@ -17,13 +17,13 @@ TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "
 
 def _lora(value: Any) -> Any:
     if str(value).lower() != "lora":
-        raise ValueError(f"only Lora is built in, found {shown(value)}")
+        raise ValueError(f"only Lora is built in, found {show(value)}")
     return "Lora"
 
 
 def _no_bias(value: Any) -> Any:
     if value != "none":
-        raise ValueError(f"only `none` is built in, found {shown(value)}")
+        raise ValueError(f"only `none` is built in, found {show(value)}")
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from jaxtrain import registry
-from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.errors import Fault, show
 
 
 class NotBuilt(NamedTuple):
@@ -101,5 +101,5 @@ def values_at(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str,
 def _brief(value: Any) -> str:
     written = getattr(value, "model_fields_set", None)
     if written is None:
-        return shown(value)
-    return shown({k: getattr(value, k) for k in type(value).model_fields if k in written})
+        return show(value)
+    return show({k: getattr(value, k) for k in type(value).model_fields if k in written})

@@ -14,7 +14,7 @@ from jaxtrain.recipe.trainer import TrainerConfig
 class JudgedDataConfig(DataConfig):
     """Replies with a label that says whether they are good."""
 
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {
         "column": "causal", "role_mapping": "sft", "content_key": "sft", "process": "sft",
     }  # fmt: skip
 
@@ -40,7 +40,7 @@ class JudgedDataConfig(DataConfig):
 class PreferenceDataConfig(JudgedDataConfig):
     """Pairs of a chosen and a rejected reply."""
 
-    ROWS_A_SAMPLE: ClassVar[int] = 2
+    ROWS_PER_SAMPLE: ClassVar[int] = 2
 
 
 class DPOTrainerConfig(TrainerConfig):

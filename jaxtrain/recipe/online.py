@@ -14,34 +14,34 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from jaxtrain.recipe.data import HFDataSourceConfig
-from jaxtrain.recipe.errors import Fault, shown
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.errors import Fault, show
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NO_REPOSITORIES = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "generator")
 """Names under which `datasets` reads files that `kwargs` names."""
 
 
-def repositories(config: TrainerConfig) -> Iterator[tuple[str, str, str]]:
+def find_repositories(config: TrainerConfig) -> Iterator[tuple[str, str, str]]:
     """(dotted key, kind, name) of each repository of the hub that a run reads."""
     for section in ("model", "tokenizer"):
         name = getattr(config, section).name_or_path
-        if name and not (name.startswith("pypi:") or is_there(name)):
+        if name and not (name.startswith("pypi:") or path_exists(name)):
             yield f"{section}.name_or_path", "model", name
-    for place, source in config.data.placed_sources():
+    for place, source in config.data.iter_sources():
         name = source.name_or_path if isinstance(source, HFDataSourceConfig) else "text"
-        if name not in NO_REPOSITORIES and not is_there(name):
+        if name not in NO_REPOSITORIES and not path_exists(name):
             yield f"{place}.name_or_path", "dataset", name
 
 
-def asked(config: TrainerConfig) -> tuple[str, list[Fault]]:
+def check_access(config: TrainerConfig) -> tuple[str, list[Fault]]:
     """What the hub gives to this machine, and a fault with the reason for each repository that it
     does not."""
     hub = HfApi()
     given, faults = [], []
-    for key, kind, name in repositories(config):
+    for key, kind, name in find_repositories(config):
         if why := _why_not(hub, kind, name):
-            faults.append(Fault(key, f"{shown(name)} {why}"))
+            faults.append(Fault(key, f"{show(name)} {why}"))
         else:
             given.append(f"{kind} {name}")
     return f"{', '.join(given)}: {hub.endpoint} gives them" if given else "", faults

@@ -13,13 +13,13 @@ from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
-from jaxtrain.recipe.load import Key, Recipe, dotted
+from jaxtrain.recipe.errors import Fault, RecipeError, show
+from jaxtrain.recipe.load import Key, Recipe, join_key
 from jaxtrain.recipe.mapping import mapped, without_carried
-from jaxtrain.recipe.messages import known_keys, said
+from jaxtrain.recipe.messages import explain, list_keys
 from jaxtrain.recipe.not_built import not_built, values_at
-from jaxtrain.recipe.secrets import hidden, written_out
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.secrets import find_secrets, hide_secrets
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.standing import Report, report
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -70,20 +70,20 @@ def resolve(
     """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
     be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
     recipe = compose(source, overrides)
-    private = {k: v for k, v in written_out(recipe.tree).items() if k not in recipe.secrets}
+    private = {k: v for k, v in find_secrets(recipe.tree).items() if k not in recipe.secrets}
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
     resolver.notes += [
-        f"{dotted(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
+        f"{join_key(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
         for key, secret in private.items()
     ]
     trainer = resolver.trainer_name()
     config = resolver.config(trainer) if trainer else None
     faults = tuple(
-        fault._replace(what=hidden(fault.what, recipe.secrets, recipe.key(fault.key)))
+        fault._replace(what=hide_secrets(fault.what, recipe.secrets, recipe.key(fault.key)))
         for fault in dict.fromkeys(resolver.faults)
     )
-    notes = [hidden(note, recipe.secrets) for note in resolver.notes]
+    notes = [hide_secrets(note, recipe.secrets) for note in resolver.notes]
     # Which keys there are depends on the trainer.
     told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
     if config is None or faults:
@@ -95,7 +95,7 @@ def resolve(
     return Resolved(recipe, config, faults, report(told, faults, notes))
 
 
-def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
+def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
     """The typed sources of a list as it may stand under `data.eval_sources`; RecipeError with
     every fault."""
     resolver = _Resolver(compose({}))
@@ -133,7 +133,7 @@ class _Resolver:
         """The recipe's `type`, with the user's code loaded if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
         if None not in (older, name) and older != name:
-            self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
+            self.fault(("name",), f"{show(older)} contradicts type {show(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
         try:
@@ -162,7 +162,7 @@ class _Resolver:
             return stand_in
         value = {} if value is None else value
         if not isinstance(value, dict):
-            self.fault(key, f"must be a map of keys, found {shown(value)}")
+            self.fault(key, f"must be a map of keys, found {show(value)}")
             return stand_in
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
         value = {**value, "type": name}
@@ -204,7 +204,7 @@ class _Resolver:
             registered = registry.names("data_source")
             item = source_from_text(item, registered=registered, default=default)
         if not isinstance(item, dict):
-            self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
+            self.fault(key, f"must be a name, a path or a map, found {show(item)}")
             return item
         name = str(item.get("type") or default)
         name = registry.canonical("data_source", name)
@@ -224,12 +224,12 @@ class _Resolver:
             try:
                 return cls.model_validate(value, context=self.context)
             except ValidationError as error:
-                faults = said(error, cls)
+                faults = explain(error, cls)
             for loc, what in faults:
                 if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
                     continue  # as the faulty key may be to blame
                 if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
-                    what += owner(str(loc[0]), kind, name)
+                    what += explain_owner(str(loc[0]), kind, name)
                 self.fault((*key, *loc), what)
             found += faults
             value = _without(value, {loc for loc, _ in found})
@@ -258,7 +258,7 @@ class _Resolver:
         return config
 
     def fault(self, key: Key, what: str) -> None:
-        self.faults.append(Fault(dotted(key), what, self.recipe.place(key)))
+        self.faults.append(Fault(join_key(key), what, self.recipe.place(key)))
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
@@ -272,7 +272,7 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
     return value
 
 
-def owner(key: str, kind: str, name: str) -> str:
+def explain_owner(key: str, kind: str, name: str) -> str:
     """Whose a key is that the type of section in force does not have."""
     types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
     if types:
@@ -285,19 +285,19 @@ def owner(key: str, kind: str, name: str) -> str:
 
 def keys_of(kind: str, name: str) -> list[str]:
     """The keys of a built-in class's section, in all their spellings."""
-    return known_keys(registry.config_class(kind, name), ())
+    return list_keys(registry.config_class(kind, name), ())
 
 
 def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     """Run the file that the recipe names, or the `train.py` beside it when a type is not known.
     RecipeError when it fails, or is not there."""
     written = recipe.tree.get("code")
-    unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
+    unknown = any(name not in registry.names(kind) for kind, name in find_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
         return None
     folders = (recipe.folder, Path.cwd()) if written else (recipe.folder,)
     files = [folder / str(written or "train.py") for folder in folders]
-    file = next((file for file in files if is_there(str(file)) and file.is_file()), None)
+    file = next((file for file in files if path_exists(str(file)) and file.is_file()), None)
     if file is not None:
         run_user_code(file)
     elif written is not None:
@@ -307,7 +307,7 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     return file
 
 
-def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
+def find_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
     places = [(section, section) for section in registry.SECTIONS]

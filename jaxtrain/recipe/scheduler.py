@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from jaxtrain.recipe.load import dotted
-from jaxtrain.recipe.messages import said
+from jaxtrain.recipe.load import join_key
+from jaxtrain.recipe.messages import explain
 from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
 
 
@@ -115,11 +115,11 @@ class HFSchedulerConfig(SchedulerConfig):
         try:
             shape = self.shape
         except ValidationError as error:
-            (loc, what), *_ = said(error, SHAPES[self.name])
+            (loc, what), *_ = explain(error, SHAPES[self.name])
             if what.startswith("unknown key"):
                 known = ", ".join(SHAPES[self.name].model_fields) or "none"
                 what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
-            yield f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}"
+            yield f"{join_key(('scheduler_specific_kwargs', *loc))}: {what}"
             return
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
             known = ", ".join(WITH_FLOOR)

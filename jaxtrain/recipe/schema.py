@@ -11,7 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from jaxtrain import registry
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
-from jaxtrain.recipe.errors import shown
+from jaxtrain.recipe.errors import show
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import SOURCES, load_code
 from jaxtrain.recipe.section import TypedSection, sections_in, spellings, why_refused
@@ -207,7 +207,7 @@ def _type(annotation: Any) -> str:
     if origin is Annotated:
         return _type(args[0])
     if origin is Literal:
-        return ", ".join(f"`{shown(a) if isinstance(a, bool) else a}`" for a in args)
+        return ", ".join(f"`{show(a) if isinstance(a, bool) else a}`" for a in args)
     if origin in (tuple, list):
         return f"list of {_type(args[0])}"
     if origin is dict or sections_in(annotation) == [annotation]:
@@ -222,4 +222,4 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel):
         return ""
-    return f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
+    return f"`{show(list(value) if isinstance(value, tuple) else value)}`"

@@ -4,7 +4,7 @@ not in messages, not in files."""
 import re
 from typing import Any
 
-from jaxtrain.recipe.load import Key, Secret, Secrets, mapped_leaves
+from jaxtrain.recipe.load import Key, Secret, Secrets, map_leaves
 
 PRIVATE = re.compile(
     r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
@@ -15,7 +15,7 @@ SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 LONG = 8  # characters from which a value is looked for in text that is not its own
 
 
-def written_out(tree: Any) -> dict[Key, Secret]:
+def find_secrets(tree: Any) -> dict[Key, Secret]:
     """The secrets that a recipe holds itself; where they are saved, a variable stands instead."""
     found: dict[Key, Secret] = {}
 
@@ -24,11 +24,11 @@ def written_out(tree: Any) -> dict[Key, Secret]:
         if is_text and value and PRIVATE.fullmatch(name.lower()):
             found[key] = Secret(f"${{env:{name.upper()}}}", (str(value),))
 
-    mapped_leaves(tree, note)
+    map_leaves(tree, note)
     return found
 
 
-def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
+def hide_secrets(text: str, secrets: Secrets, key: Key | None = None) -> str:
     """`text` without the values of `secrets`; in a message about `key`, short ones too."""
     for where, secret in secrets.items():
         related = key is not None and (where[: len(key)] == key or key[: len(where)] == where)
@@ -38,16 +38,16 @@ def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
     return text
 
 
-def restored(tree: Any, secrets: Secrets) -> Any:
+def restore_variables(tree: Any, secrets: Secrets) -> Any:
     """Plain data in which each value that came from the environment is written as it was."""
     for key, secret in secrets.items():
         tree = _put(tree, key, secret.written)
 
     def hide(value: Any, _: Key) -> Any:
         is_own = isinstance(value, str) and "${env:" not in value
-        return hidden(value, secrets) if is_own else value
+        return hide_secrets(value, secrets) if is_own else value
 
-    return mapped_leaves(tree, hide)
+    return map_leaves(tree, hide)
 
 
 def _without(text: str, value: str) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from jaxtrain.recipe.errors import shown
+from jaxtrain.recipe.errors import show
 
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12} | {
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40
@@ -31,7 +31,7 @@ HUMAN = re.compile(rf"({PLAIN})\s*(K|M|B|T|Ki|Mi|Gi|Ti|%)?")
 POWER = re.compile(rf"({PLAIN})\^({PLAIN})")
 
 
-def human_number(text: str) -> int | float:
+def parse_number(text: str) -> int | float:
     """The value of `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`; ValueError for anything
     else."""
     text = text.strip()
@@ -69,13 +69,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def as_written(value: Any, annotation: Any) -> Any:
+def read_numbers(value: Any, annotation: Any) -> Any:
     """`value` with human numbers read where `annotation` asks for numbers; booleans are never
     numbers."""
     kinds = _alternatives(annotation)
     if isinstance(value, list | tuple):
         items = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list)]
-        return [as_written(item, items[0][0]) for item in value] if items else value
+        return [read_numbers(item, items[0][0]) for item in value] if items else value
     numeric = int in kinds or float in kinds
     if isinstance(value, bool):
         if numeric and bool not in kinds:
@@ -87,7 +87,7 @@ def as_written(value: Any, annotation: Any) -> Any:
         raise ValueError(f"must be true or false, found {value!r}")
     if numeric and isinstance(value, str) and str not in kinds:
         try:
-            value = human_number(value)
+            value = parse_number(value)
         except (ValueError, OverflowError):
             raise ValueError(f"must be a number, found {value!r}") from None
     if numeric and isinstance(value, float):
@@ -119,7 +119,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_human_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        return as_written(value, cls.model_fields[str(info.field_name)].annotation)
+        return read_numbers(value, cls.model_fields[str(info.field_name)].annotation)
 
     def contradictions(self) -> Iterator[str]:
         """What is wrong between keys that are sound in themselves; a text that begins with a key is
@@ -142,7 +142,7 @@ class TypedSection(Section):
     """Registered name; the trainer's first allowed one when left out."""
 
 
-def expanded(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """With a leading `~` as the folder that it means, if it means one."""
     try:
         return Path(path).expanduser()
@@ -150,21 +150,23 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def is_there(path: str) -> bool:
+def path_exists(path: str) -> bool:
     """Is there a file or folder? Text that none could be called is answered too."""
     try:
-        return expanded(path).exists()
+        return expand_user(path).exists()
     except (OSError, ValueError):
         return False
 
 
-def input_path(value: Any, info: ValidationInfo) -> Any:
+def resolve_input_path(value: Any, info: ValidationInfo) -> Any:
     """Absolute if it exists beside the recipe or in the current directory; else as written."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
-    paths = [folder / expanded(value) for folder in (context.get("folder"), Path.cwd()) if folder]
-    found = list(dict.fromkeys(path.resolve() for path in paths if is_there(str(path))))
+    paths = [
+        folder / expand_user(value) for folder in (context.get("folder"), Path.cwd()) if folder
+    ]
+    found = list(dict.fromkeys(path.resolve() for path in paths if path_exists(str(path))))
     if not found:
         return value
     if len(found) > 1 and "notes" in context:
@@ -172,7 +174,7 @@ def input_path(value: Any, info: ValidationInfo) -> Any:
     return str(found[0])
 
 
-InputPath = Annotated[str, BeforeValidator(input_path)]
+InputPath = Annotated[str, BeforeValidator(resolve_input_path)]
 """A file or folder that is read: looked up beside the recipe, then in the current directory."""
 
 
@@ -218,7 +220,7 @@ def refused_when_on(why: str, *off: Any) -> BeforeValidator:
 
 def _refuse_when_on(why: str, off: tuple[Any, ...], value: Any) -> None:
     if value not in off if off else not is_off(value):
-        raise ValueError(f"{why}, found {shown(value)}")
+        raise ValueError(f"{why}, found {show(value)}")
 
 
 def why_refused(field: FieldInfo) -> str | None:

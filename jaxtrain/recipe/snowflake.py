@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from jaxtrain.recipe.data import DataSourceConfig
-from jaxtrain.recipe.errors import shown
+from jaxtrain.recipe.errors import show
 
 DATASET_URI = re.compile(r"snow://dataset/[^/]+/versions/[^/]+")
 TABLE_NAME = re.compile(r'(?:[\w$"]+\.){0,2}[\w$"]+')
@@ -31,12 +31,12 @@ class SnowflakeSourceConfig(DataSourceConfig):
     batch_size: int = Field(default=1024, ge=1)
     """No effect: the package fetches rows in parts of its own."""
 
-    NEEDS: ClassVar[str] = "snowflake-snowpark-python"
+    PACKAGE: ClassVar[str] = "snowflake-snowpark-python"
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
+    def selection_keys(self) -> tuple[str, ...]:
         place = ("sql", "table_name", "dataset_uri", "limit", "batch_size")
-        return (*super().says_which_rows, *place)
+        return (*super().selection_keys, *place)
 
     @property
     def text_column(self) -> str:
@@ -53,4 +53,4 @@ class SnowflakeSourceConfig(DataSourceConfig):
         ):
             value = getattr(self, key)
             if value is not None and not form.fullmatch(value):
-                yield f"{key} must look like {like}, found {shown(value)}"
+                yield f"{key} must look like {like}, found {show(value)}"

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtrain import registry
 from jaxtrain.recipe import deepspeed
-from jaxtrain.recipe.errors import Fault, shown
+from jaxtrain.recipe.errors import Fault, show
 from jaxtrain.recipe.mapping import CARRIED, COMPUTED
 from jaxtrain.recipe.model import PeftConfig
 from jaxtrain.recipe.secrets import SPELLINGS
@@ -312,7 +312,7 @@ def _by_value(key: str, value: Any, section: dict[str, Any], tree: dict[str, Any
         return Line(key, "no effect", "`auto` counts as not written")
     if above == "logger" and name.endswith("_ranks") and isinstance(value, list):
         if any(rank not in (0, "0") for rank in value):
-            why = f"{shown(value)}: a rank is a process here, most runs have one"
+            why = f"{show(value)}: a rank is a process here, most runs have one"
             return Line(key, "no effect", why)
     if above == "checkpoint" and section.get("enabled") is False and name != "enabled":
         starts = not is_off(section.get("auto_resume")) or section.get("resume_from") is not None

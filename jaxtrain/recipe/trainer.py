@@ -21,7 +21,7 @@ from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.model import ModelConfig, TokenizerConfig
 from jaxtrain.recipe.optimizer import OptimizerConfig
 from jaxtrain.recipe.scheduler import SchedulerConfig
-from jaxtrain.recipe.section import InputPath, Section, expanded
+from jaxtrain.recipe.section import InputPath, Section, expand_user
 
 
 class TrainerConfig(Section):
@@ -165,7 +165,7 @@ class TrainerConfig(Section):
 
     def output(self, written: str | None, name: str) -> Path:
         """An output path of the recipe, or what it is in the run's folder when left out."""
-        return expanded(written) if written else expanded(self.run_dir or "") / name
+        return expand_user(written) if written else expand_user(self.run_dir or "") / name
 
     def horizon(self, updates_per_epoch: int | None) -> int | None:
         """Updates that the recipe plans; None when that takes the unknown length of an epoch."""

@@ -11,7 +11,7 @@ from jaxtrain.checkpoint.orbax import OPTIMIZER
 from jaxtrain.metrics.console import Console
 from jaxtrain.model_folder import is_complete
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig, OrbaxConfig
-from jaxtrain.recipe.dump import effective
+from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.callbacks import Callbacks
@@ -114,7 +114,7 @@ class Saved(Facts):
             "callbacks": self.callback_states,
             "report": self.report.state_dict(),
             "lineage": self.compatibility,
-            "recipe": effective(self.config),
+            "recipe": to_dict(self.config),
             "versions": versions(),
         }
 

@@ -213,7 +213,10 @@ def test_a_start_may_lie_in_another_folder(tmp_path):
     saved(tmp_path / "a", [5])
     other = engine(tmp_path / "b", resume_from=str(tmp_path / "a" / "global_step_5"))
     assert_same(other.load(shapes()), 5)
-    assert not other.config.goes_on and engine(tmp_path / "a", resume_from="5").config.goes_on
+    assert (
+        not other.config.is_continued
+        and engine(tmp_path / "a", resume_from="5").config.is_continued
+    )
 
 
 def test_what_the_state_does_not_fit_is_refused_unless_allowed_by_name(tmp_path, capsys):

@@ -4,7 +4,7 @@ not."""
 import pytest
 import yaml
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.resolve import get_config, resolve
 from jaxtrain.recipe.standing import written_keys
@@ -20,7 +20,7 @@ def test_an_accepted_recipe_has_a_word_on_every_key(name):
     for line in said.values():
         assert line.standing in ("same", "mapped", "no effect")
         assert bool(line.reason) == (line.standing != "same"), line
-    assert "updates" in told(resolved)
+    assert "updates" in describe(resolved)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -37,7 +37,7 @@ def test_a_refused_recipe_says_why_by_key(name):
     assert {fault.key for fault in resolved.faults} == keys
     assert all(len(fault.what) > 10 for fault in resolved.faults)
     refused = {line.key for line in resolved.report.of("refused")}
-    assert refused <= keys and told(resolved)
+    assert refused <= keys and describe(resolved)
 
 
 @pytest.mark.parametrize(

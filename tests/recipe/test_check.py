@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import yaml
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.resolve import get_config, resolve
 
 RECIPE = {
@@ -129,14 +129,14 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
     ],
 )
 def test_the_run_follows_the_recipe(change, line):
-    assert f"\n{line}\n" in f"\n{told(resolve(RECIPE | change))}\n"
+    assert f"\n{line}\n" in f"\n{describe(resolve(RECIPE | change))}\n"
 
 
 def test_a_section_without_a_stage_is_told():
     block = {"deepspeed": {"zero_optimization": {"overlap_comm": True}}}
     note = "note       deepspeed.zero_optimization: without a stage it is stage 0"
-    assert note in told(resolve(RECIPE | block)).splitlines()
-    assert note not in told(resolve(RECIPE)).splitlines()
+    assert note in describe(resolve(RECIPE | block)).splitlines()
+    assert note not in describe(resolve(RECIPE)).splitlines()
 
 
 def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
@@ -160,7 +160,7 @@ def test_keys_of_a_named_set_of_sources_are_told_like_others():
 
 def test_files_lie_in_the_folder_of_a_person(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    said = told(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
+    said = describe(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
     assert "files      /home/ann/one: recipe.yaml, run.json, logs, train-log" in said
     assert "evaluation every 1 update, at the end" in said
 
@@ -168,14 +168,14 @@ def test_files_lie_in_the_folder_of_a_person(monkeypatch):
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
     batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
-    assert batch in told(resolve(recipe), 2).splitlines()
+    assert batch in describe(resolve(recipe), 2).splitlines()
 
 
 def test_what_is_not_on_this_machine_is_told(tmp_path):
     (tmp_path / "here.jsonl").write_text("{}\n")
     sources = [str(tmp_path / "here.jsonl"), "none.jsonl", "/no/such/*.csv", "s3://a/b.jsonl"]
     recipe = {"model": {"name_or_path": "/no/such/model"}, "data": {"sources": sources}}
-    said = " ".join(told(resolve(recipe)).split())
+    said = " ".join(describe(resolve(recipe)).split())
     assert "model /no/such/model, not on this machine" in said
     missing = "data.sources.1.path none.jsonl, data.sources.2.path /no/such/*.csv"
     assert f"missing {missing}: a run here would be refused" in said
@@ -188,7 +188,7 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
         "data": {"sources": ["a/b"]},
         "eval_interval": 0,
     }
-    assert "rows       at most 512 tokens, the model's positions" in told(resolve(recipe))
+    assert "rows       at most 512 tokens, the model's positions" in describe(resolve(recipe))
 
 
 def test_the_updates_of_local_rows_are_counted(tmp_path):
@@ -208,7 +208,7 @@ def test_the_updates_of_local_rows_are_counted(tmp_path):
         ([str(rows), "a/b"], "counted when the data is read"),
         ([f"{rows}:train[:10]"], "counted when the data is read"),
     ):
-        said = told(resolve(recipe | {"data": {"sources": sources}}))
+        said = describe(resolve(recipe | {"data": {"sources": sources}}))
         assert expected in said, said
 
 
@@ -216,7 +216,7 @@ def test_rows_that_may_not_be_read_are_not_counted(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [str(tmp_path / "rows.jsonl")]}}
-    assert "1 epoch, counted when the data is read" in told(resolve(recipe))
+    assert "1 epoch, counted when the data is read" in describe(resolve(recipe))
 
 
 def test_what_stands_below_a_refused_key_is_refused_with_it():

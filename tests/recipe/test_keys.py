@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 import jaxtrain
 from jaxtrain import registry
-from jaxtrain.recipe.check import told
-from jaxtrain.recipe.dump import differences, effective
+from jaxtrain.recipe.check import describe
+from jaxtrain.recipe.dump import find_differences, to_dict
 from jaxtrain.recipe.mapping import CARRIED, COMPUTED, value_at
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.not_built import TABLE
@@ -132,8 +132,8 @@ def test_the_named_test_is_there_and_is_about_the_key(key):
 @pytest.mark.parametrize("key", BY_CHECK)
 def test_check_says_what_the_key_does(key):
     change, line = BY_CHECK[key]
-    assert line in told(resolve(BASE | change)).splitlines(), told(resolve(BASE | change))
-    assert line not in told(resolve(BASE)).splitlines()
+    assert line in describe(resolve(BASE | change)).splitlines(), describe(resolve(BASE | change))
+    assert line not in describe(resolve(BASE)).splitlines()
 
 
 @pytest.mark.parametrize("key", BY_REFUSAL)
@@ -199,7 +199,7 @@ def test_a_key_without_effect_changes_nothing_and_says_why(key):
     assert (line.standing, line.reason) == ("no effect", NO_EFFECT[key])
     section = key.startswith("deepspeed.zero_optimization.")  # without a stage it is one of its own
     plain = resolve(nested("deepspeed.zero_optimization", {}) if section else BASE)
-    without, with_it = (flat(effective(r.checked())) for r in (plain, resolved))
+    without, with_it = (flat(to_dict(r.checked())) for r in (plain, resolved))
     changed = {k for k in {*without, *with_it} if without.get(k) != with_it.get(k)}
     assert changed <= {key, "run_dir"}, "it changes another key"
 
@@ -212,7 +212,7 @@ def test_a_key_of_a_source_without_effect_says_why(monkeypatch):
     )
     found = {line.key: line.reason for line in sized.report.lines if line.standing == "no effect"}
     assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.batch_size"]}
-    changed = differences(effective(plain.checked()), effective(sized.checked()))
+    changed = find_differences(to_dict(plain.checked()), to_dict(sized.checked()))
     assert changed == ["data.sources", "run_dir"]
 
 

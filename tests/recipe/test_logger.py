@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.resolve import resolve
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
@@ -94,7 +94,7 @@ def test_check_names_the_files_of_a_run(monkeypatch):
 
 def files(change):
     """The line of the files, and those that it goes on in."""
-    lines = iter(told(resolve(BASE | change)).splitlines())
+    lines = iter(describe(resolve(BASE | change)).splitlines())
     yield next(line for line in lines if line.startswith("files")).removeprefix("files      ")
     yield from (
         f" {line.strip()}" for line in itertools.takewhile(lambda x: x.startswith(" "), lines)

@@ -61,7 +61,7 @@ def allows(schema, value, definitions):
     return True
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", shipped.list_names())
 def test_a_shipped_recipe_fits_the_schema_and_no_typo_does(name):
     file = ROOT / "recipes" / f"{name}.yaml"
     schema = json_schema(file)
@@ -106,8 +106,8 @@ def test_the_schema_has_the_keys_of_user_code(tmp_path):
 
 def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_user", {})  # another test runs the file where it lies
-    assert all(name in shipped.listed() for name in shipped.names())
-    files = shipped.copied("quickstart", tmp_path)
+    assert all(name in shipped.format_list() for name in shipped.list_names())
+    files = shipped.copy_recipe("quickstart", tmp_path)
     assert {file.name for file in files} == {
         "quickstart.yaml",
         "chitchat.py",
@@ -115,16 +115,16 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
     }
     assert get_config(tmp_path / "quickstart.yaml").type == "sft"
     assert json.loads((tmp_path / "jaxtrain.schema.json").read_text())["anyOf"]
-    shipped.copied("focal", tmp_path)  # the schema beside it knows its keys
+    shipped.copy_recipe("focal", tmp_path)  # the schema beside it knows its keys
     schema = json.loads((tmp_path / "jaxtrain.schema.json").read_text())
     assert "gamma" in schema["$defs"]["trainer.focal"]["properties"]
     with pytest.raises(RecipeError, match="exists already"):
-        shipped.copied("quickstart", tmp_path)
+        shipped.copy_recipe("quickstart", tmp_path)
     (tmp_path / "file.yaml").write_text("")
     with pytest.raises(RecipeError, match="inside: .*; name another folder"):
-        shipped.copied("quickstart", tmp_path / "file.yaml" / "inside")
+        shipped.copy_recipe("quickstart", tmp_path / "file.yaml" / "inside")
     with pytest.raises(RecipeError, match="did you mean `quickstart`"):
-        shipped.text("quickstrt")
+        shipped.read_recipe("quickstrt")
 
 
 def test_a_wheel_holds_the_recipes(tmp_path):
@@ -144,4 +144,4 @@ def test_a_wheel_holds_the_recipes(tmp_path):
     ]
     subprocess.run([*build, str(tmp_path / "lib")], cwd=source, check=True, capture_output=True)
     built = {file.name for file in (tmp_path / "lib" / "jaxtrain" / "recipes").iterdir()}
-    assert {f"{name}.yaml" for name in shipped.names()} | {"chitchat.py"} <= built
+    assert {f"{name}.yaml" for name in shipped.list_names()} | {"chitchat.py"} <= built
