@@ -12,9 +12,9 @@ from pathlib import Path
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.errors import pluralize
+from jaxtrain.recipe.report import Report, join_keys
 from jaxtrain.recipe.resolve import Resolved
 from jaxtrain.recipe.section import path_exists
-from jaxtrain.recipe.standing import Report, braced
 from jaxtrain.recipe.trainer import TrainerConfig
 
 DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is told
@@ -38,7 +38,9 @@ def describe(resolved: Resolved, devices: int | None = None) -> str:
 def report_lines(report: Report) -> list[str]:
     """Keys that mean what they mean upstream, keys that do not with the reason, refused ones."""
     same, refused = (
-        [f"{word:10} {braced(line.key for line in lines)}"] if (lines := report.of(word)) else []
+        [f"{word:10} {join_keys(line.key for line in lines)}"]
+        if (lines := report.select(word))
+        else []
         for word in ("same", "refused")
     )
     return [*same, *report.changes(), *refused]
@@ -184,13 +186,13 @@ def periods(num_updates: int, num_epochs: int) -> list[str]:
 
 def files(config: TrainerConfig) -> str:
     """What the run writes beside checkpoints, the files of its folder together."""
-    folder, trace = config.output(None, ""), config.profile
+    folder, trace = config.output_path(None, ""), config.profile
     found = [
-        config.output(None, "recipe.yaml"),
-        config.output(None, "run.json"),
-        config.output(config.logger.output_dir, "") / "logs",
-        config.output(config.train_log_metrics_path, "train-log-metrics.jsonl"),
-        config.output(None, "loss.png"),
+        config.output_path(None, "recipe.yaml"),
+        config.output_path(None, "run.json"),
+        config.output_path(config.logger.output_dir, "") / "logs",
+        config.output_path(config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        config.output_path(None, "loss.png"),
     ]
     for is_written, written, name in (
         (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
@@ -199,7 +201,7 @@ def files(config: TrainerConfig) -> str:
         (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
     ):
         if is_written:
-            found.append(config.output(written, name))
+            found.append(config.output_path(written, name))
     inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
     outside = [str(file) for file in found if not file.is_relative_to(folder)]
     return ", ".join([f"{folder}: {', '.join(inside)}", *outside])

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a section, in words and under the key at fault."""
+"""The faults that pydantic finds in a section: a message for each, under its key."""
 
 import re
 from typing import Any
@@ -10,34 +10,29 @@ from jaxtrain.recipe.load import Key
 from jaxtrain.recipe.section import sections_in, spellings
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-MOST_KEYS = 10  # of a section, that a message lists
-KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
+MAX_KEYS = 10  # that a message lists
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, what) of each fault in a section of that class; one a key."""
+    """(key, message) of each fault in a section of that class; one per key."""
     found: dict[Key, str] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if not _is_branch(part))
+        if key := detail.get("ctx", {}).get("key"):  # of a contradiction
+            loc = (*loc, *key.split("."))
         what = _message(detail, cls)
-        if detail["type"] == "value_error" and (match := KEY_FIRST.fullmatch(what)):
-            # A validator of a section that begins with a key means that key.
-            name, *rest = match[1].split(".")
-            written = detail["input"] if isinstance(detail["input"], dict) else ()
-            if name in list_keys(cls, loc) or name in written:
-                loc, what = (*loc, name, *rest), match[2]
         found[loc] = _either(found[loc], what) if loc in found else what
     return [*found.items()]
 
 
 def _either(one: str, other: str) -> str:
-    """What is wrong with a value that is neither of two things: `must be a list or text, …`."""
+    """One message for a value that is neither of two things: `must be a list or text, …`."""
     (wanted, comma, found), (also, _, _) = one.partition(", found"), other.partition(", found")
     return f"{wanted} or {also.removeprefix('must be ')}{comma}{found}" if comma else one
 
 
 def _is_branch(part: str | int) -> bool:
-    """pydantic puts the name of a union's branch into the path of a fault; it is no key."""
+    """Whether a part of a fault's path is the name of a union's branch, which is no key."""
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
@@ -49,10 +44,12 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
             return f"is another name of `{full}`, which is written too; remove one"
         known = list_keys(cls, detail["loc"][:-1])
         all_known = f"; known: {', '.join(known)}" if known and "type" not in known else ""
-        help = did_you_mean(name, known) or (all_known if len(known) <= MOST_KEYS else "")
+        help = did_you_mean(name, known) or (all_known if len(known) <= MAX_KEYS else "")
         return f"unknown key (found {show(found)}){help}"
     if kind == "missing":
         return "is required"
+    if kind == "contradiction":
+        return context["message"]
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
@@ -72,7 +69,8 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
 
 
 def must_be_one_of(expected: str, found: Any) -> str:
-    """`expected` as pydantic lists the words of a Literal."""
+    """The message for a value that is none of `expected`, the words of a Literal as pydantic lists
+    them."""
     expected = expected.replace("True", "true").replace("False", "false")
     words = re.findall(r"'([^']*)'", expected)
     one_of = "one of " * (len(words) > 1)
@@ -80,7 +78,7 @@ def must_be_one_of(expected: str, found: Any) -> str:
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:
-    """`>= 1` for a key with one bound, `in (0, 1]` for one with two."""
+    """The legal range of a key: `>= 1` with one bound, `in (0, 1]` with two."""
     section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
     field = section.model_fields.get(name) if section else None
     limits = field.metadata if field else ()

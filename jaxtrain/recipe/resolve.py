@@ -15,29 +15,34 @@ from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.load import Key, Recipe, join_key
-from jaxtrain.recipe.mapping import mapped, without_carried
 from jaxtrain.recipe.messages import explain, list_keys
-from jaxtrain.recipe.not_built import not_built, values_at
+from jaxtrain.recipe.report import (
+    Report,
+    build_report,
+    carry_over,
+    drop_carried,
+    find_unsupported,
+    supported_types,
+)
 from jaxtrain.recipe.secrets import find_secrets, hide_secrets
-from jaxtrain.recipe.section import path_exists
-from jaxtrain.recipe.standing import Report, report
+from jaxtrain.recipe.section import TypedSection, find_values, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
 DATA_SECTIONS = ("data", "model", "tokenizer")
-"""What preparing rows reads of a recipe."""
+"""Sections that data preparation reads."""
 
-PASSES = 4
-"""Times that a section is read, each without what was found faulty before, so that the checks
-across keys are asked of the rest."""
+MAX_PASSES = 4
+"""How often a section is validated, each time without the keys found faulty before, so that checks
+across keys run on the rest."""
 
 TRAINER_KEYS = ("type", "name", "code", "base")
-"""Keys whose meaning does not hang on the trainer."""
+"""Keys whose meaning does not depend on the trainer."""
 
 
 class Resolved(NamedTuple):
-    """What a recipe comes to: a config or faults, and what became of its keys either way."""
+    """A recipe's config or its faults, and the report on its keys in either case."""
 
     recipe: Recipe
     config: TrainerConfig | None
@@ -56,25 +61,22 @@ class Resolved(NamedTuple):
 
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
-    """The checked config of a recipe file or dict; runs its `code:`, opens no device and writes
-    nothing.
-
-    Raises RecipeError with every fault at once.
-    """
+    """The checked config of a recipe file or dict. Runs its `code:`, opens no device and writes
+    nothing; RecipeError lists every fault."""
     return resolve(source, overrides).checked()
 
 
 def resolve(
     source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
 ) -> Resolved:
-    """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
-    be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
+    """As `get_config`, but returns faults, with a report; RecipeError only for a recipe that cannot
+    be read. With `only_data`, for commands that do not train, what only a run lacks is a note."""
     recipe = compose(source, overrides)
     private = {k: v for k, v in find_secrets(recipe.tree).items() if k not in recipe.secrets}
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
     resolver.notes += [
-        f"{join_key(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
+        f"{join_key(key)}: not shown or saved; write {secret.written}, and the saved recipe runs"
         for key, secret in private.items()
     ]
     trainer = resolver.trainer_name()
@@ -84,20 +86,21 @@ def resolve(
         for fault in dict.fromkeys(resolver.faults)
     )
     notes = [hide_secrets(note, recipe.secrets) for note in resolver.notes]
-    # Which keys there are depends on the trainer.
-    told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
+    if trainer is None:  # it decides which other keys there are
+        known = {key: value for key, value in recipe.tree.items() if key in TRAINER_KEYS}
+        recipe = recipe._replace(tree=known)
+    report = build_report(recipe, resolver.classes, resolver.typed_config, faults, notes)
     if config is None or faults:
         config = None
     elif config.run_dir is None:
         name = recipe.file.stem if recipe.file else "run"
         folder = config.logger.output_dir or f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})
-    return Resolved(recipe, config, faults, report(told, faults, notes))
+    return Resolved(recipe, config, faults, report)
 
 
 def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
-    """The typed sources of a list as it may stand under `data.eval_sources`; RecipeError with
-    every fault."""
+    """The typed sources of a list under `data.eval_sources`; RecipeError lists every fault."""
     resolver = _Resolver(compose({}))
     found = resolver.sources(written, (), "eval", data.default_source)
     if resolver.faults:
@@ -106,7 +109,7 @@ def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
 
 
 class _Resolver:
-    """Validates section by section and collects what is wrong."""
+    """Validates section by section and collects the faults."""
 
     def __init__(self, recipe: Recipe, only_data: bool = False):
         self.recipe = recipe
@@ -114,23 +117,30 @@ class _Resolver:
         self.tree = dict(recipe.tree)
         self.faults = [*recipe.faults]
         self.notes: list[str] = []
+        self.unsupported: list[Fault] = []
+        self.classes: dict[Key, type] = {}
+        """key of each section → its class"""
+        self.typed_config: TrainerConfig | None = None
+        """the config as it is written, if no section is missing"""
+        self.has_stand_in = False
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
     def config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
             value, key = self.tree.get(section), (section,)
-            typed = partial(self.typed, section, trainer)
+            read = partial(self.read_section, section, trainer)
             if section != "checkpoint":
-                self.tree[section] = typed(value, key)
+                self.tree[section] = read(value, key)
             elif isinstance(value, list):
-                self.tree[section] = [typed(entry, (*key, i)) for i, entry in enumerate(value)]
+                self.tree[section] = [read(entry, (*key, i)) for i, entry in enumerate(value)]
             else:
-                self.tree[section] = [typed(value, key)] if value else []
-        config = self.validated("trainer", trainer, self.tree, ())
-        return None if config is None else self.settled(config)
+                self.tree[section] = [read(value, key)] if value else []
+        config = self.validate("trainer", trainer, self.tree, ())
+        self.typed_config = None if self.has_stand_in else config
+        return None if config is None else self.resolve_shared_keys(config)
 
     def trainer_name(self) -> str | None:
-        """The recipe's `type`, with the user's code loaded if the recipe needs it."""
+        """The recipe's `type`; runs the user's code if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
         if None not in (older, name) and older != name:
             self.fault(("name",), f"{show(older)} contradicts type {show(name)}; remove it")
@@ -150,36 +160,37 @@ class _Resolver:
             return name
         if not has_failed:  # what the code would have registered is not known
             what = registry.unknown("trainer", name, known)
-            self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
+            self.fault((key,), f"{what}; for your own trainer, name its file under `code:`")
         return None
 
-    def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
-        """The validated section; where it has faults, they are noted and a stand-in is returned."""
-        allowed = registry.allowed(trainer, section)
-        stand_in = registry.config_class(section, allowed[0]).model_construct()
+    def read_section(self, section: str, trainer: str, value: Any, key: Key) -> Any:
+        """The typed section, or an unvalidated stand-in where its faults leave none."""
+        self.classes[key] = TypedSection
+        default, *_ = allowed = registry.allowed(trainer, section)
+        if typed := self.validate_section(section, trainer, allowed, value, key):
+            return typed
+        self.has_stand_in = True
+        return registry.config_class(section, default).model_construct()
+
+    def validate_section(
+        self, section: str, trainer: str, allowed: tuple[str, ...], value: Any, key: Key
+    ) -> Any:
         if value is None and section in ("model", "data"):
-            self.fault(key, "is required")
-            return stand_in
+            return self.fault(key, "is required")
         value = {} if value is None else value
         if not isinstance(value, dict):
-            self.fault(key, f"must be a map of keys, found {show(value)}")
-            return stand_in
+            return self.fault(key, f"must be a map of keys, found {show(value)}")
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
         value = {**value, "type": name}
         if name not in registry.names(section):
-            self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
-            return stand_in
+            return self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
         if name not in allowed and self.tree.get("skip_validation") is not True:
-            self.fault(
-                (*key, "type"),
-                f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows it"
-                f" (allowed: {', '.join(allowed)})",
-            )
-            return stand_in
+            what = f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows"
+            return self.fault((*key, "type"), f"{what} it (allowed: {', '.join(allowed)})")
         if section == "data":
             default = registry.config_class("data", name).default_source
             value = self.with_sources(value, key, default)
-        return self.validated(section, name, value, key) or stand_in
+        return self.validate(section, name, value, key)
 
     def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
@@ -206,21 +217,25 @@ class _Resolver:
         if not isinstance(item, dict):
             self.fault(key, f"must be a name, a path or a map, found {show(item)}")
             return item
+        self.classes[key] = TypedSection
         name = str(item.get("type") or default)
         name = registry.canonical("data_source", name)
         if name not in (known := registry.names("data_source")):
             self.fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
-        given = {"split": split, **item, "type": name}
-        return self.validated("data_source", name, given, key) or DataSourceConfig.model_construct()
+        typed = self.validate("data_source", name, {"split": split, **item, "type": name}, key)
+        self.has_stand_in |= typed is None
+        return typed or DataSourceConfig.model_construct()
 
-    def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
-        """The section, of what is sound in `value` once its faults are noted; None when that lacks
-        a key."""
-        cls = registry.config_class(kind, name)
+    def validate(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
+        """The typed section of the valid keys in `value`; None when these do not suffice."""
+        cls = self.classes[key] = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
+        if registry.is_planned(kind, name):
+            what = f"{name!r} is not supported yet; supported: {supported_types(kind)}"
+            self.unsupported.append(Fault(join_key((*key, "type")), what))
         found: list[tuple[Key, str]] = []
-        for _ in range(PASSES):
+        for _ in range(MAX_PASSES):
             try:
                 return cls.model_validate(value, context=self.context)
             except ValidationError as error:
@@ -235,25 +250,26 @@ class _Resolver:
             value = _without(value, {loc for loc, _ in found})
         return None
 
-    def settled(self, config: TrainerConfig) -> TrainerConfig:
-        """Shared keys carried over, and every check across keys whose own keys are sound."""
+    def resolve_shared_keys(self, config: TrainerConfig) -> TrainerConfig:
+        """Carries shared keys over, and runs every check whose keys are valid."""
         keys = {fault.key for fault in self.faults}
         faulty = {key.split(".")[0] for key in keys}
         zero = config.deepspeed.zero_optimization
         if zero is not None and "stage" not in zero.model_fields_set:
             self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
-        carried = mapped(config, keys)
+        carried = carry_over(config, keys)
         found = list(carried.faults)
         for needs, check in CHECKS:
             if not faulty & set(needs):
                 found += check(carried.config)
-        for fault in not_built(carried.config, carried.origins):
+        unsupported = find_unsupported(carried.config, carried.origins)
+        for fault in (*self.unsupported, *unsupported):
             if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:
                 self.notes.append(f"a run is refused: {fault}")
             else:
                 found.append(fault)
         self.faults += map(self.recipe.placed, found)
-        config = without_carried(carried.config)
+        config = drop_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
 
@@ -273,14 +289,14 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
 
 
 def explain_owner(key: str, kind: str, name: str) -> str:
-    """Whose a key is that the type of section in force does not have."""
+    """Where a key belongs that a section of this type does not have."""
     types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
     if types:
         return f"; it belongs to type {' and '.join(types)}, not {name}"
     for section in registry.SECTIONS:
         if any(key in keys_of(section, n) for n in registry.BUILT_IN[section]):
             return f"; it is a key of `{section}`"
-    return "; remove it, or name the file of the class that reads it by `code`"
+    return "; remove it, or, if your own trainer defines it, name its file under `code:`"
 
 
 def keys_of(kind: str, name: str) -> list[str]:
@@ -289,8 +305,8 @@ def keys_of(kind: str, name: str) -> list[str]:
 
 
 def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
-    """Run the file that the recipe names, or the `train.py` beside it when a type is not known.
-    RecipeError when it fails, or is not there."""
+    """Runs the file that the recipe names, or the `train.py` beside it when a type is not known.
+    RecipeError when it fails or does not exist."""
     written = recipe.tree.get("code")
     unknown = any(name not in registry.names(kind) for kind, name in find_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
@@ -317,6 +333,6 @@ def find_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
         for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ]
     for kind, section in places:
-        for _, name in values_at(recipe.tree, f"{section}.type".split(".")):
+        for _, name in find_values(recipe.tree, f"{section}.type".split(".")):
             if isinstance(name, str):
                 yield kind, registry.canonical(kind, name)

@@ -4,10 +4,11 @@ numbers."""
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from jaxtrain.recipe.errors import show
 
@@ -121,29 +123,58 @@ class Section(BaseModel):
     def _read_human_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         return read_numbers(value, cls.model_fields[str(info.field_name)].annotation)
 
-    def contradictions(self) -> Iterator[str]:
-        """What is wrong between keys that are sound in themselves; a text that begins with a key is
-        told under that key. Those of the classes above are asked first."""
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong) between keys that are valid in themselves. Every class of the
+        hierarchy is asked, base classes first."""
         yield from ()
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """(key, why) of each key that has no effect beside the others. Every class of the hierarchy
+        is asked, base classes first."""
+        yield from ()
+
+    def collect(self, method: Literal["contradictions", "idle"]) -> Iterator[tuple[str, str]]:
+        for cls in reversed(type(self).__mro__):
+            if method in vars(cls):
+                yield from vars(cls)[method](self)
 
     @model_validator(mode="after")
     def _does_not_contradict_itself(self) -> Self:
-        for cls in reversed(type(self).__mro__):
-            for what in vars(cls).get("contradictions", Section.contradictions)(self):
-                raise ValueError(what)
+        for key, message in self.collect("contradictions"):
+            raise contradiction(key, message)
         return self
 
 
+def contradiction(key: str, message: str) -> PydanticCustomError:
+    """The error of a section's validator that is reported under one of its keys, or under the
+    section's own when `key` is empty."""
+    context = {"key": key, "message": message}
+    return PydanticCustomError("contradiction", "{key}: {message}", context)
+
+
+def walk(value: Any, key: str = "") -> Iterator[tuple[str, Section]]:
+    """(dotted key, section) of a typed section and of every section inside it."""
+    if isinstance(value, Section):
+        yield key, value
+    if isinstance(value, list | tuple):
+        value = enumerate(value)
+    elif isinstance(value, dict):
+        value = value.items()
+    elif not isinstance(value, Section):
+        return
+    for name, inner in value:
+        yield from walk(inner, f"{key}.{name}".lstrip("."))
+
+
 class TypedSection(Section):
-    """A section whose `type` names the factory that reads it, and so decides which keys there
-    are."""
+    """A section whose `type` names the class that reads it, and so decides its keys."""
 
     type: str = ""
     """Registered name; the trainer's first allowed one when left out."""
 
 
 def expand_user(path: str | Path) -> Path:
-    """With a leading `~` as the folder that it means, if it means one."""
+    """`path` with a leading `~` replaced by the home folder, where there is one."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # there is no such user
@@ -151,7 +182,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def path_exists(path: str) -> bool:
-    """Is there a file or folder? Text that none could be called is answered too."""
+    """Whether a file or folder exists; False for text that cannot be a path."""
     try:
         return expand_user(path).exists()
     except (OSError, ValueError):
@@ -159,7 +190,8 @@ def path_exists(path: str) -> bool:
 
 
 def resolve_input_path(value: Any, info: ValidationInfo) -> Any:
-    """Absolute if it exists beside the recipe or in the current directory; else as written."""
+    """The absolute path of what exists beside the recipe or in the current directory; `value` as it
+    is when nothing does."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
@@ -205,16 +237,79 @@ WideDType = Annotated[Literal["bfloat16", "float32"], *_by_all_names("bfloat16",
 """For squares of gradients, which are 0 in float16."""
 
 
+# What becomes of a key: markers on its field.
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a key of the shared format becomes; valid for the keys below it too."""
+
+    word: Literal["same", "mapped", "no effect", "own"] = "same"
+    how: str = ""
+    by_value: Mapping[Any, str] = field(default_factory=dict, hash=False)
+    """what single values become"""
+    sets: str = ""
+    """the key that takes its value"""
+    equals: str = ""
+    """the key whose value it must have"""
+
+
+T = TypeVar("T")
+Own = Annotated[T, Support("own")]
+"""A key that only this package has."""
+
+
+def mapped(how: str, by_value: Mapping[Any, str] | None = None) -> Support:
+    return Support("mapped", how, by_value or {})
+
+
+def no_effect(why: str) -> Support:
+    return Support("no effect", why)
+
+
+def sets(key: str) -> Support:
+    return Support("mapped", key, sets=key)
+
+
+def equals(key: str) -> Support:
+    return Support("mapped", f"compared with {key}", equals=key)
+
+
+@dataclass(frozen=True)
+class NotSupported:
+    """A value of the key that this version refuses: any but the `allowed`, or any that is on."""
+
+    instead: str
+    allowed: tuple[Any, ...] = ()
+
+    def refuses(self, value: Any) -> bool:
+        return value is not None and value not in self.allowed if self.allowed else bool(value)
+
+
+def not_supported(instead: str, *allowed: Any) -> NotSupported:
+    return NotSupported(instead, allowed)
+
+
+Marker = TypeVar("Marker", Support, NotSupported)
+
+
+def find_marker(cls: type[BaseModel], name: str, kind: type[Marker]) -> Marker | None:
+    """The marker on a field of a section, or on the field that it redefines."""
+    fields = (base.model_fields.get(name) for base in cls.__mro__ if issubclass(base, BaseModel))
+    markers = (marker for field in fields if field for marker in field.metadata)
+    return next((marker for marker in markers if isinstance(marker, kind)), None)
+
+
 def is_off(value: Any) -> bool:
-    """Does a setting of the shared format ask for nothing: null, false, 0, empty, or a map that
-    is not enabled?"""
+    """Whether a setting of the shared format asks for nothing: null, false, 0, empty, or a map that
+    is not enabled."""
     if isinstance(value, dict) and "enabled" in value:
         return not value["enabled"]
     return value in (None, False, 0, "", "none", "auto", [], {})
 
 
 def refused_when_on(why: str, *off: Any) -> BeforeValidator:
-    """For a key that may only say what would happen without it: one of `off`, or nothing."""
+    """For a key that may only say what happens without it: one of `off`, or nothing."""
     return BeforeValidator(partial(_refuse_when_on, why, off))
 
 
@@ -223,11 +318,33 @@ def _refuse_when_on(why: str, off: tuple[Any, ...], value: Any) -> None:
         raise ValueError(f"{why}, found {show(value)}")
 
 
-def why_refused(field: FieldInfo) -> str | None:
-    """The reason why a key may only be off; None for any other."""
+def refusal_reason(field: FieldInfo) -> str | None:
+    """Why a key may only be off; None for any other key."""
     calls = [getattr(validator, "func", None) for validator in field.metadata]
     found = [c for c in calls if isinstance(c, partial) and c.func is _refuse_when_on]
     return found[0].args[0] if found else None
+
+
+# Sections and values by key.
+
+
+def get_value(config: Any, key: str) -> Any:
+    """The value of a dotted key; None below a section that was left out."""
+    return next((value for _, value in find_values(config, key.split("."))), None)
+
+
+def find_values(value: Any, path: list[str], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) to which a path leads; `*` is every position of a list or map."""
+    if not path:
+        yield key, value
+        return
+    name, *rest = path
+    if isinstance(value, list | tuple):
+        items = {str(i): item for i, item in enumerate(value)}
+    else:
+        items = dict(value) if isinstance(value, dict | BaseModel) else {}
+    for part in items if name == "*" else items.keys() & {name}:
+        yield from find_values(items[part], rest, f"{key}.{part}".lstrip("."))
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -53,7 +53,7 @@ class RunFolder:
         self.is_new = True
 
     def output(self, written: str | None, name: str) -> Path:
-        return self.config.output(written, name).absolute()
+        return self.config.output_path(written, name).absolute()
 
     def refuse_foreign(self, engines: Collection[CheckpointEngine]) -> None:
         """RecipeError where this run would write into the files of another that it may not go on

@@ -145,7 +145,7 @@ JUDGED = [{"prompt": f"number {n}?", "completion": "yes", "label": n < 3} for n 
 
 
 def objective(recipe, tmp_path, kind, rows):
-    """The recipe for another trainer, which is checked and not built."""
+    """The recipe for another trainer, which is checked and not supported yet."""
     written = yaml.safe_load(recipe.read_text()) | {"type": kind}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     del written["data"]["pack_samples"]
@@ -157,7 +157,7 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
     objective(recipe, tmp_path, "dpo", PAIRS)
     page = tmp_path / "page.html"
     text = run(recipe, "data", "--html", str(page), "--batch", "1")
-    assert "note      a run is refused: type: is not built yet, use sft (found 'dpo')" in text
+    assert "note      a run is refused: type: 'dpo' is not supported yet" in text
     assert "chats: 5 rows read, 5 documents" in text and "5 documents in 10 rows" in text
     titles = re.findall(r"── chats, row (\d), (\w+)(?:, reference score (\d))? ", text)
     assert len(titles) == 8  # 2 pairs, accumulated twice
@@ -166,7 +166,9 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
         assert rejected == (chosen[0], "rejected", "")
     assert {*trained_on_terminal(text)} == {"yes <b><|im_end|>", "no<|im_end|>"}
     assert "yes &lt;b&gt;" in page.read_text() and ", rejected (" in page.read_text()
-    with pytest.raises(RecipeError, match="type: is not built yet, use sft"):
+    with pytest.raises(
+        RecipeError, match="type: 'dpo' is not supported yet; supported: sft, causal"
+    ):
         get_config(recipe)
 
 

@@ -198,7 +198,7 @@ def test_keys_without_effect_are_refused():
 
 @pytest.mark.parametrize("split", [(1.5, -0.5), (0.5, 0.4), (-0.1, 1.1), (0.9, 0.2)])
 def test_a35_a_split_has_two_shares_that_add_up_to_one(split):
-    with pytest.raises(ValueError, match="two shares from 0 to 1 that add up to 1"):
+    with pytest.raises(ValueError, match="two numbers from 0 to 1 that add up to 1"):
         SFTDataConfig(sources=("x",), train_eval_split=split)
 
 

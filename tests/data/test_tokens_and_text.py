@@ -148,7 +148,7 @@ def test_the_column_of_the_text(tmp_path):
 
 
 def test_what_causal_data_refuse(tmp_path):
-    with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
+    with pytest.raises(ValueError, match="causal sequences all have `max_length` tokens"):
         CausalDataConfig(sources=("x",), pack_samples=True)
     with pytest.raises(DataError, match="tokens in all, which is less than one row of max_length"):
         causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)

@@ -78,8 +78,10 @@ def test_faults_come_with_exit_code_two(tmp_path):
     lines = said.splitlines()
     assert lines[0].endswith("epoch: unknown key (found 1); did you mean `epochs`?")
     assert "command line: seed: must be a number, found 'x'" in lines
-    refused = "enable_routing_replay: is not built yet, remove it: dense models route nothing"
-    assert f"command line: {refused} (found true)" in lines
+    refused = (
+        "enable_routing_replay: not supported yet, found true; remove it: dense models have no"
+    )
+    assert f"command line: {refused} router" in lines
     assert lines[-1] == "3 errors in recipe.yaml; nothing was started"
 
 
@@ -109,7 +111,7 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
         (
             {"deepspeed": {"zero_optimization": {"stage": "1"}}},
             "mapped     deepspeed.zero_optimization.stage: optimizer state and master weights are "
-            "sharded over\n           `mesh.data`, gathered once a step",
+            "sharded over\n           `mesh.data`, gathered once per step",
         ),
         (
             {"checkpoint": {"output_dir": "a", "save_every_n_epochs": 1}},
@@ -143,18 +145,18 @@ def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
     off = {"output_dir": "a", "enabled": False, "keep_best_n": 1, "metric": "mine"}
     resolved = resolve(RECIPE | {"checkpoint": [off | {"auto_resume": True}]})
     assert resolved.faults == ()
-    idle = [line.key for line in resolved.report.of("no effect") if "checkpoint" in line.key]
+    idle = [line.key for line in resolved.report.select("no effect") if "checkpoint" in line.key]
     assert idle == ["checkpoint.0.keep_best_n", "checkpoint.0.metric"]
-    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.of("same")]
+    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.select("same")]
 
 
 def test_keys_of_a_named_set_of_sources_are_told_like_others():
     source = {"name_or_path": "c/d", "sample_seed": 3, "split": "test", "kwargs": {"x": 1}}
     named = {"sources": ["a/b"], "eval_sources": {"chat": [source], "more": ["e/f"]}}
     report = resolve(RECIPE | {"data": named}).report
-    (idle,) = [line for line in report.of("no effect") if line.key.startswith("data.")]
+    (idle,) = [line for line in report.select("no effect") if line.key.startswith("data.")]
     assert (idle.key, idle.reason) == ("data.eval_sources.chat.0.sample_seed", "no sample is drawn")
-    same = [line.key for line in report.of("same")]
+    same = [line.key for line in report.select("same")]
     assert {"data.eval_sources.chat.0.kwargs", "data.eval_sources.more"} <= {*same}
 
 
@@ -222,7 +224,7 @@ def test_rows_that_may_not_be_read_are_not_counted(tmp_path, monkeypatch):
 def test_what_stands_below_a_refused_key_is_refused_with_it():
     changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
     report = resolve(RECIPE | changed).report
-    assert [line.key for line in report.of("refused")] == ["deepspeed.zero_optimisation"]
+    assert [line.key for line in report.select("refused")] == ["deepspeed.zero_optimisation"]
 
 
 HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
@@ -310,7 +312,7 @@ def test_a_key_that_changes_nothing_beside_what_else_is_written_is_told(key, mon
     for change, expected in ((idle, True), (idle | counts, False)):
         resolved = resolve(recipe | change)
         assert resolved.faults == ()
-        told_idle = {line.key: line.reason for line in resolved.report.of("no effect")}
+        told_idle = {line.key: line.reason for line in resolved.report.select("no effect")}
         assert (len(told_idle.get(key, "")) > 10) == expected, told_idle
 
 
@@ -320,7 +322,7 @@ def test_of_a_type_that_is_not_known_no_other_key_is_told():
         "checkpoint": {"type": "x", "y": 1},
     }
     report = resolve({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | change).report
-    assert [line.key for line in report.lines if line.standing != "refused"] == [
+    assert [line.key for line in report.lines if line.word != "refused"] == [
         "model.name_or_path",
         "data.sources",
     ]
@@ -328,4 +330,4 @@ def test_of_a_type_that_is_not_known_no_other_key_is_told():
 
 def test_of_an_unknown_trainer_no_other_key_is_told():
     report = resolve(RECIPE | {"type": "mlp_speculator", "gen_train": True}).report
-    assert [(line.key, line.standing) for line in report.lines] == [("type", "refused")]
+    assert [(line.key, line.word) for line in report.lines] == [("type", "refused")]

@@ -66,8 +66,8 @@ KEYS = {
     ),
     "of a project": (
         model(num_key_value_layers=16),
-        "model.num_key_value_layers: unknown key (found 16); remove it, or name the file of the "
-        "class that reads it by `code`",
+        "model.num_key_value_layers: unknown key (found 16); remove it, or, if your own "
+        "trainer defines it, name its file under `code:`",
     ),
     "of another type": (
         {"optimizer": {"momentum": 0.9}},
@@ -77,7 +77,7 @@ KEYS = {
         {"type": "stf"},
         "type: unknown trainer type 'stf'; did you mean `sft`? (known: sft, causal, dpo, cpo, "
         "orpo, simpo, kto, "
-        "reward, distill, grpo); trainers of projects live in user code, named by `code`",
+        "reward, distill, grpo); for your own trainer, name its file under `code:`",
     ),
     "name and type": (
         {"name": "dpo", "type": "sft"},
@@ -129,11 +129,11 @@ KEYS = {
 TRAPS = {
     "A29": (
         exports(auto_resume=True),
-        "checkpoint.0.auto_resume: weights alone cannot resume, set it on an `orbax` entry",
+        "checkpoint.0.auto_resume: weights alone cannot resume; set it on an `orbax` entry",
     ),
     "A35": (
         data(train_eval_split=[1.5, -0.5]),
-        "data.train_eval_split: must be two shares from 0 to 1 that add up to 1, found 1.5 and "
+        "data.train_eval_split: must be two numbers from 0 to 1 that add up to 1, found 1.5 and "
         "-0.5",
     ),
     "A36 above": (
@@ -147,18 +147,16 @@ TRAPS = {
     "A36 count": (source(sample_count=0), "data.sources.0.sample_count: must be > 0, found 0"),
     "A41": (
         source(role_mapping={"user": "q", "content_key": "text"}),
-        "data.sources.0.role_mapping: holds roles; content_key stands beside it, as a key of the "
-        "source",
+        "data.sources.0.role_mapping: holds roles only; move content_key beside it, into the source",
     ),
     "A44 micro": (
         {"deepspeed": {"train_micro_batch_size_per_gpu": 4}},
-        "deepspeed.train_micro_batch_size_per_gpu: 4 is not the 1 of micro_batch_size; write it "
-        "there only",
+        "deepspeed.train_micro_batch_size_per_gpu: must equal micro_batch_size 1, found 4; remove it",
     ),
     "A44 accumulation": (
         {"deepspeed": {"gradient_accumulation_steps": 4}},
-        "deepspeed.gradient_accumulation_steps: 4 is not the 1 of gradient_accumulation_steps; "
-        "write it there only",
+        "deepspeed.gradient_accumulation_steps: must equal gradient_accumulation_steps 1, found 4; "
+        "remove it",
     ),
     "dpo block": (
         {"type": "dpo", "reference_model_deepspeed": {"a": 1}},
@@ -250,7 +248,7 @@ ACROSS = {
     ),
     "best without a direction": (
         HELD_OUT | saves(keep_best_n=2, save_every_n_steps=10, metric="reward"),
-        "checkpoint.0: cannot tell whether a smaller reward is better; write `mode`",
+        "checkpoint.0.mode: cannot tell whether a smaller reward is better; write min or max",
     ),
     "kept off the grid": (
         saves(keep_every_n_steps=15, save_every_n_steps=10),
@@ -289,7 +287,7 @@ ACROSS = {
     ),
     "remat twice": (
         model(remat="full", disable_activation_checkpoint=True),
-        "model.remat: full contradicts disable_activation_checkpoint: true; remove one",
+        "model.remat: full contradicts disable_activation_checkpoint; remove one",
     ),
     "a text column of conversations": (
         {"data": {"sources": [{"type": "jsonl", "path": "a.jsonl", "column": "body"}]}},
@@ -330,7 +328,7 @@ ACROSS = {
             "eval_interval": 1,
             "data": {"sources": ["a/b"], "eval_sources": [{"name_or_path": "c/d", "weight": 1}]},
         },
-        "data: weight has no effect in eval_sources; remove it",
+        "data.eval_sources: weight has no effect here; remove it",
     ),
     "padding of pairs": (
         {"type": "dpo", **data(pad_to="max_length")},
@@ -376,11 +374,11 @@ ACROSS = {
     ),
     "rows of plain text": (
         {"type": "causal", **data(div_length=8, pack_samples=True)},
-        "data.div_length: causal rows always have `max_length` tokens, remove it",
+        "data.div_length: causal sequences all have `max_length` tokens; remove it",
     ),
     "more rows of plain text": (
         {"type": "causal", **data(div_length=8, pack_samples=True)},
-        "data.pack_samples: causal rows always have `max_length` tokens, remove it",
+        "data.pack_samples: causal sequences all have `max_length` tokens; remove it",
     ),
     "trace": (
         {"train_iters": 10, "profile": {"start_step": 10}},
@@ -414,7 +412,7 @@ SECTIONS = {
     ),
     "plateau": (
         {"scheduler": {"name": "reduce_lr_on_plateau"}},
-        "scheduler.name: reduce_lr_on_plateau needs a metric, which the format cannot name; use "
+        "scheduler.name: reduce_lr_on_plateau needs a metric, which a recipe cannot name; use "
         "one of linear, "
         "constant, constant_with_warmup, cosine, cosine_with_restarts, polynomial, inverse_sqrt, "
         "cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay",
@@ -451,7 +449,7 @@ SECTIONS = {
                 "warmup_ratio": 0.1,
             }
         },
-        "scheduler.warmup_ratio: the warm-up is num_warmup_steps here, remove it",
+        "scheduler.warmup_ratio: the warm-up is num_warmup_steps here; remove it",
     ),
     "rates and names": (
         {"optimizer": {"lr": 1, "learning_rate": 2}},
@@ -469,11 +467,11 @@ SECTIONS = {
     ),
     "adapter": (
         model(peft_config={"peft_type": "IA3"}),
-        "model.peft_config.peft_type: only Lora is built in, found 'IA3'",
+        "model.peft_config.peft_type: must be Lora, found 'IA3'",
     ),
     "bias": (
         model(peft_config={"peft_type": "Lora", "bias": "all"}),
-        "model.peft_config.bias: only `none` is built in, found 'all'",
+        "model.peft_config.bias: must be none, found 'all'",
     ),
     "dora": (
         model(peft_config={"peft_type": "Lora", "use_dora": True}),
@@ -482,11 +480,12 @@ SECTIONS = {
     "special tokens": (
         {"tokenizer": {"tokenize_kwargs": {"add_special_tokens": True}}},
         "tokenizer.tokenize_kwargs.add_special_tokens: BOS and EOS are added to each document "
-        "already",
+        "already; remove it",
     ),
     "disk": (
         zero(offload_optimizer={"device": "nvme"}),
-        "deepspeed.zero_optimization.offload_optimizer.device: nvme is not supported, use `cpu`",
+        "deepspeed.zero_optimization.offload_optimizer.device: nvme is not supported; use "
+        "zero_optimization.stage: 3",
     ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),

@@ -21,7 +21,7 @@ from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.not_built import TABLE
 from jaxtrain.recipe.resolve import resolve
 from jaxtrain.recipe.section import Section, sections_in, why_refused
-from jaxtrain.recipe.standing import MAPPED, NO_EFFECT, OWN
+from jaxtrain.recipe.word import MAPPED, NO_EFFECT, OWN
 from tests.recipe.seen import BY_CHECK, BY_REFUSAL, BY_TEST
 
 PACKAGE, TESTS = Path(jaxtrain.__file__).parent, Path(__file__).parents[1]
@@ -196,7 +196,7 @@ def test_a_key_without_effect_changes_nothing_and_says_why(key):
         assert key.startswith("model.peft_config.")
         return
     (line,) = [line for line in resolved.report.lines if line.key == key]
-    assert (line.standing, line.reason) == ("no effect", NO_EFFECT[key])
+    assert (line.word, line.reason) == ("no effect", NO_EFFECT[key])
     section = key.startswith("deepspeed.zero_optimization.")  # without a stage it is one of its own
     plain = resolve(nested("deepspeed.zero_optimization", {}) if section else BASE)
     without, with_it = (flat(to_dict(r.checked())) for r in (plain, resolved))
@@ -210,7 +210,7 @@ def test_a_key_of_a_source_without_effect_says_why(monkeypatch):
     plain, sized = (
         resolve(BASE | {"data": {"sources": [source | more]}}) for more in ({}, {"batch_size": 7})
     )
-    found = {line.key: line.reason for line in sized.report.lines if line.standing == "no effect"}
+    found = {line.key: line.reason for line in sized.report.lines if line.word == "no effect"}
     assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.batch_size"]}
     changed = find_differences(to_dict(plain.checked()), to_dict(sized.checked()))
     assert changed == ["data.sources", "run_dir"]
