@@ -92,6 +92,9 @@ def test_rows_have_one_order_whatever_the_query_gives(session):
     assert found[0] == found[1] == found[2] and sorted(found[0]) == list(range(9))
 
 
+@pytest.mark.covers(
+    "data.sources.*.table_name", "data.sources.*.limit", "data.sources.*.column_mapping"
+)
 def test_limits_slices_and_text(session):
     rows = [[f"text {n}", None, 1.5] for n in range(8)]
     session.create_dataframe(rows, schema=["BODY", "NOTE", "SCORE"]).write.save_as_table("texts")
@@ -111,6 +114,7 @@ def test_what_the_account_refuses_is_named(session):
         source(table_name="chats", column_mapping={"MESSAGE": "messages"}).read("train")[0]
 
 
+@pytest.mark.covers("data.sources.*.sql")
 def test_a_query_reaches_the_package(session):
     """As far as it goes without an account, where a query takes a server."""
     with pytest.raises(NotImplementedError, match=r"Session\.sql is not supported"):

@@ -128,8 +128,35 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
             "rows       length still open: the model's positions, read when it is there; see "
             "data.max_length",
         ),
+        ({"type": "causal"}, "trainer    causal"),
+        ({"name": "causal"}, "trainer    causal"),
+        (
+            {"run_dir": None, "logger": {"output_dir": "logs"}},
+            "files      logs: recipe.yaml, run.json, logs, train-log-metrics.jsonl, loss.png",
+        ),
+        (
+            {"model": {"type": "liger", "name_or_path": "m"}},
+            "mapped     model.type: the same model as `huggingface`; fused kernels are always on",
+        ),
+        ({"optimizer": {"type": "fused_adam"}}, "mapped     optimizer.type: `adamw`"),
+        (
+            {"scheduler": {"type": "wsd", "num_warmup_steps": 7, "num_decay_steps": 9}},
+            "warm-up    7 updates",
+        ),
+        (
+            {
+                "checkpoint": {
+                    "type": "huggingface",
+                    "output_dir": "a",
+                    "save_end_of_training": True,
+                }
+            },
+            "checkpoint a/global_step_N (huggingface), at the end",
+        ),
     ],
 )
+@pytest.mark.covers("type", "name", "logger.output_dir", "model.type", "optimizer.type")
+@pytest.mark.covers("scheduler.type", "scheduler.num_warmup_steps", "checkpoint.*.type")
 def test_the_run_follows_the_recipe(change, line):
     assert f"\n{line}\n" in f"\n{describe(resolve(RECIPE | change))}\n"
 
@@ -193,6 +220,7 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
     assert "rows       at most 512 tokens, the model's positions" in describe(resolve(recipe))
 
 
+@pytest.mark.covers("data.sources.*.type")
 def test_the_updates_of_local_rows_are_counted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n\n' * 100)
@@ -304,11 +332,31 @@ IDLE = {  # what is written; its key; what would make it count
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", IDLE)
-def test_a_key_that_changes_nothing_beside_what_else_is_written_is_told(key, monkeypatch):
+IDLE_BY_VALUE = {  # what only the typed value shows
+    "wandb.project": (
+        {"wandb": {"enable": True, "mode": "disabled", "project": "x"}},
+        {"wandb": {"enable": True, "mode": "offline", "project": "x"}},
+    ),
+    "optimizer.nesterov": (
+        {"optimizer": {"type": "sgd", "nesterov": True, "momentum": "0.0"}},
+        {"optimizer": {"type": "sgd", "nesterov": True, "momentum": "90%"}},
+    ),
+    "eval_samples.top_p": (
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": "0%"}},
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": "70%"}},
+    ),
+    "max_eval_batches": (
+        {"max_eval_batches": 3, "data": {"sources": ["a/b"], "train_eval_split": ["100%", "0%"]}},
+        {"data": {"sources": ["a/b"], "train_eval_split": ["90%", "10%"]}, "eval_interval": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "recipes"), [*IDLE.items(), *IDLE_BY_VALUE.items()])
+def test_a_key_without_effect_beside_the_others_is_reported(key, recipes, monkeypatch):
     monkeypatch.setattr(metadata, "distribution", lambda name: None)  # every extra is installed
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
-    idle, counts = IDLE[key]
+    idle, counts = recipes
     for change, expected in ((idle, True), (idle | counts, False)):
         resolved = resolve(recipe | change)
         assert resolved.faults == ()

@@ -23,6 +23,7 @@ def fails(source, *overrides):
     return str(error.value)
 
 
+@pytest.mark.covers("base")
 def test_maps_merge_and_lists_are_replaced(tmp_path):
     file = written(
         tmp_path,

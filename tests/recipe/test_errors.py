@@ -1,6 +1,5 @@
 """What a faulty recipe gets: the exact line for each row of the format's tables of errors."""
 
-from pathlib import Path
 
 import pytest
 
@@ -87,6 +86,10 @@ KEYS = {
         {"data": {"type": "dpo", "sources": ["a/b"]}},
         "data.type: 'dpo' is not allowed with trainer 'sft', skip_validation: true allows it "
         "(allowed: sft)",
+    ),
+    "unknown tokenizer": (
+        {"tokenizer": {"type": "own"}},
+        "tokenizer.type: unknown tokenizer type 'own' (known: huggingface)",
     ),
     "boolean for text": (
         model(name_or_path=True),
@@ -275,6 +278,11 @@ ACROSS = {
         "deepspeed.bf16.enabled: disagrees with model.dtype float32; write model.dtype and "
         "remove it",
     ),
+    "dtype of the older key": (
+        model(dtype="bf16") | {"deepspeed": {"bfloat16": {"enabled": False}}},
+        "deepspeed.bfloat16.enabled: disagrees with model.dtype bfloat16; write model.dtype and "
+        "remove it",
+    ),
     "dtype by default": (
         {"deepspeed": {"fp16": {"enabled": True}}},
         "deepspeed.fp16.enabled: disagrees with model.dtype bfloat16 (its default); write "
@@ -337,6 +345,18 @@ ACROSS = {
     "no room for a reply": (
         {"type": "dpo", **data(max_prompt_length=64, max_length=64)},
         "data.max_prompt_length: 64 leaves no room for a reply in max_length 64; use at most 63",
+    ),
+    "two evaluation sets": (
+        HELD_OUT | {"data": HELD_OUT["data"] | {"eval_sources": ["c/d"]}},
+        "data.train_eval_split: excludes eval_sources; remove one",
+    ),
+    "two samples": (
+        source(sample_ratio=0.5, sample_count=2),
+        "data.sources.0.sample_ratio: excludes sample_count; remove one",
+    ),
+    "two warm-ups": (
+        {"scheduler": {"warmup_ratio": 0.1, "warmup_steps": 3}},
+        "scheduler.warmup_ratio: excludes warmup_steps; remove one",
     ),
     "file system": (
         data(cache_fs_type="nfs"),
@@ -425,6 +445,10 @@ SECTIONS = {
     "key of no shape": (
         schedule("constant", power=1),
         "scheduler.scheduler_specific_kwargs.power: unknown key (found 1); keys of 'constant': none",
+    ),
+    "missing key": (
+        {"scheduler": {"type": "wsd", "num_warmup_steps": 7}},
+        "scheduler.num_decay_steps: is required",
     ),
     "missing key of a shape": (
         schedule("warmup_stable_decay"),
@@ -524,6 +548,9 @@ SECTIONS = {
 TABLE = KEYS | TRAPS | ACROSS | SECTIONS
 
 
+@pytest.mark.covers("data.type", "tokenizer.type", "checkpoint.*.metric")
+@pytest.mark.covers("pipeline.stages_per_device", "scheduler.num_decay_steps")
+@pytest.mark.covers("deepspeed.bf16.enabled deepspeed.bfloat16.enabled deepspeed.fp16.enabled")
 @pytest.mark.parametrize("case", TABLE)
 def test_the_exact_line(case, monkeypatch):
     monkeypatch.setattr(registry, "_user", {})  # classes of other tests are no part of a message
@@ -629,26 +656,3 @@ def test_the_place_is_a_line_or_the_command_line_or_none(tmp_path):
     assert str(fault) == "command line: seed: must be a number, found 'x'"
     (fault,) = resolve(BASE | {"seed": "x"}).faults
     assert str(fault) == "seed: must be a number, found 'x'"
-
-
-ELSEWHERE = {
-    "A18": "model/test_source.py::test_a_change_of_shapes_needs_from_scratch",
-    "A23": "recipe/test_check.py::test_a_clean_recipe_is_told_quickly_without_jax",
-    "A25": "recipe/test_effects.py::test_a25_batches_are_made_ahead_or_in_the_loop",
-    "A33": "data/test_sources.py::test_a33_a_split_that_is_not_there_lists_those_that_are",
-    "A34": "data/test_sources.py::test_a34_a_colon_in_a_path_is_no_split",
-    "A36": "data/test_mixtures.py::test_a36_a_sample_that_cannot_be_is_a_fault_of_the_recipe",
-    "A37": "recipe/test_numbers.py::test_a37_whole_numbers",
-    "A39": "test_registry.py::test_a_mistake_is_found_when_the_class_is_made",
-    "A43": "test_recipes.py::test_a43_every_recipe_that_is_shown_is_valid",
-    "A44": "recipe/test_keys.py::test_a44_a_computed_key_must_be_what_it_comes_to",
-    "F3": "recipe/test_keys.py::test_a_key_has_a_reader",
-    "F9": "test_recipes.py::test_a_shipped_recipe_is_valid",
-}
-"""Trap of a recipe → the test that shows it, where that is not here."""
-
-
-@pytest.mark.parametrize("trap", ELSEWHERE)
-def test_the_test_of_a_trap_is_there(trap):
-    path, _, name = ELSEWHERE[trap].partition("::")
-    assert f"def {name}(" in (Path(__file__).parents[1] / path).read_text()

@@ -130,6 +130,7 @@ def test_user_code_adds_keys_that_are_checked(tmp_path):
     )
 
 
+@pytest.mark.covers("code")
 def test_user_code_that_fails_is_named_by_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nraise RuntimeError('no luck')\n")
     file = tmp_path / "recipe.yaml"
