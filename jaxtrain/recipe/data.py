@@ -218,6 +218,10 @@ class LocalDataSourceConfig(RowsConfig):
     """Column of the text of causal training; the only column of a `text` file."""
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
     def text_column(self) -> str:
         return self.column
 

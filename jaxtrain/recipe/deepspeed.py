@@ -112,20 +112,20 @@ def _refused(names: str, why: BeforeValidator) -> dict[str, Any]:
     return dict.fromkeys(names.split(), (Annotated[Any, why], None))
 
 
+_STAGE_3 = "use zero_optimization.stage: 3 on more devices"
+
+
 class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state is stored."""
 
-    device: Annotated[
-        Literal["none", "cpu"] | None,
-        not_supported("use zero_optimization.stage: 3 on more devices", "none"),
-    ] = None
+    device: Annotated[Literal["none", "cpu"] | None, not_supported(_STAGE_3, "none")] = None
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
 
     @model_validator(mode="before")
     @classmethod
     def _no_disk(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("device") == "nvme":
-            raise contradiction("device", "nvme is not supported; use zero_optimization.stage: 3")
+            raise contradiction("device", f"nvme is not supported; {_STAGE_3}")
         return values
 
 
@@ -135,34 +135,25 @@ _STAGES = {
     2: "as 1, and gradients are reduce-scattered over `mesh.data`",
     3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
 }
-_USE_STAGE_3 = not_supported("use zero_optimization.stage: 3")
+_QUANTIZED = """
+    zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
+    zeropp_loco_param zenflow"""
 
 
-class ZeroConfig(
-    _keys(
-        "zero_optimization",
-        **_refused(
-            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-            "zeropp_loco_param zenflow",
-            _CHANGES_RESULT,
-        ),
-    )
-):
+class ZeroConfig(_keys("zero_optimization", **_refused(_QUANTIZED, _CHANGES_RESULT))):
     """ZeRO: what is sharded over the data-parallel devices."""
 
-    stage: Annotated[int, mapped("what is sharded over mesh.data", _STAGES)] = Field(
-        default=0, ge=0, le=3
-    )
+    stage: Annotated[int, mapped("", _STAGES)] = Field(default=0, ge=0, le=3)
     """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Annotated[
-        OffloadConfig | None, mapped("where optimizer state is stored")
-    ] = None
-    offload_param: Annotated[OffloadConfig | None, mapped("where parameters are stored")] = None
+    offload_optimizer: Annotated[OffloadConfig | None, mapped("placement of optimizer state")] = (
+        None
+    )
+    offload_param: Annotated[OffloadConfig | None, mapped("placement of parameters")] = None
     cpu_offload: Annotated[
-        bool | None, mapped("older spelling of offload_optimizer.device: cpu"), _USE_STAGE_3
+        bool | None, mapped("offload_optimizer.device: cpu"), not_supported(_STAGE_3)
     ] = None
     cpu_offload_param: Annotated[
-        bool | None, mapped("older spelling of offload_param.device: cpu"), _USE_STAGE_3
+        bool | None, mapped("offload_param.device: cpu"), not_supported(_STAGE_3)
     ] = None
     zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
     mics_shard_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, -1)] = None
@@ -203,41 +194,35 @@ class MonitorConfig(_keys("tensorboard")):
     enabled: Annotated[bool, sets("tensorboard.enable")] = False
 
 
-_COMPARED = "compared with model.dtype"
+_TRAINING = """
+    autotuning elasticity compression_training curriculum_learning data_efficiency
+    progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training"""
+_REFUSED = (
+    _refused(_TRAINING, _CHANGES_RESULT)
+    | _refused("amp torch_autocast", refused_when_on("use `model.dtype`"))
+    | _refused("optimizer", refused_when_on("write it under `optimizer:`"))
+    | _refused("scheduler", refused_when_on("write it under `scheduler:`"))
+)
+_COMPARED = mapped("compared with model.dtype")
+_COUNT = Field(default=None, ge=1)
 
 
-class DeepSpeedConfig(
-    _keys(
-        "",
-        **_refused(
-            "autotuning elasticity compression_training curriculum_learning data_efficiency "
-            "progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training",
-            _CHANGES_RESULT,
-        ),
-        **_refused("amp torch_autocast", refused_when_on("use `model.dtype`")),
-        **_refused("optimizer", refused_when_on("write it under `optimizer:`")),
-        **_refused("scheduler", refused_when_on("write it under `scheduler:`")),
-    )
-):
+class DeepSpeedConfig(_keys("", **_REFUSED)):
     """A config of DeepSpeed."""
 
     zero_optimization: Annotated[ZeroConfig | None, mapped("what is sharded over mesh.data")] = None
     gradient_clipping: Annotated[float | None, sets("max_grad_norm")] = Field(default=None, ge=0)
     train_batch_size: Annotated[
         int | None, mapped("compared with micro_batch_size x accumulation x batch shards")
-    ] = Field(default=None, ge=1)
-    train_micro_batch_size_per_gpu: Annotated[int | None, equals("micro_batch_size")] = Field(
-        default=None, ge=1
-    )
+    ] = _COUNT
+    train_micro_batch_size_per_gpu: Annotated[int | None, equals("micro_batch_size")] = _COUNT
     gradient_accumulation_steps: Annotated[int | None, equals("gradient_accumulation_steps")] = (
-        Field(default=None, ge=1)
+        _COUNT
     )
-    sequence_parallel_size: Annotated[int | None, equals("mesh.context")] = Field(
-        default=None, ge=1
-    )
-    bf16: Annotated[EnabledConfig | None, mapped(_COMPARED)] = None
-    bfloat16: Annotated[EnabledConfig | None, mapped(_COMPARED)] = None
-    fp16: Annotated[FP16Config | None, mapped(_COMPARED)] = None
+    sequence_parallel_size: Annotated[int | None, equals("mesh.context")] = _COUNT
+    bf16: Annotated[EnabledConfig | None, _COMPARED] = None
+    bfloat16: Annotated[EnabledConfig | None, _COMPARED] = None
+    fp16: Annotated[FP16Config | None, _COMPARED] = None
     data_types: Annotated[DataTypesConfig | None, mapped("dtype of the summed gradient")] = None
     tensor_parallel: Annotated[TensorParallelConfig | None, mapped("mesh.tensor")] = None
     activation_checkpointing: ActivationConfig | None = None

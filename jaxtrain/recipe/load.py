@@ -1,4 +1,4 @@
-"""A recipe file as plain data, with the file and line of every value."""
+"""Reads a recipe file as plain data, with the file and line of every value."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,34 +15,33 @@ Key = tuple[str | int, ...]
 
 
 class Secret(NamedTuple):
-    """Text that names environment variables, and what it came to."""
+    """Text with environment variables, and their values, which are never shown or saved."""
 
     written: str
     values: tuple[str, ...]
-    """of the variables; never shown, never saved"""
 
 
 Secrets = Mapping[Key, Secret]
 
 
 class Recipe(NamedTuple):
-    """Plain data, and where each value was written; `file` is None for a recipe given as a dict."""
+    """Plain data and the place of each value; `file` is None for a recipe given as a dict."""
 
     tree: dict[str, Any]
     places: dict[Key, Place]
     file: Path | None
     secrets: "Secrets" = {}
     faults: tuple[Fault, ...] = ()
-    """of overrides"""
+    """faults of overrides"""
 
     def place(self, key: Key) -> Place | None:
-        """Where a key, or the nearest section around it, was written."""
+        """The place of a key, or of the nearest section around it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
 
     def key(self, dotted: str) -> Key:
-        """A dotted key, as it is written: one checkpoint entry need not be a list."""
+        """A dotted key as the recipe writes it: a single checkpoint entry need not be a list."""
         parts = dotted.split(".")
         if parts[0] == "checkpoint" and isinstance(self.tree.get("checkpoint"), dict):
             parts = [part for part in parts if not part.isdigit()]
@@ -67,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         self.open: set[int] = set()
 
     def build(self, node: yaml.Node, key: Key) -> Any:
-        """Plain data of a node; notes every place, refuses duplicate keys and endless aliases."""
+        """Plain data of a node. Records every place; refuses duplicate keys and endless aliases."""
         self.places[key] = self.at(node)
         self.num_nodes += 1
         if id(node) in self.open:
@@ -136,7 +135,7 @@ _Loader.add_implicit_resolver(
 
 
 def read(file: Path) -> Recipe:
-    """One recipe file as it is written; RecipeError names the line at fault."""
+    """A recipe file as it is written; RecipeError names the faulty line."""
     try:
         is_there, is_folder = file.is_file(), file.is_dir()
         size = file.stat().st_size if is_there else 0
@@ -159,7 +158,7 @@ def read(file: Path) -> Recipe:
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
-    """Plain data of a YAML text, and the place of every value. RecipeError names the line."""
+    """Plain data of a YAML text and the places of its values; RecipeError names the faulty line."""
     try:
         loader = _Loader(text, name)
         node = loader.get_single_node()
@@ -183,7 +182,7 @@ def join_key(key: Key) -> str:
 
 
 def map_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
-    """Plain data with `change(value, key)` in place of every value that is no map and no list."""
+    """Plain data with every value that is no map or list replaced by `change(value, key)`."""
     if isinstance(tree, dict):
         return {str(k): map_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,6 +1,7 @@
 """The faults that pydantic finds in a section: a message for each, under its key."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,14 +14,17 @@ SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 MAX_KEYS = 10  # that a message lists
 
 
-def explain(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, message) of each fault in a section of that class; one per key."""
+def explain(
+    error: ValidationError, cls: type[BaseModel], hint: Callable[[str], str] = lambda key: ""
+) -> list[tuple[Key, str]]:
+    """(key, message) of each fault in a section of that class; one per key. `hint` ends the message
+    on an unknown key of the section."""
     found: dict[Key, str] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if not _is_branch(part))
         if key := detail.get("ctx", {}).get("key"):  # of a contradiction
             loc = (*loc, *key.split("."))
-        what = _message(detail, cls)
+        what = _message(detail, cls, hint)
         found[loc] = _either(found[loc], what) if loc in found else what
     return [*found.items()]
 
@@ -36,15 +40,16 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
-def _message(detail: Any, cls: type[BaseModel]) -> str:
+def _message(detail: Any, cls: type[BaseModel], hint: Callable[[str], str]) -> str:
     found, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
         if full := section and find_full_name(section, name):
             return f"is another name of `{full}`, which is written too; remove one"
         known = list_keys(cls, detail["loc"][:-1])
-        all_known = f"; known: {', '.join(known)}" if known and "type" not in known else ""
-        help = did_you_mean(name, known) or (all_known if len(known) <= MAX_KEYS else "")
+        help = did_you_mean(name, known) or (hint(name) if len(detail["loc"]) == 1 else "")
+        if not help and known and len(known) <= MAX_KEYS and "type" not in known:
+            help = f"; known: {', '.join(known)}"
         return f"unknown key (found {show(found)}){help}"
     if kind == "missing":
         return "is required"

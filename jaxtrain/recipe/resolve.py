@@ -76,7 +76,8 @@ def resolve(
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
     resolver.notes += [
-        f"{join_key(key)}: not shown or saved; write {secret.written}, and the saved recipe runs"
+        f"{join_key(key)}: neither shown nor saved; write {secret.written}, "
+        "and the saved recipe runs"
         for key, secret in private.items()
     ]
     trainer = resolver.trainer_name()
@@ -239,12 +240,10 @@ class _Resolver:
             try:
                 return cls.model_validate(value, context=self.context)
             except ValidationError as error:
-                faults = explain(error, cls)
+                faults = explain(error, cls, partial(explain_owner, kind, name))
             for loc, what in faults:
                 if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
                     continue  # as the faulty key may be to blame
-                if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
-                    what += explain_owner(str(loc[0]), kind, name)
                 self.fault((*key, *loc), what)
             found += faults
             value = _without(value, {loc for loc, _ in found})
@@ -288,7 +287,7 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
     return value
 
 
-def explain_owner(key: str, kind: str, name: str) -> str:
+def explain_owner(kind: str, name: str, key: str) -> str:
     """Where a key belongs that a section of this type does not have."""
     types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
     if types:

@@ -120,10 +120,9 @@ class HFSchedulerConfig(SchedulerConfig):
         try:
             shape = self.shape
         except ValidationError as error:
-            (loc, what), *_ = explain(error, SHAPES[self.name])
-            if what.startswith("unknown key"):
-                known = ", ".join(SHAPES[self.name].model_fields) or "none"
-                what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
+            cls = SHAPES[self.name]
+            known = f"; keys of {self.name!r}: {', '.join(cls.model_fields) or 'none'}"
+            (loc, what), *_ = explain(error, cls, lambda key: known)
             yield join_key(("scheduler_specific_kwargs", *loc)), what
             return
         if self.min_lr_ratio and self.name not in WITH_FLOOR:

@@ -13,7 +13,6 @@ from jaxtrain import registry
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
 from jaxtrain.recipe.errors import show
-from jaxtrain.recipe.report import supported_types
 from jaxtrain.recipe.resolve import SOURCES, load_code
 from jaxtrain.recipe.section import (
     NotSupported,
@@ -76,19 +75,7 @@ def reference() -> str:
             by_class.setdefault(registry.config_class(kind, name), []).append(name)
         for cls, names in by_class.items():
             parts += _section_page(cls, level, names, printed)
-    parts += ["## Not supported yet", NOT_SUPPORTED, _table(("key", "instead"), _not_supported())]
     return "\n\n".join(parts) + "\n"
-
-
-def _not_supported() -> Iterator[tuple[str, str]]:
-    found: dict[str, str] = {}
-    for section, cls, name, _ in _every_field():
-        key = f"`{section}.{name}`".replace("`.", "`")
-        if marker := find_marker(cls, name, NotSupported):
-            found[key] = marker.instead
-        if name == "type" and (planned := _planned(kind := _kind_at(section))):
-            found[key] = f"{planned}: use one of {supported_types(kind)}"
-    return iter(found.items())
 
 
 def shared_keys() -> str:
@@ -104,8 +91,8 @@ def shared_keys() -> str:
             word, how = "refused", why
         if marker := find_marker(cls, name, NotSupported):
             how = f"{how}; not supported yet: {marker.instead}".removeprefix("; ")
-        if name == "type" and (planned := _planned(_kind_at(section))):
-            how = f"not supported yet: {planned}"
+        if name == "type":
+            how = _planned(section)
         answers.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
     parts = []
     for section, by_answer in answers.items():
@@ -131,12 +118,11 @@ def _every_field() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
             yield from inside(level, registry.config_class(kind, name), Support())
 
 
-def _kind_at(section: str) -> str:
-    return next(kind for kind, level in reversed(LEVELS.items()) if level == section)
-
-
-def _planned(kind: str) -> str:
-    return ", ".join(n for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n))
+def _planned(section: str) -> str:
+    """The types of a section that are not supported yet."""
+    kind = next((kind for kind, level in LEVELS.items() if level == section), None)
+    names = [n for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n)] if kind else []
+    return f"not supported yet: {', '.join(names)}" if names else ""
 
 
 INTRODUCTION = """# Recipe reference
@@ -149,81 +135,43 @@ Numbers may be written as `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`. Inpu
 up beside the recipe, then in the current directory; output paths belong to the current directory.
 `${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may stand in any value."""
 
-NOT_SUPPORTED = """These keys are known and checked. A recipe that uses them is refused, with what
-to do instead."""
-
 EXAMPLES = {
     "": """
 type: sft
-micro_batch_size: 4
-gradient_accumulation_steps: 2
 epochs: 3
+micro_batch_size: 4
 eval_interval: 100
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
 data: {sources: [HuggingFaceH4/ultrachat_200k], train_eval_split: [99%, 1%]}
-checkpoint: {type: huggingface, output_dir: exported, save_end_of_training: true}
-""",
+checkpoint: {type: huggingface, output_dir: exported, save_end_of_training: true}""",
     "logger": "logger: {level: INFO, print_output_ranks: [0]}",
     "wandb": "wandb: {enable: false, project: chat, mode: offline}",
     "tensorboard": "tensorboard: {enable: false, dir: events}",
-    "deepspeed": """
-deepspeed:
-  zero_optimization: {stage: 3}
-  gradient_clipping: 0.5
-""",
+    "deepspeed": "deepspeed: {zero_optimization: {stage: 3}, gradient_clipping: 0.5}",
     "mesh": "mesh: {fsdp: 4, tensor: 2}",
-    "pipeline": """
-mesh: {pipeline: 2}
-pipeline: {microbatches: 4}
-gradient_accumulation_steps: 4
-""",
+    "pipeline": "mesh: {pipeline: 2}\npipeline: {microbatches: 4}\nmicro_batch_size: 4",
     "ema": "ema: {decay: 0.999, start_step: 100}",
     "divergence": "divergence: {threshold: 1.5, action: stop}",
     "early_stopping": """
 early_stopping: {metric: eval/loss, patience: 3}
 eval_interval: 100
-data: {sources: [a/b], train_eval_split: [0.9, 0.1]}
-""",
-    "eval_samples": """
-eval_samples:
-  prompts: [Why is the sky blue?]
-  temperature: 0.7
-  top_p: 0.9
-""",
+data: {sources: [HuggingFaceH4/ultrachat_200k], train_eval_split: [99%, 1%]}""",
+    "eval_samples": "eval_samples: {prompts: [Name a colour.], temperature: 0.7, top_p: 0.9}",
     "profile": "profile: {start_step: 10, num_steps: 3}",
-    "model": """
-model:
-  name_or_path: meta-llama/Llama-3.1-8B-Instruct
-  dtype: bf16
-  remat: dots
-""",
+    "model": "model: {name_or_path: meta-llama/Llama-3.1-8B-Instruct, dtype: bf16, remat: dots}",
     "tokenizer": "tokenizer: {extra_tokens: [<tool>], pad_token: <pad>}",
-    "data": """
-data:
-  sources: [HuggingFaceH4/ultrachat_200k, chats.jsonl]
-  max_length: 8Ki
-  pack_samples: true
-""",
-    "optimizer": """
-optimizer:
-  type: adamw
-  lr: 2e-5
-  betas: [0.9, 0.95]
-  groups:
-    - {match: embedding, freeze: true}
-""",
+    "data": "data: {sources: [chats.jsonl], max_length: 8Ki, pack_samples: true}",
+    "optimizer": "optimizer: {type: adamw, lr: 2e-5, groups: [{match: embedding, freeze: true}]}",
     "scheduler": "scheduler: {name: cosine, warmup_ratio: 5%, min_lr_ratio: 10%}",
     "checkpoint": """
 checkpoint:
   - {type: orbax, output_dir: state, save_every_n_steps: 500, keep_last_n: 2, auto_resume: true}
-  - {type: huggingface, output_dir: exported, save_end_of_training: true}
-""",
+  - {type: huggingface, output_dir: exported, save_end_of_training: true}""",
     "data.sources": """
 data:
   sources:
     - {name_or_path: HuggingFaceH4/ultrachat_200k, split: train_sft, sample_count: 10K}
-    - {type: jsonl, path: chats/*.jsonl, role_mapping: {user: question, assistant: answer}}
-""",
+    - {type: jsonl, path: chats/*.jsonl, role_mapping: {user: question, assistant: answer}}""",
 }
 """Section → a part of a recipe that uses it."""
 
@@ -328,7 +276,10 @@ def _rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
             names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
             is_filled = not level and name in registry.SECTIONS and name not in ("model", "data")
             default = "" if is_filled else _default(field)
-            cells = (names, _type(field.annotation), default, _meaning(cls, name, field))
+            meaning = _meaning(cls, name, field)
+            if name == "type" and (planned := _planned(level)):
+                meaning = f"{meaning} {planned[0].upper()}{planned[1:]}."
+            cells = (names, _type(field.annotation), default, meaning)
             rows[name] = tuple(cell.replace("|", "\\|") for cell in cells)
     return rows
 
@@ -340,7 +291,11 @@ def _meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
     if support and support.word == "no effect":
         text = f"No effect: {support.how}."
     if marker := find_marker(cls, name, NotSupported):
-        text = f"{text} Not supported yet: {marker.instead}.".lstrip()
+        allowed = ", ".join(f"`{v if isinstance(v, str) else show(v)}`" for v in marker.allowed)
+        limit = (
+            f"Supported so far: {allowed}" if allowed else f"Not supported yet: {marker.instead}"
+        )
+        text = f"{text} {limit}.".lstrip()
     return text
 
 

@@ -16,7 +16,7 @@ def list_names() -> list[str]:
 
 
 def format_list() -> str:
-    """A line for each recipe, with the comment that it begins with."""
+    """A line per recipe, with its first comment."""
     width = max(map(len, list_names()))
     return "\n".join(
         f"{name:{width}}  {_first_comment(read_recipe(name))}" for name in list_names()
@@ -24,7 +24,7 @@ def format_list() -> str:
 
 
 def read_recipe(name: str) -> str:
-    """A recipe as it ships; RecipeError that lists the names there are."""
+    """The text of a shipped recipe; RecipeError lists the known names."""
     if name not in list_names():
         known = f"{did_you_mean(name, list_names())} (known: {', '.join(list_names())})"
         raise RecipeError(f"no recipe called {name!r}{known}")
@@ -32,10 +32,8 @@ def read_recipe(name: str) -> str:
 
 
 def copy_recipe(name: str, target: Path) -> list[Path]:
-    """Write a recipe, the code that it names, and the schema for editors; the files written.
-
-    RecipeError when one of them is there already, or cannot be written.
-    """
+    """Writes a recipe, its code and the schema for editors, and returns the files; RecipeError
+    when one exists already or cannot be written."""
     recipe = read_recipe(name)
     file = target / f"{name}.yaml" if target.is_dir() or not target.suffix else target
     code = [f for f in FOLDER.glob("*.py") if f"code: {f.name}" in recipe]

@@ -29,7 +29,7 @@ def test_an_accepted_recipe_has_a_word_on_every_key(name):
     for line in said.values():
         assert line.word in ("same", "mapped", "no effect")
         assert bool(line.reason) == (line.word != "same"), line
-    assert "updates" in describe(resolved)
+    assert "steps" in describe(resolved)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -59,12 +59,12 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
     for line in (
         "mapped     deepspeed.gradient_clipping: max_grad_norm",
         "no effect  deepspeed.steps_per_print: times, memory and FLOPs are always in the metrics",
-        "batch      32 rows an update on 4 devices: 2 x 4 on each batch shard",
-        "updates    200",
-        "warm-up    20 updates",
-        "evaluation every 50 updates, at the end",
-        "checkpoint state/global_step_N (orbax), every 50 updates, at the end",
-        "rows       at most 2,048 tokens",
+        "batch      32 sequences per step on 4 devices: 2 x 4 per batch shard",
+        "steps      200",
+        "warm-up    20 steps",
+        "evaluation every 50 steps, at the end",
+        "checkpoint state/global_step_N (orbax), every 50 steps, at the end",
+        "sequences  at most 2,048 tokens",
     ):
         assert line in out.splitlines(), out
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml"}
@@ -96,18 +96,18 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
     [
         (
             {"mesh": {}},
-            "batch      8 rows an update on 1, 64 on 8, 512 on 64 devices: 2 x 4 on each batch shard",
+            "batch      8 sequences per step on 1, 64 on 8, 512 on 64 devices: 2 x 4 per batch shard",
         ),
         (
             {"mesh": {"tensor": 2}},
-            "batch      8 rows an update on 2, 64 on 16, 512 on 128 devices: 2 x 4 on each batch shard",
+            "batch      8 sequences per step on 2, 64 on 16, 512 on 128 devices: 2 x 4 per batch shard",
         ),
-        ({"train_iters": 0}, "updates    1 epoch, counted when the data is read"),
+        ({"train_iters": 0}, "steps      1 epoch, counted when the data is read"),
         (
             {"train_iters": 0, "scheduler": {"warmup_ratio": "3%"}},
-            "warm-up    3% of the updates",
+            "warm-up    3% of the steps",
         ),
-        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 updates"),
+        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 steps"),
         (
             {"deepspeed": {"zero_optimization": {"stage": "1"}}},
             "mapped     deepspeed.zero_optimization.stage: optimizer state and master weights are "
@@ -117,16 +117,15 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
             {"checkpoint": {"output_dir": "a", "save_every_n_epochs": 1}},
             "checkpoint a/global_step_N (orbax), every 1 epoch",
         ),
-        ({"exit_iteration": 20}, "updates    200, ends at 20"),
-        ({"epochs": 2}, "updates    200, or 2 epochs, counted when the data is read"),
+        ({"exit_iteration": 20}, "steps      200, ends at 20"),
+        ({"epochs": 2}, "steps      200, or 2 epochs, counted when the data is read"),
         (
             {"eval_at_start": True, "eval_at_end": False},
-            "evaluation every 50 updates, at the start",
+            "evaluation every 50 steps, at the start",
         ),
         (
             {"data": {"sources": ["a/b"]}, "eval_interval": 0},
-            "rows       length still open: the model's positions, read when it is there; see "
-            "data.max_length",
+            "sequences  at most as many tokens as the model has positions; see data.max_length",
         ),
         ({"type": "causal"}, "trainer    causal"),
         ({"name": "causal"}, "trainer    causal"),
@@ -141,7 +140,7 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
         ({"optimizer": {"type": "fused_adam"}}, "mapped     optimizer.type: `adamw`"),
         (
             {"scheduler": {"type": "wsd", "num_warmup_steps": 7, "num_decay_steps": 9}},
-            "warm-up    7 updates",
+            "warm-up    7 steps",
         ),
         (
             {
@@ -191,12 +190,12 @@ def test_files_lie_in_the_folder_of_a_person(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     said = describe(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
     assert "files      /home/ann/one: recipe.yaml, run.json, logs, train-log" in said
-    assert "evaluation every 1 update, at the end" in said
+    assert "evaluation every 1 step, at the end" in said
 
 
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
-    batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
+    batch = "batch      16 sequences per step on 2 devices: 2 x 4 per batch shard"
     assert batch in describe(resolve(recipe), 2).splitlines()
 
 
@@ -217,23 +216,23 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
         "data": {"sources": ["a/b"]},
         "eval_interval": 0,
     }
-    assert "rows       at most 512 tokens, the model's positions" in describe(resolve(recipe))
+    assert "sequences  at most 512 tokens, the model's positions" in describe(resolve(recipe))
 
 
 @pytest.mark.covers("data.sources.*.type")
-def test_the_updates_of_local_rows_are_counted(tmp_path):
+def test_the_steps_of_local_records_are_counted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n\n' * 100)
     recipe = {"model": {"name_or_path": "m"}, "micro_batch_size": 8}
     for sources, expected in (
-        ([str(rows)], "13 updates each on 1 device: 100 local rows"),
+        ([str(rows)], "13 steps each on 1 device: 100 local records"),
         (
             [{"type": "jsonl", "path": str(rows), "sample_count": 30}],
-            "4 updates each on 1 device: 30 local rows",
+            "4 steps each on 1 device: 30 local records",
         ),
         (
             [str(rows), {"type": "synthetic", "rows": 20}],
-            "15 updates each on 1 device: 120 local rows",
+            "15 steps each on 1 device: 120 local records",
         ),
         ([str(rows), "a/b"], "counted when the data is read"),
         ([f"{rows}:train[:10]"], "counted when the data is read"),

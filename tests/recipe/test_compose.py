@@ -97,10 +97,10 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "del:optimizer.lrr",
             "command line: optimizer.lrr: optimizer has no 'lrr'; did you mean `lr`?",
         ),
-        ("del:seed=1", "an override is key=value or del:key, found 'del:seed=1'"),
+        ("del:seed=1", "an override must be key=value or del:key, found 'del:seed=1'"),
         (
             "base=x.yaml",
-            "command line: base: is read before the command line, write it in the recipe",
+            "command line: base: is read before the command line; write it in the recipe",
         ),
         (
             "checkpoint.7.x=1",

@@ -1,6 +1,5 @@
 """What a faulty recipe gets: the exact line for each row of the format's tables of errors."""
 
-
 import pytest
 
 from jaxtrain import registry
@@ -190,8 +189,8 @@ ACROSS = {
     ),
     "no such start": (
         saves(output_dir="/nowhere/state", resume_from=3),
-        "checkpoint.0.resume_from: must be a folder global_step_N, found no such one at "
-        "/nowhere/state/global_step_3; /nowhere/state holds no checkpoints",
+        "checkpoint.0.resume_from: must be a folder global_step_N, found none at "
+        "/nowhere/state/global_step_3; /nowhere/state contains no checkpoints",
     ),
     "reset of nothing": (
         saves(reset=["optimizer"]),
@@ -220,11 +219,11 @@ ACROSS = {
     ),
     "one folder twice": (
         {"checkpoint": [{"output_dir": "a"}, {"output_dir": "a", "type": "huggingface"}]},
-        "checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",
+        "checkpoint.1.output_dir: 'a' is the folder of checkpoint.0 too; use another",
     ),
     "one folder in two spellings": (
         {"checkpoint": [{"output_dir": "a"}, {"output_dir": "./a/", "type": "huggingface"}]},
-        "checkpoint.1.output_dir: './a/' is checkpoint.0's too; use another",
+        "checkpoint.1.output_dir: './a/' is the folder of checkpoint.0 too; use another",
     ),
     "best without scores": (saves(keep_best_n=2), f"checkpoint.0.keep_best_n: {NEEDS_EVAL}"),
     "best off the grid": (
@@ -324,7 +323,7 @@ ACROSS = {
     ),
     "roles of tokens": (
         source(process=False, role_mapping={"user": "q"}),
-        "data.sources.0.role_mapping: has no effect on rows that hold tokens; remove it, or "
+        "data.sources.0.role_mapping: has no effect on tokenised records; remove it, or "
         "process: false (found {'user': 'q'})",
     ),
     "lines of objects": (
@@ -372,7 +371,7 @@ ACROSS = {
             "mesh": {"pipeline": 2},
             "gradient_accumulation_steps": 8,
         },
-        "pipeline.microbatches: 5 does not divide the 8 rows of a shard; use 4 or 8",
+        "pipeline.microbatches: 5 does not divide the 8 sequences of a batch shard; use 4 or 8",
     ),
     "stages a device": (
         {"pipeline": {"stages_per_device": 2}},
@@ -381,16 +380,16 @@ ACROSS = {
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, "mesh: only one axis may be -1"),
     "long warm-up": (
         {"train_iters": 10, "scheduler": {"warmup_steps": 11}},
-        "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
+        "scheduler.warmup_steps: 11 is longer than the run of 10 steps",
     ),
     "long warm-up, of epochs too": (
         {"train_iters": 10, "epochs": 2, "scheduler": {"warmup_steps": 11}},
-        "scheduler.warmup_steps: 11 is longer than the run of 10 updates",
+        "scheduler.warmup_steps: 11 is longer than the run of 10 steps",
     ),
     "long decay": (
         {"train_iters": 10}
         | {"scheduler": {"type": "wsd", "num_warmup_steps": 8, "num_decay_steps": 9}},
-        "scheduler.num_decay_steps: 17 with num_warmup_steps is longer than the run of 10 updates",
+        "scheduler.num_decay_steps: 17 with num_warmup_steps is longer than the run of 10 steps",
     ),
     "rows of plain text": (
         {"type": "causal", **data(div_length=8, pack_samples=True)},
@@ -402,7 +401,7 @@ ACROSS = {
     ),
     "trace": (
         {"train_iters": 10, "profile": {"start_step": 10}},
-        "profile.start_step: 10 lies behind the run of 10 updates",
+        "profile.start_step: 10 is after the end of the run of 10 steps",
     ),
     "rollback": (
         {"on_nonfinite": "rollback"},
@@ -439,8 +438,8 @@ SECTIONS = {
     ),
     "key of a shape": (
         schedule("cosine", num_cycle=1),
-        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key (found 1); keys of 'cosine': "
-        "num_cycles",
+        "scheduler.scheduler_specific_kwargs.num_cycle: unknown key (found 1); did you mean "
+        "`num_cycles`?",
     ),
     "key of no shape": (
         schedule("constant", power=1),
@@ -509,7 +508,7 @@ SECTIONS = {
     "disk": (
         zero(offload_optimizer={"device": "nvme"}),
         "deepspeed.zero_optimization.offload_optimizer.device: nvme is not supported; use "
-        "zero_optimization.stage: 3",
+        "zero_optimization.stage: 3 on more devices",
     ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),

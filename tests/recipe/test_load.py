@@ -54,8 +54,12 @@ def test_bad_yaml_is_one_line_with_its_place(tmp_path, text, expected):
 def test_aliases_that_multiply_end_early(tmp_path, form):
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 9)]
-    with pytest.raises(RecipeError, match="aliases that grow too far"):
-        load(written(tmp_path, "\n".join(lines)))
+    try:
+        recipe = load(written(tmp_path, "\n".join(lines)))
+    except RecipeError as error:
+        assert "aliases that grow too far" in str(error)
+    else:  # a PyYAML that merges equal maps once
+        assert len(recipe.places) < 10 * len(lines)
 
 
 def test_a_missing_file_and_a_folder_are_said(tmp_path):

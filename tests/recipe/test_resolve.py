@@ -34,7 +34,7 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
         f"{file}:6: optimizer.learning_rat: unknown key (found 0.0003); did you mean `learning_rate`?",
         f"{file}:7: optimizer.weight_decay: must be a number, found true",
         f"{file}:8: micro_batch_size: must be >= 1, found 0",
-        f"{file}:11: checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",
+        f"{file}:11: checkpoint.1.output_dir: 'a' is the folder of checkpoint.0 too; use another",
         "command line: epoch: unknown key (found 2); did you mean `epochs`?",
         "6 errors in recipe.yaml; nothing was started",
     ]
