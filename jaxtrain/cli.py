@@ -106,7 +106,7 @@ def train(
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
-    config = resolved.checked()
+    config = resolved.require_config()
     for line in resolved.report.changes():
         click.echo(line)
 
@@ -145,9 +145,9 @@ def check(
         from jaxtrain.recipe.online import check_access
 
         given, faults = check_access(resolved.config)
-        resolved = resolved._replace(faults=tuple(map(resolved.recipe.placed, faults)))
+        resolved = resolved._replace(faults=tuple(map(resolved.recipe.locate, faults)))
     if dump_config:
-        click.echo(to_yaml(resolved.checked()), nl=False)
+        click.echo(to_yaml(resolved.require_config()), nl=False)
         return
     if resolved.faults:
         click.echo(f"{resolved.error}\n", err=True)
@@ -207,7 +207,7 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     from jaxtrain.tokenizer import model_files
 
     resolved = resolve(recipe, as_overrides(overrides), only_data=True)
-    config = resolved.checked()
+    config = resolved.require_config()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
     with no_secret_told(config.secrets):

@@ -30,7 +30,7 @@ def parse_size(size: int | str) -> int:
     return int(Fraction(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
 
 
-def _size(value: Any) -> Any:
+def _check_size(value: Any) -> Any:
     if isinstance(value, int | str) and parse_size(value) < 1:
         raise ValueError(f"must be at least one byte, found {value}")
     return value
@@ -158,7 +158,7 @@ class HFCheckpointConfig(CheckpointConfig):
     verify_export: Own[bool] = True
     """Read the folder back and compare tensors, config and the logits of a small batch before it
     counts as saved."""
-    max_shard_size: Own[Annotated[int | str, BeforeValidator(_size)]] = "4GB"
+    max_shard_size: Own[Annotated[int | str, BeforeValidator(_check_size)]] = "4GB"
     """Maximum size of a weight file; a larger tensor gets its own file."""
 
     @property

@@ -68,7 +68,7 @@ def source_from_text(text: str, *, registered: Collection[str], default: str) ->
     return {"type": default, "name_or_path": text}
 
 
-def _input_pattern(value: Any, info: ValidationInfo) -> Any:
+def _resolve_glob(value: Any, info: ValidationInfo) -> Any:
     """Resolves a glob in the recipe's folder first, as plain paths are."""
     if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
@@ -78,7 +78,7 @@ def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-InputPattern = Annotated[InputPath, BeforeValidator(_input_pattern)]
+InputPattern = Annotated[InputPath, BeforeValidator(_resolve_glob)]
 
 
 class DataSourceConfig(TypedSection):

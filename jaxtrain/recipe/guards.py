@@ -57,7 +57,7 @@ class EmaConfig(Section):
     """Evaluate and export the average, not the raw weights."""
 
 
-def _lines(value: Any, info: ValidationInfo) -> Any:
+def _read_lines(value: Any, info: ValidationInfo) -> Any:
     """Replaces a file's name by its non-empty lines."""
     if not isinstance(value, str):
         return value
@@ -73,7 +73,7 @@ class SamplesConfig(Section):
 
     prompts: Annotated[
         tuple[str, ...],
-        BeforeValidator(_lines),
+        BeforeValidator(_read_lines),
         WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
     ] = Field(min_length=1)
     """User messages, or a file with one per line."""

@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
             parts = [part for part in parts if not part.isdigit()]
         return tuple(int(part) if part.isdigit() else part for part in parts)
 
-    def placed(self, fault: Fault) -> Fault:
+    def locate(self, fault: Fault) -> Fault:
         return fault._replace(place=self.place(self.key(fault.key)))
 
     @property

@@ -15,14 +15,14 @@ LEVEL_VARIABLES = ("JAXTRAIN_LOG_LEVEL", "AT_LOG_LEVEL")
 Ranks = tuple[int, ...] | Literal["*"]
 
 
-def _no_folder(value: Any) -> Any:
+def _read_folder(value: Any) -> Any:
     return None if value == "/dev/null" else value  # as the shared format writes it
 
 
 class LoggerConfig(Section):
     """Log files and what the terminal shows."""
 
-    output_dir: Annotated[str | None, BeforeValidator(_no_folder)] = None
+    output_dir: Annotated[str | None, BeforeValidator(_read_folder)] = None
     """Folder of the log files; `run_dir` when left out."""
     level: Level | None = None
     """Lowest level that the terminal shows; the environment variable JAXTRAIN_LOG_LEVEL or
@@ -91,12 +91,13 @@ class TensorboardConfig(Section):
             yield "dir", "only `tensorboard.enable: true` would use it"
 
 
-def _switch(value: Any) -> Any:
+def _as_section(value: Any) -> Any:
     return {"enable": value} if isinstance(value, bool) else value
 
 
 Tensorboard = Annotated[
-    TensorboardConfig, BeforeValidator(_switch, json_schema_input_type=TensorboardConfig | bool)
+    TensorboardConfig,
+    BeforeValidator(_as_section, json_schema_input_type=TensorboardConfig | bool),
 ]
 """A section, true or false."""
 

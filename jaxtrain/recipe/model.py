@@ -25,13 +25,13 @@ TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "
 # Adapters, with the names of the PEFT package.
 
 
-def _lora(value: Any) -> Any:
+def _check_lora(value: Any) -> Any:
     if str(value).lower() != "lora":
         raise ValueError(f"must be Lora, found {show(value)}")
     return "Lora"
 
 
-def _no_bias(value: Any) -> Any:
+def _check_bias(value: Any) -> Any:
     if value != "none":
         raise ValueError(f"must be none, found {show(value)}")
     return value
@@ -44,7 +44,7 @@ _REFUSED = Annotated[Any, refused_when_on("is not supported")]
 class PeftConfig(Section):
     """Low-rank adapters on some layers; the base weights stay frozen."""
 
-    peft_type: Annotated[str, BeforeValidator(_lora)]
+    peft_type: Annotated[str, BeforeValidator(_check_lora)]
     """`Lora`, in any case."""
     r: int = Field(default=8, ge=1)
     """Rank."""
@@ -58,7 +58,7 @@ class PeftConfig(Section):
     """Layers that get none: names or a regex."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead."""
-    bias: Annotated[str, BeforeValidator(_no_bias)] = "none"
+    bias: Annotated[str, BeforeValidator(_check_bias)] = "none"
     """`none`: biases are not trained."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules that are trained and saved whole."""

@@ -9,13 +9,13 @@ from pydantic import AfterValidator, AliasChoices, Field
 from jaxtrain.recipe.section import Own, Section, TypedSection, WideDType
 
 
-def _shares(betas: tuple[float, float]) -> tuple[float, float]:
+def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"must be two numbers in [0, 1), found {list(betas)}")
     return betas
 
 
-def _pattern(text: str) -> str:
+def _check_pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
@@ -23,8 +23,8 @@ def _pattern(text: str) -> str:
     return text
 
 
-Betas = Annotated[tuple[float, float], AfterValidator(_shares)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
+Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class OptimizerGroup(Section):

@@ -11,6 +11,7 @@ from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
 from jaxtrain.recipe.errors import Fault, show
 from jaxtrain.recipe.load import Key, Recipe, join_key
 from jaxtrain.recipe.messages import find_full_name
+from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import (
     NotSupported,
     Support,
@@ -82,12 +83,11 @@ def build_report(
     wrong = {fault.key: fault.what for fault in faults}
     idle = {recipe.key(key): why for key, why in reversed([*find_idle_keys(config)])}
     lines = []
-    for path, value, support in written_keys(recipe.tree, classes):
+    for path, value, support in iter_written_keys(recipe.tree, classes):
         key, above = join_key(path), join_key(path[:-1])
         if above and path[-1] != "type" and f"{above}.type" in wrong:
             continue  # the type decides which keys there are
-        cls = classes.get(path[:-1])
-        full = join_key((*path[:-1], (cls and find_full_name(cls, str(path[-1]))) or path[-1]))
+        full = join_key((*path[:-1], SPELLINGS.get(path[-1], path[-1])))
         around = (join_key(path[:n]) for n in range(len(path), 0, -1))
         if refused := next((k for k in (*around, full) if k in wrong), None):
             lines.append(Line(key if refused == full else refused, "refused", wrong[refused]))
@@ -99,7 +99,7 @@ def build_report(
     return Report(tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(notes)))
 
 
-def written_keys(tree: Any, classes: Classes) -> Iterator[tuple[Key, Any, Support]]:
+def iter_written_keys(tree: Any, classes: Classes) -> Iterator[tuple[Key, Any, Support]]:
     """(key, value, support) of everything written, down to the maps whose keys are the user's."""
 
     def inside(value: Any, key: Key, cls: type[BaseModel] | None, support: Support) -> Any:
@@ -155,7 +155,7 @@ def find_unsupported(config: TrainerConfig, origins: Mapping[str, str]) -> Itera
             value, written = getattr(section, name, None), f"{key}.{name}".lstrip(".")
             marker = find_marker(type(section), name, NotSupported)
             if marker and marker.refuses(value):
-                what = f"not supported yet, found {_brief(value)}; {marker.instead}"
+                what = f"not supported yet, found {_show_written(value)}; {marker.instead}"
                 yield Fault(origins.get(written, written), what)
 
 
@@ -163,7 +163,7 @@ def supported_types(kind: str) -> str:
     return ", ".join(name for name, entry in registry.BUILT_IN[kind].items() if entry.path)
 
 
-def _brief(value: Any) -> str:
+def _show_written(value: Any) -> str:
     if not isinstance(value, BaseModel):
         return show(value)
     return show({name: v for name, v in value if name in value.model_fields_set})

@@ -49,7 +49,7 @@ class Resolved(NamedTuple):
     faults: tuple[Fault, ...]
     report: Report
 
-    def checked(self) -> TrainerConfig:
+    def require_config(self) -> TrainerConfig:
         """The config; RecipeError with every fault at once."""
         if self.faults or self.config is None:
             raise self.error
@@ -63,7 +63,7 @@ class Resolved(NamedTuple):
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
     """The checked config of a recipe file or dict. Runs its `code:`, opens no device and writes
     nothing; RecipeError lists every fault."""
-    return resolve(source, overrides).checked()
+    return resolve(source, overrides).require_config()
 
 
 def resolve(
@@ -80,8 +80,8 @@ def resolve(
         "and the saved recipe runs"
         for key, secret in private.items()
     ]
-    trainer = resolver.trainer_name()
-    config = resolver.config(trainer) if trainer else None
+    trainer = resolver.find_trainer()
+    config = resolver.build_config(trainer) if trainer else None
     faults = tuple(
         fault._replace(what=hide_secrets(fault.what, recipe.secrets, recipe.key(fault.key)))
         for fault in dict.fromkeys(resolver.faults)
@@ -103,7 +103,7 @@ def resolve(
 def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
     """The typed sources of a list under `data.eval_sources`; RecipeError lists every fault."""
     resolver = _Resolver(compose({}))
-    found = resolver.sources(written, (), "eval", data.default_source)
+    found = resolver.read_sources(written, (), "eval", data.default_source)
     if resolver.faults:
         raise RecipeError(resolver.faults)
     return tuple(found)
@@ -126,7 +126,7 @@ class _Resolver:
         self.has_stand_in = False
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
-    def config(self, trainer: str) -> TrainerConfig | None:
+    def build_config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
             value, key = self.tree.get(section), (section,)
             read = partial(self.read_section, section, trainer)
@@ -140,11 +140,11 @@ class _Resolver:
         self.typed_config = None if self.has_stand_in else config
         return None if config is None else self.resolve_shared_keys(config)
 
-    def trainer_name(self) -> str | None:
+    def find_trainer(self) -> str | None:
         """The recipe's `type`; runs the user's code if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
         if None not in (older, name) and older != name:
-            self.fault(("name",), f"{show(older)} contradicts type {show(name)}; remove it")
+            self.add_fault(("name",), f"{show(older)} contradicts type {show(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
         try:
@@ -161,7 +161,7 @@ class _Resolver:
             return name
         if not has_failed:  # what the code would have registered is not known
             what = registry.unknown("trainer", name, known)
-            self.fault((key,), f"{what}; for your own trainer, name its file under `code:`")
+            self.add_fault((key,), f"{what}; for your own trainer, name its file under `code:`")
         return None
 
     def read_section(self, section: str, trainer: str, value: Any, key: Key) -> Any:
@@ -177,52 +177,52 @@ class _Resolver:
         self, section: str, trainer: str, allowed: tuple[str, ...], value: Any, key: Key
     ) -> Any:
         if value is None and section in ("model", "data"):
-            return self.fault(key, "is required")
+            return self.add_fault(key, "is required")
         value = {} if value is None else value
         if not isinstance(value, dict):
-            return self.fault(key, f"must be a map of keys, found {show(value)}")
+            return self.add_fault(key, f"must be a map of keys, found {show(value)}")
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
         value = {**value, "type": name}
         if name not in registry.names(section):
-            return self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
+            return self.add_fault((*key, "type"), registry.unknown(section, name, list(allowed)))
         if name not in allowed and self.tree.get("skip_validation") is not True:
             what = f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows"
-            return self.fault((*key, "type"), f"{what} it (allowed: {', '.join(allowed)})")
+            return self.add_fault((*key, "type"), f"{what} it (allowed: {', '.join(allowed)})")
         if section == "data":
             default = registry.config_class("data", name).default_source
-            value = self.with_sources(value, key, default)
+            value = self.read_source_lists(value, key, default)
         return self.validate(section, name, value, key)
 
-    def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
+    def read_source_lists(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
         for name, split in SOURCES.items():
             written, here = value.get(name), (*key, name)
-            sources = partial(self.sources, split=split, default=default)
+            sources = partial(self.read_sources, split=split, default=default)
             if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
                 value[name] = {n: sources(listed, (*here, n)) for n, listed in written.items()}
             elif written is not None:
                 value[name] = sources(written, here)
         return value
 
-    def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
+    def read_sources(self, written: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(written, str):
             written = [written]
         if not isinstance(written, list):
             return written
-        return [self.source(item, (*key, i), split, default) for i, item in enumerate(written)]
+        return [self.read_source(item, (*key, i), split, default) for i, item in enumerate(written)]
 
-    def source(self, item: Any, key: Key, split: str, default: str) -> Any:
+    def read_source(self, item: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(item, str):
             registered = registry.names("data_source")
             item = source_from_text(item, registered=registered, default=default)
         if not isinstance(item, dict):
-            self.fault(key, f"must be a name, a path or a map, found {show(item)}")
+            self.add_fault(key, f"must be a name, a path or a map, found {show(item)}")
             return item
         self.classes[key] = TypedSection
         name = str(item.get("type") or default)
         name = registry.canonical("data_source", name)
         if name not in (known := registry.names("data_source")):
-            self.fault((*key, "type"), registry.unknown("data_source", name, known))
+            self.add_fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
         typed = self.validate("data_source", name, {"split": split, **item, "type": name}, key)
         self.has_stand_in |= typed is None
@@ -244,7 +244,7 @@ class _Resolver:
             for loc, what in faults:
                 if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
                     continue  # as the faulty key may be to blame
-                self.fault((*key, *loc), what)
+                self.add_fault((*key, *loc), what)
             found += faults
             value = _without(value, {loc for loc, _ in found})
         return None
@@ -267,12 +267,12 @@ class _Resolver:
                 self.notes.append(f"a run is refused: {fault}")
             else:
                 found.append(fault)
-        self.faults += map(self.recipe.placed, found)
+        self.faults += map(self.recipe.locate, found)
         config = drop_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
 
-    def fault(self, key: Key, what: str) -> None:
+    def add_fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(join_key(key), what, self.recipe.place(key)))
 
 
@@ -289,16 +289,16 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
 
 def explain_owner(kind: str, name: str, key: str) -> str:
     """Where a key belongs that a section of this type does not have."""
-    types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
+    types = [n for n in registry.BUILT_IN[kind] if key in list_type_keys(kind, n)]
     if types:
         return f"; it belongs to type {' and '.join(types)}, not {name}"
     for section in registry.SECTIONS:
-        if any(key in keys_of(section, n) for n in registry.BUILT_IN[section]):
+        if any(key in list_type_keys(section, n) for n in registry.BUILT_IN[section]):
             return f"; it is a key of `{section}`"
     return "; remove it, or, if your own trainer defines it, name its file under `code:`"
 
 
-def keys_of(kind: str, name: str) -> list[str]:
+def list_type_keys(kind: str, name: str) -> list[str]:
     """The keys of a built-in class's section, in all their spellings."""
     return list_keys(registry.config_class(kind, name), ())
 
@@ -318,7 +318,7 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     elif written is not None:
         looked = " and ".join(dict.fromkeys(map(str, (recipe.folder, Path.cwd()))))
         fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
-        raise RecipeError([recipe.placed(fault)])
+        raise RecipeError([recipe.locate(fault)])
     return file
 
 

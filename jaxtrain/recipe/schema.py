@@ -49,14 +49,14 @@ def json_schema(recipe: Path | None = None) -> dict[str, Any]:
     if recipe is not None:
         load_code(compose(recipe))
     definitions: dict[str, Any] = {}
-    trainers = _built("trainer")
+    trainers = _list_supported("trainer")
     for kind in LEVELS:
-        for name in _built(kind):
-            definitions[f"{kind}.{name}"] = _section_schema(kind, name, definitions)
+        for name in _list_supported(kind):
+            definitions[f"{kind}.{name}"] = _build_section(kind, name, definitions)
     for name in trainers:
-        _with_sections(definitions[f"trainer.{name}"], name)
-    for name in _built("data"):
-        _with_sources(definitions[f"data.{name}"])
+        _add_sections(definitions[f"trainer.{name}"], name)
+    for name in _list_supported("data"):
+        _add_sources(definitions[f"data.{name}"])
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "jaxtrain recipe",
@@ -71,17 +71,17 @@ def reference() -> str:
     for kind, level in LEVELS.items():
         printed: dict[str, dict[str, Row]] = {}
         by_class: dict[type[BaseModel], list[str]] = {}
-        for name in filter(partial(registry.is_built_in, kind), _built(kind)):
+        for name in filter(partial(registry.is_built_in, kind), _list_supported(kind)):
             by_class.setdefault(registry.config_class(kind, name), []).append(name)
         for cls, names in by_class.items():
-            parts += _section_page(cls, level, names, printed)
+            parts += _format_section(cls, level, names, printed)
     return "\n\n".join(parts) + "\n"
 
 
-def shared_keys() -> str:
+def migration_table() -> str:
     """What every key of ArcticTraining becomes, by section; keys with the same answer together."""
     answers: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for section, cls, name, support in _every_field():
+    for section, cls, name, support in _iter_fields():
         field = cls.model_fields[name]
         if support.word == "own" or field.exclude:
             continue
@@ -92,17 +92,17 @@ def shared_keys() -> str:
         if marker := find_marker(cls, name, NotSupported):
             how = f"{how}; not supported yet: {marker.instead}".removeprefix("; ")
         if name == "type":
-            how = _planned(section)
+            how = _format_planned(section)
         answers.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
     parts = []
     for section, by_answer in answers.items():
         rows = [(", ".join(dict.fromkeys(keys)), *answer) for answer, keys in by_answer.items()]
         title = f"`{section}`" if section else "Top level"
-        parts += [f"### {title}", _table(("keys", "here", "how"), rows)]
+        parts += [f"### {title}", _format_table(("keys", "here", "how"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _every_field() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
+def _iter_fields() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
     """(section, class, key, support) of every key, without those of other packages' objectives."""
 
     def inside(key: str, cls: type[BaseModel], above: Support) -> Iterator[Any]:
@@ -118,7 +118,7 @@ def _every_field() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
             yield from inside(level, registry.config_class(kind, name), Support())
 
 
-def _planned(section: str) -> str:
+def _format_planned(section: str) -> str:
     """The types of a section that are not supported yet."""
     kind = next((kind for kind, level in LEVELS.items() if level == section), None)
     names = [n for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n)] if kind else []
@@ -133,7 +133,7 @@ Every key of a recipe, by section. Made by `jaxtrain schema --markdown` from the
 
 Numbers may be written as `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`. Input paths are looked
 up beside the recipe, then in the current directory; output paths belong to the current directory.
-`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may stand in any value."""
+`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value."""
 
 EXAMPLES = {
     "": """
@@ -176,11 +176,11 @@ data:
 """Section → a part of a recipe that uses it."""
 
 
-def _built(kind: str) -> list[str]:
+def _list_supported(kind: str) -> list[str]:
     return [name for name in registry.names(kind) if not registry.is_planned(kind, name)]
 
 
-def _section_schema(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     cls = registry.config_class(kind, name)
     schema = cls.model_json_schema(
         by_alias=False, ref_template="#/$defs/{model}", schema_generator=_HumanNumbers
@@ -194,10 +194,10 @@ def _section_schema(kind: str, name: str, definitions: dict[str, Any]) -> dict[s
     return schema
 
 
-def _with_sections(schema: dict[str, Any], trainer: str) -> None:
+def _add_sections(schema: dict[str, Any], trainer: str) -> None:
     """Lets each section of a trainer be what its factories read."""
     for section in registry.SECTIONS:
-        names = [n for n in registry.allowed(trainer, section) if n in _built(section)]
+        names = [n for n in registry.allowed(trainer, section) if n in _list_supported(section)]
         choice = {"anyOf": [_ref(section, name) for name in names]}
         if section == "checkpoint":
             choice = {"anyOf": [*choice["anyOf"], {"type": "array", "items": choice}]}
@@ -205,8 +205,13 @@ def _with_sections(schema: dict[str, Any], trainer: str) -> None:
     schema["required"] = ["model", "data", *(["type"] if trainer != "sft" else [])]
 
 
-def _with_sources(schema: dict[str, Any]) -> None:
-    one = {"anyOf": [{"type": "string"}, *(_ref("data_source", n) for n in _built("data_source"))]}
+def _add_sources(schema: dict[str, Any]) -> None:
+    one = {
+        "anyOf": [
+            {"type": "string"},
+            *(_ref("data_source", n) for n in _list_supported("data_source")),
+        ]
+    }
     many = {"type": "array", "items": one}
     for key in SOURCES:
         named = {"type": "object", "additionalProperties": many}
@@ -217,7 +222,7 @@ def _ref(kind: str, name: str) -> dict[str, str]:
     return {"$ref": f"#/$defs/{kind}.{name}"}
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _format_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], f"{'|---' * len(columns)}|", *lines[1:]])
 
@@ -225,14 +230,14 @@ def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 Row = tuple[str, ...]
 
 
-def _section_page(
+def _format_section(
     cls: type[BaseModel], level: str, names: list[str], printed: dict[str, dict[str, Row]]
 ) -> list[str]:
     """The part about the types of one class; of classes after the first, what differs from the
     most similar one that is `printed`."""
-    types, rows = ", ".join(f"`{name}`" for name in names), _rows(cls, level)
+    types, rows = ", ".join(f"`{name}`" for name in names), _build_rows(cls, level)
     title = f"`{level}`, type {types}" if level else f"Trainer {types}"
-    parts = [f"## {title}", *_introduction(cls, "-" if printed else level)]
+    parts = [f"## {title}", *_format_introduction(cls, "-" if printed else level)]
     if printed:
         same = {other: len({*rows.values()} & {*printed[other].values()}) for other in printed}
         nearest = max(same, key=lambda other: same[other])
@@ -240,27 +245,27 @@ def _section_page(
         without = f", without {missing}" if missing else ""
         different = [row for key, row in rows.items() if row != printed[nearest].get(key)]
         parts += [f"The keys of `{nearest}`{without}{', and:' if different else '.'}"]
-        parts += [_table(COLUMNS, different)] if different else []
+        parts += [_format_table(COLUMNS, different)] if different else []
     else:
-        parts += ["\n".join(map(_allowed_data, names))] if not level else []
-        parts.append(_table(COLUMNS, rows.values()))
+        parts += ["\n".join(map(_format_data_type, names))] if not level else []
+        parts.append(_format_table(COLUMNS, rows.values()))
         for key, field in cls.model_fields.items():
             for inner in sections_in(field.annotation) if key not in registry.SECTIONS else ():
                 below = f"{level}.{key}".lstrip(".")
-                parts += [f"### `{below}`", *_introduction(inner, below)]
+                parts += [f"### `{below}`", *_format_introduction(inner, below)]
                 if inner is not DeepSpeedConfig:
-                    parts.append(_table(COLUMNS, _rows(inner, below).values()))
+                    parts.append(_format_table(COLUMNS, _build_rows(inner, below).values()))
     printed[names[0]] = rows
     return parts
 
 
-def _allowed_data(trainer: str) -> str:
+def _format_data_type(trainer: str) -> str:
     data, *_ = registry.allowed(trainer, "data")
     text = " ".join((registry.config_class("data", data).__doc__ or "").split())
     return f"- `{trainer}` takes `data` of type `{data}`: {text[:1].lower()}{text[1:]}"
 
 
-def _introduction(cls: type[BaseModel], level: str) -> list[str]:
+def _format_introduction(cls: type[BaseModel], level: str) -> list[str]:
     text = " ".join((cls.__dict__.get("__doc__") or "").split())
     example = EXAMPLES.get(level, "").strip()
     return [*([text] if text else []), *([f"```yaml\n{example}\n```"] if example else [])]
@@ -269,22 +274,22 @@ def _introduction(cls: type[BaseModel], level: str) -> list[str]:
 COLUMNS = ("key", "type", "default", "meaning")
 
 
-def _rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
+def _build_rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
     rows = {}
     for name, field in cls.model_fields.items():
         if not field.exclude:
             names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
             is_filled = not level and name in registry.SECTIONS and name not in ("model", "data")
-            default = "" if is_filled else _default(field)
-            meaning = _meaning(cls, name, field)
-            if name == "type" and (planned := _planned(level)):
+            default = "" if is_filled else _format_default(field)
+            meaning = _format_meaning(cls, name, field)
+            if name == "type" and (planned := _format_planned(level)):
                 meaning = f"{meaning} {planned[0].upper()}{planned[1:]}."
-            cells = (names, _type(field.annotation), default, meaning)
+            cells = (names, _format_type(field.annotation), default, meaning)
             rows[name] = tuple(cell.replace("|", "\\|") for cell in cells)
     return rows
 
 
-def _meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
+def _format_meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
     text, support = " ".join((field.description or "").split()), find_marker(cls, name, Support)
     if why := refusal_reason(field):
         return f"Must be off: {why}."
@@ -302,22 +307,22 @@ def _meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
 WORDS = {Any: "any", type(None): "null", str: "text", bool: "true, false"}
 
 
-def _type(annotation: Any) -> str:
+def _format_type(annotation: Any) -> str:
     """A type in words."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(args[0])
+        return _format_type(args[0])
     if origin is Literal:
         return ", ".join(f"`{show(a) if isinstance(a, bool) else a}`" for a in args)
     if origin in (tuple, list):
-        return f"list of {_type(args[0])}"
+        return f"list of {_format_type(args[0])}"
     if origin is dict or sections_in(annotation) == [annotation]:
         return "map"
-    inner = [_type(a) for a in args if a is not type(None)]
+    inner = [_format_type(a) for a in args if a is not type(None)]
     return " or ".join(dict.fromkeys(inner)) or WORDS.get(annotation) or annotation.__name__
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

@@ -38,14 +38,14 @@ def parse_number(text: str) -> int | float:
     else."""
     text = text.strip()
     if match := POWER.fullmatch(text):
-        exponent = _plain(match[2])
+        exponent = _parse_plain(match[2])
         if abs(exponent) > MAX_EXPONENT:  # the power itself could take for ever
             raise ValueError(text)
-        value = _plain(match[1]) ** exponent
+        value = _parse_plain(match[1]) ** exponent
         if isinstance(value, complex):
             raise ValueError(text)
     elif match := HUMAN.fullmatch(text):
-        value = _plain(match[1])
+        value = _parse_plain(match[1])
         if match[2] == "%":
             value = value / 100
         elif match[2]:
@@ -57,24 +57,24 @@ def parse_number(text: str) -> int | float:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _plain(text: str) -> int | float:
+def _parse_plain(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def _list_alternatives(annotation: Any) -> tuple[Any, ...]:
     """The plain types that an annotation admits: `int | None` gives (int, NoneType)."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return _list_alternatives(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return tuple(t for a in get_args(annotation) for t in _alternatives(a))
+        return tuple(t for a in get_args(annotation) for t in _list_alternatives(a))
     return (annotation,)
 
 
 def read_numbers(value: Any, annotation: Any) -> Any:
     """`value` with human numbers read where `annotation` asks for numbers; booleans are never
     numbers."""
-    kinds = _alternatives(annotation)
+    kinds = _list_alternatives(annotation)
     if isinstance(value, list | tuple):
         items = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list)]
         return [read_numbers(item, items[0][0]) for item in value] if items else value
@@ -124,13 +124,13 @@ class Section(BaseModel):
         return read_numbers(value, cls.model_fields[str(info.field_name)].annotation)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """(key, what is wrong) between keys that are valid in themselves. Every class of the
-        hierarchy is asked, base classes first."""
+        """Yields (key, what is wrong) between keys that are valid alone. The methods of base
+        classes run too, and first."""
         yield from ()
 
     def idle(self) -> Iterator[tuple[str, str]]:
-        """(key, why) of each key that has no effect beside the others. Every class of the hierarchy
-        is asked, base classes first."""
+        """Yields (key, why) of each key that has no effect beside the others. The methods of base
+        classes run too, and first."""
         yield from ()
 
     def collect(self, method: Literal["contradictions", "idle"]) -> Iterator[tuple[str, str]]:
@@ -217,23 +217,23 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _dtype(value: Any) -> Any:
+def _read_dtype(value: Any) -> Any:
     name = str(value).lower().removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"must be one of bf16, fp16, fp32, found {value!r}")
     return DTYPES[name]
 
 
-def _by_all_names(*dtypes: str) -> tuple[BeforeValidator, WithJsonSchema]:
+def _accept_aliases(*dtypes: str) -> tuple[BeforeValidator, WithJsonSchema]:
     names = [name for name, dtype in DTYPES.items() if dtype in dtypes]
     schema = {"enum": [*names, *(f"torch.{name}" for name in names)]}
-    return BeforeValidator(_dtype), WithJsonSchema(schema)
+    return BeforeValidator(_read_dtype), WithJsonSchema(schema)
 
 
 DType = Annotated[
-    Literal["bfloat16", "float16", "float32"], *_by_all_names("bfloat16", "float16", "float32")
+    Literal["bfloat16", "float16", "float32"], *_accept_aliases("bfloat16", "float16", "float32")
 ]
-WideDType = Annotated[Literal["bfloat16", "float32"], *_by_all_names("bfloat16", "float32")]
+WideDType = Annotated[Literal["bfloat16", "float32"], *_accept_aliases("bfloat16", "float32")]
 """For squares of gradients, which are 0 in float16."""
 
 

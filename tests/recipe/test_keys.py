@@ -143,7 +143,7 @@ def test_a_key_without_effect_changes_nothing_and_says_why(key):
     assert (line.word, line.reason) == ("no effect", NO_EFFECT[key])
     section = key.startswith("deepspeed.zero_optimization.")  # without a stage it is one of its own
     plain = resolve(nested("deepspeed.zero_optimization", {}) if section else BASE)
-    without, with_it = (flat(to_dict(r.checked())) for r in (plain, resolved))
+    without, with_it = (flat(to_dict(r.require_config())) for r in (plain, resolved))
     changed = {k for k in {*without, *with_it} if without.get(k) != with_it.get(k)}
     assert changed <= {key, "run_dir"}, "it changes another key"
 
@@ -156,7 +156,7 @@ def test_a_key_of_a_source_without_effect_says_why(monkeypatch):
     )
     found = {line.key: line.reason for line in sized.report.lines if line.word == "no effect"}
     assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.*.batch_size"]}
-    changed = find_differences(to_dict(plain.checked()), to_dict(sized.checked()))
+    changed = find_differences(to_dict(plain.require_config()), to_dict(sized.require_config()))
     assert changed == ["data.sources", "run_dir"]
 
 
@@ -185,7 +185,7 @@ def test_a_key_with_another_name_sets_the_other_and_may_not_contradict_it(key, t
     if target in UNSUPPORTED:
         assert [fault.key for fault in resolved.faults] == [key]
     else:
-        assert get_value(resolved.checked(), target) == value
+        assert get_value(resolved.require_config(), target) == value
         assert needs_a_test(target)
     twice = nested(key, value)
     here = twice

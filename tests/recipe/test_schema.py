@@ -14,7 +14,7 @@ from jaxtrain import registry
 from jaxtrain.recipe import shipped
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
-from jaxtrain.recipe.schema import HEADER, json_schema, reference, shared_keys
+from jaxtrain.recipe.schema import HEADER, json_schema, migration_table, reference
 from tests.recipe.arctic import ACCEPTED, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,11 @@ def test_the_page_has_a_meaning_for_every_key_and_an_example_for_every_section()
     }  # fmt: skip
 
 
-def test_the_table_of_shared_keys_is_current():
+def test_the_migration_table_is_current():
     page = (ROOT / "docs" / "arctictraining.md").read_text()
-    assert page.partition("## Every key\n\n")[2] == shared_keys(), UPDATE.format("shared_keys")
+    assert page.partition("## Every key\n\n")[2] == migration_table(), UPDATE.format(
+        "migration_table"
+    )
 
 
 def allows(schema, value, definitions):
