@@ -66,7 +66,7 @@ def test_a_number_stands_once_and_last(run_dir):
         ),
         (
             {"mem_profiler_dir": "x"},
-            "no effect  mem_profiler_dir: only `mem_profiler` would write there",
+            "no effect  mem_profiler_dir: only `mem_profiler` writes there",
         ),
     ],
 )
