@@ -149,7 +149,7 @@ def contradiction(key: str, message: str) -> PydanticCustomError:
     """The error of a section's validator that is reported under one of its keys, or under the
     section's own when `key` is empty."""
     context = {"key": key, "message": message}
-    return PydanticCustomError("contradiction", "{key}: {message}", context)
+    return PydanticCustomError("contradiction", "{key}: {message}" if key else "{message}", context)
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Section]]:

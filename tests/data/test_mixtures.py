@@ -71,9 +71,9 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
         return {"model": {"name_or_path": "m"}, "data": {"sources": list(sources), **data}}
 
     weighed = {"type": "jsonl", "path": "a.jsonl", "weight": 2}
-    with pytest.raises(RecipeError, match=r"sources\.1: has no weight and another source has one"):
+    with pytest.raises(RecipeError, match=r"sources\.1: has no weight, and another source has"):
         get_config(recipe(weighed, "b.jsonl"))
-    with pytest.raises(RecipeError, match="weight has no effect in eval_sources"):
+    with pytest.raises(RecipeError, match="data.eval_sources: weight has no effect here"):
         get_config(recipe("b.jsonl", eval_sources=[weighed]) | {"eval_interval": 1})
     with pytest.raises(RecipeError, match=r"sources\.0\.weight: must be > 0, found -1"):
         get_config(recipe({**weighed, "weight": -1}))
@@ -186,7 +186,7 @@ def test_a_small_set_is_repeated_into_one_pack(tmp_path):
     "key", ["always_max_length", "drop_last", "repeat_to_pack_max_length", "fuse_positions_prob"]
 )
 def test_keys_of_packs_need_packs(key):
-    with pytest.raises(ValueError, match=f"{key} needs pack_samples: true"):
+    with pytest.raises(ValueError, match=f"{key}: needs pack_samples: true"):
         SFTDataConfig(sources=("x",), **{key: True if key != "fuse_positions_prob" else 0.5})
 
 

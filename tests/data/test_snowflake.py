@@ -38,8 +38,8 @@ def test_one_place_and_its_form():
     for keys, message in (
         ({}, "needs exactly one of sql, table_name and dataset_uri, found none"),
         ({"sql": "s", "table_name": "t"}, "found sql and table_name"),
-        ({"table_name": "a.b.c.d"}, r"table_name must look like \[\[db.\]schema.\]table"),
-        ({"dataset_uri": "dataset/x"}, "dataset_uri must look like snow://dataset/"),
+        ({"table_name": "a.b.c.d"}, r"table_name: must look like \[\[db.\]schema.\]table"),
+        ({"dataset_uri": "dataset/x"}, "dataset_uri: must look like snow://dataset/"),
     ):
         with pytest.raises(ValueError, match=message):
             SnowflakeSourceConfig(**keys)
