@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
     if (
         name in _NOT_BUILT
     ):  # an AttributeError would be another message under `from jaxtrain import`
-        raise ImportError(f"jaxtrain.{name} is not built yet")
+        raise ImportError(f"jaxtrain.{name} is not supported yet")
     if name not in _PLACE:
         raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
     module, held = _PLACE[name]

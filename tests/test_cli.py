@@ -48,6 +48,7 @@ def test_a_fault_of_the_data_tells_nothing_of_the_environment(tmp_path, monkeypa
     assert str(tmp_path) not in done.stderr and "${env" in done.stderr
 
 
+@pytest.mark.covers("eval_samples.prompts")
 def test_a_run_ends_with_a_folder_of_results(tmp_path):
     export = {
         "type": "huggingface",

@@ -59,8 +59,8 @@ def test_names_of_other_words_are_the_classes_that_do_the_same():
     assert jaxtrain.LigerModelFactory.name == jaxtrain.HFDataSource.name == "huggingface"
 
 
-def test_a_name_that_is_not_built_says_so():
-    with pytest.raises(ImportError, match="jaxtrain.DPOTrainer is not built yet"):
+def test_a_name_that_is_not_supported_says_so():
+    with pytest.raises(ImportError, match="jaxtrain.DPOTrainer is not supported yet"):
         from jaxtrain import DPOTrainer  # noqa: F401
     with pytest.raises(AttributeError, match="no attribute 'SFTTrainers'"):
         jaxtrain.SFTTrainers  # noqa: B018

@@ -28,9 +28,11 @@ def test_a43_every_recipe_that_is_shown_is_valid(tmp_path, monkeypatch, page):
         kind: re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.S)
         for kind in ("yaml", "python")
     }
+    minimal = "model: {name_or_path: m}\ndata: {sources: [a/b]}\n"
+    (tmp_path / "minimal.yaml").write_text(minimal)
     for n, text in enumerate(shown["yaml"]):
         file = tmp_path / f"{n}.yaml"
-        file.write_text(text)
+        file.write_text("base: minimal.yaml\n" * (page.stem == "recipe") + text)  # has parts only
         for name in re.findall(r"^code: (\w+\.py)$", text, re.M):
             (tmp_path / name).write_text(shown["python"][n])
         get_config(file)

@@ -179,7 +179,7 @@ def test_every_older_attribute_is_read_with_a_note_in_the_report():
         assert set(named) <= set(registry.allowed("sft", section)) and named
     recipe = {"type": "older-of-test", "extra": 2, "model": {"name_or_path": "m"}}
     resolved = resolve(recipe | {"data": {"sources": ["a/b"]}})
-    assert resolved.checked().extra == 2
+    assert resolved.require_config().extra == 2
     notes = set(resolved.report.notes)
     assert "Mine: write `data_factory: …` for `data_factory_type = …`" in notes
     assert len(notes) == len(registry.OLDER)

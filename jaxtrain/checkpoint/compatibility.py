@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtrain.recipe.dump import differences
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
+from jaxtrain.recipe.dump import find_differences
+from jaxtrain.recipe.errors import Fault, RecipeError, show
 
 RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 """Part that is not restored → what may differ then."""
@@ -32,7 +32,7 @@ def refuse_changes(
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*run.allowed_changes, *freed)
     faults = [
-        Fault(key, f"is {shown(now.get(key))}, {path} has {shown(before.get(key))}; a run cannot "
+        Fault(key, f"is {show(now.get(key))}, {path} has {show(before.get(key))}; a run cannot "
               f"be continued with another, --allow-change {key} does it all the same")
         for key in known
         if before.get(key) != now.get(key) and not any(_covers(name, key) for name in allowed)
@@ -42,7 +42,7 @@ def refuse_changes(
             faults.append(Fault("--allow-change", f"{name!r} is none of {', '.join(known)}"))
     if faults:
         raise RecipeError(faults)
-    return differences(saved["recipe"], run.recipe)
+    return find_differences(saved["recipe"], run.recipe)
 
 
 def _covers(name: str, key: str) -> bool:

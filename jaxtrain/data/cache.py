@@ -18,8 +18,8 @@ from uuid import uuid4
 from filelock import SoftFileLease
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
-from jaxtrain.recipe.section import expanded
+from jaxtrain.recipe.errors import DataError, RecipeError, show
+from jaxtrain.recipe.section import expand_user
 
 MAX_BYTES = 20 * 2**30
 """Above this size the least recently used entries are deleted; $JAXTRAIN_DATA_CACHE_BYTES overrides
@@ -42,7 +42,7 @@ class DataCache:
     """The cache entries in one folder, by default in the user's cache folder."""
 
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
-        self.folder = cache_folder() / "data" if folder is None else expanded(folder)
+        self.folder = cache_folder() / "data" if folder is None else expand_user(folder)
         self.is_own = self.folder.is_relative_to(cache_folder())
         self.limit_bytes = limit_bytes or _read_limit()
 
@@ -169,6 +169,6 @@ def _read_limit() -> int:
     written = os.environ.get("JAXTRAIN_DATA_CACHE_BYTES") or str(MAX_BYTES)
     if not written.isdecimal():
         raise RecipeError(
-            f"JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found {shown(written)}"
+            f"JAXTRAIN_DATA_CACHE_BYTES: must be a number of bytes, found {show(written)}"
         )
     return int(written)

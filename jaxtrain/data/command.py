@@ -82,5 +82,5 @@ def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     fewest = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
     sizes = config.mesh.sizes(devices or fewest)
     shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    rows = config.micro_batch_size * config.data.ROWS_A_SAMPLE
+    rows = config.micro_batch_size * config.data.ROWS_PER_SAMPLE
     return BatchShape(config.gradient_accumulation_steps, rows * shards)

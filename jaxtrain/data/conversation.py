@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.data.records import get_column, get_text
 from jaxtrain.recipe.data import ROLES
-from jaxtrain.recipe.errors import DataError, did_you_mean, shown
+from jaxtrain.recipe.errors import DataError, did_you_mean, show
 
 Message = dict[str, Any]
 Record = Mapping[str, Any]
@@ -72,7 +72,7 @@ class RoleMapper:
             value = _get_field(turn, field, place)
             if value not in roles:
                 raise DataError(
-                    f"{place}.{field}: {shown(value)} has no role in role_mapping; known are "
+                    f"{place}.{field}: {show(value)} has no role in role_mapping; known are "
                     f"{', '.join(roles)}{did_you_mean(str(value), roles)}"
                 )
             key = self._content_key or next((k for k in CONTENT_KEYS if turn.get(k)), None)
@@ -110,7 +110,7 @@ def read_turns(record: Record, column: str, role: str = "assistant") -> list[Mes
         return [{"role": role, "content": value}]
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise DataError(f"{column}: must be text or a list of turns, found {shown(value)}")
+        raise DataError(f"{column}: must be text or a list of turns, found {show(value)}")
     checked = []
     for index, turn in enumerate(turns):
         place = f"{column}[{index}]"
@@ -141,7 +141,7 @@ def _read_shared_turn(turn: Any, place: str) -> Message:
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(
-            f"{place}.from: unknown role {shown(sender)}; known are {', '.join(SHAREGPT_ROLES)}"
+            f"{place}.from: unknown role {show(sender)}; known are {', '.join(SHAREGPT_ROLES)}"
             f"{did_you_mean(str(sender), SHAREGPT_ROLES)}"
         )
     value = _get_field(turn, "value", place)
@@ -158,7 +158,7 @@ def _read_calls(value: Any, place: str) -> list[Any]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{place}: a call must have a name and arguments, found {shown(call)}")
+            raise DataError(f"{place}: a call must have a name and arguments, found {show(call)}")
         if isinstance(arguments := function.get("arguments"), str):
             with suppress(json.JSONDecodeError):
                 parsed = json.loads(arguments)
@@ -226,15 +226,15 @@ def _read_column(record: Record, role: str, column: str) -> list[Message]:
 
 def _get_list(record: Record, column: str) -> list[Any]:
     if not isinstance(turns := get_column(record, column), list):
-        raise DataError(f"{column}: must be a list of turns, found {shown(turns)}")
+        raise DataError(f"{column}: must be a list of turns, found {show(turns)}")
     return turns
 
 
 def _get_field(turn: Any, field: str, place: str) -> Any:
     if not isinstance(turn, Mapping):
-        raise DataError(f"{place}: must be a map, found {shown(turn)}")
+        raise DataError(f"{place}: must be a map, found {show(turn)}")
     if field not in turn:
-        raise DataError(f"{place}: no field {shown(field)}, found {', '.join(turn) or 'none'}")
+        raise DataError(f"{place}: no field {show(field)}, found {', '.join(turn) or 'none'}")
     return turn[field]
 
 
@@ -243,7 +243,7 @@ def _check_message(message: Any, place: str) -> Message:
     role = _get_field(message, "role", place)
     if role not in ROLES:
         raise DataError(
-            f"{place}.role: unknown role {shown(role)}; known are {', '.join(ROLES)}"
+            f"{place}.role: unknown role {show(role)}; known are {', '.join(ROLES)}"
             f"{did_you_mean(str(role), ROLES)}"
         )
     # A typed table fills a field that one turn has with null in all others.
@@ -262,12 +262,12 @@ def _join_text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise DataError(f"{place}: must be text, found {shown(content)}")
+        raise DataError(f"{place}: must be text, found {show(content)}")
     parts = []
     for index, part in enumerate(content):
         text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type", "text") != "text":
-            raise DataError(f"{place}[{index}]: must be a text part, found {shown(part)}")
+            raise DataError(f"{place}[{index}]: must be a text part, found {show(part)}")
         parts.append(text)
     return "".join(parts)
 
@@ -278,7 +278,7 @@ def read_tools(record: Record) -> list[Any] | None:
         return None
     tools = _parse_json(tools, "tools")
     if not isinstance(tools, list):
-        raise DataError(f"tools: must be a list, found {shown(tools)}")
+        raise DataError(f"tools: must be a list, found {show(tools)}")
     return tools or None
 
 
@@ -288,4 +288,4 @@ def _parse_json(value: Any, place: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as fault:
-        raise DataError(f"{place}: must be JSON ({fault.msg}), found {shown(value)}") from None
+        raise DataError(f"{place}: must be JSON ({fault.msg}), found {show(value)}") from None

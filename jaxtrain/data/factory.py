@@ -197,7 +197,7 @@ class DataFactory(Factory, kind="data"):
         """Plans the batches of one set; an evaluation set keeps its order."""
         documents, packing, shape, lengths, is_train = dataset
         seed = self.config.seed if is_train else None
-        together = self.config.ROWS_A_SAMPLE
+        together = self.config.ROWS_PER_SAMPLE
         return BatchPlan(documents, packing, shape, lengths, seed, together=together)
 
     def evaluation(

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.records import ConcatenatedRecords, Records, drop_nulls, first_line
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
@@ -126,12 +126,12 @@ class JsonLines(_FileRecords):
         except json.JSONDecodeError as fault:
             raise DataError(
                 f"{self._place(start, fault.lineno - 1)}: not JSON: {fault.msg} at column "
-                f"{fault.colno}, found {shown(text[fault.pos :])}"
+                f"{fault.colno}, found {show(text[fault.pos :])}"
             ) from None
         except RecursionError:
             raise DataError(f"{self._place(start)}: JSON nested too deeply") from None
         if not isinstance(record, dict):
-            raise DataError(f"{self._place(start)}: must be an object, found {shown(record)}")
+            raise DataError(f"{self._place(start)}: must be an object, found {show(record)}")
         return record
 
 
@@ -144,7 +144,7 @@ class JsonArray(JsonLines):
             found = self._decode(self._data_start, min(len(self._bytes), 64))
             raise DataError(
                 f"{self.path}:1: must be a list of objects, or one object per line, "
-                f"found {shown(found)}"
+                f"found {show(found)}"
             )
         depth, start, is_first = 1, opening.end(), True
         for match in STRUCTURE.finditer(self._bytes, start):
@@ -182,7 +182,7 @@ class Csv(_FileRecords):
         try:
             self._header = next(records, [])  # empty after a byte order mark alone
             if twice := [name for name, count in Counter(self._header).items() if count > 1]:
-                raise DataError(f"{self.path}:1: the header has column {shown(twice[0])} twice")
+                raise DataError(f"{self.path}:1: the header has column {show(twice[0])} twice")
             start = self._position
             for record in records:
                 if record and len(record) != len(self._header):

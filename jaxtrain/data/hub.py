@@ -8,7 +8,7 @@ from jaxtrain.data.paths import find_data_files
 from jaxtrain.data.records import MappedRecords, Records, first_line, get_text, take_split
 from jaxtrain.data.source import ConversationSource, Limits
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 Record = dict[str, Any]
 
@@ -102,12 +102,12 @@ class HuggingFaceSource(ConversationSource):
             return datasets.load_dataset(config.name_or_path, **arguments)
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             raise RecipeError(
-                f"data set {shown(config.name_or_path)} is not a local file, and cannot be "
+                f"data set {show(config.name_or_path)} is not a local file, and cannot be "
                 f"read from {HF_DATASETS_CACHE} or the hub: {first_line(fault)}"
             ) from None
         except DatasetsError as fault:
             first = first_line(fault.__cause__ or fault)
-            raise DataError(f"data set {shown(config.name_or_path)}: {first}") from None
+            raise DataError(f"data set {show(config.name_or_path)}: {first}") from None
 
 
 class HuggingFaceInstructSource(HuggingFaceSource):

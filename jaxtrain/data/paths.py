@@ -17,7 +17,7 @@ from jaxtrain.data.cache import DataCache
 from jaxtrain.data.records import first_line
 from jaxtrain.recipe.data import FORMATS, file_format
 from jaxtrain.recipe.errors import RecipeError, UserError
-from jaxtrain.recipe.section import expanded
+from jaxtrain.recipe.section import expand_user
 
 CONTENT_KEYS = (
     "etag", "md5", "sha", "crc", "digest", "blob_id", "generation", "version", "modified", "mtime",
@@ -34,7 +34,7 @@ def find_data_files(paths: str | Sequence[str]) -> Iterator[Path]:
     missing one. Open each file before taking the next, whose download may evict it from the
     cache."""
     for written in [paths] if isinstance(paths, str) else paths:
-        path = expanded(written)
+        path = expand_user(written)
         if "://" in written:
             yield from fetch_url(written)
         elif path.is_file():

@@ -29,7 +29,7 @@ from jaxtrain.data.records import get_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import count_shared
 from jaxtrain.data.tokenise import Encoder
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
@@ -66,7 +66,7 @@ def read_pair(record: Mapping[str, Any]) -> Preference:
         prompt, replies = _split_shared_turns(prompt, *replies)
     for side, reply in zip(SIDES, replies, strict=True):
         if reply and reply[0]["role"] != "assistant":
-            role = shown(reply[0]["role"])
+            role = show(reply[0]["role"])
             raise DataError(f"{side}: must continue with the assistant's reply, found role {role}")
     scores = [_read_score(record, f"reference_score_{side}") for side in SIDES]
     whole = [*read_system(record), *prompt] if prompt[0]["role"] != "system" else prompt
@@ -79,7 +79,7 @@ def read_judged(record: Mapping[str, Any]) -> Preference:
     hint = "; pairs need data.type: dpo" if "chosen" in record else ""
     label = get_column(record, "label", hint)
     if not isinstance(label, bool):
-        raise DataError(f"label: must be true or false, found {shown(label)}")
+        raise DataError(f"label: must be true or false, found {show(label)}")
     messages, tools, start = read_conversation(record)
     if not start:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -123,7 +123,7 @@ def _read_score(record: Mapping[str, Any], column: str) -> float:
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{column}: must be a number, found {shown(value)}")
+        raise DataError(f"{column}: must be a number, found {show(value)}")
     return float(value)
 
 
@@ -253,7 +253,7 @@ class KTODataFactory(DataFactory):
     def encoder(self, loaded: LoadedSource) -> Encoder:
         return PreferenceEncoder(
             self.tokenizer,
-            is_paired=self.config.ROWS_A_SAMPLE == 2,
+            is_paired=self.config.ROWS_PER_SAMPLE == 2,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             prompt_truncation=self.config.dpo_prompt_truncation_mode,

@@ -11,7 +11,7 @@ from jaxtrain.data.source import DataSource
 from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.resolve import eval_sources
+from jaxtrain.recipe.resolve import parse_eval_sources
 from jaxtrain.recipe.trainer import TrainerConfig
 
 GivenRows = Iterable[dict[str, Any]]
@@ -81,7 +81,7 @@ def prepare_evaluation(
     first = rows[0] if rows else None
     kind = first.get("type") if isinstance(first, Mapping) else None
     if isinstance(first, str) or kind in registry.names("data_source"):
-        sources = _build_sources(eval_sources(rows, factory.config), factory)
+        sources = _build_sources(parse_eval_sources(rows, factory.config), factory)
     else:
         sources = [GivenSource.from_records(rows)]
     return factory.evaluation(sources, shape, lengths=lengths)

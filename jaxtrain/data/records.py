@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxtrain.recipe.errors import DataError, did_you_mean, shown
+from jaxtrain.recipe.errors import DataError, did_you_mean, show
 
 SPLIT = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
@@ -66,7 +66,7 @@ class NamedRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
         if not isinstance(record, Mapping):
-            raise DataError(f"{self.where(index)}: a record must be a map, found {shown(record)}")
+            raise DataError(f"{self.where(index)}: a record must be a map, found {show(record)}")
         return dict(record)
 
     def where(self, index: int) -> str:
@@ -192,14 +192,14 @@ def get_column(record: Mapping[str, Any], column: str, hint: str = "") -> Any:
     if column not in record:
         near = did_you_mean(column, record)
         raise DataError(
-            f"no column {shown(column)}, found {', '.join(record) or 'none'}{near}{hint}"
+            f"no column {show(column)}, found {', '.join(record) or 'none'}{near}{hint}"
         )
     return record[column]
 
 
 def get_text(record: Mapping[str, Any], column: str) -> str:
     if not isinstance(value := get_column(record, column), str):
-        raise DataError(f"{column}: must be text, found {shown(value)}")
+        raise DataError(f"{column}: must be text, found {show(value)}")
     return value
 
 
@@ -207,11 +207,11 @@ def take_split(splits: Mapping[str, Records], split: str, label: str) -> Records
     """Selects `train`, `train[10:20]` or `train[:10%]`; DataError lists the known splits."""
     match = SPLIT.fullmatch(split)
     if match is None:
-        raise DataError(f"{label}: split {shown(split)} must have the form train[10:20]")
+        raise DataError(f"{label}: split {show(split)} must have the form train[10:20]")
     name = match["name"]
     if name not in splits:
         raise DataError(
-            f"{label}: no split {shown(name)}; known are {', '.join(splits)}"
+            f"{label}: no split {show(name)}; known are {', '.join(splits)}"
             f"{did_you_mean(name, splits)}"
         )
     records = splits[name]
@@ -220,9 +220,7 @@ def take_split(splits: Mapping[str, Records], split: str, label: str) -> Records
     if (start, stop) == (0, len(records)):
         return records
     if start >= stop:
-        raise DataError(
-            f"{label}: split {shown(split)} is empty; {name} has {len(records)} records"
-        )
+        raise DataError(f"{label}: split {show(split)} is empty; {name} has {len(records)} records")
     return SelectedRecords(records, range(start, stop))
 
 

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, stringify_arguments
 from jaxtrain.data.spans import Render, Span, check_calls, check_shown, count_shared, find_turns
-from jaxtrain.recipe.errors import DataError, RecipeError, shown
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is code that runs on a user's data: this is what it raises on data that do not fit.
@@ -172,7 +172,7 @@ def check_characters(text: str) -> None:
         half = ord(text[fault.start])
         raise DataError(
             f"U+{half:04X} is half of a character, found after "
-            f"{shown(text[max(0, fault.start - 20) : fault.start])}; remove it"
+            f"{show(text[max(0, fault.start - 20) : fault.start])}; remove it"
         ) from None
 
 

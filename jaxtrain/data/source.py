@@ -44,7 +44,7 @@ class DataSource(Factory, kind="data_source"):
 
     def options(self) -> dict[str, Any]:
         """The recipe's keys that decide what a row becomes once it is read."""
-        return self.config.model_dump(mode="json", exclude=set(self.config.says_which_rows))
+        return self.config.model_dump(mode="json", exclude=set(self.config.selection_keys))
 
     def only_split(self, rows: Records | Sequence[dict[str, Any]], split: str) -> Records:
         """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a

@@ -16,7 +16,7 @@ from jaxtrain.data.documents import DocumentWriter
 from jaxtrain.data.encode import Encoded, Fault, Outcome
 from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.records import Records, find_source_index
-from jaxtrain.recipe.code import files_named_in, run_user_code
+from jaxtrain.recipe.code import find_user_files, run_user_code
 from jaxtrain.recipe.errors import DataError
 
 BATCH_RECORDS = 128
@@ -139,7 +139,7 @@ def _encode_batches(records: Records, encoder: Encoder, workers: int) -> Iterato
     else:
         # Forked children would inherit the threads' locks of jax and of the tokenizer.
         pickled = pickle.dumps(encoder)
-        start = partial(_start_worker, pickled, files_named_in(pickled))
+        start = partial(_start_worker, pickled, find_user_files(pickled))
         pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode_in_worker
     waiting: deque[Future[list[Outcome]]] = deque()
     try:

@@ -17,7 +17,7 @@ from jaxtrain.data.encode import (
     check_length,
 )
 from jaxtrain.data.records import get_column
-from jaxtrain.recipe.errors import DataError, shown
+from jaxtrain.recipe.errors import DataError, show
 
 IGNORED = -100
 """The label of a token that is not trained."""
@@ -77,5 +77,5 @@ def _read_integers(record: Mapping[str, Any], column: str) -> np.ndarray:
     except ValueError:  # lists of different lengths
         values = np.zeros((0, 0))
     if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
-        raise DataError(f"{column}: must be a list of whole numbers, found {shown(numbers)}")
+        raise DataError(f"{column}: must be a list of whole numbers, found {show(numbers)}")
     return values.astype(np.int64)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jaxtrain.metrics.log import screen
 from jaxtrain.recipe.load import Secrets
-from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.secrets import hide_secrets
 
 
 class Console:
@@ -25,7 +25,7 @@ class Console:
     def header(self, facts: dict[str, str]) -> None:
         width = max(map(len, facts))
         for name, fact in facts.items():
-            fact = hidden(fact, self._secrets)
+            fact = hide_secrets(fact, self._secrets)
             screen.info("%s: %s", name, fact)
             first, *more = fact.splitlines()
             self._console.print(Text.assemble((name.ljust(width), "bold"), "  ", first))
@@ -34,7 +34,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the live one, and logs it."""
-        text = hidden(text, self._secrets)
+        text = hide_secrets(text, self._secrets)
         screen.info(text)
         self._console.print(Text(text))
 

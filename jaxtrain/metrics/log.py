@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.logger import LoggerConfig, is_among
-from jaxtrain.recipe.secrets import hidden
+from jaxtrain.recipe.secrets import hide_secrets
 
 log = logging.getLogger("jaxtrain")
 screen = logging.getLogger("jaxtrain.screen")
@@ -20,7 +20,7 @@ class _SecretsFormatter(logging.Formatter):
         self.secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
-        return hidden(super().format(record), self.secrets)
+        return hide_secrets(super().format(record), self.secrets)
 
 
 def open_log(
@@ -29,7 +29,7 @@ def open_log(
     """Logs to `folder/logs/rank_N.log`, and at the recipe's level to the terminal, in the processes
     that the recipe names."""
     close_log()
-    _, level = logger.written_level()
+    _, level = logger.find_level()
     handlers: list[logging.Handler] = []
     if is_among(process, logger.file_output_ranks):
         (folder / "logs").mkdir(parents=True, exist_ok=True)

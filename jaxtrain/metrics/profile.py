@@ -12,8 +12,8 @@ class Profiler:
 
     def __init__(self, config: TrainerConfig, *, started_at: int):
         self.trace, self.memory = config.profile, config.mem_profiler
-        self._traces = config.output(self.trace and self.trace.dir, "profile")
-        self._memories = config.output(config.mem_profiler_dir, "mem-prof")
+        self._traces = config.output_path(self.trace and self.trace.dir, "profile")
+        self._memories = config.output_path(config.mem_profiler_dir, "mem-prof")
         self._is_tracing = False
         if self.is_due(started_at):
             self.toggle()

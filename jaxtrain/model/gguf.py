@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtrain.gguf_file import Header, Tensor, read_header
 from jaxtrain.model.tensor_file import StoredTensor
-from jaxtrain.recipe.errors import WeightError, shown
+from jaxtrain.recipe.errors import WeightError, show
 
 FIXED = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -63,7 +63,7 @@ def _build_config(path: Path, header: Header) -> dict[str, Any]:
     kv = header.metadata
     architecture = kv.get("general.architecture")
     if architecture != "llama":
-        raise WeightError(f"{path}: must be of architecture llama, found {shown(architecture)}")
+        raise WeightError(f"{path}: must be of architecture llama, found {show(architecture)}")
     scaling = kv.get("llama.rope.scaling.type", "none")
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtrain.model import rope
 from jaxtrain.model.config import DecoderConfig, LayerSpec, group_layers
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
-from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, shown
+from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -17,7 +17,7 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
             return family
     raise RecipeError(
         f"{where}: architectures: unsupported architecture, found "
-        f"{shown(named or hf.get('model_type'))}; use one of "
+        f"{show(named or hf.get('model_type'))}; use one of "
         f"{', '.join(family.architecture for family in FAMILIES)}"
     )
 
@@ -60,13 +60,13 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
     faults = {}
     for field in (*REQUIRED, "max_position_embeddings"):
         if not _is_size(hf.get(field)):
-            faults[field] = f"must be a positive whole number, found {shown(hf.get(field))}"
+            faults[field] = f"must be a positive whole number, found {show(hf.get(field))}"
     for field in ("num_key_value_heads", "head_dim", "sliding_window"):
         if hf.get(field) is not None and not _is_size(hf[field]):
-            faults[field] = f"must be a positive whole number or null, found {shown(hf[field])}"
+            faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"
     for field in ("rms_norm_eps", "initializer_range"):
         if isinstance(hf[field], bool) or not isinstance(hf[field], int | float) or hf[field] < 0:
-            faults[field] = f"must be a number of at least 0, found {shown(hf[field])}"
+            faults[field] = f"must be a number of at least 0, found {show(hf[field])}"
     return faults
 
 
@@ -79,8 +79,8 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     faults = {}
     for field, values in family.only.items():
         if field in hf and hf[field] not in values:
-            allowed = " or ".join(shown(value) for value in values)
-            faults[field] = f"must be {allowed}, found {shown(hf[field])}, which is not supported"
+            allowed = " or ".join(show(value) for value in values)
+            faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
@@ -105,7 +105,7 @@ def override_config(
     faults = [
         Fault(
             f"model.hf_config_kwargs.{field}",
-            f"not a field of {family.name} (found {shown(value)}){did_you_mean(field, known)}",
+            f"not a field of {family.name} (found {show(value)}){did_you_mean(field, known)}",
         )
         for field, value in kwargs.items()
         if field not in known

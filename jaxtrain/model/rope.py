@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.recipe.errors import shown
+from jaxtrain.recipe.errors import show
 
 DEFAULT_THETA = 10_000.0
 FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -46,7 +46,7 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     """Reads the rope of a config.json of either style; ValueError for an unsupported one."""
     fields = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(fields, Mapping) or any(isinstance(v, Mapping) for v in fields.values()):
-        raise ValueError(f"must be one map for all layers, found {shown(fields)}")
+        raise ValueError(f"must be one map for all layers, found {show(fields)}")
     whole: dict[str, Any] = {"rope_theta": DEFAULT_THETA}
     for part in ({"rope_theta": hf.get("rope_theta")}, fields):
         whole |= {name: value for name, value in part.items() if value is not None}
@@ -68,13 +68,13 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         original = int(_number(fields, kind, "original_max_position_embeddings"))
         factor, low, high = (_number(fields, kind, name) for name in names)
         return Rope(theta, Llama3(factor, low, high, original))
-    raise ValueError(f"rope type must be one of default, linear, llama3, found {shown(kind)}")
+    raise ValueError(f"rope type must be one of default, linear, llama3, found {show(kind)}")
 
 
 def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"rope type {kind} needs a positive {name}, found {shown(value)}")
+        raise ValueError(f"rope type {kind} needs a positive {name}, found {show(value)}")
     return float(value)
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from jaxtrain.model_folder import INDEX, SINGLE
-from jaxtrain.recipe.errors import Fault, WeightError, shown
+from jaxtrain.recipe.errors import Fault, WeightError, show
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -79,9 +79,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
     faults = [
-        Fault(
-            str(path), f"{name} has dtype {shown(entry['dtype'])}; use one of {', '.join(DTYPES)}"
-        )
+        Fault(str(path), f"{name} has dtype {show(entry['dtype'])}; use one of {', '.join(DTYPES)}")
         for name, entry in header.items()
         if entry["dtype"] not in DTYPES
     ]

@@ -13,7 +13,7 @@ from jaxtrain import registry
 from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
 from jaxtrain.optimizer.moments import with_moments
 from jaxtrain.parallel.sharding import path_name
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
+from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.optimizer import OptimizerConfig
 
 REST, FROZEN = "rest", "frozen"
@@ -118,6 +118,6 @@ def _overlay(tree: Any, above: Any) -> Any:
 
 def _explain_no_match(match: str, names: list[str]) -> str:
     if any(re.search(match, name) for name in names):
-        return f"every parameter that {shown(match)} matches belongs to an earlier group"
+        return f"every parameter that {show(match)} matches belongs to an earlier group"
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return f"{shown(match)} matches no parameter; there are {', '.join(names[:MAX_NAMES])}{more}"
+    return f"{show(match)} matches no parameter; there are {', '.join(names[:MAX_NAMES])}{more}"

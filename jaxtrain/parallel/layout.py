@@ -48,7 +48,7 @@ class BatchLayout:
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        together = config.data.ROWS_A_SAMPLE
+        together = config.data.ROWS_PER_SAMPLE
         return cls(mesh, num_microbatches, computed // num_microbatches * together, together)
 
     @property

@@ -1,33 +1,34 @@
-"""What a recipe comes to, as far as it is known without jax, data or network."""
+"""The run that a recipe asks for, as far as it is known without jax, data or network."""
 
 import json
 import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from glob import glob
 from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
-from jaxtrain.recipe.errors import counted
+from jaxtrain.recipe.errors import pluralize
+from jaxtrain.recipe.report import Report, join_keys
 from jaxtrain.recipe.resolve import Resolved
-from jaxtrain.recipe.section import is_there
-from jaxtrain.recipe.standing import Report, braced
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
-DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is told
+DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is shown
 WIDTH = 100
-COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth of a second
+MAX_COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth of a second
 
 
-def told(resolved: Resolved, devices: int | None = None) -> str:
-    """The report of a recipe's keys and, when nothing is wrong with it, the run that it asks for,
-    on so many devices if their number is known."""
-    parts = [report_lines(resolved.report)]
+def describe(resolved: Resolved, devices: int | None = None) -> str:
+    """The report on a recipe's keys and, if it is valid, the facts of its run, on `devices` if
+    their number is known."""
+    parts = [format_report(resolved.report)]
     if resolved.config is not None and not resolved.faults:
-        parts.append([f"{name:10} {fact}" for name, fact in run_facts(resolved.config, devices)])
+        facts = find_facts(resolved.config, devices)
+        parts.append([f"{name:10} {fact}" for name, fact in facts])
     wrap = partial(
         textwrap.fill, width=WIDTH, subsequent_indent=" " * 11,
         break_long_words=False, break_on_hyphens=False,
@@ -35,60 +36,94 @@ def told(resolved: Resolved, devices: int | None = None) -> str:
     return "\n\n".join("\n".join(map(wrap, lines)) for lines in parts if lines)
 
 
-def report_lines(report: Report) -> list[str]:
-    """Keys that mean what they mean upstream, keys that do not with the reason, refused ones."""
+def format_report(report: Report) -> list[str]:
+    """Lines of the keys that are the same as upstream, of those that change, of refused ones."""
     same, refused = (
-        [f"{word:10} {braced(line.key for line in lines)}"] if (lines := report.of(word)) else []
+        f"{word:10} {join_keys(line.key for line in report.select(word))}"
         for word in ("same", "refused")
     )
-    return [*same, *report.changes(), *refused]
+    return [line for line in (same, *report.changes(), refused) if line[10:].strip()]
 
 
-def run_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str, str]]:
-    """(name, fact) of the run on so many devices, in the order in which they are shown."""
-    horizon = config.horizon(None)
-    sizes = batch_sizes(config, devices)
+def find_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str, str]]:
+    """(name, fact) of the run, in the order in which they are shown."""
+    sizes = find_batch_sizes(config, devices)
     yield "trainer", config.type
-    yield "model", model(config)
-    yield "rows", row_length(config)
-    if missing := ", ".join(missing_files(config)):
+    yield "model", describe_model(config)
+    yield "sequences", describe_length(config)
+    if missing := ", ".join(find_missing_files(config)):
         yield "missing", f"{missing}: a run here would be refused"
-    yield "batch", batch(config, sizes)
-    yield "updates", updates(config, horizon, sizes)
-    yield "warm-up", warmup(config, horizon)
+    yield "batch", describe_batch(config, sizes)
+    yield "steps", describe_steps(config) or _estimate_steps(config, sizes)
+    yield "warm-up", describe_warmup(config)
     if config.data.has_eval:
-        yield "evaluation", evaluation(config)
-    yield "files", files(config)
+        yield "evaluation", describe_evaluation(config)
+    yield "files", describe_files(config)
     for entry in config.checkpoint:
         if entry.enabled:
             folder = f"{entry.output_dir}/global_step_N ({entry.type})"
-            yield "checkpoint", f"{folder}, {saves(entry) or 'never: no save key is written'}"
+            yield (
+                "checkpoint",
+                f"{folder}, {describe_saves(entry) or 'never: no save key is written'}",
+            )
 
 
-def model(config: TrainerConfig) -> str:
+# Facts that the header of a run shows too.
+
+
+def describe_batch(config: TrainerConfig, sizes: Mapping[int, int]) -> str:
+    """Sequences per step; `sizes` are number of devices → batch size."""
+    micro, pieces = config.micro_batch_size, config.gradient_accumulation_steps
+    (n, size), *others = sizes.items()
+    what = "pair" if config.data.ROWS_PER_SAMPLE == 2 else "sequence"
+    counts = [f"{pluralize(size, what)} per step on {n}", *(f"{s:,} on {d}" for d, s in others)]
+    devices = "device" if [*sizes] == [1] else "devices"
+    return f"{', '.join(counts)} {devices}: {micro} x {pieces} per batch shard"
+
+
+def describe_steps(config: TrainerConfig, steps_per_epoch: int | None = None) -> str:
+    """Optimizer steps of the run; empty when that takes the unknown length of an epoch."""
+    horizon = config.horizon(steps_per_epoch)
+    if horizon is None:
+        return ""
+    end, this_run = config.exit_iteration, config.exit_iteration_this_run
+    text = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
+    text += f", at most {this_run:,} per process" if this_run else ""
+    return text + (f", {steps_per_epoch:,} per epoch" if steps_per_epoch else "")
+
+
+def describe_warmup(config: TrainerConfig, steps_per_epoch: int | None = None) -> str:
+    """Optimizer steps of warm-up, or their fraction of an unknown number of steps."""
+    scheduler, horizon = config.scheduler, config.horizon(steps_per_epoch)
+    is_fixed = scheduler.warmup_ratio is None and scheduler.warmup_updates(0)
+    if horizon is not None or is_fixed:
+        return pluralize(scheduler.warmup_updates(horizon or 0), "step")
+    return f"{scheduler.warmup_updates(1_000) / 10:g}% of the steps"
+
+
+# Facts that only a run knows better.
+
+
+def describe_model(config: TrainerConfig) -> str:
     name = config.model.name_or_path.split("#")[0]
-    if is_there(name):
+    if path_exists(name):
         return name
     is_path = name.startswith(("/", ".", "~"))
-    return f"{name}, {'not on this machine' if is_path else 'of the local cache or fetched'}"
+    return f"{name}, {'not on this machine' if is_path else 'from the local cache or the hub'}"
 
 
-def missing_files(config: TrainerConfig) -> Iterator[str]:
-    """Files of sources that are not there."""
-    for place, source in config.data.placed_sources():
+def find_missing_files(config: TrainerConfig) -> Iterator[str]:
+    """Files of sources that do not exist."""
+    for place, source in config.data.iter_sources():
         if isinstance(source, LocalDataSourceConfig):
-            for path in local_paths(source):
+            for path in source.paths:
                 is_glob = "\0" not in path and glob(path, recursive=True)
-                if not ("://" in path or is_there(path) or is_glob):
+                if not ("://" in path or path_exists(path) or is_glob):
                     yield f"{place}.path {path}"
 
 
-def local_paths(source: LocalDataSourceConfig) -> tuple[str, ...]:
-    return (source.path,) if isinstance(source.path, str) else source.path
-
-
-def row_length(config: TrainerConfig) -> str:
-    """Tokens a row has at most."""
+def describe_length(config: TrainerConfig) -> str:
+    """Maximum length of a sequence."""
     if config.data.max_length is not None:
         return f"at most {config.data.max_length:,} tokens"
     file = Path(config.model.name_or_path) / "config.json"
@@ -96,24 +131,12 @@ def row_length(config: TrainerConfig) -> str:
         fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
         return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
     except (OSError, ValueError, KeyError, TypeError):
-        where = "the model's positions, read when it is there"
-        return f"length still open: {where}; see data.max_length"
+        return "at most as many tokens as the model has positions; see data.max_length"
 
 
-def batch(config: TrainerConfig, sizes: dict[int, int]) -> str:
-    """Rows an update."""
-    rows, pieces = config.micro_batch_size, config.gradient_accumulation_steps
-    (n, size), *others = sizes.items()
-    what = "pair" if config.data.ROWS_A_SAMPLE == 2 else "row"
-    counts = [f"{counted(size, what)} an update on {n}"]
-    counts += [f"{size:,} on {n}" for n, size in others]
-    devices = "device" if [*sizes] == [1] else "devices"
-    return f"{', '.join(counts)} {devices}: {rows} x {pieces} on each batch shard"
-
-
-def batch_sizes(config: TrainerConfig, devices: int | None) -> dict[int, int]:
-    """Devices → rows an update; one entry where the mesh says how many devices there are, or the
-    person does. RecipeError when those do not fit each other."""
+def find_batch_sizes(config: TrainerConfig, devices: int | None) -> dict[int, int]:
+    """Number of devices → sequences per step; one entry if the mesh or `devices` has the number.
+    RecipeError if those contradict each other."""
     sizes = [size for _, size in config.mesh]
     fixed = math.prod(size for size in sizes if size != -1)
     counts = [fixed * n for n in (DEVICE_COUNTS if -1 in sizes else (1,))]
@@ -121,76 +144,64 @@ def batch_sizes(config: TrainerConfig, devices: int | None) -> dict[int, int]:
     return {n: rows * config.mesh.shards(n) for n in ([devices] if devices else counts)}
 
 
-def updates(config: TrainerConfig, horizon: int | None, sizes: dict[int, int]) -> str:
-    if horizon is not None:
-        end, this_run = config.exit_iteration, config.exit_iteration_this_run
-        told = f"{horizon:,}" + (f", ends at {end:,}" if 0 < end < horizon else "")
-        return told + (f", at most {this_run:,} of one process" if this_run else "")
+def _estimate_steps(config: TrainerConfig, sizes: dict[int, int]) -> str:
     first = f"{config.train_iters:,}, or " if config.train_iters else ""
     known = "counted when the data is read"
-    if rows := local_rows(config):
+    if records := count_local_records(config):
         (devices, size), *_ = sizes.items()
-        on = counted(devices, "device")
-        known = f"at most {-(-rows // size):,} updates each on {on}: {rows:,} local rows"
-    return f"{first}{counted(config.passes or 0, 'epoch')}, {known}"
+        on = pluralize(devices, "device")
+        known = f"at most {-(-records // size):,} steps each on {on}: {records:,} local records"
+    return f"{first}{pluralize(config.passes or 0, 'epoch')}, {known}"
 
 
-def local_rows(config: TrainerConfig) -> int | None:
-    """Rows of an epoch before any is dropped or packed, counted by the lines of local files; None
-    where that takes reading them."""
+def count_local_records(config: TrainerConfig) -> int | None:
+    """Records of an epoch before any is dropped or packed, by the lines of local files; None where
+    that takes reading them."""
     if not isinstance(config.data, SFTDataConfig):
         return None
-    total, left = 0.0, COUNTED_BYTES
+    total, left = 0.0, MAX_COUNTED_BYTES
     for source in config.data.sources:
         if isinstance(source, SyntheticDataSourceConfig):
-            rows = source.rows
+            records = source.rows
         elif isinstance(source, LocalDataSourceConfig) and source.split == "train":
-            paths = [Path(path) for path in local_paths(source)]
+            paths = [Path(path) for path in source.paths]
             is_open = all(p.is_file() and os.access(p, os.R_OK) for p in paths)
             left -= sum(p.stat().st_size for p in paths if is_open)
             if left < 0 or not is_open or not {p.suffix for p in paths} <= {".jsonl", ".ndjson"}:
                 return None
-            rows = sum(bool(line.strip()) for p in paths for line in p.open("rb"))
+            records = sum(bool(line.strip()) for p in paths for line in p.open("rb"))
         else:
             return None
-        total += min(rows * (source.sample_ratio or 1), source.sample_count or rows)
+        total += min(records * (source.sample_ratio or 1), source.sample_count or records)
     return math.ceil(total * config.data.train_eval_split[0])
 
 
-def warmup(config: TrainerConfig, horizon: int | None) -> str:
-    scheduler = config.scheduler
-    fixed = scheduler.warmup_ratio is None and scheduler.warmup_updates(0)
-    if horizon is not None or fixed:
-        return f"{scheduler.warmup_updates(horizon or 0):,} updates"
-    return f"{scheduler.warmup_updates(1_000) / 10:g}% of the updates"
-
-
-def evaluation(config: TrainerConfig) -> str:
+def describe_evaluation(config: TrainerConfig) -> str:
     is_last = config.eval_at_end is not False
     ends = ["at the start"] * config.eval_at_start + ["at the end"] * is_last
-    return ", ".join([*periods(config.eval_interval, config.eval_every_n_epochs), *ends])
+    return ", ".join([*_periods(config.eval_interval, config.eval_every_n_epochs), *ends])
 
 
-def saves(entry: CheckpointConfig) -> str:
-    """When an engine saves; empty when never."""
-    found = periods(entry.save_every_n_steps, entry.save_every_n_epochs)
+def describe_saves(entry: CheckpointConfig) -> str:
+    """When a checkpoint entry saves; empty when never."""
+    found = _periods(entry.save_every_n_steps, entry.save_every_n_epochs)
     return ", ".join([*found, *["at the end"] * entry.save_end_of_training])
 
 
-def periods(num_updates: int, num_epochs: int) -> list[str]:
-    due = ((num_updates, "update"), (num_epochs, "epoch"))
-    return [f"every {counted(number, what)}" for number, what in due if number]
+def _periods(num_steps: int, num_epochs: int) -> list[str]:
+    due = ((num_steps, "step"), (num_epochs, "epoch"))
+    return [f"every {pluralize(number, what)}" for number, what in due if number]
 
 
-def files(config: TrainerConfig) -> str:
-    """What the run writes beside checkpoints, the files of its folder together."""
-    folder, trace = config.output(None, ""), config.profile
+def describe_files(config: TrainerConfig) -> str:
+    """Files that the run writes besides checkpoints, those in its folder together."""
+    folder, trace = config.output_path(None, ""), config.profile
     found = [
-        config.output(None, "recipe.yaml"),
-        config.output(None, "run.json"),
-        config.output(config.logger.output_dir, "") / "logs",
-        config.output(config.train_log_metrics_path, "train-log-metrics.jsonl"),
-        config.output(None, "loss.png"),
+        config.output_path(None, "recipe.yaml"),
+        config.output_path(None, "run.json"),
+        config.output_path(config.logger.output_dir, "") / "logs",
+        config.output_path(config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        config.output_path(None, "loss.png"),
     ]
     for is_written, written, name in (
         (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
@@ -199,7 +210,7 @@ def files(config: TrainerConfig) -> str:
         (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
     ):
         if is_written:
-            found.append(config.output(written, name))
+            found.append(config.output_path(written, name))
     inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
     outside = [str(file) for file in found if not file.is_relative_to(folder)]
     return ", ".join([f"{folder}: {', '.join(inside)}", *outside])

@@ -8,19 +8,19 @@ from typing import Any
 
 from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
-from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, shown
-from jaxtrain.recipe.guards import direction
+from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, show
+from jaxtrain.recipe.guards import metric_direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
 EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
-"""What every evaluation of a built-in trainer gives."""
+"""Metrics of every evaluation of a built-in trainer."""
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
-"""Each with the keys that must be sound before it can be asked."""
+"""(keys that must be valid for the check to run, check)"""
 
 
 def _needs(*keys: str) -> Callable[[Check], None]:
@@ -53,7 +53,7 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
     folders: dict[Path, str] = {}
     for key, entry in _entries(config):
         if (first := folders.setdefault(entry.folder, key)) != key:
-            what = f"{entry.output_dir!r} is {first}'s too; use another"
+            what = f"{entry.output_dir!r} is the folder of {first} too; use another"
             yield Fault(f"{key}.output_dir", what)
 
 
@@ -61,16 +61,14 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
 def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
     for key, entry in _entries(config):
         start = entry.start
-        if start is None or "{" in entry.output_dir:  # is filled in when the run begins
+        if start is None or "{" in entry.output_dir:  # filled in when the run starts
             continue
-        is_found = is_there(str(start))
+        is_found = path_exists(str(start))
         if not is_found or not re.fullmatch(rf"{PREFIX}\d+", start.name):
             folder = start if is_found else start.parent
-            found = folder.glob(f"{PREFIX}*") if is_there(str(folder)) else ()
+            found = folder.glob(f"{PREFIX}*") if path_exists(str(folder)) else ()
             held = ", ".join(sorted(path.name for path in found)) or "no checkpoints"
-            what = (
-                f"must be a folder {PREFIX}N, found no such one at {start}; {folder} holds {held}"
-            )
+            what = f"must be a folder {PREFIX}N, found none at {start}; {folder} contains {held}"
             yield Fault(f"{key}.resume_from", what)
 
 
@@ -94,14 +92,14 @@ def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
 @_needs("checkpoint", "data", "early_stopping")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):
-        return  # a trainer of the user has metrics of its own
+        return  # a user's trainer has its own metrics
     sets = config.data.eval_sources
     names = [f"eval/{name}" for name in sets] if isinstance(sets, dict) else []
     known = [f"{name}/{metric}" for name in ("eval", *names) for metric in EVAL_METRICS]
-    asked = [(key, entry.metric) for key, entry in _entries(config) if entry.keeps_best]
+    used = [(key, entry.metric) for key, entry in _entries(config) if entry.keeps_best]
     if config.early_stopping:
-        asked.append(("early_stopping", config.early_stopping.metric))
-    for key, metric in asked:
+        used.append(("early_stopping", config.early_stopping.metric))
+    for key, metric in used:
         if metric not in known:
             yield Fault(f"{key}.metric", f"must be one of {', '.join(known)}, found {metric!r}")
 
@@ -109,47 +107,47 @@ def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
 @_needs("early_stopping")
 def _stopping_has_a_direction(config: TrainerConfig) -> Iterator[Fault]:
     stopping = config.early_stopping
-    if stopping and direction(stopping.metric, stopping.mode) is None:
+    if stopping and metric_direction(stopping.metric, stopping.mode) is None:
         what = f"cannot tell whether a smaller {stopping.metric} is better; write min or max"
         yield Fault("early_stopping.mode", what)
 
 
 @_needs("checkpoint", "on_nonfinite", "divergence")
-def _rollback_has_somewhere_to_go(config: TrainerConfig) -> Iterator[Fault]:
+def _rollback_has_a_checkpoint(config: TrainerConfig) -> Iterator[Fault]:
     action = config.divergence and config.divergence.action
     has_state = any(
         entry.type == "orbax" and entry.enabled and getattr(entry, "save_model_only", 0) is not True
         for entry in config.checkpoint
     )
-    for key, asked in (("on_nonfinite", config.on_nonfinite), ("divergence.action", action)):
-        if asked == "rollback" and not has_state:
+    for key, value in (("on_nonfinite", config.on_nonfinite), ("divergence.action", action)):
+        if value == "rollback" and not has_state:
             yield Fault(key, "rollback needs an `orbax` checkpoint entry")
 
 
 @_needs("data")
 def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
-    """Apart from values that say the default, which the effective recipe writes."""
+    """Refuses keys of sources that nothing reads; a default passes, as dumps contain it."""
     if not registry.is_built_in("data", config.data.type):
-        return  # a factory of the user reads what it likes
-    for place, source in config.data.placed_sources():
+        return  # a user's factory may read any of them
+    for place, source in config.data.iter_sources():
         for key in ("column", "role_mapping", "content_key", "process"):
             fields = type(source).model_fields
             if key not in source.model_fields_set or getattr(source, key) == fields[key].default:
                 continue
-            if owner := config.data.UNREAD_OF_SOURCES.get(key):
+            if owner := config.data.UNREAD_SOURCE_KEYS.get(key):
                 what = f"belongs to data.type {owner}, {config.data.type} does not read it"
             elif source.is_tokenised and key != "process":
-                what = "has no effect on rows that hold tokens; remove it, or process: false"
+                what = "has no effect on tokenised records; remove it, or process: false"
             else:
                 continue
-            yield Fault(f"{place}.{key}", f"{what} (found {shown(getattr(source, key))})")
+            yield Fault(f"{place}.{key}", f"{what} (found {show(getattr(source, key))})")
 
 
 @_needs("data", "tensorboard", "wandb")
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
-    for place, source in config.data.placed_sources():
-        if source.NEEDS and not _is_installed(source.NEEDS):
-            what = f"{source.type} needs {source.NEEDS}: pip install 'jaxtrain[{source.type}]'"
+    for place, source in config.data.iter_sources():
+        if source.PACKAGE and not _is_installed(source.PACKAGE):
+            what = f"{source.type} needs {source.PACKAGE}: pip install 'jaxtrain[{source.type}]'"
             yield Fault(f"{place}.type", what)
     for key, is_on, package in (
         ("tensorboard", config.tensorboard.enable, "tensorboardX"),
@@ -175,7 +173,7 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
     if pieces and config.mesh.pipeline == 1:
         yield Fault("pipeline.microbatches", "has no effect with mesh.pipeline 1; remove it")
     elif pieces and rows % pieces:
-        what = f"{pieces} does not divide the {rows} rows of a shard"
+        what = f"{pieces} does not divide the {rows} sequences of a batch shard"
         yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
@@ -195,7 +193,7 @@ def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
         key, what = "num_decay_steps", "with num_warmup_steps is"
         length = scheduler.num_warmup_steps + scheduler.num_decay_steps
     if horizon and length > horizon:
-        what = f"{length} {what} longer than the run of {horizon} updates"
+        what = f"{length} {what} longer than the run of {horizon} steps"
         yield Fault(f"scheduler.{key}", what)
 
 
@@ -203,18 +201,18 @@ def _schedule_fits(config: TrainerConfig) -> Iterator[Fault]:
 def _trace_lies_in_the_run(config: TrainerConfig) -> Iterator[Fault]:
     horizon = config.horizon(None)
     if config.profile and horizon and config.profile.start_step >= horizon:
-        what = f"{config.profile.start_step} lies behind the run of {horizon} updates"
+        what = f"{config.profile.start_step} is after the end of the run of {horizon} steps"
         yield Fault("profile.start_step", what)
 
 
 @_needs("deepspeed", "model")
-def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
+def _dtypes_agree(config: TrainerConfig) -> Iterator[Fault]:
     block, dtype = config.deepspeed, config.model.dtype
     for key, wanted in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
         section = getattr(block, key)
         if section is None or section.enabled is None:
             continue
-        # Left out, `dtype` is the shared format's bf16 as far as this block goes.
+        # Upstream's default is bf16, which is what this section may ask for.
         if section.enabled != ((dtype or "bfloat16") == wanted) and (dtype or section.enabled):
             what = f"disagrees with model.dtype {dtype or 'bfloat16 (its default)'}"
             yield Fault(f"deepspeed.{key}.enabled", f"{what}; write model.dtype and remove it")
@@ -222,13 +220,13 @@ def _dtype_is_said_once(config: TrainerConfig) -> Iterator[Fault]:
 
 @_needs("kill_switch_path")
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
-    if config.kill_switch_path and is_there(config.kill_switch_path):
+    if config.kill_switch_path and path_exists(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")
 
 
 @_needs("logger")
 def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
-    where, level = config.logger.written_level()
+    where, level = config.logger.find_level()
     if level not in LEVELS:
         what = f"the variable {where} must be one of {', '.join(LEVELS)}, found {level!r}"
         yield Fault("logger.level", what)
@@ -238,4 +236,4 @@ def _log_level_is_known(config: TrainerConfig) -> Iterator[Fault]:
 def _run_name_is_known(config: TrainerConfig) -> Iterator[Fault]:
     *folders, name = Path(config.run_dir or "x").parts
     if any("{n}" in folder for folder in folders) or name.count("{n}") > 1:
-        yield Fault("run_dir", f"takes one {{n}}, in its last part, found {config.run_dir!r}")
+        yield Fault("run_dir", f"may have one {{n}}, in its last part, found {config.run_dir!r}")

@@ -1,4 +1,4 @@
-"""The Python file that a recipe names: imported once, its faults said by line."""
+"""Imports the Python file that a recipe names, once, and reports its errors by line."""
 
 import ast
 import hashlib
@@ -14,14 +14,14 @@ from jaxtrain.recipe.errors import Fault, Place, RecipeError
 UPSTREAM = "arctic_training"
 
 _texts: dict[Path, dict[Path, bytes]] = {}
-"""File that was run → what it, and what it imported from beside itself, held then."""
+"""File that was run → the text of it and of what it imported from its folder."""
 
 
 def run_user_code(file: Path) -> None:
-    """Import a user's Python file; again only when it, or what it imports from beside itself, has
+    """Imports a user's Python file, again only if it or what it imports from its folder has
     changed. RecipeError names the failing line.
 
-    Two files of one name in two folders are two modules, and what they import is kept apart too.
+    Files of one name in two folders are two modules, and so is what they import.
     """
     file = file.resolve()
     if file in _texts and all(
@@ -40,7 +40,7 @@ def run_user_code(file: Path) -> None:
     try:
         loader.exec_module(module)
         registry.settle()
-    except BaseException as error:  # whatever the user's file raises, the person gets its line
+    except BaseException as error:  # whatever the file raises, the user gets its line
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -54,18 +54,18 @@ def run_user_code(file: Path) -> None:
 
 
 def module_name(file: Path) -> str:
-    """What the module of a user's file is called; two folders never share a name."""
+    """The name of a user's module, which differs between folders."""
     return f"jaxtrain_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
 
 
-def files_named_in(pickled: bytes) -> list[Path]:
-    """Files that another process has to run before it can read what was pickled here."""
+def find_user_files(pickled: bytes) -> list[Path]:
+    """Files that another process has to run before it can unpickle `pickled`."""
     return [file for file in _texts if module_name(file).encode() in pickled]
 
 
 def _forget_namesakes(folder: Path) -> None:
-    """Let the imports of a file in `folder` find the modules beside it, as they are now, and not
-    those of the same name that a user's file imported before."""
+    """Removes imported modules of users whose names are taken in `folder`, so that a file there
+    imports those beside it as they are now."""
     here = {path.stem for path in folder.iterdir()}
     for known in {file.parent for file in _texts} | {folder}:
         for name in _modules_in(known):
@@ -74,7 +74,7 @@ def _forget_namesakes(folder: Path) -> None:
 
 
 def _modules_in(folder: Path) -> dict[str, Path]:
-    """Modules that were imported from a folder of a user, with their files."""
+    """Modules that were imported from a user's folder, with their files."""
     found = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     places = {name: folder.joinpath(*name.split(".")) for name in found}
     return {
@@ -86,7 +86,7 @@ def _modules_in(folder: Path) -> dict[str, Path]:
 
 
 def _fault(error: BaseException, file: Path) -> Fault:
-    """The error in one line, with the innermost place in the user's own files."""
+    """The error in one line, at the innermost place in the user's files."""
     what = f"{type(error).__name__}: {error}".partition("\n")[0]
     if isinstance(error, SyntaxError):
         return Fault("", what, Place(error.filename or str(file), error.lineno or 0))

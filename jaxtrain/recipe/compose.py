@@ -1,4 +1,4 @@
-"""A recipe put together: the recipes that it is based on, overrides, variables."""
+"""Composes a recipe from its base recipes, overrides and variables."""
 
 import os
 import re
@@ -6,28 +6,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, shown
-from jaxtrain.recipe.load import Key, Recipe, Secret, dotted, mapped_leaves, parse, read
-from jaxtrain.recipe.section import is_there
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, did_you_mean, show
+from jaxtrain.recipe.load import Key, Recipe, Secret, join_key, map_leaves, parse, read
+from jaxtrain.recipe.section import path_exists
 
 COMMAND_LINE = Place("command line", 0)
 MAX_BITS = 1023
-"""of an integer: what a float can be near to"""
+"""Maximum bits of an integer, so that a float can hold it."""
 VARIABLE = re.compile(r"\$\{(?P<dir>dir)\}|\$\{env:(?P<name>\w+)(?::(?P<default>[^{}]*))?\}")
 
 
 def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file, or take a dict; lay it over its `base`, apply `a.b=value` and `del:a.b`
-    overrides, and fill in `${env:NAME:default}` and `${dir}`. RecipeError names every fault."""
+    """Reads a recipe file or dict, merges it into its `base`, applies `a.b=value` and `del:a.b`
+    overrides, and fills in `${env:NAME:default}` and `${dir}`. RecipeError lists every fault."""
     if isinstance(source, dict):
         try:
             as_text = lambda value, _: str(value) if isinstance(value, Path) else value
-            recipe = Recipe(mapped_leaves(source, as_text), {}, None)
+            recipe = Recipe(map_leaves(source, as_text), {}, None)
         except RecursionError:
             raise RecipeError("the recipe is nested too deeply, or contains itself") from None
     else:
         recipe = read(Path(source))
-    recipe = _with_bases(_filled(recipe), ())
+    recipe = _apply_bases(_fill_variables(recipe), ())
     faults: list[Fault] = []
     changed: list[Key] = []
     for text in overrides:
@@ -35,11 +35,11 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
             changed.append(_override(recipe, text))
         except RecipeError as error:
             faults += error.faults
-    return _filled(recipe, under=changed)._replace(faults=tuple(faults))
+    return _fill_variables(recipe, under=changed)._replace(faults=tuple(faults))
 
 
-def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
-    """`recipe` laid over the recipes that its `base` names, from left to right."""
+def _apply_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
+    """`recipe` merged into the recipes that its `base` names, from left to right."""
     if "base" not in recipe.tree:
         return recipe
     place = recipe.places.get(("base",))
@@ -49,22 +49,22 @@ def _with_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
     result = Recipe({}, {}, recipe.file, {})
     for name in bases if isinstance(bases, list) else [bases]:
         if not isinstance(name, str) or not name or "\0" in name:
-            what = f"must be a path or a list of paths, found {shown(bases)}"
+            what = f"must be a path or a list of paths, found {show(bases)}"
             raise RecipeError([Fault("base", what, place)])
         folders = (recipe.folder, Path.cwd())
-        file = next((f / name for f in folders if is_there(f"{f}/{name}")), None)
+        file = next((f / name for f in folders if path_exists(f"{f}/{name}")), None)
         if file is None:
             raise RecipeError([Fault("base", f"no such file: {name!r}", place)])
         if file.resolve() in chain:
             cycle = " → ".join(f.name for f in (*chain, file))
             what = f"a recipe cannot be based on itself: {cycle}"
             raise RecipeError([Fault("base", what, place)])
-        result = _laid_over(result, _with_bases(_filled(read(file)), chain))
-    return _laid_over(result, recipe._replace(tree=tree))
+        result = _merge(result, _apply_bases(_fill_variables(read(file)), chain))
+    return _merge(result, recipe._replace(tree=tree))
 
 
-def _laid_over(under: Recipe, top: Recipe) -> Recipe:
-    """Maps merge; lists and scalars of `top` replace."""
+def _merge(under: Recipe, top: Recipe) -> Recipe:
+    """Merges maps; lists and scalars of `top` replace those below."""
     places, secrets = dict(under.places), dict(under.secrets)
 
     def merged(a: Any, b: Any, key: Key) -> Any:
@@ -79,13 +79,13 @@ def _laid_over(under: Recipe, top: Recipe) -> Recipe:
 
 
 def _override(recipe: Recipe, text: str) -> Key:
-    """Set or delete one key, which is returned; a list position is a number."""
+    """Sets or deletes one key and returns it; a list position is a number."""
     removes = text.startswith("del:")
     name, equals, value = text.removeprefix("del:").partition("=")
     if removes == bool(equals) or not name:
-        raise _wrong("", f"an override is key=value or del:key, found {text!r}")
+        raise _fault("", f"an override must be key=value or del:key, found {text!r}")
     if name.split(".")[0] == "base":
-        raise _wrong(name, "is read before the command line, write it in the recipe")
+        raise _fault(name, "is read before the command line; write it in the recipe")
     parts = name.split(".")
     here: Any = recipe.tree
     if parts[:2] == ["checkpoint", "0"] and isinstance(here.get("checkpoint"), dict):
@@ -115,16 +115,16 @@ def _value(name: str, text: str) -> Any:
         return parse(text, "command line")[0]
     except RecipeError as error:
         why = error.faults[0].what
-        raise _wrong(name, f"the value is not YAML: {text!r} ({why})") from None
+        raise _fault(name, f"the value is not YAML: {text!r} ({why})") from None
 
 
-def _wrong(key: str, what: str) -> RecipeError:
+def _fault(key: str, what: str) -> RecipeError:
     return RecipeError([Fault(key, what, COMMAND_LINE)])
 
 
 def _step(here: Any, part: str, key: Key, name: str) -> str | int:
-    """`part` as an index into `here`, which stands at `key`; RecipeError about the override of
-    `name` when there is nothing to index."""
+    """`part` as an index into `here`, the value of `key`; RecipeError about the override of `name`
+    when there is nothing to index."""
     help = ""
     if isinstance(here, dict):
         if part in here:
@@ -135,7 +135,7 @@ def _step(here: Any, part: str, key: Key, name: str) -> str | int:
             return int(part)
         help = f"a list: write a position from 0 to {len(here) - 1}" if here else "[]"
         help = f", it is {help}"
-    raise _wrong(name, f"{dotted(key) or 'the recipe'} has no {part!r}{help}")
+    raise _fault(name, f"{join_key(key) or 'the recipe'} has no {part!r}{help}")
 
 
 def _forget(notes: Any, key: Key) -> None:
@@ -143,15 +143,14 @@ def _forget(notes: Any, key: Key) -> None:
         del notes[old]
 
 
-def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
-    """`recipe` with the variables below some keys filled in; RecipeError names every one that is
-    not set."""
+def _fill_variables(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
+    """`recipe` with the variables below some keys filled in; RecipeError lists those not set."""
     secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
 
     def fill(value: Any, key: Key) -> Any:
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             what = f"a number of {value.bit_length()} bits is too large"
-            faults.append(Fault(dotted(key), what, recipe.place(key)))
+            faults.append(Fault(join_key(key), what, recipe.place(key)))
         is_under = any(key[: len(root)] == root for root in under)
         if not isinstance(value, str) or "${" not in value or not is_under:
             return value
@@ -163,7 +162,7 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
             found = os.environ.get(match["name"], match["default"])
             if found is None:
                 what = f"the environment variable {match['name']} is not set, and has no default"
-                faults.append(Fault(dotted(key), what, recipe.place(key)))
+                faults.append(Fault(join_key(key), what, recipe.place(key)))
                 return ""
             if match["name"] in os.environ and found:
                 values.append(found)
@@ -174,14 +173,14 @@ def _filled(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
             secrets[key] = Secret(value, tuple(values))
         return _scalar(text) if VARIABLE.fullmatch(value) else text
 
-    tree = mapped_leaves(recipe.tree, fill)
+    tree = map_leaves(recipe.tree, fill)
     if faults:
         raise RecipeError(faults)
     return recipe._replace(tree=tree, secrets=secrets)
 
 
 def _scalar(text: str) -> Any:
-    """What YAML makes of a variable that is a whole value: a number or a boolean, else text."""
+    """A variable that is a whole value, read as YAML: a number or a boolean, else text."""
     try:
         value, _ = parse(text, "")
     except RecipeError:

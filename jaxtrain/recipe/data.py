@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from jaxtrain.recipe.errors import did_you_mean, nearest_multiples
-from jaxtrain.recipe.section import InputPath, TypedSection, is_there
+from jaxtrain.recipe.section import (
+    InputPath,
+    Own,
+    TypedSection,
+    contradiction,
+    mapped,
+    no_effect,
+    not_supported,
+    path_exists,
+)
 
 FORMATS = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
@@ -19,18 +28,18 @@ FORMATS = {
 """Suffix of a local file → the source type that reads it."""
 COMPRESSED = (".gz", ".zst")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-"""Who speaks in a conversation."""
+"""Speakers of a conversation."""
 REFUSED_ARGUMENTS = {
     "trust_remote_code": "code comes only from `code:`",
-    "split": "split stands beside kwargs",
-    "streaming": "rows are looked up by number",
+    "split": "write split beside kwargs",
+    "streaming": "records are looked up by number",
 }
-"""of `datasets.load_dataset`"""
+"""Arguments of `datasets.load_dataset` that a recipe may not pass."""
 SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\])?)")
 
 
 def file_format(path: str) -> str | None:
-    """The source type for a file name, compressed or not; None when the suffix says nothing."""
+    """The source type that reads a file, compressed or not; None for an unknown suffix."""
     path = path.partition("?")[0] if "://" in path else path
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -38,19 +47,19 @@ def file_format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def split_suffix(text: str, folder: Path | None = None) -> tuple[str, str]:
-    """`name:split[10:20]` in its two parts; the second is empty when there is none, as in a path
-    that exists, in `folder` or the current one, and has a colon in it."""
-    if is_there(text) or (folder is not None and is_there(f"{folder}/{text}")):
+def parse_split(text: str, folder: Path | None = None) -> tuple[str, str]:
+    """The two parts of `name:split[10:20]`. The second is empty when there is none, and for a path
+    with a colon that exists in `folder` or the current one."""
+    if path_exists(text) or (folder is not None and path_exists(f"{folder}/{text}")):
         return text, ""
     match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")
 
 
 def source_from_text(text: str, *, registered: Collection[str], default: str) -> dict[str, Any]:
-    """The map that a source written as a string stands for: a registered name, else a file, here or
-    at a URL, else what the factory's `default` source makes of it."""
-    name, split = split_suffix(text)
+    """The source that a string stands for: a registered name, else a local file or URL, else a name
+    for the factory's `default` source."""
+    name, split = parse_split(text)
     given = {"split": split} if split else {}
     if name in registered:
         return {"type": name, **given}
@@ -59,8 +68,8 @@ def source_from_text(text: str, *, registered: Collection[str], default: str) ->
     return {"type": default, "name_or_path": text}
 
 
-def _input_pattern(value: Any, info: ValidationInfo) -> Any:
-    """A glob goes by the recipe's folder first, as plain paths do."""
+def _resolve_glob(value: Any, info: ValidationInfo) -> Any:
+    """Resolves a glob in the recipe's folder first, as plain paths are."""
     if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
     folder = (info.context or {}).get("folder")
@@ -69,7 +78,7 @@ def _input_pattern(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-InputPattern = Annotated[InputPath, BeforeValidator(_input_pattern)]
+InputPattern = Annotated[InputPath, BeforeValidator(_resolve_glob)]
 
 
 class DataSourceConfig(TypedSection):
@@ -79,26 +88,27 @@ class DataSourceConfig(TypedSection):
     """Split name, slices allowed (`train[:100]`); `train` when left out, `eval` under
     `eval_sources`."""
     sample_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Random share of the rows."""
+    """Fraction of the records, sampled at random."""
     sample_count: int | None = Field(default=None, gt=0)
-    """Random number of rows; a larger number than there is takes all."""
+    """Number of records, sampled at random; all when there are fewer."""
     sample_seed: int = 42
+    """Seed of the sample."""
     process: bool = True
-    """False: rows hold tokens already, as `input_ids` and, for conversations, `labels`."""
-    weight: float | None = Field(default=None, gt=0)
-    """Share of this source in the mixture; if one training source has it, all must. An epoch keeps
-    its length, and each source is cut or repeated to its share."""
-    name: str = ""
+    """False: records are tokenised already, as `input_ids` and, for conversations, `labels`."""
+    weight: Own[float | None] = Field(default=None, gt=0)
+    """Relative size of this source in the mixture; if one training source has it, all must. An
+    epoch keeps its length, and each source is cut or repeated to its part of it."""
+    name: Own[str] = ""
     """Label in logs and counts."""
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
-        """Keys that say where rows are and which of them are taken: the rows' own content stands
-        for these in the cache's key."""
+    def selection_keys(self) -> tuple[str, ...]:
+        """Keys that say where records are and which of them are used; the cache's key has the
+        content of the records instead."""
         return ("name", "split", "sample_ratio", "sample_count", "sample_seed", "weight")
 
-    NEEDS: ClassVar[str] = ""
-    """Package of an extra that is called as the source's type."""
+    PACKAGE: ClassVar[str] = ""
+    """Package that the extra named after the source's type installs."""
 
     @property
     def is_tokenised(self) -> bool:
@@ -106,26 +116,31 @@ class DataSourceConfig(TypedSection):
 
     @property
     def text_column(self) -> str:
-        """Column of the text of causal training; a row with one column needs no name for it."""
+        """Column of the text of causal training; not needed for records with one column."""
         return "text"
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.sample_ratio is not None and self.sample_count is not None:
-            yield "sample_ratio and sample_count exclude each other; remove one"
+            yield "sample_ratio", "excludes sample_count; remove one"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.sample_ratio is None and self.sample_count is None:
+            yield "sample_seed", "no sample is drawn"
 
 
 class RowsConfig(DataSourceConfig):
-    """How a row of columns becomes a conversation."""
+    """Records of columns that become conversations."""
 
     role_mapping: dict[str, str] = {}
-    """Role → column, or role → `array.field.value`, in which each turn of `array` with that field's
-    value has the role; turns keep their order."""
+    """Role → column, or role → `array.field.value`: each turn of `array` whose `field` has that
+    value gets the role; turns keep their order."""
     content_key: str | None = None
-    """Field of the text in the three-part form; `content`, `text`, `message` or `value` else."""
+    """Field of a turn's text in the three-part form; one of `content`, `text`, `message` and
+    `value` when left out."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if "content_key" in self.role_mapping:
-            yield "role_mapping holds roles; content_key stands beside it, as a key of the source"
+            yield "role_mapping", "holds roles only; move content_key beside it, into the source"
 
 
 class HFDataSourceConfig(RowsConfig):
@@ -139,30 +154,29 @@ class HFDataSourceConfig(RowsConfig):
     """Standard split name → the data set's own."""
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
+    def selection_keys(self) -> tuple[str, ...]:
         # The name of a well-known data set decides how its columns are read.
         place = ("name_or_path",) if Path(self.name_or_path).exists() else ()
-        return (*super().says_which_rows, *place, "kwargs", "split_mapping")
+        return (*super().selection_keys, *place, "kwargs", "split_mapping")
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         for key, why in REFUSED_ARGUMENTS.items():
             if self.kwargs.get(key, False) is not False:
-                yield f"kwargs.{key} is refused: {why}"
+                yield f"kwargs.{key}", f"is refused: {why}"
 
     @model_validator(mode="before")
     @classmethod
     def _split_beside_name(cls, data: Any, info: ValidationInfo) -> Any:
-        """`name:split` is the name and the split, so that the effective recipe says each once."""
+        """Splits `name:split` into two keys, so that the effective recipe has each of them once."""
         if not isinstance(data, dict) or not isinstance(data.get("name_or_path"), str):
             return data
-        name, split = split_suffix(data["name_or_path"], (info.context or {}).get("folder"))
+        name, split = parse_split(data["name_or_path"], (info.context or {}).get("folder"))
         if not split:
             return data
         given = data.get("split")
         if given not in (None, "", "train", "eval", split):  # those two are what is filled in
-            raise ValueError(
-                f"name_or_path asks for split {split!r} and split for {given!r}; remove one"
-            )
+            what = f"asks for split {split!r}, and split for {given!r}; remove one"
+            raise contradiction("name_or_path", what)
         return {**data, "name_or_path": name, "split": split}
 
 
@@ -178,51 +192,63 @@ class HFCausalDataSourceConfig(HFDataSourceConfig):
 
 
 class SyntheticDataSourceConfig(DataSourceConfig):
-    """Random tokens, each row `max_length` of them."""
+    """Documents of `max_length` random tokens."""
 
-    rows: int = Field(default=10_000, ge=1)
-    vocab_size: int | None = Field(default=None, ge=1)
-    """Tokens are below it; the tokenizer's size when left out."""
+    rows: Own[int] = Field(default=10_000, ge=1)
+    """Number of documents."""
+    vocab_size: Own[int | None] = Field(default=None, ge=1)
+    """Upper bound of the tokens; the tokenizer's size when left out."""
     process: Literal[False] = False
+    """Always false: records are tokens."""
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
-        return (*super().says_which_rows, "rows", "vocab_size")
+    def selection_keys(self) -> tuple[str, ...]:
+        return (*super().selection_keys, "rows", "vocab_size")
 
 
 class LocalDataSourceConfig(RowsConfig):
     """Files of one format, by path, list of paths, folder or glob; `.gz` and `.zst` too. Paths may
     be URLs that fsspec reads, such as `s3://`: those are copied into the user's cache."""
 
-    path: InputPattern | tuple[InputPattern, ...]
-    columns: dict[str, str] = {}
-    """Column → the name it goes by from here on."""
+    path: Own[InputPattern | tuple[InputPattern, ...]]
+    """File, folder, glob or URL, or a list of them."""
+    columns: Own[dict[str, str]] = {}
+    """Column → its new name."""
     column: str = "text"
-    """Column of the text of causal training; a file of `text` has this one alone."""
+    """Column of the text of causal training; the only column of a `text` file."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
     def text_column(self) -> str:
         return self.column
 
     @property
-    def says_which_rows(self) -> tuple[str, ...]:
-        return (*super().says_which_rows, "path")
+    def selection_keys(self) -> tuple[str, ...]:
+        return (*super().selection_keys, "path")
 
 
 class TextDataSourceConfig(LocalDataSourceConfig):
-    per_line: bool = False
-    """A row per line, not per file."""
+    """Files of plain text."""
+
+    per_line: Own[bool] = False
+    """One record per line instead of per file."""
 
 
 class AnyLocalDataSourceConfig(TextDataSourceConfig):
     """Files of any format."""
 
-    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"] = "auto"
-    """What all files are; `auto` goes by the suffix of each."""
+    format: Own[Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"]] = "auto"
+    """Format of all files; `auto` goes by the suffix of each."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.per_line and self.format not in ("auto", "text"):
-            yield f"per_line has no effect with format: {self.format}; remove it"
+            yield "per_line", f"has no effect with format: {self.format}; remove it"
+
+
+_ALWAYS_CACHED = no_effect("the cache is always on; remove the key")
 
 
 class DataConfig(TypedSection):
@@ -233,79 +259,85 @@ class DataConfig(TypedSection):
     eval_sources: tuple[Any, ...] | dict[str, tuple[Any, ...]] = ()
     """Evaluation sources; a map of name to sources makes named sets."""
     train_eval_split: tuple[float, float] = (1.0, 0.0)
-    """Shares kept for training and for evaluation; split before packing, by `seed`."""
+    """Fractions for training and for evaluation; split before packing, by `seed`."""
     max_length: int | None = Field(default=None, gt=0)
-    """Longest row in tokens; the model's `max_position_embeddings` when left out."""
+    """Longest sequence in tokens; the model's `max_position_embeddings` when left out."""
     num_proc: int = Field(default=16, ge=1)
-    """Processes for tokenising, at most one a core; the rows never depend on it."""
-    dl_num_workers: int = Field(default=2, ge=0)
-    """Threads that make batches ahead of the step; 0 makes them in the loop."""
+    """Processes for tokenising, at most one per core; the result never depends on it."""
+    dl_num_workers: Annotated[int, mapped("prefetch threads per process")] = Field(default=2, ge=0)
+    """Threads that prepare batches ahead of the step; 0 prepares them in the loop."""
     seed: int = Field(default=42, ge=0)
-    """Order of the rows, together with the epoch; and the split."""
+    """Seed of the order of documents, together with the epoch, and of the split."""
 
-    max_rows_with_errors: int = Field(default=0, ge=0)
-    """So many faulty rows are skipped and counted; one more stops the run."""
+    max_rows_with_errors: Own[int] = Field(default=0, ge=0)
+    """Number of faulty records that are skipped and counted; one more stops the run."""
     cache_dir: str | None = None
-    """Folder of prepared rows; one that several machines share is prepared by the first of them.
-    In the user's cache folder when left out."""
-    cache_fs_type: Literal["auto", "local", "shared"] = "auto"
-    use_data_cache: bool | None = None
-    cache_processed_data: bool | None = None
+    """Folder of prepared data, in your cache folder when left out. Machines that share it wait for
+    the first of them to prepare."""
+    cache_fs_type: Annotated[
+        Literal["auto", "local", "shared"], no_effect("a lock file decides which machine prepares")
+    ] = "auto"
+    use_data_cache: Annotated[bool | None, _ALWAYS_CACHED] = None
+    cache_processed_data: Annotated[bool | None, _ALWAYS_CACHED] = None
     fail_on_missing_cache: bool = False
-    """Stop where rows would have to be prepared."""
-    streaming: bool = False
+    """Stop when data is not prepared yet."""
+    streaming: Annotated[
+        Own[bool], not_supported("remove it: records are looked up in files, not kept in memory")
+    ] = False
     """Read without preparing."""
-    batch_tokens: int = Field(default=0, ge=0)
-    """Fill batches to so many tokens, not to `micro_batch_size` rows; 0 is off."""
-    max_length_buckets: int = Field(default=8, ge=1)
-    """Lengths that unpacked rows are padded to, at most: each update takes the shortest that holds
-    its rows, and each compiles the step once. The loss is the same."""
+    batch_tokens: Annotated[
+        Own[int], not_supported("use pack_samples: true with micro_batch_size")
+    ] = Field(default=0, ge=0)
+    """Fill batches to this many tokens instead of `micro_batch_size` sequences; 0 is off."""
+    max_length_buckets: Own[int] = Field(default=8, ge=1)
+    """Maximum number of lengths that unpacked sequences are padded to. Each step uses the shortest
+    that fits, and each length compiles the step once; the loss is the same."""
 
     CHANGES_NO_BATCH: ClassVar[frozenset[str]] = frozenset((
         "num_proc", "dl_num_workers", "cache_dir", "cache_fs_type", "use_data_cache",
         "cache_processed_data", "fail_on_missing_cache",
     ))  # fmt: skip
-    """Keys of place and speed."""
+    """Keys of place and speed, which change no batch."""
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
         "sources", "eval_sources", "train_eval_split", "max_length", "seed", "batch_tokens",
         "max_length_buckets", "streaming",
     }  # fmt: skip
-    """Keys that change no document: these, and what is planned from documents at every start."""
+    """Keys that change no document: those, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
-    """Type of a source that names none."""
-    ROWS_A_SAMPLE: ClassVar[int] = 1
-    """Rows of a batch for each of `micro_batch_size`."""
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {}
-    """Key of a source that this factory does not read → the type of `data` that does."""
+    """Type of a source without a `type`."""
+    ROWS_PER_SAMPLE: ClassVar[int] = 1
+    """Sequences in a batch per unit of `micro_batch_size`."""
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {}
+    """Key of a source that this factory does not read → the type of `data` that reads it."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if not self.sources:
-            yield "sources is empty; name at least one source"
+            yield "sources", "is empty; name at least one source"
         train, held_out = self.train_eval_split
         if min(train, held_out) < 0 or abs(train + held_out - 1) > 1e-6:
-            what = "must be two shares from 0 to 1 that add up to 1"
-            yield f"train_eval_split {what}, found {train} and {held_out}"
+            what = "must be two numbers from 0 to 1 that add up to 1"
+            yield "train_eval_split", f"{what}, found {train} and {held_out}"
         if held_out and self.eval_sources:
-            yield "train_eval_split and eval_sources exclude each other; remove one"
+            yield "train_eval_split", "excludes eval_sources; remove one"
         weights = [s.weight for s in self.sources if isinstance(s, DataSourceConfig)]
         if None in weights and any(weights):
-            without = f"sources.{weights.index(None)} has no weight and another source has one"
-            yield f"{without}; write one for every source or for none"
+            what = "has no weight, and another source has; write it for all or for none"
+            yield f"sources.{weights.index(None)}", what
         for name, named in self.eval_sets.items():
             if not named:
-                yield f"eval_sources.{name} is empty; name at least one source"
+                yield f"eval_sources.{name}", "is empty; name at least one source"
             if any(isinstance(s, DataSourceConfig) and s.weight for s in named):
-                yield "weight has no effect in eval_sources; remove it"
+                yield "eval_sources", "weight has no effect here; remove it"
 
     @property
     def eval_sets(self) -> dict[str, tuple[Any, ...]]:
-        """Name → sources; the set of a plain list is `eval`."""
+        """Name → sources; a plain list is the set `eval`."""
         if isinstance(self.eval_sources, dict):
             return self.eval_sources
         return {"eval": self.eval_sources} if self.eval_sources else {}
 
-    def placed_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
-        """(dotted key, source) of every source."""
+    def iter_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
+        """Yields (dotted key, source) of every source."""
         for key in ("sources", "eval_sources"):
             written = getattr(self, key)
             named = written if isinstance(written, dict) else {"": written}
@@ -319,62 +351,78 @@ class DataConfig(TypedSection):
 
 
 class SFTDataConfig(DataConfig):
+    """Conversations, one per sequence or packed."""
+
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = DataConfig.NOT_IN_DOCUMENTS | {
         "div_length", "pad_to", "pack_samples", "packing", "always_max_length", "drop_last",
         "fuse_positions_prob", "repeat_to_pack_max_length",
     }  # fmt: skip
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"column": "causal"}
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"column": "causal"}
     default_source: ClassVar[str] = "huggingface_instruct"
 
     div_length: int = Field(default=256, ge=1)
-    """Rows are padded to a multiple of it."""
+    """Sequences are padded to a multiple of it."""
     pad_to: Literal["div_length", "max_length"] = "div_length"
+    """Pad to a multiple of `div_length`, or every sequence to `max_length`."""
     mask_inputs: bool = True
     """Train on assistant text only."""
     pack_samples: bool = False
-    """Several conversations a row, isolated from one another."""
-    packing: Literal["best_fit", "next_fit"] = "best_fit"
-    """Fill rule of `pack_samples`."""
+    """Pack several conversations into a sequence, isolated from one another."""
+    packing: Own[Literal["best_fit", "next_fit"]] = "best_fit"
+    """How `pack_samples` fills sequences."""
     filter_samples: bool = True
     """Drop conversations longer than `max_length`."""
-    overlong: Literal["drop", "truncate", "error"] | None = None
-    """What happens to them; `drop` with `filter_samples`, else `truncate`, when left out."""
+    overlong: Own[Literal["drop", "truncate", "error"] | None] = None
+    """What happens to conversations longer than `max_length`; `drop` with `filter_samples`, else
+    `truncate`, when left out."""
 
     always_max_length: bool = False
-    """Fill every pack to its last token, in the order of the rows; the row that does not fit goes
-    on in the next pack."""
+    """Fill every packed sequence to its last token, in order; a conversation that does not fit
+    continues in the next sequence."""
     drop_last: bool = False
-    """Drop the last pack if it is short, once per data set."""
+    """Drop the last packed sequence of a data set if it is short."""
     fuse_positions_prob: float = Field(default=0.0, ge=0, le=1)
-    """Chance of a pack to be one sequence: its positions run on and its rows attend to each
-    other."""
+    """Probability that a packed sequence is one document: its positions run through and its
+    conversations attend to each other."""
     repeat_to_pack_max_length: bool = False
-    """Repeat the rows of a data set that is shorter than one pack until the pack is nearly full."""
-    loss_roles: tuple[str, ...] = Field(default=("assistant",), min_length=1)
+    """Repeat a data set that is shorter than one packed sequence until that is nearly full."""
+    loss_roles: Own[tuple[str, ...]] = Field(default=("assistant",), min_length=1)
     """Roles whose text is trained."""
-    completion_only: bool = True
-    """Of rows with a prompt and a reply, train the reply only; false trains both."""
+    completion_only: Own[bool] = True
+    """Train only the reply of records with a prompt and a reply; false trains both."""
     ignore_empty_think: bool = False
     """Do not train an empty think block at the start of a reply."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("always_max_length", "drop_last", "fuse_positions_prob",
                     "repeat_to_pack_max_length"):  # fmt: skip
             if getattr(self, key) and not self.pack_samples:
-                yield f"{key} needs pack_samples: true"
+                yield key, "needs pack_samples: true"
         if self.always_max_length and self.packing != "best_fit":
-            yield "packing has no effect with always_max_length; remove one"
+            yield "packing", "has no effect with always_max_length; remove one"
         for role in sorted({*self.loss_roles} - {*ROLES}):
             known = f"{did_you_mean(role, ROLES)} (known: {', '.join(ROLES)})"
-            yield f"loss_roles: unknown role {role!r}{known}"
+            yield "loss_roles", f"unknown role {role!r}{known}"
         if not self.mask_inputs and self.loss_roles != ("assistant",):
-            yield "loss_roles has no effect with mask_inputs: false; remove one"
+            yield "loss_roles", "has no effect with mask_inputs: false; remove one"
         # The effective recipe has every default written down, and has to run again.
         length, step = self.max_length or 0, self.div_length
         is_own = step != SFTDataConfig.model_fields["div_length"].default
         if self.pad_to == "max_length" and is_own and length % step:
             use = nearest_multiples(length, step)
-            yield f"max_length {length} is not a multiple of div_length {step}; use {use}"
+            yield "max_length", f"{length} is not a multiple of div_length {step}; use {use}"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if not self.pack_samples:
+            yield "packing", "only `pack_samples: true` packs"
+        if self.pack_samples or self.pad_to == "max_length":
+            for key in ("div_length", "max_length_buckets"):
+                yield key, "all sequences have `max_length` tokens"
+        if self.overlong is not None:
+            yield "filter_samples", "`overlong` says what happens to long conversations"
+        if not self.mask_inputs:
+            for key in ("completion_only", "ignore_empty_think"):
+                yield key, "with `mask_inputs: false` every token is trained"
 
     @property
     def overlong_rule(self) -> Literal["drop", "truncate", "error"]:
@@ -382,14 +430,17 @@ class SFTDataConfig(DataConfig):
 
 
 class CausalDataConfig(DataConfig):
-    """Text joined with BOS and EOS and cut into rows of exactly `max_length` tokens."""
+    """Text, joined with BOS and EOS and cut into sequences of exactly `max_length` tokens."""
 
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield "max_length_buckets", "all sequences have `max_length` tokens"
 
     @model_validator(mode="before")
     @classmethod
     def _rows_are_full(cls, data: Any) -> Any:
         for key in ("div_length", "pack_samples", "pad_to"):
             if isinstance(data, dict) and key in data:
-                raise ValueError(f"{key}: causal rows always have `max_length` tokens, remove it")
+                raise contradiction(key, "causal sequences all have `max_length` tokens; remove it")
         return data

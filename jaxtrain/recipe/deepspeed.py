@@ -1,10 +1,19 @@
-"""The `deepspeed` section: every key that DeepSpeed knows, and what becomes of it here."""
+"""The `deepspeed` section: every key of DeepSpeed, and what it becomes here."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
-from jaxtrain.recipe.section import Section, refused_when_on
+from jaxtrain.recipe.section import (
+    Section,
+    contradiction,
+    equals,
+    mapped,
+    no_effect,
+    not_supported,
+    refused_when_on,
+    sets,
+)
 
 HAS_NO_COUNTERPART = "belongs to DeepSpeed's engine"
 OFFLOAD = {
@@ -70,11 +79,11 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     },
     "tensorboard": {"see `tensorboard`": "output_path job_name"},
 }
-"""Section of the block → why keys of it change nothing here → those keys."""
+"""Part of the section → why keys of it have no effect → those keys."""
 
 
 class DeepSpeedSection(Section):
-    """A part of the block, in which a text `auto` counts as not written."""
+    """A part of the section, in which `auto` counts as not written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,9 +98,13 @@ _CHANGES_RESULT = refused_when_on("is not supported: it would change the result"
 
 
 def _keys(section: str, **more: Any) -> Any:
-    """A base with the keys of a section that change nothing, and others by (type, default)."""
-    names = " ".join(NO_EFFECT[section].values()).split()
-    fields: dict[str, Any] = dict.fromkeys(names, (Any, None)) | more
+    """A base class with the keys of a section that have no effect, and with others."""
+    fields: dict[str, Any] = {
+        name: (Annotated[Any, no_effect(why)], None)
+        for why, names in NO_EFFECT[section].items()
+        for name in names.split()
+    }
+    fields |= more
     return create_model(f"{section}Keys", __base__=DeepSpeedSection, __module__=__name__, **fields)
 
 
@@ -99,40 +112,49 @@ def _refused(names: str, why: BeforeValidator) -> dict[str, Any]:
     return dict.fromkeys(names.split(), (Annotated[Any, why], None))
 
 
-class OffloadConfig(_keys("zero_optimization.offload_param")):
-    """Where a part of the state lives."""
+_STAGE_3 = "use zero_optimization.stage: 3 on more devices"
 
-    device: Literal["none", "cpu"] | None = None
+
+class OffloadConfig(_keys("zero_optimization.offload_param")):
+    """Where a part of the state is stored."""
+
+    device: Annotated[Literal["none", "cpu"] | None, not_supported(_STAGE_3, "none")] = None
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
 
     @model_validator(mode="before")
     @classmethod
     def _no_disk(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("device") == "nvme":
-            raise ValueError("device: nvme is not supported, use `cpu`")
+            raise contradiction("device", f"nvme is not supported; {_STAGE_3}")
         return values
 
 
-class ZeroConfig(
-    _keys(
-        "zero_optimization",
-        **_refused(
-            "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-            "zeropp_loco_param zenflow",
-            _CHANGES_RESULT,
-        ),
-    )
-):
+_STAGES = {
+    0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
+    1: "optimizer state and master weights are sharded over `mesh.data`, gathered once per step",
+    2: "as 1, and gradients are reduce-scattered over `mesh.data`",
+    3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
+}
+_QUANTIZED = """
+    zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
+    zeropp_loco_param zenflow"""
+
+
+class ZeroConfig(_keys("zero_optimization", **_refused(_QUANTIZED, _CHANGES_RESULT))):
     """ZeRO: what is sharded over the data-parallel devices."""
 
-    stage: int = Field(default=0, ge=0, le=3)
+    stage: Annotated[int, mapped("", _STAGES)] = Field(default=0, ge=0, le=3)
     """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: OffloadConfig | None = None
-    offload_param: OffloadConfig | None = None
-    cpu_offload: bool | None = None
-    """Older spelling of `offload_optimizer.device: cpu`."""
-    cpu_offload_param: bool | None = None
-    """Older spelling of `offload_param.device: cpu`."""
+    offload_optimizer: Annotated[OffloadConfig | None, mapped("placement of optimizer state")] = (
+        None
+    )
+    offload_param: Annotated[OffloadConfig | None, mapped("placement of parameters")] = None
+    cpu_offload: Annotated[
+        bool | None, mapped("offload_optimizer.device: cpu"), not_supported(_STAGE_3)
+    ] = None
+    cpu_offload_param: Annotated[
+        bool | None, mapped("offload_param.device: cpu"), not_supported(_STAGE_3)
+    ] = None
     zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
     mics_shard_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, -1)] = None
 
@@ -141,10 +163,9 @@ class EnabledConfig(_keys("bf16")):
     enabled: bool | None = None
 
 
-class FP16Config(DeepSpeedSection):
+class FP16Config(_keys("fp16")):
     enabled: bool | None = None
     loss_scale: float = Field(default=0, ge=0)
-    """0 is dynamic."""
     initial_scale_power: int = Field(default=16, ge=0)
     loss_scale_window: int = Field(default=1000, ge=1)
     hysteresis: int = Field(default=2, ge=1)
@@ -156,52 +177,58 @@ class FP16Config(DeepSpeedSection):
 
 
 class ActivationConfig(_keys("activation_checkpointing")):
-    cpu_checkpointing: bool = False
+    cpu_checkpointing: Annotated[bool, sets("activation_checkpoint_cpu_offload")] = False
 
 
 class DataTypesConfig(DeepSpeedSection):
-    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    grad_accum_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, not_supported("use fp32", "fp32")
+    ] = None
 
 
 class TensorParallelConfig(DeepSpeedSection):
-    autotp_size: int = Field(default=0, ge=0)
+    autotp_size: Annotated[int, sets("mesh.tensor")] = Field(default=0, ge=0)
 
 
 class MonitorConfig(_keys("tensorboard")):
-    enabled: bool = False
+    enabled: Annotated[bool, sets("tensorboard.enable")] = False
 
 
-class DeepSpeedConfig(
-    _keys(
-        "",
-        **_refused(
-            "autotuning elasticity compression_training curriculum_learning data_efficiency "
-            "progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training",
-            _CHANGES_RESULT,
-        ),
-        **_refused("amp torch_autocast", refused_when_on("use `model.dtype`")),
-        **_refused("optimizer", refused_when_on("write it under `optimizer:`")),
-        **_refused("scheduler", refused_when_on("write it under `scheduler:`")),
+_TRAINING = """
+    autotuning elasticity compression_training curriculum_learning data_efficiency
+    progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training"""
+_REFUSED = (
+    _refused(_TRAINING, _CHANGES_RESULT)
+    | _refused("amp torch_autocast", refused_when_on("use `model.dtype`"))
+    | _refused("optimizer", refused_when_on("write it under `optimizer:`"))
+    | _refused("scheduler", refused_when_on("write it under `scheduler:`"))
+)
+_COMPARED = mapped("compared with model.dtype")
+_COUNT = Field(default=None, ge=1)
+
+
+class DeepSpeedConfig(_keys("", **_REFUSED)):
+    """A config of DeepSpeed."""
+
+    zero_optimization: Annotated[ZeroConfig | None, mapped("what is sharded over mesh.data")] = None
+    gradient_clipping: Annotated[float | None, sets("max_grad_norm")] = Field(default=None, ge=0)
+    train_batch_size: Annotated[
+        int | None, mapped("compared with micro_batch_size x accumulation x batch shards")
+    ] = _COUNT
+    train_micro_batch_size_per_gpu: Annotated[int | None, equals("micro_batch_size")] = _COUNT
+    gradient_accumulation_steps: Annotated[int | None, equals("gradient_accumulation_steps")] = (
+        _COUNT
     )
-):
-    """Settings of DeepSpeed, mapped key by key."""
-
-    zero_optimization: ZeroConfig | None = None
-    gradient_clipping: float | None = Field(default=None, ge=0)
-    train_batch_size: int | None = Field(default=None, ge=1)
-    train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1)
-    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
-    sequence_parallel_size: int | None = Field(default=None, ge=1)
-    bf16: EnabledConfig | None = None
-    bfloat16: EnabledConfig | None = None
-    fp16: FP16Config | None = None
-    data_types: DataTypesConfig | None = None
-    tensor_parallel: TensorParallelConfig | None = None
+    sequence_parallel_size: Annotated[int | None, equals("mesh.context")] = _COUNT
+    bf16: Annotated[EnabledConfig | None, _COMPARED] = None
+    bfloat16: Annotated[EnabledConfig | None, _COMPARED] = None
+    fp16: Annotated[FP16Config | None, _COMPARED] = None
+    data_types: Annotated[DataTypesConfig | None, mapped("dtype of the summed gradient")] = None
+    tensor_parallel: Annotated[TensorParallelConfig | None, mapped("mesh.tensor")] = None
     activation_checkpointing: ActivationConfig | None = None
-    tensorboard: MonitorConfig | None = None
+    tensorboard: Annotated[MonitorConfig | None, mapped("tensorboard.enable")] = None
 
     @property
     def zero_stage(self) -> int:
-        """What `mesh.data` splits besides rows, see `ZeroConfig.stage`; 2 without the section, as
-        upstream."""
+        """`zero_optimization.stage`; 2 without that section, as upstream."""
         return 2 if self.zero_optimization is None else self.zero_optimization.stage

@@ -1,4 +1,4 @@
-"""Errors that a person can act on: one line a fault, an exit code each, no traceback."""
+"""Errors that a user can act on: one line per fault, an exit code, no traceback."""
 
 import difflib
 import math
@@ -6,18 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOUND_LIMIT = 60  # characters of a found value that a message shows
+MAX_FOUND = 60  # characters of a found value that a message shows
 
 
 class UserError(ValueError):
-    """A fault of the recipe, the data or the machine; the command line prints it without a
-    traceback."""
+    """A fault in the recipe, the data or the machine, which is printed without a traceback."""
 
     exit_code = 1
 
 
 class Place(NamedTuple):
-    """Where a value was written."""
+    """The file and line of a value."""
 
     file: str
     line: int
@@ -27,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with a recipe; `key` is dotted, list positions count from 0."""
+    """One fault of a recipe; `key` is dotted, with list positions from 0."""
 
     key: str
     what: str
@@ -38,7 +37,7 @@ class Fault(NamedTuple):
 
 
 class RecipeError(UserError):
-    """Everything that is wrong with a recipe, or with what it names."""
+    """Every fault of a recipe, or of what it names."""
 
     exit_code = 2
 
@@ -48,12 +47,12 @@ class RecipeError(UserError):
         self.faults = tuple(sorted(faults, key=lambda fault: fault.place or Place("", 0)))
         lines = [str(fault) for fault in self.faults]
         if recipe is not None:
-            lines.append(f"{counted(len(lines), 'error')} in {recipe.name}; nothing was started")
+            lines.append(f"{pluralize(len(lines), 'error')} in {recipe.name}; nothing was started")
         super().__init__("\n".join(lines))
 
 
 class WeightError(RecipeError):
-    """A model folder that cannot be read, or does not fit its config."""
+    """A model folder that cannot be read or does not match its config."""
 
 
 class DataError(UserError):
@@ -77,38 +76,38 @@ class AbortedError(UserError):
 
 
 class PreemptedError(UserError):
-    """A signal ended the run early. Its full state is saved: the same command goes on with it."""
+    """A signal ended the run early. Its full state is saved; the same command resumes it."""
 
     exit_code = 75
 
 
-def shown(value: Any) -> str:
-    """A found value as a message shows it."""
+def show(value: Any) -> str:
+    """A found value, formatted and shortened for a message."""
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value) if isinstance(value, int | float) else repr(value)
-    return text if len(text) <= FOUND_LIMIT else text[: FOUND_LIMIT - 1] + "…"
+    return text if len(text) <= MAX_FOUND else text[: MAX_FOUND - 1] + "…"
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """`1 row`, `2,000 rows`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` with at most three near names, or nothing."""
+    """`; did you mean …?` with up to three similar names, or nothing."""
     near = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
 
 
 def nearest_multiples(value: int, step: int) -> str:
-    """The legal values on both sides of one that does not divide."""
+    """The nearest multiples of `step` below and above `value`."""
     below, above = value // step * step, -(-value // step) * step
     return f"{below} or {above}" if below else str(above)
 
 
 def nearest_divisors(value: int, of: int) -> str:
-    """The divisors of a number on both sides of one that is none."""
+    """The nearest divisors of a number below and above `value`."""
     small = [n for n in range(1, min(math.isqrt(of), 10**6) + 1) if of % n == 0]
     divisors = sorted({*small, *(of // n for n in small)})
     below = [n for n in divisors if n < value][-1:]

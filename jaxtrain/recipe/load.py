@@ -1,4 +1,4 @@
-"""A recipe file as plain data, with the file and line of every value."""
+"""Reads a recipe file as plain data, with the file and line of every value."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxtrain.recipe.errors import Fault, Place, RecipeError, shown
+from jaxtrain.recipe.errors import Fault, Place, RecipeError, show
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000  # an alias counts again each time it is used, so that a YAML bomb ends early
@@ -15,40 +15,39 @@ Key = tuple[str | int, ...]
 
 
 class Secret(NamedTuple):
-    """Text that names environment variables, and what it came to."""
+    """Text with environment variables, and their values, which are never shown or saved."""
 
     written: str
     values: tuple[str, ...]
-    """of the variables; never shown, never saved"""
 
 
 Secrets = Mapping[Key, Secret]
 
 
 class Recipe(NamedTuple):
-    """Plain data, and where each value was written; `file` is None for a recipe given as a dict."""
+    """Plain data and the place of each value; `file` is None for a recipe given as a dict."""
 
     tree: dict[str, Any]
     places: dict[Key, Place]
     file: Path | None
     secrets: "Secrets" = {}
     faults: tuple[Fault, ...] = ()
-    """of overrides"""
+    """faults of overrides"""
 
     def place(self, key: Key) -> Place | None:
-        """Where a key, or the nearest section around it, was written."""
+        """The place of a key, or of the nearest section around it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
 
     def key(self, dotted: str) -> Key:
-        """A dotted key, as it is written: one checkpoint entry need not be a list."""
+        """A dotted key as the recipe writes it: a single checkpoint entry need not be a list."""
         parts = dotted.split(".")
         if parts[0] == "checkpoint" and isinstance(self.tree.get("checkpoint"), dict):
             parts = [part for part in parts if not part.isdigit()]
         return tuple(int(part) if part.isdigit() else part for part in parts)
 
-    def placed(self, fault: Fault) -> Fault:
+    def locate(self, fault: Fault) -> Fault:
         return fault._replace(place=self.place(self.key(fault.key)))
 
     @property
@@ -120,7 +119,7 @@ class _Loader(yaml.SafeLoader):
         return Place(self.file, node.start_mark.line + 1)
 
     def wrong(self, key: Key, node: yaml.Node, what: str) -> RecipeError:
-        return RecipeError([Fault(dotted(key), what, self.at(node))])
+        return RecipeError([Fault(join_key(key), what, self.at(node))])
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -145,30 +144,30 @@ _Loader.add_implicit_resolver(
 
 
 def read(file: Path) -> Recipe:
-    """One recipe file as it is written; RecipeError names the line at fault."""
+    """A recipe file as it is written; RecipeError names the faulty line."""
     try:
-        is_there, is_folder = file.is_file(), file.is_dir()
-        size = file.stat().st_size if is_there else 0
-        text = file.read_text(encoding="utf-8") if is_there and size <= MAX_BYTES else ""
+        path_exists, is_folder = file.is_file(), file.is_dir()
+        size = file.stat().st_size if path_exists else 0
+        text = file.read_text(encoding="utf-8") if path_exists and size <= MAX_BYTES else ""
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{shown(str(file))}: {error}") from None
-    if not is_there:
+        raise RecipeError(f"{show(str(file))}: {error}") from None
+    if not path_exists:
         what = "is a folder, not a recipe file" if is_folder else "recipe not found"
         raise RecipeError(f"{file}: {what}")
     if size > MAX_BYTES:
         raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
     tree, places = parse(text, str(file))
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{file}: a recipe is a map of keys, found {shown(tree)}")
+        raise RecipeError(f"{file}: a recipe is a map of keys, found {show(tree)}")
     return Recipe(tree or {}, places, file)
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
-    """Plain data of a YAML text, and the place of every value. RecipeError names the line."""
+    """Plain data of a YAML text and the places of its values; RecipeError names the faulty line."""
     try:
         loader = _Loader(text, name)
         node = loader.get_single_node()
@@ -186,15 +185,15 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
         raise RecipeError(f"{name}: nested too deeply") from None
 
 
-def dotted(key: Key) -> str:
+def join_key(key: Key) -> str:
     """`a.0.b` for ("a", 0, "b")."""
     return ".".join(map(str, key))
 
 
-def mapped_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
-    """Plain data with `change(value, key)` in place of every value that is no map and no list."""
+def map_leaves(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> Any:
+    """Plain data with every value that is no map or list replaced by `change(value, key)`."""
     if isinstance(tree, dict):
-        return {str(k): mapped_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
+        return {str(k): map_leaves(v, change, (*key, str(k))) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [mapped_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
+        return [map_leaves(v, change, (*key, i)) for i, v in enumerate(tree)]
     return change(tree, key)

@@ -2,87 +2,98 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError, counted
-from jaxtrain.recipe.section import Section
+from jaxtrain.recipe.errors import RecipeError, pluralize
+from jaxtrain.recipe.section import Section, not_supported
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 """Mesh axes, outermost first."""
 BATCH_AXES = ("data", "fsdp", "expert")
-"""The axes over which the rows of a batch are split."""
+"""The axes over which the sequences of a batch are split."""
 
 
 class MeshConfig(Section):
-    """Size of each mesh axis; one of them may be -1: what is left."""
+    """Size of each mesh axis; one of them may be -1, for the devices that are left."""
 
     data: int = -1
-    """Batch axis; parameters are replicated over it."""
+    """Batch axis over which parameters are replicated; -1 when left out and no other axis is -1."""
     fsdp: int = 1
     """Batch axis over which parameters, gradients and optimizer state are sharded."""
     pipeline: int = 1
-    """Layers split into stages."""
-    context: int = 1
-    """Sequence split."""
-    expert: int = 1
+    """Pipeline stages; layers are split over them."""
+    context: Annotated[
+        int, not_supported("write 1, and lower data.max_length if memory is short", 1)
+    ] = 1
+    """Devices that share a sequence."""
+    expert: Annotated[int, not_supported("write 1", 1)] = 1
     """Batch axis over which experts are split."""
     tensor: int = 1
-    """Heads, feed-forward width and vocabulary split."""
+    """Devices that share heads, feed-forward width and vocabulary."""
 
     @model_validator(mode="before")
     @classmethod
     def _data_gives_way(cls, values):
-        """`data` is what is left, unless another axis says so."""
+        """`data` takes the devices that are left, unless another axis does."""
         if isinstance(values, dict) and "data" not in values and -1 in values.values():
             return {"data": 1, **values}
         return values
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         for axis, size in self:
             if size != -1 and size < 1:
-                yield f"{axis} must be at least 1, or -1 for what is left, found {size}"
+                yield axis, f"must be at least 1, or -1 for what is left, found {size}"
         if [size for _, size in self].count(-1) > 1:
-            yield "only one axis may be -1"
+            yield "", "only one axis may be -1"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Size of each axis on so many devices; RecipeError if the product is another number."""
+        """Size of each axis on `num_devices`; RecipeError if their product is another number."""
         known = math.prod(size for _, size in self if size != -1)
         sizes = {axis: num_devices // known if size == -1 else size for axis, size in self}
         if math.prod(sizes.values()) != num_devices:
             written = " x ".join(f"{a} {s}" for a, s in self if s not in (1, -1)) or "1"
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise RecipeError(
-                f"mesh: {written} does not fit {counted(num_devices, 'device')}; "
+                f"mesh: {written} does not fit {pluralize(num_devices, 'device')}; "
                 f"the sizes must multiply to {num_devices}, each one of {fits}"
             )
         return sizes
 
     def shards(self, num_devices: int) -> int:
-        """Parts into which the rows of a batch are split on so many devices."""
+        """Batch shards on `num_devices`."""
         sizes = self.sizes(num_devices)
         return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
 class PipelineConfig(Section):
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "gpipe"
+    """How a model that is split into stages runs a step."""
+
+    schedule: Annotated[
+        Literal["gpipe", "1f1b", "interleaved"],
+        not_supported("use gpipe: the loss is the same", "gpipe"),
+    ] = "gpipe"
     """Order of forward and backward work; the loss does not depend on it."""
     microbatches: int | None = Field(default=None, ge=1)
-    """Pieces into which one update's rows of a shard are cut."""
+    """Microbatches per step and batch shard; as many as there are stages, where that divides, when
+    left out."""
     stages_per_device: int | None = Field(default=None, ge=1)
     """2 with `interleaved`, else 1, when left out."""
-    split: Literal["auto"] | tuple[int, ...] = "auto"
+    split: Annotated[
+        Literal["auto"] | tuple[int, ...],
+        not_supported("remove it: layers are split evenly", "auto"),
+    ] = "auto"
     """Layers of each stage."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.stages_per_device not in (None, 1) and self.schedule != "interleaved":
             what = f"needs schedule: interleaved, found {self.schedule}"
-            yield f"stages_per_device {self.stages_per_device} {what}"
+            yield "stages_per_device", f"{self.stages_per_device} {what}"
 
     def num_microbatches(self, *, stages: int, micro_batch_size: int, accumulation: int) -> int:
-        """Microbatches of a pipelined update, as written or at least as many as there are stages,
-        where its rows allow it."""
+        """Microbatches of a pipelined step: as written, or at least as many as there are stages
+        where that divides its sequences."""
         rows = micro_batch_size * accumulation
         if self.microbatches is not None or accumulation >= stages:
             return self.microbatches or accumulation

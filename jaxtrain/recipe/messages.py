@@ -1,64 +1,66 @@
-"""What pydantic finds wrong with a section, in words and under the key at fault."""
+"""The faults that pydantic finds in a section: a message for each, under its key."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jaxtrain.recipe.errors import did_you_mean, shown
+from jaxtrain.recipe.errors import did_you_mean, show
 from jaxtrain.recipe.load import Key
 from jaxtrain.recipe.section import sections_in, spellings
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-MOST_KEYS = 10  # of a section, that a message lists
-KEY_FIRST = re.compile(r"([a-z_]\w*(?:\.\w+)*)(?:: | )(.*)", re.DOTALL)
+MAX_KEYS = 10  # that a message lists
 
 
-def said(error: ValidationError, cls: type[BaseModel]) -> list[tuple[Key, str]]:
-    """(key, what) of each fault in a section of that class; one a key."""
+def explain(
+    error: ValidationError, cls: type[BaseModel], hint: Callable[[str], str] = lambda key: ""
+) -> list[tuple[Key, str]]:
+    """(key, message) of each fault in a section of that class; one per key. `hint` ends the message
+    on an unknown key of the section."""
     found: dict[Key, str] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if not _is_branch(part))
-        what = _message(detail, cls)
-        if detail["type"] == "value_error" and (match := KEY_FIRST.fullmatch(what)):
-            # A validator of a section that begins with a key means that key.
-            name, *rest = match[1].split(".")
-            written = detail["input"] if isinstance(detail["input"], dict) else ()
-            if name in known_keys(cls, loc) or name in written:
-                loc, what = (*loc, name, *rest), match[2]
+        if key := detail.get("ctx", {}).get("key"):  # of a contradiction
+            loc = (*loc, *key.split("."))
+        what = _message(detail, cls, hint)
         found[loc] = _either(found[loc], what) if loc in found else what
     return [*found.items()]
 
 
 def _either(one: str, other: str) -> str:
-    """What is wrong with a value that is neither of two things: `must be a list or text, …`."""
+    """One message for a value that is neither of two things: `must be a list or text, …`."""
     (wanted, comma, found), (also, _, _) = one.partition(", found"), other.partition(", found")
     return f"{wanted} or {also.removeprefix('must be ')}{comma}{found}" if comma else one
 
 
 def _is_branch(part: str | int) -> bool:
-    """pydantic puts the name of a union's branch into the path of a fault; it is no key."""
+    """Whether a part of a fault's path is the name of a union's branch, which is no key."""
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
-def _message(detail: Any, cls: type[BaseModel]) -> str:
+def _message(detail: Any, cls: type[BaseModel], hint: Callable[[str], str]) -> str:
     found, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
-        if full := section and full_name(section, name):
+        section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+        if full := section and find_full_name(section, name):
             return f"is another name of `{full}`, which is written too; remove one"
-        known = known_keys(cls, detail["loc"][:-1])
-        all_known = f"; known: {', '.join(known)}" if known and "type" not in known else ""
-        help = did_you_mean(name, known) or (all_known if len(known) <= MOST_KEYS else "")
-        return f"unknown key (found {shown(found)}){help}"
+        known = list_keys(cls, detail["loc"][:-1])
+        help = did_you_mean(name, known) or (hint(name) if len(detail["loc"]) == 1 else "")
+        if not help and known and len(known) <= MAX_KEYS and "type" not in known:
+            help = f"; known: {', '.join(known)}"
+        return f"unknown key (found {show(found)}){help}"
     if kind == "missing":
         return "is required"
+    if kind == "contradiction":
+        return context["message"]
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
         return must_be_one_of(context["expected"], found)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"must be {_range(cls, detail)}, found {shown(found)}"
+        return f"must be {_range(cls, detail)}, found {show(found)}"
     wanted = {
         "int_type": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
         "float_parsing": "a number", "string_type": "text", "bool_type": "true or false",
@@ -67,21 +69,22 @@ def _message(detail: Any, cls: type[BaseModel]) -> str:
         "string_too_short": "text that is not empty",
     }  # fmt: skip
     if kind in wanted:
-        return f"must be {wanted[kind]}, found {shown(found)}"
-    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {shown(found)}"
+        return f"must be {wanted[kind]}, found {show(found)}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {show(found)}"
 
 
 def must_be_one_of(expected: str, found: Any) -> str:
-    """`expected` as pydantic lists the words of a Literal."""
+    """The message for a value that is none of `expected`, the words of a Literal as pydantic lists
+    them."""
     expected = expected.replace("True", "true").replace("False", "false")
     words = re.findall(r"'([^']*)'", expected)
     one_of = "one of " * (len(words) > 1)
-    return f"must be {one_of}{expected}, found {shown(found)}{did_you_mean(str(found), words)}"
+    return f"must be {one_of}{expected}, found {show(found)}{did_you_mean(str(found), words)}"
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:
-    """`>= 1` for a key with one bound, `in (0, 1]` for one with two."""
-    section, name = section_at(cls, detail["loc"][:-1]), str(detail["loc"][-1])
+    """The legal range of a key: `>= 1` with one bound, `in (0, 1]` with two."""
+    section, name = find_section(cls, detail["loc"][:-1]), str(detail["loc"][-1])
     field = section.model_fields.get(name) if section else None
     limits = field.metadata if field else ()
     bounds = {k: getattr(limit, k) for limit in limits for k in SIGNS if hasattr(limit, k)}
@@ -92,7 +95,7 @@ def _range(cls: type[BaseModel], detail: Any) -> str:
     return next(f"{SIGNS[k]} {limit:g}" for k, limit in detail["ctx"].items() if k in SIGNS)
 
 
-def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+def find_section(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
     """The class of the section at `loc` below `cls`."""
     for part in loc:
         field = cls.model_fields.get(str(part))
@@ -103,14 +106,14 @@ def section_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
     return cls
 
 
-def full_name(section: type[BaseModel], name: str) -> str | None:
+def find_full_name(section: type[BaseModel], name: str) -> str | None:
     """The key that `name` is a shorter spelling of."""
     fields = section.model_fields.items()
     return next((full for full, field in fields if name in spellings(field)), None)
 
 
-def known_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def list_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc` below `cls`, in all their spellings."""
-    section = section_at(cls, loc)
+    section = find_section(cls, loc)
     fields = section.model_fields if section else {}
     return [*dict.fromkeys([*fields, *(n for f in fields.values() for n in spellings(f))])]

@@ -1,4 +1,4 @@
-"""Recipes of the objectives beyond supervised fine-tuning."""
+"""Sections of the objectives beyond supervised fine-tuning."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,40 +7,41 @@ from pydantic import Field
 
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.model import ModelConfig
-from jaxtrain.recipe.section import refused_when_on
+from jaxtrain.recipe.section import Own, refused_when_on
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
 class JudgedDataConfig(DataConfig):
-    """Replies with a label that says whether they are good."""
+    """Replies with a label, good or bad."""
 
-    UNREAD_OF_SOURCES: ClassVar[Mapping[str, str]] = {
+    UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {
         "column": "causal", "role_mapping": "sft", "content_key": "sft", "process": "sft",
     }  # fmt: skip
 
     max_prompt_length: int = Field(default=4096, ge=1)
-    """Longest prompt, when prompt and longer reply exceed `max_length`."""
+    """Maximum length of a prompt when prompt and longer reply exceed `max_length`."""
     dpo_prompt_truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a prompt survives; BOS does in either case."""
-    overlong: Literal["drop", "truncate", "error"] = "truncate"
-    """What happens to rows longer than `max_length`; cut is the prompt first, then the reply."""
+    """Which end of a truncated prompt is kept; BOS always is."""
+    overlong: Own[Literal["drop", "truncate", "error"]] = "truncate"
+    """What happens to examples longer than `max_length`; the prompt is truncated before the
+    reply."""
 
     @property
     def limits_prompt(self) -> bool:
-        """Whether a limit was written; the effective recipe writes the default too."""
+        """Whether the limit differs from the default, which the effective recipe has too."""
         return self.max_prompt_length != type(self).model_fields["max_prompt_length"].default
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.limits_prompt and self.max_length and self.max_prompt_length >= self.max_length:
             what = f"leaves no room for a reply in max_length {self.max_length}"
             use = f"use at most {self.max_length - 1}"
-            yield f"max_prompt_length {self.max_prompt_length} {what}; {use}"
+            yield "max_prompt_length", f"{self.max_prompt_length} {what}; {use}"
 
 
 class PreferenceDataConfig(JudgedDataConfig):
     """Pairs of a chosen and a rejected reply."""
 
-    ROWS_A_SAMPLE: ClassVar[int] = 2
+    ROWS_PER_SAMPLE: ClassVar[int] = 2
 
 
 class DPOTrainerConfig(TrainerConfig):

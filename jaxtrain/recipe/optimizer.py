@@ -1,20 +1,21 @@
 """The `optimizer` section."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from jaxtrain.recipe.section import Section, TypedSection, WideDType
+from jaxtrain.recipe.section import Own, Section, TypedSection, WideDType
 
 
-def _shares(betas: tuple[float, float]) -> tuple[float, float]:
+def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"must be two numbers in [0, 1), found {list(betas)}")
     return betas
 
 
-def _pattern(text: str) -> str:
+def _check_pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
@@ -22,20 +23,21 @@ def _pattern(text: str) -> str:
     return text
 
 
-Betas = Annotated[tuple[float, float], AfterValidator(_shares)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
+Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class OptimizerGroup(Section):
-    """Settings for the parameters whose path matches; the first match counts."""
+    """Settings of the parameters whose path matches; the first matching group applies."""
 
     match: Pattern
-    """Regular expression, found anywhere in a path such as `layers/0/0/attention/qkv`."""
+    """Regular expression, searched in a path such as `layers/0/0/attention/qkv`."""
     lr_scale: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """The section's when left out; never on norms and biases."""
+    """The optimizer's when left out; never applied to norms and biases."""
     freeze: bool = False
-    """Neither gradient nor optimizer state."""
+    """Do not train these parameters; they get neither gradient nor optimizer state."""
 
 
 class OptimizerConfig(TypedSection):
@@ -44,17 +46,20 @@ class OptimizerConfig(TypedSection):
     )
     """Peak learning rate, reached after warm-up."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled; not on norms and biases."""
-    groups: tuple[OptimizerGroup, ...] = ()
+    """Decoupled weight decay; not applied to norms and biases."""
+    groups: Own[tuple[OptimizerGroup, ...]] = ()
     """Other settings for some parameters."""
-    state_dtype: WideDType = "float32"
+    state_dtype: Own[WideDType] = "float32"
     """Dtype of the moments."""
 
 
 class AdamWConfig(OptimizerConfig):
+    """Adam with decoupled weight decay."""
+
     betas: Betas = (0.9, 0.999)
     """Decay of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Own[float] = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
 
 
 class AdafactorConfig(OptimizerConfig):
@@ -62,21 +67,33 @@ class AdafactorConfig(OptimizerConfig):
 
 
 class LionConfig(OptimizerConfig):
+    """The sign of an average of gradients."""
+
     betas: Betas = (0.9, 0.99)
-    """Share of the moment in the update, and its decay."""
+    """Weight of the moment in the update, and its decay."""
 
 
 class SGDConfig(OptimizerConfig):
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    nesterov: bool = False
+    """Stochastic gradient descent."""
+
+    momentum: Own[float] = Field(default=0.0, ge=0, lt=1)
+    """Decay of the accumulated gradient; 0 is none."""
+    nesterov: Own[bool] = False
+    """Nesterov momentum."""
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if not self.momentum:
+            yield "nesterov", "there is no `momentum`"
 
 
 class MuonConfig(OptimizerConfig):
     """Orthogonalised momentum for matrices; adamw for embeddings, head and vectors."""
 
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    nesterov: bool = True
+    momentum: Own[float] = Field(default=0.95, ge=0, lt=1)
+    """Decay of the accumulated gradient of matrices."""
+    nesterov: Own[bool] = True
+    """Nesterov momentum, for matrices."""
     betas: Betas = (0.9, 0.999)
-    """Of adamw."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Of adamw."""
+    """Decay of adamw's moments."""
+    eps: Own[float] = Field(default=1e-8, gt=0)
+    """Adamw's epsilon."""

@@ -13,38 +13,43 @@ from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
-from jaxtrain.recipe.errors import Fault, RecipeError, shown
-from jaxtrain.recipe.load import Key, Recipe, dotted
-from jaxtrain.recipe.mapping import mapped, without_carried
-from jaxtrain.recipe.messages import known_keys, said
-from jaxtrain.recipe.not_built import not_built, values_at
-from jaxtrain.recipe.secrets import hidden, written_out
-from jaxtrain.recipe.section import is_there
-from jaxtrain.recipe.standing import Report, report
+from jaxtrain.recipe.errors import Fault, RecipeError, show
+from jaxtrain.recipe.load import Key, Recipe, join_key
+from jaxtrain.recipe.messages import explain, list_keys
+from jaxtrain.recipe.report import (
+    Report,
+    build_report,
+    carry_over,
+    drop_carried,
+    find_unsupported,
+    supported_types,
+)
+from jaxtrain.recipe.secrets import find_secrets, hide_secrets
+from jaxtrain.recipe.section import TypedSection, find_values, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
 """Keys of `data` that hold sources, with the split that theirs are read from."""
 DATA_SECTIONS = ("data", "model", "tokenizer")
-"""What preparing rows reads of a recipe."""
+"""Sections that data preparation reads."""
 
-PASSES = 4
-"""Times that a section is read, each without what was found faulty before, so that the checks
-across keys are asked of the rest."""
+MAX_PASSES = 4
+"""How often a section is validated, each time without the keys found faulty before, so that checks
+across keys run on the rest."""
 
 TRAINER_KEYS = ("type", "name", "code", "base")
-"""Keys whose meaning does not hang on the trainer."""
+"""Keys whose meaning does not depend on the trainer."""
 
 
 class Resolved(NamedTuple):
-    """What a recipe comes to: a config or faults, and what became of its keys either way."""
+    """A recipe's config or its faults, and the report on its keys in either case."""
 
     recipe: Recipe
     config: TrainerConfig | None
     faults: tuple[Fault, ...]
     report: Report
 
-    def checked(self) -> TrainerConfig:
+    def require_config(self) -> TrainerConfig:
         """The config; RecipeError with every fault at once."""
         if self.faults or self.config is None:
             raise self.error
@@ -56,57 +61,56 @@ class Resolved(NamedTuple):
 
 
 def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
-    """The checked config of a recipe file or dict; runs its `code:`, opens no device and writes
-    nothing.
-
-    Raises RecipeError with every fault at once.
-    """
-    return resolve(source, overrides).checked()
+    """The checked config of a recipe file or dict. Runs its `code:`, opens no device and writes
+    nothing; RecipeError lists every fault."""
+    return resolve(source, overrides).require_config()
 
 
 def resolve(
     source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
 ) -> Resolved:
-    """As `get_config`, with the report, and with faults returned; RecipeError only for what cannot
-    be read at all. `only_data` is for whoever trains nothing: what only a run lacks is a note."""
+    """As `get_config`, but returns faults, with a report; RecipeError only for a recipe that cannot
+    be read. With `only_data`, for commands that do not train, what only a run lacks is a note."""
     recipe = compose(source, overrides)
-    private = {k: v for k, v in written_out(recipe.tree).items() if k not in recipe.secrets}
+    private = {k: v for k, v in find_secrets(recipe.tree).items() if k not in recipe.secrets}
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
     resolver = _Resolver(recipe, only_data)
     resolver.notes += [
-        f"{dotted(key)}: neither shown nor saved; write {secret.written}, and the saved recipe runs"
+        f"{join_key(key)}: neither shown nor saved; write {secret.written}, "
+        "and the saved recipe runs"
         for key, secret in private.items()
     ]
-    trainer = resolver.trainer_name()
-    config = resolver.config(trainer) if trainer else None
+    trainer = resolver.find_trainer()
+    config = resolver.build_config(trainer) if trainer else None
     faults = tuple(
-        fault._replace(what=hidden(fault.what, recipe.secrets, recipe.key(fault.key)))
+        fault._replace(what=hide_secrets(fault.what, recipe.secrets, recipe.key(fault.key)))
         for fault in dict.fromkeys(resolver.faults)
     )
-    notes = [hidden(note, recipe.secrets) for note in resolver.notes]
-    # Which keys there are depends on the trainer.
-    told = recipe.tree if trainer else {k: v for k, v in recipe.tree.items() if k in TRAINER_KEYS}
+    notes = [hide_secrets(note, recipe.secrets) for note in resolver.notes]
+    if trainer is None:  # it decides which other keys there are
+        known = {key: value for key, value in recipe.tree.items() if key in TRAINER_KEYS}
+        recipe = recipe._replace(tree=known)
+    report = build_report(recipe, resolver.classes, resolver.typed_config, faults, notes)
     if config is None or faults:
         config = None
     elif config.run_dir is None:
         name = recipe.file.stem if recipe.file else "run"
         folder = config.logger.output_dir or f"runs/{name}-{recipe_hash(config)}"
         config = config.model_copy(update={"run_dir": folder})
-    return Resolved(recipe, config, faults, report(told, faults, notes))
+    return Resolved(recipe, config, faults, report)
 
 
-def eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
-    """The typed sources of a list as it may stand under `data.eval_sources`; RecipeError with
-    every fault."""
+def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
+    """The typed sources of a list under `data.eval_sources`; RecipeError lists every fault."""
     resolver = _Resolver(compose({}))
-    found = resolver.sources(written, (), "eval", data.default_source)
+    found = resolver.read_sources(written, (), "eval", data.default_source)
     if resolver.faults:
         raise RecipeError(resolver.faults)
     return tuple(found)
 
 
 class _Resolver:
-    """Validates section by section and collects what is wrong."""
+    """Validates section by section and collects the faults."""
 
     def __init__(self, recipe: Recipe, only_data: bool = False):
         self.recipe = recipe
@@ -114,26 +118,33 @@ class _Resolver:
         self.tree = dict(recipe.tree)
         self.faults = [*recipe.faults]
         self.notes: list[str] = []
+        self.unsupported: list[Fault] = []
+        self.classes: dict[Key, type] = {}
+        """key of each section → its class"""
+        self.typed_config: TrainerConfig | None = None
+        """the config as it is written, if no section is missing"""
+        self.has_stand_in = False
         self.context = {"folder": recipe.folder, "notes": self.notes}
 
-    def config(self, trainer: str) -> TrainerConfig | None:
+    def build_config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
             value, key = self.tree.get(section), (section,)
-            typed = partial(self.typed, section, trainer)
+            read = partial(self.read_section, section, trainer)
             if section != "checkpoint":
-                self.tree[section] = typed(value, key)
+                self.tree[section] = read(value, key)
             elif isinstance(value, list):
-                self.tree[section] = [typed(entry, (*key, i)) for i, entry in enumerate(value)]
+                self.tree[section] = [read(entry, (*key, i)) for i, entry in enumerate(value)]
             else:
-                self.tree[section] = [typed(value, key)] if value else []
-        config = self.validated("trainer", trainer, self.tree, ())
-        return None if config is None else self.settled(config)
+                self.tree[section] = [read(value, key)] if value else []
+        config = self.validate("trainer", trainer, self.tree, ())
+        self.typed_config = None if self.has_stand_in else config
+        return None if config is None else self.resolve_shared_keys(config)
 
-    def trainer_name(self) -> str | None:
-        """The recipe's `type`, with the user's code loaded if the recipe needs it."""
+    def find_trainer(self) -> str | None:
+        """The recipe's `type`; runs the user's code if the recipe needs it."""
         older, name = self.tree.get("name"), self.tree.get("type")
         if None not in (older, name) and older != name:
-            self.fault(("name",), f"{shown(older)} contradicts type {shown(name)}; remove it")
+            self.add_fault(("name",), f"{show(older)} contradicts type {show(name)}; remove it")
         key = "name" if name is None and older is not None else "type"
         name = self.tree["type"] = next((n for n in (name, older) if n is not None), "sft")
         try:
@@ -150,115 +161,119 @@ class _Resolver:
             return name
         if not has_failed:  # what the code would have registered is not known
             what = registry.unknown("trainer", name, known)
-            self.fault((key,), f"{what}; trainers of projects live in user code, named by `code`")
+            self.add_fault((key,), f"{what}; for your own trainer, name its file under `code:`")
         return None
 
-    def typed(self, section: str, trainer: str, value: Any, key: Key) -> Any:
-        """The validated section; where it has faults, they are noted and a stand-in is returned."""
-        allowed = registry.allowed(trainer, section)
-        stand_in = registry.config_class(section, allowed[0]).model_construct()
+    def read_section(self, section: str, trainer: str, value: Any, key: Key) -> Any:
+        """The typed section, or an unvalidated stand-in where its faults leave none."""
+        self.classes[key] = TypedSection
+        default, *_ = allowed = registry.allowed(trainer, section)
+        if typed := self.validate_section(section, trainer, allowed, value, key):
+            return typed
+        self.has_stand_in = True
+        return registry.config_class(section, default).model_construct()
+
+    def validate_section(
+        self, section: str, trainer: str, allowed: tuple[str, ...], value: Any, key: Key
+    ) -> Any:
         if value is None and section in ("model", "data"):
-            self.fault(key, "is required")
-            return stand_in
+            return self.add_fault(key, "is required")
         value = {} if value is None else value
         if not isinstance(value, dict):
-            self.fault(key, f"must be a map of keys, found {shown(value)}")
-            return stand_in
+            return self.add_fault(key, f"must be a map of keys, found {show(value)}")
         name = registry.canonical(section, str(value.get("type") or allowed[0]))
         value = {**value, "type": name}
         if name not in registry.names(section):
-            self.fault((*key, "type"), registry.unknown(section, name, list(allowed)))
-            return stand_in
+            return self.add_fault((*key, "type"), registry.unknown(section, name, list(allowed)))
         if name not in allowed and self.tree.get("skip_validation") is not True:
-            self.fault(
-                (*key, "type"),
-                f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows it"
-                f" (allowed: {', '.join(allowed)})",
-            )
-            return stand_in
+            what = f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows"
+            return self.add_fault((*key, "type"), f"{what} it (allowed: {', '.join(allowed)})")
         if section == "data":
             default = registry.config_class("data", name).default_source
-            value = self.with_sources(value, key, default)
-        return self.validated(section, name, value, key) or stand_in
+            value = self.read_source_lists(value, key, default)
+        return self.validate(section, name, value, key)
 
-    def with_sources(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
+    def read_source_lists(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
         value = dict(value)
         for name, split in SOURCES.items():
             written, here = value.get(name), (*key, name)
-            sources = partial(self.sources, split=split, default=default)
+            sources = partial(self.read_sources, split=split, default=default)
             if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
                 value[name] = {n: sources(listed, (*here, n)) for n, listed in written.items()}
             elif written is not None:
                 value[name] = sources(written, here)
         return value
 
-    def sources(self, written: Any, key: Key, split: str, default: str) -> Any:
+    def read_sources(self, written: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(written, str):
             written = [written]
         if not isinstance(written, list):
             return written
-        return [self.source(item, (*key, i), split, default) for i, item in enumerate(written)]
+        return [self.read_source(item, (*key, i), split, default) for i, item in enumerate(written)]
 
-    def source(self, item: Any, key: Key, split: str, default: str) -> Any:
+    def read_source(self, item: Any, key: Key, split: str, default: str) -> Any:
         if isinstance(item, str):
             registered = registry.names("data_source")
             item = source_from_text(item, registered=registered, default=default)
         if not isinstance(item, dict):
-            self.fault(key, f"must be a name, a path or a map, found {shown(item)}")
+            self.add_fault(key, f"must be a name, a path or a map, found {show(item)}")
             return item
+        self.classes[key] = TypedSection
         name = str(item.get("type") or default)
         name = registry.canonical("data_source", name)
         if name not in (known := registry.names("data_source")):
-            self.fault((*key, "type"), registry.unknown("data_source", name, known))
+            self.add_fault((*key, "type"), registry.unknown("data_source", name, known))
             return item
-        given = {"split": split, **item, "type": name}
-        return self.validated("data_source", name, given, key) or DataSourceConfig.model_construct()
+        typed = self.validate("data_source", name, {"split": split, **item, "type": name}, key)
+        self.has_stand_in |= typed is None
+        return typed or DataSourceConfig.model_construct()
 
-    def validated(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
-        """The section, of what is sound in `value` once its faults are noted; None when that lacks
-        a key."""
-        cls = registry.config_class(kind, name)
+    def validate(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
+        """The typed section of the valid keys in `value`; None when these do not suffice."""
+        cls = self.classes[key] = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
+        if registry.is_planned(kind, name):
+            what = f"{name!r} is not supported yet; supported: {supported_types(kind)}"
+            self.unsupported.append(Fault(join_key((*key, "type")), what))
         found: list[tuple[Key, str]] = []
-        for _ in range(PASSES):
+        for _ in range(MAX_PASSES):
             try:
                 return cls.model_validate(value, context=self.context)
             except ValidationError as error:
-                faults = said(error, cls)
+                faults = explain(error, cls, partial(explain_owner, kind, name))
             for loc, what in faults:
                 if any(what == "is required" or str(bad[-1]) in what for bad, _ in found if bad):
                     continue  # as the faulty key may be to blame
-                if what.startswith("unknown key") and len(loc) == 1 and "did you mean" not in what:
-                    what += owner(str(loc[0]), kind, name)
-                self.fault((*key, *loc), what)
+                self.add_fault((*key, *loc), what)
             found += faults
             value = _without(value, {loc for loc, _ in found})
         return None
 
-    def settled(self, config: TrainerConfig) -> TrainerConfig:
-        """Shared keys carried over, and every check across keys whose own keys are sound."""
+    def resolve_shared_keys(self, config: TrainerConfig) -> TrainerConfig:
+        """Carries shared keys over, and runs every check whose keys are valid."""
         keys = {fault.key for fault in self.faults}
         faulty = {key.split(".")[0] for key in keys}
         zero = config.deepspeed.zero_optimization
         if zero is not None and "stage" not in zero.model_fields_set:
             self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
-        carried = mapped(config, keys)
+        carried = carry_over(config, keys)
         found = list(carried.faults)
         for needs, check in CHECKS:
             if not faulty & set(needs):
                 found += check(carried.config)
-        for fault in not_built(carried.config, carried.origins):
+        unsupported = find_unsupported(carried.config, carried.origins)
+        for fault in (*self.unsupported, *unsupported):
             if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:
                 self.notes.append(f"a run is refused: {fault}")
             else:
                 found.append(fault)
-        self.faults += map(self.recipe.placed, found)
-        config = without_carried(carried.config)
+        self.faults += map(self.recipe.locate, found)
+        config = drop_carried(carried.config)
         config._secrets = dict(self.recipe.secrets)
         return config
 
-    def fault(self, key: Key, what: str) -> None:
-        self.faults.append(Fault(dotted(key), what, self.recipe.place(key)))
+    def add_fault(self, key: Key, what: str) -> None:
+        self.faults.append(Fault(join_key(key), what, self.recipe.place(key)))
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
@@ -272,42 +287,42 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
     return value
 
 
-def owner(key: str, kind: str, name: str) -> str:
-    """Whose a key is that the type of section in force does not have."""
-    types = [n for n in registry.BUILT_IN[kind] if key in keys_of(kind, n)]
+def explain_owner(kind: str, name: str, key: str) -> str:
+    """Where a key belongs that a section of this type does not have."""
+    types = [n for n in registry.BUILT_IN[kind] if key in list_type_keys(kind, n)]
     if types:
         return f"; it belongs to type {' and '.join(types)}, not {name}"
     for section in registry.SECTIONS:
-        if any(key in keys_of(section, n) for n in registry.BUILT_IN[section]):
+        if any(key in list_type_keys(section, n) for n in registry.BUILT_IN[section]):
             return f"; it is a key of `{section}`"
-    return "; remove it, or name the file of the class that reads it by `code`"
+    return "; remove it, or, if your own trainer defines it, name its file under `code:`"
 
 
-def keys_of(kind: str, name: str) -> list[str]:
+def list_type_keys(kind: str, name: str) -> list[str]:
     """The keys of a built-in class's section, in all their spellings."""
-    return known_keys(registry.config_class(kind, name), ())
+    return list_keys(registry.config_class(kind, name), ())
 
 
 def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
-    """Run the file that the recipe names, or the `train.py` beside it when a type is not known.
-    RecipeError when it fails, or is not there."""
+    """Runs the file that the recipe names, or the `train.py` beside it when a type is not known.
+    RecipeError when it fails or does not exist."""
     written = recipe.tree.get("code")
-    unknown = any(name not in registry.names(kind) for kind, name in written_types(recipe, trainer))
+    unknown = any(name not in registry.names(kind) for kind, name in find_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
         return None
     folders = (recipe.folder, Path.cwd()) if written else (recipe.folder,)
     files = [folder / str(written or "train.py") for folder in folders]
-    file = next((file for file in files if is_there(str(file)) and file.is_file()), None)
+    file = next((file for file in files if path_exists(str(file)) and file.is_file()), None)
     if file is not None:
         run_user_code(file)
     elif written is not None:
         looked = " and ".join(dict.fromkeys(map(str, (recipe.folder, Path.cwd()))))
         fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
-        raise RecipeError([recipe.placed(fault)])
+        raise RecipeError([recipe.locate(fault)])
     return file
 
 
-def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
+def find_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
     places = [(section, section) for section in registry.SECTIONS]
@@ -317,6 +332,6 @@ def written_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
         for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
     ]
     for kind, section in places:
-        for _, name in values_at(recipe.tree, f"{section}.type".split(".")):
+        for _, name in find_values(recipe.tree, f"{section}.type".split(".")):
             if isinstance(name, str):
                 yield kind, registry.canonical(kind, name)

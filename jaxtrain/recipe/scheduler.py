@@ -5,9 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from jaxtrain.recipe.load import dotted
-from jaxtrain.recipe.messages import said
-from jaxtrain.recipe.section import Section, TypedSection, refused_when_on
+from jaxtrain.recipe.load import join_key
+from jaxtrain.recipe.messages import explain
+from jaxtrain.recipe.section import (
+    Own,
+    Section,
+    TypedSection,
+    contradiction,
+    refused_when_on,
+)
 
 
 class CosineKeys(Section):
@@ -32,9 +38,9 @@ class CosineMinKeys(Section):
     min_lr: float | None = Field(default=None, ge=0)
     min_lr_rate: float | None = Field(default=None, ge=0, le=1)
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if (self.min_lr is None) == (self.min_lr_rate is None):
-            yield "needs one of min_lr and min_lr_rate"
+            yield "", "needs one of min_lr and min_lr_rate"
 
 
 class CosineWarmupMinKeys(CosineMinKeys):
@@ -62,9 +68,9 @@ SHAPES: dict[str, type[Section]] = {
     "cosine_warmup_with_min_lr": CosineWarmupMinKeys,
     "warmup_stable_decay": WarmupStableDecayKeys,
 }
-"""Schedule name → the keys that it takes in `scheduler_specific_kwargs`."""
+"""Schedule name → its keys in `scheduler_specific_kwargs`."""
 WITH_FLOOR = ("linear", "cosine", "polynomial", "warmup_stable_decay")
-"""Schedules that `min_lr_ratio` means something to."""
+"""Schedules that `min_lr_ratio` applies to."""
 
 
 class SchedulerConfig(TypedSection):
@@ -72,25 +78,26 @@ class SchedulerConfig(TypedSection):
         default=None, validation_alias=AliasChoices("learning_rate", "lr"), exclude=True
     )
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Share of the run's updates over which the rate rises; 0.1 when neither key is written."""
-    warmup_steps: int | None = Field(default=None, ge=0)
-    """The same in updates."""
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where the rate ends, as a share of the peak."""
+    """Fraction of the run over which the learning rate rises; 0.1 when neither it nor
+    `warmup_steps` is written."""
+    warmup_steps: Own[int | None] = Field(default=None, ge=0)
+    """Optimizer steps over which the learning rate rises."""
+    min_lr_ratio: Own[float] = Field(default=0.0, ge=0, le=1)
+    """Final learning rate, as a fraction of the peak."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            yield "warmup_ratio and warmup_steps exclude each other; remove one"
+            yield "warmup_ratio", "excludes warmup_steps; remove one"
 
     def warmup_updates(self, horizon: int) -> int:
-        """Updates over which the rate rises, in a run of `horizon` updates."""
+        """Optimizer steps of warm-up in a run of `horizon` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return int((0.1 if self.warmup_ratio is None else self.warmup_ratio) * horizon)
 
 
 class HFSchedulerConfig(SchedulerConfig):
-    """The schedules that `transformers` names."""
+    """The schedules of `transformers`."""
 
     name: Literal[
         "linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts",
@@ -99,34 +106,36 @@ class HFSchedulerConfig(SchedulerConfig):
     ] = "linear"  # fmt: skip
     """Shape of the schedule."""
     scheduler_specific_kwargs: dict[str, Any] = {}
-    """Further keys of the shape."""
+    """Further keys of the schedule."""
 
     @model_validator(mode="before")
     @classmethod
     def _plateau_needs_a_metric(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "reduce_lr_on_plateau":
-            raise ValueError(
-                "name: reduce_lr_on_plateau needs a metric, which the format cannot name; "
-                f"use one of {', '.join(SHAPES)}"
-            )
+            what = "reduce_lr_on_plateau needs a metric, which a recipe cannot name"
+            raise contradiction("name", f"{what}; use one of {', '.join(SHAPES)}")
         return values
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         try:
             shape = self.shape
         except ValidationError as error:
-            (loc, what), *_ = said(error, SHAPES[self.name])
-            if what.startswith("unknown key"):
-                known = ", ".join(SHAPES[self.name].model_fields) or "none"
-                what = f"{what.split(';')[0]}; keys of {self.name!r}: {known}"
-            yield f"{dotted(('scheduler_specific_kwargs', *loc))}: {what}"
+            cls = SHAPES[self.name]
+            known = f"; keys of {self.name!r}: {', '.join(cls.model_fields) or 'none'}"
+            (loc, what), *_ = explain(error, cls, lambda key: known)
+            yield join_key(("scheduler_specific_kwargs", *loc)), what
             return
         if self.min_lr_ratio and self.name not in WITH_FLOOR:
             known = ", ".join(WITH_FLOOR)
-            yield f"min_lr_ratio has no meaning for {self.name!r}; use one of {known}"
+            yield "min_lr_ratio", f"has no meaning for {self.name!r}; use one of {known}"
         inner = shape.min_lr_ratio if isinstance(shape, WarmupStableDecayKeys) else None
         if "min_lr_ratio" in self.model_fields_set and inner not in (None, self.min_lr_ratio):
-            yield "min_lr_ratio is written twice, differently; remove one"
+            yield "min_lr_ratio", "is written twice, differently; remove one"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.name == "constant":
+            for key in ("warmup_ratio", "warmup_steps"):
+                yield key, "`constant` has no warm-up, as upstream"
 
     @property
     def shape(self) -> Any:
@@ -138,17 +147,17 @@ class HFSchedulerConfig(SchedulerConfig):
 
 
 class WSDSchedulerConfig(SchedulerConfig):
-    """Warm up, stay, decay linearly, with the lengths written out."""
+    """Linear warm-up, constant learning rate, linear decay."""
 
     num_warmup_steps: int = Field(ge=0)
-    """Updates over which the rate rises."""
+    """Optimizer steps of warm-up."""
     num_decay_steps: int = Field(ge=1)
-    """Updates over which it falls, at the end of the run."""
+    """Optimizer steps of decay, at the end of the run."""
 
-    def contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("warmup_steps", "warmup_ratio"):
             if getattr(self, key) is not None:
-                yield f"{key}: the warm-up is num_warmup_steps here, remove it"
+                yield key, "the warm-up is num_warmup_steps here; remove it"
 
     def warmup_updates(self, horizon: int) -> int:
         return self.num_warmup_steps

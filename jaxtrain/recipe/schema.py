@@ -1,6 +1,7 @@
-"""The keys of a recipe as JSON Schema, and as a page to read."""
+"""The keys of a recipe as JSON Schema and as pages, made from the config classes."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -11,11 +12,17 @@ from pydantic.json_schema import GenerateJsonSchema
 from jaxtrain import registry
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
-from jaxtrain.recipe.errors import shown
-from jaxtrain.recipe.not_built import TABLE
+from jaxtrain.recipe.errors import show
 from jaxtrain.recipe.resolve import SOURCES, load_code
-from jaxtrain.recipe.section import TypedSection, sections_in, spellings, why_refused
-from jaxtrain.recipe.standing import CHOICES, standing
+from jaxtrain.recipe.section import (
+    NotSupported,
+    Support,
+    TypedSection,
+    find_marker,
+    refusal_reason,
+    sections_in,
+    spellings,
+)
 
 HEADER = "# yaml-language-server: $schema=jaxtrain.schema.json"
 """First line of a recipe, from which an editor completes keys."""
@@ -24,11 +31,11 @@ LEVELS = {
     **{kind: kind for kind in registry.SECTIONS},
     "data_source": "data.sources",
 }
-"""Kind → the key of the sections that it reads."""
+"""Kind → the key of its sections."""
 
 
 class _HumanNumbers(GenerateJsonSchema):
-    """Every number may be written as text: 1K, 10%, 2^10."""
+    """Accepts text for every number: 1K, 10%, 2^10."""
 
     def int_schema(self, schema: Any) -> dict[str, Any]:
         return super().int_schema(schema) | {"type": ["integer", "number", "string"]}
@@ -38,18 +45,18 @@ class _HumanNumbers(GenerateJsonSchema):
 
 
 def json_schema(recipe: Path | None = None) -> dict[str, Any]:
-    """JSON Schema of recipes, with what the `code:` of one registers."""
+    """JSON Schema of recipes, with the classes that the `code:` of one registers."""
     if recipe is not None:
         load_code(compose(recipe))
     definitions: dict[str, Any] = {}
-    trainers = _built("trainer")
+    trainers = _list_supported("trainer")
     for kind in LEVELS:
-        for name in _built(kind):
-            definitions[f"{kind}.{name}"] = _section_schema(kind, name, definitions)
+        for name in _list_supported(kind):
+            definitions[f"{kind}.{name}"] = _build_section(kind, name, definitions)
     for name in trainers:
-        _with_sections(definitions[f"trainer.{name}"], name)
-    for name in _built("data"):
-        _with_sources(definitions[f"data.{name}"])
+        _add_sections(definitions[f"trainer.{name}"], name)
+    for name in _list_supported("data"):
+        _add_sources(definitions[f"data.{name}"])
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "jaxtrain recipe",
@@ -62,52 +69,60 @@ def reference() -> str:
     """The page of every key, from the docstrings of the config classes."""
     parts = [INTRODUCTION]
     for kind, level in LEVELS.items():
-        for name in _built(kind):
-            if registry.is_built_in(kind, name):
-                parts += _section_page(kind, level, name)
-    rows = [(f"`{row.key}`", row.instead) for row in TABLE]
-    parts += ["## Not built yet", NOT_BUILT, _table(("key", "instead"), rows)]
+        printed: dict[str, dict[str, Row]] = {}
+        by_class: dict[type[BaseModel], list[str]] = {}
+        for name in filter(partial(registry.is_built_in, kind), _list_supported(kind)):
+            by_class.setdefault(registry.config_class(kind, name), []).append(name)
+        for cls, names in by_class.items():
+            parts += _format_section(cls, level, names, printed)
     return "\n\n".join(parts) + "\n"
 
 
-def shared_keys() -> str:
-    """What becomes of every key of ArcticTraining, by section; keys of one fate together."""
-    not_built = {row.key.replace(".*", ""): row.instead for row in TABLE}
-    fates: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for section, name, field in _every_field():
-        found = standing(f"{section}.{name}".lstrip("."))
-        if found.standing == "own" or field.exclude:
+def migration_table() -> str:
+    """What every key of ArcticTraining becomes, by section; keys with the same answer together."""
+    answers: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for section, cls, name, support in _iter_fields():
+        field = cls.model_fields[name]
+        if support.word == "own" or field.exclude:
             continue
-        choices = (f"`{value}`: {what}" for value, what in CHOICES.get(found.key, {}).items())
-        word, how = found.standing, found.reason or "; ".join(choices)
-        if why := why_refused(field):
+        choices = (f"`{value}`: {what}" for value, what in support.by_value.items())
+        word, how = str(support.word), "; ".join(choices) or support.how
+        if why := refusal_reason(field):
             word, how = "refused", why
-        if instead := not_built.get(found.key):
-            how = f"{how}; refused where not built: {instead}".removeprefix("; ")
-        fates.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
+        if marker := find_marker(cls, name, NotSupported):
+            how = f"{how}; not supported yet: {marker.instead}".removeprefix("; ")
+        if name == "type":
+            how = _format_planned(section)
+        answers.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
     parts = []
-    for section, by_fate in fates.items():
-        rows = [(", ".join(dict.fromkeys(keys)), *fate) for fate, keys in by_fate.items()]
+    for section, by_answer in answers.items():
+        rows = [(", ".join(dict.fromkeys(keys)), *answer) for answer, keys in by_answer.items()]
         title = f"`{section}`" if section else "Top level"
-        parts += [f"### {title}", _table(("keys", "here", "how"), rows)]
+        parts += [f"### {title}", _format_table(("keys", "here", "how"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _every_field() -> Iterator[tuple[str, str, FieldInfo]]:
-    """(section, key, field) of every section that recipes of ArcticTraining have."""
+def _iter_fields() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
+    """(section, class, key, support) of every key, without those of other packages' objectives."""
 
-    def inside(key: str, cls: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
-        yield from ((key, name, field) for name, field in cls.model_fields.items())
-        for name, field in cls.model_fields.items():
-            dotted = f"{key}.{name}".lstrip(".")
-            if name not in registry.SECTIONS and standing(dotted).standing != "own":
-                for inner in sections_in(field.annotation):
-                    if not issubclass(inner, TypedSection):
-                        yield from inside(dotted, inner)
+    def inside(key: str, cls: type[BaseModel], above: Support) -> Iterator[Any]:
+        supports = {n: find_marker(cls, n, Support) or above for n in cls.model_fields}
+        yield from ((key, cls, name, support) for name, support in supports.items())
+        for name, support in supports.items():
+            for inner in sections_in(cls.model_fields[name].annotation):
+                if name not in registry.SECTIONS and not issubclass(inner, TypedSection):
+                    yield from inside(f"{key}.{name}".lstrip("."), inner, support)
 
     for kind, level in LEVELS.items():
         for name in registry.BUILT_IN[kind] if kind != "trainer" else ("sft", "dpo"):
-            yield from inside(level, registry.config_class(kind, name))
+            yield from inside(level, registry.config_class(kind, name), Support())
+
+
+def _format_planned(section: str) -> str:
+    """The types of a section that are not supported yet."""
+    kind = next((kind for kind, level in LEVELS.items() if level == section), None)
+    names = [n for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n)] if kind else []
+    return f"not supported yet: {', '.join(names)}" if names else ""
 
 
 INTRODUCTION = """# Recipe reference
@@ -118,17 +133,54 @@ Every key of a recipe, by section. Made by `jaxtrain schema --markdown` from the
 
 Numbers may be written as `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`. Input paths are looked
 up beside the recipe, then in the current directory; output paths belong to the current directory.
-`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may stand in any value."""
+`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value."""
 
-NOT_BUILT = """These keys are known and checked. A recipe that asks for them is refused, with what
-to do instead."""
+EXAMPLES = {
+    "": """
+type: sft
+epochs: 3
+micro_batch_size: 4
+eval_interval: 100
+model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
+data: {sources: [HuggingFaceH4/ultrachat_200k], train_eval_split: [99%, 1%]}
+checkpoint: {type: huggingface, output_dir: exported, save_end_of_training: true}""",
+    "logger": "logger: {level: INFO, print_output_ranks: [0]}",
+    "wandb": "wandb: {enable: false, project: chat, mode: offline}",
+    "tensorboard": "tensorboard: {enable: false, dir: events}",
+    "deepspeed": "deepspeed: {zero_optimization: {stage: 3}, gradient_clipping: 0.5}",
+    "mesh": "mesh: {fsdp: 4, tensor: 2}",
+    "pipeline": "mesh: {pipeline: 2}\npipeline: {microbatches: 4}\nmicro_batch_size: 4",
+    "ema": "ema: {decay: 0.999, start_step: 100}",
+    "divergence": "divergence: {threshold: 1.5, action: stop}",
+    "early_stopping": """
+early_stopping: {metric: eval/loss, patience: 3}
+eval_interval: 100
+data: {sources: [HuggingFaceH4/ultrachat_200k], train_eval_split: [99%, 1%]}""",
+    "eval_samples": "eval_samples: {prompts: [Name a colour.], temperature: 0.7, top_p: 0.9}",
+    "profile": "profile: {start_step: 10, num_steps: 3}",
+    "model": "model: {name_or_path: meta-llama/Llama-3.1-8B-Instruct, dtype: bf16, remat: dots}",
+    "tokenizer": "tokenizer: {extra_tokens: [<tool>], pad_token: <pad>}",
+    "data": "data: {sources: [chats.jsonl], max_length: 8Ki, pack_samples: true}",
+    "optimizer": "optimizer: {type: adamw, lr: 2e-5, groups: [{match: embedding, freeze: true}]}",
+    "scheduler": "scheduler: {name: cosine, warmup_ratio: 5%, min_lr_ratio: 10%}",
+    "checkpoint": """
+checkpoint:
+  - {type: orbax, output_dir: state, save_every_n_steps: 500, keep_last_n: 2, auto_resume: true}
+  - {type: huggingface, output_dir: exported, save_end_of_training: true}""",
+    "data.sources": """
+data:
+  sources:
+    - {name_or_path: HuggingFaceH4/ultrachat_200k, split: train_sft, sample_count: 10K}
+    - {type: jsonl, path: chats/*.jsonl, role_mapping: {user: question, assistant: answer}}""",
+}
+"""Section → a part of a recipe that uses it."""
 
 
-def _built(kind: str) -> list[str]:
+def _list_supported(kind: str) -> list[str]:
     return [name for name in registry.names(kind) if not registry.is_planned(kind, name)]
 
 
-def _section_schema(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     cls = registry.config_class(kind, name)
     schema = cls.model_json_schema(
         by_alias=False, ref_template="#/$defs/{model}", schema_generator=_HumanNumbers
@@ -142,10 +194,10 @@ def _section_schema(kind: str, name: str, definitions: dict[str, Any]) -> dict[s
     return schema
 
 
-def _with_sections(schema: dict[str, Any], trainer: str) -> None:
-    """Each section of a trainer may be what its factories read."""
+def _add_sections(schema: dict[str, Any], trainer: str) -> None:
+    """Lets each section of a trainer be what its factories read."""
     for section in registry.SECTIONS:
-        names = [n for n in registry.allowed(trainer, section) if n in _built(section)]
+        names = [n for n in registry.allowed(trainer, section) if n in _list_supported(section)]
         choice = {"anyOf": [_ref(section, name) for name in names]}
         if section == "checkpoint":
             choice = {"anyOf": [*choice["anyOf"], {"type": "array", "items": choice}]}
@@ -153,8 +205,13 @@ def _with_sections(schema: dict[str, Any], trainer: str) -> None:
     schema["required"] = ["model", "data", *(["type"] if trainer != "sft" else [])]
 
 
-def _with_sources(schema: dict[str, Any]) -> None:
-    one = {"anyOf": [{"type": "string"}, *(_ref("data_source", n) for n in _built("data_source"))]}
+def _add_sources(schema: dict[str, Any]) -> None:
+    one = {
+        "anyOf": [
+            {"type": "string"},
+            *(_ref("data_source", n) for n in _list_supported("data_source")),
+        ]
+    }
     many = {"type": "array", "items": one}
     for key in SOURCES:
         named = {"type": "object", "additionalProperties": many}
@@ -165,61 +222,110 @@ def _ref(kind: str, name: str) -> dict[str, str]:
     return {"$ref": f"#/$defs/{kind}.{name}"}
 
 
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _format_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], f"{'|---' * len(columns)}|", *lines[1:]])
 
 
-def _section_page(kind: str, level: str, name: str) -> list[str]:
-    cls = registry.config_class(kind, name)
-    title = f"`{level}`, type `{name}`" if level else f"Trainer `{name}`"
-    said = (cls.__dict__.get("__doc__") or "").strip()
-    parts = [f"## {title}", *([" ".join(said.split())] if said else []), _rows(cls, level)]
-    for key, field in cls.model_fields.items():
-        for inner in sections_in(field.annotation):
-            if inner is not DeepSpeedConfig and key not in registry.SECTIONS:
-                parts += [f"### `{level}.{key}`".replace("`.", "`"), _rows(inner, f"{level}.{key}")]
+Row = tuple[str, ...]
+
+
+def _format_section(
+    cls: type[BaseModel], level: str, names: list[str], printed: dict[str, dict[str, Row]]
+) -> list[str]:
+    """The part about the types of one class; of classes after the first, what differs from the
+    most similar one that is `printed`."""
+    types, rows = ", ".join(f"`{name}`" for name in names), _build_rows(cls, level)
+    title = f"`{level}`, type {types}" if level else f"Trainer {types}"
+    parts = [f"## {title}", *_format_introduction(cls, "-" if printed else level)]
+    if printed:
+        same = {other: len({*rows.values()} & {*printed[other].values()}) for other in printed}
+        nearest = max(same, key=lambda other: same[other])
+        missing = ", ".join(f"`{key}`" for key in printed[nearest] if key not in rows)
+        without = f", without {missing}" if missing else ""
+        different = [row for key, row in rows.items() if row != printed[nearest].get(key)]
+        parts += [f"The keys of `{nearest}`{without}{', and:' if different else '.'}"]
+        parts += [_format_table(COLUMNS, different)] if different else []
+    else:
+        parts += ["\n".join(map(_format_data_type, names))] if not level else []
+        parts.append(_format_table(COLUMNS, rows.values()))
+        for key, field in cls.model_fields.items():
+            for inner in sections_in(field.annotation) if key not in registry.SECTIONS else ():
+                below = f"{level}.{key}".lstrip(".")
+                parts += [f"### `{below}`", *_format_introduction(inner, below)]
+                if inner is not DeepSpeedConfig:
+                    parts.append(_format_table(COLUMNS, _build_rows(inner, below).values()))
+    printed[names[0]] = rows
     return parts
 
 
-def _rows(cls: type[BaseModel], level: str) -> str:
-    rows = []
+def _format_data_type(trainer: str) -> str:
+    data, *_ = registry.allowed(trainer, "data")
+    text = " ".join((registry.config_class("data", data).__doc__ or "").split())
+    return f"- `{trainer}` takes `data` of type `{data}`: {text[:1].lower()}{text[1:]}"
+
+
+def _format_introduction(cls: type[BaseModel], level: str) -> list[str]:
+    text = " ".join((cls.__dict__.get("__doc__") or "").split())
+    example = EXAMPLES.get(level, "").strip()
+    return [*([text] if text else []), *([f"```yaml\n{example}\n```"] if example else [])]
+
+
+COLUMNS = ("key", "type", "default", "meaning")
+
+
+def _build_rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
+    rows = {}
     for name, field in cls.model_fields.items():
-        if field.exclude:
-            continue
-        found = standing(f"{level}.{name}".lstrip("."))
-        said = " ".join((field.description or "").split())
-        if found.standing == "no effect":
-            said = f"No effect: {found.reason}."
-        names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
-        filled = not level and name in registry.SECTIONS and name not in ("model", "data")
-        cells = (names, _type(field.annotation), "" if filled else _default(field), said)
-        rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
-    return _table(("key", "type", "default", "meaning"), rows)
+        if not field.exclude:
+            names = ", ".join(f"`{n}`" for n in dict.fromkeys((name, *spellings(field))))
+            is_filled = not level and name in registry.SECTIONS and name not in ("model", "data")
+            default = "" if is_filled else _format_default(field)
+            meaning = _format_meaning(cls, name, field)
+            if name == "type" and (planned := _format_planned(level)):
+                meaning = f"{meaning} {planned[0].upper()}{planned[1:]}."
+            cells = (names, _format_type(field.annotation), default, meaning)
+            rows[name] = tuple(cell.replace("|", "\\|") for cell in cells)
+    return rows
+
+
+def _format_meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
+    text, support = " ".join((field.description or "").split()), find_marker(cls, name, Support)
+    if why := refusal_reason(field):
+        return f"Must be off: {why}."
+    if support and support.word == "no effect":
+        text = f"No effect: {support.how}."
+    if marker := find_marker(cls, name, NotSupported):
+        allowed = ", ".join(f"`{v if isinstance(v, str) else show(v)}`" for v in marker.allowed)
+        limit = (
+            f"Supported so far: {allowed}" if allowed else f"Not supported yet: {marker.instead}"
+        )
+        text = f"{text} {limit}.".lstrip()
+    return text
 
 
 WORDS = {Any: "any", type(None): "null", str: "text", bool: "true, false"}
 
 
-def _type(annotation: Any) -> str:
-    """A type as a person reads it."""
+def _format_type(annotation: Any) -> str:
+    """A type in words."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(args[0])
+        return _format_type(args[0])
     if origin is Literal:
-        return ", ".join(f"`{shown(a) if isinstance(a, bool) else a}`" for a in args)
+        return ", ".join(f"`{show(a) if isinstance(a, bool) else a}`" for a in args)
     if origin in (tuple, list):
-        return f"list of {_type(args[0])}"
+        return f"list of {_format_type(args[0])}"
     if origin is dict or sections_in(annotation) == [annotation]:
         return "map"
-    inner = [_type(a) for a in args if a is not type(None)]
+    inner = [_format_type(a) for a in args if a is not type(None)]
     return " or ".join(dict.fromkeys(inner)) or WORDS.get(annotation) or annotation.__name__
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel):
         return ""
-    return f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
+    return f"`{show(list(value) if isinstance(value, tuple) else value)}`"

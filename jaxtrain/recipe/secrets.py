@@ -1,22 +1,21 @@
-"""Values of environment variables, and of keys that say they are secret, never leave the process:
-not in messages, not in files."""
+"""Keeps values of environment variables and of secret keys out of messages and files."""
 
 import re
 from typing import Any
 
-from jaxtrain.recipe.load import Key, Secret, Secrets, mapped_leaves
+from jaxtrain.recipe.load import Key, Secret, Secrets, map_leaves
 
 PRIVATE = re.compile(
     r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
 )
-"""Names of keys whose value nobody else should read."""
+"""Names of keys whose value is secret."""
 
 SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
-LONG = 8  # characters from which a value is looked for in text that is not its own
+MIN_LENGTH = 8  # of a value that is hidden in text about other keys
 
 
-def written_out(tree: Any) -> dict[Key, Secret]:
-    """The secrets that a recipe holds itself; where they are saved, a variable stands instead."""
+def find_secrets(tree: Any) -> dict[Key, Secret]:
+    """The secrets that a recipe contains, each with the variable that is saved in its place."""
     found: dict[Key, Secret] = {}
 
     def note(value: Any, key: Key) -> None:
@@ -24,34 +23,34 @@ def written_out(tree: Any) -> dict[Key, Secret]:
         if is_text and value and PRIVATE.fullmatch(name.lower()):
             found[key] = Secret(f"${{env:{name.upper()}}}", (str(value),))
 
-    mapped_leaves(tree, note)
+    map_leaves(tree, note)
     return found
 
 
-def hidden(text: str, secrets: Secrets, key: Key | None = None) -> str:
-    """`text` without the values of `secrets`; in a message about `key`, short ones too."""
+def hide_secrets(text: str, secrets: Secrets, key: Key | None = None) -> str:
+    """`text` without the values of `secrets`; short values only in a message about their key."""
     for where, secret in secrets.items():
         related = key is not None and (where[: len(key)] == key or key[: len(where)] == where)
         for value in secret.values:
-            if related or len(value) >= LONG:
+            if related or len(value) >= MIN_LENGTH:
                 text = _without(text, value)
     return text
 
 
-def restored(tree: Any, secrets: Secrets) -> Any:
-    """Plain data in which each value that came from the environment is written as it was."""
+def restore_variables(tree: Any, secrets: Secrets) -> Any:
+    """Plain data in which each value from the environment is its variable again."""
     for key, secret in secrets.items():
         tree = _put(tree, key, secret.written)
 
     def hide(value: Any, _: Key) -> Any:
         is_own = isinstance(value, str) and "${env:" not in value
-        return hidden(value, secrets) if is_own else value
+        return hide_secrets(value, secrets) if is_own else value
 
-    return mapped_leaves(tree, hide)
+    return map_leaves(tree, hide)
 
 
 def _without(text: str, value: str) -> str:
-    """Also where a message escaped it, or cut it short."""
+    """`text` without `value`, also where a message escaped it or cut it short."""
     for form in dict.fromkeys((value, repr(value)[1:-1])):
         text = text.replace(form, "${env}")
         if "…" in text:

@@ -11,30 +11,30 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 SCHEMA = HEADER.rpartition("=")[2]
 
 
-def names() -> list[str]:
+def list_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def listed() -> str:
-    """A line for each recipe, with the comment that it begins with."""
-    width = max(map(len, names()))
-    return "\n".join(f"{name:{width}}  {_first_comment(text(name))}" for name in names())
+def format_list() -> str:
+    """A line per recipe, with its first comment."""
+    width = max(map(len, list_names()))
+    return "\n".join(
+        f"{name:{width}}  {_first_comment(read_recipe(name))}" for name in list_names()
+    )
 
 
-def text(name: str) -> str:
-    """A recipe as it ships; RecipeError that lists the names there are."""
-    if name not in names():
-        known = f"{did_you_mean(name, names())} (known: {', '.join(names())})"
+def read_recipe(name: str) -> str:
+    """The text of a shipped recipe; RecipeError lists the known names."""
+    if name not in list_names():
+        known = f"{did_you_mean(name, list_names())} (known: {', '.join(list_names())})"
         raise RecipeError(f"no recipe called {name!r}{known}")
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def copied(name: str, target: Path) -> list[Path]:
-    """Write a recipe, the code that it names, and the schema for editors; the files written.
-
-    RecipeError when one of them is there already, or cannot be written.
-    """
-    recipe = text(name)
+def copy_recipe(name: str, target: Path) -> list[Path]:
+    """Writes a recipe, its code and the schema for editors, and returns the files; RecipeError
+    when one exists already or cannot be written."""
+    recipe = read_recipe(name)
     file = target / f"{name}.yaml" if target.is_dir() or not target.suffix else target
     code = [f for f in FOLDER.glob("*.py") if f"code: {f.name}" in recipe]
     files = [file, *(file.parent / f.name for f in code), file.parent / SCHEMA]

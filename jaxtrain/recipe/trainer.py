@@ -1,10 +1,12 @@
 """The whole recipe: `TrainerConfig`."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny, SkipValidation
 
+from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import DataConfig
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
@@ -21,157 +23,216 @@ from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.model import ModelConfig, TokenizerConfig
 from jaxtrain.recipe.optimizer import OptimizerConfig
 from jaxtrain.recipe.scheduler import SchedulerConfig
-from jaxtrain.recipe.section import InputPath, Section, expanded
+from jaxtrain.recipe.section import (
+    InputPath,
+    Own,
+    Section,
+    expand_user,
+    mapped,
+    no_effect,
+    not_supported,
+    sets,
+)
+
+_OUR_EXPERTS = no_effect("experts and kernels are our own")
 
 
 class TrainerConfig(Section):
-    """One training run. Subclass it to add keys for a trainer of your own."""
+    """One training run. Subclass it to add keys for your own trainer."""
 
     type: str = "sft"
     """Registered trainer."""
-    name: str | None = None
+    name: Annotated[str | None, mapped("type")] = None
     """Older spelling of `type`."""
     code: InputPath | None = None
-    """Python file with the user's own trainers and factories; `train.py` beside the recipe is read
-    when a `type` of the recipe is not a known name."""
+    """Python file with your own trainers and factories; `train.py` beside the recipe is read when a
+    `type` of the recipe is not a known name."""
     skip_validation: bool = False
-    """Allow factories that the trainer does not name."""
-    base: str | tuple[str, ...] | None = None
-    """Recipes that this one is laid over, from left to right."""
+    """Allow factories that the trainer's annotations do not list."""
+    base: Own[str | tuple[str, ...] | None] = None
+    """Recipes that this one extends and overrides; later ones override earlier ones."""
 
     model: SkipValidation[SerializeAsAny[ModelConfig]]
+    """The model and its weights."""
     tokenizer: SkipValidation[SerializeAsAny[TokenizerConfig]] = TokenizerConfig(type="huggingface")
+    """The tokenizer and its chat template."""
     data: SkipValidation[SerializeAsAny[DataConfig]]
+    """Training and evaluation data."""
     optimizer: SkipValidation[SerializeAsAny[OptimizerConfig]]
+    """The optimizer; `adamw` when left out."""
     scheduler: SkipValidation[SerializeAsAny[SchedulerConfig]]
+    """The learning rate schedule; linear warm-up and decay when left out."""
     checkpoint: tuple[SkipValidation[SerializeAsAny[CheckpointConfig]], ...] = ()
-    """Full state (`orbax`) and export (`huggingface`), each with its own schedule."""
+    """Full state (`orbax`) and export (`huggingface`), each with its own schedule; one entry or a
+    list."""
     logger: LoggerConfig = LoggerConfig()
+    """Log files and log level."""
     wandb: WandbConfig = WandbConfig()
-    tensorboard: Tensorboard = TensorboardConfig(enable=False)
+    """Weights & Biases."""
+    tensorboard: Own[Tensorboard] = TensorboardConfig(enable=False)
+    """TensorBoard; a section, true or false."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    mesh: MeshConfig = MeshConfig()
-    pipeline: PipelineConfig = PipelineConfig()
+    """A DeepSpeed config as ArcticTraining takes it; see the
+    [migration page](arctictraining.md#every-key)."""
+    mesh: Own[MeshConfig] = MeshConfig()
+    """The device mesh."""
+    pipeline: Own[PipelineConfig] = PipelineConfig()
+    """Pipeline parallelism, with `mesh.pipeline` > 1."""
 
-    # How long, and on how many rows.
+    # Length and batch size.
 
     epochs: int | None = Field(default=None, ge=0)
     """Passes over the training data; 1 when neither it nor `train_iters` is written."""
     train_iters: int = Field(default=0, ge=0)
-    """Optimizer updates, 0 is off; with `epochs` written too, the first to be reached ends the
+    """Optimizer steps, 0 is off; with `epochs` written too, the first limit reached ends the
     run."""
-    micro_batch_size: int = Field(default=1, ge=1)
-    """Rows a batch shard and forward pass."""
+    micro_batch_size: Annotated[
+        int, mapped("per batch shard (data x fsdp x expert), not per device")
+    ] = Field(default=1, ge=1)
+    """Sequences per batch shard and forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes an update; gradients are summed and divided once by the total weight."""
-    sequence_parallel_size: int | None = Field(default=None, ge=1)
-    """Devices that share a row."""
-    expert_parallel_size: int | None = Field(default=None, ge=1)
+    """Forward passes per optimizer step; gradients are summed and divided once by the total
+    weight."""
+    sequence_parallel_size: Annotated[int | None, sets("mesh.context")] = Field(default=None, ge=1)
+    """Devices that share a sequence."""
+    expert_parallel_size: Annotated[int | None, sets("mesh.expert")] = Field(default=None, ge=1)
     """Devices that share the experts."""
     exit_iteration: int = Field(default=0, ge=0)
-    """End the run at this update, with the schedule of the whole run; 0 is off."""
+    """End the run after this optimizer step, with the schedule of the whole run; 0 is off."""
     exit_iteration_this_run: int = Field(default=0, ge=0)
-    """End after so many updates of this process; 0 is off."""
+    """End after this many optimizer steps of this process; 0 is off."""
     min_iterations: int = Field(default=0, ge=0)
-    """Repeat the training rows until they fill so many updates."""
+    """Repeat the training data until it fills this many optimizer steps."""
     overfit_first_batch: bool = False
-    """Train on the first batch for ever."""
+    """Train on the first batch only."""
 
-    # The update.
+    # The optimizer step.
 
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: Own[float] = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
-    loss_weighting: Literal["token", "sample"] = "token"
+    loss_weighting: Own[Literal["token", "sample"]] = "token"
     """What has equal weight in loss and gradient: each trained token, or each document of a packed
-    row."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over the vocabulary; not in evaluations. It, `z_loss` and
-    `loss_weighting` are of the built-in objectives."""
-    z_loss: float = Field(default=0.0, ge=0)
+    sequence."""
+    label_smoothing: Own[float] = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the target that is spread over the vocabulary; not used in evaluations. Built-in
+    objectives read it, `z_loss` and `loss_weighting`."""
+    z_loss: Own[float] = Field(default=0.0, ge=0)
     """Coefficient of the squared log-partition term, which is logged apart from the loss."""
     seed: int = Field(default=42, ge=0)
-    """The one seed: weights and every random number of the step."""
-    ema: EmaConfig | None = None
-    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """Seed of the weights and of every random number of the step."""
+    ema: Own[EmaConfig | None] = None
+    """Exponential moving average of the weights."""
+    on_nonfinite: Own[Literal["stop", "skip", "rollback"]] = "stop"
     """What happens when the loss or the gradient norm is not finite."""
-    divergence: DivergenceConfig | None = None
-    replica_check_interval: int = Field(default=0, ge=0)
-    """Updates between comparisons of the parameters that devices hold copies of."""
-    activation_checkpoint_cpu_offload: bool = False
+    divergence: Own[DivergenceConfig | None] = None
+    """What happens when the loss rises."""
+    replica_check_interval: Annotated[Own[int], not_supported("remove it")] = Field(default=0, ge=0)
+    """Optimizer steps between comparisons of replicated parameters across devices."""
+    activation_checkpoint_cpu_offload: Annotated[
+        bool, mapped("rematerialisation to host memory"), not_supported("use model.remat: full")
+    ] = False
     """Keep what the backward pass needs in host memory."""
-    tiled_mlp_compute: bool = False
-    """Run feed-forward layers in pieces along the sequence, each as many tokens as the model is
-    wide."""
-    arctic_moe: bool | Literal["auto"] = False
-    enable_arctic_moe_custom_optimization: bool = False
-    enable_routing_replay: bool = False
+    tiled_mlp_compute: Annotated[bool, mapped("a scan over pieces of the sequence")] = False
+    """Run feed-forward layers in pieces along the sequence, each as many tokens long as the model
+    is wide."""
+    arctic_moe: Annotated[
+        bool | Literal["auto"],
+        _OUR_EXPERTS,
+        not_supported("remove it: there are no experts", False, "auto"),
+    ] = False
+    enable_arctic_moe_custom_optimization: Annotated[bool, _OUR_EXPERTS] = False
+    enable_routing_replay: Annotated[
+        bool,
+        mapped("router choices are kept across rematerialisation"),
+        not_supported("remove it: dense models have no router"),
+    ] = False
     """Keep the router's choices across rematerialisation."""
 
     # Evaluation.
 
     eval_interval: int = Field(default=0, ge=0)
-    """Updates between evaluations."""
-    eval_at_start: bool = False
-    """Evaluate before the first update."""
-    eval_at_end: bool | None = None
-    """Evaluate after the last update, unless it was just done; true with evaluation data when
-    left out."""
-    eval_after_step: int = Field(default=0, ge=0)
-    """No periodic evaluation before it."""
-    eval_every_n_epochs: int = Field(default=0, ge=0)
+    """Optimizer steps between evaluations."""
+    eval_at_start: Own[bool] = False
+    """Evaluate before the first optimizer step."""
+    eval_at_end: Own[bool | None] = None
+    """Evaluate after the last optimizer step; true with evaluation data when left out."""
+    eval_after_step: Own[int] = Field(default=0, ge=0)
+    """First optimizer step with a periodic evaluation."""
+    eval_every_n_epochs: Own[int] = Field(default=0, ge=0)
     """Epochs between evaluations, besides `eval_interval`."""
-    max_eval_batches: int = Field(default=0, ge=0)
-    """Limit of batches an evaluation; 0 takes all."""
-    early_stopping: EarlyStoppingConfig | None = None
-    eval_samples: SamplesConfig | None = None
-    """Answers to generate at evaluations."""
+    max_eval_batches: Own[int] = Field(default=0, ge=0)
+    """Maximum number of batches per evaluation; 0 is all."""
+    early_stopping: Own[EarlyStoppingConfig | None] = None
+    """End the run when a metric stops improving."""
+    eval_samples: Own[SamplesConfig | None] = None
+    """Replies to generate at evaluations."""
 
-    # What is told.
+    # Output.
 
-    run_dir: str | None = None
-    """Metrics, logs, resolved recipe; `logger.output_dir`, else `runs/<recipe name>-<hash>`, when
-    left out. A folder that holds a run is continued by `auto_resume`, else refused. With `{n}` in
-    the last part of the name every run gets the next number, unless it continues the newest; write
-    `{run_dir}/…` as a checkpoint's `output_dir` to have the checkpoints beside it."""
+    run_dir: Own[str | None] = None
+    """Folder of metrics, logs and the resolved recipe; `logger.output_dir`, else
+    `runs/<recipe name>-<hash>`, when left out. A folder that contains a run is continued with
+    `auto_resume` and refused otherwise. With `{n}` in the last part of the name every run gets the
+    next number, unless it continues the newest; write `{run_dir}/…` as a checkpoint's `output_dir`
+    to put the checkpoints inside it."""
     train_log_iter_interval: int = Field(default=1, ge=0)
-    """Updates between rows of training metrics, shown and written; the first always has one. 0 is
-    none."""
+    """Optimizer steps between rows of training metrics, printed and written; the first step always
+    has one. 0 is none."""
     train_log_metrics_path: str | None = None
     """The metrics file; `run_dir/train-log-metrics.jsonl` when left out."""
     loss_log_interval: int = Field(default=1, ge=0)
-    """Updates between losses in the log; 0 is none."""
+    """Optimizer steps between losses in the log; 0 is none."""
     eval_log_iter_interval: int = Field(default=1, ge=0)
     """Evaluations between those that are printed, 0 prints none; the metrics file has all."""
     kill_switch_path: str | None = None
     """A file that ends the run when it appears; `run_dir/stop` when left out."""
-    profile: ProfileConfig | None = None
-    mem_profiler: Literal["step", "e2e"] | None = None
-    """Device memory profile (pprof) of each logged update, or of the end."""
+    profile: Own[ProfileConfig | None] = None
+    """A profile of some optimizer steps."""
+    mem_profiler: Annotated[
+        Literal["step", "e2e"] | None, mapped("device memory profiles (pprof)")
+    ] = None
+    """Write a device memory profile (pprof) at each logged step, or at the end."""
     mem_profiler_dir: str | None = None
-    """`run_dir/mem-prof` when left out."""
-    mem_profiler_max_entries: int = Field(default=100_000, ge=1)
+    """Folder of memory profiles; `run_dir/mem-prof` when left out."""
+    mem_profiler_max_entries: Annotated[int, no_effect("JAX profiles have no history limit")] = (
+        Field(default=100_000, ge=1)
+    )
 
     _secrets: Secrets = PrivateAttr(default_factory=dict)
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.mem_profiler is None:
+            yield "mem_profiler_dir", "only `mem_profiler` writes there"
+        if not self.data.has_eval:
+            keys = ("eval_at_end", "eval_after_step", "max_eval_batches", "eval_log_iter_interval")
+            yield from ((key, "there is no evaluation data") for key in keys)
+        if not (self.eval_interval or self.eval_every_n_epochs):
+            yield "eval_after_step", "no evaluation is periodic"
+        if self.type != "causal" and registry.is_built_in("trainer", self.type):
+            yield "tokenizer.tokenize_kwargs", "only causal honours it, as upstream"
+        if self.mesh.pipeline == 1:
+            for key in ("schedule", "stages_per_device"):
+                yield f"pipeline.{key}", "only `mesh.pipeline` > 1 has stages"
+
     @property
     def secrets(self) -> Secrets:
-        """What came from the environment, which no message and no file may hold."""
+        """Values from the environment, which no message and no file may contain."""
         return self._secrets
 
     @property
     def passes(self) -> int | None:
-        """Times that all rows are taken; None for as often as `train_iters` needs."""
+        """Passes over the training data; None for as many as `train_iters` needs."""
         return 1 if self.epochs is None and not self.train_iters else self.epochs
 
-    def output(self, written: str | None, name: str) -> Path:
-        """An output path of the recipe, or what it is in the run's folder when left out."""
-        return expanded(written) if written else expanded(self.run_dir or "") / name
+    def output_path(self, written: str | None, name: str) -> Path:
+        """An output path of the recipe; `name` in the run's folder when it is left out."""
+        return expand_user(written) if written else expand_user(self.run_dir or "") / name
 
-    def horizon(self, updates_per_epoch: int | None) -> int | None:
-        """Updates that the recipe plans; None when that takes the unknown length of an epoch."""
+    def horizon(self, steps_per_epoch: int | None) -> int | None:
+        """Optimizer steps of the whole run; None when that takes the unknown length of an epoch."""
         limits = [self.train_iters] if self.train_iters else []
         if self.passes is not None:
-            if updates_per_epoch is None:
+            if steps_per_epoch is None:
                 return 0 if self.passes == 0 else None
-            limits.append(self.passes * updates_per_epoch)
+            limits.append(self.passes * steps_per_epoch)
         return min(limits)

@@ -8,7 +8,7 @@ from huggingface_hub import is_offline_mode
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxtrain import assets
-from jaxtrain.recipe.errors import RecipeError, shown
+from jaxtrain.recipe.errors import RecipeError, show
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.tokenizer.gguf import build_gguf_tokenizer
 
@@ -66,7 +66,7 @@ def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
             tokenizer = _read(name, local_only=False)
         if tokenizer is None:
             where = "the hub's cache (offline)" if is_offline_mode() else "the hub"
-            raise RecipeError(f"tokenizer {shown(name)} is neither a folder nor in {where}")
+            raise RecipeError(f"tokenizer {show(name)} is neither a folder nor in {where}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"tokenizer: {name} has no tokenizer.json, which masks need")
     return tokenizer
@@ -88,7 +88,7 @@ def _read_template(value: str) -> str:
     path = Path(value)
     if not path.is_file():
         hint = "" if path.suffix in TEMPLATE_SUFFIXES else ", and it is not Jinja text"
-        raise RecipeError(f"tokenizer.chat_template: no file {shown(value)}{hint}")
+        raise RecipeError(f"tokenizer.chat_template: no file {show(value)}{hint}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

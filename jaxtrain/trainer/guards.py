@@ -7,7 +7,7 @@ import jax
 
 from jaxtrain.metrics.log import log
 from jaxtrain.recipe.errors import NonFiniteError, RecipeError
-from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, direction
+from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, metric_direction
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callback, Control
 
@@ -37,7 +37,7 @@ class EarlyStopping(Callback):
 
     def __init__(self, config: EarlyStoppingConfig):
         self.config = config
-        self.sign = -1.0 if direction(config.metric, config.mode) == "max" else 1.0
+        self.sign = -1.0 if metric_direction(config.metric, config.mode) == "max" else 1.0
         self.best: float | None = None
         self.stale = 0
         """evaluations since the best"""

@@ -15,7 +15,7 @@ from jaxtrain.metrics.user_metrics import UserMetrics
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
-from jaxtrain.recipe.dump import compatibility, effective
+from jaxtrain.recipe.dump import compatibility, to_dict
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.checkpoints import Checkpoints
@@ -106,7 +106,7 @@ class Interface:
             "callbacks": self.callback_states,
             "report": self.report.state_dict(),
             "lineage": self.compatibility,
-            "recipe": effective(self.config),
+            "recipe": to_dict(self.config),
             "versions": versions(),
         }
 

@@ -20,11 +20,11 @@ from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
 from jaxtrain.metrics.wandb_run import Wandb, check_login
 from jaxtrain.metrics.writer import JsonLines, MetricsRow, Writer, plot_loss, read_rows
-from jaxtrain.recipe.dump import differences, effective, to_yaml
+from jaxtrain.recipe.dump import find_differences, to_dict, to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import Secrets
-from jaxtrain.recipe.secrets import hidden
-from jaxtrain.recipe.section import expanded
+from jaxtrain.recipe.secrets import hide_secrets
+from jaxtrain.recipe.section import expand_user
 from jaxtrain.recipe.trainer import TrainerConfig
 
 PACKAGES = (
@@ -46,19 +46,19 @@ class RunFolder:
     def __init__(self, config: TrainerConfig):
         assert config.run_dir is not None  # get_config fills it in
         self.config = config
-        self.path = expanded(config.run_dir).absolute()
+        self.path = expand_user(config.run_dir).absolute()
         self.metrics_file = self.output(config.train_log_metrics_path, "train-log-metrics.jsonl")
         self.writers: list[Writer] = []
         self.profiler: Profiler | None = None
         self.is_new = True
 
     def output(self, written: str | None, name: str) -> Path:
-        return self.config.output(written, name).absolute()
+        return self.config.output_path(written, name).absolute()
 
     def refuse_foreign(self, engines: Collection[CheckpointEngine]) -> None:
         """RecipeError where this run would write into the files of another that it may not go on
         with: into checkpoints, the folder, or a file of the recipe."""
-        may_resume = any(engine.config.goes_on for engine in engines)
+        may_resume = any(engine.config.is_continued for engine in engines)
         for engine in engines:
             engine.refuse_foreign(may_resume=may_resume)
         recipe = self.path / "recipe.yaml"
@@ -66,7 +66,7 @@ class RunFolder:
         if before is None and _holds_something(self.path):
             raise RecipeError(f"run_dir: {self.path} is not empty and holds no run; use another")
         if before is not None and not may_resume:
-            differing = differences(before, yaml.safe_load(to_yaml(self.config)))
+            differing = find_differences(before, yaml.safe_load(to_yaml(self.config)))
             other = f"the run of another recipe (differs in {', '.join(differing[:5])})"
             raise RecipeError(
                 f"run_dir: {self.path} holds {other if differing else 'a run of this recipe'}; "
@@ -116,7 +116,7 @@ class RunFolder:
             folder = self.output(config.tensorboard.dir, "tensorboard")
             yield TensorBoard(folder, resumed_at=resumed_at)
         if config.wandb.is_on:
-            yield Wandb(config.wandb, self.path, effective(config))
+            yield Wandb(config.wandb, self.path, to_dict(config))
 
     def cut(self, step: int) -> None:
         """Have the rows behind this update forgotten, as a resume does."""
@@ -159,7 +159,7 @@ def fill_names(config: TrainerConfig) -> TrainerConfig:
     """
     assert config.run_dir is not None  # get_config fills it in
     run_dir = config.run_dir
-    folder = expanded(run_dir)
+    folder = expand_user(run_dir)
     before, mark, after = folder.name.partition("{n}")
     if not mark:
         return _inside(config, run_dir)
@@ -212,7 +212,7 @@ def _circumstances(secrets: Secrets) -> dict[str, Any]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
-        "argv": [hidden(word, secrets) for word in sys.argv],
+        "argv": [hide_secrets(word, secrets) for word in sys.argv],
         "python": sys.version.split()[0],
         "versions": versions(),
         "git_commit": commit.stdout.strip() or None,

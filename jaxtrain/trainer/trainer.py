@@ -27,7 +27,7 @@ from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, MuonFactory, SGDFactory
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipe.dump import effective
+from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -527,7 +527,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
 
     def _identify(self) -> Identity:
-        return Identity(self.compatibility, effective(self.config), self.allowed_changes)
+        return Identity(self.compatibility, to_dict(self.config), self.allowed_changes)
 
     def save_checkpoint(self, path: Path | str | None = None) -> Path:
         """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,

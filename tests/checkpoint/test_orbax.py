@@ -54,6 +54,7 @@ def test_damage_to_any_file_is_found(tmp_path, harm):
     assert_same(engine(tmp_path / "good").load(shapes(SIZE)), 7, SIZE)
 
 
+@pytest.mark.covers("checkpoint.*.on_corrupt")
 def test_a_damaged_newest_is_passed_over_when_the_recipe_says_so(tmp_path, capsys):
     saved(tmp_path, [1, 2, 3], size=SIZE)
     for step in (2, 3):
@@ -160,6 +161,7 @@ def test_weights_alone_do_not_resume_and_what_does_is_named(tmp_path):
     assert_same(engine(tmp_path, resume_from=2).load(shapes()), 2)
 
 
+@pytest.mark.covers("checkpoint.*.reset")
 def test_weights_alone_are_enough_when_the_optimizer_is_reset(tmp_path):
     saved(tmp_path, [3], save_model_only=True)
     again = engine(tmp_path, auto_resume=True, reset=["optimizer"])
@@ -168,6 +170,7 @@ def test_weights_alone_are_enough_when_the_optimizer_is_reset(tmp_path):
     np.testing.assert_array_equal(found.params["w"], state(3).params["w"])
 
 
+@pytest.mark.covers("checkpoint.*.save_model_only")
 def test_all_but_the_newest_are_cut_down_to_weights(tmp_path):
     saver = saved(tmp_path, [1, 2, 3], save_model_only="all_but_last", keep_last_n=2)
     full = [p.parent.name for p in tmp_path.glob("*/optimizer")]
@@ -191,6 +194,7 @@ def test_a_reset_is_done_once(tmp_path):
     assert second.resets == () and second.metadata(2)["reset"] == ["optimizer"]
 
 
+@pytest.mark.covers("checkpoint.*.resume_from")
 def test_a_start_that_is_named_is_taken_once_with_auto_resume(tmp_path):
     saved(tmp_path, [1, 2, 3])
     config = {"auto_resume": True, "resume_from": 2}
@@ -208,7 +212,10 @@ def test_a_start_may_lie_in_another_folder(tmp_path):
     saved(tmp_path / "a", [5])
     other = engine(tmp_path / "b", resume_from=str(tmp_path / "a" / "global_step_5"))
     assert_same(other.load(shapes()), 5)
-    assert not other.config.goes_on and engine(tmp_path / "a", resume_from="5").config.goes_on
+    assert (
+        not other.config.is_continued
+        and engine(tmp_path / "a", resume_from="5").config.is_continued
+    )
 
 
 def test_what_the_state_does_not_fit_is_refused_unless_allowed_by_name(tmp_path, capsys):
@@ -266,6 +273,7 @@ DUE = {
 }
 
 
+@pytest.mark.covers("checkpoint.*.save_after_step")
 @pytest.mark.parametrize("case", DUE)
 def test_saves_are_due_by_the_step_number(tmp_path, case):
     """Traps A7 and G10: epochs of 4 updates, ended ones are counted from 1, a restart moves

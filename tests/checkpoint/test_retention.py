@@ -40,6 +40,9 @@ def save_scored(saver, step, score):
     saver.wait()
 
 
+@pytest.mark.covers(
+    "checkpoint.*.keep_every_n_steps", "checkpoint.*.keep_last_n", "checkpoint.*.keep_best_n"
+)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("every", [0, 2], ids=["", "every second"])
 @pytest.mark.parametrize("restarted", [False, True], ids=["one process", "a process each"])
@@ -71,6 +74,7 @@ def test_the_best_of_a_metric_that_rises_are_its_largest(tmp_path):
     assert listed(tmp_path) == [1, 5, 6]
 
 
+@pytest.mark.covers("checkpoint.*.mode")
 def test_larger_is_better_when_the_metric_says_so():
     scores = {1: 0.1, 2: 0.9, 3: 0.9, 4: 0.2}
     assert ranked([1, 2, 3, 4], scores, "max") == [2, 3, 4, 1]

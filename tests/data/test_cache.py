@@ -296,6 +296,7 @@ def test_our_own_code_counts(rows, monkeypatch):
     assert "differs in jaxtrain's encoding code;" in note(local(rows))
 
 
+@pytest.mark.covers("data.fail_on_missing_cache")
 def test_a_demanded_entry_that_is_missing_is_refused(rows, cache):
     with pytest.raises(DataError) as error:
         note(local(rows), fail_on_missing_cache=True)
@@ -306,6 +307,7 @@ def test_a_demanded_entry_that_is_missing_is_refused(rows, cache):
     assert not cache.exists()
 
 
+@pytest.mark.covers("data.cache_dir")
 def test_the_folder_is_private_or_the_persons_own(tmp_path, rows, cache):
     note(local(rows))
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700

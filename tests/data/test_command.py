@@ -145,7 +145,7 @@ JUDGED = [{"prompt": f"number {n}?", "completion": "yes", "label": n < 3} for n 
 
 
 def objective(recipe, tmp_path, kind, rows):
-    """The recipe for another trainer, which is checked and not built."""
+    """The recipe for another trainer, which is checked and not supported yet."""
     written = yaml.safe_load(recipe.read_text()) | {"type": kind}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     del written["data"]["pack_samples"]
@@ -166,7 +166,9 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
         assert rejected == (chosen[0], "rejected", "")
     assert {*trained_on_terminal(text)} == {"yes <b><|im_end|>", "no<|im_end|>"}
     assert "yes &lt;b&gt;" in page.read_text() and ", rejected (" in page.read_text()
-    with pytest.raises(RecipeError, match="type: is not built yet, use sft"):
+    with pytest.raises(
+        RecipeError, match="type: 'dpo' is not supported yet; supported: sft, causal"
+    ):
         get_config(recipe)
 
 

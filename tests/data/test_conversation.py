@@ -35,6 +35,7 @@ FORMS = {
 }
 
 
+@pytest.mark.covers("data.sources.*.columns")
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
 def test_every_form_gives_the_same_turns(row):
     assert turns(row) == [("user", "a"), ("assistant", "b")]
@@ -137,6 +138,7 @@ def test_a2_mapped_turns_keep_their_order_and_none_is_cut():
     ]
 
 
+@pytest.mark.covers("data.sources.*.content_key")
 def test_a41_the_content_key_is_found_or_said():
     row = {"c": [{"role": "p", "message": "m", "text": "t"}]}
     assert turns(RoleMapper({"user": "c.role.p"})(row)) == [("user", "t")]

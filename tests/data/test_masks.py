@@ -120,6 +120,7 @@ def test_the_tokens_are_those_of_the_whole_text():
     assert found.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.covers("data.mask_inputs")
 def test_without_masking_all_but_the_first_token_is_trained():
     found = outcome(CHATML, chat("a", "b"), mask_inputs=False)
     assert found.weights.tolist() == [0] + [1] * (len(found.tokens) - 1)
@@ -274,6 +275,7 @@ def test_nothing_to_train_is_a_counted_drop():
     assert outcome(CHATML, chat("a")).reason == "no assistant text to train on"
 
 
+@pytest.mark.covers("data.overlong")
 def test_a47_overlong_conversations():
     messages = chat("The river was low", "that summer, and the boys walked across")
     length = len(outcome(CHATML, messages).tokens)
@@ -549,6 +551,7 @@ def test_a_template_that_needs_the_call_before_its_answer_is_no_hiding_one():
     assert trained(strict, messages) == ["<call>river</call><|im_end|>", "no<|im_end|>"]
 
 
+@pytest.mark.covers("data.loss_roles")
 def test_other_roles_are_trained_where_the_recipe_says_so():
     messages = chat("a river", "yes", "b", "no", system="be dry")
     for roles, expected in {
@@ -564,6 +567,7 @@ def pair(prompt, reply):
     return read_conversation({"prompt": prompt, "completion": reply})
 
 
+@pytest.mark.covers("data.completion_only")
 @pytest.mark.parametrize("template", [CHATML, GENERATION])
 def test_of_a_pair_the_reply_alone_is_trained_even_if_the_prompt_has_replies(template):
     end = "" if template == GENERATION else END
@@ -577,6 +581,7 @@ def test_of_a_pair_the_reply_alone_is_trained_even_if_the_prompt_has_replies(tem
     assert trained_of(template, messages, completion_only=False) == [f"no{end}", f"yes{end}"]
 
 
+@pytest.mark.covers("data.ignore_empty_think")
 @pytest.mark.parametrize("turns", [1, 4])
 def test_an_empty_think_block_is_left_out_if_asked(turns):
     messages = chat(*["a", "fine"] * turns)

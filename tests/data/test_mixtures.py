@@ -34,6 +34,7 @@ def cache(tmp_path, monkeypatch):
 # Mixtures.
 
 
+@pytest.mark.covers("data.sources.*.weight")
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 9)), min_size=1, max_size=5))
 def test_shares_are_met_and_no_document_is_favoured(parts):
@@ -47,6 +48,7 @@ def test_shares_are_met_and_no_document_is_favoured(parts):
         assert times.max() - times.min() <= 1
 
 
+@pytest.mark.covers("data.seed")
 def test_a_mixture_is_the_same_each_time_and_another_by_seed(tmp_path):
     sources = [chats(tmp_path, "one", 30, weight=1), chats(tmp_path, "two", 30, weight=3)]
     drawn = [sft(sources, seed=seed).train.rows.documents.tolist() for seed in (1, 1, 2)]
@@ -69,14 +71,15 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
         return {"model": {"name_or_path": "m"}, "data": {"sources": list(sources), **data}}
 
     weighed = {"type": "jsonl", "path": "a.jsonl", "weight": 2}
-    with pytest.raises(RecipeError, match=r"sources\.1: has no weight and another source has one"):
+    with pytest.raises(RecipeError, match=r"sources\.1: has no weight, and another source has"):
         get_config(recipe(weighed, "b.jsonl"))
-    with pytest.raises(RecipeError, match="weight has no effect in eval_sources"):
+    with pytest.raises(RecipeError, match="data.eval_sources: weight has no effect here"):
         get_config(recipe("b.jsonl", eval_sources=[weighed]) | {"eval_interval": 1})
     with pytest.raises(RecipeError, match=r"sources\.0\.weight: must be > 0, found -1"):
         get_config(recipe({**weighed, "weight": -1}))
 
 
+@pytest.mark.covers("data.eval_sources")
 def test_named_eval_sets(tmp_path):
     math, talk = chats(tmp_path, "math", 3), chats(tmp_path, "talk", 5)
     data = sft([chats(tmp_path, "one", 4)], evals={"math": [math], "talk": [talk]})
@@ -119,6 +122,7 @@ def test_slices_are_full_and_hold_every_token_once_in_order(lengths, capacity):
     assert found == [(document, t) for document in chosen for t in range(lengths[document])]
 
 
+@pytest.mark.covers("data.always_max_length")
 def test_a3_always_max_length_fills_each_pack_and_splits_the_row_that_is_over(tmp_path):
     source = chats(tmp_path, "one", 40)
     data = sft([source], pack_samples=True, always_max_length=True, max_length=50)
@@ -132,6 +136,7 @@ def test_a3_always_max_length_fills_each_pack_and_splits_the_row_that_is_over(tm
     assert not batch.loss_weights[firsts].any() and not batch.positions[firsts].any()
 
 
+@pytest.mark.covers("data.drop_last")
 @pytest.mark.parametrize(
     "keys", [{}, {"packing": "next_fit"}, {"always_max_length": True}], ids=str
 )
@@ -146,6 +151,7 @@ def test_drop_last_drops_one_short_pack(tmp_path, keys):
         sft([source], pack_samples=True, max_length=9999, drop_last=True, **keys)
 
 
+@pytest.mark.covers("data.fuse_positions_prob")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_fused_packs_are_one_sequence(tmp_path, share):
     keys = {"pack_samples": True, "max_length": 96, "fuse_positions_prob": share}
@@ -166,6 +172,7 @@ def test_fused_packs_are_one_sequence(tmp_path, share):
     assert (in_order.segments == plain.segments).all()
 
 
+@pytest.mark.covers("data.repeat_to_pack_max_length")
 def test_a_small_set_is_repeated_into_one_pack(tmp_path):
     source = chats(tmp_path, "one", 3)
     alone = sft([source], pack_samples=True, max_length=1000)
@@ -181,7 +188,7 @@ def test_a_small_set_is_repeated_into_one_pack(tmp_path):
     "key", ["always_max_length", "drop_last", "repeat_to_pack_max_length", "fuse_positions_prob"]
 )
 def test_keys_of_packs_need_packs(key):
-    with pytest.raises(ValueError, match=f"{key} needs pack_samples: true"):
+    with pytest.raises(ValueError, match=f"{key}: needs pack_samples: true"):
         SFTDataConfig(sources=("x",), **{key: True if key != "fuse_positions_prob" else 0.5})
 
 
@@ -200,7 +207,7 @@ def test_keys_without_effect_are_refused():
 
 @pytest.mark.parametrize("split", [(1.5, -0.5), (0.5, 0.4), (-0.1, 1.1), (0.9, 0.2)])
 def test_a35_a_split_has_two_shares_that_add_up_to_one(split):
-    with pytest.raises(ValueError, match="two shares from 0 to 1 that add up to 1"):
+    with pytest.raises(ValueError, match="two numbers from 0 to 1 that add up to 1"):
         SFTDataConfig(sources=("x",), train_eval_split=split)
 
 

@@ -330,6 +330,7 @@ def test_weights_mix_whole_pairs(tmp_path):
     assert of_first == 10
 
 
+@pytest.mark.covers("data.max_prompt_length", "data.dpo_prompt_truncation_mode")
 def test_prepared_pairs_are_found_again_and_keys_of_length_are_told_apart(tmp_path):
     rows = source(tmp_path, pairs(4))
     assert "miss" in prepare([rows], max_prompt_length=20).ledger.notes[-1]

@@ -67,6 +67,7 @@ def documents_in(batches):
     return found
 
 
+@pytest.mark.covers("data.pack_samples", "data.packing")
 @pytest.mark.parametrize("packing", ["best_fit", "next_fit", None])
 def test_an_epoch_trains_every_conversation_once(tmp_path, packing):
     rows = chats(60)
@@ -93,6 +94,7 @@ def test_nothing_but_the_entry_is_left_in_the_cache(tmp_path, cache):
     assert {path.parent for path in cache.rglob("*") if path.is_file()} == {entry}
 
 
+@pytest.mark.covers("data.div_length", "data.pad_to")
 @pytest.mark.parametrize(
     ("keys", "tokens"),
     [
@@ -145,6 +147,7 @@ def test_a24_evaluation_sees_every_row_once_in_order(tmp_path, count):
     assert len(documents_in(batches)) == data.eval_rows == count
 
 
+@pytest.mark.covers("data.train_eval_split")
 def test_the_split_is_disjoint_by_content_and_by_seed(tmp_path):
     rows = chats(40) + chats(20)  # twenty of them twice
     sources = [source(tmp_path, rows)]
@@ -191,6 +194,7 @@ def test_the_ledger_counts_every_row(tmp_path):
     assert sum(len(d) for d in documents_in(data.train_batches(0, 9))) >= counts.tokens
 
 
+@pytest.mark.covers("data.filter_samples")
 def test_truncated_rows_are_counted(tmp_path):
     rows = [{"messages": chat("a", "The river was low " * 40)}]
     data = prepare([source(tmp_path, rows)], filter_samples=False)
@@ -239,6 +243,7 @@ def test_a25_batches_made_without_threads_are_the_same(tmp_path):
         assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
+@pytest.mark.covers("data.sources", "data.sources.*.name")
 def test_sources_are_told_apart(tmp_path):
     sources = [source(tmp_path, chats(3), "one"), source(tmp_path, chats(2, seed=1), "two")]
     data = prepare(sources)

@@ -38,8 +38,8 @@ def test_one_place_and_its_form():
     for keys, message in (
         ({}, "needs exactly one of sql, table_name and dataset_uri, found none"),
         ({"sql": "s", "table_name": "t"}, "found sql and table_name"),
-        ({"table_name": "a.b.c.d"}, r"table_name must look like \[\[db.\]schema.\]table"),
-        ({"dataset_uri": "dataset/x"}, "dataset_uri must look like snow://dataset/"),
+        ({"table_name": "a.b.c.d"}, r"table_name: must look like \[\[db.\]schema.\]table"),
+        ({"dataset_uri": "dataset/x"}, "dataset_uri: must look like snow://dataset/"),
     ):
         with pytest.raises(ValueError, match=message):
             SnowflakeSourceConfig(**keys)
@@ -92,6 +92,9 @@ def test_rows_have_one_order_whatever_the_query_gives(session):
     assert found[0] == found[1] == found[2] and sorted(found[0]) == list(range(9))
 
 
+@pytest.mark.covers(
+    "data.sources.*.table_name", "data.sources.*.limit", "data.sources.*.column_mapping"
+)
 def test_limits_slices_and_text(session):
     rows = [[f"text {n}", None, 1.5] for n in range(8)]
     session.create_dataframe(rows, schema=["BODY", "NOTE", "SCORE"]).write.save_as_table("texts")
@@ -111,6 +114,7 @@ def test_what_the_account_refuses_is_named(session):
         source(table_name="chats", column_mapping={"MESSAGE": "messages"}).read("train")[0]
 
 
+@pytest.mark.covers("data.sources.*.sql")
 def test_a_query_reaches_the_package(session):
     """As far as it goes without an account, where a query takes a server."""
     with pytest.raises(NotImplementedError, match=r"Session\.sql is not supported"):

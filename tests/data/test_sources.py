@@ -106,6 +106,7 @@ def test_csv_values_are_text_and_may_hold_line_breaks(tmp_path):
     assert rows.where(1) == f"{path}:5"
 
 
+@pytest.mark.covers("data.sources.*.per_line")
 def test_text_is_a_row_a_file_or_a_line(tmp_path):
     path = write(tmp_path / "a.txt", "one\n\ntwo\n")
     assert all_rows(read(TextSource, path)) == [{"text": "one\n\ntwo\n"}]
@@ -114,6 +115,7 @@ def test_text_is_a_row_a_file_or_a_line(tmp_path):
     assert lines.where(1) == f"{path}:3"
 
 
+@pytest.mark.covers("data.sources.*.path")
 def test_files_globs_lists_and_folders(tmp_path, jsonl):
     (tmp_path / "more").mkdir()
     other = write(tmp_path / "more" / "b.json", '[{"id": 11}]')
@@ -134,6 +136,7 @@ def test_files_globs_lists_and_folders(tmp_path, jsonl):
     assert rows[10] == {"number": 11} and rows.where(10) == f"{other}:1: record 0"
 
 
+@pytest.mark.covers("data.sources.*.split")
 @pytest.mark.parametrize(
     ("split", "numbers"),
     [
@@ -151,6 +154,9 @@ def test_splits_of_a_file_are_slices(jsonl, split, numbers):
     assert [row["id"] for row in all_rows(rows)] == list(numbers)
 
 
+@pytest.mark.covers(
+    "data.sources.*.sample_ratio data.sources.*.sample_count data.sources.*.sample_seed"
+)
 def test_samples_are_drawn_once_and_kept_in_order(jsonl):
     drawn = [row["id"] for row in all_rows(read(JsonLinesSource, jsonl, sample_count=4))]
     assert len(drawn) == 4 and drawn == sorted(drawn)
@@ -303,6 +309,7 @@ def instruct(name, **keys):
     return HuggingFaceInstructSource(HFDataSourceConfig(name_or_path=str(name), **keys))
 
 
+@pytest.mark.covers("data.sources.*.role_mapping", "data.sources.*.split_mapping")
 def test_folders_that_datasets_saved(tmp_path):
     folder = saved_folder(tmp_path)
     mapping = {"assistant": "response", "user": "query"}
@@ -316,6 +323,7 @@ def test_folders_that_datasets_saved(tmp_path):
         instruct(f"{folder}/saved").read("eval")
 
 
+@pytest.mark.covers("data.sources.*.name_or_path", "data.sources.*.kwargs")
 def test_a34_local_files_by_the_hubs_source(tmp_path, jsonl):
     assert len(instruct(f"{jsonl}:train[:2]").read("train")) == 2
     config = HFDataSourceConfig(

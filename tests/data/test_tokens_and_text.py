@@ -32,6 +32,7 @@ def tokens(folder, rows, **keys):
     return JsonLinesSource(LocalDataSourceConfig(path=str(path), process=False, **keys))
 
 
+@pytest.mark.covers("data.sources.*.process")
 def test_tokenised_rows_are_taken_as_they_stand(tmp_path):
     rows = [
         {"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]},
@@ -65,6 +66,7 @@ def test_tokenised_rows_are_checked(tmp_path, row, message):
     assert str(error.value).startswith(f"{tmp_path}/tokens.jsonl:1: {message}")
 
 
+@pytest.mark.covers("data.sources.*.rows", "data.sources.*.vocab_size")
 def test_made_up_rows_are_full_and_depend_on_the_seed():
     def made(seed, **keys):
         source = SyntheticSource(SyntheticDataSourceConfig(rows=6, **keys))
@@ -75,6 +77,7 @@ def test_made_up_rows_are_full_and_depend_on_the_seed():
     assert len({tuple(row) for row in made(1)}) == 6
 
 
+@pytest.mark.covers("data.max_rows_with_errors")
 def test_skipped_rows_are_counted_and_one_too_many_stops(tmp_path):
     good = {"messages": chat("a", "yes")}
     path = write(tmp_path / "rows.jsonl", [good, {"messages": []}, {"text": "x"}, good])
@@ -120,6 +123,7 @@ def test_an_evaluation_on_text_keeps_its_tail(tmp_path):
     assert batch.tokens[batch.segments > 0].tolist() == joined(TEXTS)
 
 
+@pytest.mark.covers("data.num_proc")
 def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     from jaxtrain.data import tokenise
 
@@ -132,6 +136,7 @@ def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkey
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, batches), strict=True))
 
 
+@pytest.mark.covers("data.sources.*.column")
 def test_the_column_of_the_text(tmp_path):
     only = texts(tmp_path, [{"body": text} for text in TEXTS])
     assert (
@@ -148,7 +153,7 @@ def test_the_column_of_the_text(tmp_path):
 
 
 def test_what_causal_data_refuse(tmp_path):
-    with pytest.raises(ValueError, match="causal rows always have `max_length` tokens"):
+    with pytest.raises(ValueError, match="causal sequences all have `max_length` tokens"):
         CausalDataConfig(sources=("x",), pack_samples=True)
     with pytest.raises(DataError, match=r"data.max_length: \d+ is more than all \d+ tokens"):
         causal([texts(tmp_path, [{"text": "yes"}])], max_length=64)

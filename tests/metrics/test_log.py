@@ -14,6 +14,7 @@ def _no_variables(monkeypatch):
     close_log()
 
 
+@pytest.mark.covers("logger.level")
 @pytest.mark.parametrize(
     ("keys", "variables", "shown"),
     [
@@ -40,6 +41,7 @@ def test_the_terminal_has_a_level_and_the_file_has_all(
     assert "INFO said" in file and "ERROR shown by the console" in file
 
 
+@pytest.mark.covers("logger.print_output_ranks", "logger.file_output_ranks")
 @pytest.mark.parametrize(
     ("keys", "process", "prints", "has_file"),
     [

@@ -24,6 +24,7 @@ def updates_in(folder):
     return count
 
 
+@pytest.mark.covers("profile.start_step", "profile.num_steps")
 @pytest.mark.parametrize(
     ("window", "traced"),
     [({"start_step": 2, "num_steps": 2}, 2), ({"start_step": 3, "num_steps": 9}, 1)],
@@ -33,6 +34,7 @@ def test_a_trace_has_its_updates(tmp_path, window, traced):
     assert updates_in(tmp_path / "run" / "profile") == traced
 
 
+@pytest.mark.covers("profile.dir")
 def test_a_trace_has_a_folder_and_ends_with_a_run_that_fails(tmp_path):
     class Stop(Exception):
         pass
@@ -58,6 +60,7 @@ def test_a_run_that_resumes_behind_the_trace_makes_none(tmp_path):
     assert not (tmp_path / "run" / "profile").exists()
 
 
+@pytest.mark.covers("mem_profiler")
 @pytest.mark.parametrize(
     ("when", "found"),
     [("step", ["step_1_rank_0", "step_2_rank_0", "step_4_rank_0"]), ("e2e", ["end_rank_0"])],
@@ -72,6 +75,7 @@ def test_memory_profiles_lie_in_the_run(tmp_path, when, found):
         assert b"buffer" in gzip.decompress(file.read_bytes())
 
 
+@pytest.mark.covers("mem_profiler_dir")
 def test_memory_profiles_have_a_folder(tmp_path):
     there = {"mem_profiler_dir": str(tmp_path / "memory"), "mem_profiler": "e2e"}
     trainer(recipe(tmp_path, train_iters=1, **there)).train()

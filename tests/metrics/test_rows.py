@@ -74,6 +74,7 @@ def test_a_row_has_the_flops_of_the_model(every_row):
         assert row["iter_tflops"] == row["step_tflops"] and row["mfu"] is None
 
 
+@pytest.mark.covers("train_log_iter_interval", "loss_log_interval", "eval_log_iter_interval")
 def test_fewer_rows_count_and_print_the_same_run(tmp_path, every_row, capsys):
     intervals = {"train_log_iter_interval": 3, "loss_log_interval": 2, "eval_log_iter_interval": 4}
     trainer(written(tmp_path, **intervals)).train()

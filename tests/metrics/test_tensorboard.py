@@ -42,6 +42,7 @@ def written(folder, **changes):
     ) | {"checkpoint": state}  # fmt: skip
 
 
+@pytest.mark.covers("tensorboard.enable")
 def test_a_restart_that_goes_back_leaves_one_value_a_step(tmp_path):
     """Trap A40."""
     trainer(written(tmp_path, exit_iteration=3)).train()  # its newest checkpoint is of step 2
@@ -61,6 +62,7 @@ def test_a_restart_that_goes_back_leaves_one_value_a_step(tmp_path):
     assert "iter" not in found and "mfu" not in found
 
 
+@pytest.mark.covers("tensorboard.dir")
 def test_another_folder_is_taken_and_never_shared(tmp_path):
     there = {"enable": True, "dir": str(tmp_path / "events")}
     first = recipe(tmp_path, train_iters=1, tensorboard=there)

@@ -51,6 +51,7 @@ def history(file):
             yield record.history.step.num, items
 
 
+@pytest.mark.covers("wandb.enable", "wandb.mode", "wandb.name", "wandb.project", "wandb.entity")
 def test_one_run_over_three_starts_with_rising_steps(tmp_path):
     """Trap A13."""
     pytest.importorskip("wandb")
@@ -71,6 +72,7 @@ def test_one_run_over_three_starts_with_rising_steps(tmp_path):
     assert [row["loss"] for _, row in rows] == [pytest.approx(row["loss"]) for row in expected]
 
 
+@pytest.mark.covers("wandb.id")
 def test_a_written_id_is_used_and_no_secret_is_sent(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WHERE", secret := str(tmp_path / "quite-secret.jsonl"))

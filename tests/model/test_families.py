@@ -91,6 +91,7 @@ def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.covers("model.param_dtype")
 def test_param_dtype_is_the_dtype_of_every_parameter(folders):
     *_, params = load_model(folders["biased"], param_dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}

@@ -31,6 +31,7 @@ def test_greedy_tokens_equal_those_of_transformers(qwen):
         assert tokens == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.covers("eval_samples.max_new_tokens")
 def test_a_prompt_generates_the_same_alone_and_among_others(qwen):
     together = generate(*qwen, PROMPTS, max_new_tokens=14)
     assert [generate(*qwen, [prompt], max_new_tokens=14)[0] for prompt in PROMPTS] == together
@@ -43,6 +44,7 @@ def test_generation_ends_with_the_end_token(qwen):
     assert ended == tokens[: tokens.index(end) + 1]
 
 
+@pytest.mark.covers("eval_samples.temperature", "eval_samples.top_p")
 def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
     draw = lambda **how: generate(*qwen, PROMPTS, max_new_tokens=14, temperature=1.0, **how)
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)

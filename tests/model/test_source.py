@@ -159,6 +159,7 @@ def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
     assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()
 
 
+@pytest.mark.covers("model.hf_config_kwargs")
 def test_replaced_fields_of_the_config_are_used_and_exported(good):
     config, hf, _ = describe_model(good, hf_config_kwargs={"rms_norm_eps": 0.5, "rope_theta": 7.0})
     assert config.rms_eps == 0.5 and config.rope.theta == 7.0
@@ -190,11 +191,13 @@ def test_a_change_of_shapes_needs_from_scratch(good, fields, expected):
     assert config.num_layers == hf["num_hidden_layers"]
 
 
+@pytest.mark.covers("model.from_scratch")
 def test_from_scratch_needs_no_more_than_the_config(folder):
     (folder / SINGLE).unlink()
     assert describe_model(folder, from_scratch=True)[0].num_layers == 3
 
 
+@pytest.mark.covers("model.name_or_path")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -25,6 +25,10 @@ def bits(tree):
     return {name: array.tobytes() for name, array in host(tree).items()}
 
 
+@pytest.mark.covers(
+    "optimizer.groups.match optimizer.groups.lr_scale optimizer.groups.weight_decay"
+)
+@pytest.mark.covers("optimizer.groups.freeze")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_group_is_the_optimizer_with_its_settings(name):
     """Each parameter moves as in a run whose whole section has its group's settings."""
@@ -95,6 +99,7 @@ def test_parameters_are_counted_by_what_happens_to_them():
     }  # fmt: skip
 
 
+@pytest.mark.covers("optimizer.state_dtype")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -67,6 +67,7 @@ def test_it_keeps_dtypes(name, dtype):
     assert {p.dtype for p in jax.tree.leaves(after)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.covers("optimizer.weight_decay")
 @pytest.mark.parametrize("name", NAMES)
 def test_decay_shrinks_weights_and_leaves_norms(name):
     params = parameters()
@@ -92,6 +93,7 @@ def test_its_state_has_a_place_on_a_mesh(name):
         assert len(sharding.spec) <= leaf.ndim
 
 
+@pytest.mark.covers("optimizer.betas", "optimizer.eps", "optimizer.momentum", "optimizer.nesterov")
 @pytest.mark.parametrize(
     ("name", "keys"),
     [("adamw", {"betas": [0.0, 0.5]}), ("lion", {"betas": [0.1, 0.5]}), ("muon", {"betas": [0.0, 0.5]}),

@@ -21,6 +21,7 @@ def layout(**changes):
     return BatchLayout.of(config, make_mesh(config.mesh, jax.devices()[:1]))
 
 
+@pytest.mark.covers("deepspeed.train_batch_size")
 def test_the_batch_of_deepspeed_is_compared():
     assert layout(deepspeed={"train_batch_size": 6}).global_batch == 6
     with pytest.raises(RecipeError) as error:

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import yaml
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.resolve import get_config, resolve
 
 RECIPE = {
@@ -59,12 +59,12 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
     for line in (
         "mapped     deepspeed.gradient_clipping: max_grad_norm",
         "no effect  deepspeed.steps_per_print: times, memory and FLOPs are always in the metrics",
-        "batch      32 rows an update on 4 devices: 2 x 4 on each batch shard",
-        "updates    200",
-        "warm-up    20 updates",
-        "evaluation every 50 updates, at the end",
-        "checkpoint state/global_step_N (orbax), every 50 updates, at the end",
-        "rows       at most 2,048 tokens",
+        "batch      32 sequences per step on 4 devices: 2 x 4 per batch shard",
+        "steps      200",
+        "warm-up    20 steps",
+        "evaluation every 50 steps, at the end",
+        "checkpoint state/global_step_N (orbax), every 50 steps, at the end",
+        "sequences  at most 2,048 tokens",
     ):
         assert line in out.splitlines(), out
     assert {p.name for p in tmp_path.iterdir()} == {"recipe.yaml"}
@@ -78,8 +78,10 @@ def test_faults_come_with_exit_code_two(tmp_path):
     lines = said.splitlines()
     assert lines[0].endswith("epoch: unknown key (found 1); did you mean `epochs`?")
     assert "command line: seed: must be a number, found 'x'" in lines
-    refused = "enable_routing_replay: is not built yet, remove it: dense models route nothing"
-    assert f"command line: {refused} (found true)" in lines
+    refused = (
+        "enable_routing_replay: not supported yet, found true; remove it: dense models have no"
+    )
+    assert f"command line: {refused} router" in lines
     assert lines[-1] == "3 errors in recipe.yaml; nothing was started"
 
 
@@ -94,88 +96,114 @@ def test_the_dumped_recipe_is_the_same_run(tmp_path):
     [
         (
             {"mesh": {}},
-            "batch      8 rows an update on 1, 64 on 8, 512 on 64 devices: 2 x 4 on each batch shard",
+            "batch      8 sequences per step on 1, 64 on 8, 512 on 64 devices: 2 x 4 per batch shard",
         ),
         (
             {"mesh": {"tensor": 2}},
-            "batch      8 rows an update on 2, 64 on 16, 512 on 128 devices: 2 x 4 on each batch shard",
+            "batch      8 sequences per step on 2, 64 on 16, 512 on 128 devices: 2 x 4 per batch shard",
         ),
-        ({"train_iters": 0}, "updates    1 epoch, counted when the data is read"),
+        ({"train_iters": 0}, "steps      1 epoch, counted when the data is read"),
         (
             {"train_iters": 0, "scheduler": {"warmup_ratio": "3%"}},
-            "warm-up    3% of the updates",
+            "warm-up    3% of the steps",
         ),
-        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 updates"),
+        ({"train_iters": 0, "scheduler": {"warmup_steps": 7}}, "warm-up    7 steps"),
         (
             {"deepspeed": {"zero_optimization": {"stage": "1"}}},
             "mapped     deepspeed.zero_optimization.stage: optimizer state and master weights are "
-            "sharded over\n           `mesh.data`, gathered once a step",
+            "sharded over\n           `mesh.data`, gathered once per step",
         ),
         (
             {"checkpoint": {"output_dir": "a", "save_every_n_epochs": 1}},
             "checkpoint a/global_step_N (orbax), every 1 epoch",
         ),
-        ({"exit_iteration": 20}, "updates    200, ends at 20"),
-        ({"epochs": 2}, "updates    200, or 2 epochs, counted when the data is read"),
+        ({"exit_iteration": 20}, "steps      200, ends at 20"),
+        ({"epochs": 2}, "steps      200, or 2 epochs, counted when the data is read"),
         (
             {"eval_at_start": True, "eval_at_end": False},
-            "evaluation every 50 updates, at the start",
+            "evaluation every 50 steps, at the start",
         ),
         (
             {"data": {"sources": ["a/b"]}, "eval_interval": 0},
-            "rows       length still open: the model's positions, read when it is there; see "
-            "data.max_length",
+            "sequences  at most as many tokens as the model has positions; see data.max_length",
+        ),
+        ({"type": "causal"}, "trainer    causal"),
+        ({"name": "causal"}, "trainer    causal"),
+        (
+            {"run_dir": None, "logger": {"output_dir": "logs"}},
+            "files      logs: recipe.yaml, run.json, logs, train-log-metrics.jsonl, loss.png",
+        ),
+        (
+            {"model": {"type": "liger", "name_or_path": "m"}},
+            "mapped     model.type: the same model as `huggingface`; fused kernels are always on",
+        ),
+        ({"optimizer": {"type": "fused_adam"}}, "mapped     optimizer.type: `adamw`"),
+        (
+            {"scheduler": {"type": "wsd", "num_warmup_steps": 7, "num_decay_steps": 9}},
+            "warm-up    7 steps",
+        ),
+        (
+            {
+                "checkpoint": {
+                    "type": "huggingface",
+                    "output_dir": "a",
+                    "save_end_of_training": True,
+                }
+            },
+            "checkpoint a/global_step_N (huggingface), at the end",
         ),
     ],
 )
+@pytest.mark.covers("type", "name", "logger.output_dir", "model.type", "optimizer.type")
+@pytest.mark.covers("scheduler.type", "scheduler.num_warmup_steps", "checkpoint.*.type")
 def test_the_run_follows_the_recipe(change, line):
-    assert f"\n{line}\n" in f"\n{told(resolve(RECIPE | change))}\n"
+    assert f"\n{line}\n" in f"\n{describe(resolve(RECIPE | change))}\n"
 
 
 def test_a_section_without_a_stage_is_told():
     block = {"deepspeed": {"zero_optimization": {"overlap_comm": True}}}
     note = "note       deepspeed.zero_optimization: without a stage it is stage 0"
-    assert note in told(resolve(RECIPE | block)).splitlines()
-    assert note not in told(resolve(RECIPE)).splitlines()
+    assert note in describe(resolve(RECIPE | block)).splitlines()
+    assert note not in describe(resolve(RECIPE)).splitlines()
 
 
 def test_an_entry_that_is_off_keeps_nothing_and_may_still_be_the_start():
     off = {"output_dir": "a", "enabled": False, "keep_best_n": 1, "metric": "mine"}
     resolved = resolve(RECIPE | {"checkpoint": [off | {"auto_resume": True}]})
     assert resolved.faults == ()
-    idle = [line.key for line in resolved.report.of("no effect") if "checkpoint" in line.key]
+    idle = [line.key for line in resolved.report.select("no effect") if "checkpoint" in line.key]
     assert idle == ["checkpoint.0.keep_best_n", "checkpoint.0.metric"]
-    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.of("same")]
+    assert "checkpoint.0.output_dir" in [line.key for line in resolved.report.select("same")]
 
 
 def test_keys_of_a_named_set_of_sources_are_told_like_others():
     source = {"name_or_path": "c/d", "sample_seed": 3, "split": "test", "kwargs": {"x": 1}}
     named = {"sources": ["a/b"], "eval_sources": {"chat": [source], "more": ["e/f"]}}
     report = resolve(RECIPE | {"data": named}).report
-    (idle,) = [line for line in report.of("no effect") if line.key.startswith("data.")]
+    (idle,) = [line for line in report.select("no effect") if line.key.startswith("data.")]
     assert (idle.key, idle.reason) == ("data.eval_sources.chat.0.sample_seed", "no sample is drawn")
-    same = [line.key for line in report.of("same")]
+    same = [line.key for line in report.select("same")]
     assert {"data.eval_sources.chat.0.kwargs", "data.eval_sources.more"} <= {*same}
 
 
 def test_files_lie_in_the_folder_of_a_person(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    said = told(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
+    said = describe(resolve(RECIPE | {"run_dir": "~/one", "eval_interval": 1}))
     assert "files      /home/ann/one: recipe.yaml, run.json, logs, train-log" in said
-    assert "evaluation every 1 update, at the end" in said
+    assert "evaluation every 1 step, at the end" in said
 
 
 def test_on_known_devices_the_batch_is_one():
     recipe = RECIPE | {"mesh": {}}
-    batch = "batch      16 rows an update on 2 devices: 2 x 4 on each batch shard"
-    assert batch in told(resolve(recipe), 2).splitlines()
+    batch = "batch      16 sequences per step on 2 devices: 2 x 4 per batch shard"
+    assert batch in describe(resolve(recipe), 2).splitlines()
 
 
 def test_what_is_not_on_this_machine_is_told(tmp_path):
     (tmp_path / "here.jsonl").write_text("{}\n")
     sources = [str(tmp_path / "here.jsonl"), "none.jsonl", "/no/such/*.csv", "s3://a/b.jsonl"]
     recipe = {"model": {"name_or_path": "/no/such/model"}, "data": {"sources": sources}}
-    said = " ".join(told(resolve(recipe)).split())
+    said = " ".join(describe(resolve(recipe)).split())
     assert "model /no/such/model, not on this machine" in said
     missing = "data.sources.1.path none.jsonl, data.sources.2.path /no/such/*.csv"
     assert f"missing {missing}: a run here would be refused" in said
@@ -188,27 +216,28 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
         "data": {"sources": ["a/b"]},
         "eval_interval": 0,
     }
-    assert "rows       at most 512 tokens, the model's positions" in told(resolve(recipe))
+    assert "sequences  at most 512 tokens, the model's positions" in describe(resolve(recipe))
 
 
-def test_the_updates_of_local_rows_are_counted(tmp_path):
+@pytest.mark.covers("data.sources.*.type")
+def test_the_steps_of_local_records_are_counted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n\n' * 100)
     recipe = {"model": {"name_or_path": "m"}, "micro_batch_size": 8}
     for sources, expected in (
-        ([str(rows)], "13 updates each on 1 device: 100 local rows"),
+        ([str(rows)], "13 steps each on 1 device: 100 local records"),
         (
             [{"type": "jsonl", "path": str(rows), "sample_count": 30}],
-            "4 updates each on 1 device: 30 local rows",
+            "4 steps each on 1 device: 30 local records",
         ),
         (
             [str(rows), {"type": "synthetic", "rows": 20}],
-            "15 updates each on 1 device: 120 local rows",
+            "15 steps each on 1 device: 120 local records",
         ),
         ([str(rows), "a/b"], "counted when the data is read"),
         ([f"{rows}:train[:10]"], "counted when the data is read"),
     ):
-        said = told(resolve(recipe | {"data": {"sources": sources}}))
+        said = describe(resolve(recipe | {"data": {"sources": sources}}))
         assert expected in said, said
 
 
@@ -216,13 +245,13 @@ def test_rows_that_may_not_be_read_are_not_counted(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [str(tmp_path / "rows.jsonl")]}}
-    assert "1 epoch, counted when the data is read" in told(resolve(recipe))
+    assert "1 epoch, counted when the data is read" in describe(resolve(recipe))
 
 
 def test_what_stands_below_a_refused_key_is_refused_with_it():
     changed = {"deepspeed": {"zero_optimisation": {"stage": 3}}}
     report = resolve(RECIPE | changed).report
-    assert [line.key for line in report.of("refused")] == ["deepspeed.zero_optimisation"]
+    assert [line.key for line in report.select("refused")] == ["deepspeed.zero_optimisation"]
 
 
 HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
@@ -302,15 +331,35 @@ IDLE = {  # what is written; its key; what would make it count
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", IDLE)
-def test_a_key_that_changes_nothing_beside_what_else_is_written_is_told(key, monkeypatch):
+IDLE_BY_VALUE = {  # what only the typed value shows
+    "wandb.project": (
+        {"wandb": {"enable": True, "mode": "disabled", "project": "x"}},
+        {"wandb": {"enable": True, "mode": "offline", "project": "x"}},
+    ),
+    "optimizer.nesterov": (
+        {"optimizer": {"type": "sgd", "nesterov": True, "momentum": "0.0"}},
+        {"optimizer": {"type": "sgd", "nesterov": True, "momentum": "90%"}},
+    ),
+    "eval_samples.top_p": (
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": "0%"}},
+        {"eval_samples": {"prompts": ["x"], "top_p": 0.5, "temperature": "70%"}},
+    ),
+    "max_eval_batches": (
+        {"max_eval_batches": 3, "data": {"sources": ["a/b"], "train_eval_split": ["100%", "0%"]}},
+        {"data": {"sources": ["a/b"], "train_eval_split": ["90%", "10%"]}, "eval_interval": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "recipes"), [*IDLE.items(), *IDLE_BY_VALUE.items()])
+def test_a_key_without_effect_beside_the_others_is_reported(key, recipes, monkeypatch):
     monkeypatch.setattr(metadata, "distribution", lambda name: None)  # every extra is installed
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
-    idle, counts = IDLE[key]
+    idle, counts = recipes
     for change, expected in ((idle, True), (idle | counts, False)):
         resolved = resolve(recipe | change)
         assert resolved.faults == ()
-        told_idle = {line.key: line.reason for line in resolved.report.of("no effect")}
+        told_idle = {line.key: line.reason for line in resolved.report.select("no effect")}
         assert (len(told_idle.get(key, "")) > 10) == expected, told_idle
 
 
@@ -320,7 +369,7 @@ def test_of_a_type_that_is_not_known_no_other_key_is_told():
         "checkpoint": {"type": "x", "y": 1},
     }
     report = resolve({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | change).report
-    assert [line.key for line in report.lines if line.standing != "refused"] == [
+    assert [line.key for line in report.lines if line.word != "refused"] == [
         "model.name_or_path",
         "data.sources",
     ]
@@ -328,4 +377,4 @@ def test_of_a_type_that_is_not_known_no_other_key_is_told():
 
 def test_of_an_unknown_trainer_no_other_key_is_told():
     report = resolve(RECIPE | {"type": "mlp_speculator", "gen_train": True}).report
-    assert [(line.key, line.standing) for line in report.lines] == [("type", "refused")]
+    assert [(line.key, line.word) for line in report.lines] == [("type", "refused")]

@@ -23,6 +23,7 @@ def fails(source, *overrides):
     return str(error.value)
 
 
+@pytest.mark.covers("base")
 def test_maps_merge_and_lists_are_replaced(tmp_path):
     file = written(
         tmp_path,
@@ -96,10 +97,10 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "del:optimizer.lrr",
             "command line: optimizer.lrr: optimizer has no 'lrr'; did you mean `lr`?",
         ),
-        ("del:seed=1", "an override is key=value or del:key, found 'del:seed=1'"),
+        ("del:seed=1", "an override must be key=value or del:key, found 'del:seed=1'"),
         (
             "base=x.yaml",
-            "command line: base: is read before the command line, write it in the recipe",
+            "command line: base: is read before the command line; write it in the recipe",
         ),
         (
             "checkpoint.7.x=1",
@@ -231,25 +232,25 @@ def test_a_saved_recipe_names_the_variable(monkeypatch, value):
         "optimizer": {"lr": "${env:RATE:0.5}"},
     }
     resolved = resolve(recipe)
-    text = to_yaml(resolved.checked())
+    text = to_yaml(resolved.require_config())
     assert value not in text and text.count("${env:SECRET}") == 5, text
-    assert get_config(yaml.safe_load(text)).model_dump() == resolved.checked().model_dump()
-    assert resolved.checked().model.name_or_path == value
+    assert get_config(yaml.safe_load(text)).model_dump() == resolved.require_config().model_dump()
+    assert resolved.require_config().model.name_or_path == value
 
 
 def test_a_secret_that_a_recipe_holds_itself_is_neither_shown_nor_saved(monkeypatch):
     source = {"name_or_path": "a/b", "kwargs": {"token": SECRET, "pad_token": "kept-as-it-is"}}
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [source]}}
     resolved = resolve(recipe)
-    text = to_yaml(resolved.checked())
+    text = to_yaml(resolved.require_config())
     assert SECRET not in text and "token: ${env:TOKEN}" in text and "kept-as-it-is" in text
-    assert resolved.checked().data.sources[0].kwargs["token"] == SECRET
+    assert resolved.require_config().data.sources[0].kwargs["token"] == SECRET
     assert resolved.report.notes == (
         "data.sources.0.kwargs.token: neither shown nor saved; write ${env:TOKEN}, and the saved "
         "recipe runs",
     )
     monkeypatch.setenv("TOKEN", SECRET)
-    assert get_config(yaml.safe_load(text)).model_dump() == resolved.checked().model_dump()
+    assert get_config(yaml.safe_load(text)).model_dump() == resolved.require_config().model_dump()
     shown = fails(recipe | {"hf_token": SECRET, "wandb": {"api_key": "s3c", "password": 12345678}})
     assert SECRET[:16] not in shown and "s3c" not in shown and "12345678" not in shown
     assert len(shown.splitlines()) == 3
@@ -272,7 +273,7 @@ def test_a_path_in_two_places_is_noted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve(file)
     beside = tmp_path / "recipes" / "words.jinja"
-    assert resolved.checked().tokenizer.chat_template == str(beside)
+    assert resolved.require_config().tokenizer.chat_template == str(beside)
     assert resolved.report.notes == (
         f"chat_template: {beside} is used, not {tmp_path / 'words.jinja'}",
     )

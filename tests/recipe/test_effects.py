@@ -24,7 +24,10 @@ CHANGES = {  # the change; devices; the fact and what it says, before and after
         {"pipeline": {"microbatches": 4}, "mesh": {"pipeline": 2}}, 2, "batch", "a step",
         "in 4 microbatches",
     ),
+    "mesh.data": ({"mesh": {"data": 2}}, 2, "devices", "1 x", "mesh data 2"),
     "mesh.fsdp": ({"mesh": {"fsdp": 2}}, 2, "devices", "1 x", "mesh fsdp 2"),
+    "mesh.pipeline": ({"mesh": {"pipeline": 2}}, 2, "devices", "1 x", "mesh pipeline 2"),
+    "mesh.tensor": ({"mesh": {"tensor": 2}}, 2, "devices", "1 x", "mesh tensor 2"),
     "model.dtype": ({"model": {"dtype": "bf16"}}, 1, "model", "float32", "bfloat16"),
     "model.remat": ({"model": {"remat": "dots"}}, 1, "model", "remat full", "remat dots"),
     "model.remat_every_nth_layer": (
@@ -57,6 +60,12 @@ def plain(tmp_path_factory):
     return header(made(tmp_path_factory.mktemp("plain")))
 
 
+@pytest.mark.covers(
+    "pipeline.microbatches train_iters micro_batch_size tiled_mlp_compute model.dtype"
+)
+@pytest.mark.covers("model.attn_implementation model.disable_activation_checkpoint model.remat")
+@pytest.mark.covers("model.remat_every_nth_layer data.max_length mesh.data mesh.fsdp mesh.pipeline")
+@pytest.mark.covers("mesh.tensor exit_iteration")
 @pytest.mark.parametrize("key", CHANGES)
 def test_the_facts_of_a_run_follow_the_key(tmp_path, plain, key):
     change, devices, fact, before, after = CHANGES[key]
@@ -70,6 +79,10 @@ def test_a_kernel_that_cannot_run_here_is_refused(tmp_path):
         header(made(tmp_path, model={"attn_implementation": "pallas"}))
 
 
+@pytest.mark.covers("epochs eval_interval eval_at_start eval_at_end max_eval_batches")
+@pytest.mark.covers("eval_samples.system eval_samples.every_n_evals optimizer.learning_rate")
+@pytest.mark.covers("checkpoint.*.output_dir checkpoint.*.enabled checkpoint.*.save_every_n_epochs")
+@pytest.mark.covers("checkpoint.*.save_end_of_training checkpoint.*.async_save run_dir")
 def test_a_run_follows_its_keys(tmp_path, capfd):
     """Two epochs of six updates, and only what the recipe asks for."""
     entries = [
@@ -119,6 +132,7 @@ def test_a_run_follows_its_keys(tmp_path, capfd):
     assert capfd.readouterr().out.count("'Yes?' →") == 1
 
 
+@pytest.mark.covers("seed")
 def test_the_seed_makes_the_weights(tmp_path):
     found = [host(made(tmp_path, seed=seed).state.params) for seed in (1, 1, 2)]
     same = [
@@ -127,6 +141,7 @@ def test_the_seed_makes_the_weights(tmp_path):
     assert all(same[0]) and not all(same[1])
 
 
+@pytest.mark.covers("data.dl_num_workers")
 def test_a25_batches_are_made_ahead_or_in_the_loop(tmp_path):
     """Trap A25: `dl_num_workers: 0` makes the same batches, and no thread."""
     batches, threads = [], []
@@ -141,6 +156,7 @@ def test_a25_batches_are_made_ahead_or_in_the_loop(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
+@pytest.mark.covers("data.sources.*.format")
 def test_a_format_is_what_all_files_are(tmp_path):
     """A file with a suffix that says something else is read as the recipe says."""
     path = str(conversations(tmp_path / "rows.txt", 9))

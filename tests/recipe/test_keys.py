@@ -1,31 +1,31 @@
-"""Every key of a recipe is read by what it is about, and what it does is seen by a test."""
+"""Every key of a recipe does what its field says: a test sees its effect (`@pytest.mark.covers`),
+or it has none, is refused, or stands for another key."""
 
-import ast
-import inspect
 import re
+import typing
 from collections.abc import Iterator
-from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import CodeType
 
 import pytest
 from pydantic import BaseModel
 
-import jaxtrain
 from jaxtrain import registry
-from jaxtrain.recipe.check import told
-from jaxtrain.recipe.dump import differences, effective
-from jaxtrain.recipe.mapping import CARRIED, COMPUTED, value_at
-from jaxtrain.recipe.model import ModelConfig
-from jaxtrain.recipe.not_built import TABLE
+from jaxtrain.recipe.dump import find_differences, to_dict
 from jaxtrain.recipe.resolve import resolve
-from jaxtrain.recipe.section import Section, sections_in, why_refused
-from jaxtrain.recipe.standing import MAPPED, NO_EFFECT, OWN
-from tests.recipe.seen import BY_CHECK, BY_REFUSAL, BY_TEST
+from jaxtrain.recipe.section import (
+    NotSupported,
+    Support,
+    find_marker,
+    get_value,
+    refusal_reason,
+    sections_in,
+)
+from jaxtrain.trainer.sft import SFTTrainer
 
-PACKAGE, TESTS = Path(jaxtrain.__file__).parent, Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+HELD_OUT = {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}
 LEVELS = {"trainer": "", "data_source": "data.sources.*", "checkpoint": "checkpoint.*"}
 
 
@@ -47,101 +47,47 @@ def fields(*, planned: bool) -> Iterator[tuple[str, type[BaseModel], str]]:
 
 
 FIELDS = {key: (cls, name) for key, cls, name in fields(planned=False)}
-SECTIONS = {
-    key for key, (cls, name) in FIELDS.items() if sections_in(cls.model_fields[name].annotation)
+SUPPORT = {key: find_marker(cls, name, Support) or Support() for key, (cls, name) in FIELDS.items()}
+UNSUPPORTED = {
+    key: marker
+    for key, (cls, name) in FIELDS.items()
+    if (marker := find_marker(cls, name, NotSupported))
 }
-REFUSED = {key for key, (cls, name) in FIELDS.items() if why_refused(cls.model_fields[name])}
+REFUSED = {key for key, (cls, name) in FIELDS.items() if refusal_reason(cls.model_fields[name])}
 """Keys that may only be off."""
-NOT_BUILT = {row.key for row in TABLE}
-ELSEWHERE = {key for key, _ in (*CARRIED, *COMPUTED)}
-"""Keys that are honoured under another key."""
+NO_EFFECT = {key: support.how for key, support in SUPPORT.items() if support.word == "no effect"}
+SETS = [(key, support.sets) for key, support in SUPPORT.items() if support.sets]
+EQUALS = [(key, support.equals) for key, support in SUPPORT.items() if support.equals]
 
 
-def starred(key: str) -> str:
-    """The key with its lists, as in `FIELDS`, and evaluation sources as sources."""
-    key = re.sub(r"\beval_sources\.\*(\.\*)?", "sources.*", key)
-    return re.sub(r"^(checkpoint|data\.sources)\.(?!\*)", r"\1.*.", key)
-
-
-def not_built(key: str) -> bool:
-    """Is the key, a section around it, or the switch of its section refused by name?"""
+def needs_a_test(key: str) -> bool:
+    """Whether the key changes a run."""
+    cls, name = FIELDS[key]
     parts = key.split(".")
     around = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    return bool(around & NOT_BUILT) or f"{'.'.join(parts[:-1])}.enable" in NOT_BUILT
+    elsewhere = {key for key, _ in (*SETS, *EQUALS)}
+    is_section = sections_in(cls.model_fields[name].annotation)
+    return not (is_section or around & {*UNSUPPORTED} or key in REFUSED | elsewhere | {*NO_EFFECT})
 
 
-ASKED = sorted(
-    {*FIELDS}
-    - SECTIONS
-    - REFUSED
-    - {starred(key) for key in NO_EFFECT}
-    - ELSEWHERE
-    - set(filter(not_built, FIELDS))
-)
-"""Keys that change a run."""
+def covered() -> set[str]:
+    """Keys that the marker on some test names."""
+    found = set()
+    for file in TESTS.rglob("test_*.py"):
+        for arguments in re.findall(
+            r"^@pytest\.mark\.covers\((.*?)\)", file.read_text(), re.S | re.M
+        ):
+            found |= {*" ".join(re.findall(r'"([^"]+)"', arguments)).split()}
+    return found
 
 
-# What a key does is seen.
+def test_every_key_is_covered_by_a_test():
+    missing = sorted(filter(needs_a_test, {*FIELDS} - covered()))
+    assert not missing, f"mark the test that sees the effect with @pytest.mark.covers: {missing}"
+    assert covered() <= {*FIELDS}, covered() - {*FIELDS}
 
 
-def test_every_key_that_changes_a_run_has_a_row():
-    missing = [key for key in ASKED if key not in {*BY_TEST, *BY_CHECK, *BY_REFUSAL}]
-    assert not missing, (
-        f"no row says where the effect of {', '.join(missing)} is seen: write the test that changes "
-        "the key and sees the change, and name it in a table of tests/recipe/seen.py"
-    )
-
-
-def test_every_row_is_a_key():
-    for table in (BY_TEST, BY_CHECK, BY_REFUSAL):
-        assert {*table} <= {*FIELDS}, {*table} - {*FIELDS}
-    for key in (*NOT_BUILT, *NO_EFFECT, *OWN, *MAPPED):
-        assert starred(key) in FIELDS, key
-
-
-@cache
-def parsed(file: Path) -> tuple[str, dict[str, ast.stmt]]:
-    text = file.read_text()
-    found = {}
-    for node in ast.parse(text).body:
-        names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        names += [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
-        found |= dict.fromkeys(names, node)
-    return text, found
-
-
-def source(file: Path, name: str, depth: int = 2) -> str:
-    """Text of a test, and of the tables and functions of its file that it uses."""
-    text, found = parsed(file)
-    node = found[name]
-    start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-    own = "\n".join(text.splitlines()[start - 1 : node.end_lineno])
-    used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {*found} - {name}
-    return "\n".join([own, *(source(file, other, depth - 1) for other in used if depth)])
-
-
-@pytest.mark.parametrize("key", BY_TEST)
-def test_the_named_test_is_there_and_is_about_the_key(key):
-    path, _, test = BY_TEST[key].partition("::")
-    assert test in parsed(TESTS / path)[1], f"{path} has no {test}: name the test that sees {key}"
-    section, _, name = key.rpartition(".")
-    word = section if name == "enable" else name  # a switch goes by its section
-    assert re.search(rf"\b{word}\b", source(TESTS / path, test)), f"{test} says nothing of {key}"
-
-
-@pytest.mark.parametrize("key", BY_CHECK)
-def test_check_says_what_the_key_does(key):
-    change, line = BY_CHECK[key]
-    assert line in told(resolve(BASE | change)).splitlines(), told(resolve(BASE | change))
-    assert line not in told(resolve(BASE)).splitlines()
-
-
-@pytest.mark.parametrize("key", BY_REFUSAL)
-def test_other_values_are_refused(key):
-    change, line = BY_REFUSAL[key]
-    assert line in map(str, resolve(BASE | change).faults)
-
-
+@pytest.mark.covers("skip_validation")
 def test_skip_validation_lifts_one_refusal():
     change = {"data": {"type": "causal", "sources": ["a/b"]}}
     (fault,) = resolve(BASE | change).faults
@@ -167,13 +113,11 @@ def nested(key: str, value: object) -> dict[str, object]:
 
 OTHER = {
     "mem_profiler_max_entries": 7,
-    "wandb.mode": "offline",
     "deepspeed.fp16.loss_scale": 128,
     **{
         f"deepspeed.fp16.{name}": 3
         for name in ("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
     },
-    **{f"wandb.{name}": "x" for name in ("entity", "project", "name", "id")},
     "arctic_moe": "auto",
     "model.save_name": "x",
     "data.cache_fs_type": "shared",
@@ -196,10 +140,10 @@ def test_a_key_without_effect_changes_nothing_and_says_why(key):
         assert key.startswith("model.peft_config.")
         return
     (line,) = [line for line in resolved.report.lines if line.key == key]
-    assert (line.standing, line.reason) == ("no effect", NO_EFFECT[key])
+    assert (line.word, line.reason) == ("no effect", NO_EFFECT[key])
     section = key.startswith("deepspeed.zero_optimization.")  # without a stage it is one of its own
     plain = resolve(nested("deepspeed.zero_optimization", {}) if section else BASE)
-    without, with_it = (flat(effective(r.checked())) for r in (plain, resolved))
+    without, with_it = (flat(to_dict(r.require_config())) for r in (plain, resolved))
     changed = {k for k in {*without, *with_it} if without.get(k) != with_it.get(k)}
     assert changed <= {key, "run_dir"}, "it changes another key"
 
@@ -210,9 +154,9 @@ def test_a_key_of_a_source_without_effect_says_why(monkeypatch):
     plain, sized = (
         resolve(BASE | {"data": {"sources": [source | more]}}) for more in ({}, {"batch_size": 7})
     )
-    found = {line.key: line.reason for line in sized.report.lines if line.standing == "no effect"}
-    assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.batch_size"]}
-    changed = differences(effective(plain.checked()), effective(sized.checked()))
+    found = {line.key: line.reason for line in sized.report.lines if line.word == "no effect"}
+    assert found == {"data.sources.0.batch_size": NO_EFFECT["data.sources.*.batch_size"]}
+    changed = find_differences(to_dict(plain.require_config()), to_dict(sized.require_config()))
     assert changed == ["data.sources", "run_dir"]
 
 
@@ -232,17 +176,17 @@ def test_a_key_that_may_only_be_off_is_refused_with_its_reason(key):
     assert not [fault for fault in off if fault.key == key]
 
 
-@pytest.mark.parametrize(("key", "target"), CARRIED)
+@pytest.mark.parametrize(("key", "target"), SETS)
 def test_a_key_with_another_name_sets_the_other_and_may_not_contradict_it(key, target):
     value = True if target.endswith(("offload", "enable")) else 4
     if target == "tensorboard.enable":
         pytest.importorskip("tensorboardX")
     resolved = resolve(nested(key, value))
-    if target in NOT_BUILT:
+    if target in UNSUPPORTED:
         assert [fault.key for fault in resolved.faults] == [key]
     else:
-        assert value_at(resolved.checked(), target) == value
-        assert target in {*ASKED}
+        assert get_value(resolved.require_config(), target) == value
+        assert needs_a_test(target)
     twice = nested(key, value)
     here = twice
     *parents, last = target.split(".")
@@ -253,12 +197,12 @@ def test_a_key_with_another_name_sets_the_other_and_may_not_contradict_it(key, t
     assert fault.key == key and f"contradicts {target} " in fault.what
 
 
-@pytest.mark.parametrize(("key", "target"), COMPUTED)
+@pytest.mark.parametrize(("key", "target"), EQUALS)
 def test_a44_a_computed_key_must_be_what_it_comes_to(key, target):
     """Trap A44."""
     assert resolve(nested(key, 1)).faults == ()
     (fault,) = resolve(nested(key, 4)).faults
-    assert (fault.key, fault.what) == (key, f"4 is not the 1 of {target}; write it there only")
+    assert (fault.key, fault.what) == (key, f"must equal {target} 1, found 4; remove it")
 
 
 PLANNED = {
@@ -278,127 +222,92 @@ def test_keys_of_objectives_to_come_are_checked_already(cls, key):
     assert any(fault.split(".")[0] == key for fault in faults), faults
 
 
-# What is accepted is read.
+# What is not supported yet.
 
-
-class Reads(ast.NodeVisitor):
-    """(what, name) of each attribute that is read off something, and all text."""
-
-    def __init__(self, *folders: str):
-        self.found: set[tuple[str, str]] = set()
-        self.texts: set[str] = set()
-        for folder in folders:
-            for file in (
-                [PACKAGE / folder] if folder.endswith(".py") else (PACKAGE / folder).rglob("*.py")
-            ):
-                self.visit(ast.parse(file.read_text()))
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        what = (
-            node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
-        )
-        self.found.add((what, node.attr))
-        self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, str):
-            self.texts.add(node.value)
-
-
-HOMES = {
-    "model": ("model", "tokenizer", "trainer"),
-    "tokenizer": ("tokenizer", "data", "trainer"),
-    "data": ("data", "trainer"),
-    "optimizer": ("optimizer", "scheduler", "trainer"),
-    "scheduler": ("scheduler", "trainer"),
-    "checkpoint": ("checkpoint", "model", "trainer"),
-    "logger": ("metrics", "trainer"),
-    "mesh": ("parallel", "trainer"),
-    "pipeline": ("parallel", "trainer"),
-    "deepspeed": (
-        "optimizer", "parallel", "trainer", "recipe/mapping.py", "recipe/deepspeed.py",
-    ),
-    "eval_samples": ("trainer",),
-    "profile": ("metrics",),
-}  # fmt: skip
-"""Section → the folders that may read it; the trainer's own keys may be read anywhere."""
-ANYWHERE = tuple(p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "recipe")
-CALLED = {
-    "profile": "trace",
-    "eval_samples": "wanted",
-    "offload_optimizer": "offload",
-    "zero_optimization": "zero",
+SNOWFLAKE = {"type": "snowflake", "dataset_uri": "snow://dataset/a/versions/b"}
+EXAMPLES = {
+    "model.dtype": ("half", "'float16'"),
+    "model.peft_config": ({"peft_type": "lora"}, "{'peft_type': 'Lora'}"),
+    "data.sources.*.dataset_uri": ([SNOWFLAKE], "'snow://dataset/a/versions/b'"),
+    "data.batch_tokens": (4096, "4096"),
+    "mesh.context": (2, "2"),
+    "mesh.expert": (2, "2"),
+    "pipeline.schedule": ("1f1b", "'1f1b'"),
+    "pipeline.split": ([1, 2], "(1, 2)"),
+    "replica_check_interval": (5, "5"),
+    "deepspeed.zero_optimization.offload_optimizer.device": ("cpu", "'cpu'"),
+    "deepspeed.zero_optimization.offload_param.device": ("cpu", "'cpu'"),
+    "deepspeed.data_types.grad_accum_dtype": ("bf16", "'bf16'"),
 }
-"""Section → what it is called where it is read, if neither `config` nor its name."""
-BY_NAME = {
-    "code": "recipe/resolve.py",
-    "skip_validation": "recipe/resolve.py",
-    "name": "recipe/resolve.py",
-    "base": "recipe/compose.py",
-    "mesh.fsdp": "recipe/mesh.py",
-    "mesh.tensor": "recipe/mesh.py",
-}
-"""Keys that are looked up as text, and where."""
+"""Key → a value that is refused, and what the message shows of it, where that is not true."""
 
 
-@cache
-def reads(*folders: str) -> Reads:
-    return Reads(*folders)
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_by_name(key):
+    value, found = EXAMPLES.get(key, (True, "true"))
+    if key == "checkpoint.*.adapter":
+        entry = {"type": "huggingface", "output_dir": "a", "adapter": (value := "merged")}
+        recipe, found = BASE | {"checkpoint": [entry]}, "'merged'"
+    else:
+        recipe = nested(key.replace(".*.dataset_uri", ""), value)
+    faults = resolve(recipe).faults
+    (fault,) = (fault for fault in faults if "pip install" not in fault.what)
+    assert ".".join("*" if part.isdigit() else part for part in fault.key.split(".")) == key
+    assert fault.what == f"not supported yet, found {found}; {UNSUPPORTED[key].instead}"
 
 
-def names_in(code: CodeType) -> set[str]:
-    inner = (names_in(part) for part in code.co_consts if isinstance(part, CodeType))
-    return {*code.co_names}.union(*inner)
+BOOKS = {"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}
 
 
-def readers_of_its_own(cls: type[BaseModel], name: str) -> set[str]:
-    """Properties and methods of a section that read a field of it; its checks are none."""
-    bases = [base for base in cls.__mro__ if issubclass(base, Section)]
-    members = [(n, getattr(m, "fget", m)) for base in bases for n, m in [*vars(base).items()]]
-    return {
-        n
-        for n, f in members
-        if n[0] != "_" and inspect.isfunction(f) and name in names_in(f.__code__)
-    }
+@pytest.mark.parametrize(
+    ("change", "key", "what"),
+    [
+        ({"type": "dpo"}, "type", "'dpo' is not supported yet; supported: sft, causal"),
+        (
+            {"optimizer": {"type": "adamw_8bit"}},
+            "optimizer.type",
+            "'adamw_8bit' is not supported yet; supported: adamw, adafactor, lion, muon, sgd",
+        ),
+        ({"data": {"sources": [BOOKS]}}, "data.sources.0.type", "'ProjectGutenbergSFT' is not"),
+        (
+            {"data": {"sources": ["a/b"], "eval_sources": [BOOKS]}, "eval_interval": 1},
+            "data.eval_sources.0.type",
+            "'ProjectGutenbergSFT' is not supported yet; supported: huggingface, ",
+        ),
+        (
+            {"data": {"sources": ["a/b"], "eval_sources": {"x": [BOOKS]}}, "eval_interval": 1},
+            "data.eval_sources.x.0.type",
+            "'ProjectGutenbergSFT' is not supported yet",
+        ),
+        (
+            {"data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}, "eval_interval": 1},
+            "data.eval_sources.x.0.dataset_uri",
+            "not supported yet, found ",
+        ),
+        (
+            {"sequence_parallel_size": 64},
+            "sequence_parallel_size",
+            "not supported yet, found 64; write 1, and lower data.max_length if memory is short",
+        ),
+    ],
+)
+def test_the_key_that_was_written_is_named(change, key, what):
+    faults = resolve(BASE | change).faults
+    (fault,) = (fault for fault in faults if "pip install" not in fault.what)
+    assert fault.key == key and fault.what.startswith(what)
+    assert resolve(BASE).faults == ()
 
 
-def is_read(cls: type[BaseModel], key: str) -> bool:
-    """Is `config.key`, or a property of the section that needs it, read where the section is
-    used?"""
-    section, _, name = key.rpartition(".")
-    noun = next((part for part in reversed(section.split(".")) if part != "*"), "")
-    called = {
-        "config",
-        "self",
-        noun,
-        noun.rstrip("s"),
-        f"{noun}_config",
-        CALLED.get(noun, "config"),
-    }
-    direct = readers_of_its_own(cls, name)
-    names = {
-        name,
-        *direct,
-        *(outer for inner in direct for outer in readers_of_its_own(cls, inner)),
-    }
-    found = reads(*HOMES.get(key.split(".")[0] if section else "", ANYWHERE)).found
-    return any((what, name) in found for what in called for name in names)
+@pytest.mark.parametrize("kind", ["trainer", "optimizer"])
+def test_a_planned_class_cannot_be_had(kind):
+    for name in filter(lambda name: registry.is_planned(kind, name), registry.names(kind)):
+        with pytest.raises(ValueError, match="is not built yet"):
+            registry.find(kind, name)
 
 
-@pytest.mark.parametrize("key", ASKED)
-def test_a_key_has_a_reader(key):
-    cls, name = FIELDS[key]
-    if key in BY_NAME:
-        assert name in reads(BY_NAME[key]).texts
-    elif name != "type" and key not in BY_REFUSAL:
-        assert is_read(cls, key), f"{key} is accepted, and nothing that {key} is about reads it"
-
-
-def test_a_planted_key_has_no_reader():
-    class Planted(ModelConfig):
-        nobody_reads_it: int = 1
-        sample_count: int = 1  # read off another section
-
-    assert not is_read(Planted, "model.nobody_reads_it")
-    assert not is_read(Planted, "model.sample_count")
-    assert is_read(Planted, "model.remat")
+def test_what_a_trainer_allows_is_what_its_annotations_say():
+    hints = typing.get_type_hints(SFTTrainer)
+    for section, attribute in registry.SECTIONS.items():
+        classes = typing.get_args(hints[attribute]) or (hints[attribute],)
+        built = [n for n in registry.allowed("sft", section) if not registry.is_planned(section, n)]
+        assert [cls.name for cls in classes] == built

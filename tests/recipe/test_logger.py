@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.resolve import resolve
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
@@ -54,7 +54,7 @@ def test_a_variable_with_no_level_is_a_fault(monkeypatch):
 @pytest.mark.parametrize("run_dir", ["a/{n}/b", "a/{n}-{n}"])
 def test_a_number_stands_once_and_last(run_dir):
     (fault,) = resolve(BASE | {"run_dir": run_dir}).faults
-    assert str(fault) == f"run_dir: takes one {{n}}, in its last part, found {run_dir!r}"
+    assert str(fault) == f"run_dir: may have one {{n}}, in its last part, found {run_dir!r}"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_number_stands_once_and_last(run_dir):
         ),
         (
             {"mem_profiler_dir": "x"},
-            "no effect  mem_profiler_dir: only `mem_profiler` would write there",
+            "no effect  mem_profiler_dir: only `mem_profiler` writes there",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_check_names_the_files_of_a_run(monkeypatch):
 
 def files(change):
     """The line of the files, and those that it goes on in."""
-    lines = iter(told(resolve(BASE | change)).splitlines())
+    lines = iter(describe(resolve(BASE | change)).splitlines())
     yield next(line for line in lines if line.startswith("files")).removeprefix("files      ")
     yield from (
         f" {line.strip()}" for line in itertools.takewhile(lambda x: x.startswith(" "), lines)

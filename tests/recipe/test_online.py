@@ -64,7 +64,7 @@ def test_what_the_hub_gives_is_told(tmp_path, hub):
     }
     code, out, said = check(tmp_path, recipe, address(hub), HF_TOKEN="hf_hidden")
     assert (code, said) == (0, [])
-    found = f"online     model open/model, dataset open/rows: {address(hub)} gives them"
+    found = f"online     model open/model, dataset open/rows: available from {address(hub)}"
     assert found in out.splitlines(), out
     assert hub.asked == [
         ("/api/models/open/model/auth-check", "Bearer hf_hidden"),
@@ -88,12 +88,12 @@ def test_each_repository_out_of_reach_is_said_with_its_line_and_reason(tmp_path,
     file = tmp_path / "recipe.yaml"
     missing = f"is not on {url}, or is private and HF_TOKEN has no access to it"
     assert (code, said[:-2]) == (2, [
-        f"{file}:3: data.eval_sources.0.name_or_path: 'no such/name at all' is neither on this "
+        f"{file}:3: data.eval_sources.0.name_or_path: 'no such/name at all' is neither a path on this "
         "machine nor the name of a repository",
         f"{file}:5: data.sources.0.name_or_path: 'gated/rows' is gated: accept its terms at "
         f"{url}/datasets/gated/rows, and set HF_TOKEN to a token that did",
         f"{file}:7: data.sources.2.name_or_path: 'missing/rows' {missing}",
-        f"{file}:10: model.name_or_path: 'broken/model' cannot be had: {url} answers 500",
+        f"{file}:10: model.name_or_path: 'broken/model' cannot be downloaded: {url} answers 500",
         f"{file}:12: tokenizer.name_or_path: 'missing/words' {missing}",
     ])  # fmt: skip
     assert said[-2] == "5 errors in recipe.yaml; nothing was started"
@@ -104,7 +104,7 @@ def test_each_repository_out_of_reach_is_said_with_its_line_and_reason(tmp_path,
     ("offline", "reason"),
     [
         ("0", "cannot be reached at http://127.0.0.1:9: ConnectError"),
-        ("1", "cannot be asked for: HF_HUB_OFFLINE is set"),
+        ("1", "cannot be checked: HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_hub_out_of_reach_is_no_fault_of_the_name(tmp_path, offline, reason):

@@ -9,10 +9,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.recipe.check import told
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.load import mapped_leaves
+from jaxtrain.recipe.load import map_leaves
 from jaxtrain.recipe.resolve import resolve
 from jaxtrain.recipe.trainer import TrainerConfig
 from tests.recipe.arctic import ACCEPTED, REFUSED
@@ -78,7 +78,7 @@ def outcome(source, overrides=()):
     except RecipeError as error:
         assert str(error)
         return
-    told(resolved)
+    describe(resolved)
     if resolved.config is not None:
         to_yaml(resolved.config)
 
@@ -298,7 +298,7 @@ PATHS = {
 )
 def test_any_text_may_stand_for_a_path(key, path):
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}} | PATHS[key]
-    outcome(mapped_leaves(recipe, lambda text, _: text.replace("{}", path)))
+    outcome(map_leaves(recipe, lambda text, _: text.replace("{}", path)))
 
 
 def test_a_megabyte_is_refused_at_once(tmp_path):

@@ -34,7 +34,7 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
         f"{file}:6: optimizer.learning_rat: unknown key (found 0.0003); did you mean `learning_rate`?",
         f"{file}:7: optimizer.weight_decay: must be a number, found true",
         f"{file}:8: micro_batch_size: must be >= 1, found 0",
-        f"{file}:11: checkpoint.1.output_dir: 'a' is checkpoint.0's too; use another",
+        f"{file}:11: checkpoint.1.output_dir: 'a' is the folder of checkpoint.0 too; use another",
         "command line: epoch: unknown key (found 2); did you mean `epochs`?",
         "6 errors in recipe.yaml; nothing was started",
     ]
@@ -50,11 +50,11 @@ def test_all_faults_come_together_sorted_by_line_with_help(tmp_path):
         ({"model": {"name_or_path": "m", "dtype": "int8"}}, "model.dtype: must be one of bf16, fp16, fp32"),
         ({"data": {"sources": []}}, "data.sources: is empty; name at least one source"),
         ({"data": {"sources": [{"type": "json1", "path": "x"}]}}, "data.sources.0.type: unknown data source type"),
-        ({"data": {"sources": ["a/b"], "train_eval_split": [1.5, -0.5]}}, "two shares from 0 to 1"),
+        ({"data": {"sources": ["a/b"], "train_eval_split": [1.5, -0.5]}}, "two numbers from 0 to 1"),
         ({"data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}}, "eval_interval: must be > 0"),
         ({"eval_interval": 5}, "eval_interval: needs eval data"),
         ({"optimizer": {"lr": 1, "learning_rate": 2}}, "optimizer.lr"),
-        ({"scheduler": {"warmup_ratio": 0.1, "warmup_steps": 3}}, "exclude each other"),
+        ({"scheduler": {"warmup_ratio": 0.1, "warmup_steps": 3}}, "scheduler.warmup_ratio: excludes warmup_steps; remove one"),
         ({"mesh": {"tensr": 2}}, "mesh.tensr: unknown key (found 2); did you mean `tensor`?"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "only one axis may be -1"),
         ({"checkpoint": {"type": "huggingface", "output_dir": "a", "auto_resume": True}}, "weights alone cannot"),
@@ -130,6 +130,7 @@ def test_user_code_adds_keys_that_are_checked(tmp_path):
     )
 
 
+@pytest.mark.covers("code")
 def test_user_code_that_fails_is_named_by_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nraise RuntimeError('no luck')\n")
     file = tmp_path / "recipe.yaml"
@@ -138,8 +139,8 @@ def test_user_code_that_fails_is_named_by_line(tmp_path):
     assert errors(file)[0] == no_luck
     assert errors(file, ["epoch=1", "optimizer.x=1"])[:-1] == [
         no_luck,
-        "command line: optimizer.x: unknown key (found 1); remove it, or name the file of the "
-        "class that reads it by `code`",
+        "command line: optimizer.x: unknown key (found 1); remove it, or, if your own "
+        "trainer defines it, name its file under `code:`",
         "command line: epoch: unknown key (found 1); did you mean `epochs`?",
     ]
     assert errors(file, ["type=theirs"])[:-1] == [no_luck]  # what else there is hangs on it

@@ -1,6 +1,7 @@
 """Schema and pages: current, complete, and true of the recipes that ship."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from jaxtrain import registry
 from jaxtrain.recipe import shipped
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
-from jaxtrain.recipe.schema import HEADER, json_schema, reference, shared_keys
+from jaxtrain.recipe.schema import HEADER, json_schema, migration_table, reference
 from tests.recipe.arctic import ACCEPTED, SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +26,21 @@ def test_the_reference_page_is_current():
     assert page == reference(), "run: jaxtrain schema --markdown > docs/recipe.md"
 
 
-def test_the_table_of_shared_keys_is_current():
+def test_the_page_has_a_meaning_for_every_key_and_an_example_for_every_section():
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert not [row for row in rows if row.rstrip(" |") != row[: -len(" |")]]
+    parts = re.split(r"^##+ ", reference(), flags=re.M)[1:]
+    titles = {title for title in re.findall(r"^##+ `([a-z_.]+)`", reference(), re.M)}
+    assert {re.match(r"`([a-z_.]+)`|", p)[1] or "" for p in parts if "```yaml" in p} >= titles - {
+        "model.peft_config", "optimizer.groups",  # one is not supported, one is in its section's
+    }  # fmt: skip
+
+
+def test_the_migration_table_is_current():
     page = (ROOT / "docs" / "arctictraining.md").read_text()
-    assert page.partition("## Every key\n\n")[2] == shared_keys(), UPDATE.format("shared_keys")
+    assert page.partition("## Every key\n\n")[2] == migration_table(), UPDATE.format(
+        "migration_table"
+    )
 
 
 def allows(schema, value, definitions):
@@ -61,7 +74,7 @@ def allows(schema, value, definitions):
     return True
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", shipped.list_names())
 def test_a_shipped_recipe_fits_the_schema_and_no_typo_does(name):
     file = ROOT / "recipes" / f"{name}.yaml"
     schema = json_schema(file)
@@ -106,8 +119,8 @@ def test_the_schema_has_the_keys_of_user_code(tmp_path):
 
 def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_user", {})  # another test runs the file where it lies
-    assert all(name in shipped.listed() for name in shipped.names())
-    files = shipped.copied("quickstart", tmp_path)
+    assert all(name in shipped.format_list() for name in shipped.list_names())
+    files = shipped.copy_recipe("quickstart", tmp_path)
     assert {file.name for file in files} == {
         "quickstart.yaml",
         "chitchat.py",
@@ -115,16 +128,16 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
     }
     assert get_config(tmp_path / "quickstart.yaml").type == "sft"
     assert json.loads((tmp_path / "jaxtrain.schema.json").read_text())["anyOf"]
-    shipped.copied("focal", tmp_path)  # the schema beside it knows its keys
+    shipped.copy_recipe("focal", tmp_path)  # the schema beside it knows its keys
     schema = json.loads((tmp_path / "jaxtrain.schema.json").read_text())
     assert "gamma" in schema["$defs"]["trainer.focal"]["properties"]
     with pytest.raises(RecipeError, match="exists already"):
-        shipped.copied("quickstart", tmp_path)
+        shipped.copy_recipe("quickstart", tmp_path)
     (tmp_path / "file.yaml").write_text("")
     with pytest.raises(RecipeError, match="inside: .*; name another folder"):
-        shipped.copied("quickstart", tmp_path / "file.yaml" / "inside")
+        shipped.copy_recipe("quickstart", tmp_path / "file.yaml" / "inside")
     with pytest.raises(RecipeError, match="did you mean `quickstart`"):
-        shipped.text("quickstrt")
+        shipped.read_recipe("quickstrt")
 
 
 def test_a_wheel_holds_the_recipes(tmp_path):
@@ -144,4 +157,4 @@ def test_a_wheel_holds_the_recipes(tmp_path):
     ]
     subprocess.run([*build, str(tmp_path / "lib")], cwd=source, check=True, capture_output=True)
     built = {file.name for file in (tmp_path / "lib" / "jaxtrain" / "recipes").iterdir()}
-    assert {f"{name}.yaml" for name in shipped.names()} | {"chitchat.py"} <= built
+    assert {f"{name}.yaml" for name in shipped.list_names()} | {"chitchat.py"} <= built

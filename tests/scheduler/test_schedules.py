@@ -47,6 +47,9 @@ def schedule(name, kwargs, **keys):
     return [float(rate(jnp.int32(u))) for u in range(HORIZON)]
 
 
+@pytest.mark.covers(
+    "scheduler.warmup_steps", "scheduler.name", "scheduler.scheduler_specific_kwargs"
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_rate_of_every_update(name):
     kwargs, after = CASES[name]
@@ -85,6 +88,7 @@ def test_the_warmup_of_stable_decay_has_a_shape(kind):
     assert rates[WARMUP:15] == [1.0] * 11
 
 
+@pytest.mark.covers("scheduler.min_lr_ratio")
 @pytest.mark.parametrize("name", ["linear", "cosine", "polynomial"])
 def test_a_floor_is_where_the_rate_ends(name):
     rates = schedule(name, {}, warmup_steps=0, min_lr_ratio=0.5)
@@ -95,6 +99,7 @@ def test_no_name_is_left_out():
     assert set(SHAPES) == {*CASES, "constant", "cosine_warmup_with_min_lr"}
 
 
+@pytest.mark.covers("scheduler.warmup_ratio")
 @pytest.mark.parametrize(("ratio", "want"), [(None, 2), (0.0, 0), (0.55, 11)])
 def test_warmup_is_a_share_of_the_horizon(ratio, want):
     assert HFSchedulerConfig(warmup_ratio=ratio).warmup_updates(HORIZON) == want

@@ -46,10 +46,12 @@ def test_a_saved_tokenizer_comes_back_the_same(folder):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.covers("tokenizer.name_or_path")
 def test_the_recipes_tokenizer_goes_before_the_models(folder, tmp_path):
     assert load(tmp_path, name_or_path=str(folder)).vocab_size == 384
 
 
+@pytest.mark.covers("tokenizer.chat_template")
 def test_a_template_as_text_or_as_a_file(folder, tmp_path):
     (tmp_path / "own.jinja").write_text(HEADERS)
     for template in (HEADERS, str(tmp_path / "own.jinja")):
@@ -177,6 +179,7 @@ def test_the_metadata_is_what_the_gguf_package_reads(tmp_path):
     assert read_header(path).metadata == expected
 
 
+@pytest.mark.covers("tokenizer.extra_tokens")
 def test_extra_tokens_are_special_and_whole(folder, tmp_path):
     tokenizer = load(folder, extra_tokens=["<tool>", "<|im_end|>"], pad_token="<pad>")
     ids = tokenizer("a<tool>b<|im_end|>")["input_ids"]
@@ -189,6 +192,7 @@ def test_extra_tokens_are_special_and_whole(folder, tmp_path):
     assert (again.pad_token, again.pad_token_id) == ("<pad>", 385)
 
 
+@pytest.mark.covers("tokenizer.pad_token")
 def test_a_pad_token_of_the_vocabulary_is_taken(folder):
     tokenizer = load(folder, pad_token="</s>")
     assert len(tokenizer) == 384

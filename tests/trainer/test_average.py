@@ -15,6 +15,7 @@ def run_of(folder, *, devices=1, **changes):
     return trainer(recipe(folder, train_iters=STEPS, ema=ema, **changes), devices=devices)
 
 
+@pytest.mark.covers("ema.decay", "ema.start_step")
 def test_it_is_the_exponential_average_from_its_start_on(tmp_path):
     run = run_of(
         tmp_path, mesh={"data": 2}, devices=2, deepspeed={"zero_optimization": {"stage": 1}}
@@ -31,6 +32,7 @@ def test_it_is_the_exponential_average_from_its_start_on(tmp_path):
     assert all(2 * a.addressable_shards[0].data.size == a.size for a in matrices)
 
 
+@pytest.mark.covers("ema.eval")
 @pytest.mark.parametrize("is_told", [True, False])
 def test_it_is_evaluated_and_exported(tmp_path, is_told):
     run = run_of(tmp_path, ema={"eval": is_told, "start_step": 0})

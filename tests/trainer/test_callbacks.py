@@ -21,6 +21,7 @@ class Recorder(Callback):
         return lambda args, state, control, **more: self.events.append((name, state.global_step))
 
 
+@pytest.mark.covers("checkpoint.*.save_every_n_steps")
 def test_events_come_in_the_documented_order(tmp_path):
     written = recipe(
         tmp_path, rows=40, train_iters=2, eval_interval=2, gradient_accumulation_steps=2,

@@ -26,6 +26,7 @@ def test_text_is_trained_whole(tmp_path):
     assert found[-1] < found[0]
 
 
+@pytest.mark.covers("tokenizer.tokenize_kwargs")
 @pytest.mark.parametrize(
     ("kwargs", "count"),
     [({}, 3), ({"split_special_tokens": True}, None), ({"truncation": True, "max_length": 2}, 2)],

@@ -128,6 +128,7 @@ def test_outside_the_main_thread_signals_are_left_alone(tmp_path):
     assert seen == [before] and run.global_step == 1
 
 
+@pytest.mark.covers("kill_switch_path")
 @pytest.mark.parametrize("where", ["default", "explicit"])
 def test_a_stop_file_ends_the_run_and_is_removed(tmp_path, where):
     """Traps A15, F2 and G13."""
@@ -150,6 +151,7 @@ def test_an_explicit_stop_file_that_is_there_already_is_refused(tmp_path):
         trainer(written(tmp_path, kill_switch_path=str(tmp_path / "mine")))
 
 
+@pytest.mark.covers("exit_iteration_this_run")
 def test_the_updates_of_one_process_can_be_limited(tmp_path):
     """Trap A27: a resume at or beyond the limit ends at once."""
     changes = {"exit_iteration_this_run": 2}

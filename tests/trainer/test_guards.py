@@ -41,6 +41,8 @@ def evaluations_until_stop(guard, values, metric="eval/loss"):
     return None
 
 
+@pytest.mark.covers("early_stopping.metric early_stopping.mode early_stopping.patience")
+@pytest.mark.covers("early_stopping.min_delta")
 @pytest.mark.parametrize(
     ("keys", "values", "expected"),
     [
@@ -123,6 +125,8 @@ def test_divergence_tells_a_rise_from_a_spike(losses, expected):
     assert first_apart(Divergence(DivergenceConfig(action="rollback")), losses) == expected
 
 
+@pytest.mark.covers("divergence.metric divergence.threshold divergence.short_alpha")
+@pytest.mark.covers("divergence.long_alpha")
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -140,6 +144,7 @@ def test_divergence_follows_its_keys(keys, expected):
     assert first_apart(guard, rise, metric=keys.get("metric", "loss")) == expected
 
 
+@pytest.mark.covers("divergence.action")
 def test_divergence_goes_on_where_it_was_and_may_stop_or_warn(monkeypatch):
     warnings = []
     monkeypatch.setattr(log, "warning", warnings.append)
@@ -201,6 +206,7 @@ def trained_on(run, batches):
     return host(run.state)
 
 
+@pytest.mark.covers("on_nonfinite")
 def test_skip_drops_the_update_and_consumes_the_batch(tmp_path):
     run = breaking(tmp_path, "skip", [2, 4])
     run.train()

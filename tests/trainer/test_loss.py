@@ -47,6 +47,7 @@ def assert_close(found, expected):
         assert np.abs(found[name] - array).max() <= 2e-5 * np.abs(array).max(), name
 
 
+@pytest.mark.covers("z_loss")
 def test_z_loss_is_trained_and_told_apart(tmp_path):
     run = trainer(recipe(tmp_path, micro_batch_size=2, z_loss=0.01))
     batch = first_batch(run)
@@ -59,6 +60,7 @@ def test_z_loss_is_trained_and_told_apart(tmp_path):
     np.testing.assert_allclose(metrics["loss"], nll / loss.weight, rtol=1e-5)
 
 
+@pytest.mark.covers("label_smoothing")
 def test_smoothing_is_trained_and_not_evaluated(tmp_path):
     run = trainer(recipe(tmp_path, micro_batch_size=2, label_smoothing=0.2))
     batch = first_batch(run)
@@ -84,6 +86,7 @@ def test_an_objective_of_the_user_is_evaluated_as_it_is(tmp_path):
     np.testing.assert_allclose(run.loss(run.state, batch, KEY).total, 2 * plain, rtol=1e-5)
 
 
+@pytest.mark.covers("loss_weighting")
 def test_by_sample_each_document_counts_once(tmp_path):
     run = trainer(recipe(tmp_path, micro_batch_size=2, loss_weighting="sample"))
     batch = first_batch(run)

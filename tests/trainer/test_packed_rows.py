@@ -69,6 +69,7 @@ def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
         assert np.abs(array - summed[name]).max() < 1e-5, name
 
 
+@pytest.mark.covers("data.max_length_buckets")
 def test_further_padding_changes_no_loss_and_each_length_compiles_once(tmp_path):
     found = {}
     for most in (1, 3):

@@ -12,6 +12,7 @@ def rows(folder, key):
     return {row["iter"]: row[key] for row in found if key in row}
 
 
+@pytest.mark.covers("overfit_first_batch")
 def test_the_first_batch_for_ever_is_learnt_by_heart(tmp_path):
     run = trainer(recipe(tmp_path, rows=18, train_iters=60, overfit_first_batch=True))
     assert run.data.steps_per_epoch < 60
@@ -22,6 +23,7 @@ def test_the_first_batch_for_ever_is_learnt_by_heart(tmp_path):
     assert losses[1] > 5 and losses[60] < 0.5
 
 
+@pytest.mark.covers("min_iterations")
 def test_training_rows_are_repeated_until_they_fill_an_epoch(tmp_path):
     once = trainer(recipe(tmp_path, rows=18, train_iters=0))
     wanted = once.data.steps_per_epoch * 2 + 1
@@ -48,6 +50,7 @@ def evaluations(folder, **changes):
     return run.data.steps_per_epoch, list(rows(folder, "eval/loss"))
 
 
+@pytest.mark.covers("eval_after_step", "eval_every_n_epochs")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -271,6 +271,7 @@ def test_an_export_that_cannot_be_written_ends_the_run(tmp_path):
         trainer(recipe(tmp_path, train_iters=1) | {"checkpoint": [export]}).train()
 
 
+@pytest.mark.covers("checkpoint.*.max_shard_size", "checkpoint.*.verify_export")
 def test_an_export_is_written_as_its_entry_says(tmp_path, monkeypatch):
     def exported(name, **keys):
         entry = {"type": "huggingface", "output_dir": str(tmp_path / name), **keys}

@@ -65,6 +65,7 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(tmp_path):
     first.run_folder.close()
 
 
+@pytest.mark.covers("train_log_metrics_path", "checkpoint.*.auto_resume")
 def test_rows_go_where_the_recipe_says_and_are_cut_on_resume(tmp_path):
     """Trap A40."""
     rows = tmp_path / "rows" / "all.jsonl"

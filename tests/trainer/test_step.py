@@ -24,6 +24,7 @@ def gradients(run):
         )
 
 
+@pytest.mark.covers("gradient_accumulation_steps")
 def test_accumulation_equals_one_larger_batch(tmp_path):
     whole = trainer(recipe(tmp_path, micro_batch_size=4))
     cut = trainer(recipe(tmp_path, micro_batch_size=1, gradient_accumulation_steps=4))
@@ -107,6 +108,7 @@ def test_a_loss_of_the_wrong_form_is_told_what_to_return(tmp_path, result, expec
         run.step(run.state, first_batch(run))
 
 
+@pytest.mark.covers("max_grad_norm")
 def test_the_norm_is_of_the_mean_gradient_and_before_clipping(tmp_path):
     run = trainer(recipe(tmp_path, max_grad_norm=1e-3))
     loss, grads = gradients(run)

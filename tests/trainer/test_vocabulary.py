@@ -21,6 +21,7 @@ def weights(request, tmp_path):
     return tmp_path / "weights", host(run.state.params)
 
 
+@pytest.mark.covers("model.resize_vocab")
 def test_new_rows_are_the_mean_and_the_export_is_whole(tmp_path, weights):
     folder, old = weights
     model = {"name_or_path": str(folder), "from_scratch": False, "resize_vocab": True}

@@ -69,6 +69,7 @@ def alone(tmp_path_factory):
     return losses(run_of(tmp_path_factory.mktemp("alone"), 0, {}), STEPS)
 
 
+@pytest.mark.covers("deepspeed.zero_optimization.stage")
 @pytest.mark.parametrize(("stage", "mesh"), RUNS, ids=str)
 def test_a_stage_changes_no_loss_and_holds_what_it_says(tmp_path, alone, mesh, stage):
     run = run_of(tmp_path, stage, mesh)
