@@ -8,12 +8,14 @@ import jax
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig
+from jaxtrain.recipe.check import describe_batch, describe_steps
+from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
 from jaxtrain.trainer.progress import Horizon, Progress
 from jaxtrain.trainer.run import Run
 
 
-def header(
+def collect_facts(
     run: Run, data: TrainingData, progress: Progress, horizon: Horizon, folder: Path
 ) -> dict[str, str]:
     """Name → fact, in the order in which they are shown; a fact may have several lines."""
@@ -51,18 +53,19 @@ def _optimizer(run: Run) -> str:
 
 def _batch(run: Run, data: TrainingData) -> str:
     layout, lengths = run.layout, data.train.lengths
+    size = layout.global_batch // layout.rows_per_sample
     tokens = layout.global_batch * data.row_tokens
     most = "at most " if len(lengths) > 1 else ""
     cut = f" in {layout.num_microbatches} microbatches" if layout.num_microbatches > 1 else ""
     compiled = f", compiled for {len(lengths)} lengths" if most else ""
-    rows = f"{layout.global_batch:,} rows of {format_range(lengths)} tokens"
-    return f"{rows} = {most}{tokens:,} tokens a step{cut}{compiled}"
+    return (
+        f"{describe_batch(run.config, {run.mesh.size: size})}; {format_range(lengths)} tokens per "
+        f"sequence, {most}{tokens:,} per step{cut}{compiled}"
+    )
 
 
 def _steps(run: Run, progress: Progress, horizon: Horizon) -> str:
     warmup = run.config.scheduler.warmup_updates(horizon.steps - progress.schedule_start)
     start = f", from step {progress.step}" if progress.step else ""
-    return (
-        f"{progress.last_step(horizon):,}, {horizon.steps_per_epoch:,} an epoch, "
-        f"warm-up {warmup:,}{start}"
-    )
+    steps = describe_steps(run.config, horizon.steps_per_epoch)
+    return f"{steps}, warm-up {pluralize(warmup, 'step')}{start}"

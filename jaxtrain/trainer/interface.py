@@ -19,6 +19,7 @@ from jaxtrain.recipe.dump import compatibility, to_dict
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callbacks, Control
 from jaxtrain.trainer.checkpoints import Checkpoints
+from jaxtrain.trainer.header import collect_facts
 from jaxtrain.trainer.progress import Horizon, Progress
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import Run
@@ -109,6 +110,12 @@ class Interface:
             "recipe": to_dict(self.config),
             "versions": versions(),
         }
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Name → fact that the run begins with."""
+        folder = self.run_folder.path
+        return collect_facts(self.run, self.data, self.progress, self.horizon, folder)
 
     @property
     def planned_updates(self) -> int:

@@ -40,7 +40,6 @@ from jaxtrain.trainer.evaluation import answer_prompts, evaluate_sets
 from jaxtrain.trainer.found_model import find_model
 from jaxtrain.trainer.given import Given, check_given
 from jaxtrain.trainer.guards import NonFinite, build_guards
-from jaxtrain.trainer.header import header
 from jaxtrain.trainer.interface import Interface
 from jaxtrain.trainer.jit import Compiled
 from jaxtrain.trainer.loss import Loss
@@ -276,9 +275,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self.report.last_step = self.last_step
             for engine in self.checkpoints:
                 engine.begin(progress.step)
-            self.console.header(
-                header(self.run, self.data, progress, self.horizon, self.run_folder.path)
-            )
+            self.console.header(self.header)
             self.tell("on_train_begin")
             if self.evaluation_is_due:  # before the first step, or where a signal cut it short
                 self.evaluate()

@@ -9,19 +9,18 @@ import pytest
 
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import DataError, RecipeError
-from jaxtrain.trainer.header import header
 from tests.runs import conversations, host, recipe, trainer
 
 CHANGES = {  # the change; devices; the fact and what it says, before and after
-    "epochs": ({"epochs": 2, "train_iters": 0}, 1, "steps", "4,", "6, 3 an epoch"),
-    "train_iters": ({"train_iters": 5}, 1, "steps", "4,", "5, 3 an epoch"),
-    "exit_iteration": ({"exit_iteration": 2}, 1, "steps", "4,", "2, 3 an epoch"),
-    "micro_batch_size": ({"micro_batch_size": 2}, 1, "steps", "3 an epoch", "6 an epoch"),
+    "epochs": ({"epochs": 2, "train_iters": 0}, 1, "steps", "4,", "6, 3 per epoch"),
+    "train_iters": ({"train_iters": 5}, 1, "steps", "4,", "5, 3 per epoch"),
+    "exit_iteration": ({"exit_iteration": 2}, 1, "steps", "4,", "4, ends at 2, 3 per epoch"),
+    "micro_batch_size": ({"micro_batch_size": 2}, 1, "steps", "3 per epoch", "6 per epoch"),
     "gradient_accumulation_steps": (
-        {"gradient_accumulation_steps": 2}, 1, "batch", "4 rows", "8 rows",
+        {"gradient_accumulation_steps": 2}, 1, "batch", "4 sequences", "8 sequences",
     ),
     "pipeline.microbatches": (
-        {"pipeline": {"microbatches": 4}, "mesh": {"pipeline": 2}}, 2, "batch", "a step",
+        {"pipeline": {"microbatches": 4}, "mesh": {"pipeline": 2}}, 2, "batch", "per step",
         "in 4 microbatches",
     ),
     "mesh.data": ({"mesh": {"data": 2}}, 2, "devices", "1 x", "mesh data 2"),
@@ -57,7 +56,7 @@ def made(folder, devices=1, **changes):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return header(made(tmp_path_factory.mktemp("plain")))
+    return made(tmp_path_factory.mktemp("plain")).header
 
 
 @pytest.mark.covers(
@@ -70,13 +69,13 @@ def plain(tmp_path_factory):
 def test_the_facts_of_a_run_follow_the_key(tmp_path, plain, key):
     change, devices, fact, before, after = CHANGES[key]
     assert before in plain[fact], plain[fact]
-    found = header(made(tmp_path, devices, **change))[fact]
+    found = made(tmp_path, devices, **change).header[fact]
     assert after in found and found != plain[fact], found
 
 
 def test_a_kernel_that_cannot_run_here_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"model.attn_implementation: .*'cpu'"):
-        header(made(tmp_path, model={"attn_implementation": "pallas"}))
+        made(tmp_path, model={"attn_implementation": "pallas"})
 
 
 @pytest.mark.covers("epochs eval_interval eval_at_start eval_at_end max_eval_batches")
@@ -161,6 +160,6 @@ def test_a_format_is_what_all_files_are(tmp_path):
     """A file with a suffix that says something else is read as the recipe says."""
     path = str(conversations(tmp_path / "rows.txt", 9))
     source = {"type": "local", "path": path, "format": "jsonl"}
-    assert "9 records read" in header(made(tmp_path, data={"sources": [source]}))["data"]
+    assert "9 records read" in made(tmp_path, data={"sources": [source]}).header["data"]
     with pytest.raises(DataError, match="hold no conversation"):
         made(tmp_path, data={"sources": [{"type": "local", "path": path}]})
