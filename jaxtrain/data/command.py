@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jaxtrain.data.page import render_page
 from jaxtrain.data.plan import BatchShape
-from jaxtrain.data.prepare import data_factory, prepare_data
+from jaxtrain.data.prepare import build_data_factory, prepare_data
 from jaxtrain.data.preview import format_legend, format_sample, iter_batch_samples, pick_samples
 from jaxtrain.data.training_data import TrainingData
 from jaxtrain.recipe.mesh import AXES, BATCH_AXES
@@ -36,12 +36,8 @@ def show_data(
     the same when `html` names one."""
     shape = batch_shape(config, devices)
     here = SimpleNamespace(config=config, tokenizer=tokenizer, global_rank=0, world_size=1)
-    factory = here.data_factory = data_factory(
-        config.data,
-        tokenizer,
-        max_positions=max_positions,
-        tokenize_kwargs=config.tokenizer.tokenize_kwargs,
-        trainer=TrainerView(here),
+    factory = here.data_factory = build_data_factory(
+        config, tokenizer, max_positions=max_positions, trainer=TrainerView(here)
     )
     data = prepare_data(config, factory, shape)
     console = Console(highlight=False, soft_wrap=True)

@@ -32,18 +32,13 @@ def sequence_limit(config: DataConfig, max_positions: int | None) -> int:
     return length
 
 
-def data_factory(
-    config: DataConfig,
-    tokenizer: Any,
-    *,
-    max_positions: int | None,
-    tokenize_kwargs: Mapping[str, Any],
-    trainer: Any = None,
+def build_data_factory(
+    recipe: TrainerConfig, tokenizer: Any, *, max_positions: int | None, trainer: Any = None
 ) -> DataFactory:
-    """The factory that the section names; see `sequence_limit` for what it refuses."""
-    max_length = sequence_limit(config, max_positions)
+    """The factory that the `data` section names; see `sequence_limit` for what it refuses."""
+    config, max_length = recipe.data, sequence_limit(recipe.data, max_positions)
     factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
-    factory.tokenize_kwargs = tokenize_kwargs
+    factory.tokenize_kwargs = recipe.tokenizer.tokenize_kwargs
     return factory
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,14 +34,14 @@ class Meter:
         self.restart()
 
     @classmethod
-    def for_model(cls, model: Any, devices: Any, *, update_rows: int) -> "Meter":
+    def for_model(cls, model: Any, devices: Sequence[Any], *, update_rows: int) -> "Meter":
         """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
         config = model.spec.config
         return cls(
             flops_per_token=6.0 * count_matmul_parameters(model.shapes),
             flops_per_pair=12.0 * config.num_heads * config.head_size,
-            peak_flops=find_peak_flops(devices.flat[0].device_kind),
-            num_devices=devices.size,
+            peak_flops=find_peak_flops(devices[0].device_kind),
+            num_devices=len(devices),
             update_rows=update_rows,
         )
 

@@ -1,8 +1,10 @@
 """What a step reads and replaces: parameters, optimizer state, step count."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +25,21 @@ class TrainState(NamedTuple):
     """of the parameters that are trained"""
     average: PyTree = {}
     """of the parameters over the steps; empty without `ema`"""
+
+
+def apply_if(
+    ok: jax.Array,
+    update: Callable[[TrainState, PyTree], TrainState],
+    state: TrainState,
+    gradients: PyTree,
+) -> TrainState:
+    """`update(state, gradients)` where `ok`, else `state` bit for bit; either way in its memory."""
+    # A loop of one turn or none, since XLA updates what a loop carries in place. It copies the
+    # whole state out of a `cond` on GPU, and on CPU a `where` keeps the old and the new one alive.
+    # The barrier keeps products of the gradients alone, two more trees of them, inside the loop.
+    body = lambda _, state: update(*jax.lax.optimization_barrier((state, gradients)))
+    moving = jax.lax.fori_loop(0, ok.astype(jnp.int32), body, state._replace(frozen={}))
+    return moving._replace(frozen=state.frozen)
 
 
 def optimizer_shardings(

@@ -14,7 +14,7 @@ import optax
 
 from jaxtrain.batch import Batch
 from jaxtrain.trainer.loss import Loss, check_loss, compute_means
-from jaxtrain.trainer.state import PyTree, TrainState
+from jaxtrain.trainer.state import PyTree, TrainState, apply_if
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], Loss]
@@ -95,24 +95,8 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
 
 
-def apply_if(
-    ok: jax.Array,
-    update: Callable[[TrainState, PyTree], TrainState],
-    state: TrainState,
-    gradients: PyTree,
-) -> TrainState:
-    """`update(state, gradients)` where `ok`, else `state` bit for bit; either way in its memory."""
-    # A loop of one turn or none, since XLA updates what a loop carries in place. It copies the
-    # whole state out of a `cond` on GPU, and on CPU a `where` keeps the old and the new one alive.
-    # The barrier keeps products of the gradients alone, two more trees of them, inside the loop.
-    body = lambda _, state: update(*jax.lax.optimization_barrier((state, gradients)))
-    moving = jax.lax.fori_loop(0, ok.astype(jnp.int32), body, state._replace(frozen={}))
-    return moving._replace(frozen=state.frozen)
-
-
 def loss(spec: StepSpec, params: PyTree, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
-    """The summed evaluation loss of a batch with these parameters, those of `state` or an
-    average."""
+    """The summed evaluation loss of a batch with `params`, those of the state or an average."""
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
 
     def one(rows: Batch, key: jax.Array) -> Loss:

@@ -19,8 +19,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import Snapshot
-from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory
-from jaxtrain.data.prepare import data_factory, prepare_data, prepare_evaluation, sequence_limit
+from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory, prepare
 from jaxtrain.metrics.console import Console, format_duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
@@ -129,17 +128,13 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
         max_positions = found.spec.config.max_positions
         if mode == "plan":
-            lengths = (sequence_limit(self.config.data, max_positions),)
+            lengths = (prepare.sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
         else:
-            self.data_factory = data_factory(  # type: ignore[assignment]
-                self.config.data,
-                self.tokenizer,
-                max_positions=max_positions,
-                tokenize_kwargs=self.config.tokenizer.tokenize_kwargs,
-                trainer=view,
+            self.data_factory = prepare.build_data_factory(  # type: ignore[assignment]
+                self.config, self.tokenizer, max_positions=max_positions, trainer=view
             )
-            self.data = prepare_data(
+            self.data = prepare.prepare_data(
                 self.config,
                 self.data_factory,
                 self._batch_shape,
@@ -163,12 +158,11 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         )
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
+        meter = Meter.for_model(self.run.model, devices, update_rows=self.layout.global_batch)
         self.report = Report(
             self.console,
             self.run_folder,
-            Meter.for_model(
-                self.run.model, self.mesh.devices, update_rows=self.layout.global_batch
-            ),
+            meter,
             peak_lr=self.run.peak_lr,
             last_step=self.last_step,
             tell=self.tell,
@@ -365,7 +359,10 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         `dataset` is records or names of sources; its metrics are returned and passed to
         `on_predict`, and not taken for the recipe's.
         """
-        plans = self.data.evals if dataset is None else self._plan_evaluation(dataset)
+        plans = self.data.evals
+        if dataset is not None:
+            given = self.data_factory, dataset, self._batch_shape
+            plans = {"eval": prepare.prepare_evaluation(*given, lengths=self.data.train.lengths)}
         if not plans:
             raise RecipeError(
                 "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
@@ -433,10 +430,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.close()
 
     # Data.
-
-    def _plan_evaluation(self, dataset: Any) -> dict[str, BatchPlan]:
-        shape, lengths = self._batch_shape, self.data.train.lengths
-        return {"eval": prepare_evaluation(self.data_factory, dataset, shape, lengths=lengths)}
 
     @property
     def train_batches(self) -> Iterator[Batch]:
