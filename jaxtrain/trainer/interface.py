@@ -5,14 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxtrain import registry
-from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.data import TrainingData
-from jaxtrain.metrics.user_metrics import UserMetrics
-from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
 from jaxtrain.recipe.dump import compatibility, to_dict
@@ -25,7 +21,7 @@ from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import Run
 from jaxtrain.trainer.run_folder import RunFolder, versions
 from jaxtrain.trainer.run_state import RunState
-from jaxtrain.trainer.state import PyTree, TrainState
+from jaxtrain.trainer.state import TrainState
 from jaxtrain.trainer.stop import StopRequests
 
 
@@ -47,69 +43,24 @@ class Interface:
 
     # What is fixed.
 
-    @property
-    def mesh(self) -> Mesh:
-        return self.layout.mesh
+    mesh = property(lambda self: self.layout.mesh)
+    devices = property(lambda self: list(self.mesh.devices.flat))
+    device = property(lambda self: self.mesh.local_devices[0])
+    world_size = property(lambda self: jax.process_count())
+    global_rank = property(lambda self: jax.process_index())
+    language_model = property(lambda self: self.run.model)
+    optimizer = property(lambda self: self.run.optimizer)
+    scheduler = property(lambda self: self.run.schedule)
+    peak_lr = property(lambda self: self.run.peak_lr)
+    planned_updates = property(lambda self: self.horizon.steps)
+    training_horizon = property(lambda self: self.horizon.steps - self.progress.schedule_start)
+    train_dataloader = property(lambda self: self.data.train)
+    eval_dataloader = property(lambda self: self.data.evals)
 
     @property
-    def devices(self) -> list[Any]:
-        """Of the mesh, over all processes."""
-        return list(self.mesh.devices.flat)
-
-    @property
-    def device(self) -> Any:
-        """The first of this process."""
-        return next(d for d in self.devices if d.process_index == jax.process_index())
-
-    @property
-    def world_size(self) -> int:
-        """Processes, each of which drives all devices of its host."""
-        return jax.process_count()
-
-    @property
-    def global_rank(self) -> int:
-        """Number of this process."""
-        return jax.process_index()
-
-    @property
-    def language_model(self) -> LanguageModel:
-        return self.run.model
-
-    @property
-    def optimizer(self) -> Any:
-        return self.run.optimizer
-
-    @property
-    def scheduler(self) -> Any:
-        """Step → fraction of the peak learning rate."""
-        return self.run.schedule
-
-    @property
-    def peak_lr(self) -> float:
-        return self.run.peak_lr
-
-    @property
-    def data_extras(self) -> Extras:
-        """What the batches of the recipe's data have besides their tokens."""
-        return registry.find("data", self.config.data.type).extras
-
-    @property
-    def compatibility(self) -> dict[str, Any]:
-        """What a checkpoint and a run that continues it must agree in."""
-        return compatibility(self.config, global_batch=self.layout.global_batch)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the arrays, as JSON data."""
-        return {
-            **self.progress.state_dict(),
-            "epoch": self.epochs_done,
-            "callbacks": self.callback_states,
-            "report": self.report.state_dict(),
-            "lineage": self.compatibility,
-            "recipe": to_dict(self.config),
-            "versions": versions(),
-        }
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return self.config.scheduler.warmup_updates(self.training_horizon)
 
     @property
     def header(self) -> dict[str, str]:
@@ -118,94 +69,33 @@ class Interface:
         return collect_facts(self.run, self.data, self.progress, self.horizon, folder)
 
     @property
-    def planned_updates(self) -> int:
-        """Steps of the recipe, from the first one."""
-        return self.horizon.steps
-
-    @property
-    def training_horizon(self) -> int:
-        """Length of the schedule: from where it begins to the end that the recipe plans."""
-        return self.horizon.steps - self.progress.schedule_start
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps over which the learning rate rises."""
-        return self.config.scheduler.warmup_updates(self.training_horizon)
+    def data_extras(self) -> Extras:
+        """What the batches of the recipe's data have besides their tokens."""
+        return registry.find("data", self.config.data.type).extras
 
     # Where the run is.
 
-    @property
-    def global_step(self) -> int:
-        """Steps done; the label of every checkpoint and log line."""
-        return self.progress.step
-
-    @property
-    def position(self) -> int:
-        """Number of the next batch."""
-        return self.progress.position
-
-    @property
-    def global_step_this_run(self) -> int:
-        """Steps of this process."""
-        return self.progress.step - self.progress.first_step
-
-    @property
-    def last_step(self) -> int:
-        """The step after which this run ends."""
-        return self.progress.last_step(self.horizon)
-
-    @property
-    def num_rollbacks(self) -> int:
-        return self.progress.rollbacks
-
-    @property
-    def eval_metrics(self) -> Any:
-        """Of the evaluation after the newest step, empty when there was none."""
-        return self.progress.eval_metrics
-
-    @property
-    def early_stop(self) -> bool:
-        return self.progress.is_stopping
-
-    @property
-    def early_stop_reason(self) -> str | None:
-        return self.progress.stop_reason
+    global_step = property(lambda self: self.progress.step)
+    global_step_this_run = property(lambda self: self.progress.step - self.progress.first_step)
+    position = property(lambda self: self.progress.position)
+    num_rollbacks = property(lambda self: self.progress.rollbacks)
+    eval_metrics = property(lambda self: self.progress.eval_metrics)
+    early_stop = property(lambda self: self.progress.is_stopping)
+    early_stop_reason = property(lambda self: self.progress.stop_reason)
+    last_step = property(lambda self: self.progress.last_step(self.horizon))
+    epoch_idx = property(lambda self: self.progress.epoch_index(self.horizon))
+    epochs_done = property(lambda self: self.progress.epochs_done(self.horizon))
+    epoch_finished = property(lambda self: self.progress.is_epoch_end(self.horizon))
+    is_complete = property(lambda self: self.progress.is_complete(self.horizon))
+    training_finished = property(lambda self: self.progress.is_finished(self.horizon))
+    is_preempted = property(lambda self: self.progress.is_preempted(self.horizon))
+    train_batch_idx = property(lambda self: self.position * self.layout.num_microbatches)
 
     @property
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left, from 0, for as long as the run lasts."""
         while not self.training_finished:
             yield self.epoch_idx
-
-    @property
-    def epoch_idx(self) -> int:
-        """Whole epochs done."""
-        return self.progress.epoch_index(self.horizon)
-
-    @property
-    def epochs_done(self) -> float:
-        return self.progress.epochs_done(self.horizon)
-
-    @property
-    def epoch_finished(self) -> bool:
-        return self.progress.is_epoch_end(self.horizon)
-
-    @property
-    def train_batch_idx(self) -> int:
-        """Microbatches taken."""
-        return self.progress.position * self.layout.num_microbatches
-
-    @property
-    def is_complete(self) -> bool:
-        return self.progress.is_complete(self.horizon)
-
-    @property
-    def training_finished(self) -> bool:
-        return self.progress.is_finished(self.horizon)
-
-    @property
-    def is_preempted(self) -> bool:
-        return self.progress.is_preempted(self.horizon)
 
     @property
     def must_leave(self) -> bool:
@@ -225,56 +115,39 @@ class Interface:
         """What decides whether a save is due after this step."""
         return self.progress.save_point(self.horizon, requested=self.control.should_save)
 
-    # Weights, data, files.
+    # Weights, checkpoints, metrics.
 
-    @property
-    def params(self) -> PyTree:
-        """The present weights, sharded as they are trained."""
-        return self.state.params
-
-    @property
-    def model(self) -> Decoder:
-        """The module with the present weights, which the next step replaces."""
-        return self.run.model.merge(self.state.params)
-
+    params = property(lambda self: self.state.params)
+    model = property(lambda self: self.run.model.merge(self.state.params))
     model_unwrapped = model
+    checkpoint_engines = property(lambda self: self.checkpoints.engines)
+    full_state_engines = property(lambda self: self.checkpoints.full_state)
+    resume_path = property(lambda self: self.checkpoints.resume_path)
+    metrics = property(lambda self: self.report.user_metrics)
+    wandb_experiment = property(lambda self: self.run_folder.wandb_run)
+    callback_states = property(lambda self: self._callbacks.state_dict())
 
     @property
-    def train_dataloader(self) -> Any:
-        """The batches of training by their number: `batch(step)`."""
-        return self.data.train
+    def compatibility(self) -> dict[str, Any]:
+        """What a checkpoint and a run that continues it must agree in."""
+        return compatibility(self.config, global_batch=self.layout.global_batch)
 
     @property
-    def eval_dataloader(self) -> Any:
-        """The same for each evaluation set, by name."""
-        return self.data.evals
-
-    @property
-    def checkpoint_engines(self) -> list[CheckpointEngine]:
-        return self.checkpoints.engines
-
-    @property
-    def full_state_engines(self) -> list[CheckpointEngine]:
-        return self.checkpoints.full_state
-
-    @property
-    def resume_path(self) -> Path | None:
-        """The checkpoint that a start resumes from; None for a fresh start."""
-        return self.checkpoints.resume_path
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays, as JSON data."""
+        return {
+            **self.progress.state_dict(),
+            "epoch": self.epochs_done,
+            "callbacks": self.callback_states,
+            "report": self.report.state_dict(),
+            "lineage": self.compatibility,
+            "recipe": to_dict(self.config),
+            "versions": versions(),
+        }
 
     def model_exists(self, output_dir: Path | str) -> bool:
         """Is a whole exported model there?"""
         return is_complete(Path(output_dir), with_weights=True)
-
-    @property
-    def metrics(self) -> UserMetrics:
-        """For numbers of the user's own, which the metrics row of this step will have."""
-        return self.report.recorded
-
-    @property
-    def wandb_experiment(self) -> Any:
-        """The run of Weights & Biases, None where there is none."""
-        return self.run_folder.wandb_run
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Write a metrics row of one's own, and pass it to `on_log`."""
@@ -308,8 +181,3 @@ class Interface:
     def control(self) -> Control:
         """Requests to the loop: stop, save, evaluate."""
         return self._callbacks.control
-
-    @property
-    def callback_states(self) -> dict[str, Any]:
-        """State of the callbacks that keep any; part of a checkpoint."""
-        return self._callbacks.state_dict()

@@ -42,7 +42,7 @@ class Report:
         self.console, self.folder, self.meter = console, folder, meter
         self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
         self.tell = tell
-        self.recorded = UserMetrics()
+        self.user_metrics = UserMetrics()
         self.history: deque[MetricsRow] = deque(maxlen=LONGEST_HISTORY)
         self.num_evaluations = 0
         self.last_loss = float("nan")
@@ -75,11 +75,11 @@ class Report:
         has_row = requested or is_due(step, self.config.train_log_iter_interval)
         if has_row:
             self.tell("on_log_step", logs=row)
-        row |= self.recorded.pop_values()
+        row |= self.user_metrics.pop_values()
         if has_row:
             row |= self.meter.build_row(values, updates_left=self.last_step - step) | self._phases
             self._phases = dict(NO_PHASES)
-            self.recorded.row = row
+            self.user_metrics.row = row
             self.write(row)
             self.console.progress(row, self.last_step)
             self.tell("on_log", logs=row)

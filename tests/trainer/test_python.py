@@ -15,6 +15,7 @@ from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, WeightError
 from jaxtrain.recipe.guards import EarlyStoppingConfig
 from jaxtrain.trainer import step as pure
+from jaxtrain.trainer.interface import Interface
 from jaxtrain.trainer.run_state import RunState
 from tests.runs import conversations, host, losses, recipe, trainer
 from tests.tiny import chat, tiny_tokenizer
@@ -453,6 +454,14 @@ def test_callbacks_and_factories_cannot_set_what_the_loop_reads(tmp_path):
         state.gloabl_step  # noqa: B018
     state.state = state.state._replace(step=state.state.step + 1)
     assert int(state.trainer.state.step) == 1
+
+
+def test_every_name_of_the_interface_is_there(tmp_path):
+    run = trainer(recipe(tmp_path))
+    names = [name for name, held in vars(Interface).items() if isinstance(held, property)]
+    assert len(names) > 40
+    for name in names:
+        getattr(RunState(run), name)
 
 
 def test_frozen_parameters_have_no_gradient_and_stay_as_they_are(tmp_path):
