@@ -19,7 +19,7 @@ from jaxtrain.recipe.errors import did_you_mean
 class Entry(NamedTuple):
     """One registered class, as `module:Class` below the package, and the section that it reads,
     below `jaxtrain.recipe`. The first is empty while the class is planned: its section is known
-    and checked, and it is not built yet."""
+    and checked, and it is not supported yet."""
 
     path: str
     config: str
@@ -319,7 +319,7 @@ def is_built_in(kind: str, name: str) -> bool:
 
 
 def is_planned(kind: str, name: str) -> bool:
-    """Is this a name whose section is checked and whose class is not built yet?"""
+    """Is this a name whose section is checked and whose class does not exist yet?"""
     return is_built_in(kind, name) and not BUILT_IN[kind][name].path
 
 
@@ -335,7 +335,7 @@ def find(kind: str, name: str) -> type:
     if (kind, name) in _user:
         return _user[kind, name]
     if is_planned(kind, name):
-        raise ValueError(f"{kind.replace('_', ' ')} type {name!r} is not built yet")
+        raise ValueError(f"{kind.replace('_', ' ')} type {name!r} is not supported yet")
     if name in BUILT_IN[kind]:
         return resolve_name(f"jaxtrain.{BUILT_IN[kind][name].path}")
     raise ValueError(unknown(kind, name, names(kind)))

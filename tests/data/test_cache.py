@@ -73,7 +73,7 @@ def test_the_second_start_finds_what_the_first_prepared(rows):
 
 def leaves(batch):
     """Without jax, which the processes that import this file must not know."""
-    return [leaf for leaf in batch if leaf is not None]
+    return [*batch[:5], *batch.extras.values()]
 
 
 def test_what_is_found_is_what_was_prepared(rows):

@@ -143,7 +143,7 @@ def test_a41_the_content_key_is_found_or_said():
     row = {"c": [{"role": "p", "message": "m", "text": "t"}]}
     assert turns(RoleMapper({"user": "c.role.p"})(row)) == [("user", "t")]
     assert turns(RoleMapper({"user": "c.role.p"}, "message")(row)) == [("user", "m")]
-    with pytest.raises(ValueError, match="content_key stands beside it"):
+    with pytest.raises(ValueError, match="move content_key beside it"):
         RowsConfig(role_mapping={"user": "a", "content_key": "b"})
 
 

@@ -301,7 +301,7 @@ def test_the_key_that_was_written_is_named(change, key, what):
 @pytest.mark.parametrize("kind", ["trainer", "optimizer"])
 def test_a_planned_class_cannot_be_had(kind):
     for name in filter(lambda name: registry.is_planned(kind, name), registry.names(kind)):
-        with pytest.raises(ValueError, match="is not built yet"):
+        with pytest.raises(ValueError, match="is not supported yet"):
             registry.find(kind, name)
 
 
