@@ -49,16 +49,13 @@ def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        tensors = PARAMETER_TENSORS[match[3]]
-        return [p for at, i in enumerate(numbers) for p in _pieces(config, tensors, at, i)]
+        entry = PARAMETER_TENSORS[match[3]]
+        return [p for at, i in enumerate(numbers) for p in _pieces(config, entry, at, i)]
     return list(_pieces(config, PARAMETER_TENSORS[path]))
 
 
 def _pieces(
-    config: DecoderConfig,
-    tensors: ParameterTensors,
-    at: int | None = None,
-    layer: int | None = None,
+    config: DecoderConfig, entry: ParameterTensors, at: int | None = None, layer: int | None = None
 ) -> Iterator[Piece]:
     """The pieces of a parameter; of a stacked one, those of `layer`, at index `at` of L."""
     size = {
@@ -67,12 +64,12 @@ def _pieces(
     }  # fmt: skip
     lead = "" if at is None else "1"
     end = 0
-    for tensor in tensors.tensors:
+    for tensor in entry.tensors:
         mine = tensor.ours.split()
         place = [slice(0, size[letter]) for letter in mine]
-        if tensors.join_dim is not None:
-            begin, end = end, end + size[mine[tensors.join_dim]]
-            place[tensors.join_dim] = slice(begin, end)
+        if entry.join_dim is not None:
+            begin, end = end, end + size[mine[entry.join_dim]]
+            place[entry.join_dim] = slice(begin, end)
         if at is not None:
             place.insert(0, slice(at, at + 1))
         letters = lead + tensor.dims.replace(" ", "") + "1" * ("1" in mine)

@@ -53,7 +53,7 @@ def test_missing_reshaped_and_unknown_tensors_are_named_together(folder):
     missing, reshaped, unknown = faults(error)
     assert "model.norm.weight [32] is missing" in missing
     assert "up_proj.weight must have shape [48, 32]" in reshaped and "found [48, 31]" in reshaped
-    assert "adapter.weight [4] has no place" in unknown
+    assert "adapter.weight [4] is unknown" in unknown
 
 
 def test_many_missing_tensors_are_counted(folder):

@@ -38,7 +38,7 @@ CHANGES = {  # the change; devices; the fact and what it says, before and after
     ),
     "model.attn_implementation": (
         {"model": {"attn_implementation": "eager"}}, 1, "kernels", "no Pallas kernel",
-        "as the recipe asks",
+        "as set in the recipe",
     ),
     "data.max_length": ({"data": {"max_length": 64}}, 1, "batch", "128 tokens", "64 tokens"),
     "scheduler.warmup_steps": (
