@@ -157,7 +157,10 @@ def test_pairs_are_shown_before_their_trainer_is_built(recipe, tmp_path):
     objective(recipe, tmp_path, "dpo", PAIRS)
     page = tmp_path / "page.html"
     text = run(recipe, "data", "--html", str(page), "--batch", "1")
-    assert "note      a run is refused: type: 'dpo' is not supported yet; supported: sft, causal" in text
+    assert (
+        "note      a run is refused: type: 'dpo' is not supported yet; supported: sft, causal"
+        in text
+    )
     assert "chats: 5 records read, 5 documents" in text and "5 documents in 10 sequences" in text
     titles = re.findall(r"── chats, record (\d), (\w+)(?:, reference score (\d))? ", text)
     assert len(titles) == 8  # 2 pairs, accumulated twice
