@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
         (["recipe.yaml", "lr"], "'lr' is no override"),
         (["recipe.yaml", "--optimizer.lr"], "needs a value"),
         (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key"),
-        (["plan", "recipe.yaml"], "no command and no recipe is called 'plan'"),
+        (["verify", "recipe.yaml"], "no command and no recipe is called 'verify'"),
         (["chekc", "recipe.yaml"], "is called 'chekc'; did you mean `check`?"),
         (["recipe.yaml", "--hostfile", "x"], "--hostfile is a flag of DeepSpeed's launcher"),
         (

@@ -49,6 +49,7 @@ class Interface:
     world_size = property(lambda self: jax.process_count())
     global_rank = property(lambda self: jax.process_index())
     language_model = property(lambda self: self.run.model)
+    model_config = property(lambda self: self.run.model.spec)
     optimizer = property(lambda self: self.run.optimizer)
     scheduler = property(lambda self: self.run.schedule)
     peak_lr = property(lambda self: self.run.peak_lr)

@@ -25,7 +25,9 @@ class Compiled:
         self.name, self.current_run, self.phase = name, current_run, phase
         self.__wrapped__ = function  # for `inspect.signature`
         # The run is an argument, so that another schedule compiles another program.
-        self._jitted = jax.jit(lambda run, *args: function(*args), static_argnums=0, **options)
+        traced = lambda run, *args: function(*args)
+        traced.__name__ = function.__name__  # what a profile calls it
+        self._jitted = jax.jit(traced, static_argnums=0, **options)
         self._known: set[tuple[Run, tuple[int, ...]]] = set()
 
     def __call__(self, *args: Any) -> Any:

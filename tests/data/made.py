@@ -1,6 +1,7 @@
 """Documents and plans made by hand. Token 0 of document d is 100 + d; the others count from 1."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,9 @@ def all_rows(plan):
 def texts(folder, rows, **keys):
     path = write(folder / "texts.jsonl", rows)
     return JsonLinesSource(LocalDataSourceConfig(path=str(path), **keys))
+
+
+def of_processes(plan, count):
+    """The plan as each of so many processes has it, with rows of its own."""
+    own = np.split(np.arange(plan.shape.rows), count)
+    return [replace(plan, shape=plan.shape._replace(process_rows=rows)) for rows in own]

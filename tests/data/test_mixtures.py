@@ -22,7 +22,7 @@ from jaxtrain.recipe.data import (
 )
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.resolve import get_config
-from tests.data.made import all_rows, chats, sft, texts
+from tests.data.made import all_rows, chats, of_processes, sft, texts
 from tests.tiny import TEXTS, tiny_tokenizer
 
 
@@ -247,11 +247,6 @@ def resumable(tmp_path, kind):
     return factory.prepare(sources, {}, BatchShape(2, 4))
 
 
-def of_process(data, rows):
-    shape = data.train.shape._replace(process_rows=rows)
-    return replace(data, train=replace(data.train, shape=shape))
-
-
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["mixture", "split", "causal"])
 def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path, kind, hosts):
@@ -260,9 +255,9 @@ def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path,
     assert steps > 2
     expected = list(unbroken.train_batches(0, 2 * steps + 1))
     again = resumable(tmp_path, kind)
-    own = np.split(np.arange(again.train.shape.rows), hosts)
+    of_hosts = [replace(again, train=plan) for plan in of_processes(again.train, hosts)]
     for start in range(2 * steps + 1):
-        parts = [list(of_process(again, rows).train_batches(start, 2 * steps + 1)) for rows in own]
+        parts = [list(host.train_batches(start, 2 * steps + 1)) for host in of_hosts]
         for number, batches in enumerate(zip(*parts, strict=True), start):
             joined = [
                 np.concatenate(leaves, axis=1)

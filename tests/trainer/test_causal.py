@@ -54,7 +54,7 @@ def test_elsewhere_they_have_no_effect_and_the_report_says_so():
         "model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]},
         "tokenizer": {"tokenize_kwargs": {"truncation": True}},
     }  # fmt: skip
-    (line,) = resolve(written).report.of("no effect")
+    (line,) = resolve(written).report.select("no effect")
     assert (line.key, line.reason) == (
         "tokenizer.tokenize_kwargs", "only causal honours it, as upstream"
     )  # fmt: skip

@@ -124,7 +124,7 @@ def test_save_model_goes_where_the_recipe_exports_to(tmp_path):
 def test_a_mode_prepares_data_and_nothing_else(tmp_path, capsys):
     run = SFTTrainer(get_config(recipe(tmp_path)), mode="process-data")
     assert run.data.train_rows > 0
-    assert "rows read" in capsys.readouterr().out
+    assert "records read" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="mode 'process-data' does not train"):
         run.train()
     assert not (tmp_path / "run").exists()
