@@ -45,7 +45,7 @@ def _remat(compute: ComputeConfig) -> str:
 
 def _optimizer(run: Run) -> str:
     """Which, and how many parameters it decays, does not decay, and leaves alone."""
-    if run.given.get("optimizer") is not None:
+    if run.is_optimizer_given:
         return "as given"
     counts = run.groups.counts().items()
     return ", ".join((run.config.optimizer.type, *(f"{n:,} {kind}" for kind, n in counts)))

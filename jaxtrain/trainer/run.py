@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
 from jaxtrain.metrics.flops import count_tokens
-from jaxtrain.model import LanguageModel
+from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
@@ -26,13 +26,7 @@ from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
-from jaxtrain.trainer.state import (
-    PyTree,
-    TrainState,
-    frozen_shardings,
-    optimizer_shardings,
-    with_shardings,
-)
+from jaxtrain.trainer.state import PyTree, TrainState, optimizer_shardings, with_shardings
 from jaxtrain.trainer.step import Objective, StepSpec
 
 
@@ -56,8 +50,10 @@ class Run:
     init_frozen: Callable[[PyTree], PyTree]
     shardings: TrainState
     """where each array of the state lives"""
-    given: Given
+    given_scheduler: Schedule | None
+    is_optimizer_given: bool
     view: Any
+    """the trainer as factories of the user see it"""
 
     @property
     def mesh(self) -> Mesh:
@@ -79,10 +75,11 @@ class Run:
         frozen, average = self.init_frozen(params), self.average.start(params)
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average)
 
-    def first_params(self) -> PyTree:
-        """The weights to start from, each made or read where it lives."""
+    def first_params(self, given: Decoder | None) -> PyTree:
+        """The weights to start from, copied from a model, read, or made at random, each where it
+        lives."""
         with jax.set_mesh(self.mesh):
-            if (given := self.given.get("model")) is not None:
+            if given is not None:
                 return self.model.copied(given, self.shardings.params)
             return self.model.load(self.shardings.params, seed=self.config.seed)
 
@@ -102,7 +99,8 @@ class Run:
 
     def restart_schedule(self, steps: int, start: int) -> "Run":
         """The same run with a schedule over so many steps, counted from step `start`."""
-        schedule = build_schedule(self.config, steps, start, given=self.given, view=self.view)
+        given, view = self.given_scheduler, self.view
+        schedule = build_schedule(self.config, steps, start, given=given, view=view)
         return replace(self, schedule=schedule)
 
     def step_spec(self, objective: Objective) -> StepSpec:
@@ -147,7 +145,8 @@ def build(
     shapes = language_model.shapes
 
     groups, peak_lr = Groups.of(config.optimizer, shapes), config.optimizer.learning_rate
-    optimizer = given.get("optimizer")
+    optimizer, scheduler = given.get("optimizer"), given.get("scheduler")
+    is_optimizer_given = optimizer is not None
     if optimizer is None:
         cls = registry.find("optimizer", config.optimizer.type)
         optimizer = groups.optimizer(cls(config.optimizer, trainer=view))
@@ -155,29 +154,29 @@ def build(
         raise RecipeError("optimizer.groups: excludes a given optimizer; remove one")
     else:
         optimizer, peak_lr = with_moments(optimizer, None), 1.0
-    schedule = build_schedule(config, steps, 0, given=given, view=view)
+    schedule = build_schedule(config, steps, 0, given=scheduler, view=view)
 
-    params = parameter_shardings(mesh, shapes, over_data=stage >= 1)
-    frozen = jax.eval_shape(init_frozen, shapes)
+    place = partial(parameter_shardings, mesh)
+    params, frozen = place(shapes, over_data=stage >= 1), jax.eval_shape(init_frozen, shapes)
     trained = groups.trained(shapes), groups.trained(params)
     shardings = TrainState(
         step=NamedSharding(mesh, P()),  # type: ignore[arg-type]
         params=params,
-        frozen=frozen_shardings(mesh, frozen, over_data=stage == 3),
+        frozen={name: place(tree, over_data=stage == 3) for name, tree in frozen.items()},
         opt_state=optimizer_shardings(mesh, optimizer, *trained),
         average=params if config.ema is not None else {},
     )
     return Run(
         config, layout, language_model, groups, optimizer, peak_lr, schedule, Average(config.ema),
-        init_frozen, shardings, given, view,
+        init_frozen, shardings, scheduler, is_optimizer_given, view,
     )  # fmt: skip
 
 
 def build_schedule(
-    config: TrainerConfig, steps: int, start: int, *, given: Given, view: Any = None
+    config: TrainerConfig, steps: int, start: int, *, given: Schedule | None, view: Any = None
 ) -> Schedule:
     """Step → fraction of the peak learning rate, over so many steps from step `start`."""
-    schedule = given.get("scheduler")
+    schedule = given
     if schedule is None:
         factory = registry.find("scheduler", config.scheduler.type)(config.scheduler, trainer=view)
         factory.training_horizon = steps

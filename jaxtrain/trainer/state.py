@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.parallel.sharding import parameter_shardings, path_name
+from jaxtrain.parallel.sharding import path_name
 
 PyTree = Any
 
@@ -62,12 +62,6 @@ def optimizer_shardings(
         return sharding if shape == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
-
-
-def frozen_shardings(mesh: Mesh, frozen: PyTree, *, over_data: bool) -> PyTree:
-    """Those of each named tree, by the rules for parameters."""
-    place = lambda shapes: parameter_shardings(mesh, shapes, over_data=over_data)
-    return {name: place(shapes) for name, shapes in frozen.items()}
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

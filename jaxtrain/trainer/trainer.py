@@ -473,7 +473,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
         with self.console.phase("reading the weights"):
-            self._state = self.run.first_state(self.run.first_params())
+            self._state = self.run.first_state(self.run.first_params(self.given.get("model")))
 
     def restore(self, engine: CheckpointEngine) -> None:
         """Take over the checkpoint that the engine loads, but for the parts that the recipe
