@@ -32,8 +32,7 @@ from jaxtrain.trainer.step import Objective, StepSpec
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What is fixed while a recipe trains; holds no arrays. Hashed by identity, so that it may be a
-    static argument of what is compiled."""
+    """What is fixed while a recipe trains; holds no arrays."""
 
     config: TrainerConfig
     layout: BatchLayout

@@ -171,7 +171,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         compiled = partial(Compiled, current_run=lambda: self.run, phase=self.report.phase)
         self.step = compiled(  # type: ignore[method-assign]
             "train step", self.step,
-            donate_argnums=1, in_shardings=(placed, batch), out_shardings=(placed, None),
+            donate_argnums=0, in_shardings=(placed, batch), out_shardings=(placed, None),
         )  # fmt: skip
         self.loss = compiled(  # type: ignore[method-assign]
             "evaluation", self.loss, in_shardings=(placed, batch, None)

@@ -1,7 +1,9 @@
 """Trainers from Python: as in a notebook, with ready-made objects, read and asked at any time."""
 
 import copy
+import gc
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -454,6 +456,15 @@ def test_callbacks_and_factories_cannot_set_what_the_loop_reads(tmp_path):
         state.gloabl_step  # noqa: B018
     state.state = state.state._replace(step=state.state.step + 1)
     assert int(state.trainer.state.step) == 1
+
+
+def test_a_trainer_that_nobody_holds_gives_its_memory_back(tmp_path):
+    run = trainer(recipe(tmp_path, train_iters=2))
+    run.train()
+    gone = weakref.ref(run)
+    del run
+    gc.collect()
+    assert gone() is None
 
 
 def test_every_name_of_the_interface_is_there(tmp_path):
