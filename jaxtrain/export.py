@@ -9,6 +9,7 @@ from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import read_metadata
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig, OrbaxConfig
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import CheckpointError
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.resolve import get_config
@@ -38,7 +39,7 @@ def export(source: Path, to: Path) -> Path:
         reset=("optimizer", "data"),
     )
     engine = OrbaxEngine(entry)
-    engine.identify = lambda: Identity(trainer.compatibility, trainer.metadata["recipe"], ())
+    engine.identify = lambda: Identity(trainer.compatibility, to_dict(config), ())
     engine.say = trainer.console.line
     state = engine.load(trainer.run.state_shapes)
     to = to.absolute()

@@ -210,6 +210,17 @@ class DataFactory(Factory, kind="data"):
         lengths += (longest,) if longest > lengths[-1] else ()
         return self.create_dataloader(PackedSet(documents, packing, shape, lengths, is_train=False))
 
+    def _check_extras(self, name: str, plan: BatchPlan) -> None:
+        """DataError where a set has other `extras` than the class declares, which is what a plan is
+        compiled for."""
+        found = {n: (str(a.dtype), a.shape[1:], len(a)) for n, a in plan.extras.items()}
+        wanted = {n: (*spec, plan.rows.num_sequences) for n, spec in self.extras.items()}
+        if found != wanted:
+            raise DataError(
+                f"{name}: the batches of {type(self).__qualname__} must have extras (dtype, shape, "
+                f"sequences) {wanted}, found {found}"
+            )
+
     def _pack_eval(self, sources: Sequence[DataSource]) -> tuple[Documents, PackingPlan, Ledger]:
         """Packs all documents of an evaluation set, in their order."""
         documents, ledger = self.load_or_process(self.load(sources))
@@ -243,6 +254,8 @@ class DataFactory(Factory, kind="data"):
             for name, packed in packed_evals.items()
         }
         plans = (("train", train), *evals.items())
+        for name, plan in plans:
+            self._check_extras(name, plan)
         sets = [SetCounts.from_plan(name, plan) for name, plan in plans]
         can_pack = "pack_samples" in type(self.config).model_fields
         warnings = [

@@ -1,13 +1,14 @@
 """Ready-made objects that a trainer may be given in place of what its recipe names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import optax
 
 from jaxtrain.data.prepare import GivenRows
 from jaxtrain.model import Decoder
 from jaxtrain.recipe.errors import did_you_mean
+from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 
 
@@ -33,6 +34,8 @@ class Given(TypedDict, total=False):
     """Of the mesh; to compile the step they need not be present."""
 
 
+Mode = Literal["train", "process-data", "plan"]
+MODES = get_args(Mode)
 REQUIREMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda v: isinstance(v, Decoder), "the `model` of another trainer"),
     "optimizer": (
@@ -45,8 +48,13 @@ REQUIREMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def check_given(given: Mapping[str, Any]) -> None:
-    """TypeError for an argument that no trainer has, or that is of the wrong kind."""
+def check_arguments(trainer: str, config: Any, mode: str, given: Mapping[str, Any]) -> None:
+    """TypeError or ValueError for an argument that no trainer has, or that is of the wrong kind."""
+    if not isinstance(config, TrainerConfig):
+        found = type(config).__name__
+        raise TypeError(f"{trainer}(config): found {found}; write {trainer}(get_config(…))")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, found {mode!r}")
     for name, (is_right, right) in REQUIREMENTS.items():
         if given.get(name) is not None and not is_right(given[name]):
             raise TypeError(f"{name} must be {right}, found {given[name]!r}")

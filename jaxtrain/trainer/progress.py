@@ -125,5 +125,6 @@ class Progress:
         self.step = saved["step"]
         self.position = 0 if "data" in reset else saved.get("position", self.step)
         self.eval_metrics = saved.get("eval_metrics", {})
-        start = self.step if "scheduler" in reset else saved.get("schedule_start", 0)
-        self.schedule_start = start
+        self.schedule_start = saved.get("schedule_start", 0)
+        if "scheduler" in reset:
+            self.schedule_start = self.step

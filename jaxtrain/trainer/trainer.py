@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import jax
 
@@ -37,7 +37,7 @@ from jaxtrain.trainer.callbacks import Callbacks
 from jaxtrain.trainer.checkpoints import Checkpoints
 from jaxtrain.trainer.evaluation import answer_prompts, evaluate_sets
 from jaxtrain.trainer.found_model import find_model
-from jaxtrain.trainer.given import Given, check_given
+from jaxtrain.trainer.given import Given, Mode, check_arguments
 from jaxtrain.trainer.guards import NonFinite, build_guards
 from jaxtrain.trainer.interface import Interface
 from jaxtrain.trainer.jit import Compiled
@@ -92,7 +92,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
     def __init__(
         self,
         config: TrainerConfig,
-        mode: Literal["train", "process-data", "plan"] = "train",
+        mode: Mode = "train",
         *,
         callbacks: Sequence[Any] | None = None,
         **given: Unpack[Given],
@@ -102,12 +102,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
         The other arguments are ready-made objects in place of what the recipe names: see `Given`.
         """
-        if not isinstance(config, TrainerConfig):
-            name, found = type(self).__qualname__, type(config).__name__
-            raise TypeError(f"{name}(config): found {found}; write {name}(get_config(…))")
-        if mode not in ("train", "process-data", "plan"):
-            raise ValueError(f"mode must be 'train', 'process-data' or 'plan', found {mode!r}")
-        check_given(given)
+        check_arguments(type(self).__qualname__, config, mode, given)
         self.config, self.mode, self.given = fill_names(config), mode, given
         self.progress = Progress()
         self.nonfinite = NonFinite(config.on_nonfinite)
@@ -131,18 +126,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             lengths = (prepare.sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
         else:
-            self.data_factory = prepare.build_data_factory(  # type: ignore[assignment]
-                self.config, self.tokenizer, max_positions=max_positions, trainer=view
-            )
-            self.data = prepare.prepare_data(
-                self.config,
-                self.data_factory,
-                self._batch_shape,
-                train_data=given.get("train_data"),
-                eval_data=given.get("eval_data"),
-            )
-            self.layout.refuse_too_few(self.data.train_rows)
-            lengths = self.data.train.lengths
+            lengths = self._prepare_data(max_positions, view)
             self.horizon = Horizon.of(self.config, self.data.steps_per_epoch)
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
@@ -430,6 +414,17 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.close()
 
     # Data.
+
+    def _prepare_data(self, max_positions: int, view: registry.TrainerView) -> tuple[int, ...]:
+        """Records to batches; returns the lengths of their sequences."""
+        self.data_factory = prepare.build_data_factory(  # type: ignore[assignment]
+            self.config, self.tokenizer, max_positions=max_positions, trainer=view
+        )
+        rows = {name: self.given.get(name) for name in ("train_data", "eval_data")}
+        shape = self._batch_shape
+        self.data = prepare.prepare_data(self.config, self.data_factory, shape, **rows)
+        self.layout.refuse_too_few(self.data.train_rows)
+        return self.data.train.lengths
 
     @property
     def train_batches(self) -> Iterator[Batch]:

@@ -29,18 +29,22 @@ class MarginTrainer(SFTTrainer):
         return Loss(total + 1e9 * broken, is_pair.sum().astype(jnp.float32))
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    written = recipe(
-        tmp_path, type="margin-of-test", micro_batch_size=2, gradient_accumulation_steps=2
-    )
+def pairs_recipe(folder, count, **changes):
+    """A recipe over so many pairs of replies."""
+    written = recipe(folder, **changes)
     rows = [
         {"prompt": f"number {n}?", "chosen": "yes " * (n % 4 + 1), "rejected": "no " * (n % 3 + 1)}
-        for n in range(14)
+        for n in range(count)
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"type": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"type": "jsonl", "path": str(folder / "rows.jsonl")}
     return written | {"data": {"sources": [source], "max_length": 64, "num_proc": 1}}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    changes = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    return pairs_recipe(tmp_path, 14, type="margin-of-test", **changes)
 
 
 def test_a_batch_holds_twice_as_many_rows_as_pairs(pairs):

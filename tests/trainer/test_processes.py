@@ -35,8 +35,8 @@ def free_address():
     ("mesh", "devices", "rows"),
     [
         ({"tensor": 2}, 1, [[0, 1, 2, 3], [0, 1, 2, 3]]),
-        ({"data": 2}, 1, [[0, 1], [2, 3]]),
-        ({"data": 2, "tensor": 2}, 2, [[0, 1], [2, 3]]),
+        pytest.param({"data": 2}, 1, [[0, 1], [2, 3]], marks=pytest.mark.slow),
+        pytest.param({"data": 2, "tensor": 2}, 2, [[0, 1], [2, 3]], marks=pytest.mark.slow),
     ],
     ids=["one batch shard on both", "a shard each", "a shard of two devices each"],
 )

@@ -236,7 +236,7 @@ def test_a_mistake_in_a_call_says_what_is_right(tmp_path):
         (lambda: SFTTrainer("recipe.yaml"), r"found str; write SFTTrainer\(get_config\(…\)\)"),
         (
             lambda: SFTTrainer(config, mode="eval"),
-            "mode must be 'train', 'process-data' or 'plan', found",
+            "mode must be one of train, process-data, plan, found",
         ),
         (lambda: SFTTrainer(config, callbacks=["x"]), "'x' is no callback: it has none of on_"),
         (lambda: SFTTrainer(config, model="x"), "model must be the `model` of another trainer"),

@@ -1,6 +1,5 @@
 """An objective of two models, as a user writes it: a policy, a frozen reference, labels of pairs."""
 
-import json
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,8 +11,10 @@ import pytest
 from jaxtrain import Loss, SFTTrainer
 from jaxtrain.data import DPODataFactory
 from jaxtrain.plan import plan
+from jaxtrain.recipe.errors import DataError
 from jaxtrain.recipe.resolve import get_config
-from tests.runs import host, losses, recipe, trainer
+from tests.runs import host, losses, trainer
+from tests.trainer.test_pairs import pairs_recipe
 
 STEPS = 6
 
@@ -63,16 +64,8 @@ class TwoModelTrainer(SFTTrainer):
 
 
 def written(folder, **changes):
-    base = recipe(
-        folder, type="two-models-of-test", train_iters=STEPS, optimizer={"lr": 1e-3}, **changes
-    )
-    rows = [
-        {"prompt": f"number {n}?", "chosen": "yes " * (n % 4 + 1), "rejected": "no " * (n % 3 + 1)}
-        for n in range(20)
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"type": "jsonl", "path": str(folder / "rows.jsonl")}
-    return base | {"data": {"sources": [source], "max_length": 64, "num_proc": 1}}
+    keys = {"type": "two-models-of-test", "train_iters": STEPS, "optimizer": {"lr": 1e-3}}
+    return pairs_recipe(folder, 20, **keys, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +98,7 @@ def test_it_trains_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accumulat
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
-def test_it_resumes_with_its_reference_and_refuses_data_without_labels(tmp_path):
+def test_it_resumes_with_its_reference(tmp_path):
     entry = {"output_dir": str(tmp_path / "state"), "save_every_n_steps": 1, "auto_resume": True}
     changes = {"checkpoint": [entry], "micro_batch_size": 4}
     whole = trainer(written(tmp_path / "a", **changes) | {"checkpoint": []}, cls=TwoModelTrainer)
@@ -116,6 +109,12 @@ def test_it_resumes_with_its_reference_and_refuses_data_without_labels(tmp_path)
     expected = host(whole.state)
     for name, array in host(run.state).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_data_without_the_labels_that_its_class_declares_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(LabelledPairs, "create_dataloader", DPODataFactory.create_dataloader)
+    with pytest.raises(DataError, match=r"train: the batches of LabelledPairs must .*, found \{\}"):
+        trainer(written(tmp_path), cls=TwoModelTrainer)
 
 
 def test_its_step_is_planned_without_data(tmp_path):
