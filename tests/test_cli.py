@@ -67,7 +67,7 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     assert done.returncode == 0, done.stderr
     for expected in (
         "parameters", "compiling train step for rows of ", "step 3/3  loss ", "evaluation at step 3",
-        "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 updates",
+        "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 steps",
     ):  # fmt: skip
         assert expected in done.stdout, expected
     run = tmp_path / "run"

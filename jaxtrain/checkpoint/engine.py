@@ -24,7 +24,7 @@ class SavePoint(NamedTuple):
     """Where a run is when a save is considered."""
 
     step: int
-    """updates done"""
+    """steps done"""
     epoch_ended: int
     """number of the epoch that ended with this step, from 1; 0 when none did"""
     training_ended: bool
@@ -45,12 +45,12 @@ class Snapshot(NamedTuple):
 
 
 class CheckpointEngine(Factory, kind="checkpoint"):
-    """Writes `output_dir/global_step_N/` after N updates. A directory has that name only while it
+    """Writes `output_dir/global_step_N/` after N steps. A directory has that name only while it
     is complete."""
 
     events = {"load": "load", "save": "save"}
     is_full_state: bool = False
-    """A run can be continued from it."""
+    """A run can be resumed from it."""
     config: CheckpointConfig
     identify: Callable[[], Identity]
     """What the run is compared by with the one that it resumes."""
@@ -96,7 +96,7 @@ class CheckpointEngine(Factory, kind="checkpoint"):
 
     @property
     def checkpoint_dir(self) -> Path:
-        """Where a save at this update goes."""
+        """Where a save at this step goes."""
         return self.path(self.trainer.global_step)
 
     @property
@@ -186,7 +186,7 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             self.tidy(step)
 
     def roll_back(self, step: int) -> None:
-        """Remove what was saved and scored of updates that are taken back."""
+        """Remove what was saved and scored of steps that are taken back."""
         for later in self.steps() if jax.process_index() == 0 else ():
             if later > step:
                 remove(self.path(later))

@@ -42,7 +42,7 @@ class OrbaxEngine(CheckpointEngine):
     def save(self, model: Snapshot) -> None:
         """Write full state; in the background unless the recipe says otherwise.
 
-        Returns when the arrays are copied, so that the next update may overwrite them.
+        Returns when the arrays are copied, so that the next step may overwrite them.
         """
         self.wait()
         step, state = model.step, model.state
@@ -115,11 +115,11 @@ class OrbaxEngine(CheckpointEngine):
                 return self._read(path, model)
             except DamagedCheckpoint as error:
                 if self.config.on_corrupt == "stop":
-                    what = "remove it, or write on_corrupt: previous to go on from the one before"
+                    what = "remove it, or write on_corrupt: previous to resume from the one before"
                     raise CheckpointError(f"{error}; {what}") from error
                 if before is None:
                     raise CheckpointError(f"{error}; there is none before it") from error
-                self.say(f"WARNING: {error}; going on from {before.name}")
+                self.say(f"WARNING: {error}; resuming from {before.name}")
         raise CheckpointError(f"no checkpoint in {self.directory}")
 
     @property
@@ -160,7 +160,7 @@ class OrbaxEngine(CheckpointEngine):
         check_files(path, wanted)
         try:
             context = ocp.Context()
-            context.pytree.loading.partial_load = True  # without an average that nobody wants
+            context.pytree.loading.partial_load = True  # without an average that is not wanted
             with context:
                 found = ocp.load_checkpointables(str(path), wanted)
         except (ValueError, OSError, KeyError) as error:

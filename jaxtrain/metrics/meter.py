@@ -21,20 +21,20 @@ class Meter:
         flops_per_pair: float,
         peak_flops: float | None,
         num_devices: int,
-        update_rows: int,
+        global_batch: int,
     ):
-        """`peak_flops` is that of one device; `update_rows` includes filler sequences."""
+        """`peak_flops` is that of one device; `global_batch` counts the sequences of a step."""
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
         self.peak_flops, self.num_devices = peak_flops, num_devices
-        self.update_rows = update_rows
+        self.global_batch = global_batch
         self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
         """Totals over all restarts."""
         self._since_row: dict[str, float] = defaultdict(float)
-        self._updates, self._training_s = 0, 0.0
+        self._steps, self._training_s = 0, 0.0
         self.restart()
 
     @classmethod
-    def for_model(cls, model: Any, devices: Sequence[Any], *, update_rows: int) -> "Meter":
+    def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
         """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
         config = model.spec.config
         return cls(
@@ -42,7 +42,7 @@ class Meter:
             flops_per_pair=12.0 * config.num_heads * config.head_size,
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),
-            update_rows=update_rows,
+            global_batch=global_batch,
         )
 
     @property
@@ -61,40 +61,40 @@ class Meter:
 
     def count(self, metrics: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        counted = {"updates": 1, "seconds": seconds, "data": self._data_s}
+        counted = {"steps": 1, "seconds": seconds, "data": self._data_s}
         counted |= {name: metrics[name] for name in ("tokens", "trained_tokens", "pairs")}
         for name, value in counted.items():
             self._since_row[name] += value
         for name in self.seen:
             self.seen[name] += type(self.seen[name])(metrics[name])
-        self._updates += 1
+        self._steps += 1
         self._training_s += seconds
         self.restart()
 
-    def build_row(self, metrics: dict[str, float], *, updates_left: int) -> dict[str, Any]:
+    def build_row(self, metrics: dict[str, float], *, steps_left: int) -> dict[str, Any]:
         """Returns times, rates and shares per step since the last row, the seconds that remain, and
         how full the sequences of the newest step are."""
         since, self._since_row = self._since_row, defaultdict(float)
-        seconds, updates = since["seconds"], since["updates"]
+        seconds, steps = since["seconds"], since["steps"]
         flops = self.flops_per_token * since["tokens"] + self.flops_per_pair * since["pairs"]
         tflops = flops / seconds / self.num_devices / 1e12
         places = metrics["rows"] * metrics["seqlen"]
         return {
             # The device keeps working while the host waits for data, so both times are equal.
-            "iter_time": seconds / updates,
-            "step_time": seconds / updates,
+            "iter_time": seconds / steps,
+            "step_time": seconds / steps,
             "iter_tflops": tflops,
             "step_tflops": tflops,
-            "data_time": since["data"] / updates,
+            "data_time": since["data"] / steps,
             "data_share": min(since["data"] / seconds, 1.0),
             "tokens_per_sec": since["tokens"] / seconds,
             "trained_tokens_per_sec": since["trained_tokens"] / seconds,
             "tokens_seen": self.seen["tokens"],
-            "padding_ratio": 1 - metrics["tokens"] / (self.update_rows * metrics["seqlen"]),
+            "padding_ratio": 1 - metrics["tokens"] / (self.global_batch * metrics["seqlen"]),
             "packing_efficiency": metrics["tokens"] / places if places else None,
             "mfu": tflops * 1e12 / self.peak_flops if self.peak_flops else None,
             "mem_peak": peak_memory_bytes(),
-            "eta": updates_left * self._training_s / self._updates,
+            "eta": steps_left * self._training_s / self._steps,
         }
 
 

@@ -1,13 +1,13 @@
 """Callbacks as objects: called when something happens on the host, and able to request more.
 
 Events come in this order: `on_init_end`, `on_train_begin`, then for each epoch `on_epoch_begin`,
-for each update `on_step_begin`, `on_substep_end` for each microbatch but the last,
-`on_pre_optimizer_step`, `on_optimizer_step` (after the fact, since an update is one compiled
+for each step `on_step_begin`, `on_substep_end` for each microbatch but the last,
+`on_pre_optimizer_step`, `on_optimizer_step` (after the fact, since a step is one compiled
 call; one that is not taken has none of the three), `on_step_end`, then, where they are
 due, `on_prediction_step` for each batch of an evaluation, `on_evaluate`, `on_save`, and at last
 `on_epoch_end` and `on_train_end`. `on_train_metrics`, and around a row of them `on_log_step` and
-`on_log`, come when the numbers of an update have arrived, which is while the next one is computed.
-`on_predict` is told of an evaluation of other rows than the recipe's.
+`on_log`, come when the numbers of a step have arrived, which is while the next one is computed.
+`on_predict` comes after an evaluation of other records than the recipe's.
 """
 
 import inspect
@@ -35,22 +35,22 @@ ATTRIBUTES = {
 
 @dataclass
 class Control:
-    """What a callback asks for; each request is obeyed within one update and then taken back."""
+    """What a callback asks for; each request is obeyed within one step and then taken back."""
 
     should_training_stop: bool = False
-    """Finish the update and end the run, saved as at its end."""
+    """Finish the step and end the run, saved as at its end."""
     should_epoch_stop: bool = False
-    """Go on with the next epoch."""
+    """Continue with the next epoch."""
     should_save: bool = False
-    """Save full state at this update."""
+    """Save full state at this step."""
     should_evaluate: bool = False
-    """Evaluate at this update, before a save."""
+    """Evaluate at this step, before a save."""
     should_log: bool = False
-    """Write the metrics of this update now."""
+    """Write the metrics of this step now."""
     should_roll_back: bool = False
-    """Restore the newest full state and go on behind the batches that led here."""
+    """Restore the newest full state and continue after the batches that led here."""
     should_abort_without_save: bool = False
-    """Finish the update and end the run with an error; nothing is saved."""
+    """Finish the step and end the run with an error; nothing is saved."""
 
     def consume(self, request: str) -> bool:
         """Was this requested? It no longer is."""
@@ -62,12 +62,12 @@ class Control:
 class Callback:
     """Derive from it and define the events that matter: `on_…(args, state, control, **more)`.
 
-    `args` is the trainer's config, `state` a `RunState`, `control` takes requests; all are given by
-    name, those alone that are asked for, and so are `logs`, `metrics`, `engine`, `path`, `step` and
-    `epoch` of their events and what `ATTRIBUTES` has. One with `state_dict()` and
-    `load_state_dict(state)` (JSON data) goes on where it was after a resume. One with
-    `measure(gradients)`, pure and traced, adds what it returns, name → scalar, to the metrics of
-    every update; it is given mean gradients before clipping, and has to be there before the first.
+    `args` is the trainer's config, `state` a `RunState`, `control` takes requests. Arguments are
+    passed by name, and only those that the method has; so are `logs`, `metrics`, `engine`, `path`,
+    `step` and `epoch` of their events and what `ATTRIBUTES` has. A callback with `state_dict()` and
+    `load_state_dict(state)` (JSON data) resumes where it was. One with `measure(gradients)`, pure
+    and traced, adds what it returns, name → scalar, to the metrics of every step; it receives mean
+    gradients before clipping, and has to be added before the first step.
     """
 
     key: ClassVar[str] = ""

@@ -41,7 +41,7 @@ REQUIREMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer": (
         lambda v: isinstance(v, optax.GradientTransformation), "an optax transformation"
     ),
-    "scheduler": (callable, "a function of the update number"),
+    "scheduler": (callable, "a function of the step number"),
     "early_stopper": (
         lambda v: callable(getattr(v, "should_stop", v)), "a function of step and score"
     ),

@@ -138,8 +138,8 @@ class Divergence(Callback):
 
 
 class NonFinite(Callback):
-    """What becomes of an update whose loss or gradient norm is not finite; the step has left the
-    state as it was. Under `stop` the report raises when it comes to that update."""
+    """Decides on a step whose loss or gradient norm is not finite, which has left the state as it
+    was. Under `stop` the report raises when it comes to that step."""
 
     key = "on_nonfinite"
 
@@ -149,7 +149,7 @@ class NonFinite(Callback):
         self.in_a_row = 0
 
     def accepts(self, metrics: dict[str, jax.Array], control: Control) -> bool:
-        """Does this count as an update? All but `stop` wait for the device to know; NonFiniteError
+        """Does this count as a step? All but `stop` wait for the device to know; NonFiniteError
         when ten in a row do not."""
         if self.policy == "stop":
             return True
@@ -164,7 +164,7 @@ class NonFinite(Callback):
         self.skipped += not is_finite
         if self.in_a_row == MAX_SKIPPED:
             raise NonFiniteError(
-                f"{MAX_SKIPPED} updates in a row are not finite: on_nonfinite: skip gives up"
+                f"{MAX_SKIPPED} steps in a row are not finite: on_nonfinite: skip gives up"
             )
         metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
         return is_finite
@@ -179,5 +179,5 @@ class NonFinite(Callback):
 def _score(metrics: Any, name: str, asked_by: str) -> float:
     if name not in metrics:
         found = ", ".join(metrics)
-        raise RecipeError(f"{asked_by}: no evaluation gives {name!r}; found {found}")
+        raise RecipeError(f"{asked_by}: no evaluation has {name!r}; found {found}")
     return float(metrics[name])

@@ -1,4 +1,4 @@
-"""Callbacks that tell norms: of the gradients and of the weights, by parameter."""
+"""Callbacks that report norms: of the gradients and of the weights, by parameter."""
 
 import re
 from typing import Any
@@ -24,7 +24,7 @@ class GradLogger(Callback):
 
 
 class WeightNormLogger(Callback):
-    """`weight_norm/<path>` likewise, after the updates that have a row."""
+    """`weight_norm/<path>` likewise, after the steps that have a row."""
 
     def __init__(self, pattern: str = ""):
         compiled = re.compile(pattern)

@@ -25,8 +25,8 @@ NO_PHASES = {"compile_time": 0.0, "save_time": 0.0}
 
 
 class Report:
-    """Holds the metrics of one update back until the next is under way, so that nothing waits
-    for them."""
+    """Holds the metrics of one step back until the next is under way, so that nothing waits for
+    them."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Report:
         last_step: int,
         tell: Callable[..., None],
     ):
-        """`tell` is given an event and its values by name."""
+        """`tell` receives an event and its values by name."""
         self.console, self.folder, self.meter = console, folder, meter
         self.config, self.peak_lr, self.last_step = folder.config, peak_lr, last_step
         self.tell = tell
@@ -50,13 +50,13 @@ class Report:
         self._phases = dict(NO_PHASES)
 
     def update(self, step: int, metrics: dict[str, jax.Array], *, epoch: float) -> None:
-        """Take the metrics of an update that was just dispatched; report the one before it.
-        `epoch` is how often all rows were taken."""
+        """Take the metrics of a step that was just dispatched; report the one before it. `epoch` is
+        the number of passes over the data so far."""
         self.flush()
         self._held = (step, epoch, metrics)
         profiler = self.folder.profiler
         if profiler and profiler.is_due(step):
-            self.flush()  # waits for the update
+            self.flush()  # waits for the step
             profiler.toggle()
             self.meter.restart()
 
@@ -77,7 +77,7 @@ class Report:
             self.tell("on_log_step", logs=row)
         row |= self.user_metrics.pop_values()
         if has_row:
-            row |= self.meter.build_row(values, updates_left=self.last_step - step) | self._phases
+            row |= self.meter.build_row(values, steps_left=self.last_step - step) | self._phases
             self._phases = dict(NO_PHASES)
             self.user_metrics.row = row
             self.write(row)
@@ -87,8 +87,8 @@ class Report:
             (screen if has_row else log).info(format_progress(row, self.last_step))
         if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
-                f"update {step} is not finite: loss {values['loss']}, grad norm "
-                f"{values['grad_norm']}; the weights are still those of update {step - 1}"
+                f"step {step} is not finite: loss {values['loss']}, grad norm "
+                f"{values['grad_norm']}; the weights are still those of step {step - 1}"
             )
 
     def write(self, row: MetricsRow) -> None:
@@ -96,14 +96,14 @@ class Report:
         self.folder.write(row)
 
     def rolled_back(self, step: int, row: dict[str, Any]) -> None:
-        """Forget what came behind this update, and write a row that says so."""
+        """Forget what came after this step, and write a row that says so."""
         self._held = None
         self.folder.cut(step)
         self.history = deque((r for r in self.history if r["iter"] <= step), LONGEST_HISTORY)
         self.write({"iter": step, **row})
         self.console.line(
-            f"rolled back from step {row['rolled_back_from']} to step {step}, to go on behind the "
-            "batches that led there"
+            f"rolled back from step {row['rolled_back_from']} to step {step}; the run continues "
+            "after the batches that led there"
         )
         self.meter.restart()
 
@@ -140,8 +140,8 @@ class Report:
 
     @contextmanager
     def phase(self, name: str, *, key: str) -> Iterator[None]:
-        """Something that takes a while and is no training, behind the report of the update before
-        it; the next row has its seconds under `key`."""
+        """Something that takes a while and is no training, after the report of the step before it;
+        the next row has its seconds under `key`."""
         self.flush()
         began = time.perf_counter()
         with self.console.phase(name):
@@ -163,7 +163,7 @@ class Report:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on counting after a resume."""
+        """What a resumed run continues to count."""
         return {
             "seen": dict(self.meter.seen),
             "num_evaluations": self.num_evaluations,
@@ -182,5 +182,5 @@ class Report:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Of the first update and of every n-th, so that a resume does not move them; 0 is never."""
+    """Of the first step and of every n-th, so that a resume does not move them; 0 is never."""
     return bool(every) and (step == 1 or step % every == 0)

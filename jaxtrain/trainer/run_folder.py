@@ -86,7 +86,7 @@ class RunFolder:
         self.is_new = before is None
 
     def open(self, *, resumed_at: int) -> None:
-        """Make the folder and say in it what is run; rows behind `resumed_at` are cut."""
+        """Make the folder and say in it what is run; rows after `resumed_at` are cut."""
         logger, process = self.config.logger, jax.process_index()
         if process == 0:
             self._claim()
@@ -119,7 +119,7 @@ class RunFolder:
             yield Wandb(config.wandb, self.path, to_dict(config))
 
     def cut(self, step: int) -> None:
-        """Have the rows behind this update forgotten, as a resume does."""
+        """Have the rows after this step forgotten, as a resume does."""
         kept = [writer for writer in self.writers if writer is self.profiler]
         takers = [writer for writer in self.writers if writer is not self.profiler]
         for writer in takers:

@@ -42,7 +42,7 @@ class RunState(TrainerView):
 
     @property
     def epoch_start_step(self) -> int:
-        """The update after which the epoch began, if no batch was skipped since."""
+        """The step after which the epoch began, if no batch was skipped since."""
         return self.global_step - self.position % self.epoch_train_steps
 
     @property

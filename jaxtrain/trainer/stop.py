@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequests:
-    """Noted when they come, and looked at once an update, so that the update is finished first."""
+    """Noted when they come, and looked at once per step, so that the step is finished first."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -44,7 +44,7 @@ class StopRequests:
         self.signal = signal.Signals(number)
         # A print could meet another one half done; a write to the descriptor cannot.
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        os.write(2, f"\n{self.signal.name}: ending after this update{again}\n".encode())
+        os.write(2, f"\n{self.signal.name}: ending after this step{again}\n".encode())
 
     def poll(self) -> str | None:
         """Why the run is to end, None while nothing asks; a stop file that is obeyed is removed."""
@@ -59,10 +59,10 @@ class StopRequests:
 def preemption_error(name: str, step: int, *, has_full_state: bool, resumes: bool) -> UserError:
     """What a run raises that the signal of this name has ended after so many steps: PreemptedError
     if it can be resumed."""
-    when = f"{name}: ended after update {step}"
+    when = f"{name}: ended after step {step}"
     if not has_full_state:
         return AbortedError(f"{when}; nothing could be saved: the recipe has no `orbax` entry")
     how = "" if resumes else "with `auto_resume: true` on its `orbax` entry, "
     if step == 0:
-        return PreemptedError(f"{name}: ended before the first update; {how}run it again")
-    return PreemptedError(f"{when}, its full state is saved; {how}run it again to go on")
+        return PreemptedError(f"{name}: ended before the first step; {how}run it again")
+    return PreemptedError(f"{when}, its full state is saved; {how}run it again to continue")

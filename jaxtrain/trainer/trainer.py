@@ -27,7 +27,7 @@ from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, Muon
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import to_dict
-from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError
+from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError, pluralize
 from jaxtrain.recipe.logger import is_among
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
@@ -142,7 +142,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         )
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
-        meter = Meter.for_model(self.run.model, devices, update_rows=self.layout.global_batch)
+        meter = Meter.for_model(self.run.model, devices, global_batch=self.layout.global_batch)
         self.report = Report(
             self.console,
             self.run_folder,
@@ -239,7 +239,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                 if self.progress.is_stopping:
                     how = f"ended early, {self.progress.stop_reason}"
         runtime = time.perf_counter() - began
-        done = f"{self.progress.step} updates done, {format_duration(runtime)}"
+        done = f"{pluralize(self.progress.step, 'step')} done, {format_duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
         metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
         metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}
@@ -308,7 +308,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         control, progress = self.control, self.progress
         if control.should_abort_without_save:
             raise AbortedError(
-                f"a callback ended the run at update {progress.step}; nothing was saved of it"
+                f"a callback ended the run at step {progress.step}; nothing was saved of it"
             )
         if control.consume("should_epoch_stop"):
             progress.skip_epoch(self.horizon)
@@ -484,7 +484,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         if "report" in saved:
             self.report.load_state_dict(saved["report"])
         without = f", not restored: {', '.join(reset)}" if reset else ""
-        self.console.line(f"continuing after update {self.progress.step}{without}")
+        self.console.line(f"continuing after step {self.progress.step}{without}")
 
     def _roll_back(self) -> None:
         """Restore the newest full state, and leave the data position where it is.
@@ -494,10 +494,10 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         progress = self.progress
         step, position = progress.step, progress.position
         if progress.rollbacks == MAX_ROLLBACKS:
-            raise NonFiniteError(f"update {step + 1}: rolled back {MAX_ROLLBACKS} times already")
+            raise NonFiniteError(f"step {step + 1}: rolled back {MAX_ROLLBACKS} times already")
         self.checkpoints.wait()
         if (engine := self.checkpoints.newest) is None:
-            raise NonFiniteError(f"update {step + 1}: no full state was saved yet to roll back to")
+            raise NonFiniteError(f"step {step + 1}: no full state was saved yet to roll back to")
         progress.rollbacks += 1
         self.restore(engine)
         progress.position = position

@@ -64,8 +64,8 @@ def test_a_damaged_newest_is_passed_over_when_the_recipe_says_so(tmp_path, capsy
     again = engine(tmp_path, on_corrupt="previous")
     assert_same(again.load(shapes(SIZE)), 1, SIZE)
     said = capsys.readouterr().out
-    assert "WARNING: " in said and "going on from global_step_2" in said
-    assert "going on from global_step_1" in said
+    assert "WARNING: " in said and "resuming from global_step_2" in said
+    assert "resuming from global_step_1" in said
     # The damaged ones are out of the way when the run begins: it writes the same steps again.
     again.begin(1)
     assert again.steps() == [1]

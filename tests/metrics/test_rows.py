@@ -143,7 +143,7 @@ def test_rates_are_over_the_interval_and_per_device(monkeypatch):
     clock = iter([0.0, 1.0, 1.0, 2.0, 2.0, 8.0, 10.0, 10.0])
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: next(clock))
     meter = Meter(
-        flops_per_token=600.0, flops_per_pair=40.0, peak_flops=1e6, num_devices=2, update_rows=2
+        flops_per_token=600.0, flops_per_pair=40.0, peak_flops=1e6, num_devices=2, global_batch=2
     )  # fmt: skip
     update = {"tokens": 16.0, "trained_tokens": 8.0, "pairs": 100.0, "rows": 2.0, "seqlen": 10.0}
     meter.count(update)
@@ -151,7 +151,7 @@ def test_rates_are_over_the_interval_and_per_device(monkeypatch):
     meter.restart()  # six seconds of something else
     meter.add_data_wait(1.0)
     meter.count(update | {"tokens": 4.0, "rows": 1.0})
-    row = meter.build_row(update | {"tokens": 4.0, "rows": 1.0}, updates_left=3)
+    row = meter.build_row(update | {"tokens": 4.0, "rows": 1.0}, steps_left=3)
     flops = 600 * 36 + 40 * 300
     assert row["iter_time"] == row["step_time"] == pytest.approx(4 / 3)
     assert row["tokens_per_sec"] == 9 and row["trained_tokens_per_sec"] == 6

@@ -70,9 +70,7 @@ def handlers():
 def test_a_signal_finishes_the_update_and_saves_and_the_run_goes_on(tmp_path, unbroken, number):
     before = {n: signal.getsignal(n) for n in SIGNALS}
     run = ending(tmp_path, 2, lambda control: signal.raise_signal(number))
-    with pytest.raises(
-        PreemptedError, match=rf"{number.name}: ended after update 3, its full state"
-    ):
+    with pytest.raises(PreemptedError, match=rf"{number.name}: ended after step 3, its full state"):
         run.train()
     assert PreemptedError.exit_code == 75 and run.early_stop_reason == number.name
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
@@ -98,7 +96,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
 def test_a_signal_that_nothing_can_be_saved_for_says_so(tmp_path):
     run = ending(tmp_path, 1, lambda control: signal.raise_signal(signal.SIGTERM), full_state=False)
-    with pytest.raises(AbortedError, match=r"after update 2; nothing could be saved: .* `orbax`"):
+    with pytest.raises(AbortedError, match=r"after step 2; nothing could be saved: .* `orbax`"):
         run.train()
     assert AbortedError.exit_code == 1
 
@@ -173,7 +171,7 @@ def test_a_callback_may_end_the_run_without_a_save(tmp_path):
         control.should_abort_without_save = control.should_save = True
 
     run = ending(tmp_path, 1, abort)
-    with pytest.raises(AbortedError, match="ended the run at update 2; nothing was saved"):
+    with pytest.raises(AbortedError, match="ended the run at step 2; nothing was saved"):
         run.train()
     assert saved(tmp_path) == []
 
@@ -241,7 +239,7 @@ def test_exit_codes_of_a_signal_and_a_stop_file(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
     assert process.returncode == 75, err
-    assert "full state is saved; run it again to go on" in err and "Traceback" not in err
+    assert "full state is saved; run it again to continue" in err and "Traceback" not in err
     (step,) = saved(tmp_path)
     process = started()
     (tmp_path / "run" / "stop").touch()

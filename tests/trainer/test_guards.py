@@ -193,7 +193,7 @@ def rows(folder):
 def test_stop_keeps_the_last_good_state_and_saves_nothing_of_the_broken_one(tmp_path):
     """Trap F16."""
     run = breaking(tmp_path, "stop", [3], every=1)
-    with pytest.raises(NonFiniteError, match="update 4 is not finite: .* still those of update 3"):
+    with pytest.raises(NonFiniteError, match="step 4 is not finite: .* still those of step 3"):
         run.train()
     assert run.checkpoint_engines[0].steps() == [1, 2, 3]
 
@@ -225,7 +225,7 @@ def test_skip_drops_the_update_and_consumes_the_batch(tmp_path):
 
 def test_ten_skips_in_a_row_are_too_many(tmp_path):
     run = breaking(tmp_path, "skip", range(1, 11), steps=20)
-    with pytest.raises(NonFiniteError, match="10 updates in a row are not finite"):
+    with pytest.raises(NonFiniteError, match="10 steps in a row are not finite"):
         run.train()
     assert (run.global_step, run.position) == (1, 11)
 
@@ -243,10 +243,10 @@ def test_rollback_restores_and_goes_on_behind_the_offending_batches(tmp_path):
 
 
 def test_rollback_needs_a_state_and_gives_up_after_three(tmp_path):
-    with pytest.raises(NonFiniteError, match="update 1: no full state was saved yet"):
+    with pytest.raises(NonFiniteError, match="step 1: no full state was saved yet"):
         breaking(tmp_path / "first", "rollback", [0]).train()
     run = breaking(tmp_path / "second", "rollback", [2, 3, 4, 5])
-    with pytest.raises(NonFiniteError, match="update 3: rolled back 3 times already"):
+    with pytest.raises(NonFiniteError, match="step 3: rolled back 3 times already"):
         run.train()
     assert (run.global_step, run.num_rollbacks) == (2, 3)
 

@@ -241,7 +241,7 @@ def test_a_mistake_in_a_call_says_what_is_right(tmp_path):
         (lambda: SFTTrainer(config, callbacks=["x"]), "'x' is no callback: it has none of on_"),
         (lambda: SFTTrainer(config, model="x"), "model must be the `model` of another trainer"),
         (lambda: SFTTrainer(config, optimizer="adam"), "optimizer must be an optax transformation"),
-        (lambda: SFTTrainer(config, scheduler=1), "scheduler must be a function of the update"),
+        (lambda: SFTTrainer(config, scheduler=1), "scheduler must be a function of the step"),
         (lambda: SFTTrainer(config, early_stopper=1), "early_stopper must be a function of step"),
     ):
         with pytest.raises((TypeError, ValueError), match=expected):

@@ -103,7 +103,7 @@ def test_other_data_cannot_continue_a_run_unless_allowed(tmp_path, monkeypatch, 
         cli(arguments, standalone_mode=False)  # on the eight devices of the tests
     cli([*arguments, "--allow-change", "global_batch"], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "continuing after update 1" in said and "finished: 2 updates" in said
+    assert "continuing after step 1" in said and "finished: 2 steps" in said
     assert "changed since global_step_1: data.sources" in said
 
 

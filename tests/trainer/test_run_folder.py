@@ -116,7 +116,7 @@ def test_of_two_processes_one_names_the_run_and_the_recipe_says_who_tells(tmp_pa
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert ["finished: 2 updates" in output for output in outputs] == [False, True]
+    assert ["finished: 2 steps" in output for output in outputs] == [False, True]
     assert names(tmp_path) == ["chat-1", "chat-2"]
     run = tmp_path / "chat-2"
     assert [file.name for file in (run / "logs").iterdir()] == ["rank_1.log"]

@@ -197,7 +197,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_by_the_next_start(tmp_pat
 def test_a_signal_before_the_first_update_claims_no_saved_state(tmp_path):
     run = evaluating(tmp_path, eval_at_start=True)
     said = preempted(run, "on_prediction_step", 1)
-    assert said == "SIGTERM: ended before the first update; run it again"
+    assert said == "SIGTERM: ended before the first step; run it again"
     assert run.checkpoint_engines[0].steps() == []
     again = evaluating(tmp_path, eval_at_start=True)
     again.train()
