@@ -8,20 +8,18 @@ from typing import Any
 import jax
 
 from jaxtrain import registry
-from jaxtrain.recipe.mesh import AXES
 from jaxtrain.recipe.trainer import TrainerConfig
+from jaxtrain.trainer.header import count_parameters, describe_devices
 
 
 def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tuple[str, str]]:
     """(name, fact) in the order in which they are shown. RecipeError for a mesh that does not fit
     the devices or the model."""
     trainer = registry.find("trainer", config.type)(config, "plan", devices=devices)
-    run, layout, mesh = trainer.run, trainer.layout, trainer.mesh
+    run, layout = trainer.run, trainer.layout
     shapes, row_tokens = run.state_shapes, run.model.spec.placement.row_tokens
-    axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
-    yield "devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (axes and f", {axes}")
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.shapes))
-    yield "model", f"{count:,} parameters, computed in {run.model.compute.compute_dtype}"
+    yield "devices", describe_devices(run.mesh)
+    yield "model", f"{count_parameters(run)}, computed in {run.model.compute.compute_dtype}"
     yield "batch", f"{layout.global_batch:,} sequences of {row_tokens:,} tokens per step"
     parts = {"parameters": (shapes.params, shapes.frozen), "optimizer": shapes.opt_state}
     parts |= {"average": shapes.average} if shapes.average else {}

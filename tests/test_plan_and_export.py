@@ -34,7 +34,7 @@ def test_a_plan_simulates_devices_and_reads_no_data(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = dict(re.split(r" +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert facts["devices"] == "4 x cpu, fsdp 4"
+    assert facts["devices"] == "4 x cpu, mesh fsdp 4"
     assert facts["batch"] == "8 sequences of 128 tokens per step"
     assert facts["state"].startswith("0.") and "optimizer" in facts["state"]
     state, step, peak = (

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
@@ -20,22 +21,30 @@ def collect_facts(
 ) -> dict[str, str]:
     """Name → fact, in the order in which they are shown; a fact may have several lines."""
     config, model, mesh = run.config, run.model, run.mesh
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
-    axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     stage = config.deepspeed.zero_stage if mesh.shape["data"] > 1 else 0
     return {
-        "model": f"{config.model.name_or_path.split('#')[0]}, {parameters:,} parameters, "
+        "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
         f"{model.compute.compute_dtype}, {_remat(model.compute)}",
         "kernels": model.attention,
         "optimizer": _optimizer(run),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        + (f", mesh {axes}" if axes else "")
-        + (f", ZeRO stage {stage}" if stage else ""),
+        "devices": describe_devices(mesh) + (f", ZeRO stage {stage}" if stage else ""),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
         "steps": _steps(run, progress, horizon),
         "run": str(folder),
     }
+
+
+def count_parameters(run: Run) -> str:
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.shapes))
+    return f"{count:,} parameters"
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """How many of which kind, and the axes of the mesh that split anything."""
+    axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {kind}" + (f", mesh {axes}" if axes else "")
 
 
 def _remat(compute: ComputeConfig) -> str:
