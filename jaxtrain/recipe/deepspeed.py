@@ -119,6 +119,7 @@ class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state is stored."""
 
     device: Annotated[Literal["none", "cpu"] | None, not_supported(_STAGE_3, "none")] = None
+    """Where it is: with the device's other arrays (`none`), or in host memory."""
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
 
     @model_validator(mode="before")
@@ -161,10 +162,12 @@ class ZeroConfig(_keys("zero_optimization", **_refused(_QUANTIZED, _CHANGES_RESU
 
 class EnabledConfig(_keys("bf16")):
     enabled: bool | None = None
+    """Compared with `model.dtype`."""
 
 
 class FP16Config(_keys("fp16")):
     enabled: bool | None = None
+    """Compared with `model.dtype`."""
     loss_scale: float = Field(default=0, ge=0)
     initial_scale_power: int = Field(default=16, ge=0)
     loss_scale_window: int = Field(default=1000, ge=1)
@@ -184,6 +187,7 @@ class DataTypesConfig(DeepSpeedSection):
     grad_accum_dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, not_supported("use fp32", "fp32")
     ] = None
+    """Dtype of the summed gradient."""
 
 
 class TensorParallelConfig(DeepSpeedSection):
@@ -226,6 +230,7 @@ class DeepSpeedConfig(_keys("", **_REFUSED)):
     data_types: Annotated[DataTypesConfig | None, mapped("dtype of the summed gradient")] = None
     tensor_parallel: Annotated[TensorParallelConfig | None, mapped("mesh.tensor")] = None
     activation_checkpointing: ActivationConfig | None = None
+    """What is kept for the backward pass."""
     tensorboard: Annotated[MonitorConfig | None, mapped("tensorboard.enable")] = None
 
     @property
