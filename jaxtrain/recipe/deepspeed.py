@@ -6,7 +6,6 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from jaxtrain.recipe.section import (
     Section,
-    contradiction,
     equals,
     mapped,
     no_effect,
@@ -118,16 +117,9 @@ _STAGE_3 = "use zero_optimization.stage: 3 on more devices"
 class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state is stored."""
 
-    device: Annotated[Literal["none", "cpu"] | None, not_supported(_STAGE_3, "none")] = None
-    """Where it is: with the device's other arrays (`none`), or in host memory."""
+    device: Annotated[Literal["none", "cpu", "nvme"] | None, not_supported(_STAGE_3, "none")] = None
+    """Where it is: with the device's other arrays (`none`), in host memory, or on a disk."""
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_disk(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("device") == "nvme":
-            raise contradiction("device", f"nvme is not supported; {_STAGE_3}")
-        return values
 
 
 _STAGES = {

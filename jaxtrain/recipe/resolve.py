@@ -325,13 +325,10 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
 def find_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
-    places = [(section, section) for section in registry.SECTIONS]
-    places += [("checkpoint", "checkpoint.*")]
-    places += [
-        ("data_source", f"data.{key}")
-        for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
-    ]
-    for kind, section in places:
+    places = {section: section for section in registry.SECTIONS} | {"checkpoint.*": "checkpoint"}
+    places |= dict.fromkeys(("data.sources.*", "data.eval_sources.*", "data.eval_sources.*.*"),
+                            "data_source")  # fmt: skip
+    for section, kind in places.items():
         for _, name in find_values(recipe.tree, f"{section}.type".split(".")):
             if isinstance(name, str):
                 yield kind, registry.canonical(kind, name)

@@ -573,7 +573,7 @@ def test_a_used_stop_file_is_stale(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wsd", "wds"])
-@pytest.mark.parametrize("trainer", registry.ALLOWED)
+@pytest.mark.parametrize("trainer", registry.BUILT_IN["trainer"])
 def test_a32_the_scheduler_has_both_names_in_every_trainer(trainer, name):
     """Trap A32."""
     scheduler = {"type": name, "num_warmup_steps": 1, "num_decay_steps": 9}
