@@ -186,22 +186,19 @@ def _periods(num_steps: int, num_epochs: int) -> list[str]:
 
 def describe_files(config: TrainerConfig) -> str:
     """Files that the run writes besides checkpoints, those in its folder together."""
-    folder, trace = config.output_path(None, ""), config.profile
-    found = [
-        config.output_path(None, "recipe.yaml"),
-        config.output_path(None, "run.json"),
-        config.output_path(config.logger.output_dir, "") / "logs",
-        config.output_path(config.train_log_metrics_path, "train-log-metrics.jsonl"),
-        config.output_path(None, "loss.png"),
-    ]
-    for is_written, written, name in (
+    folder, logs, trace = config.output_path(None, ""), config.logger.output_dir, config.profile
+    outputs = (
+        (True, None, "recipe.yaml"),
+        (True, None, "run.json"),
+        (True, logs and f"{logs}/logs", "logs"),
+        (True, config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        (True, None, "loss.png"),
         (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
         (config.wandb.is_on, None, "wandb"),
-        (trace is not None, trace and trace.dir, "profile"),
-        (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
-    ):
-        if is_written:
-            found.append(config.output_path(written, name))
+        (trace, trace and trace.dir, "profile"),
+        (config.mem_profiler, config.mem_profiler_dir, "mem-prof"),
+    )
+    found = [config.output_path(path, name) for is_written, path, name in outputs if is_written]
     inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
     outside = [str(file) for file in found if not file.is_relative_to(folder)]
     return ", ".join([f"{folder}: {', '.join(inside)}", *outside])

@@ -58,7 +58,7 @@ def json_schema(recipe: Path | None = None) -> dict[str, Any]:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "jaxtrain recipe",
-        "anyOf": [_ref("trainer", name) for name in trainers],
+        **_one_of("trainer", trainers),
         "$defs": definitions,
     }
 
@@ -152,7 +152,7 @@ def _add_sections(schema: dict[str, Any], trainer: str) -> None:
     """Lets each section of a trainer be what its factories read."""
     for section in registry.SECTIONS:
         names = [n for n in registry.allowed(trainer, section) if n in _list_supported(section)]
-        choice = {"anyOf": [_ref(section, name) for name in names]}
+        choice = _one_of(section, names)
         if section == "checkpoint":
             choice = {"anyOf": [*choice["anyOf"], {"type": "array", "items": choice}]}
         schema["properties"][section] = choice
@@ -160,20 +160,15 @@ def _add_sections(schema: dict[str, Any], trainer: str) -> None:
 
 
 def _add_sources(schema: dict[str, Any]) -> None:
-    one = {
-        "anyOf": [
-            {"type": "string"},
-            *(_ref("data_source", n) for n in _list_supported("data_source")),
-        ]
-    }
-    many = {"type": "array", "items": one}
+    text = {"type": "string"}
+    many = {"type": "array", "items": _one_of("data_source", _list_supported("data_source"), text)}
+    named = {"type": "object", "additionalProperties": many}
     for key in SOURCES:
-        named = {"type": "object", "additionalProperties": many}
-        schema["properties"][key] = {"anyOf": [{"type": "string"}, many, named]}
+        schema["properties"][key] = {"anyOf": [text, many, named]}
 
 
-def _ref(kind: str, name: str) -> dict[str, str]:
-    return {"$ref": f"#/$defs/{kind}.{name}"}
+def _one_of(kind: str, names: Iterable[str], *others: Any) -> dict[str, list[Any]]:
+    return {"anyOf": [*others, *({"$ref": f"#/$defs/{kind}.{name}"} for name in names)]}
 
 
 Row = tuple[str, ...]

@@ -494,7 +494,7 @@ SECTIONS = {
     ),
     "bias": (
         model(peft_config={"peft_type": "Lora", "bias": "all"}),
-        "model.peft_config.bias: must be none, found 'all'",
+        "model.peft_config.bias: must be 'none', found 'all'",
     ),
     "dora": (
         model(peft_config={"peft_type": "Lora", "use_dora": True}),
@@ -507,8 +507,8 @@ SECTIONS = {
     ),
     "disk": (
         zero(offload_optimizer={"device": "nvme"}),
-        "deepspeed.zero_optimization.offload_optimizer.device: nvme is not supported; use "
-        "zero_optimization.stage: 3 on more devices",
+        "deepspeed.zero_optimization.offload_optimizer.device: not supported yet, found "
+        "'nvme'; use zero_optimization.stage: 3 on more devices",
     ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),
