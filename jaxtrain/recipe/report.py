@@ -165,18 +165,13 @@ def find_unsupported(config: TrainerConfig, origins: Mapping[str, str]) -> Itera
     """A fault for each value that this version does not support, under the key that was written."""
     for key, value, marker in find_marked(config, NotSupported):
         if marker.refuses(value):
-            what = f"not supported yet, found {_show_written(value)}; {marker.instead}"
+            found = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+            what = f"not supported yet, found {show(found)}; {marker.instead}"
             yield Fault(origins.get(key, key), what)
 
 
 def supported_types(kind: str) -> str:
     return ", ".join(name for name, entry in registry.BUILT_IN[kind].items() if entry.path)
-
-
-def _show_written(value: Any) -> str:
-    if not isinstance(value, BaseModel):
-        return show(value)
-    return show({name: v for name, v in value if name in value.model_fields_set})
 
 
 # Keys that are honoured under another key.
