@@ -318,6 +318,10 @@ def is_planned(kind: str, name: str) -> bool:
     return is_built_in(kind, name) and not BUILT_IN[kind][name].path
 
 
+def supported(kind: str) -> list[str]:
+    return [name for name in names(kind) if not is_planned(kind, name)]
+
+
 def canonical(kind: str, name: str) -> str:
     """The name under which a class is registered, for one of the shared format's names."""
     return ALIASES.get((kind, name), name)

@@ -170,10 +170,6 @@ def find_unsupported(config: TrainerConfig, origins: Mapping[str, str]) -> Itera
             yield Fault(origins.get(key, key), what)
 
 
-def supported_types(kind: str) -> str:
-    return ", ".join(name for name, entry in registry.BUILT_IN[kind].items() if entry.path)
-
-
 # Keys that are honoured under another key.
 
 

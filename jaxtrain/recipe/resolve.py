@@ -22,7 +22,6 @@ from jaxtrain.recipe.report import (
     carry_over,
     drop_carried,
     find_unsupported,
-    supported_types,
 )
 from jaxtrain.recipe.secrets import find_secrets, hide_secrets
 from jaxtrain.recipe.section import TypedSection, find_values, path_exists
@@ -219,7 +218,8 @@ class _Resolver:
         cls = self.classes[key] = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
         if registry.is_planned(kind, name):
-            what = f"{name!r} is not supported yet; supported: {supported_types(kind)}"
+            supported = ", ".join(registry.supported(kind))
+            what = f"{name!r} is not supported yet; supported: {supported}"
             self.unsupported.append(Fault(join_key((*key, "type")), what))
         found: list[tuple[Key, str]] = []
         for _ in range(MAX_PASSES):

@@ -47,13 +47,13 @@ def json_schema(recipe: Path | None = None) -> dict[str, Any]:
     if recipe is not None:
         load_code(compose(recipe))
     definitions: dict[str, Any] = {}
-    trainers = _list_supported("trainer")
+    trainers = registry.supported("trainer")
     for kind in LEVELS:
-        for name in _list_supported(kind):
+        for name in registry.supported(kind):
             definitions[f"{kind}.{name}"] = _build_section(kind, name, definitions)
     for name in trainers:
         _add_sections(definitions[f"trainer.{name}"], name)
-    for name in _list_supported("data"):
+    for name in registry.supported("data"):
         _add_sources(definitions[f"data.{name}"])
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -69,7 +69,7 @@ def reference() -> str:
     for kind, level in LEVELS.items():
         printed: dict[str, dict[str, Row]] = {}
         by_class: dict[type[BaseModel], list[str]] = {}
-        for name in filter(partial(registry.is_built_in, kind), _list_supported(kind)):
+        for name in filter(partial(registry.is_built_in, kind), registry.supported(kind)):
             by_class.setdefault(registry.config_class(kind, name), []).append(name)
         for cls, names in by_class.items():
             parts += _format_section(cls, level, names, printed)
@@ -130,10 +130,6 @@ data:
 """Section → a part of a recipe that uses it."""
 
 
-def _list_supported(kind: str) -> list[str]:
-    return [name for name in registry.names(kind) if not registry.is_planned(kind, name)]
-
-
 def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     cls = registry.config_class(kind, name)
     schema = cls.model_json_schema(
@@ -151,7 +147,7 @@ def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[st
 def _add_sections(schema: dict[str, Any], trainer: str) -> None:
     """Lets each section of a trainer be what its factories read."""
     for section in registry.SECTIONS:
-        names = [n for n in registry.allowed(trainer, section) if n in _list_supported(section)]
+        names = [n for n in registry.allowed(trainer, section) if n in registry.supported(section)]
         choice = _one_of(section, names)
         if section == "checkpoint":
             choice = {"anyOf": [*choice["anyOf"], {"type": "array", "items": choice}]}
@@ -161,7 +157,10 @@ def _add_sections(schema: dict[str, Any], trainer: str) -> None:
 
 def _add_sources(schema: dict[str, Any]) -> None:
     text = {"type": "string"}
-    many = {"type": "array", "items": _one_of("data_source", _list_supported("data_source"), text)}
+    many = {
+        "type": "array",
+        "items": _one_of("data_source", registry.supported("data_source"), text),
+    }
     named = {"type": "object", "additionalProperties": many}
     for key in SOURCES:
         schema["properties"][key] = {"anyOf": [text, many, named]}
