@@ -181,9 +181,9 @@ class _Resolver:
         elif name not in registry.names(kind):
             self.add_fault((*key, "type"), registry.unknown(kind, name, [*allowed]))
         elif name not in allowed and self.tree.get("skip_validation") is not True:
-            what = f"{name!r} is not allowed with trainer {self.tree['type']!r}, skip_validation: "
-            what += f"true allows it (allowed: {', '.join(allowed)})"
-            self.add_fault((*key, "type"), what)
+            what = f"{name!r} is not allowed with trainer {self.tree['type']!r}"
+            lift = f"skip_validation: true allows it (allowed: {', '.join(allowed)})"
+            self.add_fault((*key, "type"), f"{what}, {lift}")
         else:
             value = self.read_source_lists(name, value, key) if kind == "data" else value
             typed = self.validate(kind, name, {**value, "type": name}, key)
