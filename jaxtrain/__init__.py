@@ -82,13 +82,11 @@ _PLACE = {
     for module, names in _HOME.items()
     for words in names.split()
 }
-_NOT_BUILT = ("DPOTrainer", "SnowflakeDataSource")
+_NOT_SUPPORTED = ("DPOTrainer", "SnowflakeDataSource")
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name in _NOT_BUILT
-    ):  # an AttributeError would be another message under `from jaxtrain import`
+    if name in _NOT_SUPPORTED:  # `from jaxtrain import` has its own message for AttributeError
         raise ImportError(f"jaxtrain.{name} is not supported yet")
     if name not in _PLACE:
         raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")

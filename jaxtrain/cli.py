@@ -117,7 +117,9 @@ def train(
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
 
-    with profiled(python_profile), no_secret_told(config.secrets):
+    if python_profile != "disable":
+        print_profile(python_profile)
+    with no_secret_told(config.secrets):
         cls = registry.find("trainer", config.type)
         trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
@@ -304,21 +306,16 @@ def no_secret_told(secrets: Secrets) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def profiled(order: str) -> Iterator[None]:
-    """Print the 30 functions that took longest, by `order`, also when the run fails."""
-    if order == "disable":
-        yield
-        return
+def print_profile(order: str) -> None:
+    """From now to the end of the command, which may fail: print the 30 functions that took longest,
+    by `order`."""
     import cProfile
     import pstats
 
     profile = cProfile.Profile()
-    try:
-        with profile:
-            yield
-    finally:
-        pstats.Stats(profile).sort_stats(order).print_stats(30)
+    report = lambda: pstats.Stats(profile).sort_stats(order).print_stats(30)
+    click.get_current_context().call_on_close(report)
+    profile.enable()
 
 
 def use_huge_pages() -> None:

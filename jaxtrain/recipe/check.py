@@ -12,7 +12,6 @@ from pathlib import Path
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.errors import pluralize
-from jaxtrain.recipe.report import Report, join_keys
 from jaxtrain.recipe.resolve import Resolved
 from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -25,7 +24,8 @@ MAX_COUNTED_BYTES = 1 << 28  # of local files whose lines are counted: a tenth o
 def describe(resolved: Resolved, devices: int | None = None) -> str:
     """The report on a recipe's keys and, if it is valid, the facts of its run, on `devices` if
     their number is known."""
-    parts = [format_report(resolved.report)]
+    report = resolved.report
+    parts = [[*report.format("same"), *report.changes(), *report.format("refused")]]
     if resolved.config is not None and not resolved.faults:
         facts = find_facts(resolved.config, devices)
         parts.append([f"{name:10} {fact}" for name, fact in facts])
@@ -34,15 +34,6 @@ def describe(resolved: Resolved, devices: int | None = None) -> str:
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     return "\n\n".join("\n".join(map(wrap, lines)) for lines in parts if lines)
-
-
-def format_report(report: Report) -> list[str]:
-    """Lines of the keys that are the same as upstream, of those that change, of refused ones."""
-    same, refused = (
-        f"{word:10} {join_keys(line.key for line in report.select(word))}"
-        for word in ("same", "refused")
-    )
-    return [line for line in (same, *report.changes(), refused) if line[10:].strip()]
 
 
 def find_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str, str]]:
@@ -92,9 +83,9 @@ def describe_steps(config: TrainerConfig, steps_per_epoch: int | None = None) ->
     return text + (f", {steps_per_epoch:,} per epoch" if steps_per_epoch else "")
 
 
-def describe_warmup(config: TrainerConfig, steps_per_epoch: int | None = None) -> str:
+def describe_warmup(config: TrainerConfig) -> str:
     """Optimizer steps of warm-up, or their fraction of an unknown number of steps."""
-    scheduler, horizon = config.scheduler, config.horizon(steps_per_epoch)
+    scheduler, horizon = config.scheduler, config.horizon(None)
     is_fixed = scheduler.warmup_ratio is None and scheduler.warmup_updates(0)
     if horizon is not None or is_fixed:
         return pluralize(scheduler.warmup_updates(horizon or 0), "step")
@@ -195,22 +186,19 @@ def _periods(num_steps: int, num_epochs: int) -> list[str]:
 
 def describe_files(config: TrainerConfig) -> str:
     """Files that the run writes besides checkpoints, those in its folder together."""
-    folder, trace = config.output_path(None, ""), config.profile
-    found = [
-        config.output_path(None, "recipe.yaml"),
-        config.output_path(None, "run.json"),
-        config.output_path(config.logger.output_dir, "") / "logs",
-        config.output_path(config.train_log_metrics_path, "train-log-metrics.jsonl"),
-        config.output_path(None, "loss.png"),
-    ]
-    for is_written, written, name in (
+    folder, logs, trace = config.output_path(None, ""), config.logger.output_dir, config.profile
+    outputs = (
+        (True, None, "recipe.yaml"),
+        (True, None, "run.json"),
+        (True, logs and f"{logs}/logs", "logs"),
+        (True, config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        (True, None, "loss.png"),
         (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
         (config.wandb.is_on, None, "wandb"),
-        (trace is not None, trace and trace.dir, "profile"),
-        (config.mem_profiler is not None, config.mem_profiler_dir, "mem-prof"),
-    ):
-        if is_written:
-            found.append(config.output_path(written, name))
+        (trace, trace and trace.dir, "profile"),
+        (config.mem_profiler, config.mem_profiler_dir, "mem-prof"),
+    )
+    found = [config.output_path(path, name) for is_written, path, name in outputs if is_written]
     inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
     outside = [str(file) for file in found if not file.is_relative_to(folder)]
     return ", ".join([f"{folder}: {', '.join(inside)}", *outside])

@@ -9,15 +9,13 @@ from typing import Any
 from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, show
-from jaxtrain.recipe.guards import metric_direction
+from jaxtrain.recipe.guards import EVAL_METRICS, metric_direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
 from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
-EVAL_METRICS = ("loss", "perplexity", "token_accuracy")
-"""Metrics of every evaluation of a built-in trainer."""
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 """(keys that must be valid for the check to run, check)"""

@@ -70,8 +70,7 @@ def _merge(under: Recipe, top: Recipe) -> Recipe:
     def merged(a: Any, b: Any, key: Key) -> Any:
         if isinstance(a, dict) and isinstance(b, dict):
             return a | {k: merged(a[k], v, (*key, k)) if k in a else v for k, v in b.items()}
-        _forget(places, key)
-        _forget(secrets, key)
+        _forget(key, places, secrets)
         return b
 
     tree = merged(under.tree, top.tree, ())
@@ -100,8 +99,7 @@ def _override(recipe: Recipe, text: str) -> Key:
         key, here = (*key, step), here[step]
     step = last if isinstance(here, dict) and not removes else _step(here, last, key, name)
     target = (*key, step)
-    _forget(recipe.places, target)
-    _forget(recipe.secrets, target)
+    _forget(target, recipe.places, recipe.secrets)
     if removes:
         del here[step]
     else:
@@ -138,9 +136,10 @@ def _step(here: Any, part: str, key: Key, name: str) -> str | int:
     raise _fault(name, f"{join_key(key) or 'the recipe'} has no {part!r}{help}")
 
 
-def _forget(notes: Any, key: Key) -> None:
-    for old in [k for k in notes if k[: len(key)] == key]:
-        del notes[old]
+def _forget(key: Key, *notes: Any) -> None:
+    for noted in notes:
+        for old in [k for k in noted if k[: len(key)] == key]:
+            del noted[old]
 
 
 def _fill_variables(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:

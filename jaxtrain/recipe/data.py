@@ -18,6 +18,7 @@ from jaxtrain.recipe.section import (
     no_effect,
     not_supported,
     path_exists,
+    walk,
 )
 
 FORMATS = {
@@ -338,12 +339,9 @@ class DataConfig(TypedSection):
 
     def iter_sources(self) -> Iterator[tuple[str, DataSourceConfig]]:
         """Yields (dotted key, source) of every source."""
-        for key in ("sources", "eval_sources"):
-            written = getattr(self, key)
-            named = written if isinstance(written, dict) else {"": written}
-            for name, sources in named.items():
-                place = f"data.{key}.{name}".rstrip(".")
-                yield from ((f"{place}.{i}", source) for i, source in enumerate(sources))
+        for key, section in walk(self, "data"):
+            if isinstance(section, DataSourceConfig):
+                yield key, section
 
     @property
     def has_eval(self) -> bool:

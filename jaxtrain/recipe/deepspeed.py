@@ -2,11 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, create_model, model_validator
+from pydantic import Field, create_model, model_validator
 
 from jaxtrain.recipe.section import (
     Section,
-    contradiction,
     equals,
     mapped,
     no_effect,
@@ -15,36 +14,33 @@ from jaxtrain.recipe.section import (
     sets,
 )
 
-HAS_NO_COUNTERPART = "belongs to DeepSpeed's engine"
-OFFLOAD = {
-    "XLA moves the arrays": """
-        pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read pipeline_write
-        fast_init super_offload convert_grad_on_cpu cpuadam_cores_perc"""
-}
-BF16 = {
-    "see `on_nonfinite`": "check_grad_overflow immediate_grad_update",
-    "see `model.param_dtype` and `optimizer.state_dtype`": """
-        bf16_master_weights_and_grads bf16_optimizer_states""",
-}
-NO_EFFECT: dict[str, dict[str, str]] = {
+_HAS_NO_COUNTERPART = no_effect("belongs to DeepSpeed's engine")
+_CHANGES_RESULT = refused_when_on("is not supported: it would change the result")
+KEYS: dict[str, dict[Any, str]] = {
     "": {
-        "collectives carry the array's dtype": """
+        no_effect("collectives carry the array's dtype"): """
             communication_data_type seq_parallel_communication_data_type
             seq_parallel_comm_data_type""",
-        "gradients are summed in fp32 and divided once": """
+        no_effect("gradients are summed in fp32 and divided once"): """
             prescale_gradients gradient_predivide_factor""",
-        "see `wandb`": "wandb csv_monitor comet",
-        "times, memory and FLOPs are always in the metrics": """
+        no_effect("see `wandb`"): "wandb csv_monitor comet",
+        no_effect("times, memory and FLOPs are always in the metrics"): """
             steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger
             flops_profiler""",
-        HAS_NO_COUNTERPART: """
+        _HAS_NO_COUNTERPART: """
             gradient_allreduce_op managed_gradient_accumulation pipeline nebula vocabulary_size
             use_data_before_expert_parallelism zero_allow_untested_optimizer
             zero_force_ds_cpu_optimizer sparse_gradients disable_allgather dataloader_drop_last
             checkpoint aio compile graph_harvesting timers""",
+        _CHANGES_RESULT: """
+            autotuning elasticity compression_training curriculum_learning data_efficiency
+            progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training""",
+        refused_when_on("use `model.dtype`"): "amp torch_autocast",
+        refused_when_on("write it under `optimizer:`"): "optimizer",
+        refused_when_on("write it under `scheduler:`"): "scheduler",
     },
     "zero_optimization": {
-        "XLA schedules communication; exports always gather": """
+        no_effect("XLA schedules communication; exports always gather"): """
             reduce_bucket_size allgather_bucket_size sub_group_size overlap_comm
             contiguous_gradients reduce_scatter allgather_partitions round_robin_gradients
             memory_efficient_linear use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
@@ -54,7 +50,7 @@ NO_EFFECT: dict[str, dict[str, str]] = {
             stage3_allgather_sequential stage3_partition_stream_chunk_size
             stage3_gather_16bit_weights_on_model_save
             stage3_gather_fp16_weights_on_model_save""",
-        HAS_NO_COUNTERPART: """
+        _HAS_NO_COUNTERPART: """
             elastic_checkpoint load_from_fp32_weights leaf_module prefetch_bucket_size
             param_persistence_threshold model_persistence_threshold max_live_parameters
             max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
@@ -62,24 +58,33 @@ NO_EFFECT: dict[str, dict[str, str]] = {
             ignore_unused_parameters legacy_stage1 override_module_apply log_trace_cache_warnings
             cpu_offload_use_pin_memory enable_sanity_checks mics_hierarchical_params_gather
             pipeline_loading_checkpoint save_muon_momentum_buffer_in_memory""",
+        _CHANGES_RESULT: """
+            zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
+            zeropp_loco_param zenflow""",
     },
-    "zero_optimization.offload_optimizer": OFFLOAD,
-    "zero_optimization.offload_param": OFFLOAD,
+    "zero_optimization.offload_param": {
+        no_effect("XLA moves the arrays"): """
+            pin_memory ratio buffer_count buffer_size max_in_cpu pipeline pipeline_read
+            pipeline_write fast_init super_offload convert_grad_on_cpu cpuadam_cores_perc"""
+    },
     "activation_checkpointing": {
-        "layers are rematerialised per policy": """
+        no_effect("layers are rematerialised per policy"): """
             partition_activations contiguous_memory_optimization number_checkpoints
             synchronize_checkpoint_boundary profile"""
     },
-    "bf16": BF16,
-    "bfloat16": BF16,
+    "bf16": {
+        no_effect("see `on_nonfinite`"): "check_grad_overflow immediate_grad_update",
+        no_effect("see `model.param_dtype` and `optimizer.state_dtype`"): """
+            bf16_master_weights_and_grads bf16_optimizer_states""",
+    },
     "fp16": {
-        "only fp16 has a loss scaler": """
+        no_effect("only fp16 has a loss scaler"): """
             loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
             min_loss_scale auto_cast fused_mode fp16_master_weights_and_grads"""
     },
-    "tensorboard": {"see `tensorboard`": "output_path job_name"},
+    "tensorboard": {no_effect("see `tensorboard`"): "output_path job_name"},
 }
-"""Part of the section → why keys of it have no effect → those keys."""
+"""Part of the section → marker → the keys that have no other meaning than it."""
 
 
 class DeepSpeedSection(Section):
@@ -93,40 +98,26 @@ class DeepSpeedSection(Section):
         return {k: v for k, v in values.items() if v != "auto" or k not in cls.model_fields}
 
 
-_SHARDS_IN_A_GROUP = "use `mesh.fsdp` to shard inside a group"
-_CHANGES_RESULT = refused_when_on("is not supported: it would change the result")
-
-
-def _keys(section: str, **more: Any) -> Any:
-    """A base class with the keys of a section that have no effect, and with others."""
+def _keys(section: str) -> Any:
+    """A base class with the keys of a part of the section."""
     fields: dict[str, Any] = {
-        name: (Annotated[Any, no_effect(why)], None)
-        for why, names in NO_EFFECT[section].items()
+        name: (Annotated[Any, marker], None)
+        for marker, names in KEYS[section].items()
         for name in names.split()
     }
-    fields |= more
     return create_model(f"{section}Keys", __base__=DeepSpeedSection, __module__=__name__, **fields)
 
 
-def _refused(names: str, why: BeforeValidator) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), (Annotated[Any, why], None))
-
-
 _STAGE_3 = "use zero_optimization.stage: 3 on more devices"
+_SHARDS_IN_A_GROUP = "use `mesh.fsdp` to shard inside a group"
 
 
 class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state is stored."""
 
-    device: Annotated[Literal["none", "cpu"] | None, not_supported(_STAGE_3, "none")] = None
+    device: Annotated[Literal["none", "cpu", "nvme"] | None, not_supported(_STAGE_3, "none")] = None
+    """Where it is: with the device's other arrays (`none`), in host memory, or on a disk."""
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_disk(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("device") == "nvme":
-            raise contradiction("device", f"nvme is not supported; {_STAGE_3}")
-        return values
 
 
 _STAGES = {
@@ -135,12 +126,9 @@ _STAGES = {
     2: "as 1, and gradients are reduce-scattered over `mesh.data`",
     3: "as 2, and parameters stay sharded over `mesh.data`, gathered per layer",
 }
-_QUANTIZED = """
-    zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
-    zeropp_loco_param zenflow"""
 
 
-class ZeroConfig(_keys("zero_optimization", **_refused(_QUANTIZED, _CHANGES_RESULT))):
+class ZeroConfig(_keys("zero_optimization")):
     """ZeRO: what is sharded over the data-parallel devices."""
 
     stage: Annotated[int, mapped("", _STAGES)] = Field(default=0, ge=0, le=3)
@@ -161,10 +149,12 @@ class ZeroConfig(_keys("zero_optimization", **_refused(_QUANTIZED, _CHANGES_RESU
 
 class EnabledConfig(_keys("bf16")):
     enabled: bool | None = None
+    """Compared with `model.dtype`."""
 
 
 class FP16Config(_keys("fp16")):
     enabled: bool | None = None
+    """Compared with `model.dtype`."""
     loss_scale: float = Field(default=0, ge=0)
     initial_scale_power: int = Field(default=16, ge=0)
     loss_scale_window: int = Field(default=1000, ge=1)
@@ -184,6 +174,7 @@ class DataTypesConfig(DeepSpeedSection):
     grad_accum_dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, not_supported("use fp32", "fp32")
     ] = None
+    """Dtype of the summed gradient."""
 
 
 class TensorParallelConfig(DeepSpeedSection):
@@ -194,20 +185,11 @@ class MonitorConfig(_keys("tensorboard")):
     enabled: Annotated[bool, sets("tensorboard.enable")] = False
 
 
-_TRAINING = """
-    autotuning elasticity compression_training curriculum_learning data_efficiency
-    progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training"""
-_REFUSED = (
-    _refused(_TRAINING, _CHANGES_RESULT)
-    | _refused("amp torch_autocast", refused_when_on("use `model.dtype`"))
-    | _refused("optimizer", refused_when_on("write it under `optimizer:`"))
-    | _refused("scheduler", refused_when_on("write it under `scheduler:`"))
-)
 _COMPARED = mapped("compared with model.dtype")
 _COUNT = Field(default=None, ge=1)
 
 
-class DeepSpeedConfig(_keys("", **_REFUSED)):
+class DeepSpeedConfig(_keys("")):
     """A config of DeepSpeed."""
 
     zero_optimization: Annotated[ZeroConfig | None, mapped("what is sharded over mesh.data")] = None
@@ -226,6 +208,7 @@ class DeepSpeedConfig(_keys("", **_REFUSED)):
     data_types: Annotated[DataTypesConfig | None, mapped("dtype of the summed gradient")] = None
     tensor_parallel: Annotated[TensorParallelConfig | None, mapped("mesh.tensor")] = None
     activation_checkpointing: ActivationConfig | None = None
+    """What is kept for the backward pass."""
     tensorboard: Annotated[MonitorConfig | None, mapped("tensorboard.enable")] = None
 
     @property

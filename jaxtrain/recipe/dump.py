@@ -14,11 +14,8 @@ from jaxtrain.recipe.trainer import TrainerConfig
 def to_dict(config: TrainerConfig) -> dict[str, Any]:
     """Plain data of a config, without the keys that are None, and with variables in place of what
     came from the environment."""
-    return restore_variables(_plain(config), config.secrets)
-
-
-def _plain(config: TrainerConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude_none=True)
+    plain = config.model_dump(mode="json", exclude_none=True)
+    return restore_variables(plain, config.secrets)
 
 
 def to_yaml(config: TrainerConfig) -> str:
@@ -27,7 +24,7 @@ def to_yaml(config: TrainerConfig) -> str:
 
 def recipe_hash(config: TrainerConfig) -> str:
     """Eight hex digits of every key but `run_dir`."""
-    tree = {key: value for key, value in _plain(config).items() if key != "run_dir"}
+    tree = config.model_dump(mode="json", exclude_none=True, exclude={"run_dir"})
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 

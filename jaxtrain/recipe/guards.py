@@ -10,12 +10,13 @@ from jaxtrain.recipe.errors import show
 from jaxtrain.recipe.section import Section, resolve_input_path
 
 Direction = Literal["min", "max"]
-_DIRECTIONS: dict[str, Direction] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
+EVAL_METRICS: dict[str, Direction] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
+"""Metrics of every evaluation of a built-in trainer, with the direction in which they improve."""
 
 
 def metric_direction(metric: str, mode: Literal["auto", "min", "max"]) -> Direction | None:
     """The direction in which a metric improves; None when neither `mode` nor its name says so."""
-    return _DIRECTIONS.get(metric.rsplit("/", 1)[-1]) if mode == "auto" else mode
+    return EVAL_METRICS.get(metric.rsplit("/", 1)[-1]) if mode == "auto" else mode
 
 
 class EarlyStoppingConfig(Section):

@@ -145,21 +145,20 @@ _Loader.add_implicit_resolver(
 
 def read(file: Path) -> Recipe:
     """A recipe file as it is written; RecipeError names the faulty line."""
+    text = why = ""
     try:
-        path_exists, is_folder = file.is_file(), file.is_dir()
-        size = file.stat().st_size if path_exists else 0
-        text = file.read_text(encoding="utf-8") if path_exists and size <= MAX_BYTES else ""
+        if not file.is_file():
+            why = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
+        elif (size := file.stat().st_size) > MAX_BYTES:
+            why = f"{size} bytes; a recipe has at most {MAX_BYTES}"
+        else:
+            text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
+        why = f"not UTF-8 text ({error.reason} at byte {error.start})"
     except (OSError, ValueError) as error:
         raise RecipeError(f"{show(str(file))}: {error}") from None
-    if not path_exists:
-        what = "is a folder, not a recipe file" if is_folder else "recipe not found"
-        raise RecipeError(f"{file}: {what}")
-    if size > MAX_BYTES:
-        raise RecipeError(f"{file}: {size} bytes; a recipe has at most {MAX_BYTES}")
+    if why:
+        raise RecipeError(f"{file}: {why}")
     tree, places = parse(text, str(file))
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{file}: a recipe is a map of keys, found {show(tree)}")

@@ -58,7 +58,10 @@ def _message(detail: Any, cls: type[BaseModel], hint: Callable[[str], str]) -> s
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return must_be_one_of(context["expected"], found)
+        expected = context["expected"].replace("True", "true").replace("False", "false")
+        words = re.findall(r"'([^']*)'", expected)
+        one_of = "one of " * (len(words) > 1)
+        return f"must be {one_of}{expected}, found {show(found)}{did_you_mean(str(found), words)}"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"must be {_range(cls, detail)}, found {show(found)}"
     wanted = {
@@ -71,15 +74,6 @@ def _message(detail: Any, cls: type[BaseModel], hint: Callable[[str], str]) -> s
     if kind in wanted:
         return f"must be {wanted[kind]}, found {show(found)}"
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {show(found)}"
-
-
-def must_be_one_of(expected: str, found: Any) -> str:
-    """The message for a value that is none of `expected`, the words of a Literal as pydantic lists
-    them."""
-    expected = expected.replace("True", "true").replace("False", "false")
-    words = re.findall(r"'([^']*)'", expected)
-    one_of = "one of " * (len(words) > 1)
-    return f"must be {one_of}{expected}, found {show(found)}{did_you_mean(str(found), words)}"
 
 
 def _range(cls: type[BaseModel], detail: Any) -> str:

@@ -31,12 +31,6 @@ def _check_lora(value: Any) -> Any:
     return "Lora"
 
 
-def _check_bias(value: Any) -> Any:
-    if value != "none":
-        raise ValueError(f"must be none, found {show(value)}")
-    return value
-
-
 _UNUSED = Annotated[Any, no_effect("nothing here depends on it")]
 _REFUSED = Annotated[Any, refused_when_on("is not supported")]
 
@@ -58,8 +52,8 @@ class PeftConfig(Section):
     """Layers that get none: names or a regex."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead."""
-    bias: Annotated[str, BeforeValidator(_check_bias)] = "none"
-    """`none`: biases are not trained."""
+    bias: Literal["none"] = "none"
+    """Biases are not trained."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules that are trained and saved whole."""
     init_lora_weights: bool | Literal["gaussian"] = True

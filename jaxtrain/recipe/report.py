@@ -13,6 +13,7 @@ from jaxtrain.recipe.load import Key, Recipe, join_key
 from jaxtrain.recipe.messages import find_full_name
 from jaxtrain.recipe.secrets import SPELLINGS
 from jaxtrain.recipe.section import (
+    Marker,
     NotSupported,
     Support,
     find_marker,
@@ -50,13 +51,17 @@ class Report(NamedTuple):
     def select(self, word: Word) -> tuple[Line, ...]:
         return tuple(line for line in self.lines if line.word == word)
 
+    def format(self, word: Word) -> list[str]:
+        """A line per reason, with the keys that it is the reason of."""
+        keys: dict[str, list[str]] = {}
+        for line in self.select(word):
+            keys.setdefault(line.reason, []).append(line.key)
+        return [f"{word:10} {join_keys(k)}{why and ': '}{why}" for why, k in keys.items()]
+
     def changes(self) -> list[str]:
-        """A line per reason, for every key that is not the same as upstream."""
-        keys: dict[tuple[str, str], list[str]] = {}
-        for line in (*self.select("mapped"), *self.select("no effect")):
-            keys.setdefault((line.word, line.reason), []).append(line.key)
-        changed = [f"{word:10} {join_keys(found)}: {why}" for (word, why), found in keys.items()]
-        return [*changed, *(f"{'note':10} {note}" for note in self.notes)]
+        """The lines on every key that is not the same as upstream, and the notes."""
+        notes = [f"{'note':10} {note}" for note in self.notes]
+        return [*self.format("mapped"), *self.format("no effect"), *notes]
 
 
 def join_keys(keys: Iterable[str]) -> str:
@@ -80,7 +85,7 @@ def build_report(
     notes: Iterable[str] = (),
 ) -> Report:
     """The report on each written key; `config` is None when the recipe has none."""
-    wrong = {fault.key: fault.what for fault in faults}
+    wrong = {fault.key for fault in faults}
     idle = {recipe.key(key): why for key, why in reversed([*find_idle_keys(config)])}
     lines = []
     for path, value, support in iter_written_keys(recipe.tree, classes):
@@ -90,7 +95,7 @@ def build_report(
         full = join_key((*path[:-1], SPELLINGS.get(path[-1], path[-1])))
         around = (join_key(path[:n]) for n in range(len(path), 0, -1))
         if refused := next((k for k in (*around, full) if k in wrong), None):
-            lines.append(Line(key if refused == full else refused, "refused", wrong[refused]))
+            lines.append(Line(key if refused == full else refused, "refused"))
         elif path in idle:
             lines.append(Line(key, "no effect", idle[path]))
         elif support.word != "own":
@@ -145,28 +150,24 @@ def find_idle_keys(config: TrainerConfig | None) -> Iterator[tuple[str, str]]:
             yield f"{key}.{name}".lstrip("."), why
 
 
+def find_marked(config: Any, kind: type[Marker]) -> Iterator[tuple[str, Any, Marker]]:
+    """(dotted key, value, marker) of each key whose field has a marker of that kind."""
+    for key, section in walk(config):
+        for name in type(section).model_fields:
+            if marker := find_marker(type(section), name, kind):
+                yield f"{key}.{name}".lstrip("."), getattr(section, name, None), marker
+
+
 # What is not supported.
 
 
 def find_unsupported(config: TrainerConfig, origins: Mapping[str, str]) -> Iterator[Fault]:
     """A fault for each value that this version does not support, under the key that was written."""
-    for key, section in walk(config):
-        for name in type(section).model_fields:
-            value, written = getattr(section, name, None), f"{key}.{name}".lstrip(".")
-            marker = find_marker(type(section), name, NotSupported)
-            if marker and marker.refuses(value):
-                what = f"not supported yet, found {_show_written(value)}; {marker.instead}"
-                yield Fault(origins.get(written, written), what)
-
-
-def supported_types(kind: str) -> str:
-    return ", ".join(name for name, entry in registry.BUILT_IN[kind].items() if entry.path)
-
-
-def _show_written(value: Any) -> str:
-    if not isinstance(value, BaseModel):
-        return show(value)
-    return show({name: v for name, v in value if name in value.model_fields_set})
+    for key, value, marker in find_marked(config, NotSupported):
+        if marker.refuses(value):
+            found = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+            what = f"not supported yet, found {show(found)}; {marker.instead}"
+            yield Fault(origins.get(key, key), what)
 
 
 # Keys that are honoured under another key.
@@ -186,32 +187,27 @@ def carry_over(config: TrainerConfig, faulty: Collection[str] = ()) -> Carried:
     unless one of them is faulty in itself."""
     origins: dict[str, str] = {}
     faults: list[Fault] = []
-    original, shared = config, [*_shared_keys(config)]
-    for source, target in ((key, support.sets) for key, support in shared if support.sets):
-        value, current = get_value(original, source), get_value(original, target)
+    original, shared = config, [*find_marked(config, Support)]
+    for source, value, support in shared:
+        target = support.sets
         # A gradient clip of zero turns clipping off; any other zero asks for nothing.
         is_on = value or (value == 0 and target == "max_grad_norm")
-        if not is_on or target in faulty:
+        if not target or not is_on or target in faulty:
             continue
+        current = get_value(original, target)
         if is_written(original, target) and current != value:
             what = f"{show(value)} contradicts {target} {show(current)}; remove one"
             faults.append(Fault(source, what))
         else:
             origins[target] = source
             config = replace_value(config, target, value)
-    for source, target in ((key, support.equals) for key, support in shared if support.equals):
-        value, other = get_value(config, source), get_value(config, target)
-        if value is not None and value != other and target not in faulty:
-            what = f"must equal {target} {show(other)}, found {show(value)}; remove it"
-            faults.append(Fault(source, what))
+    for source, value, support in shared:
+        target = support.equals
+        if target and value is not None and target not in faulty:
+            if value != (other := get_value(config, target)):
+                what = f"must equal {target} {show(other)}, found {show(value)}; remove it"
+                faults.append(Fault(source, what))
     return Carried(config, origins, tuple(faults))
-
-
-def _shared_keys(config: TrainerConfig) -> Iterator[tuple[str, Support]]:
-    for key, section in walk(config):
-        for name in type(section).model_fields:
-            if support := find_marker(type(section), name, Support):
-                yield f"{key}.{name}".lstrip("."), support
 
 
 def drop_carried(config: TrainerConfig) -> TrainerConfig:

@@ -1,6 +1,6 @@
 """From a recipe's plain data to its typed, checked config."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jaxtrain import registry
 from jaxtrain.recipe.checks import CHECKS
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.data import DataConfig, DataSourceConfig, source_from_text
+from jaxtrain.recipe.data import DataConfig, source_from_text
 from jaxtrain.recipe.dump import recipe_hash
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.load import Key, Recipe, join_key
@@ -22,7 +22,6 @@ from jaxtrain.recipe.report import (
     carry_over,
     drop_carried,
     find_unsupported,
-    supported_types,
 )
 from jaxtrain.recipe.secrets import find_secrets, hide_secrets
 from jaxtrain.recipe.section import TypedSection, find_values, path_exists
@@ -129,7 +128,10 @@ class _Resolver:
     def build_config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
             value, key = self.tree.get(section), (section,)
-            read = partial(self.read_section, section, trainer)
+            if value is None and section not in ("model", "data"):
+                value = {}
+            allowed = registry.allowed(trainer, section)
+            read = partial(self.read_section, section, allowed=allowed, default=allowed[0])
             if section != "checkpoint":
                 self.tree[section] = read(value, key)
             elif isinstance(value, list):
@@ -164,76 +166,60 @@ class _Resolver:
             self.add_fault((key,), f"{what}; for your own trainer, name its file under `code:`")
         return None
 
-    def read_section(self, section: str, trainer: str, value: Any, key: Key) -> Any:
+    def read_section(
+        self, kind: str, value: Any, key: Key, *, allowed: Collection[str], default: str
+    ) -> Any:
         """The typed section, or an unvalidated stand-in where its faults leave none."""
         self.classes[key] = TypedSection
-        default, *_ = allowed = registry.allowed(trainer, section)
-        if typed := self.validate_section(section, trainer, allowed, value, key):
-            return typed
-        self.has_stand_in = True
-        return registry.config_class(section, default).model_construct()
+        typed, written = None, value.get("type") if isinstance(value, dict) else None
+        name = registry.canonical(kind, str(written or default))
+        if value is None and kind in ("model", "data"):
+            self.add_fault(key, "is required")
+        elif not isinstance(value, dict):
+            form = "a name, a path or a map" if kind == "data_source" else "a map of keys"
+            self.add_fault(key, f"must be {form}, found {show(value)}")
+        elif name not in registry.names(kind):
+            self.add_fault((*key, "type"), registry.unknown(kind, name, [*allowed]))
+        elif name not in allowed and self.tree.get("skip_validation") is not True:
+            what = f"{name!r} is not allowed with trainer {self.tree['type']!r}"
+            lift = f"skip_validation: true allows it (allowed: {', '.join(allowed)})"
+            self.add_fault((*key, "type"), f"{what}, {lift}")
+        else:
+            value = self.read_source_lists(name, value, key) if kind == "data" else value
+            typed = self.validate(kind, name, {**value, "type": name}, key)
+        self.has_stand_in |= typed is None
+        return typed or registry.config_class(kind, default).model_construct()
 
-    def validate_section(
-        self, section: str, trainer: str, allowed: tuple[str, ...], value: Any, key: Key
-    ) -> Any:
-        if value is None and section in ("model", "data"):
-            return self.add_fault(key, "is required")
-        value = {} if value is None else value
-        if not isinstance(value, dict):
-            return self.add_fault(key, f"must be a map of keys, found {show(value)}")
-        name = registry.canonical(section, str(value.get("type") or allowed[0]))
-        value = {**value, "type": name}
-        if name not in registry.names(section):
-            return self.add_fault((*key, "type"), registry.unknown(section, name, list(allowed)))
-        if name not in allowed and self.tree.get("skip_validation") is not True:
-            what = f"{name!r} is not allowed with trainer {trainer!r}, skip_validation: true allows"
-            return self.add_fault((*key, "type"), f"{what} it (allowed: {', '.join(allowed)})")
-        if section == "data":
-            default = registry.config_class("data", name).default_source
-            value = self.read_source_lists(value, key, default)
-        return self.validate(section, name, value, key)
-
-    def read_source_lists(self, value: dict[str, Any], key: Key, default: str) -> dict[str, Any]:
-        value = dict(value)
-        for name, split in SOURCES.items():
-            written, here = value.get(name), (*key, name)
-            sources = partial(self.read_sources, split=split, default=default)
-            if name == "eval_sources" and isinstance(written, dict) and "type" not in written:
-                value[name] = {n: sources(listed, (*here, n)) for n, listed in written.items()}
-            elif written is not None:
-                value[name] = sources(written, here)
-        return value
+    def read_source_lists(self, name: str, value: dict[str, Any], key: Key) -> dict[str, Any]:
+        default = registry.config_class("data", name).default_source
+        return value | {
+            name: self.read_sources(value[name], (*key, name), split, default)
+            for name, split in SOURCES.items()
+            if name in value
+        }
 
     def read_sources(self, written: Any, key: Key, split: str, default: str) -> Any:
-        if isinstance(written, str):
-            written = [written]
-        if not isinstance(written, list):
+        """The typed sources of a list, or of each list of a map; anything else as it is."""
+        if isinstance(written, dict) and split == "eval" and "type" not in written:
+            return {n: self.read_sources(w, (*key, n), split, default) for n, w in written.items()}
+        if not isinstance(written, list | str):
             return written
-        return [self.read_source(item, (*key, i), split, default) for i, item in enumerate(written)]
-
-    def read_source(self, item: Any, key: Key, split: str, default: str) -> Any:
-        if isinstance(item, str):
-            registered = registry.names("data_source")
-            item = source_from_text(item, registered=registered, default=default)
-        if not isinstance(item, dict):
-            self.add_fault(key, f"must be a name, a path or a map, found {show(item)}")
-            return item
-        self.classes[key] = TypedSection
-        name = str(item.get("type") or default)
-        name = registry.canonical("data_source", name)
-        if name not in (known := registry.names("data_source")):
-            self.add_fault((*key, "type"), registry.unknown("data_source", name, known))
-            return item
-        typed = self.validate("data_source", name, {"split": split, **item, "type": name}, key)
-        self.has_stand_in |= typed is None
-        return typed or DataSourceConfig.model_construct()
+        known, sources = registry.names("data_source"), []
+        read = partial(self.read_section, "data_source", allowed=known, default=default)
+        for i, item in enumerate([written] if isinstance(written, str) else written):
+            if isinstance(item, str):
+                item = source_from_text(item, registered=known, default=default)
+            with_split = {"split": split, **item} if isinstance(item, dict) else item
+            sources.append(read(with_split, (*key, i)))
+        return sources
 
     def validate(self, kind: str, name: str, value: dict[str, Any], key: Key) -> Any:
         """The typed section of the valid keys in `value`; None when these do not suffice."""
         cls = self.classes[key] = registry.config_class(kind, name)
         self.notes += registry.notes(kind, name)
         if registry.is_planned(kind, name):
-            what = f"{name!r} is not supported yet; supported: {supported_types(kind)}"
+            supported = ", ".join(registry.supported(kind))
+            what = f"{name!r} is not supported yet; supported: {supported}"
             self.unsupported.append(Fault(join_key((*key, "type")), what))
         found: list[tuple[Key, str]] = []
         for _ in range(MAX_PASSES):
@@ -325,13 +311,10 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
 def find_types(recipe: Recipe, trainer: Any) -> Iterable[tuple[str, str]]:
     """Every (kind, name) that the recipe writes."""
     yield "trainer", registry.canonical("trainer", str(trainer))
-    places = [(section, section) for section in registry.SECTIONS]
-    places += [("checkpoint", "checkpoint.*")]
-    places += [
-        ("data_source", f"data.{key}")
-        for key in ("sources.*", "eval_sources.*", "eval_sources.*.*")
-    ]
-    for kind, section in places:
+    places = {section: section for section in registry.SECTIONS} | {"checkpoint.*": "checkpoint"}
+    places |= dict.fromkeys(("data.sources.*", "data.eval_sources.*", "data.eval_sources.*.*"),
+                            "data_source")  # fmt: skip
+    for section, kind in places.items():
         for _, name in find_values(recipe.tree, f"{section}.type".split(".")):
             if isinstance(name, str):
                 yield kind, registry.canonical(kind, name)

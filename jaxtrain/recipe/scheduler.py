@@ -33,8 +33,7 @@ class InverseSqrtKeys(Section):
     timescale: int | None = Field(default=None, ge=1)
 
 
-class CosineMinKeys(Section):
-    num_cycles: float = Field(default=0.5, ge=0)
+class CosineMinKeys(CosineKeys):
     min_lr: float | None = Field(default=None, ge=0)
     min_lr_rate: float | None = Field(default=None, ge=0, le=1)
 
@@ -47,13 +46,12 @@ class CosineWarmupMinKeys(CosineMinKeys):
     warmup_lr_rate: float | None = Field(default=None, ge=0, le=1)
 
 
-class WarmupStableDecayKeys(Section):
+class WarmupStableDecayKeys(CosineKeys):
     num_decay_steps: int = Field(ge=1)
     num_stable_steps: int | None = Field(default=None, ge=0)
     warmup_type: Literal["linear", "cosine", "1-sqrt"] = "linear"
     decay_type: Literal["linear", "cosine", "1-sqrt"] = "cosine"
     min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
-    num_cycles: float = Field(default=0.5, ge=0)
 
 
 SHAPES: dict[str, type[Section]] = {

@@ -11,13 +11,11 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from jaxtrain import registry
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.deepspeed import DeepSpeedConfig
 from jaxtrain.recipe.errors import show
 from jaxtrain.recipe.resolve import SOURCES, load_code
 from jaxtrain.recipe.section import (
     NotSupported,
     Support,
-    TypedSection,
     find_marker,
     refusal_reason,
     sections_in,
@@ -49,18 +47,18 @@ def json_schema(recipe: Path | None = None) -> dict[str, Any]:
     if recipe is not None:
         load_code(compose(recipe))
     definitions: dict[str, Any] = {}
-    trainers = _list_supported("trainer")
+    trainers = registry.supported("trainer")
     for kind in LEVELS:
-        for name in _list_supported(kind):
+        for name in registry.supported(kind):
             definitions[f"{kind}.{name}"] = _build_section(kind, name, definitions)
     for name in trainers:
         _add_sections(definitions[f"trainer.{name}"], name)
-    for name in _list_supported("data"):
+    for name in registry.supported("data"):
         _add_sources(definitions[f"data.{name}"])
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "jaxtrain recipe",
-        "anyOf": [_ref("trainer", name) for name in trainers],
+        **_one_of("trainer", trainers),
         "$defs": definitions,
     }
 
@@ -71,58 +69,11 @@ def reference() -> str:
     for kind, level in LEVELS.items():
         printed: dict[str, dict[str, Row]] = {}
         by_class: dict[type[BaseModel], list[str]] = {}
-        for name in filter(partial(registry.is_built_in, kind), _list_supported(kind)):
+        for name in filter(partial(registry.is_built_in, kind), registry.supported(kind)):
             by_class.setdefault(registry.config_class(kind, name), []).append(name)
         for cls, names in by_class.items():
             parts += _format_section(cls, level, names, printed)
     return "\n\n".join(parts) + "\n"
-
-
-def migration_table() -> str:
-    """What every key of ArcticTraining becomes, by section; keys with the same answer together."""
-    answers: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for section, cls, name, support in _iter_fields():
-        field = cls.model_fields[name]
-        if support.word == "own" or field.exclude:
-            continue
-        choices = (f"`{value}`: {what}" for value, what in support.by_value.items())
-        word, how = str(support.word), "; ".join(choices) or support.how
-        if why := refusal_reason(field):
-            word, how = "refused", why
-        if marker := find_marker(cls, name, NotSupported):
-            how = f"{how}; not supported yet: {marker.instead}".removeprefix("; ")
-        if name == "type":
-            how = _format_planned(section)
-        answers.setdefault(section, {}).setdefault((word, how), []).append(f"`{name}`")
-    parts = []
-    for section, by_answer in answers.items():
-        rows = [(", ".join(dict.fromkeys(keys)), *answer) for answer, keys in by_answer.items()]
-        title = f"`{section}`" if section else "Top level"
-        parts += [f"### {title}", _format_table(("keys", "here", "how"), rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _iter_fields() -> Iterator[tuple[str, type[BaseModel], str, Support]]:
-    """(section, class, key, support) of every key, without those of other packages' objectives."""
-
-    def inside(key: str, cls: type[BaseModel], above: Support) -> Iterator[Any]:
-        supports = {n: find_marker(cls, n, Support) or above for n in cls.model_fields}
-        yield from ((key, cls, name, support) for name, support in supports.items())
-        for name, support in supports.items():
-            for inner in sections_in(cls.model_fields[name].annotation):
-                if name not in registry.SECTIONS and not issubclass(inner, TypedSection):
-                    yield from inside(f"{key}.{name}".lstrip("."), inner, support)
-
-    for kind, level in LEVELS.items():
-        for name in registry.BUILT_IN[kind] if kind != "trainer" else ("sft", "dpo"):
-            yield from inside(level, registry.config_class(kind, name), Support())
-
-
-def _format_planned(section: str) -> str:
-    """The types of a section that are not supported yet."""
-    kind = next((kind for kind, level in LEVELS.items() if level == section), None)
-    names = [n for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n)] if kind else []
-    return f"not supported yet: {', '.join(names)}" if names else ""
 
 
 INTRODUCTION = """# Recipe reference
@@ -133,7 +84,10 @@ Every key of a recipe, by section. Made by `jaxtrain schema --markdown` from the
 
 Numbers may be written as `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`. Input paths are looked
 up beside the recipe, then in the current directory; output paths belong to the current directory.
-`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value."""
+`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value.
+
+A key of ArcticTraining or DeepSpeed does here what it does there, unless its meaning says
+`Mapped`, with what honours it instead, or `No effect`, with the reason."""
 
 EXAMPLES = {
     "": """
@@ -176,10 +130,6 @@ data:
 """Section → a part of a recipe that uses it."""
 
 
-def _list_supported(kind: str) -> list[str]:
-    return [name for name in registry.names(kind) if not registry.is_planned(kind, name)]
-
-
 def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     cls = registry.config_class(kind, name)
     schema = cls.model_json_schema(
@@ -197,8 +147,8 @@ def _build_section(kind: str, name: str, definitions: dict[str, Any]) -> dict[st
 def _add_sections(schema: dict[str, Any], trainer: str) -> None:
     """Lets each section of a trainer be what its factories read."""
     for section in registry.SECTIONS:
-        names = [n for n in registry.allowed(trainer, section) if n in _list_supported(section)]
-        choice = {"anyOf": [_ref(section, name) for name in names]}
+        names = [n for n in registry.allowed(trainer, section) if n in registry.supported(section)]
+        choice = _one_of(section, names)
         if section == "checkpoint":
             choice = {"anyOf": [*choice["anyOf"], {"type": "array", "items": choice}]}
         schema["properties"][section] = choice
@@ -206,28 +156,32 @@ def _add_sections(schema: dict[str, Any], trainer: str) -> None:
 
 
 def _add_sources(schema: dict[str, Any]) -> None:
-    one = {
-        "anyOf": [
-            {"type": "string"},
-            *(_ref("data_source", n) for n in _list_supported("data_source")),
-        ]
+    text = {"type": "string"}
+    many = {
+        "type": "array",
+        "items": _one_of("data_source", registry.supported("data_source"), text),
     }
-    many = {"type": "array", "items": one}
+    named = {"type": "object", "additionalProperties": many}
     for key in SOURCES:
-        named = {"type": "object", "additionalProperties": many}
-        schema["properties"][key] = {"anyOf": [{"type": "string"}, many, named]}
+        schema["properties"][key] = {"anyOf": [text, many, named]}
 
 
-def _ref(kind: str, name: str) -> dict[str, str]:
-    return {"$ref": f"#/$defs/{kind}.{name}"}
-
-
-def _format_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
-    return "\n".join([lines[0], f"{'|---' * len(columns)}|", *lines[1:]])
+def _one_of(kind: str, names: Iterable[str], *others: Any) -> dict[str, list[Any]]:
+    return {"anyOf": [*others, *({"$ref": f"#/$defs/{kind}.{name}"} for name in names)]}
 
 
 Row = tuple[str, ...]
+COLUMNS = ("key", "type", "default", "meaning")
+
+
+def _format_table(rows: Iterable[Row]) -> str:
+    """A table of keys; those that agree in all but their names share a row."""
+    names: dict[Row, list[str]] = {}
+    for name, *rest in rows:
+        names.setdefault(tuple(rest), []).append(name)
+    cells = [COLUMNS, *((", ".join(keys), *rest) for rest, keys in names.items())]
+    head, *lines = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, f"{'|---' * len(COLUMNS)}|", *lines])
 
 
 def _format_section(
@@ -245,18 +199,26 @@ def _format_section(
         without = f", without {missing}" if missing else ""
         different = [row for key, row in rows.items() if row != printed[nearest].get(key)]
         parts += [f"The keys of `{nearest}`{without}{', and:' if different else '.'}"]
-        parts += [_format_table(COLUMNS, different)] if different else []
+        parts += [_format_table(different)] if different else []
     else:
         parts += ["\n".join(map(_format_data_type, names))] if not level else []
-        parts.append(_format_table(COLUMNS, rows.values()))
-        for key, field in cls.model_fields.items():
-            for inner in sections_in(field.annotation) if key not in registry.SECTIONS else ():
-                below = f"{level}.{key}".lstrip(".")
-                parts += [f"### `{below}`", *_format_introduction(inner, below)]
-                if inner is not DeepSpeedConfig:
-                    parts.append(_format_table(COLUMNS, _build_rows(inner, below).values()))
+        parts += [_format_table(rows.values()), *_format_inner_sections(cls, level)]
     printed[names[0]] = rows
     return parts
+
+
+def _format_inner_sections(cls: type[BaseModel], level: str) -> Iterator[str]:
+    """The parts about the sections inside a section, those of one class together."""
+    by_class: dict[type[BaseModel], list[str]] = {}
+    for key, field in cls.model_fields.items():
+        for inner in sections_in(field.annotation) if key not in registry.SECTIONS else ():
+            by_class.setdefault(inner, []).append(f"{level}.{key}".lstrip("."))
+    for inner, keys in by_class.items():
+        title = ", ".join(f"`{key}`" for key in keys)
+        yield f"### {title}" if level in LEVELS.values() else f"**{title}**"
+        yield from _format_introduction(inner, keys[0])
+        yield _format_table(_build_rows(inner, keys[0]).values())
+        yield from _format_inner_sections(inner, keys[0])
 
 
 def _format_data_type(trainer: str) -> str:
@@ -271,9 +233,6 @@ def _format_introduction(cls: type[BaseModel], level: str) -> list[str]:
     return [*([text] if text else []), *([f"```yaml\n{example}\n```"] if example else [])]
 
 
-COLUMNS = ("key", "type", "default", "meaning")
-
-
 def _build_rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
     rows = {}
     for name, field in cls.model_fields.items():
@@ -282,19 +241,29 @@ def _build_rows(cls: type[BaseModel], level: str) -> dict[str, Row]:
             is_filled = not level and name in registry.SECTIONS and name not in ("model", "data")
             default = "" if is_filled else _format_default(field)
             meaning = _format_meaning(cls, name, field)
-            if name == "type" and (planned := _format_planned(level)):
-                meaning = f"{meaning} {planned[0].upper()}{planned[1:]}."
+            if name == "type" and (planned := _list_planned(level)):
+                meaning = f"{meaning} Not supported yet: {', '.join(planned)}."
             cells = (names, _format_type(field.annotation), default, meaning)
             rows[name] = tuple(cell.replace("|", "\\|") for cell in cells)
     return rows
 
 
+def _list_planned(level: str) -> list[str]:
+    """The types of a section that are not supported yet."""
+    kinds = [kind for kind, key in LEVELS.items() if key == level]
+    return [n for kind in kinds for n in registry.BUILT_IN[kind] if registry.is_planned(kind, n)]
+
+
 def _format_meaning(cls: type[BaseModel], name: str, field: FieldInfo) -> str:
+    """What a key means, and what it becomes."""
     text, support = " ".join((field.description or "").split()), find_marker(cls, name, Support)
     if why := refusal_reason(field):
         return f"Must be off: {why}."
     if support and support.word == "no effect":
         text = f"No effect: {support.how}."
+    elif support and support.word == "mapped":
+        choices = "; ".join(f"`{value}`: {what}" for value, what in support.by_value.items())
+        text = f"{text} Mapped: {choices or support.how}.".lstrip()
     if marker := find_marker(cls, name, NotSupported):
         allowed = ", ".join(f"`{v if isinstance(v, str) else show(v)}`" for v in marker.allowed)
         limit = (

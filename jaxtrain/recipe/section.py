@@ -109,7 +109,6 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        validate_default=False,
         defer_build=True,
     )
 

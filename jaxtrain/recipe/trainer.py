@@ -72,8 +72,7 @@ class TrainerConfig(Section):
     tensorboard: Own[Tensorboard] = TensorboardConfig(enable=False)
     """TensorBoard; a section, true or false."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    """A DeepSpeed config as ArcticTraining takes it; see the
-    [migration page](arctictraining.md#every-key)."""
+    """A DeepSpeed config as ArcticTraining takes it."""
     mesh: Own[MeshConfig] = MeshConfig()
     """The device mesh."""
     pipeline: Own[PipelineConfig] = PipelineConfig()
