@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, prepare_backend
+from jaxtrain.data.encode import (
+    NOTHING,
+    Dropped,
+    Encoded,
+    Encoder,
+    Outcome,
+    TokenisedEncoder,
+    prepare_backend,
+)
 from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.packing import PackingPlan, cut_documents
 from jaxtrain.data.records import get_text
 from jaxtrain.data.render import check_characters
 from jaxtrain.data.source import LoadedSource
-from jaxtrain.data.tokenise import Encoder
-from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import CausalDataConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 
@@ -51,7 +57,7 @@ class TextEncoder:
         tokens = np.array([*self._before, *ids, self._eos], dtype=np.int32)
         weights = np.ones(len(tokens), dtype=np.uint8)
         weights[0] = 0  # before it in a sequence is another text
-        return Encoded(tokens, weights, 0, 0, False)
+        return Encoded(tokens, weights)
 
 
 class CausalDataFactory(DataFactory):
@@ -71,7 +77,7 @@ class CausalDataFactory(DataFactory):
         kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)
         return super().key_parts(loaded) | {"tokenizer.tokenize_kwargs": kwargs}
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         """Cuts the documents in their order; training leaves out the last sequence unless full."""
         plan = cut_documents(documents.lengths, self.max_length, chosen)
         if not train or plan.sequence_lengths[-1] == self.max_length:

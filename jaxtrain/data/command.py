@@ -1,4 +1,4 @@
-"""`jaxtrain data`: prepares a recipe's rows and shows what is trained; needs no jax, no weights."""
+"""`jaxtrain data`: prepares a recipe's data and shows what is trained; needs no jax, no weights."""
 
 import math
 from itertools import islice
@@ -9,12 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxtrain.data.page import render_page
-from jaxtrain.data.plan import BatchShape
-from jaxtrain.data.prepare import build_data_factory, prepare_data
-from jaxtrain.data.preview import format_legend, format_sample, iter_batch_samples, pick_samples
-from jaxtrain.data.training_data import TrainingData
-from jaxtrain.recipe.mesh import AXES, BATCH_AXES
+from jaxtrain.data.factory import build_data_factory, prepare_data
+from jaxtrain.data.plan import BatchShape, TrainingData
+from jaxtrain.data.preview import (
+    format_legend,
+    format_sample,
+    iter_batch_samples,
+    pick_samples,
+    render_page,
+)
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.registry import TrainerView
 
@@ -67,16 +70,14 @@ def _choose_samples(
         return "Some documents", pick_samples(data, tokenizer, max_tokens=max_tokens)
     epoch, place = divmod(step - 1, data.steps_per_epoch)
     heading = (
-        f"Step {step}: update {place + 1} of {data.steps_per_epoch} of epoch {epoch + 1}, "
-        f"{shape.update_rows} rows"
+        f"Step {step}: {place + 1} of {data.steps_per_epoch} of epoch {epoch + 1}, "
+        f"{shape.step_sequences} sequences"
     )
     return heading, iter_batch_samples(data, tokenizer, step, max_tokens=max_tokens)
 
 
 def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
-    """Rows of an update on so many devices; on as many as the recipe's mesh names when None."""
-    fewest = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
-    sizes = config.mesh.sizes(devices or fewest)
-    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    rows = config.micro_batch_size * config.data.ROWS_PER_SAMPLE
-    return BatchShape(config.gradient_accumulation_steps, rows * shards)
+    """Sequences of a step on so many devices; on as many as the recipe's mesh names when None."""
+    shards = config.mesh.shards(devices or math.prod(max(1, size) for _, size in config.mesh))
+    sequences = config.micro_batch_size * config.data.ROWS_PER_SAMPLE * shards
+    return BatchShape(config.gradient_accumulation_steps, sequences)

@@ -18,6 +18,7 @@ from jaxtrain.data.encode import (
     ConversationEncoder,
     Dropped,
     Encoded,
+    Encoder,
     Fault,
     Outcome,
     Overlong,
@@ -28,7 +29,6 @@ from jaxtrain.data.packing import PackingPlan
 from jaxtrain.data.records import get_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import count_shared
-from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
@@ -225,7 +225,7 @@ class KTODataFactory(DataFactory):
     config: JudgedDataConfig
 
     @property
-    def row_multiple(self) -> int:
+    def length_multiple(self) -> int:
         return 256
 
     @property
@@ -270,7 +270,7 @@ class DPODataFactory(KTODataFactory):
     name = "dpo"
     config: PreferenceDataConfig
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         middles, ends = documents.index["rejected_start"][chosen], documents.lengths[chosen]
         starts = np.column_stack([np.zeros_like(middles), middles]).ravel()
         lengths = np.column_stack([middles, ends - middles]).ravel()

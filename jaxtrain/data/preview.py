@@ -1,14 +1,16 @@
-"""Shows documents and batches to a person: what is trained, what is masked, every special token."""
+"""Shows documents and batches to a person: what is trained, what is masked, every special token; on
+the terminal, and as one self-contained HTML page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.text import Text
 
-from jaxtrain.data.plan import BatchPlan
-from jaxtrain.data.training_data import TrainingData
+from jaxtrain.data.ledger import SetCounts, SourceCounts, format_range
+from jaxtrain.data.plan import BatchPlan, TrainingData
 
 STYLES = {
     (True, False): "bold green",
@@ -18,6 +20,26 @@ STYLES = {
 }
 """(trained, special) → style on a terminal."""
 NUM_SAMPLES = 4
+BARS = 48
+WIDTH, HEIGHT = 720, 160
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #1b1f24; background: #fff; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #888; }
+.warning { background: #fff4ce; border-left: 4px solid #d29922; padding: .4rem .8rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #d0d7de; padding: .8rem;
+  border-radius: 6px; font-size: 13px; }
+.trained { background: #c6f0cf; color: #05350f; } .masked { color: #6b7280; }
+.special { outline: 1px solid currentColor; border-radius: 2px; font-weight: 600; }
+rect { fill: #2da44e; } line { stroke: #888; } svg text { font-size: 12px; fill: #444; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6edf3; background: #0d1117; } .masked { color: #8b949e; }
+  .trained { background: #12401d; color: #b6f2c2; } svg text { fill: #b5bdc6; }
+  .warning { background: #3b2e05; } pre { border-color: #30363d; }
+}
+"""
 
 
 class Piece(NamedTuple):
@@ -42,7 +64,7 @@ class Sample(NamedTuple):
 def pick_samples(data: TrainingData, tokenizer: Any, *, max_tokens: int) -> list[Sample]:
     """Picks some documents of the training set, from every source and every part of the set."""
     plan = data.train
-    sources = plan.documents.index["source"][plan.rows.documents]
+    sources = plan.documents.index["source"][plan.packing.documents]
     firsts = np.unique(sources, return_index=True)[1].tolist()
     spread = np.linspace(0, len(sources) - 1, NUM_SAMPLES).astype(int).tolist()
     spread = [*firsts, *spread[: max(0, NUM_SAMPLES - len(firsts))]]
@@ -55,7 +77,7 @@ def iter_batch_samples(
     data: TrainingData, tokenizer: Any, step: int, *, max_tokens: int
 ) -> Iterator[Sample]:
     """Yields every document that step `step`, counted from 1, trains on, over all processes."""
-    sequences = data.train.row_numbers(step - 1).ravel()
+    sequences = data.train.sequence_numbers(step - 1).ravel()
     for sequence in sequences[sequences >= 0].tolist():
         for piece in data.train.pieces(sequence):
             yield _build_sample(data, tokenizer, piece, max_tokens)
@@ -63,18 +85,18 @@ def iter_batch_samples(
 
 def _build_sample(data: TrainingData, tokenizer: Any, piece: int, max_tokens: int) -> Sample:
     plan = data.train
-    sequence = int(np.searchsorted(plan.rows.offsets, piece, side="right")) - 1
+    _, starts, lengths, offsets = plan.packing
+    sequence = int(np.searchsorted(offsets, piece, side="right")) - 1
     pieces = plan.pieces(sequence)
-    place = piece - pieces.start
-    ends = np.cumsum(plan.rows.lengths[pieces])
-    part = slice(int(ends[place] - plan.rows.lengths[piece]), int(ends[place]))
-    batch = plan.filled(np.array([sequence]), plan.row_tokens)
+    place, begin = piece - pieces.start, int(lengths[pieces.start : piece].sum())
+    part = slice(begin, begin + int(lengths[piece]))
+    batch = plan.fill_batch(np.array([sequence]), data.row_tokens)
     tokens, weights = batch.tokens[0, part], batch.loss_weights[0, part]
     origin = plan.origins(sequence)[place]
-    title = f"{data.ledger.sources[origin.source].label}, record {origin.row}"
-    if plan.together == 1 and (first := int(plan.rows.starts[piece])):
+    title = f"{data.ledger.sources[origin.source].label}, record {origin.record}"
+    if plan.together == 1 and (first := int(starts[piece])):
         title += f" from token {first}"
-    scores = plan.documents.index["scores"][plan.rows.documents[piece]]
+    scores = plan.documents.index["scores"][plan.packing.documents[piece]]
     title += _describe_preference(plan, sequence, scores)
     return Sample(
         title=f"{title} (packed sequence {sequence}, document {place + 1} of {len(pieces)})",
@@ -133,3 +155,90 @@ def format_legend(*, in_colour: bool) -> Text:
         " ⏎ ends a line",
     )  # fmt: skip
     return Text.assemble(*parts)
+
+
+def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: str) -> str:
+    ledger = data.ledger
+    warnings = [f'<p class="warning">{escape(text)}</p>' for text in ledger.warnings]
+    notes = [f"<p>{escape(text)}</p>" for text in ledger.notes]
+    lengths = data.train.documents.sequence_lengths[np.unique(data.train.packing.documents)]
+    return "\n".join([
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *warnings,
+        "<h2>Sources</h2>",
+        _render_table(SOURCE_COLUMNS, ledger.sources),
+        "<h2>Sets</h2>",
+        _render_table(SET_COLUMNS, ledger.sets),
+        *notes,
+        "<h2>Lengths of the training documents</h2>",
+        render_histogram(lengths, data.row_tokens),
+        f"<h2>{escape(heading)}</h2>",
+        '<p><span class="trained">trained</span> <span class="masked">masked</span> '
+        '<span class="special">special token</span></p>',
+        *(_render_sample(sample) for sample in shown),
+        "</body></html>",
+    ])  # fmt: skip
+
+
+SOURCE_COLUMNS: dict[str, Callable[[SourceCounts], str]] = {
+    "source": lambda one: one.label,
+    "records": lambda one: f"{one.rows:,}",
+    "dropped": lambda one: "; ".join(f"{n} {why}" for why, n in one.dropped.most_common()) or "0",
+    "truncated": lambda one: f"{one.truncated:,}",
+    "documents": lambda one: f"{one.documents:,}",
+    "tokens": lambda one: f"{one.tokens:,}",
+    "trained": lambda one: f"{one.trained_tokens / max(one.tokens, 1):.1%}",
+    "end of turn": lambda one: f"{one.ended_turns / one.turns:.1%}" if one.turns else "",
+}
+SET_COLUMNS: dict[str, Callable[[SetCounts], str]] = {
+    "set": lambda one: one.label,
+    "documents": lambda one: f"{one.documents:,}",
+    "sequences": lambda one: f"{one.sequences:,}",
+    "tokens per sequence": lambda one: format_range(one.lengths),
+    "filled": lambda one: f"{one.fill:.1%}",
+    "trained tokens": lambda one: f"{one.trained_tokens:,}",
+    "steps": lambda one: f"{one.steps:,}",
+}
+
+
+def _render_table(columns: Mapping[str, Callable[[Any], str]], counted: Sequence[Any]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = [[f"<td>{escape(cell(one))}</td>" for cell in columns.values()] for one in counted]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def render_histogram(lengths: np.ndarray, max_tokens: int) -> str:
+    """Draws document lengths, from 0 to the longest one or to the length of a sequence."""
+    longest = max(int(lengths.max()), max_tokens)
+    counts, edges = np.histogram(lengths, bins=min(BARS, longest), range=(0, longest))
+    width, tallest, bars = WIDTH / len(counts), int(counts.max()), []
+    for i in np.flatnonzero(counts).tolist():
+        height = max(1.0, HEIGHT * int(counts[i]) / tallest)
+        title = f"{edges[i]:.0f} to {edges[i + 1]:.0f} tokens: {counts[i]:,} documents"
+        bars.append(
+            f'<rect x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{width - 1:.1f}" '
+            f'height="{height:.1f}"><title>{title}</title></rect>'
+        )
+    return (
+        f'<svg id="lengths" viewBox="0 0 {WIDTH} {HEIGHT + 24}" width="{WIDTH}" role="img" '
+        f'aria-label="document lengths">{"".join(bars)}'
+        f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+        f'<text x="0" y="{HEIGHT + 18}">0</text>'
+        f'<text x="{WIDTH}" y="{HEIGHT + 18}" text-anchor="end">{longest:,} tokens</text></svg>'
+    )
+
+
+def _render_sample(sample: Sample) -> str:
+    spans = "".join(
+        f'<span class="{"trained" if piece.is_trained else "masked"}'
+        f'{" special" if piece.is_special else ""}">{escape(piece.text)}</span>'
+        for piece in sample.pieces
+    )
+    rest = f" … and {sample.left_out:,} more tokens" if sample.left_out else ""
+    heading = f"{sample.title}: {sample.tokens:,} tokens, {sample.trained:,} trained"
+    return f"<h3>{escape(heading)}</h3><pre>{spans}{rest}</pre>"
