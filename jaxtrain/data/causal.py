@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,36 +26,39 @@ from jaxtrain.recipe.data import CausalDataConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 
 
+@dataclass
 class TextEncoder:
     """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
 
-    def __init__(self, tokenizer: Any, column: str, kwargs: Mapping[str, Any]):
-        if tokenizer.eos_token_id is None:
+    tokenizer: Any
+    column: str
+    kwargs: Mapping[str, Any]
+
+    def __post_init__(self):
+        if self.tokenizer.eos_token_id is None:
             raise RecipeError("tokenizer: has no EOS token, which must end every document")
-        self._tokenizer, self._backend = tokenizer, prepare_backend(tokenizer)
-        self._column = column
-        self._kwargs = dict(kwargs)
-        self._before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._eos = tokenizer.eos_token_id
+        self._backend = prepare_backend(self.tokenizer)
 
     def read(self, record: Mapping[str, Any]) -> str:
-        column = next(iter(record)) if len(record) == 1 else self._column
+        column = next(iter(record)) if len(record) == 1 else self.column
         text = get_text(record, column)
         check_characters(text)
         return text
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
-        if not self._kwargs:
+        if not self.kwargs:
             encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
             return [self._encode_one(encoding.ids) for encoding in encodings]
-        kwargs = {**self._kwargs, "add_special_tokens": False, "return_attention_mask": False}
-        encoding = self._tokenizer(list(items), verbose=False, **kwargs)
+        kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
+        encoding = self.tokenizer(list(items), verbose=False, **kwargs)
         return [self._encode_one(ids) for ids in encoding["input_ids"]]
 
     def _encode_one(self, ids: list[int]) -> Outcome:
         if not ids:
             return Dropped(NOTHING, 0)
-        tokens = np.array([*self._before, *ids, self._eos], dtype=np.int32)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        before = [] if bos is None else [bos]
+        tokens = np.array([*before, *ids, eos], dtype=np.int32)
         weights = np.ones(len(tokens), dtype=np.uint8)
         weights[0] = 0  # before it in a sequence is another text
         return Encoded(tokens, weights)

@@ -201,7 +201,7 @@ class DataFactory(registry.Factory, kind="data"):
 
     def process(self, dataset: Sequence[LoadedSource]) -> Processed:
         """Turns records into documents and counted drops; DataError when no document is left."""
-        counts = tuple(SourceCounts(one.label) for one in dataset)
+        counts = tuple(SourceCounts(one.source.label) for one in dataset)
         tolerance = Tolerance(self.config.max_rows_with_errors)
         parent = cache_folder() / "data"
         parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -236,7 +236,7 @@ class DataFactory(registry.Factory, kind="data"):
         documents = Documents.open(found.folder)
         saved = json.loads((found.folder / COUNTS_FILE).read_text())
         counts = [  # a source may have another name now
-            SourceCounts(**{**count, "label": one.label})
+            SourceCounts(**{**count, "label": one.source.label})
             for count, one in zip(saved, loaded, strict=True)
         ]
         return documents, Ledger(tuple(counts), (), (found.note,))

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import dataclasses
 
 from jaxtrain.data.encode import OVERLONG, Dropped, Encoded
+from jaxtrain.recipe.errors import pluralize
 
 PERCENTILES = (50, 90, 99, 100)
 FAULTY = "faulty"
@@ -62,10 +63,10 @@ class SourceCounts:
         self.systems_hidden += outcome.hides_system
 
     def lines(self) -> list[str]:
-        records, documents = _pluralise(self.rows, "record"), _pluralise(self.documents, "document")
-        cut = f", {self.truncated} truncated" if self.truncated else ""
+        records, documents = pluralize(self.rows, "record"), pluralize(self.documents, "document")
+        cut = f", {self.truncated:,} truncated" if self.truncated else ""
         lines = [f"{self.label}: {records} read, {documents}{cut}"]
-        lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"    {message}" for message in self.faults]
         if not self.documents:
             return lines
@@ -74,7 +75,7 @@ class SourceCounts:
         lines.append(f"  document lengths: {', '.join(steps)}")
         if self.turns:
             share = self.ended_turns / self.turns
-            lines.append(f"  end of turn trained in {share:.1%} of {self.turns} assistant turns")
+            lines.append(f"  end of turn trained in {share:.1%} of {self.turns:,} assistant turns")
         return lines
 
     def warnings(self) -> Iterator[str]:
@@ -124,8 +125,8 @@ class SetCounts:
     """Steps of an epoch, or batches of one evaluation."""
 
     def lines(self) -> list[str]:
-        documents = _pluralise(self.documents, "document")
-        sequences, steps = _pluralise(self.sequences, "sequence"), _pluralise(self.steps, "step")
+        documents = pluralize(self.documents, "document")
+        sequences, steps = pluralize(self.sequences, "sequence"), pluralize(self.steps, "step")
         return [
             f"{self.label}: {documents} in {sequences} of {format_range(self.lengths)} tokens, "
             f"filled {self.fill:.1%}; {steps}",
@@ -169,9 +170,5 @@ def format_range(lengths: Sequence[int]) -> str:
     return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
-def _pluralise(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _format_tokens(tokens: int, trained: int) -> str:
-    return f"{tokens} tokens, {trained} trained ({trained / max(tokens, 1):.1%})"
+    return f"{tokens:,} tokens, {trained:,} trained ({trained / max(tokens, 1):.1%})"

@@ -48,7 +48,7 @@ class Renderer:
     def render(self, conversation: Conversation) -> str:
         """Renders a conversation; DataError when the template refuses it or hides its tools."""
         try:
-            text = self._render(conversation.messages, conversation.tools)
+            text, _ = self._apply(conversation.messages, conversation.tools)
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
         check_characters(text)
@@ -79,21 +79,15 @@ class Renderer:
         return find_turns(self._make_render(tools), messages, turns, text)
 
     def _make_render(self, tools: list[Any] | None) -> Render:
-
         def render(messages: list[Message], prompt: bool) -> str | None:
             if not messages:  # templates read the first
                 return None
             try:
-                return self._render(messages, tools, prompt=prompt)
+                return self._apply(messages, tools, add_generation_prompt=prompt)[0]
             except TEMPLATE_FAULTS:  # it needs whole conversations, or one more turn
                 return None
 
         return render
-
-    def _render(
-        self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False
-    ) -> str:
-        return self._apply(messages, tools, add_generation_prompt=prompt)[0]
 
     def _read_generation_spans(self, conversation: Conversation, text: str) -> list[Span]:
         messages, tools, _ = conversation

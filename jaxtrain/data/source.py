@@ -110,14 +110,11 @@ class LoadedSource(NamedTuple):
     source: DataSource
     records: Records
 
-    @property
-    def label(self) -> str:
-        return self.source.label
-
     def warnings(self) -> Iterator[str]:
         wanted = self.source.config.sample_count
         if wanted is not None and wanted > len(self.records):
-            yield f"{self.label}: sample_count {wanted} takes all {len(self.records)} records"
+            label, count = self.source.label, len(self.records)
+            yield f"{label}: sample_count {wanted} takes all {count} records"
 
 
 class ConversationSource(DataSource, abstract=True):

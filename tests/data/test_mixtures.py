@@ -62,7 +62,7 @@ def test_the_ledger_counts_what_a_mixture_trains(tmp_path):
     data = sft([chats(tmp_path, "one", 5, weight=9), chats(tmp_path, "two", 45, weight=1)])
     batch = all_rows(data.train)
     assert data.ledger.sets[0].trained_tokens == batch.loss_weights.sum()
-    assert data.ledger.sets[0].rows == 50
+    assert data.ledger.sets[0].sequences == 50
     assert data.ledger.sets[0].documents == 10  # five of one nine times, five of the other once
 
 
@@ -97,7 +97,7 @@ def test_named_eval_sets(tmp_path):
 def test_an_eval_set_named_train_is_not_trained(tmp_path):
     data = sft([chats(tmp_path, "one", 4)], evals={"train": [chats(tmp_path, "two", 7)]})
     assert data.train.packing.num_sequences == 4 and data.evals["train"].packing.num_sequences == 7
-    assert [(counts.label, counts.rows) for counts in data.ledger.sets] == [
+    assert [(counts.label, counts.sequences) for counts in data.ledger.sets] == [
         ("train", 4),
         ("train", 7),
     ]
