@@ -1,67 +1,17 @@
 """Pre-training: texts joined and cut into sequences that are full to the last token."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import (
-    NOTHING,
-    Dropped,
-    Encoded,
-    Encoder,
-    Outcome,
-    TokenisedEncoder,
-    prepare_backend,
-)
+from jaxtrain.data.encode import Encoder, TextEncoder, TokenisedEncoder
 from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.packing import PackingPlan, cut_documents
-from jaxtrain.data.records import get_text
-from jaxtrain.data.render import check_characters
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.recipe.data import CausalDataConfig
-from jaxtrain.recipe.errors import DataError, RecipeError
-
-
-@dataclass
-class TextEncoder:
-    """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
-
-    tokenizer: Any
-    column: str
-    kwargs: Mapping[str, Any]
-
-    def __post_init__(self):
-        if self.tokenizer.eos_token_id is None:
-            raise RecipeError("tokenizer: has no EOS token, which must end every document")
-        self._backend = prepare_backend(self.tokenizer)
-
-    def read(self, record: Mapping[str, Any]) -> str:
-        column = next(iter(record)) if len(record) == 1 else self.column
-        text = get_text(record, column)
-        check_characters(text)
-        return text
-
-    def encode(self, items: Sequence[str]) -> list[Outcome]:
-        if not self.kwargs:
-            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
-            return [self._encode_one(encoding.ids) for encoding in encodings]
-        kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
-        encoding = self.tokenizer(list(items), verbose=False, **kwargs)
-        return [self._encode_one(ids) for ids in encoding["input_ids"]]
-
-    def _encode_one(self, ids: list[int]) -> Outcome:
-        if not ids:
-            return Dropped(NOTHING, 0)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        before = [] if bos is None else [bos]
-        tokens = np.array([*before, *ids, eos], dtype=np.int32)
-        weights = np.ones(len(tokens), dtype=np.uint8)
-        weights[0] = 0  # before it in a sequence is another text
-        return Encoded(tokens, weights)
+from jaxtrain.recipe.errors import DataError
 
 
 class CausalDataFactory(DataFactory):

@@ -1,6 +1,7 @@
-"""Encodes conversations: tokenises the rendered text once, and weighs its tokens by offsets.
+"""Encodes records as tokens with loss weights: conversations, plain text, and tokens as they are.
 
-Records that are tokens already are checked and taken as they are."""
+The text that a conversation renders to is tokenised once; offsets tell which tokens are trained.
+"""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -12,10 +13,10 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from jaxtrain.data.conversation import Conversation, read_conversation
-from jaxtrain.data.records import get_column
-from jaxtrain.data.render import Renderer
+from jaxtrain.data.records import get_column, get_text
+from jaxtrain.data.render import Renderer, check_characters
 from jaxtrain.data.spans import Span
-from jaxtrain.recipe.errors import DataError, show
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 OVERLONG = "longer than max_length"
 UNTRAINED = "no assistant text to train on"
@@ -212,6 +213,44 @@ class ConversationEncoder:
         if index is not None and not text[ends(index) : end].strip():
             last = index + 1
         return first, last
+
+
+@dataclass
+class TextEncoder:
+    """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
+
+    tokenizer: Any
+    column: str
+    kwargs: Mapping[str, Any]
+
+    def __post_init__(self):
+        if self.tokenizer.eos_token_id is None:
+            raise RecipeError("tokenizer: has no EOS token, which must end every document")
+        self._backend = prepare_backend(self.tokenizer)
+
+    def read(self, record: Mapping[str, Any]) -> str:
+        column = next(iter(record)) if len(record) == 1 else self.column
+        text = get_text(record, column)
+        check_characters(text)
+        return text
+
+    def encode(self, items: Sequence[str]) -> list[Outcome]:
+        if not self.kwargs:
+            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
+            return [self._encode_one(encoding.ids) for encoding in encodings]
+        kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
+        encoding = self.tokenizer(list(items), verbose=False, **kwargs)
+        return [self._encode_one(ids) for ids in encoding["input_ids"]]
+
+    def _encode_one(self, ids: list[int]) -> Outcome:
+        if not ids:
+            return Dropped(NOTHING, 0)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        before = [] if bos is None else [bos]
+        tokens = np.array([*before, *ids, eos], dtype=np.int32)
+        weights = np.ones(len(tokens), dtype=np.uint8)
+        weights[0] = 0  # before it in a sequence is another text
+        return Encoded(tokens, weights)
 
 
 @dataclass(frozen=True)

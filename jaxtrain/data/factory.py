@@ -143,6 +143,8 @@ class DataFactory(registry.Factory, kind="data"):
     """What `Batch.extras` of its batches have: name → dtype and shape for each sequence."""
     tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Further arguments of the tokenizer where it tokenises plain text."""
+    length_multiple: int | None = None
+    """The lengths of batches are multiples of this; None pads every batch to `max_length`."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
         super().__init__(config, trainer)
@@ -175,11 +177,6 @@ class DataFactory(registry.Factory, kind="data"):
     def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         """Packs the documents numbered in `chosen` into sequences; here each into its own."""
         return pack(documents.lengths, self.max_length, "none", chosen)
-
-    @property
-    def length_multiple(self) -> int | None:
-        """The lengths of batches are multiples of this; None pads every batch to `max_length`."""
-        return None
 
     def lengths(self, sequence_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
         """Returns the possible T of a batch, rising; the step compiles once for each."""

@@ -51,15 +51,15 @@ class DatasetRecords(ArrowRecords):
     """Records of a `datasets.Dataset`, whose features may decode what a table holds."""
 
     def _read_block(self, start: int, stop: int) -> list[Record]:
-        columns = self._table.with_format(None)[start:stop]
+        columns = self._records.with_format(None)[start:stop]
         return [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
         ]
 
     def update_digest(self, digest: Any) -> None:
-        digest.update(repr(self._table.features).encode())
-        for block in self._table.with_format("arrow").iter(HASH_RECORDS):
+        digest.update(repr(self._records.features).encode())
+        for block in self._records.with_format("arrow").iter(HASH_RECORDS):
             hash_table(digest, block.combine_chunks())
 
 

@@ -177,7 +177,7 @@ class BatchPlan:
         documents, _, lengths, _ = self.packing
         is_whole = lengths == self.documents.lengths[documents]
         total = int(self.documents.index["trained"][documents[is_whole]].sum())
-        for piece in np.flatnonzero(~is_whole):
+        for piece in np.flatnonzero(~is_whole).tolist():
             begin = self._find_token(piece)
             part = self.documents.weights[begin + 1 : begin + int(lengths[piece])]
             total += int(np.count_nonzero(part))

@@ -218,10 +218,7 @@ class KTODataFactory(DataFactory):
 
     name = "kto"
     config: JudgedDataConfig
-
-    @property
-    def length_multiple(self) -> int:
-        return 256
+    length_multiple = 256
 
     @property
     def max_prompt_length(self) -> int:

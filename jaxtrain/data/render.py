@@ -69,14 +69,17 @@ class Renderer:
         messages, tools, prompt_turns = conversation
         turns = [i for i, m in enumerate(messages) if m["role"] in roles and i >= prompt_turns]
         template = self._tokenizer.get_chat_template(None, tools)
-        if GENERATION.search(template) and tuple(roles) == ("assistant",):
-            spans = self._read_generation_spans(conversation, text)
-            check_shown(messages, turns, [text[start:end] for start, end in spans])
-            if len(turns) == sum(message["role"] == "assistant" for message in messages):
-                return spans
-            replies = find_turns(self._make_render(tools), messages, turns, text)
-            return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
-        return find_turns(self._make_render(tools), messages, turns, text)
+        if not GENERATION.search(template) or tuple(roles) != ("assistant",):
+            return find_turns(self._make_render(tools), messages, turns, text)
+        rendered, (places,) = self._apply(messages, tools, return_assistant_tokens_mask=True)
+        if rendered != text:
+            raise DataError("the chat template renders the same conversation in two ways")
+        spans = [Span(int(start), int(end)) for start, end in places]
+        check_shown(messages, turns, [text[start:end] for start, end in spans])
+        if len(turns) == sum(message["role"] == "assistant" for message in messages):
+            return spans
+        replies = find_turns(self._make_render(tools), messages, turns, text)
+        return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
 
     def _make_render(self, tools: list[Any] | None) -> Render:
         def render(messages: list[Message], prompt: bool) -> str | None:
@@ -88,13 +91,6 @@ class Renderer:
                 return None
 
         return render
-
-    def _read_generation_spans(self, conversation: Conversation, text: str) -> list[Span]:
-        messages, tools, _ = conversation
-        rendered, (places,) = self._apply(messages, tools, return_assistant_tokens_mask=True)
-        if rendered != text:
-            raise DataError("the chat template renders the same conversation in two ways")
-        return [Span(int(start), int(end)) for start, end in places]
 
     def _apply(
         self, messages: list[Message], tools: list[Any] | None, **options: Any
