@@ -40,13 +40,17 @@ class Digestible(Protocol):
 def hash_records(records: Records) -> str:
     """Returns a digest that is equal for equal records read in the same way."""
     digest = hashlib.sha256()
+    update_digest(digest, records)
+    return digest.hexdigest()
+
+
+def update_digest(digest: Any, records: Records) -> None:
     if isinstance(records, Digestible):
         records.update_digest(digest)
-        return digest.hexdigest()
+        return
     for index in range(len(records)):
         text = json.dumps(records[index], default=repr)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
 
 
 class NamedRecords:
@@ -86,7 +90,7 @@ class SelectedRecords:
         return self._records.where(int(self._indices[index]))
 
     def update_digest(self, digest: Any) -> None:
-        digest.update(hash_records(self._records).encode())
+        update_digest(digest, self._records)
         digest.update(np.asarray(self._indices, dtype=np.int64).tobytes())
 
 
@@ -114,7 +118,8 @@ class ConcatenatedRecords:
 
     def update_digest(self, digest: Any) -> None:
         for part in self._parts:
-            digest.update(hash_records(part).encode())
+            digest.update(len(part).to_bytes(8, "little"))
+            update_digest(digest, part)
 
 
 class MappedRecords:
@@ -139,7 +144,7 @@ class MappedRecords:
 
     def update_digest(self, digest: Any) -> None:
         """Hashes the function's input; the source's options and code stand for the function."""
-        digest.update(hash_records(self._records).encode())
+        update_digest(digest, self._records)
 
 
 def find_source_index(records: Records, index: int) -> int:
