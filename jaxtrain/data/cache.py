@@ -43,7 +43,8 @@ class DataCache:
 
     def __init__(self, folder: str | Path | None = None, *, limit_bytes: int | None = None):
         self.folder = cache_folder() / "data" if folder is None else expand_user(folder)
-        self.is_own = self.folder.is_relative_to(cache_folder())
+        # Private in our own cache, since data may be; a folder of the recipe follows the umask.
+        self._mode = 0o700 if self.folder.is_relative_to(cache_folder()) else 0o777
         self.limit_bytes = limit_bytes or _read_limit()
 
     def get(
@@ -91,11 +92,6 @@ class DataCache:
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > MAX_BUILD_AGE_S:
                     shutil.rmtree(left, ignore_errors=True)
-
-    @property
-    def _mode(self) -> int:
-        """Private in our own cache, since data may be; a folder of the recipe follows the umask."""
-        return 0o700 if self.is_own else 0o777
 
     def _new_folder(self) -> Path:
         return self.folder / f".new-{uuid4().hex}"

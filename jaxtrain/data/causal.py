@@ -1,57 +1,17 @@
 """Pre-training: texts joined and cut into sequences that are full to the last token."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import NOTHING, Dropped, Encoded, Outcome, prepare_backend
+from jaxtrain.data.encode import Encoder, TextEncoder, TokenisedEncoder
 from jaxtrain.data.factory import DataFactory
 from jaxtrain.data.packing import PackingPlan, cut_documents
-from jaxtrain.data.records import get_text
-from jaxtrain.data.render import check_characters
 from jaxtrain.data.source import LoadedSource
-from jaxtrain.data.tokenise import Encoder
-from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import CausalDataConfig
-from jaxtrain.recipe.errors import DataError, RecipeError
-
-
-class TextEncoder:
-    """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
-
-    def __init__(self, tokenizer: Any, column: str, kwargs: Mapping[str, Any]):
-        if tokenizer.eos_token_id is None:
-            raise RecipeError("tokenizer: has no EOS token, which must end every document")
-        self._tokenizer, self._backend = tokenizer, prepare_backend(tokenizer)
-        self._column = column
-        self._kwargs = dict(kwargs)
-        self._before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._eos = tokenizer.eos_token_id
-
-    def read(self, record: Mapping[str, Any]) -> str:
-        column = next(iter(record)) if len(record) == 1 else self._column
-        text = get_text(record, column)
-        check_characters(text)
-        return text
-
-    def encode(self, items: Sequence[str]) -> list[Outcome]:
-        if not self._kwargs:
-            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
-            return [self._encode_one(encoding.ids) for encoding in encodings]
-        kwargs = {**self._kwargs, "add_special_tokens": False, "return_attention_mask": False}
-        encoding = self._tokenizer(list(items), verbose=False, **kwargs)
-        return [self._encode_one(ids) for ids in encoding["input_ids"]]
-
-    def _encode_one(self, ids: list[int]) -> Outcome:
-        if not ids:
-            return Dropped(NOTHING, 0)
-        tokens = np.array([*self._before, *ids, self._eos], dtype=np.int32)
-        weights = np.ones(len(tokens), dtype=np.uint8)
-        weights[0] = 0  # before it in a sequence is another text
-        return Encoded(tokens, weights, 0, 0, False)
+from jaxtrain.recipe.errors import DataError
 
 
 class CausalDataFactory(DataFactory):
@@ -62,7 +22,7 @@ class CausalDataFactory(DataFactory):
         if loaded.source.config.is_tokenised:
             return TokenisedEncoder(vocab_size=len(self.tokenizer), with_labels=False)
         column = loaded.source.config.text_column
-        return TextEncoder(self.tokenizer, column, self.tokenize_kwargs)
+        return TextEncoder(self.tokenizer, column, dict(self.tokenize_kwargs))
 
     def remarks(self) -> list[str]:
         return []  # no text goes through a template
@@ -71,7 +31,7 @@ class CausalDataFactory(DataFactory):
         kwargs = json.dumps(dict(self.tokenize_kwargs), sort_keys=True)
         return super().key_parts(loaded) | {"tokenizer.tokenize_kwargs": kwargs}
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         """Cuts the documents in their order; training leaves out the last sequence unless full."""
         plan = cut_documents(documents.lengths, self.max_length, chosen)
         if not train or plan.sequence_lengths[-1] == self.max_length:

@@ -11,8 +11,7 @@ from typing import Any
 
 ENCODING_FILES = (
     "causal.py", "conversation.py", "documents.py", "encode.py", "files.py", "hub.py", "order.py",
-    "preference.py", "render.py", "records.py", "source.py", "spans.py", "synthetic.py",
-    "tokenise.py", "tokenised.py",
+    "preference.py", "render.py", "records.py", "source.py", "spans.py",
 )  # fmt: skip
 """Our files that decide records, tokens and weights; a version number would be forgotten."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")

@@ -1,11 +1,31 @@
-"""Tokenised documents in flat arrays on disk, mapped into memory, without a Python object each."""
+"""Documents: the records of a source through its encoder, in one process or several, into flat
+arrays on disk, which are mapped into memory without a Python object each."""
 
 import hashlib
+import os
+import pickle
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
+
+from jaxtrain.data.encode import Encoded, Encoder, Fault, Outcome, catch_fault
+from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.records import Records, find_source_index
+from jaxtrain.recipe.code import find_user_files, run_user_code
+from jaxtrain.recipe.errors import DataError
+
+BATCH_RECORDS = 128
+THREADS = 2
+MIN_POOL_RECORDS = 20_000
+"""From this many records on, processes are worth the seconds that they take to start."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -18,8 +38,8 @@ INDEX_DTYPE = np.dtype(
         ("scores", np.float32, 2),  # of a preference, as in the data set; else not a number
     ]
 )
+MAX_EQUAL_SHARE = 0.01
 FILES = ("tokens.bin", "weights.bin", "index.bin")
-NO_SCORES = (float("nan"), float("nan"))
 
 
 class Documents(NamedTuple):
@@ -57,6 +77,22 @@ class Documents(NamedTuple):
         for name, part in zip(FILES, (self.tokens, self.weights, self.index), strict=True):
             part.tofile(folder / name)
 
+    def warnings(self, bos: int | None) -> Iterator[str]:
+        """Yields what usually goes wrong with documents to train on."""
+        digests = self.index["digest"]
+        equal = len(digests) - len(np.unique(digests))
+        if equal > MAX_EQUAL_SHARE * len(digests):
+            yield f"{equal} of {len(digests)} training documents are copies of another"
+        firsts = self.offsets[:-1][self.lengths > 1]
+        if bos is None or not len(firsts):
+            return
+        twice = (self.tokens[firsts] == bos) & (self.tokens[firsts + 1] == bos)
+        if twice.any():
+            yield (
+                f"{np.count_nonzero(twice)} training documents begin with BOS twice; the chat "
+                f"template or the data add one too many"
+            )
+
 
 class DocumentWriter(ExitStack):
     """Appends documents to the files of a folder, and closes the files on exit."""
@@ -67,24 +103,15 @@ class DocumentWriter(ExitStack):
         self._files = [self.enter_context(file) for file in files]
         self._end = 0
 
-    def append(
-        self,
-        tokens: np.ndarray,
-        weights: np.ndarray,
-        *,
-        source: int,
-        record: int,
-        rejected_start: int | None = None,
-        scores: tuple[float, float] = NO_SCORES,
-    ) -> None:
-        tokens = np.ascontiguousarray(tokens, dtype=np.int32)
+    def append(self, document: Encoded, *, source: int, record: int) -> None:
+        tokens = np.ascontiguousarray(document.tokens, dtype=np.int32)
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         self._end += len(tokens)
-        trained = int(np.count_nonzero(weights))
-        rejected_start = len(tokens) if rejected_start is None else rejected_start
+        trained = int(np.count_nonzero(document.weights))
+        middle = len(tokens) if document.rejected_start is None else document.rejected_start
         digest = int.from_bytes(digest, "little")
-        entry = (self._end, source, record, trained, digest, rejected_start, scores)
-        parts = (tokens, weights.astype(np.uint8), np.array([entry], dtype=INDEX_DTYPE))
+        entry = (self._end, source, record, trained, digest, middle, document.scores)
+        parts = (tokens, document.weights.astype(np.uint8), np.array([entry], dtype=INDEX_DTYPE))
         for file, part in zip(self._files, parts, strict=True):
             file.write(part.tobytes())
 
@@ -93,3 +120,112 @@ def _map_array(path: Path, dtype: np.dtype | type) -> np.ndarray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+class Tolerance:
+    """How many faulty records may be skipped before a run stops."""
+
+    def __init__(self, allowed: int = 0):
+        self._allowed = allowed
+        self._count = 0
+
+    def skip(self, message: str) -> None:
+        """Counts a fault; `DataError` for one more than is allowed."""
+        self._count += 1
+        if self._count <= self._allowed:
+            return
+        so_far = f"; data.max_rows_with_errors allows {self._allowed}" if self._allowed else ""
+        raise DataError(message + so_far)
+
+
+def choose_num_workers(num_records: int, num_proc: int) -> int:
+    """Returns the number of worker processes; 0 is this process, whose tokenizer has threads."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    workers = min(num_proc, cores)
+    return workers if workers > 1 and num_records >= MIN_POOL_RECORDS else 0
+
+
+def tokenise(
+    records: Records,
+    encoder: Encoder,
+    writer: DocumentWriter,
+    counts: SourceCounts,
+    *,
+    source: int,
+    tolerance: Tolerance,
+    workers: int = 0,
+) -> None:
+    """Appends the documents of `records` and counts what became of each record.
+
+    Raises `DataError` with the place of a faulty record that `tolerance` does not allow."""
+    label = f"tokenising {counts.label}"
+    with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
+        starts = range(0, len(records), BATCH_RECORDS)
+        for start, outcomes in zip(starts, _encode_batches(records, encoder, workers), strict=True):
+            for index, outcome in enumerate(outcomes, start):
+                if isinstance(outcome, Fault):
+                    place = "" if outcome.names_record else f"{records.where(index)}: "
+                    tolerance.skip(message := place + outcome.message)
+                    counts.add_fault(message)
+                    continue
+                counts.add(outcome)
+                if isinstance(outcome, Encoded):
+                    writer.append(outcome, source=source, record=find_source_index(records, index))
+            bar.update(len(outcomes))
+
+
+Items = list[Any | Fault]
+
+
+def _read(records: Records, index: int, encoder: Encoder) -> Any | Fault:
+    record = catch_fault(records.__getitem__, index)
+    if isinstance(record, Fault):
+        return record._replace(names_record=True)
+    return catch_fault(encoder.read, record)
+
+
+def _encode_items(encoder: Encoder, items: Items) -> list[Outcome]:
+    """Encodes what was read; faults of reading stay in their places."""
+    sound = [item for item in items if not isinstance(item, Fault)]
+    encoded = iter(encoder.encode(sound) if sound else ())
+    return [item if isinstance(item, Fault) else next(encoded) for item in items]
+
+
+_encoder: Encoder  # of a worker process, set once when it starts
+
+
+def _start_worker(pickled: bytes, user_files: Sequence[Path]) -> None:
+    global _encoder
+    for file in user_files:  # a new process cannot import them by name
+        run_user_code(file)
+    _encoder = pickle.loads(pickled)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
+
+
+def _encode_in_worker(items: Items) -> list[Outcome]:
+    return _encode_items(_encoder, items)
+
+
+def _encode_batches(records: Records, encoder: Encoder, workers: int) -> Iterator[list[Outcome]]:
+    """Yields the outcomes of one batch of records after the other, with several in flight."""
+    if not workers:
+        # The tokenizer releases Python's lock, so one batch renders while it tokenises another.
+        pool, encode = ThreadPoolExecutor(THREADS), partial(_encode_items, encoder)
+    else:
+        # Forked children would inherit the threads' locks of jax and of the tokenizer.
+        pickled = pickle.dumps(encoder)
+        start = partial(_start_worker, pickled, find_user_files(pickled))
+        pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode_in_worker
+    waiting: deque[Future[list[Outcome]]] = deque()
+    try:
+        for first in range(0, len(records), BATCH_RECORDS):
+            numbers = range(first, min(first + BATCH_RECORDS, len(records)))
+            waiting.append(pool.submit(encode, [_read(records, n, encoder) for n in numbers]))
+            if len(waiting) > 2 * (workers or THREADS):  # batches in flight are in memory
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

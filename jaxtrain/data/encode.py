@@ -1,18 +1,22 @@
-"""Encodes conversations: tokenises the rendered text once, and weighs its tokens by offsets."""
+"""Encodes records as tokens with loss weights: conversations, plain text, and tokens as they are.
+
+The text that a conversation renders to is tokenised once; offsets tell which tokens are trained.
+"""
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from jaxtrain.data.conversation import Conversation, read_conversation
-from jaxtrain.data.documents import NO_SCORES
-from jaxtrain.data.render import Renderer
+from jaxtrain.data.records import get_column, get_text
+from jaxtrain.data.render import Renderer, check_characters
 from jaxtrain.data.spans import Span
-from jaxtrain.recipe.errors import DataError
+from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 OVERLONG = "longer than max_length"
 UNTRAINED = "no assistant text to train on"
@@ -21,6 +25,9 @@ NOTHING = "renders to nothing"
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 HEAD_CHARACTERS_PER_TOKEN = 5
 """A text of this many characters per token of `max_length` is nearly always longer than it."""
+IGNORED = -100
+"""The label of a token that is not trained."""
+NO_SCORES = (float("nan"), float("nan"))
 
 
 class Encoded(NamedTuple):
@@ -30,11 +37,11 @@ class Encoded(NamedTuple):
     """int32 [n]"""
     weights: np.ndarray
     """uint8 [n]: loss weight of the prediction of token t; 0 for the first"""
-    turns: int
+    turns: int = 0
     """Trained assistant turns."""
-    ended: int
+    ended: int = 0
     """Trained turns whose last token ends a turn."""
-    truncated: bool
+    truncated: bool = False
     rejected_start: int | None = None
     """First token of the rejected sequence of a preference."""
     scores: tuple[float, float] = NO_SCORES
@@ -60,51 +67,50 @@ Overlong = Literal["drop", "truncate", "error"]
 Outcome = Encoded | Dropped | Fault
 
 
-class ConversationEncoder:
-    """Encodes conversations; holds only what decides tokens and weights, and can be pickled."""
+class Encoder(Protocol):
+    """Turns records of a source into documents; holds all that decides tokens and weights, and can
+    be pickled."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        overlong: Overlong,
-        mask_inputs: bool = True,
-        loss_roles: Sequence[str] = ("assistant",),
-        completion_only: bool = True,
-        ignore_empty_think: bool = False,
-    ):
-        self._backend = prepare_backend(tokenizer)
-        self._renderer = Renderer(tokenizer)
-        self._max_length = max_length
-        self._overlong: Overlong = overlong
-        self._mask_inputs = mask_inputs
-        self._loss_roles = tuple(loss_roles)
-        self._completion_only = completion_only
-        self._ignore_empty_think = ignore_empty_think
-        self._markup = frozenset(tokenizer.added_tokens_decoder)
-        self._added_tokens = compile_added_tokens(tokenizer)
+    def read(self, record: Mapping[str, Any], /) -> Any:
+        """Takes what it needs from a record; `DataError` names the field at fault."""
+        ...
+
+    def encode(self, items: Sequence[Any], /) -> list[Outcome]:
+        """Returns one outcome per item that was read, independent of the others."""
+        ...
+
+
+@dataclass
+class ConversationEncoder:
+    """Encodes conversations."""
+
+    tokenizer: Any
+    _: KW_ONLY
+    max_length: int
+    overlong: Overlong
+    mask_inputs: bool = True
+    loss_roles: Sequence[str] = ("assistant",)
+    completion_only: bool = True
+    ignore_empty_think: bool = False
+
+    def __post_init__(self):
+        self._backend = prepare_backend(self.tokenizer)
+        self._renderer = Renderer(self.tokenizer)
+        self._markup = frozenset(self.tokenizer.added_tokens_decoder)
+        self._added_tokens = compile_added_tokens(self.tokenizer)
 
     def read(self, record: Mapping[str, Any]) -> Conversation:
         return read_conversation(record)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
-        """Returns one outcome per conversation, in order and independent of the others."""
-        outcomes: list[Outcome] = [Dropped(NOTHING, 0)] * len(conversations)
-        texts: dict[int, str] = {}
-        for index, conversation in enumerate(conversations):
-            try:
-                texts[index] = self._renderer.render(conversation)
-            except DataError as fault:
-                outcomes[index] = Fault(str(fault))
-        texts = {index: text for index, text in texts.items() if text}
-        encodings = self._tokenise(list(texts.values()))
-        for (index, text), encoding in zip(texts.items(), encodings, strict=True):
-            try:
-                outcomes[index] = self._encode_one(conversations[index], text, encoding)
-            except DataError as fault:
-                outcomes[index] = Fault(str(fault))
-        return outcomes
+        rendered = [catch_fault(self._renderer.render, one) for one in conversations]
+        encodings = iter(self._tokenise([text for text in rendered if isinstance(text, str)]))
+        return [
+            text
+            if isinstance(text, Fault)
+            else catch_fault(self._encode_one, conversation, text, next(encodings))
+            for conversation, text in zip(conversations, rendered, strict=True)
+        ]
 
     def _tokenise(self, texts: list[str]) -> list[Encoding]:
         """Tokenises each text, or a head of it that is longer than `max_length` already."""
@@ -125,38 +131,38 @@ class ConversationEncoder:
     def _take_head(self, text: str) -> str:
         """Returns a head of the text that is likely longer than `max_length`. It ends at an added
         token, where a tokenizer splits a text first, so that it does not depend on the rest."""
-        if self._overlong == "error" or self._added_tokens is None:
+        if self.overlong == "error" or self._added_tokens is None:
             return text
-        added_token = self._added_tokens.search(text, HEAD_CHARACTERS_PER_TOKEN * self._max_length)
+        added_token = self._added_tokens.search(text, HEAD_CHARACTERS_PER_TOKEN * self.max_length)
         return text[: added_token.end()] if added_token else text
 
     def _is_head(self, encoding: Encoding) -> bool:
-        return len(encoding) > self._max_length and encoding.ids[-1] in self._markup
+        return len(encoding) > self.max_length and encoding.ids[-1] in self._markup
 
     def _encode_one(self, conversation: Conversation, text: str, encoding: Encoding) -> Outcome:
         length = len(encoding)
-        if length == 0:
+        if not text or length == 0:
             return Dropped(NOTHING, 0)
-        if refused := check_length(length, self._max_length, self._overlong):
+        if refused := check_length(length, self.max_length, self.overlong):
             return refused
-        tokens = np.array(encoding.ids[: self._max_length], dtype=np.int32)
+        tokens = np.array(encoding.ids[: self.max_length], dtype=np.int32)
         is_pair = conversation.prompt_turns > 0
-        if self._mask_inputs and (self._completion_only or not is_pair):
+        if self.mask_inputs and (self.completion_only or not is_pair):
             spans = self._find_spans(conversation, text)
             weights, turns, ended = self._weigh_tokens(tokens, encoding, text, spans)
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
         weights[0] = 0  # nothing stands before it that could predict it
         if not weights.any():
-            return Dropped(CUT_AWAY if length > self._max_length else UNTRAINED, length)
-        first, is_cut = conversation.messages[0], length > self._max_length
+            return Dropped(CUT_AWAY if length > self.max_length else UNTRAINED, length)
+        first, is_cut = conversation.messages[0], length > self.max_length
         is_system = first["role"] in ("system", "developer")
         hides_system = is_system and first["content"].strip() not in text
         return Encoded(tokens, weights, turns, ended, is_cut, hides_system=hides_system)
 
     def _find_spans(self, conversation: Conversation, text: str) -> list[Span]:
-        spans = self._renderer.find_spans(conversation, text, self._loss_roles)
-        if not self._ignore_empty_think:
+        spans = self._renderer.find_spans(conversation, text, self.loss_roles)
+        if not self.ignore_empty_think:
             return spans
         thoughts = [EMPTY_THINK.match(text, span.start, span.end) for span in spans]
         pairs = zip(spans, thoughts, strict=True)
@@ -209,6 +215,91 @@ class ConversationEncoder:
         return first, last
 
 
+@dataclass
+class TextEncoder:
+    """Puts text between BOS, if there is one, and EOS, and trains every token but the first."""
+
+    tokenizer: Any
+    column: str
+    kwargs: Mapping[str, Any]
+
+    def __post_init__(self):
+        if self.tokenizer.eos_token_id is None:
+            raise RecipeError("tokenizer: has no EOS token, which must end every document")
+        self._backend = prepare_backend(self.tokenizer)
+
+    def read(self, record: Mapping[str, Any]) -> str:
+        column = next(iter(record)) if len(record) == 1 else self.column
+        text = get_text(record, column)
+        check_characters(text)
+        return text
+
+    def encode(self, items: Sequence[str]) -> list[Outcome]:
+        if not self.kwargs:
+            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
+            return [self._encode_one(encoding.ids) for encoding in encodings]
+        kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
+        encoding = self.tokenizer(list(items), verbose=False, **kwargs)
+        return [self._encode_one(ids) for ids in encoding["input_ids"]]
+
+    def _encode_one(self, ids: list[int]) -> Outcome:
+        if not ids:
+            return Dropped(NOTHING, 0)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        before = [] if bos is None else [bos]
+        tokens = np.array([*before, *ids, eos], dtype=np.int32)
+        weights = np.ones(len(tokens), dtype=np.uint8)
+        weights[0] = 0  # before it in a sequence is another text
+        return Encoded(tokens, weights)
+
+
+@dataclass(frozen=True)
+class TokenisedEncoder:
+    """Checks tokens and takes them as they are, of any length unless `max_length` is given."""
+
+    vocab_size: int
+    with_labels: bool
+    max_length: int | None = None
+    overlong: Overlong = "drop"
+
+    def read(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens, int32 [n], and which of them are trained, uint8 [n]."""
+        tokens = _read_integers(record, "input_ids")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            raise DataError(
+                f"input_ids: {wrong} is no token; must be from 0 to {self.vocab_size - 1}"
+            )
+        if not self.with_labels:
+            return tokens.astype(np.int32), np.ones(len(tokens), np.uint8)
+        labels = _read_integers(record, "labels")
+        if len(labels) != len(tokens):
+            raise DataError(f"labels: must be {len(tokens)}, as input_ids, found {len(labels)}")
+        wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
+        if len(wrong):
+            raise DataError(
+                f"labels[{wrong[0]}]: must be the token {tokens[wrong[0]]} itself or {IGNORED}, "
+                f"found {labels[wrong[0]]}; labels are not shifted"
+            )
+        return tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8)
+
+    def encode(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Outcome]:
+        return [self._encode_one(*item) for item in items]
+
+    def _encode_one(self, tokens: np.ndarray, weights: np.ndarray) -> Outcome:
+        length = len(tokens)
+        if not length:
+            return Dropped(NOTHING, 0)
+        most = self.max_length or length
+        if refused := check_length(length, most, self.overlong):
+            return refused
+        weights = weights[:most].copy()
+        weights[0] = 0  # nothing before it predicts it
+        if self.with_labels and not weights.any():
+            return Dropped(CUT_AWAY if length > most else UNTRAINED, length)
+        return Encoded(tokens[:most], weights, truncated=length > most)
+
+
 def prepare_backend(tokenizer: Any) -> Tokenizer:
     """Returns the backend without truncation and padding, which any call may leave on."""
     backend = tokenizer.backend_tokenizer
@@ -239,3 +330,21 @@ def check_length(length: int, max_length: int, rule: Overlong) -> Dropped | Faul
         f"{length} tokens, but max_length is {max_length}; set data.overlong to drop or truncate, "
         f"or raise data.max_length"
     )
+
+
+def catch_fault(function: Callable[..., Any], *arguments: Any) -> Any | Fault:
+    try:
+        return function(*arguments)
+    except DataError as fault:
+        return Fault(str(fault))
+
+
+def _read_integers(record: Mapping[str, Any], column: str) -> np.ndarray:
+    numbers = get_column(record, column)
+    try:
+        values = np.asarray(numbers)
+    except ValueError:  # lists of different lengths
+        values = np.zeros((0, 0))
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
+        raise DataError(f"{column}: must be a list of whole numbers, found {show(numbers)}")
+    return values.astype(np.int64)

@@ -1,9 +1,9 @@
-"""Turns the records of sources into batches."""
+"""From the `data` section of a recipe to the batches of its run: the order of all that follows."""
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -11,24 +11,102 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jaxtrain import registry
 from jaxtrain.assets import cache_folder
 from jaxtrain.data.cache import DataCache
 from jaxtrain.data.code_digest import hash_class_code, hash_encoding_code
-from jaxtrain.data.documents import Documents, DocumentWriter
-from jaxtrain.data.encode import prepare_backend
-from jaxtrain.data.ledger import Ledger, SetCounts, SourceCounts, compute_percentiles
+from jaxtrain.data.documents import (
+    Documents,
+    DocumentWriter,
+    Tolerance,
+    choose_num_workers,
+    tokenise,
+)
+from jaxtrain.data.encode import Encoder, prepare_backend
+from jaxtrain.data.ledger import Ledger, SourceCounts, compute_percentiles
 from jaxtrain.data.order import mix_sources, split_by_content
 from jaxtrain.data.packing import PackingPlan, choose_lengths, pack
-from jaxtrain.data.plan import BatchPlan, BatchShape
+from jaxtrain.data.plan import BatchPlan, BatchShape, TrainingData
 from jaxtrain.data.records import hash_records
 from jaxtrain.data.render import DATE
-from jaxtrain.data.source import DataSource, Limits, LoadedSource
-from jaxtrain.data.tokenise import Encoder, Tolerance, choose_num_workers, tokenise
-from jaxtrain.data.training_data import TrainingData
-from jaxtrain.data.warnings import check_documents, check_sample, check_set, check_source
+from jaxtrain.data.source import DataSource, GivenSource, LoadedSource
 from jaxtrain.recipe.data import DataConfig
-from jaxtrain.recipe.errors import DataError
-from jaxtrain.registry import Factory
+from jaxtrain.recipe.errors import DataError, RecipeError
+from jaxtrain.recipe.resolve import parse_eval_sources
+from jaxtrain.recipe.trainer import TrainerConfig
+
+GivenRows = Iterable[dict[str, Any]]
+"""Records as a source returns them."""
+Processed = tuple[Documents, tuple[SourceCounts, ...]]
+COUNTS_FILE = "counts.json"
+
+
+def sequence_limit(config: DataConfig, max_positions: int | None) -> int:
+    """Returns the tokens of a sequence, of which the model has `max_positions` at most; RecipeError
+    where neither names a length, or the recipe a longer one."""
+    length = config.max_length or max_positions
+    if length is None:
+        raise RecipeError("data.max_length: is required, since the model's config names no length")
+    if max_positions is not None and length > max_positions:
+        raise RecipeError(
+            f"data.max_length: {length} is longer than the {max_positions} positions of the "
+            "model; write at most that"
+        )
+    return length
+
+
+def build_data_factory(
+    recipe: TrainerConfig, tokenizer: Any, *, max_positions: int | None, trainer: Any = None
+) -> "DataFactory":
+    """Builds the factory that the `data` section names; `sequence_limit` says what is refused."""
+    config, max_length = recipe.data, sequence_limit(recipe.data, max_positions)
+    factory = registry.find("data", config.type)(config, tokenizer, max_length, trainer=trainer)
+    factory.tokenize_kwargs = recipe.tokenizer.tokenize_kwargs
+    return factory
+
+
+def prepare_data(
+    recipe: TrainerConfig,
+    factory: "DataFactory",
+    shape: BatchShape,
+    *,
+    train_data: GivenRows | None = None,
+    eval_data: GivenRows | Mapping[str, GivenRows] | None = None,
+) -> TrainingData:
+    """Turns records into batches, for training and for every evaluation set; given records stand in
+    for the recipe's sources, as one set or by the names of several."""
+    config = factory.config
+    train = _build_sources(config.sources, factory)
+    evals = {name: _build_sources(listed, factory) for name, listed in config.eval_sets.items()}
+    if train_data is not None:
+        train = [GivenSource.from_records(train_data, config.sources[0])]
+    if eval_data is not None:
+        if config.train_eval_split[1]:
+            raise RecipeError("data.train_eval_split: excludes eval_data; remove one")
+        named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
+        evals = {name: [GivenSource.from_records(records)] for name, records in named.items()}
+    data = factory.prepare(train, evals, shape)
+    repeated = data.train.repeat(recipe.min_iterations)
+    return replace(data, train=replace(repeated, first_only=recipe.overfit_first_batch))
+
+
+def prepare_evaluation(
+    factory: "DataFactory", dataset: Any, shape: BatchShape, *, lengths: tuple[int, ...]
+) -> BatchPlan:
+    """Plans the batches of a data set that is none of the recipe's: records, or what a recipe may
+    write under `data.eval_sources`, maps with their `type`."""
+    records: list[Any] = [dataset] if isinstance(dataset, str) else list(dataset)
+    first = records[0] if records else None
+    kind = first.get("type") if isinstance(first, Mapping) else None
+    if isinstance(first, str) or kind in registry.names("data_source"):
+        sources = _build_sources(parse_eval_sources(records, factory.config), factory)
+    else:
+        sources = [GivenSource.from_records(records)]
+    return factory.evaluation(sources, shape, lengths=lengths)
+
+
+def _build_sources(listed: Iterable[Any], factory: "DataFactory") -> list[DataSource]:
+    return [registry.find("data_source", s.type)(s, factory.trainer) for s in listed]
 
 
 class PackedSet(NamedTuple):
@@ -42,15 +120,11 @@ class PackedSet(NamedTuple):
     is_train: bool
 
 
-Processed = tuple[Documents, tuple[SourceCounts, ...]]
-COUNTS_FILE = "counts.json"
-
-
-class DataFactory(Factory, kind="data"):
+class DataFactory(registry.Factory, kind="data"):
     """Turns the records of sources into batches.
 
     A subclass has a `name` and a `config` annotation, and defines how a source's records become
-    documents (`encoder`) and how documents share sequences (`plan_rows`)."""
+    documents (`encoder`) and how documents share sequences (`plan_packing`)."""
 
     events = {
         "load": "load",
@@ -61,12 +135,16 @@ class DataFactory(Factory, kind="data"):
     retired = {
         "default_source_cls": "write `type` in the entries of `data.sources`",
         "cache_path": "write `data.cache_dir` in the recipe",
+        "plan_rows": "define `plan_packing`",
+        "row_multiple": "define `length_multiple`",
     }
     config: DataConfig
     extras: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = MappingProxyType({})
     """What `Batch.extras` of its batches have: name → dtype and shape for each sequence."""
     tokenize_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Further arguments of the tokenizer where it tokenises plain text."""
+    length_multiple: int | None = None
+    """The lengths of batches are multiples of this; None pads every batch to `max_length`."""
 
     def __init__(self, config: DataConfig, tokenizer: Any, max_length: int, trainer: Any = None):
         super().__init__(config, trainer)
@@ -90,30 +168,24 @@ class DataFactory(Factory, kind="data"):
 
     def load(self, data_sources: Sequence[DataSource]) -> list[LoadedSource]:
         """Reads the records of every source, by default those of its `train` split."""
-        limits = Limits(self.max_length, len(self.tokenizer), self.config.seed)
-        return [LoadedSource(source, source.read("train", limits)) for source in data_sources]
+        return [LoadedSource(source, source.read("train")) for source in data_sources]
 
     def encoder(self, loaded: LoadedSource) -> Encoder:
         """Returns what turns the records of one source into documents."""
         raise NotImplementedError(f"{type(self).__name__} must define encoder(loaded)")
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         """Packs the documents numbered in `chosen` into sequences; here each into its own."""
         return pack(documents.lengths, self.max_length, "none", chosen)
 
-    @property
-    def row_multiple(self) -> int | None:
-        """The lengths of batches are multiples of this; None pads every batch to `max_length`."""
-        return None
-
     def lengths(self, sequence_lengths: np.ndarray, shape: BatchShape) -> tuple[int, ...]:
         """Returns the possible T of a batch, rising; the step compiles once for each."""
-        if self.row_multiple is None:
+        if self.length_multiple is None:
             return (self.max_length,)
         return choose_lengths(
             sequence_lengths,
-            update_rows=shape.update_rows,
-            multiple=self.row_multiple,
+            step_sequences=shape.step_sequences,
+            multiple=self.length_multiple,
             max_length=self.max_length,
             count=self.config.max_length_buckets,
         )
@@ -126,17 +198,20 @@ class DataFactory(Factory, kind="data"):
 
     def process(self, dataset: Sequence[LoadedSource]) -> Processed:
         """Turns records into documents and counted drops; DataError when no document is left."""
-        counts = tuple(SourceCounts(one.label) for one in dataset)
+        counts = tuple(SourceCounts(one.source.label) for one in dataset)
         tolerance = Tolerance(self.config.max_rows_with_errors)
-        with _open_scratch() as folder:
-            with DocumentWriter(folder) as writer:
+        parent = cache_folder() / "data"
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # So named, the cache deletes what a killed process leaves.
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".new-") as folder:
+            with DocumentWriter(Path(folder)) as writer:
                 for number, (one, count) in enumerate(zip(dataset, counts, strict=True)):
-                    workers = choose_num_workers(len(one.rows), self.config.num_proc)
+                    workers = choose_num_workers(len(one.records), self.config.num_proc)
                     tokenise(
-                        one.rows, self.encoder(one), writer, count,
+                        one.records, self.encoder(one), writer, count,
                         source=number, tolerance=tolerance, workers=workers,
                     )  # fmt: skip
-            documents = Documents.open(folder)
+            documents = Documents.open(Path(folder))  # readable after the files are deleted
         for number, count in enumerate(counts):
             of_source = documents.index["source"] == number
             count.lengths = compute_percentiles(documents.sequence_lengths[of_source])
@@ -158,7 +233,7 @@ class DataFactory(Factory, kind="data"):
         documents = Documents.open(found.folder)
         saved = json.loads((found.folder / COUNTS_FILE).read_text())
         counts = [  # a source may have another name now
-            SourceCounts(**{**count, "label": one.label})
+            SourceCounts(**{**count, "label": one.source.label})
             for count, one in zip(saved, loaded, strict=True)
         ]
         return documents, Ledger(tuple(counts), (), (found.note,))
@@ -205,27 +280,10 @@ class DataFactory(Factory, kind="data"):
     ) -> BatchPlan:
         """Plans the batches of an evaluation set that is not in the recipe, with T of `lengths`, or
         longer where a sequence needs it."""
-        documents, packing, _ = self._pack_eval(sources)
-        longest = self.lengths(packing.sequence_lengths, shape)[-1]
+        packed, _ = self._pack_eval(sources, shape)
+        longest = self.lengths(packed.packing.sequence_lengths, shape)[-1]
         lengths += (longest,) if longest > lengths[-1] else ()
-        return self.create_dataloader(PackedSet(documents, packing, shape, lengths, is_train=False))
-
-    def _check_extras(self, name: str, plan: BatchPlan) -> None:
-        """DataError where a set has other `extras` than the class declares, which is what a plan is
-        compiled for."""
-        found = {n: (str(a.dtype), a.shape[1:], len(a)) for n, a in plan.extras.items()}
-        wanted = {n: (*spec, plan.rows.num_sequences) for n, spec in self.extras.items()}
-        if found != wanted:
-            raise DataError(
-                f"{name}: the batches of {type(self).__qualname__} must have extras (dtype, shape, "
-                f"sequences) {wanted}, found {found}"
-            )
-
-    def _pack_eval(self, sources: Sequence[DataSource]) -> tuple[Documents, PackingPlan, Ledger]:
-        """Packs all documents of an evaluation set, in their order."""
-        documents, ledger = self.load_or_process(self.load(sources))
-        everything = np.arange(len(documents.index))
-        return documents, self.plan_rows(documents, everything, train=False), ledger
+        return self.create_dataloader(packed._replace(lengths=lengths))
 
     def prepare(
         self,
@@ -234,53 +292,68 @@ class DataFactory(Factory, kind="data"):
         shape: BatchShape,
     ) -> TrainingData:
         """Turns records into batches; DataError when nothing is left to train on."""
-        loaded = self.load(sources)
+        loaded = self._load(sources)
         documents, ledger = self.load_or_process(loaded)
         chosen, held_out = self.split_data(documents)
         weights = [source.config.weight for source in sources]
         chosen = mix_sources(chosen, documents.index["source"], weights, self.config.seed)
-        packing = self.plan_rows(documents, chosen, train=True)
-        packed_evals: dict[str, tuple[Documents, PackingPlan]] = {}
+        sets = [("train", self._pack(documents, chosen, shape, is_train=True))]
         if len(held_out):
-            packed_evals["eval"] = documents, self.plan_rows(documents, held_out, train=False)
+            sets.append(("eval", self._pack(documents, held_out, shape)))
         for name, named in eval_sources.items():
-            evaluated, held, counted = self._pack_eval(named)
-            packed_evals[name], ledger = (evaluated, held), ledger.merge(counted)
-        packings = [packing, *(held for _, held in packed_evals.values())]
-        lengths = self.lengths(np.concatenate([one.sequence_lengths for one in packings]), shape)
-        train = self.create_dataloader(PackedSet(documents, packing, shape, lengths, is_train=True))
-        evals = {
-            name: self.create_dataloader(PackedSet(*packed, shape, lengths, is_train=False))
-            for name, packed in packed_evals.items()
-        }
-        plans = (("train", train), *evals.items())
+            packed, counted = self._pack_eval(named, shape)
+            sets.append((name, packed))
+            ledger = ledger.merge(counted)
+        packed_lengths = [packed.packing.sequence_lengths for _, packed in sets]
+        lengths = self.lengths(np.concatenate(packed_lengths), shape)
+        plans = [(n, self.create_dataloader(one._replace(lengths=lengths))) for n, one in sets]
         for name, plan in plans:
             self._check_extras(name, plan)
-        sets = [SetCounts.from_plan(name, plan) for name, plan in plans]
+        counts = tuple(plan.count(name) for name, plan in plans)
         can_pack = "pack_samples" in type(self.config).model_fields
-        warnings = [
-            *(text for one in loaded for text in check_sample(one)),
-            *(text for source in ledger.sources for text in check_source(source)),
-            *(text for counts in sets if can_pack for text in check_set(counts)),
-            *check_documents(documents, self.tokenizer.bos_token_id),
-        ]
+        warnings = (
+            *(text for one in loaded for text in one.warnings()),
+            *(text for source in ledger.sources for text in source.warnings()),
+            *(text for one in counts if can_pack for text in one.warnings()),
+            *documents.warnings(self.tokenizer.bos_token_id),
+        )
         notes = (*self.remarks(), *ledger.notes)
         return TrainingData(
-            train=train,
-            evals=evals,
-            ledger=Ledger(ledger.sources, tuple(sets), notes, tuple(warnings)),
+            train=plans[0][1],
+            evals=dict(plans[1:]),
+            ledger=Ledger(ledger.sources, counts, notes, warnings),
             threads=self.config.dl_num_workers,
         )
 
+    def _load(self, sources: Sequence[DataSource]) -> list[LoadedSource]:
+        for source in sources:
+            source.data_factory = self
+        return self.load(sources)
 
-@contextmanager
-def _open_scratch() -> Iterator[Path]:
-    """Opens a temporary folder in the user's cache, named so that the cache deletes what a killed
-    process leaves; what was mapped from it stays readable after it is deleted."""
-    parent = cache_folder() / "data"
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".new-") as folder:
-        yield Path(folder)
+    def _pack_eval(
+        self, sources: Sequence[DataSource], shape: BatchShape
+    ) -> tuple[PackedSet, Ledger]:
+        """Packs all documents of an evaluation set, in their order."""
+        documents, ledger = self.load_or_process(self._load(sources))
+        return self._pack(documents, np.arange(len(documents.index)), shape), ledger
+
+    def _pack(
+        self, documents: Documents, chosen: np.ndarray, shape: BatchShape, *, is_train: bool = False
+    ) -> PackedSet:
+        """Packs one set, whose `lengths` follow when all sets are packed."""
+        packing = self.plan_packing(documents, chosen, train=is_train)
+        return PackedSet(documents, packing, shape, (), is_train)
+
+    def _check_extras(self, name: str, plan: BatchPlan) -> None:
+        """DataError where a set has other `extras` than the class declares, which is what a plan is
+        compiled for."""
+        found = {n: (str(a.dtype), a.shape[1:], len(a)) for n, a in plan.extras.items()}
+        wanted = {n: (*spec, plan.packing.num_sequences) for n, spec in self.extras.items()}
+        if found != wanted:
+            raise DataError(
+                f"{name}: the batches of {type(self).__qualname__} must have extras (dtype, shape, "
+                f"sequences) {wanted}, found {found}"
+            )
 
 
 def _hash_text(text: str) -> str:

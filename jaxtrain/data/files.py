@@ -23,7 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.assets import cache_folder
-from jaxtrain.data.records import ConcatenatedRecords, Records, drop_nulls, first_line
+from jaxtrain.data.records import (
+    ConcatenatedRecords,
+    NamedRecords,
+    Records,
+    drop_nulls,
+    first_line,
+)
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 
@@ -217,10 +223,6 @@ class TextLines(_FileRecords):
         self._column = column
         super().__init__(path)
 
-    def update_digest(self, digest: Any) -> None:
-        digest.update(self._column.encode())
-        super().update_digest(digest)
-
     def _find_ranges(self) -> Iterator[tuple[int, int]]:
         for match in LINE.finditer(self._bytes, self._data_start):
             yield match.span()
@@ -240,16 +242,12 @@ class TextFile(TextLines):
         return {self._column: text}
 
 
-class ArrowRecords:
+class ArrowRecords(NamedRecords):
     """Records of a memory-mapped table; one block at a time becomes Python objects."""
 
     def __init__(self, table: Any, label: str):
-        self._table = table
-        self._label = label
+        super().__init__(table, label)
         self._block: tuple[int, list[dict[str, Any]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         block, place = divmod(index, ARROW_BLOCK)
@@ -259,13 +257,10 @@ class ArrowRecords:
         return self._block[1][place]
 
     def _read_block(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return self._table[start:stop].to_pylist()
-
-    def where(self, index: int) -> str:
-        return f"{self._label}: record {index}"
+        return self._records[start:stop].to_pylist()
 
     def update_digest(self, digest: Any) -> None:
-        hash_table(digest, self._table)
+        hash_table(digest, self._records)
 
 
 def hash_table(digest: Any, table: Any) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.files import HASH_RECORDS, ArrowRecords, hash_table, open_files
-from jaxtrain.data.paths import find_data_files
 from jaxtrain.data.records import MappedRecords, Records, first_line, get_text, take_split
-from jaxtrain.data.source import ConversationSource, Limits
+from jaxtrain.data.source import ConversationSource, find_data_files
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 
@@ -52,15 +51,15 @@ class DatasetRecords(ArrowRecords):
     """Records of a `datasets.Dataset`, whose features may decode what a table holds."""
 
     def _read_block(self, start: int, stop: int) -> list[Record]:
-        columns = self._table.with_format(None)[start:stop]
+        columns = self._records.with_format(None)[start:stop]
         return [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
         ]
 
     def update_digest(self, digest: Any) -> None:
-        digest.update(repr(self._table.features).encode())
-        for block in self._table.with_format("arrow").iter(HASH_RECORDS):
+        digest.update(repr(self._records.features).encode())
+        for block in self._records.with_format("arrow").iter(HASH_RECORDS):
             hash_table(digest, block.combine_chunks())
 
 
@@ -79,7 +78,7 @@ class HuggingFaceSource(ConversationSource):
         path = Path(config.name_or_path)
         is_saved = any((path / name).is_file() for name in SAVED_FILES)
         if path.exists() and not is_saved:
-            return self.only_split(open_files(find_data_files(str(path))), split)
+            return self.only_split(open_files(find_data_files([str(path)])), split)
         splits = _load_saved(path) if is_saved else self._download(config)
         named = {
             str(name): DatasetRecords(records, f"{self.label}:{name}")
@@ -118,8 +117,8 @@ class HuggingFaceInstructSource(HuggingFaceSource):
     def role_mapping(self) -> dict[str, str]:
         return self.config.role_mapping or ROLES.get(self.config.name_or_path, {})
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Records:
-        records = super().read(default_split, limits)
+    def read(self, default_split: str) -> Records:
+        records = super().read(default_split)
         if self.config.name_or_path == ACE_MATH and not self.config.role_mapping:
             return MappedRecords(records, _append_answer)
         return records

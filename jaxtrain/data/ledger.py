@@ -1,18 +1,22 @@
-"""What became of every record: the counts to look at before trusting a run."""
+"""What became of every record: the counts to look at before trusting a run, and warnings of what
+usually goes wrong."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import dataclasses
 
-from jaxtrain.data.encode import Dropped, Encoded
-from jaxtrain.data.plan import BatchPlan
+from jaxtrain.data.encode import OVERLONG, Dropped, Encoded
+from jaxtrain.recipe.errors import pluralize
 
 PERCENTILES = (50, 90, 99, 100)
 FAULTY = "faulty"
 SHOWN_FAULTS = 3
+MAX_LOST_SHARE = 0.1
+MIN_TRAINED_SHARE = 0.02
+MIN_FILL = 0.5
 
 
 @dataclasses.dataclass
@@ -59,10 +63,10 @@ class SourceCounts:
         self.systems_hidden += outcome.hides_system
 
     def lines(self) -> list[str]:
-        records, documents = _pluralise(self.rows, "record"), _pluralise(self.documents, "document")
-        cut = f", {self.truncated} truncated" if self.truncated else ""
+        records, documents = pluralize(self.rows, "record"), pluralize(self.documents, "document")
+        cut = f", {self.truncated:,} truncated" if self.truncated else ""
         lines = [f"{self.label}: {records} read, {documents}{cut}"]
-        lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.most_common()]
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"    {message}" for message in self.faults]
         if not self.documents:
             return lines
@@ -71,8 +75,37 @@ class SourceCounts:
         lines.append(f"  document lengths: {', '.join(steps)}")
         if self.turns:
             share = self.ended_turns / self.turns
-            lines.append(f"  end of turn trained in {share:.1%} of {self.turns} assistant turns")
+            lines.append(f"  end of turn trained in {share:.1%} of {self.turns:,} assistant turns")
         return lines
+
+    def warnings(self) -> Iterator[str]:
+        label, records = self.label, max(self.rows, 1)
+        overlong = self.dropped.get(OVERLONG, 0)
+        if overlong > MAX_LOST_SHARE * records:
+            yield (
+                f"{label}: {overlong / records:.0%} of the records are longer than max_length and "
+                f"dropped; raise data.max_length, or set data.overlong: truncate"
+            )
+        if self.truncated > MAX_LOST_SHARE * records:
+            yield (
+                f"{label}: {self.truncated / records:.0%} of the records lose their end to "
+                f"truncation; raise data.max_length"
+            )
+        if self.documents == 0:
+            yield f"{label}: none of its {self.rows} records is trained"
+        elif self.trained_tokens < MIN_TRAINED_SHARE * self.tokens:
+            share = self.trained_tokens / self.tokens
+            yield f"{label}: only {share:.1%} of the tokens are trained"
+        if self.systems_hidden:
+            yield (
+                f"{label}: the chat template leaves the system text out of {self.systems_hidden} "
+                f"of {self.documents} documents; set tokenizer.chat_template to one that shows it"
+            )
+        if self.turns and self.ended_turns == 0:
+            yield (
+                f"{label}: no turn ends in a special token, so the model may never stop; use a "
+                f"chat template that ends turns"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +116,7 @@ class SetCounts:
     documents: int
     tokens: int
     trained_tokens: int
-    rows: int
+    sequences: int
     lengths: tuple[int, ...]
     """Tokens that a sequence of a batch may have."""
     fill: float
@@ -91,27 +124,21 @@ class SetCounts:
     steps: int
     """Steps of an epoch, or batches of one evaluation."""
 
-    @classmethod
-    def from_plan(cls, label: str, plan: BatchPlan) -> "SetCounts":
-        return cls(
-            label=label,
-            documents=len(np.unique(plan.rows.documents)),
-            tokens=int(plan.rows.lengths.sum()),
-            trained_tokens=plan.trained_tokens,
-            rows=plan.rows.num_sequences,
-            lengths=plan.lengths,
-            fill=plan.fill,
-            steps=plan.steps_per_epoch,
-        )
-
     def lines(self) -> list[str]:
-        documents = _pluralise(self.documents, "document")
-        sequences, steps = _pluralise(self.rows, "sequence"), _pluralise(self.steps, "step")
+        documents = pluralize(self.documents, "document")
+        sequences, steps = pluralize(self.sequences, "sequence"), pluralize(self.steps, "step")
         return [
             f"{self.label}: {documents} in {sequences} of {format_range(self.lengths)} tokens, "
             f"filled {self.fill:.1%}; {steps}",
             f"  {_format_tokens(self.tokens, self.trained_tokens)}",
         ]
+
+    def warnings(self) -> Iterator[str]:
+        if self.documents == self.sequences and self.fill < MIN_FILL:
+            yield (
+                f"{self.label}: sequences are {self.fill:.0%} full, the rest is padding; "
+                f"data.pack_samples: true packs several documents into a sequence"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,9 +170,5 @@ def format_range(lengths: Sequence[int]) -> str:
     return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
-def _pluralise(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _format_tokens(tokens: int, trained: int) -> str:
-    return f"{tokens} tokens, {trained} trained ({trained / max(tokens, 1):.1%})"
+    return f"{tokens:,} tokens, {trained:,} trained ({trained / max(tokens, 1):.1%})"

@@ -103,21 +103,21 @@ def cut_documents(lengths: np.ndarray, capacity: int, chosen: np.ndarray) -> Pac
 
 
 def choose_lengths(
-    sequence_lengths: np.ndarray, *, update_rows: int, multiple: int, max_length: int, count: int
+    sequence_lengths: np.ndarray, *, step_sequences: int, multiple: int, max_length: int, count: int
 ) -> tuple[int, ...]:
     """Returns at most `count` rising lengths to pad sequences to, the last for the longest one.
 
-    They are the multiples, or `max_length`, that leave the least padding when an update of
-    `update_rows` random sequences takes the shortest length that holds them all."""
+    They are the multiples, or `max_length`, that leave the least padding when a step of
+    `step_sequences` random sequences takes the shortest length that holds them all."""
     longest = int(sequence_lengths.max())
     multiple *= -(-longest // (multiple * MAX_CANDIDATES))
     sequence_lengths = np.maximum(sequence_lengths, min(longest, MIN_PADDED_LENGTH))
     padded = np.minimum(-(-sequence_lengths // multiple) * multiple, max_length)
     candidates, counts = np.unique(padded, return_counts=True)
-    # Share of the updates that fit each candidate; whole numbers are the same on every host.
-    updates = len(padded) ** update_rows
-    held = np.array([(n**update_rows << 30) // updates for n in np.cumsum(counts).tolist()])
-    # Least padding of the updates that fit candidate j, with j as the last of n lengths.
+    # Share of the steps that fit each candidate; whole numbers are the same on every host.
+    steps = len(padded) ** step_sequences
+    held = np.array([(n**step_sequences << 30) // steps for n in np.cumsum(counts).tolist()])
+    # Least padding of the steps that fit candidate j, with j as the last of n lengths.
     cost, chosen = candidates * held, [(int(length),) for length in candidates]
     is_before = np.tri(len(candidates), k=-1, dtype=bool).T
     for _ in range(count - 1):

@@ -1,9 +1,10 @@
-"""Batches as a pure function of the update's number: nothing is remembered from batch to batch.
+"""Batches as a pure function of the step's number: nothing is remembered from batch to batch.
 
-M microbatches of an update, B rows of a microbatch over all shards, T tokens of a row.
+M microbatches of a step, B sequences of a microbatch over all shards, T tokens of a sequence.
 """
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -12,178 +13,252 @@ import numpy as np
 
 from jaxtrain.batch import Batch
 from jaxtrain.data.documents import Documents
+from jaxtrain.data.ledger import Ledger, SetCounts
 from jaxtrain.data.order import hash_with_keys, permutation
 from jaxtrain.data.packing import PackingPlan
 
-EPOCH = 2  # keeps the order of an epoch apart from other orders under the same seed
-FUSE = 5
+EPOCH, FUSE = 2, 5  # keep these draws apart from other orders under the same seed
 
 
 class BatchShape(NamedTuple):
-    """What an update works on, over all processes."""
+    """What a step works on, over all processes."""
 
     microbatches: int
-    rows: int
-    """Rows of one microbatch over all shards."""
-    process_rows: np.ndarray | Sequence[int] | None = None
-    """Those of them that this process feeds, ascending; None is all."""
+    sequences: int
+    """Sequences of one microbatch over all shards."""
+    process_sequences: np.ndarray | Sequence[int] | slice = slice(None)
+    """Those of them that this process feeds, ascending; by default all."""
 
     @property
-    def update_rows(self) -> int:
-        return self.microbatches * self.rows
+    def step_sequences(self) -> int:
+        return self.microbatches * self.sequences
 
 
 class Origin(NamedTuple):
-    """Where a document of a row was read."""
+    """Where a document of a sequence was read."""
 
     source: int
-    row: int
+    record: int
 
 
-@lru_cache(maxsize=4)  # an epoch's border needs two; training and evaluation sets alternate
-def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+@lru_cache(maxsize=4)  # the end of an epoch needs two; training and evaluation sets alternate
+def _order_epoch(count: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(count, EPOCH, seed, epoch)
 
 
 def choose_fused(count: int, share: float, seed: int) -> np.ndarray:
-    """bool [count]: which rows are one sequence, about `share` of them."""
+    """Chooses about `share` of the packed sequences to be one document each, bool [count]."""
     drawn = hash_with_keys(np.arange(count, dtype=np.uint64), FUSE, seed)
     return drawn / 2.0**64 < share
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """The batches of every update. An epoch is complete: its last update is filled up with rows
+    """The batches of every step. An epoch is complete: its last step is filled up with sequences
     that have no token."""
 
     documents: Documents
-    rows: PackingPlan
+    packing: PackingPlan
     shape: BatchShape
     lengths: tuple[int, ...]
-    """What T may be, rising: an update takes the shortest that holds its longest row. The step
+    """What T may be, rising: a step takes the shortest that holds its longest sequence. The step
     compiles at most so often."""
     seed: int | None
-    """None takes the rows in their order, in every epoch."""
+    """None takes the sequences in their order, in every epoch."""
     fused: np.ndarray | None = None
-    """bool [rows]: rows whose documents share positions and attend to one another; None is no
-    row."""
+    """bool [sequences]: those whose documents share positions and attend to one another; None is
+    no sequence."""
     passes: int = 1
-    """Times that an epoch takes all rows, in an order of its own each time."""
+    """Times that an epoch takes all sequences, in an order of its own each time."""
     first_only: bool = False
-    """Every update has the rows of the first."""
+    """Every step has the sequences of the first."""
     together: int = 1
-    """So many neighbouring rows stay side by side in one microbatch, as those of a pair do."""
+    """So many neighbouring sequences stay side by side in one microbatch, as those of a pair do."""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Name → [rows, ...]: what `Batch.extras` has of each row."""
-
-    @property
-    def row_tokens(self) -> int:
-        """T of the longest batches."""
-        return self.lengths[-1]
+    """Name → [sequences, ...]: what `Batch.extras` has of each sequence."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows.num_sequences * self.passes // self.shape.update_rows)
+        return -(-self.packing.num_sequences * self.passes // self.shape.step_sequences)
 
-    def repeated(self, min_updates: int) -> "BatchPlan":
-        """With as many passes an epoch as fill so many updates."""
-        filled = max(min_updates - 1, 0) * self.shape.update_rows
-        return replace(self, passes=filled // self.rows.num_sequences + 1)
+    def repeat(self, min_steps: int) -> "BatchPlan":
+        """Returns the plan with as many passes per epoch as fill so many steps."""
+        filled = max(min_steps - 1, 0) * self.shape.step_sequences
+        return replace(self, passes=filled // self.packing.num_sequences + 1)
 
-    @property
-    def trained_tokens(self) -> int:
-        """Of all rows; a document's own count holds where it stands whole in a row."""
-        documents, starts, lengths, _ = self.rows
-        is_whole = lengths == self.documents.lengths[documents]
-        total = int(self.documents.index["trained"][documents[is_whole]].sum())
-        for piece in np.flatnonzero(~is_whole):
-            begin = int(self.documents.offsets[documents[piece]] + starts[piece])
-            part = self.documents.weights[begin + 1 : begin + int(lengths[piece])]
-            total += int(np.count_nonzero(part))
-        return total
+    def batch(self, step: int) -> Batch:
+        """Returns this process's sequences of a step, from its number alone: leaves
+        [M, sequences of the process, T]."""
+        sequences = self.sequence_numbers(step)
+        length = int(self._choose_length(sequences.ravel()))
+        return self.fill_batch(sequences[:, self.shape.process_sequences], length)
 
-    def row_numbers(self, step: int) -> np.ndarray:
-        """int64 [M, B]: the rows of update `step`, counted from 0; -1 is a filler row."""
+    def sequence_numbers(self, step: int) -> np.ndarray:
+        """Returns the sequences of a step, counted from 0, int64 [M, B]; -1 is a filler."""
         epoch, place = divmod(0 if self.first_only else step, self.steps_per_epoch)
-        size = self.shape.update_rows // self.together
-        return self._rows_at(epoch, np.arange(place * size, (place + 1) * size)).reshape(
-            self.shape.microbatches, self.shape.rows
-        )
+        size = self.shape.step_sequences // self.together
+        sequences = self._find_sequences(epoch, np.arange(place * size, (place + 1) * size))
+        return sequences.reshape(self.shape.microbatches, self.shape.sequences)
 
-    def _rows_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """int64 [places, together]: the rows at places of an epoch; -1 behind its end."""
-        count = self.rows.num_sequences // self.together
+    def _find_sequences(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Returns the sequences at places of an epoch, int64 [places, together]; -1 after its
+        end."""
+        count = self.packing.num_sequences // self.together
         turns, found = np.divmod(places, count)
         if self.seed is not None:
             for turn in np.unique(turns[turns < self.passes]):
-                order = _epoch_order(count, self.seed, epoch * self.passes + int(turn))
+                order = _order_epoch(count, self.seed, epoch * self.passes + int(turn))
                 found[turns == turn] = order[found[turns == turn]]
-        rows = found[:, None] * self.together + np.arange(self.together)
-        return np.where(turns[:, None] < self.passes, rows, -1)
+        sequences = found[:, None] * self.together + np.arange(self.together)
+        return np.where(turns[:, None] < self.passes, sequences, -1)
 
-    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [...]: T of updates that take the rows [..., rows of an update]."""
-        longest = np.where(rows >= 0, self._row_lengths[rows], 0).max(axis=-1)
+    def _choose_length(self, sequences: np.ndarray) -> np.ndarray:
+        """Returns T of steps that take the sequences [..., sequences of a step], int64 [...]."""
+        longest = np.where(sequences >= 0, self._sequence_lengths[sequences], 0).max(axis=-1)
         return np.asarray(self.lengths)[np.searchsorted(self.lengths, longest)]
 
     @cached_property
-    def _row_lengths(self) -> np.ndarray:
-        return self.rows.sequence_lengths
+    def _sequence_lengths(self) -> np.ndarray:
+        return self.packing.sequence_lengths
 
-    @property
-    def fill(self) -> float:
-        """Of the places of the rows, those that hold a token, in the first pass over all rows."""
-        steps, size = -(-self.rows.num_sequences // self.shape.update_rows), self.shape.update_rows
-        places = np.arange(steps * size // self.together)
-        rows = self._rows_at(0, places).reshape(steps, size)
-        is_row = rows >= 0
-        tokens = self._row_lengths[rows[is_row]].sum()
-        return float(tokens / (self.tokens_of(rows) * is_row.sum(axis=-1)).sum())
-
-    def batch(self, step: int) -> Batch:
-        """This process's rows of a step: leaves [M, process rows, T], from number `step` alone."""
-        numbers, own = self.row_numbers(step), self.shape.process_rows
-        row_tokens = int(self.tokens_of(numbers.ravel()))
-        return self.filled(numbers if own is None else numbers[:, own], row_tokens)
-
-    def filled(self, rows: np.ndarray, row_tokens: int) -> Batch:
-        """The given rows as a batch of the same leading dimensions, and T of `row_tokens`."""
-        shape = (*rows.shape, row_tokens)
+    def fill_batch(self, sequences: np.ndarray, length: int) -> Batch:
+        """Returns the sequences as a batch of the same leading dimensions, and T of `length`."""
+        shape = (*sequences.shape, length)
         tokens, positions, segments = (np.zeros(shape, dtype=np.int32) for _ in range(3))
         loss_weights = np.zeros(shape, dtype=np.float32)
-        for place in np.ndindex(rows.shape):
-            if rows[place] >= 0:
+        for place in np.ndindex(sequences.shape):
+            if sequences[place] >= 0:
                 leaves = (tokens, positions, segments, loss_weights)
-                self._fill_row(int(rows[place]), *(leaf[place] for leaf in leaves))
-        extras = {name: self._of_rows(values, rows) for name, values in self.extras.items()}
-        return Batch(tokens, positions, segments, loss_weights, rows.astype(np.int32), extras)
+                self._fill_sequence(int(sequences[place]), *(leaf[place] for leaf in leaves))
+        extras = {name: values[sequences] for name, values in self.extras.items()}
+        for values in extras.values():
+            values[sequences < 0] = 0
+        return Batch(tokens, positions, segments, loss_weights, sequences.astype(np.int32), extras)
 
-    def _of_rows(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        is_row = (rows >= 0).reshape(*rows.shape, *[1] * (values.ndim - 1))
-        return np.where(is_row, values[rows], np.zeros((), values.dtype))
-
-    def _fill_row(self, row: int, *leaves: np.ndarray) -> None:
-        tokens, positions, segments, loss_weights = leaves
+    def _fill_sequence(
+        self,
+        sequence: int,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        segments: np.ndarray,
+        loss_weights: np.ndarray,
+    ) -> None:
         end = 0
-        for segment, piece in enumerate(self.pieces(row), start=1):
-            length = int(self.rows.lengths[piece])
-            source = int(self.documents.offsets[self.rows.documents[piece]])
-            source += int(self.rows.starts[piece])
+        for segment, piece in enumerate(self.pieces(sequence), start=1):
+            length = int(self.packing.lengths[piece])
+            source = self._find_token(piece)
             start, end = end, end + length
             tokens[start:end] = self.documents.tokens[source : source + length]
             positions[start:end] = np.arange(length)
             segments[start:end] = segment
             loss_weights[start:end] = self.documents.weights[source : source + length]
             loss_weights[start] = 0  # what stands before it is another document
-        if self.fused is not None and self.fused[row]:
+        if self.fused is not None and self.fused[sequence]:
             positions[:end] = np.arange(end)
             segments[:end] = 1
 
-    def pieces(self, row: int) -> range:
-        """Numbers of the pieces of `rows` that stand in it."""
-        return range(int(self.rows.offsets[row]), int(self.rows.offsets[row + 1]))
+    def _find_token(self, piece: int) -> int:
+        """Returns the place of a piece's first token among those of all documents."""
+        document = self.packing.documents[piece]
+        return int(self.documents.offsets[document] + self.packing.starts[piece])
 
-    def origins(self, row: int) -> list[Origin]:
-        """Source and row of every document of a packed row, in their order."""
-        entries = self.documents.index[self.rows.documents[self.pieces(row)]]
+    def pieces(self, sequence: int) -> range:
+        """Returns the numbers of the pieces in `packing` that make up a sequence."""
+        return range(int(self.packing.offsets[sequence]), int(self.packing.offsets[sequence + 1]))
+
+    def origins(self, sequence: int) -> list[Origin]:
+        """Returns the source and the record of every document of a sequence, in their order."""
+        entries = self.documents.index[self.packing.documents[self.pieces(sequence)]]
         return [Origin(int(entry["source"]), int(entry["record"])) for entry in entries]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of all sequences; a document's own count holds where it stands whole in a sequence."""
+        documents, _, lengths, _ = self.packing
+        is_whole = lengths == self.documents.lengths[documents]
+        total = int(self.documents.index["trained"][documents[is_whole]].sum())
+        for piece in np.flatnonzero(~is_whole).tolist():
+            begin = self._find_token(piece)
+            part = self.documents.weights[begin + 1 : begin + int(lengths[piece])]
+            total += int(np.count_nonzero(part))
+        return total
+
+    @property
+    def fill(self) -> float:
+        """Fraction of the places of the sequences that hold a token, in the first pass."""
+        size = self.shape.step_sequences
+        steps = -(-self.packing.num_sequences // size)
+        sequences = self._find_sequences(0, np.arange(steps * size // self.together))
+        sequences = sequences.reshape(steps, size)
+        is_sequence = sequences >= 0
+        tokens = self._sequence_lengths[sequences[is_sequence]].sum()
+        places = self._choose_length(sequences) * is_sequence.sum(axis=-1)
+        return float(tokens / places.sum())
+
+    def count(self, label: str) -> SetCounts:
+        return SetCounts(
+            label=label,
+            documents=len(np.unique(self.packing.documents)),
+            tokens=int(self.packing.lengths.sum()),
+            trained_tokens=self.trained_tokens,
+            sequences=self.packing.num_sequences,
+            lengths=self.lengths,
+            fill=self.fill,
+            steps=self.steps_per_epoch,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """All batches of a run, for training and for each evaluation set."""
+
+    train: BatchPlan
+    evals: Mapping[str, BatchPlan]
+    """Name of the set → its batches; the one set of a plain list is `eval`."""
+    ledger: Ledger
+    threads: int
+
+    @property
+    def row_tokens(self) -> int:
+        """T of the longest batches."""
+        return self.train.lengths[-1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train.steps_per_epoch
+
+    @property
+    def train_rows(self) -> int:
+        """Sequences of an epoch."""
+        return self.train.packing.num_sequences * self.train.passes
+
+    @property
+    def eval_rows(self) -> int:
+        """Sequences of all evaluation sets."""
+        return sum(plan.packing.num_sequences for plan in self.evals.values())
+
+    def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yields this process's batches from step `start` on, without end when `stop` is None."""
+        return iterate(self.train.batch, start=start, stop=stop, threads=self.threads)
+
+    def eval_batches(self, name: str = "eval") -> Iterator[Batch]:
+        """Yields every sequence of a set once, in order."""
+        return self.batches_of(self.evals[name])
+
+    def batches_of(self, plan: BatchPlan) -> Iterator[Batch]:
+        """Yields every sequence of an evaluation set, planned in this way, once, in order."""
+        return iterate(plan.batch, stop=plan.steps_per_epoch, threads=self.threads)
+
+
+def iterate(
+    batch: Callable[[int], Batch], *, start: int = 0, stop: int | None = None, threads: int = 2
+) -> Iterator[Batch]:
+    """Yields the batches of steps `start` to `stop`, without end when it is None: the number of the
+    step is all the position there is. `threads` make them ahead, 0 makes each when needed."""
+    # grain imports jax, which reading and checking data does without.
+    import grain
+
+    steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
+    # Batches are large and made much faster than they are used: two per thread are plenty.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(steps.map(batch).to_iter_dataset(options))

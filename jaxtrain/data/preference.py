@@ -1,6 +1,7 @@
 """Preferences: replies to a prompt, compared in pairs or judged one by one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtrain.data.encode import (
     ConversationEncoder,
     Dropped,
     Encoded,
+    Encoder,
     Fault,
     Outcome,
     Overlong,
@@ -28,7 +30,6 @@ from jaxtrain.data.packing import PackingPlan
 from jaxtrain.data.records import get_column
 from jaxtrain.data.source import LoadedSource
 from jaxtrain.data.spans import count_shared
-from jaxtrain.data.tokenise import Encoder
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
@@ -127,29 +128,23 @@ def _read_score(record: Mapping[str, Any], column: str) -> float:
     return float(value)
 
 
+@dataclass
 class PreferenceEncoder:
     """Encodes a preference as one document: a sequence per reply, each after the whole prompt."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        is_paired: bool,
-        max_length: int,
-        max_prompt_length: int,
-        prompt_truncation: Literal["keep_start", "keep_end"],
-        overlong: Overlong,
-    ):
-        self._sequences = ConversationEncoder(tokenizer, max_length=2**31, overlong="error")
-        self._bos = tokenizer.bos_token_id
-        self._names = ("chosen: ", "rejected: ") if is_paired else ("",)
-        self._max_length = max_length
-        self._max_prompt_length = max_prompt_length
-        self._prompt_truncation = prompt_truncation
-        self._overlong: Overlong = overlong
+    tokenizer: Any
+    _: KW_ONLY
+    is_paired: bool
+    max_length: int
+    max_prompt_length: int
+    prompt_truncation: Literal["keep_start", "keep_end"]
+    overlong: Overlong
+
+    def __post_init__(self):
+        self._sequences = ConversationEncoder(self.tokenizer, max_length=2**31, overlong="error")
 
     def read(self, record: Mapping[str, Any]) -> Preference:
-        return read_judged(record) if len(self._names) == 1 else read_pair(record)
+        return read_pair(record) if self.is_paired else read_judged(record)
 
     def encode(self, items: Sequence[Preference]) -> list[Outcome]:
         """Returns one outcome per preference, in order and independent of the others."""
@@ -162,16 +157,16 @@ class PreferenceEncoder:
 
     def _join(self, outcomes: list[Outcome], scores: tuple[float, float]) -> Outcome:
         sequences: list[Encoded] = []
-        for name, outcome in zip(self._names, outcomes, strict=True):
+        for side, outcome in zip(SIDES, outcomes, strict=False):
             if isinstance(outcome, Fault):
-                return Fault(f"{name}{outcome.message}")
+                return Fault(f"{side}: {outcome.message}") if self.is_paired else outcome
             if isinstance(outcome, Dropped):
                 return outcome
             sequences.append(outcome)
         longest = max(len(sequence.tokens) for sequence in sequences)
-        if refused := check_length(longest, self._max_length, self._overlong):
+        if refused := check_length(longest, self.max_length, self.overlong):
             return refused
-        is_cut = longest > self._max_length
+        is_cut = longest > self.max_length
         if is_cut:
             sequences = [self._cut(sequence) for sequence in sequences]
         first, last = sequences[0], sequences[-1]
@@ -191,12 +186,12 @@ class PreferenceEncoder:
         """Cuts the prompt to its own limit, and the reply to the room that the prompt leaves."""
         tokens, weights = sequence.tokens, sequence.weights
         prompt = int(np.argmax(weights))  # at least 1: the first token is never trained
-        kept = min(prompt, self._max_prompt_length)
-        stop = min(len(tokens), prompt + self._max_length - kept)
+        kept = min(prompt, self.max_prompt_length)
+        stop = min(len(tokens), prompt + self.max_length - kept)
         head = np.arange(kept)
-        if self._prompt_truncation == "keep_end":
+        if self.prompt_truncation == "keep_end":
             head += prompt - kept
-            if tokens[0] == self._bos:
+            if tokens[0] == self.tokenizer.bos_token_id:
                 head[0] = 0
         places = np.concatenate([head, np.arange(prompt, stop)])
         turns = int(np.count_nonzero(np.diff(weights[places].astype(np.int8)) == 1))
@@ -223,10 +218,7 @@ class KTODataFactory(DataFactory):
 
     name = "kto"
     config: JudgedDataConfig
-
-    @property
-    def row_multiple(self) -> int:
-        return 256
+    length_multiple = 256
 
     @property
     def max_prompt_length(self) -> int:
@@ -270,7 +262,7 @@ class DPODataFactory(KTODataFactory):
     name = "dpo"
     config: PreferenceDataConfig
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         middles, ends = documents.index["rejected_start"][chosen], documents.lengths[chosen]
         starts = np.column_stack([np.zeros_like(middles), middles]).ravel()
         lengths = np.column_stack([middles, ends - middles]).ravel()

@@ -56,7 +56,7 @@ def update_digest(digest: Any, records: Records) -> None:
 class NamedRecords:
     """Records of anything with a length and integer indices: a list, a `datasets.Dataset`."""
 
-    def __init__(self, records: Sequence[dict[str, Any]] | Any, label: str):
+    def __init__(self, records: Any, label: str):
         self._records = records
         self._label = label
 
@@ -214,18 +214,16 @@ def take_split(splits: Mapping[str, Records], split: str, label: str) -> Records
             f"{label}: no split {show(name)}; known are {', '.join(splits)}"
             f"{did_you_mean(name, splits)}"
         )
-    records = splits[name]
-    start = _parse_bound(match["start"], len(records), 0)
-    stop = _parse_bound(match["stop"], len(records), len(records))
-    if (start, stop) == (0, len(records)):
+    records, count = splits[name], len(splits[name])
+    chosen = range(count)[_parse_bound(match["start"], count) : _parse_bound(match["stop"], count)]
+    if len(chosen) == count:
         return records
-    if start >= stop:
-        raise DataError(f"{label}: split {show(split)} is empty; {name} has {len(records)} records")
-    return SelectedRecords(records, range(start, stop))
+    if not chosen:
+        raise DataError(f"{label}: split {show(split)} is empty; {name} has {count} records")
+    return SelectedRecords(records, chosen)
 
 
-def _parse_bound(text: str | None, count: int, default: int) -> int:
+def _parse_bound(text: str | None, count: int) -> int | None:
     if not text:
-        return default
-    number = round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
-    return min(max(number + count if number < 0 else number, 0), count)
+        return None
+    return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)

@@ -48,7 +48,7 @@ class Renderer:
     def render(self, conversation: Conversation) -> str:
         """Renders a conversation; DataError when the template refuses it or hides its tools."""
         try:
-            text = self._render(conversation.messages, conversation.tools)
+            text, _ = self._apply(conversation.messages, conversation.tools)
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
         check_characters(text)
@@ -69,38 +69,28 @@ class Renderer:
         messages, tools, prompt_turns = conversation
         turns = [i for i, m in enumerate(messages) if m["role"] in roles and i >= prompt_turns]
         template = self._tokenizer.get_chat_template(None, tools)
-        if GENERATION.search(template) and tuple(roles) == ("assistant",):
-            spans = self._read_generation_spans(conversation, text)
-            check_shown(messages, turns, [text[start:end] for start, end in spans])
-            if len(turns) == sum(message["role"] == "assistant" for message in messages):
-                return spans
-            replies = find_turns(self._make_render(tools), messages, turns, text)
-            return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
-        return find_turns(self._make_render(tools), messages, turns, text)
+        if not GENERATION.search(template) or tuple(roles) != ("assistant",):
+            return find_turns(self._make_render(tools), messages, turns, text)
+        rendered, (places,) = self._apply(messages, tools, return_assistant_tokens_mask=True)
+        if rendered != text:
+            raise DataError("the chat template renders the same conversation in two ways")
+        spans = [Span(int(start), int(end)) for start, end in places]
+        check_shown(messages, turns, [text[start:end] for start, end in spans])
+        if len(turns) == sum(message["role"] == "assistant" for message in messages):
+            return spans
+        replies = find_turns(self._make_render(tools), messages, turns, text)
+        return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
 
     def _make_render(self, tools: list[Any] | None) -> Render:
-
         def render(messages: list[Message], prompt: bool) -> str | None:
             if not messages:  # templates read the first
                 return None
             try:
-                return self._render(messages, tools, prompt=prompt)
+                return self._apply(messages, tools, add_generation_prompt=prompt)[0]
             except TEMPLATE_FAULTS:  # it needs whole conversations, or one more turn
                 return None
 
         return render
-
-    def _render(
-        self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False
-    ) -> str:
-        return self._apply(messages, tools, add_generation_prompt=prompt)[0]
-
-    def _read_generation_spans(self, conversation: Conversation, text: str) -> list[Span]:
-        messages, tools, _ = conversation
-        rendered, (places,) = self._apply(messages, tools, return_assistant_tokens_mask=True)
-        if rendered != text:
-            raise DataError("the chat template renders the same conversation in two ways")
-        return [Span(int(start), int(end)) for start, end in places]
 
     def _apply(
         self, messages: list[Message], tools: list[Any] | None, **options: Any

@@ -6,13 +6,11 @@ from dataclasses import replace
 import numpy as np
 
 from jaxtrain.data.documents import Documents
-from jaxtrain.data.encode import ConversationEncoder
+from jaxtrain.data.encode import ConversationEncoder, Encoder, TokenisedEncoder
 from jaxtrain.data.factory import DataFactory, PackedSet
 from jaxtrain.data.packing import PackingPlan, cut_documents, pack
 from jaxtrain.data.plan import BatchPlan, choose_fused
 from jaxtrain.data.source import LoadedSource
-from jaxtrain.data.tokenise import Encoder
-from jaxtrain.data.tokenised import TokenisedEncoder
 from jaxtrain.recipe.data import SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 
@@ -46,7 +44,7 @@ class SFTDataFactory(DataFactory):
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:
         return {**super().key_parts(loaded), "max_length": str(self.max_length)}
 
-    def plan_rows(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
+    def plan_packing(self, documents: Documents, chosen: np.ndarray, *, train: bool) -> PackingPlan:
         config = self.config
         if not config.pack_samples:
             return pack(documents.lengths, self.max_length, "none", chosen)
@@ -73,7 +71,7 @@ class SFTDataFactory(DataFactory):
         return plan.drop(short)
 
     @property
-    def row_multiple(self) -> int | None:
+    def length_multiple(self) -> int | None:
         config = self.config
         if config.pack_samples or config.pad_to == "max_length":
             return None
@@ -85,4 +83,5 @@ class SFTDataFactory(DataFactory):
         share = self.config.fuse_positions_prob
         if not dataset.is_train or not share:
             return plan
-        return replace(plan, fused=choose_fused(plan.rows.num_sequences, share, self.config.seed))
+        fused = choose_fused(plan.packing.num_sequences, share, self.config.seed)
+        return replace(plan, fused=fused)

@@ -1,37 +1,71 @@
-"""What every source of rows is."""
+"""Sources: records of local files and URLs, of the caller, or made up.
 
-from collections.abc import Sequence
+A source takes its split and its sample; files of URLs are copied into the user's cache.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
+import numpy as np
+from fsspec.callbacks import TqdmCallback
+
+from jaxtrain.assets import cache_folder
+from jaxtrain.data.cache import DataCache
 from jaxtrain.data.conversation import RoleMapper
-from jaxtrain.data.order import sample
-from jaxtrain.data.records import MappedRecords, NamedRecords, Records, SelectedRecords, take_split
-from jaxtrain.recipe.data import DataSourceConfig, RowsConfig
-from jaxtrain.recipe.errors import DataError
+from jaxtrain.data.files import open_files
+from jaxtrain.data.order import hash_with_keys, sample
+from jaxtrain.data.records import (
+    MappedRecords,
+    NamedRecords,
+    Records,
+    SelectedRecords,
+    first_line,
+    rename_columns,
+    take_split,
+)
+from jaxtrain.recipe.data import (
+    FORMATS,
+    AnyLocalDataSourceConfig,
+    DataSourceConfig,
+    LocalDataSourceConfig,
+    RowsConfig,
+    SyntheticDataSourceConfig,
+    TextDataSourceConfig,
+    file_format,
+)
+from jaxtrain.recipe.errors import DataError, RecipeError, UserError
+from jaxtrain.recipe.section import expand_user
 from jaxtrain.registry import Factory
 
-SAMPLE = 1  # keeps the draw of a sample apart from other orders under the same seed
+SAMPLE, TOKENS = 1, 6  # keep these draws apart from other orders under the same seed
+CONTENT_KEYS = (
+    "etag", "md5", "sha", "crc", "digest", "blob_id", "generation", "version", "modified", "mtime",
+    "created",
+)  # fmt: skip
+"""Parts of the names of file properties that show whether the content has changed."""
 
-
-class Limits(NamedTuple):
-    """What the rows are for; a source that makes rows up needs to know."""
-
-    max_length: int
-    vocab_size: int
-    seed: int
+BAR = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+"""tqdm arguments; `disable: None` is silent where no terminal is."""
 
 
 class DataSource(Factory, kind="data_source"):
-    """Rows from one place. A subclass has a `name`, a `config` annotation and `load`."""
+    """Records from one place. A subclass has a `name`, a `config` annotation and `load`."""
 
     events = {"load": "load"}
     retired = {
-        "load_fn": "define `load(config, split)`, which returns the rows of a split",
-        "cache_path_args": "the cache is keyed by the rows that `load` gives and by `options()`",
+        "load_fn": "define `load(config, split)`, which returns the records of a split",
+        "cache_path_args": "the cache is keyed by the records of `load` and by `options()`",
     }
     config: DataSourceConfig
     data_factory: Any = None
-    """The one that makes batches of these rows."""
+    """The factory that makes batches of these records."""
 
     @property
     def label(self) -> str:
@@ -39,59 +73,273 @@ class DataSource(Factory, kind="data_source"):
         return self.config.name or self.config.type or self.name
 
     def load(self, config: Any, split: str) -> Records | Sequence[dict[str, Any]]:
-        """All rows of `split`; a plain list of dicts will do."""
+        """Returns all records of `split`; a plain list of dicts will do."""
         raise NotImplementedError(f"{type(self).__name__} must define load(config, split)")
 
     def options(self) -> dict[str, Any]:
-        """The recipe's keys that decide what a row becomes once it is read."""
+        """Returns the recipe's keys that decide what a record becomes once it is read."""
         return self.config.model_dump(mode="json", exclude=set(self.config.selection_keys))
 
-    def only_split(self, rows: Records | Sequence[dict[str, Any]], split: str) -> Records:
-        """`split` of rows that are one split: `train` or `eval`, as the recipe uses them, or a
-        slice such as `train[:100]`; DataError for any other name."""
-        rows = rows if isinstance(rows, Records) else NamedRecords(rows, self.label)
-        return take_split({"train": rows, "eval": rows}, split, self.label)
+    def only_split(self, records: Records | Sequence[dict[str, Any]], split: str) -> Records:
+        """Returns `split` of records that are one split: `train` or `eval`, as the recipe uses
+        them, or a slice such as `train[:100]`; DataError for any other name."""
+        records = self._name_records(records)
+        return take_split({"train": records, "eval": records}, split, self.label)
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Records:
-        """The rows to train on: the recipe's split, then its sample; DataError when there are
+    def read(self, default_split: str) -> Records:
+        """Returns the recipe's split of the records, then its sample; DataError when there are
         none."""
-        loaded = self.load(self.config, self.config.split or default_split)
-        rows = loaded if isinstance(loaded, Records) else NamedRecords(loaded, self.label)
-        if len(rows) == 0:
-            raise DataError(f"{self.label}: no rows")
-        return self._sampled(rows)
-
-    def _sampled(self, rows: Records) -> Records:
+        records = self._name_records(self.load(self.config, self.config.split or default_split))
+        if len(records) == 0:
+            raise DataError(f"{self.label}: no records")
         count = self.config.sample_count
         if self.config.sample_ratio is not None:
-            count = max(1, round(self.config.sample_ratio * len(rows)))
-        if count is None or count >= len(rows):
-            return rows
-        return SelectedRecords(rows, sample(len(rows), count, SAMPLE, self.config.sample_seed))
+            count = max(1, round(self.config.sample_ratio * len(records)))
+        if count is None or count >= len(records):
+            return records
+        chosen = sample(len(records), count, SAMPLE, self.config.sample_seed)
+        return SelectedRecords(records, chosen)
+
+    def _name_records(self, records: Records | Sequence[dict[str, Any]]) -> Records:
+        return records if isinstance(records, Records) else NamedRecords(records, self.label)
 
 
 class LoadedSource(NamedTuple):
-    """A source beside its rows."""
+    """A source beside its records."""
 
     source: DataSource
-    rows: Records
+    records: Records
 
-    @property
-    def label(self) -> str:
-        return self.source.label
+    def warnings(self) -> Iterator[str]:
+        wanted = self.source.config.sample_count
+        if wanted is not None and wanted > len(self.records):
+            label, count = self.source.label, len(self.records)
+            yield f"{label}: sample_count {wanted} takes all {count} records"
 
 
 class ConversationSource(DataSource, abstract=True):
-    """Rows whose columns the recipe maps to roles."""
+    """Records whose columns the recipe maps to roles."""
 
     config: RowsConfig
 
     def role_mapping(self) -> dict[str, str]:
-        """Role → column or `array.field.value`; empty leaves rows as they are."""
+        """Returns role → column or `array.field.value`; empty leaves records as they are."""
         return self.config.role_mapping
 
-    def read(self, default_split: str, limits: Limits | None = None) -> Records:
-        rows = super().read(default_split, limits)
+    def read(self, default_split: str) -> Records:
+        records = super().read(default_split)
         if not (mapping := self.role_mapping()):
-            return rows
-        return MappedRecords(rows, RoleMapper(mapping, self.config.content_key))
+            return records
+        return MappedRecords(records, RoleMapper(mapping, self.config.content_key))
+
+
+class _LocalSource(ConversationSource, abstract=True):
+    """Records of local files of one format, or of any format."""
+
+    config: LocalDataSourceConfig
+
+    @property
+    def label(self) -> str:
+        return self.config.name or ", ".join(self.config.paths)
+
+    def load(self, config: LocalDataSourceConfig, split: str) -> Records:
+        kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
+        per_line = isinstance(config, TextDataSourceConfig) and config.per_line
+        paths = find_data_files(config.paths)
+        records = open_files(paths, kind, column=config.column, per_line=per_line)
+        return self.only_split(rename_columns(records, config.columns), split)
+
+
+class JsonSource(_LocalSource):
+    name = "json"
+
+
+class JsonLinesSource(_LocalSource):
+    name = "jsonl"
+
+
+class CsvSource(_LocalSource):
+    name = "csv"
+
+
+class ParquetSource(_LocalSource):
+    name = "parquet"
+
+
+class ArrowSource(_LocalSource):
+    name = "arrow"
+
+
+class TextSource(_LocalSource):
+    name = "text"
+    config: TextDataSourceConfig
+
+
+class LocalSource(_LocalSource):
+    name = "local"
+    config: AnyLocalDataSourceConfig
+
+
+def find_data_files(paths: Sequence[str]) -> Iterator[Path]:
+    """Yields the local files of paths, globs, folders and URLs in their order; RecipeError for a
+    missing one. Open each file before taking the next, whose download may evict it from the
+    cache."""
+    for written in paths:
+        path = expand_user(written)
+        if "://" in written:
+            yield from fetch_url(written)
+        elif path.is_file():
+            yield path
+        elif path.is_dir():
+            names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+            yield from (names[name] for name in select_data_files(names, path))
+        elif files := [f for f in map(Path, glob(str(path), recursive=True)) if f.is_file()]:
+            yield from sorted(files)
+        else:
+            is_pattern = set("*?[") & set(written)
+            raise RecipeError(f"no file {'matches' if is_pattern else 'or folder'} {written}")
+
+
+def fetch_url(url: str) -> list[Path]:
+    """Copies the files of a URL, a pattern or a remote folder into the cache, ordered by name;
+    copies again only when the file system says that one has changed.
+
+    RecipeError for a URL that names nothing, or that cannot be read from here."""
+    with _report_errors_of(url):
+        files, path = fsspec.core.url_to_fs(url)
+        infos = _list_files(files, path, url)
+        parts = {name: str(sorted(info.items())) for name, info in infos.items()}
+        known = [{key.lower() for key, value in info.items() if value} for info in infos.values()]
+        if not all(any(part in key for key in keys for part in CONTENT_KEYS) for keys in known):
+            parts["time"] = str(time.time_ns())
+        bases = (name.partition("?")[0].rstrip("/").rpartition("/")[2] for name in infos)
+        copies = [f"{number}-{base}" for number, base in enumerate(bases)]
+
+        def build(folder: Path) -> None:
+            for copy, (name, info) in zip(copies, infos.items(), strict=True):
+                size = f"{(info.get('size') or 0) / 1e6:.1f} MB"
+                print(f"fetching {name}, {size}", file=sys.stderr, flush=True)
+                with TqdmCallback(tqdm_kwargs=BAR) as callback:
+                    files.get_file(name, str(folder / copy), callback=callback)
+
+        folder = DataCache(cache_folder() / "remote").get(parts, build).folder
+    return [folder / copy for copy in copies]
+
+
+def _list_files(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
+    """Returns the files of a remote path: name → the file system's properties of the file."""
+    if set("*[") & set(path):
+        found = files.glob(path, detail=True)
+        if not found:
+            raise RecipeError(f"no file matches {url}")
+    else:
+        info = files.info(path)
+        if info["type"] == "file":
+            return {path: info}
+        found = files.find(path, detail=True)
+        below = {name.partition("?")[0].removeprefix(path).lstrip("/"): name for name in found}
+        found = {below[name]: found[below[name]] for name in select_data_files(below, url)}
+    return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+
+
+def select_data_files(names: Iterable[str], folder: object) -> list[str]:
+    """Selects the data files of a folder, without hidden ones and without Markdown beside data of
+    other formats, which describes them. RecipeError when there are none."""
+    kinds = {
+        name: kind
+        for name in names
+        if (kind := file_format(name)) and not any(p.startswith(".") for p in Path(name).parts)
+    }
+    if not kinds:
+        raise RecipeError(f"folder {folder} holds no data file; known are {', '.join(FORMATS)}")
+    is_text = set(kinds.values()) == {"text"}
+    return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
+
+
+@contextmanager
+def _report_errors_of(url: str) -> Iterator[None]:
+    """Reports every fault as one of the URL."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as fault:
+        raise RecipeError(f"{url}: needs a package that is not installed: {fault}") from None
+    except FileNotFoundError:
+        raise RecipeError(f"{url}: no such file") from None
+    except Exception as fault:  # every protocol is a library with exceptions of its own
+        kind, first = type(fault).__name__, first_line(fault)
+        reason = kind if first == kind else f"{kind}: {first}"
+        raise RecipeError(f"{url}: cannot be read: {reason}") from fault
+
+
+class GivenSource(ConversationSource):
+    """The source that a recipe names where a program passes the records in memory."""
+
+    name = "given"
+    config: RowsConfig
+
+    def __init__(
+        self, config: RowsConfig, trainer: Any = None, *, records: Sequence[dict[str, Any]] = ()
+    ):
+        super().__init__(config, trainer)
+        self.records = records
+
+    @classmethod
+    def from_records(cls, records: Iterable[dict[str, Any]], config: Any = None) -> "GivenSource":
+        """Makes a source of `records`; `config` is the recipe's `given` source, if it has one, else
+        records with `input_ids` are read as tokens and all others as raw data."""
+        records = records if isinstance(records, Sequence) else list(records)
+        if not isinstance(config, RowsConfig) or config.type != cls.name:
+            is_tokens = any(isinstance(one, Mapping) and "input_ids" in one for one in records[:1])
+            config = RowsConfig(type=cls.name, process=not is_tokens)
+        return cls(config, records=records)
+
+    def load(self, config: RowsConfig, split: str) -> Records:
+        if not self.records:
+            raise DataError(
+                f"{self.label}: no records; pass them as `train_data` or `eval_data` of the trainer"
+            )
+        return self.only_split(self.records, split)
+
+
+class SyntheticSource(DataSource):
+    """Random tokens, for plans and benchmarks."""
+
+    name = "synthetic"
+    config: SyntheticDataSourceConfig
+
+    def load(self, config: SyntheticDataSourceConfig, split: str) -> Records:
+        factory = self.data_factory
+        records = SyntheticRecords(
+            config.rows,
+            factory.max_length,
+            config.vocab_size or len(factory.tokenizer),
+            factory.config.seed,
+        )
+        return self.only_split(records, split)
+
+
+@dataclass(frozen=True)
+class SyntheticRecords:
+    """Records of `length` trained tokens, a function of the seed and the record's number."""
+
+    count: int
+    length: int
+    vocab_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        places = np.arange(index * self.length, (index + 1) * self.length, dtype=np.uint64)
+        drawn = hash_with_keys(places, TOKENS, self.seed) % np.uint64(self.vocab_size)
+        tokens = drawn.astype(np.int64)
+        return {"input_ids": tokens, "labels": tokens}
+
+    def where(self, index: int) -> str:
+        return f"synthetic record {index}"
+
+    def update_digest(self, digest: Any) -> None:
+        digest.update(repr((self.count, self.length, self.vocab_size, self.seed)).encode())

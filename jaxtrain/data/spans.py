@@ -306,9 +306,8 @@ class _Marks:
         marked = dict(message)
         if message.get("tool_calls"):
             *calls, last = message["tool_calls"]
-            function = last.get("function", last)
-            named = {**function, "name": f"{function['name']}{self._stem}{number}c"}
-            last = {**last, "function": named} if "function" in last else named
+            name = f"{last['function']['name']}{self._stem}{number}c"
+            last = {**last, "function": {**last["function"], "name": name}}
             marked["tool_calls"] = [*calls, last]
         if found := THOUGHT.search(message["content"]):
             marked["content"] = (

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import is_offline_mode
@@ -10,9 +11,31 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, show
 from jaxtrain.recipe.model import TokenizerConfig
+from jaxtrain.registry import Factory
 from jaxtrain.tokenizer.gguf import build_gguf_tokenizer
 
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+class TokenizerFactory(Factory, kind="tokenizer"):
+    """Makes the tokenizer; `self.model_path` is the model's folder or GGUF file."""
+
+    events = {"create-tokenizer": "create_tokenizer"}
+    config: TokenizerConfig
+
+    def __init__(self, config: TokenizerConfig, model_path: Path, trainer: Any = None):
+        super().__init__(config, trainer)
+        self.model_path = model_path
+
+    def create_tokenizer(self) -> Any:
+        raise NotImplementedError(f"{type(self).__qualname__} must define create_tokenizer()")
+
+
+class HFTokenizerFactory(TokenizerFactory):
+    name = "huggingface"
+
+    def create_tokenizer(self) -> Any:
+        return load_tokenizer(self.config, self.model_path)
 
 
 def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import optax
 
-from jaxtrain.data.prepare import GivenRows
+from jaxtrain.data.factory import GivenRows
 from jaxtrain.model import Decoder
 from jaxtrain.recipe.errors import did_you_mean
 from jaxtrain.recipe.trainer import TrainerConfig

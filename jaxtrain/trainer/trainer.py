@@ -19,7 +19,13 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import Snapshot
-from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory, prepare
+from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory
+from jaxtrain.data.factory import (
+    build_data_factory,
+    prepare_data,
+    prepare_evaluation,
+    sequence_limit,
+)
 from jaxtrain.metrics.console import Console, format_duration
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
@@ -123,7 +129,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
         max_positions = found.spec.config.max_positions
         if mode == "plan":
-            lengths = (prepare.sequence_limit(self.config.data, max_positions),)
+            lengths = (sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
         else:
             lengths = self._prepare_data(max_positions, view)
@@ -346,7 +352,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         plans = self.data.evals
         if dataset is not None:
             given = self.data_factory, dataset, self._batch_shape
-            plans = {"eval": prepare.prepare_evaluation(*given, lengths=self.data.train.lengths)}
+            plans = {"eval": prepare_evaluation(*given, lengths=self.data.train.lengths)}
         if not plans:
             raise RecipeError(
                 "no evaluation data; add `data.eval_sources` or `data.train_eval_split`"
@@ -417,12 +423,12 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
     def _prepare_data(self, max_positions: int, view: registry.TrainerView) -> tuple[int, ...]:
         """Records to batches; returns the lengths of their sequences."""
-        self.data_factory = prepare.build_data_factory(  # type: ignore[assignment]
+        self.data_factory = build_data_factory(  # type: ignore[assignment]
             self.config, self.tokenizer, max_positions=max_positions, trainer=view
         )
         rows = {name: self.given.get(name) for name in ("train_data", "eval_data")}
         shape = self._batch_shape
-        self.data = prepare.prepare_data(self.config, self.data_factory, shape, **rows)
+        self.data = prepare_data(self.config, self.data_factory, shape, **rows)
         self.layout.refuse_too_few(self.data.train_rows)
         return self.data.train.lengths
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtrain.data import BatchShape, CausalDataFactory, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
+from jaxtrain.data.encode import Encoded
 from jaxtrain.data.packing import pack
 from jaxtrain.data.plan import BatchPlan
 from jaxtrain.recipe.data import CausalDataConfig, LocalDataSourceConfig, SFTDataConfig
@@ -19,7 +20,8 @@ def documents_of(lengths: list[int], folder: Path) -> Documents:
         for row, length in enumerate(lengths):
             tokens = np.arange(length)
             tokens[0] = 100 + row
-            writer.append(tokens, np.ones(length, np.uint8), source=0, record=row)
+            document = Encoded(tokens, np.ones(length, np.uint8))
+            writer.append(document, source=0, record=row)
     return Documents.open(folder)
 
 
@@ -56,7 +58,7 @@ def causal(sources, *, max_length=16, evals=None, **keys):
 
 
 def all_rows(plan):
-    return plan.filled(np.arange(plan.rows.num_sequences), plan.row_tokens)
+    return plan.fill_batch(np.arange(plan.packing.num_sequences), plan.lengths[-1])
 
 
 def texts(folder, rows, **keys):
@@ -66,5 +68,5 @@ def texts(folder, rows, **keys):
 
 def of_processes(plan, count):
     """The plan as each of so many processes has it, with rows of its own."""
-    own = np.split(np.arange(plan.shape.rows), count)
-    return [replace(plan, shape=plan.shape._replace(process_rows=rows)) for rows in own]
+    own = np.split(np.arange(plan.shape.sequences), count)
+    return [replace(plan, shape=plan.shape._replace(process_sequences=rows)) for rows in own]

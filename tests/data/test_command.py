@@ -84,26 +84,26 @@ def test_the_command_prepares_and_shows_without_jax_and_without_weights(recipe):
 def test_a_batch_is_that_of_its_step(recipe, capsys):
     data = shown(recipe, batch=2)
     text = capsys.readouterr().out
-    rows = data.train.row_numbers(1).ravel()
+    rows = data.train.sequence_numbers(1).ravel()
     expected = [
-        (data.ledger.sources[origin.source].label, origin.row)
+        (data.ledger.sources[origin.source].label, origin.record)
         for row in rows if row >= 0
         for origin in data.train.origins(int(row))
     ]  # fmt: skip
     titles = re.findall(r"── (\S+), record (\d+) ", text)
     assert [(label, int(row)) for label, row in titles] == expected and expected
-    assert data.steps_per_epoch == 2 and "Step 2: update 2 of 2 of epoch 1, 4 rows" in text
+    assert data.steps_per_epoch == 2 and "Step 2: 2 of 2 of epoch 1, 4 sequences" in text
     number = expected[0][1]
     first = ROWS[number % len(ROWS)]
     assert f"user⏎\n{first[0]['content']}<|im_end|>" in text
     shown(recipe, batch=49)  # behind the first epoch, in the order of a later one
-    assert "Step 49: update 1 of 2 of epoch 25" in capsys.readouterr().out
+    assert "Step 49: 1 of 2 of epoch 25" in capsys.readouterr().out
 
 
 def test_more_devices_have_more_rows_a_step(recipe, capsys):
     one, four = shown(recipe, batch=1), shown(recipe, batch=1, devices=4)
-    assert (one.train.shape.update_rows, four.train.shape.update_rows) == (4, 16)
-    assert "16 rows" in capsys.readouterr().out
+    assert (one.train.shape.step_sequences, four.train.shape.step_sequences) == (4, 16)
+    assert "16 sequences" in capsys.readouterr().out
 
 
 def page_of(recipe, tmp_path, **options):

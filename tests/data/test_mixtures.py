@@ -51,18 +51,18 @@ def test_shares_are_met_and_no_document_is_favoured(parts):
 @pytest.mark.covers("data.seed")
 def test_a_mixture_is_the_same_each_time_and_another_by_seed(tmp_path):
     sources = [chats(tmp_path, "one", 30, weight=1), chats(tmp_path, "two", 30, weight=3)]
-    drawn = [sft(sources, seed=seed).train.rows.documents.tolist() for seed in (1, 1, 2)]
+    drawn = [sft(sources, seed=seed).train.packing.documents.tolist() for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     data = sft(sources, train_eval_split=(0.5, 0.5))
-    train = {*data.train.rows.documents.tolist()}
-    assert not train & {*data.evals["eval"].rows.documents.tolist()}
+    train = {*data.train.packing.documents.tolist()}
+    assert not train & {*data.evals["eval"].packing.documents.tolist()}
 
 
 def test_the_ledger_counts_what_a_mixture_trains(tmp_path):
     data = sft([chats(tmp_path, "one", 5, weight=9), chats(tmp_path, "two", 45, weight=1)])
     batch = all_rows(data.train)
     assert data.ledger.sets[0].trained_tokens == batch.loss_weights.sum()
-    assert data.ledger.sets[0].rows == 50
+    assert data.ledger.sets[0].sequences == 50
     assert data.ledger.sets[0].documents == 10  # five of one nine times, five of the other once
 
 
@@ -83,7 +83,7 @@ def test_weights_stand_for_all_sources_or_none(tmp_path):
 def test_named_eval_sets(tmp_path):
     math, talk = chats(tmp_path, "math", 3), chats(tmp_path, "talk", 5)
     data = sft([chats(tmp_path, "one", 4)], evals={"math": [math], "talk": [talk]})
-    counts = {name: plan.rows.num_sequences for name, plan in data.evals.items()}
+    counts = {name: plan.packing.num_sequences for name, plan in data.evals.items()}
     assert counts == {"math": 3, "talk": 5}
     named = {"math": ["m.jsonl"], "talk": "t.jsonl:eval[:5]"}
     config = get_config({
@@ -96,8 +96,8 @@ def test_named_eval_sets(tmp_path):
 
 def test_an_eval_set_named_train_is_not_trained(tmp_path):
     data = sft([chats(tmp_path, "one", 4)], evals={"train": [chats(tmp_path, "two", 7)]})
-    assert data.train.rows.num_sequences == 4 and data.evals["train"].rows.num_sequences == 7
-    assert [(counts.label, counts.rows) for counts in data.ledger.sets] == [
+    assert data.train.packing.num_sequences == 4 and data.evals["train"].packing.num_sequences == 7
+    assert [(counts.label, counts.sequences) for counts in data.ledger.sets] == [
         ("train", 4),
         ("train", 7),
     ]
@@ -126,7 +126,7 @@ def test_slices_are_full_and_hold_every_token_once_in_order(lengths, capacity):
 def test_a3_always_max_length_fills_each_pack_and_splits_the_row_that_is_over(tmp_path):
     source = chats(tmp_path, "one", 40)
     data = sft([source], pack_samples=True, always_max_length=True, max_length=50)
-    rows = data.train.rows
+    rows = data.train.packing
     assert (rows.sequence_lengths[:-1] == 50).all() and rows.sequence_lengths[-1] <= 50
     assert rows.sequence_lengths.sum() == data.train.documents.lengths.sum()
     assert rows.starts.any()  # some are split
@@ -142,8 +142,8 @@ def test_a3_always_max_length_fills_each_pack_and_splits_the_row_that_is_over(tm
 )
 def test_drop_last_drops_one_short_pack(tmp_path, keys):
     source = chats(tmp_path, "one", 41)
-    kept = sft([source], pack_samples=True, max_length=64, **keys).train.rows
-    rest = sft([source], pack_samples=True, max_length=64, drop_last=True, **keys).train.rows
+    kept = sft([source], pack_samples=True, max_length=64, **keys).train.packing
+    rest = sft([source], pack_samples=True, max_length=64, drop_last=True, **keys).train.packing
     assert len(rest.offsets) == rest.num_sequences + 1 == kept.num_sequences
     last = kept.sequence_lengths.min() if not keys else kept.sequence_lengths[-1]
     assert kept.sequence_lengths.sum() - rest.sequence_lengths.sum() == last < 64
@@ -163,7 +163,7 @@ def test_fused_packs_are_one_sequence(tmp_path, share):
     )
     fused = (batch.segments.max(axis=1) == 1) & (plain.segments.max(axis=1) > 1)
     assert abs(fused.mean() - share) < 0.15
-    lengths = data.train.rows.sequence_lengths
+    lengths = data.train.packing.sequence_lengths
     for row in np.flatnonzero(fused):
         assert batch.positions[row, : lengths[row]].tolist() == list(range(lengths[row]))
     assert (batch.tokens == plain.tokens).all() and (batch.loss_weights == plain.loss_weights).all()
@@ -177,11 +177,11 @@ def test_a_small_set_is_repeated_into_one_pack(tmp_path):
     source = chats(tmp_path, "one", 3)
     alone = sft([source], pack_samples=True, max_length=1000)
     data = sft([source], pack_samples=True, max_length=1000, repeat_to_pack_max_length=True)
-    times = 1000 // alone.train.rows.sequence_lengths.sum()
-    assert data.train.rows.num_sequences == 1 and times > 1
-    assert data.train.rows.sequence_lengths[0] == times * alone.train.rows.sequence_lengths[0]
+    times = 1000 // alone.train.packing.sequence_lengths.sum()
+    assert data.train.packing.num_sequences == 1 and times > 1
+    assert data.train.packing.sequence_lengths[0] == times * alone.train.packing.sequence_lengths[0]
     longer = sft([source], pack_samples=True, max_length=30, repeat_to_pack_max_length=True)
-    assert longer.train.rows.sequence_lengths.sum() == alone.train.rows.sequence_lengths.sum()
+    assert longer.train.packing.sequence_lengths.sum() == alone.train.packing.sequence_lengths.sum()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data.order import permutation, sample
-from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
-from jaxtrain.data.training_data import iterate
+from jaxtrain.data.plan import BatchPlan, BatchShape, Origin, iterate
 from tests.data.made import documents_of, of_processes, plan_of
 
 MICROBATCHES, ROWS = 2, 4
@@ -19,7 +18,9 @@ def plan(tmp_path_factory) -> BatchPlan:
     """20 rows of one or several documents, 8 rows an update: 3 updates an epoch, the last short."""
     documents = documents_of([5 + n % 7 for n in range(60)], tmp_path_factory.mktemp("documents"))
     plan = plan_of(documents, capacity=24, shape=BatchShape(MICROBATCHES, ROWS))
-    assert plan.rows.num_sequences % 8 and plan.steps_per_epoch == -(-plan.rows.num_sequences // 8)
+    assert plan.packing.num_sequences % 8 and plan.steps_per_epoch == -(
+        -plan.packing.num_sequences // 8
+    )
     return plan
 
 
@@ -68,39 +69,43 @@ def epoch_rows(plan, epoch):
 def test_a8_every_epoch_is_complete_and_in_another_order(plan):
     orders = [epoch_rows(plan, epoch) for epoch in range(3)]
     for order in orders:
-        assert sorted(order[order >= 0]) == list(range(plan.rows.num_sequences))
-        assert (order[plan.rows.num_sequences :] == -1).all()  # filler stands behind the last row
+        assert sorted(order[order >= 0]) == list(range(plan.packing.num_sequences))
+        assert (
+            order[plan.packing.num_sequences :] == -1
+        ).all()  # filler stands behind the last row
     assert len({tuple(order) for order in orders}) == 3
 
 
 def test_an_epoch_may_take_all_rows_several_times(plan):
-    assert plan.repeated(0).passes == plan.repeated(3).passes == 1
+    assert plan.repeat(0).passes == plan.repeat(3).passes == 1
     for wanted in (4, 5, 6, 100):
-        repeated = plan.repeated(wanted)
-        fewer = (repeated.passes - 1) * plan.rows.num_sequences // 8
+        repeated = plan.repeat(wanted)
+        fewer = (repeated.passes - 1) * plan.packing.num_sequences // 8
         assert repeated.steps_per_epoch >= wanted > fewer
-    repeated = plan.repeated(4)
-    assert repeated.passes == 2 and repeated.steps_per_epoch == -(-2 * plan.rows.num_sequences // 8)
-    copies = [epoch_rows(repeated, epoch)[: 2 * plan.rows.num_sequences] for epoch in (0, 1)]
+    repeated = plan.repeat(4)
+    assert repeated.passes == 2 and repeated.steps_per_epoch == -(
+        -2 * plan.packing.num_sequences // 8
+    )
+    copies = [epoch_rows(repeated, epoch)[: 2 * plan.packing.num_sequences] for epoch in (0, 1)]
     orders = [tuple(order) for copy in copies for order in np.split(copy, 2)]
-    assert orders == [tuple(epoch_rows(plan, n)[: plan.rows.num_sequences]) for n in range(4)]
+    assert orders == [tuple(epoch_rows(plan, n)[: plan.packing.num_sequences]) for n in range(4)]
 
 
 def test_other_seeds_have_other_orders(plan):
-    other = BatchPlan(plan.documents, plan.rows, plan.shape, plan.lengths, seed=7)
+    other = BatchPlan(plan.documents, plan.packing, plan.shape, plan.lengths, seed=7)
     assert tuple(epoch_rows(other, 0)) != tuple(epoch_rows(plan, 0))
 
 
 def test_without_a_seed_rows_keep_their_order(plan):
-    evaluation = BatchPlan(plan.documents, plan.rows, plan.shape, plan.lengths, seed=None)
+    evaluation = BatchPlan(plan.documents, plan.packing, plan.shape, plan.lengths, seed=None)
     order = epoch_rows(evaluation, 0)
-    assert order[: plan.rows.num_sequences].tolist() == list(range(plan.rows.num_sequences))
+    assert order[: plan.packing.num_sequences].tolist() == list(range(plan.packing.num_sequences))
 
 
 def test_an_update_is_cut_into_microbatches_first(plan):
     batch = plan.batch(0)
     assert batch.tokens.shape == (MICROBATCHES, ROWS, 24)
-    assert batch.rows.ravel().tolist() == plan.row_numbers(0).ravel().tolist()
+    assert batch.rows.ravel().tolist() == plan.sequence_numbers(0).ravel().tolist()
 
 
 def test_a38_packed_documents_are_apart(plan):

@@ -75,11 +75,11 @@ def test_a4_no_two_packs_of_the_whole_set_would_fit_into_one(lengths):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3))
-def test_no_other_lengths_leave_less_padding_to_random_updates(lengths, count, update_rows):
+def test_no_other_lengths_leave_less_padding_to_random_updates(lengths, count, step_sequences):
     found = choose_lengths(
-        np.array(lengths), update_rows=update_rows, multiple=100, max_length=850, count=count
+        np.array(lengths), step_sequences=step_sequences, multiple=100, max_length=850, count=count
     )
-    updates = [max(rows) for rows in product(np.minimum(lengths, 850), repeat=update_rows)]
+    updates = [max(rows) for rows in product(np.minimum(lengths, 850), repeat=step_sequences)]
 
     def places(lengths):
         return sum(min(tokens for tokens in lengths if tokens >= longest) for longest in updates)

@@ -308,7 +308,7 @@ def test_a_copy_of_a_pair_is_never_held_out_from_itself(tmp_path):
     rows = [*pairs(10), *pairs(10)]
     data = prepare([source(tmp_path, rows)], train_eval_split=(0.5, 0.5))
     trained, held_out = (
-        {plan.documents.index["record"][d] % 10 for d in plan.rows.documents}
+        {plan.documents.index["record"][d] % 10 for d in plan.packing.documents}
         for plan in (data.train, data.evals["eval"])
     )
     assert trained and held_out and not trained & held_out
@@ -322,7 +322,7 @@ def test_weights_mix_whole_pairs(tmp_path):
         source(tmp_path / "b", pairs(9), weight=2),
     ]
     data = prepare(sources)
-    documents = data.train.rows.documents
+    documents = data.train.packing.documents
     assert (documents[::2] == documents[1::2]).all() and len(documents) == 30
     of_first = np.count_nonzero(data.train.documents.index["source"][documents] == 0)
     assert of_first == 10
@@ -404,7 +404,7 @@ def test_judged_rows_are_documents_with_their_label(tmp_path):
     plan = data.train
     assert data.train_rows == 2 and plan.together == 1
     assert plan.documents.index["scores"][:, 0].tolist() == [1.0, 0.0]
-    batch = plan.filled(np.arange(2), plan.row_tokens)
+    batch = plan.fill_batch(np.arange(2), plan.lengths[-1])
     found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert found == ["yes it is<|im_end|>", "no<|im_end|>"]
 
@@ -451,6 +451,6 @@ def test_pairs_of_one_json_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     data = prepare([JsonLinesSource(LocalDataSourceConfig(path=str(path)))])
-    batch = data.train.filled(np.arange(2), data.row_tokens)
+    batch = data.train.fill_batch(np.arange(2), data.row_tokens)
     found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert found == ["yes<|im_end|>", "no<|im_end|>"]

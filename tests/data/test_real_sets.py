@@ -75,5 +75,5 @@ def test_a4_an_encyclopedias_texts_fill_the_packs(folder, tokenizer):
     factory = CausalDataFactory(CausalDataConfig(sources=("x",)), tokenizer, ROW_TOKENS)
     data = factory.prepare([source], {}, SHAPE)
     assert data.ledger.sets[0].fill == 1.0, data.ledger.lines()  # texts are joined and cut
-    left_out = data.train.documents.lengths.sum() - data.train.rows.lengths.sum()
+    left_out = data.train.documents.lengths.sum() - data.train.packing.lengths.sum()
     assert 0 <= left_out < ROW_TOKENS and data.train_rows > 100

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 from jaxtrain.data import BatchShape, GivenSource, JsonLinesSource, SFTDataFactory
-from jaxtrain.data.documents import Documents, DocumentWriter
-from jaxtrain.data.encode import ConversationEncoder
-from jaxtrain.data.ledger import SourceCounts
-from jaxtrain.data.order import split_by_content
-from jaxtrain.data.records import NamedRecords
-from jaxtrain.data.tokenise import (
+from jaxtrain.data.documents import (
     BATCH_RECORDS,
     MIN_POOL_RECORDS,
+    Documents,
+    DocumentWriter,
     Tolerance,
     choose_num_workers,
     tokenise,
 )
+from jaxtrain.data.encode import ConversationEncoder
+from jaxtrain.data.ledger import SourceCounts
+from jaxtrain.data.order import split_by_content
+from jaxtrain.data.records import NamedRecords
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
 from tests.data.made import of_processes
@@ -261,7 +262,7 @@ def test_a_row_is_known_by_its_number_in_its_source(tmp_path):
     drawn = JsonLinesSource(LocalDataSourceConfig(path=path, **keys))
     expected = [drawn.read("train")[n]["id"] for n in range(4)]
     data = prepare([drawn], max_length=512)
-    assert [data.train.origins(row)[0].row for row in range(4)] == expected
+    assert [data.train.origins(row)[0].record for row in range(4)] == expected
     assert min(expected) >= 10
 
 

@@ -125,9 +125,9 @@ def test_an_evaluation_on_text_keeps_its_tail(tmp_path):
 
 @pytest.mark.covers("data.num_proc")
 def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    from jaxtrain.data import tokenise
+    from jaxtrain.data import documents
 
-    monkeypatch.setattr(tokenise, "MIN_POOL_RECORDS", 1)
+    monkeypatch.setattr(documents, "MIN_POOL_RECORDS", 1)
     source = texts(tmp_path, [{"text": f"{text} {n}"} for n in range(100) for text in TEXTS])
     batches = []
     for number, processes in enumerate((1, 8)):

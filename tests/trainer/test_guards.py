@@ -182,7 +182,8 @@ def breaking(folder, policy, bad, *, steps=6, every=2, **changes):
     )
     run = trainer(written, cls=Breaking)
     assert run.data.steps_per_epoch > 11
-    run.bad_rows = [int(row) for step in bad for row in run.data.train.row_numbers(step).ravel()]
+    numbers = (run.data.train.sequence_numbers(step).ravel() for step in bad)
+    run.bad_rows = [int(number) for one in numbers for number in one]
     return run
 
 

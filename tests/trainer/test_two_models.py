@@ -27,7 +27,7 @@ class LabelledPairs(DPODataFactory):
 
     def create_dataloader(self, dataset):
         batches = super().create_dataloader(dataset)
-        pairs = np.arange(batches.rows.num_sequences) // 2
+        pairs = np.arange(batches.packing.num_sequences) // 2
         labels = np.where(pairs % 3 == 0, -1.0, 1.0).astype(np.float32)
         return replace(batches, extras={"label": labels})
 
