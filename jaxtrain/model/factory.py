@@ -16,7 +16,7 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.source import read_config, read_generation_config
+from jaxtrain.model.hf_config import read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout

@@ -44,11 +44,6 @@ TITLES = {
 """Names in messages of the dimensions that `tensor` splits."""
 
 
-def spec(logical_axes: tuple[str | None, ...]) -> P:
-    """Mesh axes of an array whose dimensions have these logical axes."""
-    return P(*(MESH_AXES[axis] if axis else None for axis in logical_axes))
-
-
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Constrains the sharding of `x` to these logical axes; no effect outside a mesh.
 
