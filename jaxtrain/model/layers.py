@@ -91,8 +91,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 class Initializer:
     """Makes initial parameters; drawn in float32, so that another dtype only rounds them."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: str):
-        self._std, self._rngs, self._dtype = config.initializer_range, rngs, dtype
+    def __init__(self, config: DecoderConfig, key: Array, dtype: str):
+        self._std, self._rngs, self._dtype = config.initializer_range, nnx.Rngs(params=key), dtype
 
     def normal(self, *shape: int) -> nnx.Param:
         value = self._std * jax.random.normal(self._rngs.params(), shape, jnp.float32)
@@ -103,14 +103,6 @@ class Initializer:
 
     def zeros(self, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.zeros(shape, self._dtype))
-
-
-class Embed(nnx.Module):
-    def __init__(self, config: DecoderConfig, init: Initializer):
-        self.embedding = init.normal(config.vocab_size, config.width)
-
-    def __call__(self, tokens_BT: Array, dtype: str) -> Array:
-        return jnp.take(self.embedding[...], tokens_BT, axis=0, mode="clip").astype(dtype)
 
 
 class Attention(nnx.Module):
