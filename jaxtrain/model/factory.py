@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtrain.kernels.attention import choose
-from jaxtrain.kernels.attention.dispatch import Wanted
+from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
