@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
+from jaxtrain.optimizer.optimizers import OptimizerFactory, decay_mask
 from jaxtrain.recipe.optimizer import MuonConfig
 
 MATRICES = {
