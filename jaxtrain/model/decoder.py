@@ -126,22 +126,20 @@ class Decoder(nnx.Module):
         if self.compute.stages > 1 and caches is None:
             return self._run_stages(x_BTD, inputs), None
         new_caches = {}
-        for name in self.layers:
-            graph, params = split(self.layers[name])
+        for name, group in self.layers.items():
             x_BTD, new_caches[name] = run_group(
-                graph, params, x_BTD, inputs, self.compute,
-                caches=None if caches is None else caches[name],
-            )  # fmt: skip
-        return x_BTD, (None if caches is None else new_caches)
+                *split(group), x_BTD, inputs, self.compute, caches=caches[name] if caches else None
+            )
+        return x_BTD, (caches and new_caches)
 
     def _run_stages(self, x_BTD: Array, inputs: AttentionInputs) -> Array:
         """Runs all layers, split into stages over the `pipeline` axis, by microbatch."""
         stages, num_microbatches = self.compute.stages, self.compute.microbatches
-        (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
+        (graph, params), num_repeats = split(self.layers["0"]), self.config.groups[0].repeats
 
         def stage(params: Params, x_BTD: Array, inputs: AttentionInputs, first: Array) -> Array:
             return run_group(
-                graph, params, x_BTD, inputs, self.compute, first=first, end=num_layers
+                graph, params, x_BTD, inputs, self.compute, first=first, end=num_repeats
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.

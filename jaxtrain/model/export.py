@@ -79,9 +79,9 @@ def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]
     """config.json as it was read, rope in its original style, with the dtype of the file."""
     config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     family = family_of(hf_config)
-    config |= {"architectures": [family.architecture], "model_type": family.name}
+    named = {"architectures": [family.architecture], "model_type": family.name}
     # transformers 4 reads only `torch_dtype`; 5 writes `dtype` and reads both.
-    return {**config, "torch_dtype": dtype}
+    return config | named | {"torch_dtype": dtype}
 
 
 @contextmanager

@@ -155,14 +155,10 @@ def _generate_token(
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
     K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
-
-    def empty(repeats: int) -> Cache:
-        return Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
-
-    groups = enumerate(model.config.groups)
+    empty = lambda repeats: Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
     return {
         str(g): {str(m): empty(group.repeats) for m in range(len(group.layers))}
-        for g, group in groups
+        for g, group in enumerate(model.config.groups)
     }
 
 

@@ -40,12 +40,13 @@ class Cache(NamedTuple):
     v_BSKH: Array
 
 
-def dense(x: Array, w: Array, *, contract: int = 1) -> Array:
+def dense(x: Array, w: Array, bias: nnx.Param | None = None, *, contract: int = 1) -> Array:
     """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
 
     Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
-    return _product(contract, x, w.astype(x.dtype))
+    y: Array = _product(contract, x, w.astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -130,9 +131,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        qkv = dense(x_BTD, self.qkv[...])  # [B, T, K, G + 2, H]
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...].astype(qkv.dtype)
+        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias)  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         if self.q_norm is not None and self.k_norm is not None:
             q_BTKGH = rms_norm(q_BTKGH, self.q_norm[...], self.eps)
@@ -157,9 +156,7 @@ class Attention(nnx.Module):
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
-        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], contract=3)
-        if self.out_bias is not None:
-            y_BTD = y_BTD + self.out_bias[...].astype(y_BTD.dtype)
+        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], self.out_bias, contract=3)
         return y_BTD, (None if cache is None else keys)
 
 
