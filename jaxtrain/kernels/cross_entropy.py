@@ -293,10 +293,8 @@ def _head_gradient(plan: Plan, sums_IDV: Array) -> Array:
 
 def _prepare_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
     """Casts the head, then gathers it over all axes but that of the vocabulary: once per step."""
-    split = plan.vocabulary_axis
-    return plan.place(
-        head.astype(dtype), *((None, split) if plan.head_layout == "DV" else (split,))
-    )
+    axes = [None, plan.vocabulary_axis] if plan.head_layout == "DV" else [plan.vocabulary_axis]
+    return plan.place(head.astype(dtype), *axes)
 
 
 def _split_chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:

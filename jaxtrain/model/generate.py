@@ -92,10 +92,7 @@ def _run(
 ) -> Array:
     model = merge(graph, params)
     progress = _prefill(model, sampling, tokens_BP, lengths_B, key)
-
-    def unfinished(progress: Progress) -> Array:
-        return (progress.count < sampling.max_new_tokens) & ~progress.is_done_B.all()
-
+    unfinished = lambda p: (p.count < sampling.max_new_tokens) & ~p.is_done_B.all()
     step = partial(_generate_token, model, sampling, tokens_BP.shape[1], lengths_B)
     return lax.while_loop(unfinished, step, progress).tokens_BN
 

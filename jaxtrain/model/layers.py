@@ -142,10 +142,8 @@ class Attention(nnx.Module):
         keys = Cache(k_BTKH, v_BTKH)
         if cache is not None:
             assert inputs.slot is not None
-            keys = Cache(*(
-                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), inputs.slot, axis=1)
-                for old, new in zip(cache, keys, strict=True)
-            ))  # fmt: skip
+            put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=1)
+            keys = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype)), cache, keys)
         B, T, K, G, H = q_BTKGH.shape
         mixed_BTNH = attention(
             q_BTKGH.reshape(B, T, K * G, H),

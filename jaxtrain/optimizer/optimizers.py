@@ -33,10 +33,7 @@ class OptimizerFactory(Factory, kind="optimizer"):
 
 def decay_mask(params: Any) -> Any:
     """True for each parameter that weight decay applies to: all but norms and biases."""
-
-    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
-        return not str(path[-1].key).endswith(("norm", "bias"))
-
+    is_decayed = lambda path, _: not str(path[-1].key).endswith(("norm", "bias"))
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 

@@ -9,7 +9,6 @@ key/value head, H head size, C tokens per block of queries, R = G * C rows per b
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,6 @@ from jaxtrain.kernels.attention.mask import TokenPositions, score_scale, visible
 
 BLOCK = 128  # tokens; on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores than needed
-
-
-class Saved(NamedTuple):
-    q_BTNH: Array
-    k_BSKH: Array
-    v_BSKH: Array
-    q_positions: TokenPositions
-    kv_positions: TokenPositions
-    out_BTNH: Array
-    lse_BTN: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,7 +47,7 @@ def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_p
     # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
     out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
     lse_BTN = checkpoint_name(lse_BTN, "attention")
-    return out_BTNH, Saved(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
 
 
 def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
@@ -76,26 +65,27 @@ def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositi
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
-def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
-    T, N = saved.q_BTNH.shape[1:3]
-    S, K = saved.k_BSKH.shape[1:3]
+def _attention_bwd(window: int | None, saved, d_out_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN = saved
+    T, N = q_BTNH.shape[1:3]
+    S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
     # The row sums of dP * P equal those of dO * O, which need no scores.
-    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, saved.out_BTNH)
+    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, out_BTNH)
     blocks = (
-        _query_rows(saved.q_BTNH, K, C),
-        _row_positions(saved.q_positions, N // K, C),
+        _query_rows(q_BTNH, K, C),
+        _row_positions(q_positions, N // K, C),
         _query_rows(d_out_BTNH, K, C),
-        _query_rows(saved.lse_BTN[..., None], K, C),
+        _query_rows(lse_BTN[..., None], K, C),
         _query_rows(delta_BTN[..., None], K, C),
     )
-    k_BKSH, v_BKSH = saved.k_BSKH.swapaxes(1, 2), saved.v_BSKH.swapaxes(1, 2)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     d_k_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
     d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
 
     d_qs = []
     for band, keys in _bands(T, S, C, window):
-        kv_band = TokenPositions(*(x[:, keys] for x in saved.kv_positions))
+        kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
         block = partial(_backward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
 
         def add(sums, queries, block=block):
@@ -107,9 +97,9 @@ def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
         d_k_BKSH = d_k_BKSH.at[:, :, keys].set(d_k)
         d_v_BKSH = d_v_BKSH.at[:, :, keys].set(d_v)
         d_qs.append(d_q)
-    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(saved.q_BTNH.dtype)
-    d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(saved.k_BSKH.dtype)
-    d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(saved.v_BSKH.dtype)
+    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(q_BTNH.dtype)
+    d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(k_BSKH.dtype)
+    d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(v_BSKH.dtype)
     return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None
 
 
