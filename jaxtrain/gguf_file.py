@@ -46,26 +46,27 @@ def read_header(path: Path) -> Header:
         tensors = dict(reader.read_tensor() for _ in range(num_tensors))
     except (struct.error, UnicodeDecodeError, KeyError):
         raise WeightError(f"{path}: the metadata is damaged; is the file cut off?") from None
-    start = reader.align(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-reader.at // alignment) * alignment
     return Header(metadata, {n: t._replace(start=start + t.start) for n, t in tensors.items()})
 
 
 class _Reader:
     def __init__(self, data: mmap.mmap):
         self._data = data
-        self._at = 4  # after the magic word
+        self.at = 4  # after the magic word
 
     def read_number(self, letter: str) -> Any:
-        (value,) = struct.unpack_from(f"<{letter}", self._data, self._at)
-        self._at += struct.calcsize(f"<{letter}")
+        (value,) = struct.unpack_from(f"<{letter}", self._data, self.at)
+        self.at += struct.calcsize(f"<{letter}")
         return value
 
     def read_text(self) -> str:
         length = self.read_number("Q")
-        if self._at + length > len(self._data):
+        if self.at + length > len(self._data):
             raise struct.error
-        self._at += length
-        return self._data[self._at - length : self._at].decode("utf-8")
+        self.at += length
+        return self._data[self.at - length : self.at].decode("utf-8")
 
     def read_pair(self) -> tuple[str, Any]:
         return self.read_text(), self.read_value(self.read_number("I"))
@@ -74,10 +75,6 @@ class _Reader:
         name = self.read_text()
         shape = [self.read_number("Q") for _ in range(self.read_number("I"))]
         return name, Tensor(tuple(reversed(shape)), self.read_number("I"), self.read_number("Q"))
-
-    def align(self, alignment: int) -> int:
-        """Returns the next offset that is a multiple of `alignment`."""
-        return -(-self._at // alignment) * alignment
 
     def read_value(self, kind: int) -> Any:
         if kind == STRING:
@@ -89,6 +86,6 @@ class _Reader:
             if count > len(self._data):  # a damaged count, for which struct would allocate
                 raise struct.error
             layout = struct.Struct(f"<{count}{NUMBERS[kind]}")
-            self._at += layout.size
-            return list(layout.unpack_from(self._data, self._at - layout.size))
+            self.at += layout.size
+            return list(layout.unpack_from(self._data, self.at - layout.size))
         return [self.read_value(kind) for _ in range(count)]

@@ -79,12 +79,9 @@ def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
     groups = []
     while layers:
         period, repeats = max(
-            ((period, _repeats(layers, period)) for period in range(1, len(layers) // 2 + 1)),
+            ((period, _repeats(layers, period)) for period in range(1, len(layers) + 1)),
             key=lambda pair: (pair[0] * pair[1] if pair[1] > 1 else 0, -pair[0]),
-            default=(1, 1),
         )
-        repeats = repeats if repeats > 1 else 1
-        period = period if repeats > 1 else 1
         groups.append(LayerGroup(layers[:period], repeats))
         layers = layers[period * repeats :]
     return tuple(groups)

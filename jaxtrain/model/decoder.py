@@ -26,7 +26,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, weighted_nll
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Embed, Initializer, rms_norm
+from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, rms_norm
 from jaxtrain.model.rope import rotation
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
@@ -49,18 +49,11 @@ REMAT: Mapping[str, Callable] = {
 
 
 class Decoder(nnx.Module):
-    def __init__(
-        self,
-        config: DecoderConfig,
-        compute: ComputeConfig,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: str = "float32",
-    ):
-        init = Initializer(config, rngs, param_dtype)
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, key: Array, param_dtype: str):
+        init = Initializer(config, key, param_dtype)
         self.config = config
         self.compute = compute
-        self.embed = Embed(config, init)
+        self.embed = nnx.Dict(embedding=init.normal(config.vocab_size, config.width))
         self.layers = nnx.Dict({
             str(g): nnx.Dict({
                 str(m): Block(config, spec, compute, init, group.repeats)
@@ -123,8 +116,8 @@ class Decoder(nnx.Module):
         return AttentionInputs(q_positions, kv_positions, cos, sin, slot)
 
     def embed_tokens(self, tokens_BT: Array) -> Array:
-        x_BTD = self.embed(tokens_BT, self.compute.compute_dtype)
-        return constrain(x_BTD, "batch", None, None)
+        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0, mode="clip")
+        return constrain(x_BTD.astype(self.compute.compute_dtype), "batch", None, None)
 
     def stack(
         self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None
@@ -133,22 +126,20 @@ class Decoder(nnx.Module):
         if self.compute.stages > 1 and caches is None:
             return self._run_stages(x_BTD, inputs), None
         new_caches = {}
-        for name in self.layers:
-            graph, params = split(self.layers[name])
+        for name, group in self.layers.items():
             x_BTD, new_caches[name] = run_group(
-                graph, params, x_BTD, inputs, self.compute,
-                caches=None if caches is None else caches[name],
-            )  # fmt: skip
-        return x_BTD, (None if caches is None else new_caches)
+                *split(group), x_BTD, inputs, self.compute, caches=caches[name] if caches else None
+            )
+        return x_BTD, (caches and new_caches)
 
     def _run_stages(self, x_BTD: Array, inputs: AttentionInputs) -> Array:
         """Runs all layers, split into stages over the `pipeline` axis, by microbatch."""
         stages, num_microbatches = self.compute.stages, self.compute.microbatches
-        (graph, params), num_layers = split(self.layers["0"]), self.config.num_layers
+        (graph, params), num_repeats = split(self.layers["0"]), self.config.groups[0].repeats
 
         def stage(params: Params, x_BTD: Array, inputs: AttentionInputs, first: Array) -> Array:
             return run_group(
-                graph, params, x_BTD, inputs, self.compute, first=first, end=num_layers
+                graph, params, x_BTD, inputs, self.compute, first=first, end=num_repeats
             )[0]
 
         # Rows lead and microbatches follow, so that every device keeps its own rows.
@@ -248,20 +239,15 @@ def abstract(
     config: DecoderConfig, compute: ComputeConfig, *, param_dtype: str = "float32"
 ) -> Model:
     """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
-
-    def make() -> Decoder:
-        rngs = nnx.Rngs(params=jax.random.key(0))
-        return Decoder(config, compute, rngs=rngs, param_dtype=param_dtype)
-
-    return Model(*split(nnx.eval_shape(make)))
+    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype)
+    return Model(*split(nnx.eval_shape(build)))
 
 
 def init_params(
     config: DecoderConfig, compute: ComputeConfig, key: Array, *, param_dtype: str = "float32"
 ) -> Params:
     """Random parameters; pure, so that jit with `out_shardings` makes each on its devices."""
-    rngs = nnx.Rngs(params=key)
-    return split(Decoder(config, compute, rngs=rngs, param_dtype=param_dtype))[1]
+    return split(Decoder(config, compute, key, param_dtype))[1]
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> Decoder:

@@ -1,4 +1,8 @@
-"""Writes trained parameters as a Hugging Face folder, one tensor at a time and atomically."""
+"""Writes trained parameters as a Hugging Face folder, one tensor at a time and atomically, and
+reads it back.
+
+B sequences, T tokens, V vocabulary.
+"""
 
 import json
 import shutil
@@ -10,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.hf_config import decoder_config, family_of
+from jaxtrain.batch import Batch
+from jaxtrain.model.config import ComputeConfig, DecoderConfig
+from jaxtrain.model.decoder import Params, abstract, merge
+from jaxtrain.model.hf_config import decoder_config, family_of, read_hf_config
 from jaxtrain.model.tensor_file import TensorToWrite, write_folder
-from jaxtrain.model.verify import verify_folder
-from jaxtrain.model.weights import Piece, pieces
+from jaxtrain.model.weights import Piece, load_params, pieces
 from jaxtrain.parallel.sharding import path_name
+from jaxtrain.recipe.errors import CheckpointError, WeightError
+
+TOKENS = 16  # of the sequence whose logits are compared
 
 
 def save_pretrained(
@@ -40,7 +50,7 @@ def save_pretrained(
     assert decoder_config(hf_config) == config, "config.json describes another model"
     with _replace_folder(folder) as unfinished:
         tensors = to_hf_tensors(params, config, dtype)
-        write_folder(unfinished, tensors, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
+        write_folder(unfinished, tensors, np.dtype(jnp.dtype(dtype)), max_shard_bytes)
         _write_json(unfinished / "config.json", config_to_export(hf_config, dtype))
         if generation_config is not None:
             _write_json(unfinished / "generation_config.json", generation_config)
@@ -69,9 +79,9 @@ def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]
     """config.json as it was read, rope in its original style, with the dtype of the file."""
     config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     family = family_of(hf_config)
-    config |= {"architectures": [family.architecture], "model_type": family.name}
+    named = {"architectures": [family.architecture], "model_type": family.name}
     # transformers 4 reads only `torch_dtype`; 5 writes `dtype` and reads both.
-    return {**config, "torch_dtype": dtype}
+    return config | named | {"torch_dtype": dtype}
 
 
 @contextmanager
@@ -96,3 +106,51 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def verify_folder(folder: Path, params: Params, config: DecoderConfig, dtype: str) -> None:
+    """CheckpointError unless the config, every tensor bit for bit and the logits match `params`.
+
+    The weights that are read lie on the devices beside the state, in the dtype of the file: at most
+    4 bytes per parameter, as many as the gradients of a step, which do not exist during a save.
+    """
+    found = decoder_config(read_hf_config(folder), str(folder / "config.json"))
+    if found != config:
+        differing = [name for name, value in vars(config).items() if vars(found)[name] != value]
+        raise _export_error(f"config.json describes another {' and '.join(differing)}")
+    graph, shapes = abstract(found, ComputeConfig(compute_dtype="float32"))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    try:
+        read = load_params(folder, found, shapes, shardings, dtype)
+    except WeightError as error:
+        raise _export_error(str(error)) from error
+    same = jax.device_get(_compare_bits(dtype, params, read))
+    is_same = jax.tree_util.tree_leaves_with_path(same)
+    if other := [path_name(path) for path, yes in is_same if not yes]:
+        raise _export_error(f"{len(other)} parameters differ when read back, first {other[0]}")
+    wanted_BTV, found_BTV = (np.asarray(_logits(graph, dtype, tree)) for tree in (params, read))
+    # The parameters are equal, so this finds a config or a graph that does not fit them.
+    if not np.allclose(wanted_BTV, found_BTV, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise _export_error(f"its logits differ by up to {np.abs(wanted_BTV - found_BTV).max()}")
+
+
+def _export_error(what: str) -> CheckpointError:
+    return CheckpointError(f"the export failed verification and was removed: {what}")
+
+
+@partial(jax.jit, static_argnums=0)
+def _compare_bits(dtype: str, ours: Params, theirs: Params) -> Params:
+    """Whether each parameter is equal bit for bit: NaN equals NaN, 0 does not equal -0."""
+    bits = {2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(dtype).itemsize]
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    return jax.tree.map(lambda a, b: (as_bits(a.astype(dtype)) == as_bits(b)).all(), ours, theirs)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _logits(graph: nnx.GraphDef, dtype: str, params: Params) -> jax.Array:
+    model = merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    positions_BT = jnp.arange(TOKENS, dtype=jnp.int32)[None]
+    tokens_BT = positions_BT * 7919 % model.config.vocab_size
+    ones_BT = jnp.ones_like(positions_BT)
+    rows_B = jnp.zeros(1, jnp.int32)
+    return model(Batch(tokens_BT, positions_BT, ones_BT, ones_BT.astype(jnp.float32), rows_B))

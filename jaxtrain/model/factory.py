@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxtrain.kernels.attention import choose
-from jaxtrain.kernels.attention.dispatch import Wanted
+from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.source import read_config, read_generation_config
+from jaxtrain.model.hf_config import read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout

@@ -20,22 +20,15 @@ class Tensor(NamedTuple):
     dims: str
     """dimensions in the file"""
     ours: str
-    """the same letters in the order of our parameter; 1 for a dimension that the file lacks"""
+    """the same letters in the order of our parameter; 1 for a dimension that the file lacks, along
+    which several tensors are concatenated"""
 
 
-class ParameterTensors(NamedTuple):
-    """The tensors that make up one parameter, without the leading L of stacked ones."""
-
-    tensors: tuple[Tensor, ...]
-    join_dim: int | None
-    """the dimension along which several tensors are concatenated"""
-
-
-def _tensors(*tensors: str, join_dim: int | None = None) -> ParameterTensors:
+def _tensors(*tensors: str) -> tuple[Tensor, ...]:
     """Parses `name: dimensions -> ours`; a name that begins with a dot belongs to a layer."""
     parts = (tensor.replace(" -> ", ": ").split(": ") for tensor in tensors)
     full = lambda name: "model.layers.{i}" + name if name.startswith(".") else name
-    return ParameterTensors(tuple(Tensor(full(name), *dims) for name, *dims in parts), join_dim)
+    return tuple(Tensor(full(name), *dims) for name, *dims in parts)
 
 
 PARAMETER_TENSORS = {
@@ -45,13 +38,11 @@ PARAMETER_TENSORS = {
         ".self_attn.q_proj.weight: KGH D -> D K G H",
         ".self_attn.k_proj.weight: KH D -> D K 1 H",
         ".self_attn.v_proj.weight: KH D -> D K 1 H",
-        join_dim=2,
     ),
     "attention/qkv_bias": _tensors(
         ".self_attn.q_proj.bias: KGH -> K G H",
         ".self_attn.k_proj.bias: KH -> K 1 H",
         ".self_attn.v_proj.bias: KH -> K 1 H",
-        join_dim=1,
     ),
     "attention/q_norm": _tensors(".self_attn.q_norm.weight: H -> H"),
     "attention/k_norm": _tensors(".self_attn.k_norm.weight: H -> H"),
@@ -59,13 +50,14 @@ PARAMETER_TENSORS = {
     "attention/out_bias": _tensors(".self_attn.o_proj.bias: D -> D"),
     "mlp_norm": _tensors(".post_attention_layernorm.weight: D -> D"),
     "mlp/gate_up": _tensors(
-        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F", join_dim=1
+        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F"
     ),
     "mlp/down": _tensors(".mlp.down_proj.weight: D F -> F D"),
     "norm": _tensors("model.norm.weight: D -> D"),
     "head": _tensors("lm_head.weight: V D -> D V"),
 }
-"""Path of a parameter → its tensors; `attention/qkv` is `layers/<group>/<member>/attention/qkv`."""
+"""Path of a parameter, without the leading L of stacked ones → its tensors; `attention/qkv` is
+`layers/<group>/<member>/attention/qkv`."""
 
 HARMLESS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 """Tensors of old files that are ignored: they follow from the config."""
@@ -113,10 +105,6 @@ _ONLY = {
 }
 
 
-def _windows_of_all_layers(hf: Mapping[str, Any]) -> list[int | None]:
-    return [hf["sliding_window"]] * hf["num_hidden_layers"]
-
-
 def _windows_of_upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
     """Windows by `layer_types` if present, else from layer `max_window_layers` up."""
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
@@ -156,7 +144,7 @@ FAMILIES = (
             **_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        windows=_windows_of_all_layers,
+        windows=lambda hf: [hf["sliding_window"]] * hf["num_hidden_layers"],
         only={**_ONLY, "layer_types": (None,)},
         traits=lambda hf: {},
     ),

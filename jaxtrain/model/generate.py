@@ -92,10 +92,7 @@ def _run(
 ) -> Array:
     model = merge(graph, params)
     progress = _prefill(model, sampling, tokens_BP, lengths_B, key)
-
-    def unfinished(progress: Progress) -> Array:
-        return (progress.count < sampling.max_new_tokens) & ~progress.is_done_B.all()
-
+    unfinished = lambda p: (p.count < sampling.max_new_tokens) & ~p.is_done_B.all()
     step = partial(_generate_token, model, sampling, tokens_BP.shape[1], lengths_B)
     return lax.while_loop(unfinished, step, progress).tokens_BN
 
@@ -155,14 +152,10 @@ def _generate_token(
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
     K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
-
-    def empty(repeats: int) -> Cache:
-        return Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
-
-    groups = enumerate(model.config.groups)
+    empty = lambda repeats: Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
     return {
         str(g): {str(m): empty(group.repeats) for m in range(len(group.layers))}
-        for g, group in groups
+        for g, group in enumerate(model.config.groups)
     }
 
 

@@ -1,12 +1,51 @@
-"""Reads the config.json of transformers into a DecoderConfig."""
+"""Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtrain.model import rope
-from jaxtrain.model.config import DecoderConfig, LayerSpec, group_layers
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
+from jaxtrain.model.decoder import abstract
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
+from jaxtrain.model.gguf import read_gguf_config
+from jaxtrain.model.weights import tensor_shapes
+from jaxtrain.model_folder import read_json
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
+from jaxtrain.recipe.model import ModelConfig
+
+
+def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Returns the decoder, and its config.json with `hf_config_kwargs` applied.
+
+    RecipeError if those change the shape of a tensor, unless the model is trained from scratch.
+    """
+    hf, kwargs = read_hf_config(path), config.hf_config_kwargs
+    where = str(path / "config.json") if path.is_dir() else str(path)
+    if not kwargs:
+        return decoder_config(hf, where), hf
+    new = _override_config(hf, kwargs, where)
+    decoder = decoder_config(new, where)
+    if not config.from_scratch:
+        _check_same_shapes(decoder_config(hf, where), decoder)
+    return decoder, new
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or the equivalent from a GGUF file."""
+    if path.suffix == ".gguf" and path.is_file():
+        return read_gguf_config(path)
+    return read_json(path / "config.json")
+
+
+def read_generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json of a folder, or the equivalent from a GGUF file."""
+    if path.is_dir():
+        file = path / "generation_config.json"
+        return read_json(file) if file.is_file() else None
+    config = read_gguf_config(path)
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {token: config[token] for token in tokens if token in config}
 
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -94,12 +133,10 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     return faults
 
 
-def override_config(
-    hf: Mapping[str, Any], kwargs: Mapping[str, Any], where: str = "config.json"
+def _override_config(
+    hf: Mapping[str, Any], kwargs: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Replaces fields of a config.json; RecipeError for fields that the family does not have."""
-    if not kwargs:
-        return dict(hf)
     family = family_of({**hf, **kwargs}, where)
     known = {*family.defaults, *family.only, *REQUIRED, *rope.FIELDS, *NO_EFFECT}
     faults = [
@@ -129,3 +166,14 @@ def _drop_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dic
     if "rope_theta" in replaced and kept.get("rope_scaling"):
         kept["rope_scaling"] = {k: v for k, v in kept["rope_scaling"].items() if k != "rope_theta"}
     return kept
+
+
+def _check_same_shapes(old: DecoderConfig, new: DecoderConfig) -> None:
+    before, after = (tensor_shapes(c, abstract(c, ComputeConfig()).shapes) for c in (old, new))
+    for name in {**before, **after}:
+        was, would_be = (list(shapes.get(name, ())) or "none" for shapes in (before, after))
+        if was != would_be:
+            raise RecipeError(
+                f"model.hf_config_kwargs: would change the shape of {name} from {was} to "
+                f"{would_be}; set model.from_scratch: true for random weights"
+            )

@@ -40,12 +40,13 @@ class Cache(NamedTuple):
     v_BSKH: Array
 
 
-def dense(x: Array, w: Array, *, contract: int = 1) -> Array:
+def dense(x: Array, w: Array, bias: nnx.Param | None = None, *, contract: int = 1) -> Array:
     """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
 
     Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
-    return _product(contract, x, w.astype(x.dtype))
+    y: Array = _product(contract, x, w.astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,8 +92,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 class Initializer:
     """Makes initial parameters; drawn in float32, so that another dtype only rounds them."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, dtype: str):
-        self._std, self._rngs, self._dtype = config.initializer_range, rngs, dtype
+    def __init__(self, config: DecoderConfig, key: Array, dtype: str):
+        self._std, self._rngs, self._dtype = config.initializer_range, nnx.Rngs(params=key), dtype
 
     def normal(self, *shape: int) -> nnx.Param:
         value = self._std * jax.random.normal(self._rngs.params(), shape, jnp.float32)
@@ -103,14 +104,6 @@ class Initializer:
 
     def zeros(self, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.zeros(shape, self._dtype))
-
-
-class Embed(nnx.Module):
-    def __init__(self, config: DecoderConfig, init: Initializer):
-        self.embedding = init.normal(config.vocab_size, config.width)
-
-    def __call__(self, tokens_BT: Array, dtype: str) -> Array:
-        return jnp.take(self.embedding[...], tokens_BT, axis=0, mode="clip").astype(dtype)
 
 
 class Attention(nnx.Module):
@@ -138,9 +131,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        qkv = dense(x_BTD, self.qkv[...])  # [B, T, K, G + 2, H]
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...].astype(qkv.dtype)
+        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias)  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         if self.q_norm is not None and self.k_norm is not None:
             q_BTKGH = rms_norm(q_BTKGH, self.q_norm[...], self.eps)
@@ -151,10 +142,8 @@ class Attention(nnx.Module):
         keys = Cache(k_BTKH, v_BTKH)
         if cache is not None:
             assert inputs.slot is not None
-            keys = Cache(*(
-                lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), inputs.slot, axis=1)
-                for old, new in zip(cache, keys, strict=True)
-            ))  # fmt: skip
+            put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=1)
+            keys = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype)), cache, keys)
         B, T, K, G, H = q_BTKGH.shape
         mixed_BTNH = attention(
             q_BTKGH.reshape(B, T, K * G, H),
@@ -165,9 +154,7 @@ class Attention(nnx.Module):
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
-        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], contract=3)
-        if self.out_bias is not None:
-            y_BTD = y_BTD + self.out_bias[...].astype(y_BTD.dtype)
+        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], self.out_bias, contract=3)
         return y_BTD, (None if cache is None else keys)
 
 

@@ -51,10 +51,9 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     for part in ({"rope_theta": hf.get("rope_theta")}, fields):
         whole |= {name: value for name, value in part.items() if value is not None}
     fields = whole
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)  # some files carry both spellings
+    kind = fields.get("rope_type") or fields.get("type") or "default"
     theta = _number(fields, kind, "rope_theta")
-    if fields.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if fields.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             "partial_rotary_factor must be 1.0; rotating part of a head is not supported"
         )

@@ -4,7 +4,7 @@ L layers of one stacked parameter; the other letters are those of families.py.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.families import HARMLESS, PARAMETER_TENSORS, ParameterTensors
+from jaxtrain.model.families import HARMLESS, PARAMETER_TENSORS, Tensor
 from jaxtrain.model.gguf import read_gguf_tensors
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
@@ -44,41 +44,46 @@ class Piece(NamedTuple):
         """The tensor, from its part of our parameter."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
+    def in_stack(self, at: int, layer: int) -> "Piece":
+        """The tensor of `layer`, at index `at` of a stacked parameter."""
+        return Piece(
+            self.name.format(i=layer),
+            self.shape,
+            (slice(at, at + 1), *self.place),
+            (1, *self.split),
+            (0, *(dim + 1 for dim in self.order)),
+        )
+
 
 def pieces(config: DecoderConfig, path: str) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`."""
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        entry = PARAMETER_TENSORS[match[3]]
-        return [p for at, i in enumerate(numbers) for p in _pieces(config, entry, at, i)]
+        parts = list(_pieces(config, PARAMETER_TENSORS[match[3]]))
+        return [part.in_stack(at, i) for at, i in enumerate(numbers) for part in parts]
     return list(_pieces(config, PARAMETER_TENSORS[path]))
 
 
-def _pieces(
-    config: DecoderConfig, entry: ParameterTensors, at: int | None = None, layer: int | None = None
-) -> Iterator[Piece]:
-    """The pieces of a parameter; of a stacked one, those of `layer`, at index `at` of L."""
+def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piece]:
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads, "1": 1,
     }  # fmt: skip
-    lead = "" if at is None else "1"
-    end = 0
-    for tensor in entry.tensors:
+    last = tensors[-1].ours.split()
+    join_dim, end = last.index("1") if "1" in last else None, 0
+    for tensor in tensors:
         mine = tensor.ours.split()
         place = [slice(0, size[letter]) for letter in mine]
-        if entry.join_dim is not None:
-            begin, end = end, end + size[mine[entry.join_dim]]
-            place[entry.join_dim] = slice(begin, end)
-        if at is not None:
-            place.insert(0, slice(at, at + 1))
-        letters = lead + tensor.dims.replace(" ", "") + "1" * ("1" in mine)
+        if join_dim is not None:
+            begin, end = end, end + size[mine[join_dim]]
+            place[join_dim] = slice(begin, end)
+        letters = tensor.dims.replace(" ", "") + "1" * ("1" in mine)
         yield Piece(
-            name=tensor.name.format(i=layer),
+            name=tensor.name,
             shape=tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split()),
             place=tuple(place),
             split=tuple(size[letter] for letter in letters),
-            order=tuple((*range(len(lead)), *map(letters.rindex, mine))),
+            order=tuple(map(letters.index, mine)),
         )
 
 
@@ -111,8 +116,16 @@ def load_params(
     dtype = np.dtype(jax.numpy.dtype(param_dtype))
 
     def load(key_path, shape, sharding) -> jax.Array:
-        read = _reader(pieces(config, path_name(key_path)), stored, shape.shape, dtype)
-        return jax.make_array_from_callback(shape.shape, sharding, read)
+        parts = pieces(config, path_name(key_path))
+
+        @cache  # devices may share a slice
+        def read(*bounds: tuple[int, int]) -> np.ndarray:
+            return _assemble(parts, stored, bounds, dtype)
+
+        def read_slice(index: Any) -> np.ndarray:
+            return read(*(s.indices(n)[:2] for s, n in zip(index, shape.shape, strict=True)))
+
+        return jax.make_array_from_callback(shape.shape, sharding, read_slice)
 
     return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
@@ -127,22 +140,6 @@ def _grow(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
         return np.concatenate([rows, np.broadcast_to(mean, (shape[0] - len(rows), *shape[1:]))])
 
     return StoredTensor(shape, read)
-
-
-def _reader(
-    parts: list[Piece], stored: Mapping[str, StoredTensor], shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """A function that reads one slice of a parameter; a slice shared by devices is read once."""
-    known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        if bounds not in known:
-            known[bounds] = _assemble(parts, stored, bounds, dtype)
-        return known[bounds]
-
-    return read
 
 
 def _assemble(

@@ -1,11 +1,11 @@
 """Optimizers: optax transformations built from the `optimizer` section."""
 
-from jaxtrain.optimizer.factory import OptimizerFactory as OptimizerFactory
-from jaxtrain.optimizer.factory import decay_mask as decay_mask
 from jaxtrain.optimizer.groups import Groups as Groups
 from jaxtrain.optimizer.moments import with_moments as with_moments
 from jaxtrain.optimizer.muon import MuonFactory as MuonFactory
 from jaxtrain.optimizer.optimizers import AdafactorFactory as AdafactorFactory
 from jaxtrain.optimizer.optimizers import AdamWFactory as AdamWFactory
 from jaxtrain.optimizer.optimizers import LionFactory as LionFactory
+from jaxtrain.optimizer.optimizers import OptimizerFactory as OptimizerFactory
 from jaxtrain.optimizer.optimizers import SGDFactory as SGDFactory
+from jaxtrain.optimizer.optimizers import decay_mask as decay_mask

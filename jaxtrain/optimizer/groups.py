@@ -10,8 +10,8 @@ import jax
 import optax
 
 from jaxtrain import registry
-from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
 from jaxtrain.optimizer.moments import with_moments
+from jaxtrain.optimizer.optimizers import OptimizerFactory, decay_mask
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.optimizer import OptimizerConfig
@@ -77,7 +77,12 @@ class Groups:
 
     def merge(self, params: Any, trained: Any) -> Any:
         """`params`, with those that are trained replaced by `trained`."""
-        return _overlay(params, trained)
+        if not isinstance(params, dict):
+            return trained
+        return {
+            name: self.merge(part, trained[name]) if name in trained else part
+            for name, part in params.items()
+        }
 
     def counts(self) -> Counter[str]:
         """Numbers of parameters that are decayed, not decayed, frozen."""
@@ -108,12 +113,6 @@ def _without_frozen(tree: Any, labels: Any) -> Any:
         if label != FROZEN
     }
     return {name: part for name, part in kept.items() if not isinstance(part, dict) or part}
-
-
-def _overlay(tree: Any, above: Any) -> Any:
-    if not isinstance(tree, dict):
-        return above
-    return {name: _overlay(t, above[name]) if name in above else t for name, t in tree.items()}
 
 
 def _explain_no_match(match: str, names: list[str]) -> str:

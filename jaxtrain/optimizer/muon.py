@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import optax
+from optax import GradientTransformation
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
+from jaxtrain.optimizer.optimizers import OptimizerFactory, decay_mask
 from jaxtrain.recipe.optimizer import MuonConfig
 
 MATRICES = {
@@ -25,9 +26,7 @@ class MuonFactory(OptimizerFactory):
     name = "muon"
     config: MuonConfig
 
-    def create_optimizer(
-        self, model: Any, optimizer_config: MuonConfig
-    ) -> optax.GradientTransformation:
+    def create_optimizer(self, model: Any, optimizer_config: MuonConfig) -> GradientTransformation:
         config = optimizer_config
         return optax.chain(
             muon(
@@ -48,8 +47,5 @@ class MuonFactory(OptimizerFactory):
 
 def matrix_dimensions(params: Any) -> Any:
     """The dimension numbers of every stack of matrices; None for other parameters."""
-
-    def lookup(path: tuple[Any, ...], _: Any) -> MuonDimensionNumbers | None:
-        return MATRICES.get(str(path[-1].key))
-
+    lookup = lambda path, _: MATRICES.get(str(path[-1].key))
     return jax.tree_util.tree_map_with_path(lookup, params)

@@ -1,12 +1,49 @@
-"""The optimizers that optax provides, built from their recipe sections."""
+"""The base class of optimizer factories, and the optimizers that optax provides."""
 
 from typing import Any
 
+import jax
 import optax
 from optax import GradientTransformation
 
-from jaxtrain.optimizer.factory import OptimizerFactory, decay_mask
-from jaxtrain.recipe.optimizer import AdafactorConfig, AdamWConfig, LionConfig, SGDConfig
+from jaxtrain.recipe.optimizer import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    OptimizerConfig,
+    SGDConfig,
+)
+from jaxtrain.registry import Factory
+
+
+class OptimizerFactory(Factory, kind="optimizer"):
+    events = {"create-optimizer": "create_optimizer"}
+    config: OptimizerConfig
+
+    def create_optimizer(self, model: Any, optimizer_config: Any) -> GradientTransformation:
+        """Returns an optax transformation at the peak learning rate; the training step multiplies
+        its updates by the schedule.
+
+        `model` is the tree of the trained parameters' shapes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__qualname__} defines no create_optimizer(model, optimizer_config)"
+        )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for each parameter that weight decay applies to: all but norms and biases."""
+    is_decayed = lambda path, _: not str(path[-1].key).endswith(("norm", "bias"))
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def descend(config: OptimizerConfig, *direction: GradientTransformation) -> GradientTransformation:
+    """Steps along a direction with decoupled weight decay."""
+    return optax.chain(
+        *direction,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(config.learning_rate),
+    )
 
 
 class AdamWFactory(OptimizerFactory):
@@ -16,13 +53,8 @@ class AdamWFactory(OptimizerFactory):
     config: AdamWConfig
 
     def create_optimizer(self, model: Any, optimizer_config: AdamWConfig) -> GradientTransformation:
-        return optax.adamw(
-            optimizer_config.learning_rate,
-            *optimizer_config.betas,
-            eps=optimizer_config.eps,
-            weight_decay=optimizer_config.weight_decay,
-            mask=decay_mask,
-        )
+        adam = optax.scale_by_adam(*optimizer_config.betas, eps=optimizer_config.eps)
+        return descend(optimizer_config, adam)
 
 
 class LionFactory(OptimizerFactory):
@@ -32,12 +64,7 @@ class LionFactory(OptimizerFactory):
     config: LionConfig
 
     def create_optimizer(self, model: Any, optimizer_config: LionConfig) -> GradientTransformation:
-        return optax.lion(
-            optimizer_config.learning_rate,
-            *optimizer_config.betas,
-            weight_decay=optimizer_config.weight_decay,
-            mask=decay_mask,
-        )
+        return descend(optimizer_config, optax.scale_by_lion(*optimizer_config.betas))
 
 
 class AdafactorFactory(OptimizerFactory):
@@ -49,12 +76,8 @@ class AdafactorFactory(OptimizerFactory):
     def create_optimizer(
         self, model: Any, optimizer_config: AdafactorConfig
     ) -> GradientTransformation:
-        return optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(optimizer_config.weight_decay, decay_mask),
-            optax.scale_by_learning_rate(optimizer_config.learning_rate),
-        )
+        factored = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        return descend(optimizer_config, *factored)
 
 
 class SGDFactory(OptimizerFactory):
@@ -65,8 +88,5 @@ class SGDFactory(OptimizerFactory):
 
     def create_optimizer(self, model: Any, optimizer_config: SGDConfig) -> GradientTransformation:
         momentum = optimizer_config.momentum
-        return optax.chain(
-            optax.trace(momentum, optimizer_config.nesterov) if momentum else optax.identity(),
-            optax.add_decayed_weights(optimizer_config.weight_decay, decay_mask),
-            optax.scale_by_learning_rate(optimizer_config.learning_rate),
-        )
+        trace = optax.trace(momentum, optimizer_config.nesterov) if momentum else optax.identity()
+        return descend(optimizer_config, trace)

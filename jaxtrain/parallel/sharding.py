@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.recipe.errors import RecipeError
@@ -35,18 +35,12 @@ PARAMETERS = (
 )
 """Parameter path → logical axis of each dimension; the first full match counts."""
 
-
 TITLES = {
     "vocab": "tokens of the vocabulary",
     "kv_heads": "key/value heads",
     "ffn": "feed-forward channels",
 }
 """Names in messages of the dimensions that `tensor` splits."""
-
-
-def spec(logical_axes: tuple[str | None, ...]) -> P:
-    """Mesh axes of an array whose dimensions have these logical axes."""
-    return P(*(MESH_AXES[axis] if axis else None for axis in logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -57,11 +51,8 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    free = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == jax.sharding.AxisType.Auto
-    }
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name for name, kind in kinds if kind == AxisType.Auto}
     axes = (tuple(a for a in MESH_AXES[name] if a in free) if name else () for name in logical_axes)
     return jax.lax.with_sharding_constraint(x, P(*(a or None for a in axes)))
 

@@ -41,24 +41,21 @@ def _progress(step: jax.Array, first: int, last: int) -> jax.Array:
     return jnp.clip((jnp.float32(step) - first) / max(1, last - first), 0, 1)
 
 
+def _warm_up(warmup: int, after: Schedule) -> Schedule:
+    """A linear warmup before another schedule."""
+    return lambda step: jnp.where(step < warmup, _progress(step, 0, warmup), after(step))
+
+
 def decay(fall: Fall, horizon: int, warmup: int, *, floor: float = 0.0) -> Schedule:
     """A linear warmup, then the fall over the rest of the run."""
-
-    def schedule(step: jax.Array) -> jax.Array:
-        falling = floor + (1 - floor) * fall(_progress(step, warmup, horizon))
-        return jnp.where(step < warmup, _progress(step, 0, warmup), falling)
-
-    return schedule
+    falling = lambda step: floor + (1 - floor) * fall(_progress(step, warmup, horizon))
+    return _warm_up(warmup, falling)
 
 
 def inverse_sqrt(warmup: int, timescale: int) -> Schedule:
     """sqrt(timescale / (timescale + steps since warmup)), after a linear warmup."""
-
-    def schedule(step: jax.Array) -> jax.Array:
-        since = jnp.maximum(jnp.float32(step) - warmup, 0) + timescale
-        return jnp.where(step < warmup, _progress(step, 0, warmup), jnp.sqrt(timescale / since))
-
-    return schedule
+    since = lambda step: jnp.maximum(jnp.float32(step) - warmup, 0) + timescale
+    return _warm_up(warmup, lambda step: jnp.sqrt(timescale / since(step)))
 
 
 def cosine_from_initial_rate(

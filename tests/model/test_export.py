@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, describe_model, load_model, save_model
 
-from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.export import save_pretrained, verify_folder
 from jaxtrain.model.tensor_file import read_folder
-from jaxtrain.model.verify import verify_folder
 from jaxtrain.recipe.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import describe_model, load_model, save_model
 
 from jaxtrain.model.gguf import FIXED, PER_LAYER
-from jaxtrain.model.source import read_generation_config
+from jaxtrain.model.hf_config import read_generation_config
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.recipe.errors import WeightError
 

@@ -13,7 +13,7 @@ from jaxtrain.assets import fetch
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.source import read_config
+from jaxtrain.model.hf_config import read_config
 from jaxtrain.recipe.errors import UserError
 from jaxtrain.recipe.model import ModelConfig
 

@@ -10,8 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import LLAMA3, SIZES, describe_model, load_model, save_model
 
 from jaxtrain.model import rope
-from jaxtrain.model.hf_config import decoder_config
-from jaxtrain.model.source import read_generation_config
+from jaxtrain.model.hf_config import decoder_config, read_generation_config
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model_folder import SINGLE, locate
 from jaxtrain.recipe.errors import RecipeError, WeightError

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Model, abstract
-from jaxtrain.model.source import read_config
+from jaxtrain.model.hf_config import read_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.recipe.model import ModelConfig
 

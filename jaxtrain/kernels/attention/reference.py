@@ -7,8 +7,8 @@ B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N /
 key/value head, H head size, C tokens per block of queries, R = G * C rows per block.
 """
 
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,58 +21,33 @@ BLOCK = 128  # tokens; on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores than needed
 
 
-class Band(NamedTuple):
-    """Neighbouring blocks of queries that share one range of keys."""
-
-    first: int
-    blocks: int
-    kv_start: int
-    kv_stop: int
-
-
-class Saved(NamedTuple):
-    q_BTNH: Array
-    k_BSKH: Array
-    v_BSKH: Array
-    q_positions: TokenPositions
-    kv_positions: TokenPositions
-    out_BTNH: Array
-    lse_BTN: Array
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def reference_attention(
     window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
 ) -> Array:
-    return _forward(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
+    return _attention_fwd(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
 
 
 def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions):
-    out_BTNH, lse_BTN = _forward(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)
-    # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
-    out_BTNH = checkpoint_name(out_BTNH, "attention")
-    lse_BTN = checkpoint_name(lse_BTN, "attention")
-    return out_BTNH, Saved(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
-
-
-def _forward(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions):
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
-    blocks_q, positions = _query_rows(q_BTNH, K, C), _row_positions(q_positions, N // K, C)
+    blocks = _query_rows(q_BTNH, K, C), _row_positions(q_positions, N // K, C)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
 
     outs, lses = [], []
-    for band in _bands(T, S, C, window):
-        keys = slice(band.kv_start, band.kv_stop)
+    for band, keys in _bands(T, S, C, window):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
         block = partial(_forward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
-        out, lse = lax.map(block, _slice_band(band, (blocks_q, positions)))
+        out, lse = lax.map(block, _slice_blocks(blocks, band))
         outs.append(out)
         lses.append(lse)
     out_BTNH = _from_query_rows(jnp.concatenate(outs), T, N)
     lse_BTN = _from_query_rows(jnp.concatenate(lses), T, N)[..., 0]
-    return out_BTNH.astype(q_BTNH.dtype), lse_BTN
+    # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
+    out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
+    lse_BTN = checkpoint_name(lse_BTN, "attention")
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
 
 
 def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
@@ -90,27 +65,27 @@ def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositi
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
-def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
-    T, N = saved.q_BTNH.shape[1:3]
-    S, K = saved.k_BSKH.shape[1:3]
+def _attention_bwd(window: int | None, saved, d_out_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN = saved
+    T, N = q_BTNH.shape[1:3]
+    S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
     # The row sums of dP * P equal those of dO * O, which need no scores.
-    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, saved.out_BTNH)
+    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, out_BTNH)
     blocks = (
-        _query_rows(saved.q_BTNH, K, C),
-        _row_positions(saved.q_positions, N // K, C),
+        _query_rows(q_BTNH, K, C),
+        _row_positions(q_positions, N // K, C),
         _query_rows(d_out_BTNH, K, C),
-        _query_rows(saved.lse_BTN[..., None], K, C),
+        _query_rows(lse_BTN[..., None], K, C),
         _query_rows(delta_BTN[..., None], K, C),
     )
-    k_BKSH, v_BKSH = saved.k_BSKH.swapaxes(1, 2), saved.v_BSKH.swapaxes(1, 2)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     d_k_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
     d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
 
     d_qs = []
-    for band in _bands(T, S, C, window):
-        keys = slice(band.kv_start, band.kv_stop)
-        kv_band = TokenPositions(*(x[:, keys] for x in saved.kv_positions))
+    for band, keys in _bands(T, S, C, window):
+        kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
         block = partial(_backward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
 
         def add(sums, queries, block=block):
@@ -118,13 +93,13 @@ def _attention_bwd(window: int | None, saved: Saved, d_out_BTNH):
             return [total + part for total, part in zip(sums, d_kv, strict=True)], d_q
 
         sums = [d_k_BKSH[:, :, keys], d_v_BKSH[:, :, keys]]
-        (d_k, d_v), d_q = lax.scan(add, sums, _slice_band(band, blocks))
+        (d_k, d_v), d_q = lax.scan(add, sums, _slice_blocks(blocks, band))
         d_k_BKSH = d_k_BKSH.at[:, :, keys].set(d_k)
         d_v_BKSH = d_v_BKSH.at[:, :, keys].set(d_v)
         d_qs.append(d_q)
-    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(saved.q_BTNH.dtype)
-    d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(saved.k_BSKH.dtype)
-    d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(saved.v_BSKH.dtype)
+    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(q_BTNH.dtype)
+    d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(k_BSKH.dtype)
+    d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(v_BSKH.dtype)
     return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None
 
 
@@ -157,8 +132,8 @@ def _block_tokens(T: int) -> int:
     return -(-T // -(-T // BLOCK))
 
 
-def _bands(T: int, S: int, C: int, window: int | None) -> list[Band]:
-    """Groups the blocks into bands that skip keys that none of their queries can see.
+def _bands(T: int, S: int, C: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Bands of neighbouring blocks, each with the range of keys that its queries can see.
 
     In self-attention (T == S) a key of higher index is never visible, and positions rise by at
     least one per token, so a key `window` indices back is not visible either. Otherwise the keys
@@ -166,18 +141,17 @@ def _bands(T: int, S: int, C: int, window: int | None) -> list[Band]:
     """
     blocks = -(-T // C)
     if T != S:
-        return [Band(0, blocks, 0, S)]
+        yield slice(0, blocks), slice(0, S)
+        return
     per_band = -(-blocks // MAX_BANDS)
-    bands = []
     for first in range(0, blocks, per_band):
-        last = min(first + per_band, blocks)
-        kv_start = 0 if window is None else max(0, first * C - window + 1)
-        bands.append(Band(first, last - first, kv_start, min(last * C, S)))
-    return bands
+        end = min(first + per_band, blocks)
+        keys_start = 0 if window is None else max(0, first * C - window + 1)
+        yield slice(first, end), slice(keys_start, min(end * C, S))
 
 
-def _slice_band(band: Band, blocks):
-    return jax.tree.map(lambda x: x[band.first : band.first + band.blocks], blocks)
+def _slice_blocks(blocks, band: slice):
+    return jax.tree.map(lambda x: x[band], blocks)
 
 
 def _query_rows(x_BTNH, K: int, C: int) -> Array:

@@ -8,14 +8,50 @@ I shards of the batch, B batch (b per shard), T tokens, C tokens per chunk, D wi
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxtrain.kernels.cross_entropy.plan import NLL, HeadLayout, Plan, make_plan
+from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+
+HeadLayout = Literal["DV", "VD"]
+"""Order of the head's dimensions; 'VD' is that of a tied embedding."""
+
+MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
+MAX_TOKENS = 1024  # of a chunk on one device; more are no faster
+
+
+class NLL(NamedTuple):
+    """Sums over the batch, float32 []. Only `total` is differentiated; the others are metrics."""
+
+    total: Array
+    """weighted negative log-likelihood, smoothing and z-loss included"""
+    z_total: Array
+    """the part of `total` that is z-loss"""
+    correct: Array
+    """weight of the tokens that the model ranks first"""
+
+
+class Plan(NamedTuple):
+    """Hashable and static. `shards` is the number of parts of the batch over `batch_axes`."""
+
+    head_layout: HeadLayout
+    z_loss: float
+    label_smoothing: float
+    chunk_tokens: int
+    """of each sequence"""
+    batch_axes: tuple[str, ...]
+    shards: int
+    vocabulary_axis: str | None
+
+    def place(self, x: Array, *spec) -> Array:
+        """Constrains the sharding of x, if anything is split."""
+        is_split = self.batch_axes or self.vocabulary_axis
+        return lax.with_sharding_constraint(x, P(*spec)) if is_split else x
 
 
 class Scores(NamedTuple):
@@ -24,7 +60,6 @@ class Scores(NamedTuple):
     logits_IbCV: Array
     top_IbC: Array
     lse_IbC: Array
-    is_target_IbCV: Array
     target_IbC: Array
     """the target's logit"""
 
@@ -46,10 +81,8 @@ def weighted_nll(
     Only `total` is differentiated; weights are constants. A token of weight 0 adds nothing, not
     even a NaN. `chunk_tokens` counts tokens of each sequence.
     """
-    plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens, z_loss, label_smoothing)
-    weights_BT = lax.stop_gradient(weights_BT.astype(jnp.float32))
-    nll: NLL = _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT)
-    return NLL(nll.total, lax.stop_gradient(nll.z_total), lax.stop_gradient(nll.correct))
+    plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens, z_loss, label_smoothing)
+    return _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,10 +102,8 @@ def _weighted_nll_fwd(
         x_IbCD, y_IbC, w_IbC = chunk
         x_IbCD = _zero_unweighted(x_IbCD, w_IbC)
         scores = _scores(plan, prepared, x_IbCD, y_IbC)
-        d_logits_IbCV = _d_total(
-            plan, scores.logits_IbCV, scores.is_target_IbCV, scores.lse_IbC, w_IbC
-        )
-        d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_logits_IbCV)
+        d_IbCV = _d_total(plan, scores.logits_IbCV, y_IbC, scores.lse_IbC, w_IbC)
+        d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
         nll = _chunk_nll(plan, scores, w_IbC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden
 
@@ -105,13 +136,11 @@ def _chunk_nll(plan: Plan, scores: Scores, w_IbC: Array) -> NLL:
     return NLL(*(jnp.sum(w_IbC * x, (1, 2)) for x in (loss_IbC + z_IbC, z_IbC, correct_IbC)))
 
 
-def _d_total(
-    plan: Plan, logits_IbCV: Array, is_target_IbCV: Array, lse_IbC: Array, w_IbC: Array
-) -> Array:
+def _d_total(plan: Plan, logits_IbCV: Array, y_IbC: Array, lse_IbC: Array, w_IbC: Array) -> Array:
     """Gradient of a chunk's total with respect to its logits, float32 [I, b, C, V]."""
     smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], lse_IbC[..., None]
     d_IbCV = jnp.exp(logits_IbCV - lse_IbC1) * w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
-    d_IbCV -= jnp.where(is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
+    d_IbCV -= jnp.where(_is_target(logits_IbCV, y_IbC), (1 - smoothing) * w_IbC1, 0)
     return d_IbCV - smoothing / d_IbCV.shape[-1] * w_IbC1 if smoothing else d_IbCV
 
 
@@ -128,7 +157,7 @@ def token_log_probs(
     The backward pass recomputes the logits. A token whose gradient is 0 adds nothing, not even a
     NaN. `chunk_tokens` counts tokens of each sequence.
     """
-    plan = make_plan(hidden_BTD, head, head_layout, chunk_tokens)
+    plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens)
     return _log_probs(plan, hidden_BTD, head, targets_BT)
 
 
@@ -159,7 +188,7 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
         x_IbCD, lse_IbC = _zero_unweighted(x_IbCD, g_IbC), jnp.where(g_IbC != 0, lse_IbC, 0)
         logits_IbCV = _logits(plan, prepared, x_IbCD)
         # A log-probability is the negative of a loss of weight 1.
-        d_IbCV = _d_total(plan, logits_IbCV, _is_target(logits_IbCV, y_IbC), lse_IbC, -g_IbC)
+        d_IbCV = _d_total(plan, logits_IbCV, y_IbC, lse_IbC, -g_IbC)
         d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
         return d_head_sum + d_head, d_hidden
 
@@ -170,6 +199,45 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
 
 
 _log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
+
+
+def _make_plan(
+    hidden_BTD: Array,
+    head: Array,
+    head_layout: HeadLayout,
+    chunk_tokens: int | None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Plan:
+    B, T, D = hidden_BTD.shape
+    width, V = head.shape if head_layout == "DV" else head.shape[::-1]
+    if width != D:
+        raise ValueError(
+            f"head of shape {head.shape} does not fit a hidden width of {D} in layout "
+            f"{head_layout!r}; the other layout is {'VD' if head_layout == 'DV' else 'DV'!r}"
+        )
+    sizes = free_axis_sizes()
+    batch_axes, shards = (), 1
+    for axis in BATCH_AXES:
+        size = sizes.get(axis, 1)
+        if size > 1 and B % (shards * size) == 0:
+            batch_axes, shards = (*batch_axes, axis), shards * size
+    splits = sizes.get(TENSOR_AXIS, 1)
+    splits = splits if V % splits == 0 else 1
+    if chunk_tokens is None:
+        # With D tokens the logits take as much memory as the float32 gradient of the head.
+        tokens = min(MAX_TOKENS, max(D, MIN_BYTES // (4 * V // splits)))
+        chunk_tokens = max(1, tokens // (B // shards))
+    chunks = -(-T // chunk_tokens)
+    return Plan(
+        head_layout=head_layout,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        chunk_tokens=-(-T // chunks),  # equal chunks, so that little padding fills the last
+        batch_axes=batch_axes,
+        shards=shards,
+        vocabulary_axis=TENSOR_AXIS if splits > 1 else None,
+    )
 
 
 def _zero_unweighted(x_IbCD: Array, w_IbC: Array) -> Array:
@@ -194,9 +262,8 @@ def _scores(plan: Plan, head: Array, x_IbCD: Array, y_IbC: Array) -> Scores:
     logits_IbCV = _logits(plan, head, x_IbCD)
     top_IbC = logits_IbCV.max(-1)
     lse_IbC = top_IbC + jnp.log(jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1))
-    is_target_IbCV = _is_target(logits_IbCV, y_IbC)
-    target_IbC = jnp.where(is_target_IbCV, logits_IbCV, 0).sum(-1)
-    return Scores(logits_IbCV, top_IbC, lse_IbC, is_target_IbCV, target_IbC)
+    target_IbC = jnp.where(_is_target(logits_IbCV, y_IbC), logits_IbCV, 0).sum(-1)
+    return Scores(logits_IbCV, top_IbC, lse_IbC, target_IbC)
 
 
 def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_logits_IbCV: Array):
@@ -226,10 +293,8 @@ def _head_gradient(plan: Plan, sums_IDV: Array) -> Array:
 
 def _prepare_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
     """Casts the head, then gathers it over all axes but that of the vocabulary: once per step."""
-    split = plan.vocabulary_axis
-    return plan.place(
-        head.astype(dtype), *((None, split) if plan.head_layout == "DV" else (split,))
-    )
+    axes = [None, plan.vocabulary_axis] if plan.head_layout == "DV" else [plan.vocabulary_axis]
+    return plan.place(head.astype(dtype), *axes)
 
 
 def _split_chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
