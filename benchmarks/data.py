@@ -48,7 +48,7 @@ def write_inputs(folder: Path) -> None:
             file.write(json.dumps(rows[index]) + "\n")
 
 
-def prepare(folder: Path, row_tokens: int):
+def prepare(folder: Path, sequence_tokens: int):
     """Prepares batches from the file; returns them and the seconds that it took."""
     from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def prepare(folder: Path, row_tokens: int):
     source = JsonLinesSource(LocalDataSourceConfig(path=str(folder / "rows.jsonl")))
     config = SFTDataConfig(sources=("rows",), pack_samples=True, overlong="truncate", num_proc=2)
     began = time.perf_counter()
-    data = SFTDataFactory(config, tokenizer, row_tokens).prepare(
+    data = SFTDataFactory(config, tokenizer, sequence_tokens).prepare(
         [source], {}, BatchShape(1, FEED_ROWS)
     )
     return data, time.perf_counter() - began

@@ -233,7 +233,7 @@ def recipes(name: str | None, target: Path | None) -> None:
 )
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of the run, for --batch.")
 def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
-    """Prepare the rows of RECIPE and show what is trained and what is masked."""
+    """Prepare the data of RECIPE and show what is trained and what is masked."""
     from jaxtrain import registry
     from jaxtrain.data.command import show_data
     from jaxtrain.model_folder import find_model_files

@@ -17,15 +17,15 @@ def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tu
     the devices or the model."""
     trainer = registry.find("trainer", config.type)(config, "plan", devices=devices)
     run, layout = trainer.run, trainer.layout
-    shapes, row_tokens = run.state_shapes, run.model.spec.placement.row_tokens
+    shapes, sequence_tokens = run.state_shapes, run.model.spec.placement.sequence_tokens
     yield "devices", describe_devices(run.mesh)
     yield "model", f"{count_parameters(run)}, computed in {run.model.compute.compute_dtype}"
-    yield "batch", f"{layout.global_batch:,} sequences of {row_tokens:,} tokens per step"
+    yield "batch", f"{layout.global_batch:,} sequences of {sequence_tokens:,} tokens per step"
     parts = {"parameters": (shapes.params, shapes.frozen), "optimizer": shapes.opt_state}
     parts |= {"average": shapes.average} if shapes.average else {}
     held = ", ".join(f"{name} {format_bytes(device_bytes(part))}" for name, part in parts.items())
     yield "state", f"{format_bytes(device_bytes(shapes))} per device: {held}"
-    batch = layout.batch_shapes(row_tokens, trainer.data_extras)
+    batch = layout.batch_shapes(sequence_tokens, trainer.data_extras)
     memory = trainer.step.lower(shapes, batch).compile().memory_analysis()
     yield "step", f"{format_bytes(memory.temp_size_in_bytes)} of temporaries per device"
     # Not the compiler's own peak, which on CPU leaves the temporaries out.

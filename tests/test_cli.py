@@ -66,7 +66,7 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     done = jaxtrain(tmp_path, file, "train_iters=3", "--optimizer.lr", "1e-3")
     assert done.returncode == 0, done.stderr
     for expected in (
-        "parameters", "compiling train step for rows of ", "step 3/3  loss ", "evaluation at step 3",
+        "parameters", "compiling train step for sequences of ", "step 3/3  loss ", "evaluation at step 3",
         "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 steps",
     ):  # fmt: skip
         assert expected in done.stdout, expected

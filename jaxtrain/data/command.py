@@ -110,7 +110,7 @@ def show_data(
 def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     """Returns the shape on so many devices; on as many as the recipe's mesh names when None."""
     shards = config.mesh.shards(devices or math.prod(max(1, size) for _, size in config.mesh))
-    sequences = config.micro_batch_size * config.data.ROWS_PER_SAMPLE * shards
+    sequences = config.micro_batch_size * config.data.SEQUENCES_PER_SAMPLE * shards
     return BatchShape(config.gradient_accumulation_steps, sequences)
 
 
@@ -142,7 +142,7 @@ def _build_sample(data: TrainingData, tokenizer: Any, piece: int, max_tokens: in
     pieces = plan.pieces(sequence)
     place, begin = piece - pieces.start, int(lengths[pieces.start : piece].sum())
     part = slice(begin, begin + int(lengths[piece]))
-    batch = plan.fill_batch(np.array([sequence]), data.row_tokens)
+    batch = plan.fill_batch(np.array([sequence]), data.sequence_tokens)
     tokens, weights = batch.tokens[0, part], batch.loss_weights[0, part]
     origin = plan.origins(sequence)[place]
     title = f"{data.ledger.sources[origin.source].label}, record {origin.record}"
@@ -227,7 +227,7 @@ def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, head
         _render_table(SET_COLUMNS, ledger.sets),
         *notes,
         "<h2>Lengths of the training documents</h2>",
-        render_histogram(lengths, data.row_tokens),
+        render_histogram(lengths, data.sequence_tokens),
         f"<h2>{escape(heading)}</h2>",
         '<p><span class="trained">trained</span> <span class="masked">masked</span> '
         '<span class="special">special token</span></p>',

@@ -272,7 +272,7 @@ class DataFactory(registry.Factory, kind="data"):
         """Plans the batches of one set; an evaluation set keeps its order."""
         documents, packing, shape, lengths, is_train = dataset
         seed = self.config.seed if is_train else None
-        together = self.config.ROWS_PER_SAMPLE
+        together = self.config.SEQUENCES_PER_SAMPLE
         return BatchPlan(documents, packing, shape, lengths, seed, together=together)
 
     def evaluation(

@@ -219,7 +219,7 @@ class TrainingData:
     threads: int
 
     @property
-    def row_tokens(self) -> int:
+    def sequence_tokens(self) -> int:
         """T of the longest batches."""
         return self.train.lengths[-1]
 

@@ -245,7 +245,7 @@ class KTODataFactory(DataFactory):
     def encoder(self, loaded: LoadedSource) -> Encoder:
         return PreferenceEncoder(
             self.tokenizer,
-            is_paired=self.config.ROWS_PER_SAMPLE == 2,
+            is_paired=self.config.SEQUENCES_PER_SAMPLE == 2,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             prompt_truncation=self.config.dpo_prompt_truncation_mode,

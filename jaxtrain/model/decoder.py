@@ -142,13 +142,13 @@ class Decoder(nnx.Module):
                 graph, params, x_BTD, inputs, self.compute, first=first, end=num_repeats
             )[0]
 
-        # Rows lead and microbatches follow, so that every device keeps its own rows.
-        split_rows = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
+        # Sequences lead and microbatches follow, so that every device keeps its own.
+        split_batch = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
         y_MBTD = gpipe(
             stage,
             pad_stack(params, stages=stages),
-            constrain(split_rows(x_BTD), None, "batch", None, None),
-            jax.tree.map(split_rows, inputs),
+            constrain(split_batch(x_BTD), None, "batch", None, None),
+            jax.tree.map(split_batch, inputs),
             stages=stages,
         )
         return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", None, None)

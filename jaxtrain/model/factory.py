@@ -37,7 +37,7 @@ class Placement(NamedTuple):
     """What a model is computed on."""
 
     layout: BatchLayout
-    row_tokens: int
+    sequence_tokens: int
     """T of the longest batches"""
     tiled_mlp: bool
 
@@ -188,7 +188,7 @@ class HFModelFactory(ModelFactory):
                 on,
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
                 head_size=spec.config.head_size,
-                tokens=placement.row_tokens,
+                tokens=placement.sequence_tokens,
             )
         except ValueError as error:
             raise RecipeError(f"model.attn_implementation: {error}") from None

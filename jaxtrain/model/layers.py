@@ -180,8 +180,8 @@ class GatedMLP(nnx.Module):
 
 
 def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
-    """Runs `layer` on one tile of a row at a time, and again in the backward pass: activations are
-    in memory for one tile only."""
+    """Runs `layer` on one tile of the tokens at a time, and again in the backward pass: activations
+    are in memory for one tile only."""
     B, T, D = x_BTD.shape
     tiles = -(-T // tile_tokens)
     if tiles == 1:

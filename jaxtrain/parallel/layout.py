@@ -23,32 +23,32 @@ Extras = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """A step works on `num_microbatches` times `microbatch_rows` sequences, over all devices."""
+    """A step works on `num_microbatches` times `microbatch_sequences`, over all devices."""
 
     mesh: Mesh
     num_microbatches: int
-    microbatch_rows: int
-    rows_per_sample: int = 1
-    """Neighbouring rows that belong together, such as those of a pair."""
+    microbatch_sequences: int
+    sequences_per_sample: int = 1
+    """Neighbouring sequences that belong together, such as those of a pair."""
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "BatchLayout":
         """RecipeError when `deepspeed.train_batch_size` contradicts the other keys."""
         shards, stages = num_batch_shards(mesh), mesh.shape["pipeline"]
-        rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
+        size, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
         num_microbatches = accumulation
         if stages > 1:
             num_microbatches = config.pipeline.num_microbatches(
-                stages=stages, micro_batch_size=rows, accumulation=accumulation
+                stages=stages, micro_batch_size=size, accumulation=accumulation
             )
-        written, computed = config.deepspeed.train_batch_size, rows * accumulation * shards
+        written, computed = config.deepspeed.train_batch_size, size * accumulation * shards
         if written not in (None, computed):
             raise RecipeError(
-                f"deepspeed.train_batch_size: {written} is not micro_batch_size {rows} x "
+                f"deepspeed.train_batch_size: {written} is not micro_batch_size {size} x "
                 f"gradient_accumulation_steps {accumulation} x {shards} batch shards = {computed}; "
                 "remove it"
             )
-        together = config.data.ROWS_PER_SAMPLE
+        together = config.data.SEQUENCES_PER_SAMPLE
         return cls(mesh, num_microbatches, computed // num_microbatches * together, together)
 
     @property
@@ -59,7 +59,7 @@ class BatchLayout:
     @property
     def global_batch(self) -> int:
         """Sequences per step."""
-        return self.num_microbatches * self.microbatch_rows
+        return self.num_microbatches * self.microbatch_sequences
 
     @property
     def sharding(self) -> NamedSharding:
@@ -67,13 +67,13 @@ class BatchLayout:
         return NamedSharding(self.mesh, P(None, MESH_AXES["batch"]))
 
     @cached_property
-    def process_rows(self) -> np.ndarray:
-        """int64 [rows]: the rows of a microbatch that devices of this process hold, ascending.
+    def process_sequences(self) -> np.ndarray:
+        """int64 [sequences]: those of a microbatch that devices of this process hold, ascending.
 
         Processes whose devices share a batch shard, as with `tensor` across hosts, hold the same.
         """
-        held = self.sharding.addressable_devices_indices_map((1, self.microbatch_rows))
-        is_held = np.zeros(self.microbatch_rows, bool)
+        held = self.sharding.addressable_devices_indices_map((1, self.microbatch_sequences))
+        is_held = np.zeros(self.microbatch_sequences, bool)
         for index in held.values():
             is_held[index[1]] = True  # type: ignore[index]
         return np.flatnonzero(is_held)
@@ -82,33 +82,33 @@ class BatchLayout:
         """DataError when some shard would never see a sequence."""
         if num_sequences < (shards := num_batch_shards(self.mesh)):
             raise DataError(
-                f"{num_sequences} training rows are fewer than the {shards} batch shards; write "
-                "min_iterations to repeat them, or a smaller mesh.data and mesh.fsdp"
+                f"{num_sequences} training sequences are fewer than the {shards} batch shards; "
+                "write min_iterations to repeat them, or a smaller mesh.data and mesh.fsdp"
             )
 
     def on_devices(self, batch: Batch) -> Batch:
-        """Global arrays of a host batch, whose rows are `process_rows`."""
+        """Global arrays of a host batch, whose sequences are `process_sequences`."""
 
         def place(a: Any) -> jax.Array:
             a = np.asarray(a)
 
             def shard(index: Any) -> np.ndarray:
-                start, stop, _ = index[1].indices(self.microbatch_rows)
-                first = np.searchsorted(self.process_rows, start)
+                start, stop, _ = index[1].indices(self.microbatch_sequences)
+                first = np.searchsorted(self.process_sequences, start)
                 return a[:, first : first + stop - start]
 
-            shape = (a.shape[0], self.microbatch_rows, *a.shape[2:])
+            shape = (a.shape[0], self.microbatch_sequences, *a.shape[2:])
             return jax.make_array_from_callback(shape, self.sharding, shard)
 
         return jax.tree.map(place, batch)
 
-    def batch_shapes(self, row_tokens: int, extras: Extras = MappingProxyType({})) -> Batch:
+    def batch_shapes(self, sequence_tokens: int, extras: Extras = MappingProxyType({})) -> Batch:
         """Shapes and shardings of a batch, to compile without data."""
-        lead = (self.num_microbatches, self.microbatch_rows)
+        lead = (self.num_microbatches, self.microbatch_sequences)
 
         def shape(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.sharding)
 
-        tokens = shape("int32", row_tokens)
+        tokens, weights = shape("int32", sequence_tokens), shape("float32", sequence_tokens)
         more = {name: shape(dtype, *tail) for name, (dtype, tail) in extras.items()}
-        return Batch(tokens, tokens, tokens, shape("float32", row_tokens), shape("int32"), more)
+        return Batch(tokens, tokens, tokens, weights, shape("int32"), more)

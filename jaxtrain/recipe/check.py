@@ -66,7 +66,7 @@ def describe_batch(config: TrainerConfig, sizes: Mapping[int, int]) -> str:
     """Sequences per step; `sizes` are number of devices → batch size."""
     micro, pieces = config.micro_batch_size, config.gradient_accumulation_steps
     (n, size), *others = sizes.items()
-    what = "pair" if config.data.ROWS_PER_SAMPLE == 2 else "sequence"
+    what = "pair" if config.data.SEQUENCES_PER_SAMPLE == 2 else "sequence"
     counts = [f"{pluralize(size, what)} per step on {n}", *(f"{s:,} on {d}" for d, s in others)]
     devices = "device" if [*sizes] == [1] else "devices"
     return f"{', '.join(counts)} {devices}: {micro} x {pieces} per batch shard"

@@ -306,7 +306,7 @@ class DataConfig(TypedSection):
     """Keys that change no document: those, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
     """Type of a source without a `type`."""
-    ROWS_PER_SAMPLE: ClassVar[int] = 1
+    SEQUENCES_PER_SAMPLE: ClassVar[int] = 1
     """Sequences in a batch per unit of `micro_batch_size`."""
     UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {}
     """Key of a source that this factory does not read → the type of `data` that reads it."""

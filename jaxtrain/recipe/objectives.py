@@ -41,7 +41,7 @@ class JudgedDataConfig(DataConfig):
 class PreferenceDataConfig(JudgedDataConfig):
     """Pairs of a chosen and a rejected reply."""
 
-    ROWS_PER_SAMPLE: ClassVar[int] = 2
+    SEQUENCES_PER_SAMPLE: ClassVar[int] = 2
 
 
 class DPOTrainerConfig(TrainerConfig):

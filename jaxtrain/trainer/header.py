@@ -62,8 +62,8 @@ def _optimizer(run: Run) -> str:
 
 def _batch(run: Run, data: TrainingData) -> str:
     layout, lengths = run.layout, data.train.lengths
-    size = layout.global_batch // layout.rows_per_sample
-    tokens = layout.global_batch * data.row_tokens
+    size = layout.global_batch // layout.sequences_per_sample
+    tokens = layout.global_batch * data.sequence_tokens
     most = "at most " if len(lengths) > 1 else ""
     cut = f" in {layout.num_microbatches} microbatches" if layout.num_microbatches > 1 else ""
     compiled = f", compiled for {len(lengths)} lengths" if most else ""

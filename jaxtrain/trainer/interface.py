@@ -8,7 +8,7 @@ import jax
 
 from jaxtrain import registry
 from jaxtrain.checkpoint.engine import SavePoint
-from jaxtrain.data import TrainingData
+from jaxtrain.data import BatchShape, TrainingData
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
 from jaxtrain.recipe.dump import compatibility, to_dict
@@ -68,6 +68,14 @@ class Interface:
         """Name → fact that the run begins with."""
         folder = self.run_folder.path
         return collect_facts(self.run, self.data, self.progress, self.horizon, folder)
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """How the data cuts the sequences of a step."""
+        layout = self.layout
+        return BatchShape(
+            layout.num_microbatches, layout.microbatch_sequences, layout.process_sequences
+        )
 
     @property
     def data_extras(self) -> Extras:

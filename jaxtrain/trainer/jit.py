@@ -44,7 +44,7 @@ class Compiled:
         with jax.set_mesh(run.mesh):
             if shape in self._known:
                 return jitted(*args)
-            name = f"compiling {self.name} for rows of {shape[-1]:,} tokens"
+            name = f"compiling {self.name} for sequences of {shape[-1]:,} tokens"
             with self.phase(name, key="compile_time"):
                 result = jitted(*args)
         self._known.add(shape)

@@ -20,13 +20,13 @@ class Loss(NamedTuple):
 
 
 def weigh_documents(weights_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Weights that sum to 1 over each document of a packed row; 0 where nothing is trained."""
+    """Weights that sum to 1 over each document of a packed sequence; 0 where nothing is trained."""
 
-    def row(weights_T: jax.Array, segments_T: jax.Array) -> jax.Array:
+    def weigh(weights_T: jax.Array, segments_T: jax.Array) -> jax.Array:
         sums = jax.ops.segment_sum(weights_T, segments_T, num_segments=len(segments_T) + 1)
         return weights_T / jnp.where(sums > 0, sums, 1)[segments_T]
 
-    return jax.vmap(row)(weights_BT, segments_BT)
+    return jax.vmap(weigh)(weights_BT, segments_BT)
 
 
 def add_losses(a: Loss, b: Loss) -> Loss:

@@ -119,7 +119,7 @@ class Run:
             compute_shardings=place(over_data=stage == 3),
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
-            rows_per_sample=self.layout.rows_per_sample,
+            sequences_per_sample=self.layout.sequences_per_sample,
         )
 
 
@@ -129,7 +129,7 @@ def build(
     model: FoundModel,
     *,
     steps: int,
-    row_lengths: Iterable[int],
+    sequence_lengths: Iterable[int],
     given: Given | None = None,
     init_frozen: Callable[[PyTree], PyTree] = lambda params: {},
     view: Any = None,
@@ -139,7 +139,7 @@ def build(
     given = given or {}
     mesh, stage = layout.mesh, config.deepspeed.zero_stage
 
-    placement = Placement(layout, max(row_lengths), config.tiled_mlp_compute)
+    placement = Placement(layout, max(sequence_lengths), config.tiled_mlp_compute)
     language_model = model.factory.create_model(replace(model.spec, placement=placement))
     shapes = language_model.shapes
 

@@ -59,8 +59,8 @@ class StepSpec(NamedTuple):
     """where the gradients of what is trained are summed"""
     whole_batch: bool
     """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
-    rows_per_sample: int = 1
-    """neighbouring rows that stay neighbours, such as those of a pair"""
+    sequences_per_sample: int = 1
+    """neighbouring sequences that stay neighbours, such as those of a pair"""
 
 
 def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -99,10 +99,10 @@ def loss(spec: StepSpec, params: PyTree, state: TrainState, batch: Batch, key: j
     """The summed evaluation loss of a batch with `params`, those of the state or an average."""
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
 
-    def one(rows: Batch, key: jax.Array) -> Loss:
-        rows = rows._replace(step=state.step, is_training=False)
+    def one(microbatch: Batch, key: jax.Array) -> Loss:
+        microbatch = microbatch._replace(step=state.step, is_training=False)
         model = spec.objective.merge(params, state.frozen)
-        return check_loss(spec.objective.eval_fn(model, rows, key), spec.objective.eval_fn)
+        return check_loss(spec.objective.eval_fn(model, microbatch, key), spec.objective.eval_fn)
 
     return _sum_over_microbatches(spec, batch, key, one)
 
@@ -120,12 +120,13 @@ def grads(
     # Gathered here, if at all: once for all microbatches.
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
 
-    def one(rows: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
-        rows = rows._replace(step=step, is_training=True)
+    def one(microbatch: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
+        microbatch = microbatch._replace(step=step, is_training=True)
 
         def total(trained: PyTree) -> tuple[jax.Array, Loss]:
             model = spec.objective.merge(spec.replace_trained(params, trained), frozen)
-            loss = check_loss(spec.objective.loss_fn(model, rows, key), spec.objective.loss_fn)
+            loss_fn = spec.objective.loss_fn
+            loss = check_loss(loss_fn(model, microbatch, key), loss_fn)
             return loss.total, loss
 
         differentiate = jax.value_and_grad(total, has_aux=True)
@@ -141,10 +142,10 @@ def grads(
 def _sum_over_microbatches(
     spec: StepSpec, batch: Batch, key: jax.Array, one: Callable[[Batch, jax.Array], Any]
 ) -> Any:
-    """The sum of `one(rows, key)` over the microbatches of a batch."""
+    """The sum of `one(microbatch, key)` over the microbatches of a batch."""
     num_microbatches = batch.tokens.shape[0]
     if spec.whole_batch:
-        return one(jax.tree.map(partial(_rows_first, spec.rows_per_sample), batch), key)
+        return one(jax.tree.map(partial(_samples_first, spec.sequences_per_sample), batch), key)
     first = jax.tree.map(lambda a: a[0], batch)
     if num_microbatches == 1:
         return one(first, key)
@@ -157,7 +158,7 @@ def _sum_over_microbatches(
     return jax.lax.scan(body, zeros, (batch, keys))[0]
 
 
-def _rows_first(rows_per_sample: int, a: jax.Array) -> jax.Array:
-    """[M, B, ...] → [B * M, ...]. Samples lead, so that each device keeps its own rows."""
-    samples = a.reshape(a.shape[0], -1, rows_per_sample, *a.shape[2:])
+def _samples_first(sequences_per_sample: int, a: jax.Array) -> jax.Array:
+    """[M, B, ...] → [B * M, ...]. Samples lead, so that each device keeps its own."""
+    samples = a.reshape(a.shape[0], -1, sequences_per_sample, *a.shape[2:])
     return samples.swapaxes(0, 1).reshape(-1, *a.shape[2:])

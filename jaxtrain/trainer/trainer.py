@@ -19,7 +19,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import Snapshot
-from jaxtrain.data import BatchPlan, BatchShape, SFTDataFactory
+from jaxtrain.data import BatchPlan, SFTDataFactory
 from jaxtrain.data.factory import (
     build_data_factory,
     prepare_data,
@@ -123,8 +123,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         view = registry.TrainerView(self)
         devices = given.get("devices") or jax.devices()
         self.layout = BatchLayout.of(self.config, make_mesh(self.config.mesh, devices))
-        rows = self.layout.microbatch_rows, self.layout.process_rows
-        self._batch_shape = BatchShape(self.layout.num_microbatches, *rows)
         found = find_model(self.config, given, view)
         self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
         max_positions = found.spec.config.max_positions
@@ -140,7 +138,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
         self.run = build(
             self.config, self.layout, found,
-            steps=self.horizon.steps, row_lengths=lengths, given=given,
+            steps=self.horizon.steps, sequence_lengths=lengths, given=given,
             init_frozen=self.init_frozen, view=view,
         )  # fmt: skip
         self.checkpoints = Checkpoints(
@@ -351,7 +349,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         """
         plans = self.data.evals
         if dataset is not None:
-            given = self.data_factory, dataset, self._batch_shape
+            given = self.data_factory, dataset, self.batch_shape
             plans = {"eval": prepare_evaluation(*given, lengths=self.data.train.lengths)}
         if not plans:
             raise RecipeError(
@@ -426,9 +424,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.data_factory = build_data_factory(  # type: ignore[assignment]
             self.config, self.tokenizer, max_positions=max_positions, trainer=view
         )
-        rows = {name: self.given.get(name) for name in ("train_data", "eval_data")}
-        shape = self._batch_shape
-        self.data = prepare_data(self.config, self.data_factory, shape, **rows)
+        given = {name: self.given.get(name) for name in ("train_data", "eval_data")}
+        shape = self.batch_shape
+        self.data = prepare_data(self.config, self.data_factory, shape, **given)
         self.layout.refuse_too_few(self.data.train_rows)
         return self.data.train.lengths
 

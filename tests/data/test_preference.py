@@ -451,6 +451,6 @@ def test_pairs_of_one_json_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     data = prepare([JsonLinesSource(LocalDataSourceConfig(path=str(path)))])
-    batch = data.train.fill_batch(np.arange(2), data.row_tokens)
+    batch = data.train.fill_batch(np.arange(2), data.sequence_tokens)
     found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert found == ["yes<|im_end|>", "no<|im_end|>"]

@@ -112,7 +112,7 @@ def test_one_length_for_every_row_of_a_run(tmp_path, keys, tokens):
     evals = [{"messages": chat("a", "b")}]
     data = prepare([source(tmp_path, rows)], [source(tmp_path, evals, "e")], **keys)
     assert 48 < len(documents_in(data.train_batches(0, 1))[0]) <= 64
-    assert data.row_tokens == tokens
+    assert data.sequence_tokens == tokens
     assert {batch.tokens.shape for batch in data.eval_batches()} == {(2, 2, tokens)}
 
 
@@ -123,7 +123,7 @@ def test_an_update_has_the_shortest_of_few_lengths_that_holds_its_rows(tmp_path,
     keys = {"max_length_buckets": most, "div_length": 48}
     data = prepare([source(tmp_path, rows)], max_length=1024, **keys)
     lengths = data.train.lengths
-    assert (len(lengths) == most or len(lengths) > 4) and lengths[-1] == one.row_tokens
+    assert (len(lengths) == most or len(lengths) > 4) and lengths[-1] == one.sequence_tokens
     assert all(length % 48 == 0 for length in lengths[:-1]) and list(lengths) == sorted(lengths)
     assert documents_in(data.train_batches(0, 30)) == documents_in(one.train_batches(0, 30))
     places = tokens = 0
@@ -200,7 +200,7 @@ def test_the_ledger_counts_every_row(tmp_path):
 def test_truncated_rows_are_counted(tmp_path):
     rows = [{"messages": chat("a", "The river was low " * 40)}]
     data = prepare([source(tmp_path, rows)], filter_samples=False)
-    assert data.ledger.sources[0].truncated == 1 and data.row_tokens == 128
+    assert data.ledger.sources[0].truncated == 1 and data.sequence_tokens == 128
     assert data.ledger.lines()[0] == "chats: 1 record read, 1 document, 1 truncated"
 
 

@@ -73,7 +73,7 @@ def test_a_table_becomes_conversations(session):
     data = sft([source(table_name="chats", column_mapping={"CHAT": "messages"})])
     (counts,) = data.ledger.sources
     assert (counts.label, counts.rows, counts.documents) == ("chats", 5, 5)
-    batch = data.train.fill_batch(np.arange(5), data.row_tokens)
+    batch = data.train.fill_batch(np.arange(5), data.sequence_tokens)
     trained = [
         tiny_tokenizer().decode(row[weights > 0])
         for row, weights in zip(batch.tokens, batch.loss_weights, strict=True)

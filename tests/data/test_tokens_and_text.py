@@ -111,7 +111,7 @@ def test_a38_causal_rows_are_slices_of_all_texts(tmp_path):
     bos = tiny_tokenizer().bos_token_id
     firsts = (batch.tokens == bos) | (np.arange(16) == 0)
     assert (batch.loss_weights == ~firsts).all()  # no target across a border, all else trained
-    assert data.row_tokens == 16 and data.ledger.sets[0].trained_tokens == (~firsts).sum()
+    assert data.sequence_tokens == 16 and data.ledger.sets[0].trained_tokens == (~firsts).sum()
     starts = np.diff(batch.segments, axis=1, prepend=0) > 0
     assert (starts == firsts).all() and not batch.positions[starts].any()
 

@@ -57,8 +57,8 @@ def test_a_row_has_these_names(every_row):
     assert rows[1]["compile_time"] > 0 == rows[3]["compile_time"]
     assert rows[4]["save_time"] > 0 == rows[3]["save_time"]
     for row in rows.values():
-        places = run.layout.global_batch * run.data.row_tokens
-        assert row["seqlen"] == run.data.row_tokens
+        places = run.layout.global_batch * run.data.sequence_tokens
+        assert row["seqlen"] == run.data.sequence_tokens
         assert row["padding_ratio"] == pytest.approx(1 - row["tokens"] / places)
         assert row["packing_efficiency"] == row["tokens"] / (row["rows"] * row["seqlen"])
         assert row["step_time"] + row["compile_time"] < 600 and row["mem_peak"] > 10_000_000

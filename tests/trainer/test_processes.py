@@ -21,7 +21,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=index)
 from jaxtrain import SFTTrainer, get_config
 from tests.runs import losses
 run = SFTTrainer(get_config(written))
-print(json.dumps([run.layout.process_rows.tolist(), losses(run, %d)]), flush=True)
+print(json.dumps([run.layout.process_sequences.tolist(), losses(run, %d)]), flush=True)
 """
 
 

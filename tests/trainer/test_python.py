@@ -478,7 +478,7 @@ def test_every_name_of_the_interface_is_there(tmp_path):
 def test_frozen_parameters_have_no_gradient_and_stay_as_they_are(tmp_path):
     groups = [{"match": "/mlp/", "freeze": True}]
     run = trainer(recipe(tmp_path, optimizer={"groups": groups}, gradient_accumulation_steps=2))
-    before, batch = host(run.state.params), run.layout.batch_shapes(run.data.row_tokens)
+    before, batch = host(run.state.params), run.layout.batch_shapes(run.data.sequence_tokens)
     with jax.set_mesh(run.mesh):
         shapes = jax.eval_shape(
             lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))[1],

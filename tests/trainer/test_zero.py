@@ -49,7 +49,7 @@ def gradients(run):
 
 def gathers_of_parameters(run):
     """Inside a loop, and outside of any: the all-gathers of float32 matrices in the step."""
-    shapes = run.layout.batch_shapes(run.data.row_tokens)
+    shapes = run.layout.batch_shapes(run.data.sequence_tokens)
     text = run.step.lower(run.run.state_shapes, shapes).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside, outside, computation = 0, 0, ""
