@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain import SFTTrainer, get_config
+from jaxtrain import Batch, Loss, SFTTrainer, get_config
+from jaxtrain.metrics.writer import read_rows
+from jaxtrain.trainer import step as pure
 from tests.tiny import TEXTS, tiny_tokenizer
 
 LLAMA = {
@@ -61,8 +63,24 @@ def recipe(folder: Path, *, rows: int = 64, **changes: Any) -> dict[str, Any]:
     return base
 
 
-def trainer(recipe: dict[str, Any], *, devices: int = 1, cls: type = SFTTrainer) -> Any:
-    return cls(get_config(recipe), devices=jax.devices()[:devices])
+def trainer(written: Any, *, devices: int = 1, cls: type = SFTTrainer, **given: Any) -> Any:
+    return cls(get_config(written), devices=jax.devices()[:devices], **given)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """Every row of the metrics of the run in `folder`."""
+    return read_rows(folder / "run" / "train-log-metrics.jsonl")
+
+
+def first_batch(run: Any) -> Batch:
+    return run.layout.on_devices(next(run.data.train_batches(0, 1)))
+
+
+def loss_and_gradients(run: Any) -> tuple[Loss, Any]:
+    """Of the first batch."""
+    differentiate = lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))
+    with jax.set_mesh(run.mesh):
+        return jax.jit(differentiate)(run.state.params, first_batch(run))
 
 
 def losses(trainer: Any, steps: int) -> list[float]:
@@ -78,3 +96,11 @@ def host(tree: Any) -> dict[str, np.ndarray]:
     """Path → array on the host."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(found: Any, expected: dict[str, np.ndarray]) -> None:
+    """Every array of a tree is, bit for bit, that of `host`."""
+    arrays = host(found)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)

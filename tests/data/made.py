@@ -34,12 +34,16 @@ def write(path, rows):
     return path
 
 
+def jsonl(folder, rows, name="rows", **keys):
+    path = write(folder / f"{name}.jsonl", rows)
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name, **keys))
+
+
 def chats(folder, name, count, words=3, **keys):
     rows = [
         {"messages": chat(f"{name} {n}", " ".join(["yes"] * (1 + n % words)))} for n in range(count)
     ]
-    path = write(folder / f"{name}.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name, **keys))
+    return jsonl(folder, rows, name, **keys)
 
 
 def sft(sources, *, max_length=64, evals=None, tokenizer=None, **keys):
@@ -60,8 +64,7 @@ def all_rows(plan):
 
 
 def texts(folder, rows, **keys):
-    path = write(folder / "texts.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), **keys))
+    return jsonl(folder, rows, "texts", **keys)
 
 
 def of_processes(plan, count):

@@ -1,6 +1,6 @@
 """Preferences from rows to batches: what a pair is, where it is cut, and that it stays together."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,21 +9,17 @@ from jaxtrain.data import (
     BatchShape,
     DPODataFactory,
     HuggingFaceSource,
-    JsonLinesSource,
     KTODataFactory,
     TrainingData,
 )
 from jaxtrain.data.preference import PreferenceEncoder, read_judged, read_pair
-from jaxtrain.recipe.data import HFDataSourceConfig, LocalDataSourceConfig
+from jaxtrain.recipe.data import HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
-from tests.data.made import of_processes, write
+from tests.data.made import jsonl
 from tests.tiny import GENERATION, PLAIN, THINK, chat, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def user(text):
@@ -253,9 +249,7 @@ def test_a45_an_equal_pair_is_dropped():
     assert cut.reason == "chosen and rejected are equal"
 
 
-def source(folder, rows, **keys):
-    path = write(folder / "pairs.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name="pairs", **keys))
+source = partial(jsonl, name="pairs")
 
 
 def pairs(count):
@@ -293,15 +287,6 @@ def test_a_pair_stays_together_in_its_microbatch_chosen_first(tmp_path):
             seen.append(number)
     assert sorted(seen) == list(range(11)) and seen != sorted(seen)
     assert data.steps_per_epoch == 3 and data.train_rows == 22
-
-
-def test_hosts_and_restarts_see_the_same_pairs(tmp_path):
-    plan = prepare([source(tmp_path, pairs(11))], shape=BatchShape(2, 8)).train
-    for step in range(4):
-        whole = plan.batch(step)
-        parts = [part.batch(step) for part in of_processes(plan, 4)]
-        assert (np.concatenate([part.tokens for part in parts], axis=1) == whole.tokens).all()
-        assert (plan.batch(step).rows == whole.rows).all()
 
 
 def test_a_copy_of_a_pair_is_never_held_out_from_itself(tmp_path):
@@ -439,18 +424,3 @@ def test_an_empty_judged_reply_is_dropped(tmp_path):
     rows = [*JUDGED, JUDGED[0] | {"completion": ""}]
     data = prepare([source(tmp_path, rows)], factory=KTODataFactory)
     assert data.ledger.sources[0].dropped == {"a reply is empty": 1}
-
-
-def test_pairs_of_one_json_file(tmp_path):
-    """Rows whose prompt is a conversation, and whose replies are single turns of it."""
-    row = {
-        "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}],
-        "chosen": {"from": "gpt", "value": "yes"},
-        "rejected": {"from": "gpt", "value": "no"},
-    }
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(row))
-    data = prepare([JsonLinesSource(LocalDataSourceConfig(path=str(path)))])
-    batch = data.train.filled(np.arange(2), data.row_tokens)
-    found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
-    assert found == ["yes<|im_end|>", "no<|im_end|>"]

@@ -1,5 +1,7 @@
 """Rows that are tokens already, rows made up, and plain text."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -18,18 +20,13 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
 )
 from jaxtrain.recipe.errors import DataError, RecipeError
-from tests.data.made import all_rows, causal, sft, texts, write
+from tests.data.made import all_rows, causal, jsonl, sft, texts, write
 from tests.tiny import TEXTS, chat, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
-def tokens(folder, rows, **keys):
-    path = write(folder / "tokens.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), process=False, **keys))
+tokens = partial(jsonl, name="tokens", process=False)
 
 
 @pytest.mark.covers("data.sources.*.process")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.batch import Batch
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract, merge
-from tests.runs import host, model_folder, recipe, trainer
+from tests.runs import host, metrics_of, model_folder, recipe, trainer
 from tests.tiny import chat
 
 
@@ -80,7 +79,7 @@ def test_further_padding_changes_no_loss_and_each_length_compiles_once(tmp_path)
         (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, chats)))
         run = trainer(written)
         run.train()
-        rows = read_rows(folder / "run" / "train-log-metrics.jsonl")
+        rows = metrics_of(folder)
         lengths = {row["seqlen"] for row in rows}
         assert run.step.num_compilations == len(lengths) <= most
         assert len([row for row in rows if row["compile_time"]]) == len(lengths)
