@@ -2,7 +2,9 @@
 recipe."""
 
 import json
+import os
 import random
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 
 from jaxtrain import Batch, Loss, SFTTrainer, get_config
 from jaxtrain.metrics.writer import read_rows
+from jaxtrain.parallel.mesh import first_devices, make_mesh
+from jaxtrain.recipe.mesh import MeshConfig
 from jaxtrain.trainer import step as pure
 from tests.tiny import TEXTS, tiny_tokenizer
 
@@ -65,6 +69,17 @@ def recipe(folder: Path, *, rows: int = 64, **changes: Any) -> dict[str, Any]:
 
 def trainer(written: Any, *, devices: int = 1, cls: type = SFTTrainer, **given: Any) -> Any:
     return cls(get_config(written), devices=jax.devices()[:devices], **given)
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as it takes."""
+    return make_mesh(MeshConfig(**{"data": 1} | sizes), first_devices(prod(sizes.values())))
+
+
+def environment(*, devices: int = 1, **variables: str) -> dict[str, str]:
+    """That of the tests for a process of its own, which sees so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags} | variables
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.batch import Batch
 from jaxtrain.data import BatchShape, CausalDataFactory, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.packing import pack
@@ -71,3 +72,22 @@ def of_processes(plan, count):
     """The plan as each of so many processes has it, with rows of its own."""
     own = np.split(np.arange(plan.shape.rows), count)
     return [replace(plan, shape=plan.shape._replace(process_rows=rows)) for rows in own]
+
+
+def arrays(batch):
+    """Those of a batch, without jax, which the processes that import this file must not know."""
+    return [*batch[:5], *batch.extras.values()]
+
+
+def are_equal(one, other):
+    return all((a == b).all() for a, b in zip(arrays(one), arrays(other), strict=True))
+
+
+def joined(parts):
+    """The batch that several processes have together."""
+    return Batch(
+        *(
+            np.concatenate(leaves, axis=1)
+            for leaves in zip(*(part[:5] for part in parts), strict=True)
+        )
+    )

@@ -32,7 +32,7 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
 )
 from jaxtrain.recipe.errors import DataError, RecipeError
-from tests.data.made import write
+from tests.data.made import are_equal, write
 from tests.tiny import PLAIN, chat, tiny_tokenizer
 
 
@@ -71,11 +71,6 @@ def test_the_second_start_finds_what_the_first_prepared(rows):
     assert is_hit(note(local(rows)))
 
 
-def leaves(batch):
-    """Without jax, which the processes that import this file must not know."""
-    return [*batch[:5], *batch.extras.values()]
-
-
 def test_what_is_found_is_what_was_prepared(rows):
     config = SFTDataConfig(sources=("x",))
     made = [
@@ -83,7 +78,7 @@ def test_what_is_found_is_what_was_prepared(rows):
         for _ in range(2)
     ]
     first, second = (data.train.batch(0) for data in made)
-    assert all((a == b).all() for a, b in zip(*map(leaves, (first, second)), strict=True))
+    assert are_equal(first, second)
     assert made[0].ledger.sources == made[1].ledger.sources
     assert made[0].ledger.sets == made[1].ledger.sets
 
@@ -394,6 +389,4 @@ def test_rows_in_use_outlive_their_entry(tmp_path):
     before = data.train.batch(1)
     DataCache(limit_bytes=1).get({"name": "other"}, lambda folder: (folder / "x").write_text("x"))
     assert not is_hit(note(local(path)))  # it was deleted
-    assert all(
-        (a == b).all() for a, b in zip(leaves(before), leaves(data.train.batch(1)), strict=True)
-    )
+    assert are_equal(before, data.train.batch(1))

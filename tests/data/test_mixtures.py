@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +20,7 @@ from jaxtrain.recipe.data import (
 )
 from jaxtrain.recipe.errors import DataError
 from jaxtrain.recipe.resolve import get_config
-from tests.data.made import all_rows, chats, of_processes, sft, texts
+from tests.data.made import all_rows, are_equal, chats, joined, of_processes, sft, texts
 from tests.tiny import TEXTS, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -231,11 +230,4 @@ def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path,
     for start in range(2 * steps + 1):
         parts = [list(host.train_batches(start, 2 * steps + 1)) for host in of_hosts]
         for number, batches in enumerate(zip(*parts, strict=True), start):
-            joined = [
-                np.concatenate(leaves, axis=1)
-                for leaves in zip(*map(jax.tree.leaves, batches), strict=True)
-            ]
-            assert all(
-                (a == b).all()
-                for a, b in zip(joined, jax.tree.leaves(expected[number]), strict=True)
-            )
+            assert are_equal(joined(batches), expected[number])

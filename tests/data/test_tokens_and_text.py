@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
 )
 from jaxtrain.recipe.errors import DataError, RecipeError
-from tests.data.made import all_rows, causal, jsonl, sft, texts, write
+from tests.data.made import all_rows, are_equal, causal, jsonl, sft, texts, write
 from tests.tiny import TEXTS, chat, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -130,7 +129,7 @@ def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkey
     for number, processes in enumerate((1, 8)):
         data = causal([source], num_proc=processes, cache_dir=str(tmp_path / str(number)))
         batches.append(all_rows(data.train))
-    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, batches), strict=True))
+    assert are_equal(*batches)
 
 
 @pytest.mark.covers("data.sources.*.column")

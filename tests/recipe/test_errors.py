@@ -89,6 +89,13 @@ KEYS = {
         "(known: adamw, adafactor, lion, muon, sgd, adamw_8bit, fused_adam, fused_adam_moe, "
         "cpu_adam, cpu_adam_moe)",
     ),
+    "unknown source": (
+        source(type="json1"),
+        "data.sources.0.type: unknown data source type 'json1'; did you mean `json` or `jsonl`? "
+        "(known: huggingface, huggingface_instruct, huggingface_causal, given, synthetic, local, "
+        "json, jsonl, csv, parquet, arrow, text, ProjectGutenbergSFT, snowflake, "
+        "snowflake_causal, HuggingFaceH4/ultrafeedback_binarized)",
+    ),
     "no model": ({"model": None}, "model: is required"),
     "no map": ({"model": "m"}, "model: must be a map of keys, found 'm'"),
     "no source": (data(sources=[]), "data.sources: is empty; name at least one source"),

@@ -1,6 +1,5 @@
 """A run ends where its recipe, a file, a signal or a callback says, and goes on later."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from jaxtrain import Callback
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError
 from jaxtrain.trainer.stop import SIGNALS
-from tests.runs import assert_same, host, metrics_of, recipe, trainer
+from tests.runs import assert_same, environment, host, metrics_of, recipe, trainer
 
 FULL_STATE = {"save_every_n_steps": 100, "auto_resume": True}
 
@@ -223,10 +222,10 @@ def test_exit_codes_of_a_signal_and_a_stop_file(tmp_path):
 
     def started():
         command = [sys.executable, "-m", "jaxtrain", str(file)]
-        environment = os.environ | {"XLA_FLAGS": "", "JAXTRAIN_CACHE": str(tmp_path / "cache")}
+        own = environment(JAXTRAIN_CACHE=str(tmp_path / "cache"))
         pipe = subprocess.PIPE
         steps = len(read_rows(metrics)) if metrics.exists() else 0
-        process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True)
         while process.poll() is None and not (
             metrics.exists() and len(read_rows(metrics)) > steps + 1
         ):

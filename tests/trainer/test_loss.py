@@ -25,7 +25,8 @@ def by_definition(run, batch, *, z_loss=0.0, smoothing=0.0, weights=None):
         z = z_loss * jax.nn.logsumexp(logits, -1) ** 2
         return (w * (nll + z)).sum(), ((w * nll).sum(), (w * z).sum())
 
-    (_, told), grads = jax.value_and_grad(trained, has_aux=True)(run.state.params)
+    differentiate = jax.jit(jax.value_and_grad(trained, has_aux=True))
+    (_, told), grads = differentiate(run.state.params)
     return told, host(grads)
 
 

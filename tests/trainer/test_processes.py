@@ -1,7 +1,6 @@
 """Two processes train as one does, also where both hold the same sequences."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import losses, recipe, trainer
+from tests.runs import environment, losses, recipe, trainer
 
 STEPS = 3
 PROGRAM = """
@@ -19,7 +18,7 @@ address, index, written = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, num_processes=2, process_id=index)
 from jaxtrain import SFTTrainer, get_config
-from tests.runs import losses
+from tests.runs import environment, losses
 run = SFTTrainer(get_config(written))
 print(json.dumps([run.layout.process_rows.tolist(), losses(run, %d)]), flush=True)
 """
@@ -46,22 +45,18 @@ def test_two_processes_train_as_one_does(tmp_path, mesh, devices, rows):
     alone = losses(trainer(recipe(tmp_path / "alone", micro_batch_size=4,
                                   gradient_accumulation_steps=2)), STEPS)  # fmt: skip
     written = json.dumps(recipe(tmp_path, mesh=mesh, **cut))
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-    }
+    own = environment(devices=devices, PYTHONPATH=str(Path(__file__).parents[2]))
     address = free_address()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM % STEPS, address, str(index), written],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
     ]  # fmt: skip
-    for process, own in zip(processes, rows, strict=True):
+    for process, wanted in zip(processes, rows, strict=True):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
         found_rows, found = json.loads(out.splitlines()[-1])
-        assert found_rows == own
+        assert found_rows == wanted
         assert found == pytest.approx(alone, abs=1e-5)

@@ -355,19 +355,20 @@ def test_norms_of_gradients_are_those_that_are_clipped(tmp_path):
     assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
 
 
-def test_a_loss_may_depend_on_the_update(tmp_path):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_loss_may_depend_on_the_update(tmp_path, pieces):
     class Warming(SFTTrainer):
         name = "warming-of-test"
 
         def loss_fn(self, model, batch, key):
             loss = super().loss_fn(model, batch, key)
-            return loss._replace(total=loss.total * (batch.step + 1))
+            metrics = loss.metrics | {"plain": (loss.total, loss.weight)}
+            return loss._replace(total=loss.total * (batch.step + 1), metrics=metrics)
 
-    for pieces in (1, 2):
-        written = recipe(tmp_path, optimizer={"lr": 0.0}, gradient_accumulation_steps=pieces)
-        plain = losses(trainer(written), 3)
-        found = losses(trainer(written, cls=Warming), 3)
-        assert found == pytest.approx([loss * n for n, loss in enumerate(plain, start=1)], rel=1e-5)
+    run = trainer(recipe(tmp_path, gradient_accumulation_steps=pieces), cls=Warming)
+    for number, batch in enumerate(run.data.train_batches(0, 3), start=1):
+        run.state, metrics = run.step(run.state, run.layout.on_devices(batch))
+        assert metrics["loss"] == pytest.approx(number * float(metrics["plain"]), rel=1e-5)
 
 
 def test_a_stopper_may_be_given(tmp_path):
