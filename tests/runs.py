@@ -4,6 +4,9 @@ recipe."""
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,36 @@ def environment(*, devices: int = 1, **variables: str) -> dict[str, str]:
     """That of the tests for a process of its own, which sees so many devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags} | variables
+
+
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from jaxtrain import SFTTrainer, get_config
+from tests.runs import losses
+run = SFTTrainer(get_config(json.loads(sys.argv[3])))
+"""
+
+
+def in_two_processes(program: str, written: dict[str, Any], *, devices: int = 1) -> list[str]:
+    """What each of two processes of one run prints; `program` has its trainer as `run`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    own = environment(devices=devices, PYTHONPATH=str(Path(__file__).parents[1]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS + program, address, str(index), json.dumps(written)],
+            env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    found = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, found, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return [out for out, _ in found]
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
