@@ -2,14 +2,23 @@
 recipe."""
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain import SFTTrainer, get_config
+from jaxtrain import Batch, Loss, SFTTrainer, get_config
+from jaxtrain.metrics.writer import read_rows
+from jaxtrain.parallel.mesh import first_devices, make_mesh
+from jaxtrain.recipe.mesh import MeshConfig
+from jaxtrain.trainer import step as pure
 from tests.tiny import TEXTS, tiny_tokenizer
 
 LLAMA = {
@@ -61,8 +70,65 @@ def recipe(folder: Path, *, rows: int = 64, **changes: Any) -> dict[str, Any]:
     return base
 
 
-def trainer(recipe: dict[str, Any], *, devices: int = 1, cls: type = SFTTrainer) -> Any:
-    return cls(get_config(recipe), devices=jax.devices()[:devices])
+def trainer(written: Any, *, devices: int = 1, cls: type = SFTTrainer, **given: Any) -> Any:
+    return cls(get_config(written), devices=jax.devices()[:devices], **given)
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as it takes."""
+    return make_mesh(MeshConfig(**{"data": 1} | sizes), first_devices(prod(sizes.values())))
+
+
+def environment(*, devices: int = 1, **variables: str) -> dict[str, str]:
+    """That of the tests for a process of its own, which sees so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags} | variables
+
+
+PROCESS = """
+import json, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from jaxtrain import SFTTrainer, get_config
+from tests.runs import losses
+run = SFTTrainer(get_config(json.loads(sys.argv[3])))
+"""
+
+
+def in_two_processes(program: str, written: dict[str, Any], *, devices: int = 1) -> list[str]:
+    """What each of two processes of one run prints; `program` has its trainer as `run`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    own = environment(devices=devices, PYTHONPATH=str(Path(__file__).parents[1]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS + program, address, str(index), json.dumps(written)],
+            env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    found = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, found, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return [out for out, _ in found]
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """Every row of the metrics of the run in `folder`."""
+    return read_rows(folder / "run" / "train-log-metrics.jsonl")
+
+
+def first_batch(run: Any) -> Batch:
+    return run.layout.on_devices(next(run.data.train_batches(0, 1)))
+
+
+def loss_and_gradients(run: Any) -> tuple[Loss, Any]:
+    """Of the first batch."""
+    differentiate = lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))
+    with jax.set_mesh(run.mesh):
+        return jax.jit(differentiate)(run.state.params, first_batch(run))
 
 
 def losses(trainer: Any, steps: int) -> list[float]:
@@ -78,3 +144,11 @@ def host(tree: Any) -> dict[str, np.ndarray]:
     """Path → array on the host."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(found: Any, expected: dict[str, np.ndarray]) -> None:
+    """Every array of a tree is, bit for bit, that of `host`."""
+    arrays = host(found)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)

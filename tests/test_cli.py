@@ -8,16 +8,32 @@ import sys
 import pytest
 import yaml
 
-from jaxtrain.cli import cli
-from tests.runs import conversations, model_folder, recipe
+from jaxtrain.cli import cli, main
+from tests.runs import conversations, environment, model_folder, recipe
 
 
 def jaxtrain(folder, *arguments):
-    environment = os.environ | {"XLA_FLAGS": "", "JAXTRAIN_CACHE": str(folder / "cache")}
     return subprocess.run(
         [sys.executable, "-m", "jaxtrain", *map(str, arguments)],
-        cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        cwd=folder, env=environment(JAXTRAIN_CACHE=str(folder / "cache")),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch, capfd):
+    """The program in this process, where jax is imported already, for what ends it at once: exit
+    code and what it said on stderr."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("sys.argv", ["jaxtrain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capfd.readouterr().err
+
+    return run
 
 
 def written(folder, recipe):
@@ -153,7 +169,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
-    tmp_path, monkeypatch, case
+    tmp_path, monkeypatch, failing, case
 ):
     spoil, code, expected = BAD[case]
     monkeypatch.setenv("JAXTRAIN_WHEELS", "")
@@ -161,11 +177,10 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
     spoil(tmp_path, base)
     file = written(tmp_path, base)
     before = files(tmp_path)
-    done = jaxtrain(tmp_path, file)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert expected in done.stderr and "Traceback" not in done.stderr, done.stderr
-    faults = [line for line in done.stderr.splitlines() if "nothing was started" not in line]
-    assert len(faults) == 1, done.stderr
+    found, said = failing(file, "--num_gpus", 1)
+    assert found == code and expected in said and "Traceback" not in said, said
+    faults = [line for line in said.splitlines() if "nothing was started" not in line]
+    assert len(faults) == 1, said
     after = {
         name: stamp for name, stamp in files(tmp_path).items() if not name.startswith("cache/")
     }
@@ -187,17 +202,17 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
             "--num_nodes is a flag of DeepSpeed's launcher",
         ),
         (["recipe.yaml", "--launcher", "ray"], "start one process per host"),
-        (["recipe.yaml", "--num_gpus", "99"], "--num_gpus 99: there are only 1"),
+        (["recipe.yaml", "--num_gpus", "99"], "--num_gpus 99: there are only 8"),
         (
             ["check", "recipe.yaml", "--num_gpus=2", "mesh.fsdp=3"],
             "mesh: fsdp 3 does not fit 2 devices; the sizes must multiply to 2",
         ),
     ],
 )
-def test_a_wrong_call_is_said(tmp_path, arguments, expected):
+def test_a_wrong_call_is_said(tmp_path, failing, arguments, expected):
     written(tmp_path, {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
-    done = jaxtrain(tmp_path, *arguments)
-    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    code, said = failing(*arguments)
+    assert code == 2 and expected in said and "Traceback" not in said
 
 
 def test_the_launcher_of_the_shared_format_picks_devices(tmp_path, monkeypatch, capfd):

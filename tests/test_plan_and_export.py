@@ -1,7 +1,6 @@
 """`jaxtrain plan` and `jaxtrain export`: a run without data, and without weights that it needs not."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from jaxtrain.cli import cli
 from jaxtrain.export import find_checkpoint
 from jaxtrain.plan import device_bytes
 from jaxtrain.recipe.errors import CheckpointError
-from tests.runs import recipe, trainer
+from tests.runs import environment, recipe, trainer
 
 
 def saved_recipe(folder, **changes):
@@ -30,7 +29,7 @@ def test_a_plan_simulates_devices_and_reads_no_data(tmp_path):
     (tmp_path / "rows.jsonl").unlink()
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain", "plan", str(file), "--devices", "4"],
-        env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True,
+        env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = dict(re.split(r" +", line, maxsplit=1) for line in done.stdout.splitlines())

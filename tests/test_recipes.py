@@ -8,6 +8,7 @@ import pytest
 
 from jaxtrain import get_config, registry
 from jaxtrain.recipe.errors import RecipeError
+from tests.runs import conversations, losses, model_folder, recipe, trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,8 +52,6 @@ def test_the_errors_in_the_readme_are_those_of_its_recipe(tmp_path):
 
 
 def test_the_trainer_in_the_readme_trains(tmp_path):
-    from tests.runs import losses, recipe, trainer
-
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict = {"__name__": "readme"}
     exec(code.replace('"focal"', '"focal-of-the-readme"'), names)
@@ -63,10 +62,6 @@ def test_the_trainer_in_the_readme_trains(tmp_path):
 
 @pytest.mark.parametrize("name", ["focal", "sums"])
 def test_an_example_of_user_code_trains(tmp_path, name):
-    from jaxtrain import registry
-    from jaxtrain.recipe.resolve import get_config
-    from tests.runs import conversations, model_folder
-
     files = [ROOT / "recipes" / f"{name}{suffix}" for suffix in (".py", ".yaml")]
     assert sum(len(file.read_text().splitlines()) for file in files) <= 40
     overrides = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.batch import Batch
 from jaxtrain.data import BatchShape, CausalDataFactory, JsonLinesSource, SFTDataFactory
 from jaxtrain.data.documents import Documents, DocumentWriter
 from jaxtrain.data.encode import Encoded
@@ -36,12 +37,16 @@ def write(path, rows):
     return path
 
 
+def jsonl(folder, rows, name="rows", **keys):
+    path = write(folder / f"{name}.jsonl", rows)
+    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name, **keys))
+
+
 def chats(folder, name, count, words=3, **keys):
     rows = [
         {"messages": chat(f"{name} {n}", " ".join(["yes"] * (1 + n % words)))} for n in range(count)
     ]
-    path = write(folder / f"{name}.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name, **keys))
+    return jsonl(folder, rows, name, **keys)
 
 
 def sft(sources, *, max_length=64, evals=None, tokenizer=None, **keys):
@@ -62,11 +67,29 @@ def all_rows(plan):
 
 
 def texts(folder, rows, **keys):
-    path = write(folder / "texts.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), **keys))
+    return jsonl(folder, rows, "texts", **keys)
 
 
 def of_processes(plan, count):
     """The plan as each of so many processes has it, with rows of its own."""
     own = np.split(np.arange(plan.shape.sequences), count)
     return [replace(plan, shape=plan.shape._replace(process_sequences=rows)) for rows in own]
+
+
+def arrays(batch):
+    """Those of a batch, without jax, which the processes that import this file must not know."""
+    return [*batch[:5], *batch.extras.values()]
+
+
+def are_equal(one, other):
+    return all((a == b).all() for a, b in zip(arrays(one), arrays(other), strict=True))
+
+
+def joined(parts):
+    """The batch that several processes have together."""
+    return Batch(
+        *(
+            np.concatenate(leaves, axis=1)
+            for leaves in zip(*(part[:5] for part in parts), strict=True)
+        )
+    )

@@ -23,10 +23,7 @@ ROWS = [
     chat(f"number {n}?", "yes <b>&amp;</b>" if n % 2 else "no", "and\nnow?", "no") for n in range(9)
 ]
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

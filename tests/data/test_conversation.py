@@ -111,31 +111,11 @@ def test_mapped_columns_have_the_order_of_a_conversation():
 
 
 def test_a2_mapped_turns_keep_their_order_and_none_is_cut():
-    mapping = {
-        "user": "c.from.human",
-        "assistant": "c.from.gpt",
-        "system": "c.from.system",
-        "tool": "c.from.tool",
-    }
-    said = [
-        ("system", "0"),
-        ("human", "1"),
-        ("human", "2"),
-        ("gpt", "3"),
-        ("tool", "4"),
-        ("gpt", "5"),
-        ("human", "6"),
-    ]
-    row = {"c": [{"from": name, "value": text} for name, text in said]}
-    assert turns(RoleMapper(mapping)(row)) == [
-        ("system", "0"),
-        ("user", "1"),
-        ("user", "2"),
-        ("assistant", "3"),
-        ("tool", "4"),
-        ("assistant", "5"),
-        ("user", "6"),
-    ]
+    names = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
+    said = ["system", "user", "user", "assistant", "tool", "assistant", "user"]
+    row = {"c": [{"from": names[role], "value": str(n)} for n, role in enumerate(said)]}
+    mapper = RoleMapper({role: f"c.from.{name}" for role, name in names.items()})
+    assert turns(mapper(row)) == [(role, str(n)) for n, role in enumerate(said)]
 
 
 @pytest.mark.covers("data.sources.*.content_key")

@@ -28,19 +28,17 @@ from tests.tiny import (
 
 
 def outcome(template, messages, tools=None, **options):
+    """Of messages, or of a conversation that was read."""
+    is_read = isinstance(messages, Conversation)
+    conversation = messages if is_read else Conversation(messages, tools)
     defaults = {"max_length": 4096, "overlong": "drop"} | options
-    encoder = ConversationEncoder(tiny_tokenizer(template), **defaults)
-    return encoder.encode([Conversation(messages, tools)])[0]
+    (found,) = ConversationEncoder(tiny_tokenizer(template), **defaults).encode([conversation])
+    return found
 
 
 def trained(template, messages, **options):
     """The trained stretches of a conversation, decoded."""
-    return trained_of(template, Conversation(messages), **options)
-
-
-def trained_of(template, conversation, **options):
-    defaults = {"max_length": 4096, "overlong": "drop"} | options
-    (found,) = ConversationEncoder(tiny_tokenizer(template), **defaults).encode([conversation])
+    found = outcome(template, messages, **options)
     assert isinstance(found, Encoded), found
     tokenizer, pieces, run = tiny_tokenizer(template), [], []
     for token, weight in zip([*found.tokens, 0], [*found.weights, 0], strict=True):
@@ -103,6 +101,11 @@ TABLE = {
         ["fine<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"],
     ),
     "generation": (GENERATION, chat("yes", "yes", "b", "no"), ["yes", "no"]),
+    "an end of text behind all, no generation prompt": (
+        CHATML.partition("{% if add")[0] + "</s>",
+        chat("a", "yes"),
+        ["yes<|im_end|>\n</s>"],
+    ),
 }
 
 
@@ -229,11 +232,6 @@ def test_a_generation_prompt_that_always_stands_is_no_part_of_the_last_turn(temp
     assert trained(asking, [*messages, *chat("a")]) == [f"yes{end}"] * turns
 
 
-def test_an_end_of_text_behind_every_conversation_is_no_generation_prompt():
-    template = CHATML.partition("{% if add")[0] + "</s>"
-    assert trained(template, chat("a", "yes")) == ["yes<|im_end|>\n</s>"]
-
-
 STRICT = (  # a prompt that opens a thought, and turns that have none
     "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
     "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ m.role }}\n"
@@ -256,14 +254,21 @@ def test_a_call_without_thoughts_is_trained_where_the_prompt_opens_one(begin, te
     assert trained(template, messages) == ["<call>river</call><|im_end|>", "yes<|im_end|>"] * turns
 
 
-def test_a_call_is_trained_and_what_the_tool_says_is_not():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
-    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "yes")[1]]
-    assert trained(TOOLS, messages) == ["<call>river</call><|im_end|>", "yes<|im_end|>"]
-    assert trained(TOOLS, [*messages, *chat("b", "no", "c", "no")])[:2] == [
-        "<call>river</call><|im_end|>",
-        "yes<|im_end|>",
-    ]
+def needing_a_call(template):
+    """The template, which refuses an answer without the call before it."""
+    return template.replace(
+        "<|im_start|>{{ m.role }}",
+        "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ m.role }}",
+    )
+
+
+@pytest.mark.parametrize("template", [TOOLS, needing_a_call(TOOLS)], ids=["", "call before answer"])
+def test_a_call_is_trained_and_what_the_tool_says_is_not(template):
+    messages = [*chat("a"), calling(call()), *ANSWERED]
+    expected = ["<call>river</call><|im_end|>", "yes<|im_end|>"]
+    assert trained(template, messages) == expected
+    assert trained(template, [*messages, *chat("b", "no", "c", "no")])[:2] == expected
 
 
 def test_a_missing_template_names_the_key():
@@ -438,12 +443,8 @@ def test_a_turn_of_calls_alone_keeps_its_form():
         "<|im_start|>{{ m.role }}\n",
         "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}(last){% endif %}",
     )
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
-    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "yes")[1]]
-    assert trained(template, messages) == [
-        "<call>river</call><|im_end|>",
-        "(last)yes<|im_end|>",
-    ]
+    messages = [*chat("a"), calling(call()), *ANSWERED]
+    assert trained(template, messages) == ["<call>river</call><|im_end|>", "(last)yes<|im_end|>"]
 
 
 INLINE = TOOLS.replace(  # as gemma 4 writes it: the answers stand in the turn that called
@@ -454,9 +455,8 @@ INLINE = TOOLS.replace(  # as gemma 4 writes it: the answers stand in the turn t
 
 
 def test_what_a_tool_answers_is_not_trained_where_it_stands_in_the_turn_that_called():
-    told = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "river"}}]}
     for more in ([], chat("", "yes")[1:], [*chat("", "yes")[1:], *chat("b", "no")]):
-        messages = [*chat("a"), told, {"role": "tool", "content": "was low"}, *more]
+        messages = [*chat("a"), calling(call(), content="so"), ANSWERED[0], *more]
         found = outcome(INLINE, messages)
         assert isinstance(found, Fault) and "rewrites turns" in found.message
 
@@ -503,14 +503,8 @@ def test_a_call_behind_thoughts_is_trained_to_its_end():
         "{{ c.function.arguments.x }}</call>{% endfor %}<|im_end|>",
         1,
     )
-    function = {"name": "river", "arguments": {"x": 12}}
-    turn = {
-        "role": "assistant",
-        "content": "<think>\nso\n</think>\n\n",
-        "tool_calls": [{"function": function}],
-    }
-    answer = {"role": "tool", "content": "7"}
-    messages = [*chat("a"), turn, answer, *chat("", "fine", "b", "no")[1:]]
+    turn = calling(call(), content="<think>\nso\n</think>\n\n")
+    messages = [*chat("a"), turn, ANSWERED[0], *chat("", "fine", "b", "no")[1:]]
     found = trained(template, messages)
     assert found == [
         "<call>river 12</call><|im_end|>",
@@ -540,17 +534,6 @@ def test_a_template_that_hides_the_reply_is_refused():
     assert outcome(marked, chat("a", "yes", "b", "no")) == found
 
 
-def test_a_template_that_needs_the_call_before_its_answer_is_no_hiding_one():
-    strict = TOOLS.replace(
-        "<|im_start|>{{ m.role }}",
-        "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
-        "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ m.role }}",
-    )
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river"}}]}
-    messages = [*chat("a"), call, {"role": "tool", "content": "yes"}, chat("", "no")[1]]
-    assert trained(strict, messages) == ["<call>river</call><|im_end|>", "no<|im_end|>"]
-
-
 @pytest.mark.covers("data.loss_roles")
 def test_other_roles_are_trained_where_the_recipe_says_so():
     messages = chat("a river", "yes", "b", "no", system="be dry")
@@ -572,13 +555,13 @@ def pair(prompt, reply):
 def test_of_a_pair_the_reply_alone_is_trained_even_if_the_prompt_has_replies(template):
     end = "" if template == GENERATION else END
     conversation = pair(chat("a", "no", "b"), chat("", "yes")[1:])
-    assert trained_of(template, conversation) == [f"yes{end}"]
-    assert trained_of(template, pair("a", "yes")) == [f"yes{end}"]
-    whole = trained_of(template, conversation, completion_only=False)
+    assert trained(template, conversation) == [f"yes{end}"]
+    assert trained(template, pair("a", "yes")) == [f"yes{end}"]
+    whole = trained(template, conversation, completion_only=False)
     assert len(whole) == 1 and "no<|im_end|>\n<|im_start|>user\nb" in whole[0]
     # Rows that are no pairs are trained as ever.
     messages = Conversation(chat("a", "no", "b", "yes"))
-    assert trained_of(template, messages, completion_only=False) == [f"no{end}", f"yes{end}"]
+    assert trained(template, messages, completion_only=False) == [f"no{end}", f"yes{end}"]
 
 
 @pytest.mark.covers("data.ignore_empty_think")

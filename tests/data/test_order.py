@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain.data.order import permutation, sample
 from jaxtrain.data.plan import BatchPlan, BatchShape, Origin, iterate
-from tests.data.made import documents_of, of_processes, plan_of
+from tests.data.made import are_equal, documents_of, joined, of_processes, plan_of
 
 MICROBATCHES, ROWS = 2, 4
 GOLDEN_ORDER = [0, 2, 7, 6, 4, 3, 5, 1]
@@ -24,10 +24,6 @@ def plan(tmp_path_factory) -> BatchPlan:
     return plan
 
 
-def equal(one, other) -> bool:
-    return all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
-
-
 def test_orders_never_change():
     # Written down once: a change here reorders the runs of everyone who resumes.
     assert permutation(8, 2, 42, 0).tolist() == GOLDEN_ORDER
@@ -39,10 +35,7 @@ def test_orders_never_change():
 def test_processes_together_have_the_batch_of_one(plan, step, processes):
     parts = [part.batch(step) for part in of_processes(plan, processes)]
     assert parts[0].tokens.shape == (MICROBATCHES, ROWS // processes, 24)
-    joined = [
-        np.concatenate(leaves, axis=1) for leaves in zip(*map(jax.tree.leaves, parts), strict=True)
-    ]
-    assert equal(joined, plan.batch(step))
+    assert are_equal(joined(parts), plan.batch(step))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -52,13 +45,13 @@ def test_starting_at_an_update_gives_the_rest_of_the_unbroken_run(plan, start, t
     unbroken = [plan.batch(step) for step in range(7)]
     resumed = list(iterate(plan.batch, start=start, stop=7, threads=threads))
     assert len(resumed) == 7 - start
-    assert all(equal(a, b) for a, b in zip(unbroken[start:], resumed, strict=True))
+    assert all(are_equal(a, b) for a, b in zip(unbroken[start:], resumed, strict=True))
 
 
 def test_without_an_end_the_batches_go_on(plan):
     batches = iterate(plan.batch, start=0)
     seen = [next(batches) for _ in range(10)]
-    assert equal(seen[9], plan.batch(9))
+    assert are_equal(seen[9], plan.batch(9))
 
 
 def epoch_rows(plan, epoch):

@@ -1,6 +1,6 @@
 """Preferences from rows to batches: what a pair is, where it is cut, and that it stays together."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,21 +9,17 @@ from jaxtrain.data import (
     BatchShape,
     DPODataFactory,
     HuggingFaceSource,
-    JsonLinesSource,
     KTODataFactory,
     TrainingData,
 )
 from jaxtrain.data.preference import PreferenceEncoder, read_judged, read_pair
-from jaxtrain.recipe.data import HFDataSourceConfig, LocalDataSourceConfig
+from jaxtrain.recipe.data import HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
-from tests.data.made import of_processes, write
+from tests.data.made import jsonl
 from tests.tiny import GENERATION, PLAIN, THINK, chat, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def user(text):
@@ -198,17 +194,15 @@ def test_a20_a_reply_uses_all_room_that_the_prompt_left():
 
 def test_a19_no_limit_leaves_a_reply_empty():
     """Trap A19: the prompt is cut first, and only where the whole is too long."""
+    whole = lengths(encoded(ROW))
     size = prompt_length()
     for most in range(2, size + 12):
+        is_cut = max(map(sum, whole)) > most
         for limit in range(1, most):
-            for (prompt, answer), whole in zip(
-                lengths(encoded(ROW, max_length=most, max_prompt_length=limit)),
-                lengths(encoded(ROW)),
-                strict=True,
-            ):
-                is_cut = max(sum(side) for side in lengths(encoded(ROW))) > most
-                kept = min(size, limit) if is_cut else size
-                assert (prompt, answer) == (kept, min(whole[1], most - kept)) and answer > 0
+            kept = min(size, limit) if is_cut else size
+            found = lengths(encoded(ROW, max_length=most, max_prompt_length=limit))
+            assert found == [(kept, min(reply, most - kept)) for _, reply in whole]
+            assert all(reply > 0 for _, reply in found)
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
@@ -253,9 +247,7 @@ def test_a45_an_equal_pair_is_dropped():
     assert cut.reason == "chosen and rejected are equal"
 
 
-def source(folder, rows, **keys):
-    path = write(folder / "pairs.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name="pairs", **keys))
+source = partial(jsonl, name="pairs")
 
 
 def pairs(count):
@@ -293,15 +285,6 @@ def test_a_pair_stays_together_in_its_microbatch_chosen_first(tmp_path):
             seen.append(number)
     assert sorted(seen) == list(range(11)) and seen != sorted(seen)
     assert data.steps_per_epoch == 3 and data.train_rows == 22
-
-
-def test_hosts_and_restarts_see_the_same_pairs(tmp_path):
-    plan = prepare([source(tmp_path, pairs(11))], shape=BatchShape(2, 8)).train
-    for step in range(4):
-        whole = plan.batch(step)
-        parts = [part.batch(step) for part in of_processes(plan, 4)]
-        assert (np.concatenate([part.tokens for part in parts], axis=1) == whole.tokens).all()
-        assert (plan.batch(step).rows == whole.rows).all()
 
 
 def test_a_copy_of_a_pair_is_never_held_out_from_itself(tmp_path):
@@ -439,18 +422,3 @@ def test_an_empty_judged_reply_is_dropped(tmp_path):
     rows = [*JUDGED, JUDGED[0] | {"completion": ""}]
     data = prepare([source(tmp_path, rows)], factory=KTODataFactory)
     assert data.ledger.sources[0].dropped == {"a reply is empty": 1}
-
-
-def test_pairs_of_one_json_file(tmp_path):
-    """Rows whose prompt is a conversation, and whose replies are single turns of it."""
-    row = {
-        "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}],
-        "chosen": {"from": "gpt", "value": "yes"},
-        "rejected": {"from": "gpt", "value": "no"},
-    }
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(row))
-    data = prepare([JsonLinesSource(LocalDataSourceConfig(path=str(path)))])
-    batch = data.train.fill_batch(np.arange(2), data.sequence_tokens)
-    found = [shown(*side) for side in zip(batch.tokens, batch.loss_weights, strict=True)]
-    assert found == ["yes<|im_end|>", "no<|im_end|>"]

@@ -25,11 +25,7 @@ from tests.tiny import chat
 ROWS = [{"messages": chat(f"é{n}", "yes")} for n in range(4)]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """From files to batches through the factory, as a run does it."""
 
-import json
 import subprocess
 import sys
+from functools import partial
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,14 +23,10 @@ from jaxtrain.data.order import split_by_content
 from jaxtrain.data.records import NamedRecords
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig
 from jaxtrain.recipe.errors import DataError
-from tests.data.made import of_processes
+from tests.data.made import jsonl, of_processes
 from tests.tiny import CHATML, GENERATION, TEXTS, chat, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def chats(count, seed=0):
@@ -47,10 +42,7 @@ def chats(count, seed=0):
     ]
 
 
-def source(folder, rows, name="chats"):
-    path = folder / f"{name}.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), name=name))
+source = partial(jsonl, name="chats")
 
 
 def prepare(sources, evals=(), *, max_length=128, shape=None, **keys):
@@ -110,7 +102,7 @@ def test_nothing_but_the_entry_is_left_in_the_cache(tmp_path, cache):
 def test_one_length_for_every_row_of_a_run(tmp_path, keys, tokens):
     rows = [{"messages": chat("a" * 3, "The river was low that summer" * 3)}]
     evals = [{"messages": chat("a", "b")}]
-    data = prepare([source(tmp_path, rows)], [source(tmp_path, evals, "e")], **keys)
+    data = prepare([source(tmp_path, rows)], [source(tmp_path, evals, name="e")], **keys)
     assert 48 < len(documents_in(data.train_batches(0, 1))[0]) <= 64
     assert data.sequence_tokens == tokens
     assert {batch.tokens.shape for batch in data.eval_batches()} == {(2, 2, tokens)}
@@ -142,7 +134,7 @@ def test_an_update_has_the_shortest_of_few_lengths_that_holds_its_rows(tmp_path,
 def test_a24_evaluation_sees_every_row_once_in_order(tmp_path, count):
     """Trap G14 too: the last batch is filled up with rows of no weight."""
     evals = [{"messages": chat(f"number {n}", "yes")} for n in range(count)]
-    data = prepare([source(tmp_path, chats(3))], [source(tmp_path, evals, "evals")])
+    data = prepare([source(tmp_path, chats(3))], [source(tmp_path, evals, name="evals")])
     batches = list(data.eval_batches())
     numbers = np.concatenate([batch.rows.ravel() for batch in batches])
     assert numbers[:count].tolist() == list(range(count)) and (numbers[count:] == -1).all()
@@ -236,18 +228,12 @@ def test_a_row_that_is_no_map_is_named(row):
         prepare([GivenSource.from_records([{"messages": chat("a", "b")}, row])])
 
 
-def test_a25_batches_made_without_threads_are_the_same(tmp_path):
-    sources = [source(tmp_path, chats(30))]
-    with_threads, without = (
-        list(prepare(sources, dl_num_workers=threads).train_batches(0, 9)) for threads in (2, 0)
-    )
-    for one, other in zip(with_threads, without, strict=True):
-        assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
-
-
 @pytest.mark.covers("data.sources", "data.sources.*.name")
 def test_sources_are_told_apart(tmp_path):
-    sources = [source(tmp_path, chats(3), "one"), source(tmp_path, chats(2, seed=1), "two")]
+    sources = [
+        source(tmp_path, chats(3), name="one"),
+        source(tmp_path, chats(2, seed=1), name="two"),
+    ]
     data = prepare(sources)
     origins = [data.train.origins(row)[0] for row in range(5)]
     assert origins == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]

@@ -1,6 +1,7 @@
 """Rows that are tokens already, rows made up, and plain text."""
 
-import jax
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -18,18 +19,13 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
 )
 from jaxtrain.recipe.errors import DataError, RecipeError
-from tests.data.made import all_rows, causal, sft, texts, write
+from tests.data.made import all_rows, are_equal, causal, jsonl, sft, texts, write
 from tests.tiny import TEXTS, chat, tiny_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
-def tokens(folder, rows, **keys):
-    path = write(folder / "tokens.jsonl", rows)
-    return JsonLinesSource(LocalDataSourceConfig(path=str(path), process=False, **keys))
+tokens = partial(jsonl, name="tokens", process=False)
 
 
 @pytest.mark.covers("data.sources.*.process")
@@ -133,7 +129,7 @@ def test_a38_text_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkey
     for number, processes in enumerate((1, 8)):
         data = causal([source], num_proc=processes, cache_dir=str(tmp_path / str(number)))
         batches.append(all_rows(data.train))
-    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, batches), strict=True))
+    assert are_equal(*batches)
 
 
 @pytest.mark.covers("data.sources.*.column")

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.attention import TokenPositions, attention, choose
+from tests.runs import mesh_of
 
 IMPLEMENTATIONS = ["reference", "splash_interpret"]
 N, K, H = 4, 2, 64
@@ -189,14 +190,6 @@ def test_a_policy_that_saves_attention_runs_the_forward_once():
     plain = jax.jit(jax.grad(partial(scanned, policies.everything_saveable)))(qkv)
     for x, y in zip(jax.jit(jax.grad(partial(scanned, saving)))(qkv), plain, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
-
-
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-
-
-def mesh_of(**sizes: int):
-    shape = tuple(sizes.get(a, 1) for a in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def shard(mesh, positions, qkv):

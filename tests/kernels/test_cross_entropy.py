@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.cross_entropy import token_log_probs, weighted_nll
+from tests.runs import mesh_of
 
 B, T, D, V = 8, 11, 16, 40
 OPTIONS = {
@@ -190,18 +191,12 @@ def test_a_head_in_the_wrong_layout_is_an_error():
         token_log_probs(hidden, head.T, targets)
 
 
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
 MESHES = [
     {"data": 8},
     {"fsdp": 8},
     {"data": 2, "tensor": 4},
     {"pipeline": 2, "data": 2, "tensor": 2},
 ]
-
-
-def mesh_of(**sizes: int):
-    shape = tuple(sizes.get(a, 1) for a in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def compiled_on(mesh, form, settings, inputs, layout):

@@ -4,9 +4,8 @@ import pytest
 
 from jaxtrain.metrics import meter as meter_module
 from jaxtrain.metrics.meter import Meter
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.trainer.report import is_due
-from tests.runs import recipe, trainer
+from tests.runs import metrics_of, recipe, trainer
 
 STEPS = 6
 EVALUATED = {"data": {"train_eval_split": [0.9, 0.1]}, "eval_interval": 1}
@@ -36,7 +35,7 @@ def written(folder, **changes):
 
 
 def training_rows(folder):
-    rows = read_rows(folder / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(folder)
     return {row["iter"]: row for row in rows if "loss" in row}
 
 
@@ -50,7 +49,7 @@ def every_row(tmp_path_factory):
 
 def test_a_row_has_these_names(every_row):
     folder, run = every_row
-    for row in read_rows(folder / "run" / "train-log-metrics.jsonl"):
+    for row in metrics_of(folder):
         assert set(row) == (TRAINING if "loss" in row else EVALUATION)
     rows = training_rows(folder)
     assert list(rows) == list(range(1, STEPS + 1))
@@ -90,7 +89,7 @@ def test_fewer_rows_count_and_print_the_same_run(tmp_path, every_row, capsys):
     assert [f"evaluation at step {n}:" in printed for n in range(1, STEPS + 1)] == [
         n == 4 for n in range(1, STEPS + 1)
     ]
-    assert len(read_rows(tmp_path / "run" / "train-log-metrics.jsonl")) == 3 + STEPS
+    assert len(metrics_of(tmp_path)) == 3 + STEPS
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert [f"INFO step {n}/{STEPS}  loss " in log for n in range(1, STEPS + 1)] == [
         n in (1, 2, 4, 6) for n in range(1, STEPS + 1)
@@ -118,7 +117,7 @@ def test_zero_tells_nothing_and_the_file_has_the_evaluations(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "step 1/" not in printed and "evaluation at" not in printed and "finished" in printed
     assert "  loss " not in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
-    rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(tmp_path)
     assert [(row["iter"], set(row)) for row in rows] == [
         (n, EVALUATION) for n in range(1, STEPS + 1)
     ]

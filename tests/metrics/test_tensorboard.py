@@ -4,9 +4,8 @@ import struct
 
 import pytest
 
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import RecipeError
-from tests.runs import recipe, trainer
+from tests.runs import metrics_of, recipe, trainer
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
 
@@ -50,7 +49,7 @@ def test_a_restart_that_goes_back_leaves_one_value_a_step(tmp_path):
     found = curves(tmp_path / "run" / "tensorboard")
     steps = [event.step for event in events(tmp_path / "run" / "tensorboard")]
     assert steps.count(3) > steps.count(4)  # said twice, and read once
-    rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(tmp_path)
     for tag, steps in (
         ("loss", [1, 2, 3, 4]),
         ("eval/loss", [2, 4]),

@@ -8,10 +8,9 @@ import yaml
 
 from jaxtrain import SFTTrainer, get_config
 from jaxtrain.metrics.wandb_run import check_login
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import WandbConfig
-from tests.runs import recipe, trainer
+from tests.runs import metrics_of, recipe, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def test_one_run_over_three_starts_with_rising_steps(tmp_path):
     assert len(files) == 3 and ids == {(tmp_path / "run" / "wandb-id").read_text()}
     rows = [row for file in files for row in history(file)]
     assert [step for step, _ in rows] == [1, 2, 3]
-    expected = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    expected = metrics_of(tmp_path)
     assert [row["loss"] for _, row in rows] == [pytest.approx(row["loss"]) for row in expected]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from model_rows import batch_of, random_tokens
 from tiny_models import (
     FAMILIES,
@@ -24,7 +23,7 @@ from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import parameter_shardings
-from jaxtrain.recipe.mesh import AXES
+from tests.runs import mesh_of
 
 LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
 
@@ -107,8 +106,7 @@ def test_a_tied_model_has_no_head_here_and_none_in_the_export(folders, tmp_path)
 @pytest.mark.parametrize("name", ["smollm2", "biased", "qwen2-alternating", "qwen3"])
 def test_a_sharded_load_equals_one_device_and_leaves_no_matrix_whole(name, folders):
     config, _, model = describe_model(folders[name])
-    mesh = jax.make_mesh((1, 4, 1, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    shardings = parameter_shardings(mesh, model.shapes)
+    shardings = parameter_shardings(mesh_of(fsdp=4, tensor=2), model.shapes)
     sharded = load_params(folders[name], config, model.shapes, shardings)
     whole = load_params(folders[name], config, model.shapes, on_one_device(model.shapes))
     for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):

@@ -54,7 +54,8 @@ def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
 def test_sampled_tokens_follow_the_probabilities(qwen):
     graph, params = qwen
     batch = batch_of(np.array([PROMPTS[0]]))
-    probs = np.asarray(jax.nn.softmax(merge(graph, params)(batch)[0, -1]))
+    forward = jax.jit(lambda params: jax.nn.softmax(merge(graph, params)(batch)[0, -1]))
+    probs = np.asarray(forward(params))
     rows = 2000
     drawn = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=1.0)
     counts = np.bincount(np.ravel(drawn), minlength=len(probs))

@@ -50,6 +50,8 @@ ACCEPTED = {
     | {
         "eval_interval": 50,
         "data": {
+            "pad_to": "max_length",
+            "max_length": 100,
             "sources": ["a/b:train[:1000]"],
             "eval_sources": [{"name_or_path": "a/b", "split": "test"}],
         },

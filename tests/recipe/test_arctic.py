@@ -32,11 +32,14 @@ def test_an_accepted_recipe_has_a_word_on_every_key(name):
     assert "steps" in describe(resolved)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_its_effective_recipe_is_the_same_run(name):
-    config = get_config(ACCEPTED[name])
+OURS = SMALL | {"train_iters": 7, "scheduler": {"warmup_steps": 2}}
+
+
+@pytest.mark.parametrize("recipe", [*ACCEPTED.values(), OURS], ids=[*ACCEPTED, "keys of our own"])
+def test_its_effective_recipe_is_the_same_run(recipe):
+    config = get_config(recipe)
     again = get_config(yaml.safe_load(to_yaml(config)))
-    assert to_yaml(again) == to_yaml(config)
+    assert again == config and to_yaml(again) == to_yaml(config)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jaxtrain.recipe.compose import compose
-from jaxtrain.recipe.dump import recipe_hash, to_yaml
+from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config, resolve
 
@@ -85,8 +85,9 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
         tmp_path,
         recipe=SMALL + "optimizer: {lr: 1}\ncheckpoint: [{output_dir: a}, {output_dir: b}]\n",
     )
-    tree = compose(file, ["del:optimizer.lr", "del:checkpoint.0"]).tree
+    tree = compose(file, ["del:optimizer.lr", "del:checkpoint.0", "mesh.data=[1, x]"]).tree
     assert tree["optimizer"] == {} and tree["checkpoint"] == [{"output_dir": "b"}]
+    assert tree["mesh"] == {"data": [1, "x"]}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,9 @@ def test_keys_are_removed_and_entries_of_lists(tmp_path):
             "from 0 to 0",
         ),
         ("sceduler.name=x", "command line: sceduler: unknown key (found {'name': 'x'}); did you"),
+        ("lr", "command line: an override must be key=value or del:key, found 'lr'"),
+        ("=3", "command line: an override must be key=value or del:key, found '=3'"),
+        ("model.name_or_path.c=1", "model.name_or_path.c: model.name_or_path has no 'c'"),
         ("seed=[1", "command line: seed: the value is not YAML: '[1'"),
         ("seed=&a [*a]", "the value is not YAML: '&a [*a]' (an alias that contains itself)"),
     ],
@@ -258,11 +262,11 @@ def test_a_secret_that_a_recipe_holds_itself_is_neither_shown_nor_saved(monkeypa
 
 def test_runs_with_other_variables_have_other_folders(monkeypatch):
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}, "seed": "${env:SEED}"}
-    hashes = set()
+    folders = set()
     for seed in "12":
         monkeypatch.setenv("SEED", seed)
-        hashes.add(recipe_hash(get_config(recipe)))
-    assert len(hashes) == 2
+        folders.add(get_config(recipe).run_dir)
+    assert len(folders) == 2
 
 
 def test_a_path_in_two_places_is_noted(tmp_path, monkeypatch):

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import DataError, RecipeError
-from tests.runs import conversations, host, recipe, trainer
+from tests.runs import conversations, host, metrics_of, recipe, trainer
 
 CHANGES = {  # the change; devices; the fact and what it says, before and after
     "epochs": ({"epochs": 2, "train_iters": 0}, 1, "steps", "4,", "6, 3 per epoch"),
@@ -117,7 +116,7 @@ def test_a_run_follows_its_keys(tmp_path, capfd):
     )
     assert len(list(run.data.eval_batches("eval"))) > 1 == len(list(run.eval_batches))
     run.train()
-    rows = list(read_rows(tmp_path / "run" / "train-log-metrics.jsonl"))
+    rows = list(metrics_of(tmp_path))
     assert [row["lr"] for row in rows if "loss" in row] == [0.02] * 12
     assert run.config.optimizer.learning_rate == 0.02
     scores = [row for row in rows if "eval/loss" in row]

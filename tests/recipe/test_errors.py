@@ -1,5 +1,7 @@
 """What a faulty recipe gets: the exact line for each row of the format's tables of errors."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxtrain import registry
@@ -81,6 +83,26 @@ KEYS = {
         {"name": "dpo", "type": "sft"},
         "name: 'dpo' contradicts type 'sft'; remove it",
     ),
+    "unknown optimizer": (
+        {"optimizer": {"type": "adamv"}},
+        "optimizer.type: unknown optimizer type 'adamv'; did you mean `adamw` or `cpu_adam`? "
+        "(known: adamw, adafactor, lion, muon, sgd, adamw_8bit, fused_adam, fused_adam_moe, "
+        "cpu_adam, cpu_adam_moe)",
+    ),
+    "unknown source": (
+        source(type="json1"),
+        "data.sources.0.type: unknown data source type 'json1'; did you mean `json` or `jsonl`? "
+        "(known: huggingface, huggingface_instruct, huggingface_causal, given, synthetic, local, "
+        "json, jsonl, csv, parquet, arrow, text, ProjectGutenbergSFT, snowflake, "
+        "snowflake_causal, HuggingFaceH4/ultrafeedback_binarized)",
+    ),
+    "no model": ({"model": None}, "model: is required"),
+    "no map": ({"model": "m"}, "model: must be a map of keys, found 'm'"),
+    "no source": (data(sources=[]), "data.sources: is empty; name at least one source"),
+    "no such file of code": (
+        {"code": "nowhere.py"},
+        f"code: no such file: 'nowhere.py' (looked in {Path.cwd()})",
+    ),
     "not for this trainer": (
         {"data": {"type": "dpo", "sources": ["a/b"]}},
         "data.type: 'dpo' is not allowed with trainer 'sft', skip_validation: true allows it "
@@ -123,6 +145,10 @@ KEYS = {
         zero(stgae="auto"),
         "deepspeed.zero_optimization.stgae: unknown key (found 'auto'); did you mean `stage`?",
     ),
+    "no dtype": (
+        model(dtype="int8"),
+        "model.dtype: must be one of bf16, fp16, fp32, found 'int8'",
+    ),
     "case of a word": (
         model(remat="Full"),
         "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'; did you mean `full`?",
@@ -143,8 +169,8 @@ TRAPS = {
         "data.sources.0.sample_ratio: must be in (0, 1], found 1.5",
     ),
     "A36 below": (
-        source(sample_ratio=-1),
-        "data.sources.0.sample_ratio: must be in (0, 1], found -1",
+        source(sample_ratio=0),
+        "data.sources.0.sample_ratio: must be in (0, 1], found 0",
     ),
     "A36 count": (source(sample_count=0), "data.sources.0.sample_count: must be > 0, found 0"),
     "A41": (
@@ -330,6 +356,11 @@ ACROSS = {
         {"data": {"sources": [{"type": "local", "path": "a", "per_line": True, "format": "json"}]}},
         "data.sources.0.per_line: has no effect with format: json; remove it",
     ),
+    "weight of one source alone": (
+        data(sources=[{"name_or_path": "a/b", "weight": 2}, "c/d"]),
+        "data.sources.1: has no weight, and another source has; write it for all or for none",
+    ),
+    "weight below": (source(weight=-1), "data.sources.0.weight: must be > 0, found -1"),
     "weight in an evaluation": (
         {
             "eval_interval": 1,

@@ -2,7 +2,6 @@
 or it has none, is refused, or stands for another key."""
 
 import re
-import typing
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,6 @@ from jaxtrain.recipe.section import (
     refusal_reason,
     sections_in,
 )
-from jaxtrain.trainer.sft import SFTTrainer
 
 TESTS = Path(__file__).parents[1]
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
@@ -303,11 +301,3 @@ def test_a_planned_class_cannot_be_had(kind):
     for name in filter(lambda name: registry.is_planned(kind, name), registry.names(kind)):
         with pytest.raises(ValueError, match="is not supported yet"):
             registry.find(kind, name)
-
-
-def test_what_a_trainer_allows_is_what_its_annotations_say():
-    hints = typing.get_type_hints(SFTTrainer)
-    for section, attribute in registry.SECTIONS.items():
-        classes = typing.get_args(hints[attribute]) or (hints[attribute],)
-        built = [n for n in registry.allowed("sft", section) if not registry.is_planned(section, n)]
-        assert [cls.name for cls in classes] == built

@@ -57,23 +57,6 @@ def test_a_number_stands_once_and_last(run_dir):
     assert str(fault) == f"run_dir: may have one {{n}}, in its last part, found {run_dir!r}"
 
 
-@pytest.mark.parametrize(
-    ("written", "said"),
-    [
-        (
-            {"wandb": {"enable": False, "project": "p"}},
-            "no effect  wandb.project: only `wandb.enable: true` would use it",
-        ),
-        (
-            {"mem_profiler_dir": "x"},
-            "no effect  mem_profiler_dir: only `mem_profiler` writes there",
-        ),
-    ],
-)
-def test_a_key_that_only_another_would_use_is_listed(written, said):
-    assert said in resolve(BASE | written).report.changes()
-
-
 def test_check_names_the_files_of_a_run(monkeypatch):
     monkeypatch.setattr(metadata, "distribution", lambda name: None)
     everything = {

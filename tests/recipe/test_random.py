@@ -233,16 +233,6 @@ def test_no_tag_runs_code(tmp_path, tag, argument, key):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(("depth", "width"), [(60, 2), (9, 9)])
-def test_a_bomb_of_aliases_ends(tmp_path, depth, width):
-    lines = [
-        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * width)}]" for n in range(depth)
-    ]
-    file = tmp_path / "recipe.yaml"
-    file.write_text("\n".join(lines))
-    outcome(file)
-
-
 def test_a_recipe_a_thousand_levels_deep_is_refused(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("a: " + "[" * 5000 + "]" * 5000)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.model.tensor_file import read_folder
-from tests.runs import host, recipe, trainer
+from tests.runs import assert_same, first_batch, host, recipe, trainer
 
 DECAY, START, STEPS = 0.7, 2, 5
 
@@ -36,7 +36,7 @@ def test_it_is_the_exponential_average_from_its_start_on(tmp_path):
 @pytest.mark.parametrize("is_told", [True, False])
 def test_it_is_evaluated_and_exported(tmp_path, is_told):
     run = run_of(tmp_path, ema={"eval": is_told, "start_step": 0})
-    batch = run.layout.on_devices(next(run.data.train_batches(0, 1)))
+    batch = first_batch(run)
     for _ in range(2):
         run.state, _ = run.step(run.state, batch)
     key, state = jax.random.key(0), run.state
@@ -72,6 +72,4 @@ def test_a_resumed_run_has_the_same_average(tmp_path):
     written(tmp_path / "cut", exit_iteration=3).train()
     again = written(tmp_path / "cut")
     again.train()
-    expected = host(whole.state.average)
-    for name, array in host(again.state.average).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(again.state.average, host(whole.state.average))

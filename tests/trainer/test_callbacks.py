@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain import Callback, SFTTrainer
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError
 from jaxtrain.trainer.callbacks import EVENTS
-from tests.runs import host, losses, recipe, trainer
+from tests.runs import assert_same, host, losses, metrics_of, recipe, trainer
 
 
 class Recorder(Callback):
@@ -107,7 +106,7 @@ def test_what_is_requested_happens_at_that_update(tmp_path):
     run = trainer(written)
     run.add_callback(Ask)
     run.train()
-    rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(tmp_path)
     assert [row["iter"] for row in rows if "eval/loss" in row] == [1, 4]
     assert [row["iter"] for row in rows if "loss" in row] == [1, 2]  # 1 is due, 2 was asked for
 
@@ -141,8 +140,7 @@ def test_method_callbacks_run_parents_first_and_may_change_arguments(tmp_path):
     before = host(run.state.params)
     losses(run, 1)
     assert order == ["made", "parent list", "child list", "child method", "parent post"]
-    after = host(run.state.params)
-    assert all((after[name] == before[name]).all() for name in before), "nothing was trained"
+    assert_same(run.state.params, before)
 
 
 def test_traced_callbacks_change_loss_and_gradients(tmp_path):
@@ -159,5 +157,4 @@ def test_traced_callbacks_change_loss_and_gradients(tmp_path):
     run = trainer(recipe(tmp_path, optimizer={"weight_decay": 0}), cls=Frozen)
     before = host(run.state.params)
     assert losses(run, 1)[0] == pytest.approx(2 * plain[0])
-    after = host(run.state.params)
-    assert all((after[name] == before[name]).all() for name in before)
+    assert_same(run.state.params, before)

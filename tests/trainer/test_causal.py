@@ -9,16 +9,16 @@ from tests.runs import losses, recipe, trainer
 from tests.tiny import TEXTS
 
 
+def run_of(folder, text, max_length, **changes):
+    (folder / "text.txt").write_text(text)
+    source = {"type": "text", "path": str(folder / "text.txt"), "per_line": True}
+    data = {"sources": [source], "max_length": max_length}
+    written = recipe(folder, **changes) | {"type": "causal", "data": data}
+    return trainer(written, cls=CausalTrainer)
+
+
 def test_text_is_trained_whole(tmp_path):
-    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 40))
-    written = recipe(tmp_path, train_iters=6) | {
-        "type": "causal",
-        "data": {
-            "sources": [{"type": "text", "path": str(tmp_path / "text.txt"), "per_line": True}],
-            "max_length": 64,
-        },
-    }
-    run = trainer(written, cls=CausalTrainer)
+    run = run_of(tmp_path, "\n".join(TEXTS * 40), 64, train_iters=6)
     batch = next(run.data.train_batches(0, 1))
     starts = batch.positions == 0
     np.testing.assert_array_equal(batch.loss_weights == 0, starts | (batch.segments == 0))
@@ -32,15 +32,7 @@ def test_text_is_trained_whole(tmp_path):
     [({}, 3), ({"split_special_tokens": True}, None), ({"truncation": True, "max_length": 2}, 2)],
 )
 def test_arguments_of_the_tokenizer_decide_the_tokens(tmp_path, kwargs, count):
-    (tmp_path / "text.txt").write_text("<s>a<|eot|>\n" * 40)
-    written = recipe(tmp_path, tokenizer={"tokenize_kwargs": kwargs}) | {
-        "type": "causal",
-        "data": {
-            "sources": [{"type": "text", "path": str(tmp_path / "text.txt"), "per_line": True}],
-            "max_length": 32,
-        },
-    }
-    run = trainer(written, cls=CausalTrainer)
+    run = run_of(tmp_path, "<s>a<|eot|>\n" * 40, 32, tokenizer={"tokenize_kwargs": kwargs})
     row = list(next(run.data.train_batches(0, 1)).tokens[0, 0])
     start = row.index(run.tokenizer.bos_token_id) + 1
     document = row[start : row.index(run.tokenizer.eos_token_id, start)]

@@ -1,13 +1,11 @@
 """A run ends where its recipe, a file, a signal or a callback says, and goes on later."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +13,7 @@ from jaxtrain import Callback
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError
 from jaxtrain.trainer.stop import SIGNALS
-from tests.runs import host, recipe, trainer
+from tests.runs import assert_same, environment, host, metrics_of, recipe, trainer
 
 FULL_STATE = {"save_every_n_steps": 100, "auto_resume": True}
 
@@ -78,8 +76,7 @@ def test_a_signal_finishes_the_update_and_saves_and_the_run_goes_on(tmp_path, un
     again = trainer(written(tmp_path))
     again.train()
     assert (again.global_step, again.global_step_this_run) == (6, 3)
-    for name, array in host(again.state).items():
-        np.testing.assert_array_equal(array, unbroken[name], err_msg=name)
+    assert_same(again.state, unbroken)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
@@ -113,7 +110,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(tmp_path):
     run.add_callback(Leave)
     with pytest.raises(PreemptedError):
         run.train()
-    rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(tmp_path)
     assert not any("eval/loss" in row for row in rows) and saved(tmp_path) == [2]
 
 
@@ -194,7 +191,7 @@ def test_a_callback_may_go_on_with_the_next_epoch(tmp_path):
     of_epoch = whole.data.steps_per_epoch
     assert of_epoch > 2 and whole.training_horizon == 2 * of_epoch
     assert (whole.global_step, whole.position, whole.epoch_idx) == (1 + of_epoch, 2 * of_epoch, 2)
-    epochs = [r["epoch"] for r in read_rows(tmp_path / "whole/run/train-log-metrics.jsonl")]
+    epochs = [r["epoch"] for r in metrics_of(tmp_path / "whole")]
     assert epochs[:2] == [1 / of_epoch, 1 + 1 / of_epoch] and epochs[-1] == 2
     (tmp_path / "part").mkdir()
 
@@ -206,9 +203,7 @@ def test_a_callback_may_go_on_with_the_next_epoch(tmp_path):
     second = trainer(part)
     second.train()
     assert second.global_step == whole.global_step
-    expected = host(whole.state)
-    for name, array in host(second.state).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(second.state, host(whole.state))
 
 
 def test_a_trainer_trains_once(tmp_path):
@@ -225,10 +220,10 @@ def test_exit_codes_of_a_signal_and_a_stop_file(tmp_path):
 
     def started():
         command = [sys.executable, "-m", "jaxtrain", str(file)]
-        environment = os.environ | {"XLA_FLAGS": "", "JAXTRAIN_CACHE": str(tmp_path / "cache")}
+        own = environment(JAXTRAIN_CACHE=str(tmp_path / "cache"))
         pipe = subprocess.PIPE
         steps = len(read_rows(metrics)) if metrics.exists() else 0
-        process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True)
         while process.poll() is None and not (
             metrics.exists() and len(read_rows(metrics)) > steps + 1
         ):

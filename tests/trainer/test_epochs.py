@@ -6,8 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from jaxtrain.metrics.writer import read_rows
-from tests.runs import host, recipe, trainer
+from tests.runs import assert_same, host, metrics_of, recipe, trainer
 
 
 def run_of(folder, *, devices=1, **changes):
@@ -24,7 +23,7 @@ def run_of(folder, *, devices=1, **changes):
 
 
 def told(folder, name):
-    rows = read_rows(folder / "run" / "train-log-metrics.jsonl")
+    rows = metrics_of(folder)
     return [row[name] for row in rows if name in row]
 
 
@@ -74,9 +73,7 @@ def test_a_mesh_loses_no_row_and_resumes_bit_for_bit(tmp_path, plain, changes):
         run = run_of(tmp_path / "cut", devices=4, exit_iteration=end, **changes)
         run.train()
     assert run.global_step_this_run == whole.global_step - 3
-    expected = host(whole.state)
-    for name, array in host(run.state).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(run.state, host(whole.state))
     assert told(tmp_path / "cut", "loss") == told(tmp_path / "whole", "loss")
 
 

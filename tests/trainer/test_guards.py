@@ -10,12 +10,12 @@ import pytest
 
 from jaxtrain import Callback, SFTTrainer
 from jaxtrain.metrics.log import log
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import NonFiniteError, RecipeError
 from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig
 from jaxtrain.trainer.callbacks import Control
 from jaxtrain.trainer.guards import Divergence, EarlyStopping
-from tests.runs import host, recipe, trainer
+from tests.runs import assert_same, host, recipe, trainer
+from tests.runs import metrics_of as rows
 
 
 class Asked:
@@ -187,10 +187,6 @@ def breaking(folder, policy, bad, *, steps=6, every=2, **changes):
     return run
 
 
-def rows(folder):
-    return read_rows(folder / "run" / "train-log-metrics.jsonl")
-
-
 def test_stop_keeps_the_last_good_state_and_saves_nothing_of_the_broken_one(tmp_path):
     """Trap F16."""
     run = breaking(tmp_path, "stop", [3], every=1)
@@ -217,8 +213,7 @@ def test_skip_drops_the_update_and_consumes_the_batch(tmp_path):
     of_epoch = run.data.steps_per_epoch
     assert [row["epoch"] * of_epoch for row in rows(tmp_path)] == pytest.approx([1, 2, 4, 6, 7, 8])
     expected = trained_on(breaking(tmp_path / "other", "skip", [2, 4]), [0, 1, 3, 5, 6, 7])
-    for name, array in host(run.state).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(run.state, expected)
     again = breaking(tmp_path, "skip", [2, 4], steps=7)
     again.train()
     assert again.position == 9 and rows(tmp_path)[-1]["skipped_updates"] == 2
@@ -239,8 +234,7 @@ def test_rollback_restores_and_goes_on_behind_the_offending_batches(tmp_path):
     assert told == [{"iter": 2, "rolled_back_from": 3, "rollbacks": 1}]
     assert [row["iter"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     expected = trained_on(breaking(tmp_path / "other", "rollback", [3]), [0, 1, 4, 5, 6, 7])
-    for name, array in host(run.state).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(run.state, expected)
 
 
 def test_rollback_needs_a_state_and_gives_up_after_three(tmp_path):

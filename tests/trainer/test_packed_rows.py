@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.batch import Batch
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract, merge
-from tests.runs import host, model_folder, recipe, trainer
+from tests.runs import host, metrics_of, model_folder, recipe, trainer
 from tests.tiny import chat
 
 
@@ -56,12 +55,12 @@ def test_a_packed_row_is_its_documents_alone(tmp_path, attention):
         (_, logps), gradient = jax.value_and_grad(mean, has_aux=True)(params)
         return logps, gradient
 
-    logps, gradient = loss_and_gradient(params, packed)
+    logps, gradient = jax.device_get(loss_and_gradient(params, packed))
     documents = alone(packed)
     assert packed.segments.max() > 2, "rows must hold several documents"
     summed = {name: np.zeros_like(array) for name, array in host(gradient).items()}
     for row, places, batch in documents:
-        expected, part = loss_and_gradient(params, batch)
+        expected, part = jax.device_get(loss_and_gradient(params, batch))
         assert np.abs(logps[row, places] - expected[0, : len(places)]).max() < 1e-5
         for name, array in host(part).items():
             summed[name] += array
@@ -80,7 +79,7 @@ def test_further_padding_changes_no_loss_and_each_length_compiles_once(tmp_path)
         (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, chats)))
         run = trainer(written)
         run.train()
-        rows = read_rows(folder / "run" / "train-log-metrics.jsonl")
+        rows = metrics_of(folder)
         lengths = {row["seqlen"] for row in rows}
         assert run.step.num_compilations == len(lengths) <= most
         assert len([row for row in rows if row["compile_time"]]) == len(lengths)

@@ -1,34 +1,15 @@
 """Two processes train as one does, also where both hold the same sequences."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.runs import losses, recipe, trainer
+from tests.runs import in_two_processes, losses, recipe, trainer
 
 STEPS = 3
-PROGRAM = """
-import json, sys
-import jax
-address, index, written = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-from jaxtrain import SFTTrainer, get_config
-from tests.runs import losses
-run = SFTTrainer(get_config(written))
-print(json.dumps([run.layout.process_sequences.tolist(), losses(run, %d)]), flush=True)
-"""
-
-
-def free_address():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
+PROGRAM = (
+    f"print(json.dumps([run.layout.process_sequences.tolist(), losses(run, {STEPS})]), flush=True)"
+)
 
 
 @pytest.mark.parametrize(
@@ -45,23 +26,8 @@ def test_two_processes_train_as_one_does(tmp_path, mesh, devices, rows):
     cut = {"micro_batch_size": 4 // shards, "gradient_accumulation_steps": 2}
     alone = losses(trainer(recipe(tmp_path / "alone", micro_batch_size=4,
                                   gradient_accumulation_steps=2)), STEPS)  # fmt: skip
-    written = json.dumps(recipe(tmp_path, mesh=mesh, **cut))
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-    }
-    address = free_address()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM % STEPS, address, str(index), written],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    for process, own in zip(processes, rows, strict=True):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
+    outputs = in_two_processes(PROGRAM, recipe(tmp_path, mesh=mesh, **cut), devices=devices)
+    for out, own in zip(outputs, rows, strict=True):
         found_rows, found = json.loads(out.splitlines()[-1])
         assert found_rows == own
         assert found == pytest.approx(alone, abs=1e-5)

@@ -16,10 +16,19 @@ from jaxtrain.metrics.log import log
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, WeightError
 from jaxtrain.recipe.guards import EarlyStoppingConfig
-from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.interface import Interface
 from jaxtrain.trainer.run_state import RunState
-from tests.runs import conversations, host, losses, recipe, trainer
+from tests.runs import (
+    assert_same,
+    conversations,
+    first_batch,
+    host,
+    losses,
+    metrics_of,
+    model_folder,
+    recipe,
+    trainer,
+)
 from tests.tiny import chat, tiny_tokenizer
 
 CHATS = [{"messages": chat(f"number {n}", "yes " * (n % 4 + 1))} for n in range(24)]
@@ -28,8 +37,7 @@ CHATS = [{"messages": chat(f"number {n}", "yes " * (n % 4 + 1))} for n in range(
 def train_loss(tmp_path, folder, **changes):
     """Training loss of each update of a run of its own folder, as its metrics file has it."""
     written = recipe(tmp_path, train_iters=3) | {"run_dir": str(tmp_path / folder)} | changes
-    run = SFTTrainer(get_config(written), devices=jax.devices()[:1])
-    run.train()
+    trainer(written).train()
     return [row["loss"] for row in read_rows(tmp_path / folder / "train-log-metrics.jsonl")]
 
 
@@ -73,8 +81,7 @@ def test_where_a_run_is_can_be_read_from_a_callback(tmp_path):
     """Trap G7: callbacks get what they name, in whatever order they name it."""
     watch = Watch()
     written = recipe(tmp_path, rows=8, epochs=2, gradient_accumulation_steps=2)
-    config = get_config({key: v for key, v in written.items() if key != "train_iters"})
-    run = SFTTrainer(config, devices=jax.devices()[:1], callbacks=[watch])
+    run = trainer({k: v for k, v in written.items() if k != "train_iters"}, callbacks=[watch])
     of_epoch = run.data.steps_per_epoch
     assert (run.world_size, run.global_rank, run.device) == (1, 0, jax.devices()[0])
     assert run.devices == jax.devices()[:1]
@@ -98,7 +105,7 @@ def test_evaluation_before_any_training_and_of_other_rows(tmp_path):
         def on_evaluate(self, metrics):
             told.append(metrics)
 
-    run = SFTTrainer(get_config(written), devices=jax.devices()[:1], callbacks=[Listen])
+    run = trainer(written, callbacks=[Listen])
     own = run.evaluate()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for dataset in (rows, iter(rows), str(file), [{"type": "jsonl", "path": str(file)}]):
@@ -136,41 +143,37 @@ def test_rows_may_be_given(tmp_path):
     written = recipe(tmp_path, data={"sources": ["given"]})
     with pytest.raises(DataError, match="given: no records; pass them as `train_data`"):
         trainer(written)
-    run = SFTTrainer(
-        get_config(written), devices=jax.devices()[:1], train_data=CHATS[:16],
-        eval_data={"a": CHATS[16:20], "b": iter(CHATS[20:])},
-    )  # fmt: skip
+    evals = {"a": CHATS[16:20], "b": iter(CHATS[20:])}
+    run = trainer(written, train_data=CHATS[:16], eval_data=evals)
     assert run.data.ledger.sources[0].rows == 16
     assert set(run.eval_dataloader) == {"a", "b"}
     assert {"eval/a/loss", "eval/b/loss", "eval/loss"} <= run.evaluate().keys()
-    both = get_config(recipe(tmp_path, eval_interval=1, data={"train_eval_split": [0.5, 0.5]}))
+    both = recipe(tmp_path, eval_interval=1, data={"train_eval_split": [0.5, 0.5]})
     with pytest.raises(RecipeError, match="data.train_eval_split: excludes eval_data"):
-        SFTTrainer(both, eval_data=CHATS)
+        trainer(both, eval_data=CHATS)
 
 
 def test_given_rows_may_be_tokens_and_have_the_recipes_keys(tmp_path):
     tokens = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 4
-    run = SFTTrainer(get_config(recipe(tmp_path)), train_data=tokens, devices=jax.devices()[:1])
+    run = trainer(recipe(tmp_path), train_data=tokens)
     assert run.data.ledger.sets[0].trained_tokens == 3 * 4
     mapping = {"type": "given", "role_mapping": {"user": "q", "assistant": "a"}}
     written = recipe(tmp_path, data={"sources": [mapping]})
     rows = [{"q": "why", "a": "so"}] * 3
-    run = SFTTrainer(get_config(written), train_data=rows, devices=jax.devices()[:1])
+    run = trainer(written, train_data=rows)
     assert run.data.ledger.sources[0].rows == 3
 
 
 def test_an_optimizer_and_a_schedule_may_be_given(tmp_path):
-    run = SFTTrainer(
-        get_config(recipe(tmp_path, max_grad_norm=0)), devices=jax.devices()[:1],
-        optimizer=optax.sgd(0.5), scheduler=lambda step: (step == 0) * 1.0,
-    )  # fmt: skip
+    only_the_first = lambda step: (step == 0) * 1.0
+    written = recipe(tmp_path, max_grad_norm=0)
+    run = trainer(written, optimizer=optax.sgd(0.5), scheduler=only_the_first)
     before = host(run.state.params)
     losses(run, 1)
     after = host(run.state.params)
     assert any((after[name] != before[name]).any() for name in before)
     losses(run, 1)  # the schedule is 0 from here on
-    again = host(run.state.params)
-    assert all((after[name] == again[name]).all() for name in before)
+    assert_same(run.state.params, after)
     assert run.peak_lr == 1.0
 
 
@@ -179,28 +182,18 @@ def test_weights_and_a_tokenizer_may_be_given(tmp_path):
     losses(first, 2)
     given = first.model_unwrapped
     tokenizer = tiny_tokenizer()
-    changed = recipe(tmp_path) | {"seed": 7}
-    devices = jax.devices()[:1]
-    second = SFTTrainer(
-        get_config(changed), devices=devices, model=given, processing_class=tokenizer
-    )
+    second = trainer(recipe(tmp_path) | {"seed": 7}, model=given, processing_class=tokenizer)
     assert second.tokenizer is tokenizer
     trained = host(first.state.params)
-    for name, array in host(second.state.params).items():
-        np.testing.assert_array_equal(array, trained[name])
+    assert_same(second.state.params, trained)
     losses(second, 1)  # gives its own arrays away, not those it was made of
     assert np.isfinite(losses(first, 1)[0])
     with pytest.raises(
         WeightError, match=r"model: embed/embedding is float32\[384, 32\] in the given"
     ):
-        (tmp_path / "other").mkdir()
         written = recipe(tmp_path / "other")
-        (tmp_path / "other/model/config.json").write_text(
-            (tmp_path / "model/config.json")
-            .read_text()
-            .replace('"hidden_size": 32', '"hidden_size": 64')
-        )
-        SFTTrainer(get_config(written), devices=devices, model=given).start()
+        model_folder(tmp_path / "other/model", hidden_size=64)
+        trainer(written, model=given).start()
 
 
 class Chatty(SFTTrainer):
@@ -214,13 +207,13 @@ class Chatty(SFTTrainer):
 def test_default_callbacks_hold_until_others_are_given(tmp_path):
     run = trainer(recipe(tmp_path), cls=Chatty)
     assert isinstance(run.pop_callback(Watch), Watch)
-    run = Chatty(get_config(recipe(tmp_path)), devices=jax.devices()[:1], callbacks=[])
+    run = trainer(recipe(tmp_path), cls=Chatty, callbacks=[])
     assert run.pop_callback(Watch) is None
 
 
 def test_an_argument_that_no_trainer_has_is_named(tmp_path):
     with pytest.raises(TypeError, match="a trainer takes no 'tokeniser'; did you mean `tokenizer`"):
-        SFTTrainer(get_config(recipe(tmp_path)), tokeniser=None)
+        trainer(recipe(tmp_path), tokeniser=None)
 
 
 def test_an_event_that_does_not_exist_is_refused_when_the_class_is_made():
@@ -253,7 +246,7 @@ def evaluated_run(folder, **given):
         folder, rows=40, train_iters=6, eval_interval=2, data={"train_eval_split": [0.8, 0.2]},
         checkpoint={"output_dir": str(folder / "state"), "save_every_n_steps": 2},
     )  # fmt: skip
-    return SFTTrainer(get_config(written), devices=jax.devices()[:1], **given)
+    return trainer(written, **given)
 
 
 def test_state_is_saved_loaded_and_exported_when_asked(tmp_path):
@@ -269,13 +262,11 @@ def test_state_is_saved_loaded_and_exported_when_asked(tmp_path):
         trained = host(run.state)
         run.load_checkpoint(before)
         assert run.global_step == run.position == 0
-        for name, array in host(run.state.params).items():
-            np.testing.assert_array_equal(array, start[name], err_msg=name)
+        assert_same(run.state.params, start)
         run.load_checkpoint(2)
         assert run.global_step == 2 and run.eval_metrics["eval/loss"] == engine.scores()[2]
         run.load_checkpoint()
-        for name, array in host(run.state).items():
-            np.testing.assert_array_equal(array, trained[name], err_msg=name)
+        assert_same(run.state, trained)
         run.load_best_model()
         assert run.global_step == engine.best() != worst
         folder = run.save_model(tmp_path / "out")
@@ -322,7 +313,7 @@ def test_a_callback_reads_the_state_of_other_trainers_and_records(tmp_path):
     )
     output = run.train()
     state = RunState(run)
-    rows = [r for r in read_rows(tmp_path / "run/train-log-metrics.jsonl") if "loss" in r]
+    rows = [r for r in metrics_of(tmp_path) if "loss" in r]
     assert [row["twice the step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert all(row["nothing_time"] >= 0 for row in rows)
     assert reader.last == {"iter": 6, "word": "done"} == state.log_history[-1]
@@ -359,25 +350,25 @@ def test_a_callback_reads_the_state_of_other_trainers_and_records(tmp_path):
 def test_norms_of_gradients_are_those_that_are_clipped(tmp_path):
     run = trainer(recipe(tmp_path, gradient_accumulation_steps=2))
     run.add_callback(GradLogger)
-    (batch,) = run.data.train_batches(0, 1)
-    _, metrics = run.step(run.state, run.layout.on_devices(batch))
+    _, metrics = run.step(run.state, first_batch(run))
     parts = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/")]
     assert np.sqrt(np.sum(np.square(parts))) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
 
 
-def test_a_loss_may_depend_on_the_update(tmp_path):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_loss_may_depend_on_the_update(tmp_path, pieces):
     class Warming(SFTTrainer):
         name = "warming-of-test"
 
         def loss_fn(self, model, batch, key):
             loss = super().loss_fn(model, batch, key)
-            return loss._replace(total=loss.total * (batch.step + 1))
+            metrics = loss.metrics | {"plain": (loss.total, loss.weight)}
+            return loss._replace(total=loss.total * (batch.step + 1), metrics=metrics)
 
-    for pieces in (1, 2):
-        written = recipe(tmp_path, optimizer={"lr": 0.0}, gradient_accumulation_steps=pieces)
-        plain = losses(trainer(written), 3)
-        found = losses(trainer(written, cls=Warming), 3)
-        assert found == pytest.approx([loss * n for n, loss in enumerate(plain, start=1)], rel=1e-5)
+    run = trainer(recipe(tmp_path, gradient_accumulation_steps=pieces), cls=Warming)
+    for number, batch in enumerate(run.data.train_batches(0, 3), start=1):
+        run.state, metrics = run.step(run.state, run.layout.on_devices(batch))
+        assert metrics["loss"] == pytest.approx(number * float(metrics["plain"]), rel=1e-5)
 
 
 def test_a_stopper_may_be_given(tmp_path):
@@ -392,13 +383,12 @@ def test_a_stopper_may_be_given(tmp_path):
     assert run.train().global_step == 4
     assert asked == list(run.checkpoint_engines[0].scores().items())
     assert "the early_stopper ended it at eval/loss" in run.early_stop_reason
-    config = get_config(recipe(tmp_path / "other"))
+    written = recipe(tmp_path / "other")
     with pytest.raises(RecipeError, match="early_stopper: needs evaluation data"):
-        SFTTrainer(
-            config, devices=jax.devices()[:1], early_stopper=lambda step, score: True
-        ).train()
+        trainer(written, early_stopper=lambda step, score: True).train()
     assert not (tmp_path / "other" / "run").exists()
-    both = config.model_copy(update={"early_stopping": EarlyStoppingConfig(patience=1)})
+    stopping = {"early_stopping": EarlyStoppingConfig(patience=1)}
+    both = get_config(written).model_copy(update=stopping)
     with pytest.raises(RecipeError, match="early_stopping: excludes a given early_stopper"):
         SFTTrainer(both, early_stopper=lambda step, score: True)
 
@@ -473,22 +463,3 @@ def test_every_name_of_the_interface_is_there(tmp_path):
     assert len(names) > 40
     for name in names:
         getattr(RunState(run), name)
-
-
-def test_frozen_parameters_have_no_gradient_and_stay_as_they_are(tmp_path):
-    groups = [{"match": "/mlp/", "freeze": True}]
-    run = trainer(recipe(tmp_path, optimizer={"groups": groups}, gradient_accumulation_steps=2))
-    before, batch = host(run.state.params), run.layout.batch_shapes(run.data.sequence_tokens)
-    with jax.set_mesh(run.mesh):
-        shapes = jax.eval_shape(
-            lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))[1],
-            run.run.model.shapes, batch,
-        )  # fmt: skip
-    assert not any("['mlp']" in name for name in named(shapes)) and len(named(shapes)) > 3
-    losses(run, 2)
-    for name, array in host(run.state.params).items():
-        assert (array == before[name]).all() == ("['mlp']" in name), name
-
-
-def named(tree):
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -2,13 +2,12 @@
 
 import pytest
 
-from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import DataError
-from tests.runs import recipe, trainer
+from tests.runs import metrics_of, recipe, trainer
 
 
 def rows(folder, key):
-    found = read_rows(folder / "run" / "train-log-metrics.jsonl")
+    found = metrics_of(folder)
     return {row["iter"]: row[key] for row in found if key in row}
 
 

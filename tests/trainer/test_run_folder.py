@@ -1,16 +1,13 @@
 """The folder of a run is never mixed with another's: refused, continued, or a new one."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import RecipeError
-from tests.runs import recipe, trainer
+from tests.runs import in_two_processes, recipe, trainer
 
 
 def steps(file):
@@ -89,33 +86,12 @@ def test_rows_of_another_run_are_not_mixed_in(tmp_path):
     assert rows.read_bytes() == before and not (tmp_path / "second").exists()
 
 
-PROCESS = """
-import json, sys
-import jax
-process, port, recipe = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-from jaxtrain import SFTTrainer, get_config
-SFTTrainer(get_config(json.loads(recipe))).train()
-"""
-
-
 @pytest.mark.slow
 def test_of_two_processes_one_names_the_run_and_the_recipe_says_who_tells(tmp_path):
     ranks = {"print_output_ranks": [1], "file_output_ranks": [1]}
     written = recipe(tmp_path, train_iters=2, run_dir=str(tmp_path / "chat-{n}"), logger=ranks)
     (tmp_path / "chat-1").mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", PROCESS]
-    processes = [
-        subprocess.Popen(
-            [*command, str(n), port, json.dumps(written)], stdout=subprocess.PIPE, text=True
-        )
-        for n in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    outputs = in_two_processes("run.train()", written)
     assert ["finished: 2 steps" in output for output in outputs] == [False, True]
     assert names(tmp_path) == ["chat-1", "chat-2"]
     run = tmp_path / "chat-2"

@@ -8,20 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import Loss, SFTTrainer
-from jaxtrain.trainer import step as pure
-from tests.runs import host, recipe, trainer
-
-
-def first_batch(run):
-    return run.layout.on_devices(next(run.data.train_batches(0, 1)))
-
-
-def gradients(run):
-    key = jax.random.key(0)
-    with jax.set_mesh(run.mesh):
-        return jax.jit(lambda p, b: pure.grads(run.step_spec, p, {}, b, key))(
-            run.state.params, first_batch(run)
-        )
+from tests.runs import first_batch, host, loss_and_gradients, recipe, trainer
 
 
 @pytest.mark.covers("gradient_accumulation_steps")
@@ -30,7 +17,7 @@ def test_accumulation_equals_one_larger_batch(tmp_path):
     cut = trainer(recipe(tmp_path, micro_batch_size=1, gradient_accumulation_steps=4))
     trained = np.asarray(first_batch(cut).loss_weights).sum((1, 2))
     assert len(set(trained)) == 4, "the microbatches must differ in trained tokens"
-    (a, grads_a), (b, grads_b) = gradients(whole), gradients(cut)
+    (a, grads_a), (b, grads_b) = loss_and_gradients(whole), loss_and_gradients(cut)
     assert float(a.weight) == float(b.weight)
     np.testing.assert_allclose(a.total, b.total, rtol=1e-6)
     grads_b = host(grads_b)
@@ -111,7 +98,7 @@ def test_a_loss_of_the_wrong_form_is_told_what_to_return(tmp_path, result, expec
 @pytest.mark.covers("max_grad_norm")
 def test_the_norm_is_of_the_mean_gradient_and_before_clipping(tmp_path):
     run = trainer(recipe(tmp_path, max_grad_norm=1e-3))
-    loss, grads = gradients(run)
+    loss, grads = loss_and_gradients(run)
     squares = sum(float((g.astype(np.float64) ** 2).sum()) for g in host(grads).values())
     _, metrics = run.step(copy.copy(run.state), first_batch(run))
     np.testing.assert_allclose(metrics["grad_norm"], squares**0.5 / float(loss.weight), rtol=1e-5)

@@ -1,5 +1,6 @@
 """An objective of two models, as a user writes it: a policy, a frozen reference, labels of pairs."""
 
+import json
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,8 +14,7 @@ from jaxtrain.data import DPODataFactory
 from jaxtrain.plan import plan
 from jaxtrain.recipe.errors import DataError
 from jaxtrain.recipe.resolve import get_config
-from tests.runs import host, losses, trainer
-from tests.trainer.test_pairs import pairs_recipe
+from tests.runs import assert_same, host, losses, recipe, trainer
 
 STEPS = 6
 
@@ -64,8 +64,16 @@ class TwoModelTrainer(SFTTrainer):
 
 
 def written(folder, **changes):
+    """A recipe over twenty pairs of replies."""
     keys = {"type": "two-models-of-test", "train_iters": STEPS, "optimizer": {"lr": 1e-3}}
-    return pairs_recipe(folder, 20, **keys, **changes)
+    made = recipe(folder, **keys, **changes)
+    rows = [
+        {"prompt": f"number {n}?", "chosen": "yes " * (n % 4 + 1), "rejected": "no " * (n % 3 + 1)}
+        for n in range(20)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"type": "jsonl", "path": str(folder / "rows.jsonl")}
+    return made | {"data": {"sources": [source], "max_length": 64, "num_proc": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,9 @@ def test_it_trains_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accumulat
     cut = {"micro_batch_size": rows, "gradient_accumulation_steps": accumulation}
     devices = int(np.prod(list(mesh.values()) or [1]))
     run = trainer(written(tmp_path, mesh=mesh, **cut), devices=devices, cls=TwoModelTrainer)
-    assert run.layout.global_batch == 16
+    assert run.layout.global_batch == 16 and run.data.steps_per_epoch == 3, "rows: two a pair"
+    (batch,) = run.data.train_batches(0, 1)
+    assert batch.tokens.shape[:2] == (accumulation, 16 // accumulation)
     found = losses(run, STEPS)
     assert found[0] == pytest.approx(np.log(2), abs=1e-5), "both models are the same at first"
     assert np.abs(np.array(found) - expected).max() < 1e-5
@@ -106,9 +116,7 @@ def test_it_resumes_with_its_reference(tmp_path):
     for end in (2, 0):
         run = trainer(written(tmp_path, exit_iteration=end, **changes), cls=TwoModelTrainer)
         run.train()
-    expected = host(whole.state)
-    for name, array in host(run.state).items():
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    assert_same(run.state, host(whole.state))
 
 
 def test_data_without_the_labels_that_its_class_declares_is_refused(tmp_path, monkeypatch):

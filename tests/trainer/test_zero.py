@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.trainer import step as pure
-from tests.runs import host, losses, recipe, trainer
+from tests.runs import assert_same, host, loss_and_gradients, losses, recipe, trainer
 
 STEPS = 20
 DATA = 4
@@ -38,13 +37,6 @@ def share(tree):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 2]
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return held / sum(leaf.nbytes for leaf in leaves)
-
-
-def gradients(run):
-    batch = run.layout.on_devices(next(run.data.train_batches(0, 1)))
-    one = jax.jit(lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))[1])
-    with jax.set_mesh(run.mesh):
-        return one(run.state.params, batch)
 
 
 def gathers_of_parameters(run):
@@ -84,7 +76,7 @@ def test_a_stage_changes_no_loss_and_holds_what_it_says(tmp_path, alone, mesh, s
         (sharded, sharded, sharded),
     )[stage]
     assert share(run.state.params) == share(run.state.opt_state) == kept
-    assert share(gradients(run)) == summed
+    assert share(loss_and_gradients(run)[1]) == summed
     as_computed = jax.device_put(run.state.params, run.step_spec.compute_shardings)
     assert share(as_computed) == computed
 
@@ -119,5 +111,4 @@ def test_a_checkpoint_restores_across_stages(tmp_path):
         again = written(stage)
         again.start()
         assert again.global_step == 2
-        for name, array in host(again.state).items():
-            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        assert_same(again.state, expected)
