@@ -93,7 +93,7 @@ def test_a_run_stops_early_and_is_finished(tmp_path):
 
 
 def test_a_metric_that_no_evaluation_gives_is_an_error():
-    with pytest.raises(RecipeError, match=r"early_stopping.metric: no evaluation gives 'eval/x'"):
+    with pytest.raises(RecipeError, match=r"early_stopping.metric: no evaluation has 'eval/x'"):
         evaluations_until_stop(stopping(metric="eval/x", mode="min"), [1.0], "eval/loss")
 
 
