@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
@@ -68,3 +69,10 @@ def test_prompts_are_the_lines_of_a_file_beside_the_recipe(tmp_path):
     )
     config = get_config(file)
     assert config.eval_samples is not None and config.eval_samples.prompts == ("Who?", "Why?")
+
+
+def test_the_dict_of_a_recipe_is_not_changed():
+    recipe = BASE | {"optimizer": {"lr": 1}}
+    before = yaml.safe_dump(recipe)
+    get_config(recipe, ["optimizer.weight_decay=0"])
+    assert yaml.safe_dump(recipe) == before
