@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from jaxtrain.trainer.loss import Loss as Loss
     from jaxtrain.trainer.norms import GradLogger as GradLogger
     from jaxtrain.trainer.norms import WeightNormLogger as WeightNormLogger
+    from jaxtrain.trainer.progress import TrainOutput as TrainOutput
     from jaxtrain.trainer.sft import SFTTrainer as SFTTrainer
     from jaxtrain.trainer.trainer import Trainer as Trainer
-    from jaxtrain.trainer.trainer import TrainOutput as TrainOutput
 
 # Tokenizers need no torch; without this, transformers tells everyone that it is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -74,7 +74,8 @@ _HOME = {
     "trainer.loss": "Loss",
     "trainer.norms": "GradLogger WeightNormLogger",
     "trainer.sft": "SFTTrainer",
-    "trainer.trainer": "Trainer TrainOutput",
+    "trainer.progress": "TrainOutput",
+    "trainer.trainer": "Trainer",
 }
 """Module → the public names that it holds, `=` before one that it holds under another name."""
 _PLACE = {

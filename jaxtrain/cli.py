@@ -107,7 +107,7 @@ def train(
 
     resolved = resolve(recipe, as_overrides(overrides))
     config = resolved.require_config()
-    for line in resolved.report.changes():
+    for line in resolved.report.unheeded():
         click.echo(line)
 
     from jaxtrain import registry
@@ -116,12 +116,14 @@ def train(
     # Compiled programs are kept in the user's cache; jax reads the setting when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
+    from jaxtrain.trainer.stop import handle_signals, raise_preempted
 
     if python_profile != "disable":
         print_profile(python_profile)
     with no_secret_told(config.secrets):
-        cls = registry.find("trainer", config.type)
-        trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
+        with handle_signals(raise_preempted):
+            cls = registry.find("trainer", config.type)
+            trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
         trainer.train()
 

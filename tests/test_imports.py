@@ -12,7 +12,7 @@ import jaxtrain
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
-    {"recipe", "registry", "hooks", "batch", "assets", "model_folder", "gguf_file"},
+    {"recipe", "registry", "hooks", "batch", "assets", "model_folder", "gguf_file", "files"},
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},

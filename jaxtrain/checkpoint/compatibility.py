@@ -28,6 +28,7 @@ def refuse_changes(
     """Dotted keys of the recipe that have changed; RecipeError for what the state does not fit,
     unless it is allowed by name or its part is reset."""
     before, now = saved["lineage"], json.loads(json.dumps(run.compatibility))
+    before = {"data.digest": now.get("data.digest"), **before}  # which older checkpoints leave out
     known = sorted({*before, *now})
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*run.allowed_changes, *freed)

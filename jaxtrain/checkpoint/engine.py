@@ -1,16 +1,17 @@
 """What every checkpoint engine does: decide when to save, where, and what to keep."""
 
 import json
-import os
-import shutil
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import jax
 
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.retention import ranked, retained
+from jaxtrain.files import discard, write_atomically
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.registry import Factory
@@ -85,7 +86,7 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             return False
         by_step = config.save_every_n_steps and step % config.save_every_n_steps == 0
         by_epoch = ended and config.save_every_n_epochs and ended % config.save_every_n_epochs == 0
-        periodic = (by_step or by_epoch) and step >= config.save_after_step
+        periodic = (by_step or by_epoch) and step >= max(config.save_after_step, 1)
         at_end = save_point.training_ended and config.save_end_of_training
         return bool(periodic or at_end or (save_point.requested and self.is_full_state))
 
@@ -116,8 +117,8 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         if not self.directory.is_dir():
             return []
         names = (entry.name for entry in self.directory.iterdir() if entry.is_dir())
-        numbers = (name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        found = (re.fullmatch(rf"{PREFIX}(0|[1-9][0-9]*)", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
         return self.directory / f"{PREFIX}{step}"
@@ -146,7 +147,11 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         file = self.directory / "scores.json"
         if not file.is_file():
             return {}
-        return {int(step): float(score) for step, score in json.loads(file.read_text()).items()}
+        try:
+            found = json.loads(file.read_text())
+            return {int(step): float(score) for step, score in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); remove it") from None
 
     def note_score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Remember what this step is worth; beside the checkpoints, so that it outlives a
@@ -158,9 +163,7 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         if jax.process_index() > 0:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / "scores.json.partial"
-        partial.write_text(json.dumps(scores))
-        os.replace(partial, self.directory / "scores.json")
+        write_atomically(self.directory / "scores.json", json.dumps(scores))
 
     def retained(self, steps: list[int]) -> set[int]:
         return retained(
@@ -180,8 +183,10 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             remove(self.path(step))
 
     def begin(self, step: int) -> None:
-        """Called when the run begins, with the step that it starts from."""
-        self.last_saved = step
+        """Called when the run begins, with the step that it starts from. What was due there and is
+        not on disk, because the process before was killed, is due again."""
+        was_loaded = self.restored.get("step") == step
+        self.last_saved = step if was_loaded or step in self.steps() else -1
         if jax.process_index() == 0:
             self.tidy(step)
 
@@ -191,13 +196,11 @@ class CheckpointEngine(Factory, kind="checkpoint"):
             if later > step:
                 remove(self.path(later))
         self.begin(step)
-        if step not in self.steps():
-            self.last_saved = -1
 
     def tidy(self, step: int) -> None:
         """What was left half done goes, and what another future scored is forgotten."""
         for left in self.directory.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            discard(left)
         if any(scored > step for scored in self.scores()):
             self._write_scores({s: score for s, score in self.scores().items() if s <= step})
 
@@ -220,7 +223,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def remove(folder: Path) -> None:
     """Under its name it is gone at once: a removal that is interrupted leaves no half folder."""
-    going = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(going, ignore_errors=True)
+    going = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.removed")
     folder.rename(going)
-    shutil.rmtree(going)
+    discard(going)

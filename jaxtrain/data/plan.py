@@ -3,6 +3,7 @@
 M microbatches of a step, B sequences of a microbatch over all shards, T tokens of a sequence.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,14 @@ class BatchPlan:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.packing.num_sequences * self.passes // self.shape.step_sequences)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content of every sequence, in the order of their numbers."""
+        found = hashlib.sha256(self.documents.index["digest"][self.packing.documents].tobytes())
+        for part in (self.packing.starts, self.packing.lengths, self.packing.offsets):
+            found.update(np.ascontiguousarray(part, np.int64).tobytes())
+        return found.hexdigest()[:16]
 
     def repeat(self, min_steps: int) -> "BatchPlan":
         """Returns the plan with as many passes per epoch as fill so many steps."""

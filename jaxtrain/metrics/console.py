@@ -1,4 +1,4 @@
-"""The output of a run: one live line on a terminal, plain lines elsewhere."""
+"""The output of a run: lines that stay and, on a terminal, a live one below them."""
 
 import time
 from collections.abc import Iterator
@@ -13,6 +13,9 @@ from jaxtrain.metrics.log import screen
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.secrets import hide_secrets
 
+REDRAW_S = 0.25
+BAR_WIDTH = 40
+
 
 class Console:
     """Writes to the terminal, if this process `prints`, and hides `secrets`."""
@@ -21,6 +24,7 @@ class Console:
         self._secrets = secrets or {}
         self._console = RichConsole(quiet=not prints, highlight=False, soft_wrap=True)
         self._live: Live | None = None
+        self._redraw_at = 0.0
 
     def header(self, facts: dict[str, str]) -> None:
         width = max(map(len, facts))
@@ -47,44 +51,56 @@ class Console:
                 yield
         else:
             yield
-        self.line(f"{name}: {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        self.line(f"{name}: {seconds:.1f} s" if seconds >= 0.05 else name)
 
     def progress(self, row: dict[str, Any], total: int) -> None:
-        """Shows a step, in place of the one before if the terminal can."""
-        text = Text(format_progress(row, total))
-        if not self._console.is_terminal:
-            self._console.print(text)
+        """Prints the metrics row of a step, fitted to the terminal."""
+        width = self._console.width if self._console.is_terminal else None
+        self._console.print(Text(format_progress(row, total, width)))
+
+    def tick(self, step: int, total: int, eta_s: float | None) -> None:
+        """Moves the bar, if this is a terminal; redraws it no more often than `REDRAW_S`."""
+        now = time.monotonic()
+        if not self._console.is_terminal or now < self._redraw_at:
             return
+        self._redraw_at = now + REDRAW_S
+        size = max(min(BAR_WIDTH, self._console.width - 30), 1)
+        done = int(size * step / max(total, 1))
+        eta = "" if eta_s is None else f"  ETA {format_duration(eta_s)}"
+        bar = Text.assemble(("━" * done, "green"), ("━" * (size - done), "dim"))
+        bar.append(f" {step:,}/{total:,}{eta}")
         if self._live is None:
-            self._live = Live(text, console=self._console, refresh_per_second=8)
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
-        done = int(24 * row["iter"] / max(total, 1))
-        bar = Text.assemble(("━" * done, "green"), ("━" * (24 - done), "dim"), " ")
-        self._live.update(Text.assemble(bar, text))
+        self._live.update(bar, refresh=True)
 
     def close(self) -> None:
-        """Stops the live line and leaves it on the screen."""
+        """Takes the bar off the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
-def format_progress(row: dict[str, Any], total: int) -> str:
-    parts = [
-        f"step {row['iter']}/{total}",
-        f"loss {row['loss']:.4f}",
-        f"grad norm {row['grad_norm']:.3g}",
-        f"lr {row['lr']:.2e}",
-    ]
+def format_progress(row: dict[str, Any], total: int, width: int | None = None) -> str:
+    """One line; in a narrow terminal without what matters least. The step, the loss and the ETA
+    stay."""
+    step = f"step {row['iter']}/{total}"
+    parts = [(0, step), (0, f"loss {row['loss']:.4f}"), (3, f"grad norm {row['grad_norm']:.3g}")]
+    parts.append((2, f"lr {row['lr']:.2e}"))
     if row.get("tokens_per_sec"):
-        parts.append(f"{row['tokens_per_sec']:,.0f} tokens/s")
-        parts.append(f"{row['trained_tokens_per_sec']:,.0f} trained/s")
-        parts.append(f"data wait {row['data_share']:.0%}")
+        parts.append((1, f"{row['tokens_per_sec']:,.0f} tokens/s"))
+        parts.append((5, f"{row['trained_tokens_per_sec']:,.0f} trained/s"))
+        parts.append((6, f"data wait {row['data_share']:.0%}"))
     if row.get("mfu") is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
+        parts.append((4, f"MFU {row['mfu']:.1%}"))
     if row.get("eta") is not None:
-        parts.append(f"ETA {format_duration(row['eta'])}")
-    return "  ".join(parts)
+        parts.append((0, f"ETA {format_duration(row['eta'])}"))
+    for rank in range(6, 0, -1):
+        if width is None or len("  ".join(text for _, text in parts)) <= width:
+            break
+        parts = [part for part in parts if part[0] != rank]
+    return "  ".join(text for _, text in parts)
 
 
 def format_duration(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """The log of a process: everything in a file, and warnings on the terminal."""
 
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.logger import LoggerConfig, is_among
@@ -23,6 +25,17 @@ class _SecretsFormatter(logging.Formatter):
         return hide_secrets(super().format(record), self.secrets)
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes to what `sys.stderr` is now: a live line puts itself in its place."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None: ...
+
+
 def open_log(
     folder: Path, logger: LoggerConfig, *, process: int, secrets: Secrets | None = None
 ) -> None:
@@ -36,7 +49,7 @@ def open_log(
         file = folder / "logs" / f"rank_{process}.log"
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     if is_among(process, logger.print_output_ranks):
-        terminal = logging.StreamHandler()
+        terminal = _Terminal()
         terminal.setLevel(level)
         terminal.addFilter(lambda record: record.name != screen.name)
         handlers.append(terminal)

@@ -94,8 +94,12 @@ class Meter:
             "packing_efficiency": metrics["tokens"] / places if places else None,
             "mfu": tflops * 1e12 / self.peak_flops if self.peak_flops else None,
             "mem_peak": peak_memory_bytes(),
-            "eta": steps_left * self._training_s / self._steps,
+            "eta": self.eta_s(steps_left),
         }
+
+    def eta_s(self, steps_left: int) -> float:
+        """Seconds that so many steps take, as long each as those of this process so far."""
+        return steps_left * self._training_s / max(self._steps, 1)
 
 
 def peak_memory_bytes() -> int | None:

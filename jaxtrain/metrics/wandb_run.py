@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.files import write_atomically
 from jaxtrain.metrics.writer import MetricsRow, select_numbers
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.logger import WandbConfig
@@ -32,7 +33,7 @@ class Wandb:
             config=recipe,
             settings=wandb.Settings(console="off"),  # the log of the run has what the screen shows
         )
-        id_file.write_text(run_id)
+        write_atomically(id_file, run_id)
 
     def write(self, row: MetricsRow) -> None:
         self.run.log(select_numbers(row), step=row["iter"])

@@ -2,9 +2,11 @@
 
 import json
 import math
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+from jaxtrain.files import write_atomically
 
 MetricsRow = dict[str, Any]
 """Name → value; `iter` is the step. Services receive only the numbers."""
@@ -32,9 +34,7 @@ class JsonLines:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             kept = [row for row in read_rows(file) if row.get("iter", 0) <= resumed_at > 0]
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(partial, file)
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))
         self._stream = file.open("a", encoding="utf-8")
 
     def write(self, row: MetricsRow) -> None:
@@ -49,13 +49,12 @@ class JsonLines:
 
 
 def read_rows(file: Path) -> list[MetricsRow]:
-    """Reads the rows of a metrics file, without a last line that a crash cut short."""
+    """Reads the rows of a metrics file, without lines that are none, as a crash leaves them."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 

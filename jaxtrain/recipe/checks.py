@@ -12,7 +12,7 @@ from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, s
 from jaxtrain.recipe.guards import EVAL_METRICS, metric_direction
 from jaxtrain.recipe.logger import LEVELS
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
-from jaxtrain.recipe.section import path_exists
+from jaxtrain.recipe.section import expand_user, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
@@ -85,6 +85,31 @@ def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
                 f"needs saves that fall on evaluations: save_every_n_steps {save} is no multiple "
                 f"of eval_interval {every}; use {nearest_multiples(save, every)}",
             )
+
+
+@_needs("checkpoint")
+def _folders_are_local(config: TrainerConfig) -> Iterator[Fault]:
+    profile, tensorboard = config.profile, config.tensorboard
+    written = {
+        "run_dir": config.run_dir,
+        "logger.output_dir": config.logger.output_dir,
+        "train_log_metrics_path": config.train_log_metrics_path,
+        "mem_profiler_dir": config.mem_profiler_dir,
+        "profile.dir": profile and profile.dir,
+        "tensorboard.dir": tensorboard.dir,
+        "data.cache_dir": config.data.cache_dir,
+    }
+    written |= {f"{key}.output_dir": entry.output_dir for key, entry in _entries(config)}
+    for key, path in written.items():
+        if path and "://" in str(path):
+            what = f"must be a local folder, found {show(path)}"
+            yield Fault(key, f"{what}; object stores are not supported yet")
+    for key, entry in _entries(config):
+        named = entry.output_dir.replace("{run_dir}", config.run_dir or "")
+        folder = str(expand_user(named).absolute())
+        if entry.type == "orbax" and (found := {*folder} & {*"[]*?"}):
+            what = f"Orbax cannot read back a folder with {' '.join(sorted(found))} in its path"
+            yield Fault(f"{key}.output_dir", f"{what}, found {show(folder)}")
 
 
 @_needs("checkpoint", "data", "early_stopping")

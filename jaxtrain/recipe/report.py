@@ -60,8 +60,11 @@ class Report(NamedTuple):
 
     def changes(self) -> list[str]:
         """The lines on every key that is not the same as upstream, and the notes."""
-        notes = [f"{'note':10} {note}" for note in self.notes]
-        return [*self.format("mapped"), *self.format("no effect"), *notes]
+        return [*self.format("mapped"), *self.unheeded()]
+
+    def unheeded(self) -> list[str]:
+        """The lines on the keys that have no effect, and the notes."""
+        return [*self.format("no effect"), *(f"{'note':10} {note}" for note in self.notes)]
 
 
 def join_keys(keys: Iterable[str]) -> str:

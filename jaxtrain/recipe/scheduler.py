@@ -145,7 +145,7 @@ class HFSchedulerConfig(SchedulerConfig):
 
 
 class WSDSchedulerConfig(SchedulerConfig):
-    """Linear warm-up, constant learning rate, linear decay."""
+    """Linear warm-up, constant learning rate, decay by a cosine."""
 
     num_warmup_steps: int = Field(ge=0)
     """Optimizer steps of warm-up."""

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the update number, made from the `scheduler` section."""
+"""Learning-rate schedules: functions of the step number, built from the `scheduler` section."""
 
 from jaxtrain.scheduler.factory import HFSchedulerFactory as HFSchedulerFactory
 from jaxtrain.scheduler.factory import Schedule as Schedule

@@ -20,7 +20,7 @@ class SchedulerFactory(Factory, kind="scheduler"):
     warmup_steps: int = 0
 
     def create_scheduler(self, optimizer: Any) -> Schedule:
-        """A function from the update number (from 0) to a share of the optimizer's own rate."""
+        """A function from the step (from 0) to a fraction of the peak learning rate."""
         raise NotImplementedError(
             f"{type(self).__qualname__} defines no create_scheduler(optimizer)"
         )
@@ -42,7 +42,7 @@ class HFSchedulerFactory(SchedulerFactory):
 
 
 class WSDSchedulerFactory(SchedulerFactory):
-    """Warm up, stay, decay linearly, with the lengths written out."""
+    """Warm up, stay, decay by a cosine, with the lengths written out."""
 
     name = "wsd"
     config: WSDSchedulerConfig
@@ -53,15 +53,17 @@ class WSDSchedulerFactory(SchedulerFactory):
         if stable < 0:
             raise RecipeError(
                 f"scheduler: num_warmup_steps {warmup} and num_decay_steps {decay} are longer than "
-                f"the run of {self.training_horizon} updates"
+                f"the run of {self.training_horizon} steps"
             )
-        return schedules.warmup_stable_decay(warmup, stable, decay, floor=self.config.min_lr_ratio)
+        return schedules.warmup_stable_decay(
+            warmup, stable, decay, floor=self.config.min_lr_ratio, decay_type="cosine"
+        )
 
 
 def hf_schedule(
     config: HFSchedulerConfig, *, horizon: int, warmup: int, peak_lr: float
 ) -> Schedule:
-    """The schedule of a recipe over `horizon` updates."""
+    """The schedule of a recipe over `horizon` steps."""
     shape, floor, span = config.shape, config.min_lr_ratio, (horizon, warmup)
     as_share = lambda rate: rate / peak_lr if peak_lr else 0.0
     if "min_lr_rate" in type(shape).model_fields:

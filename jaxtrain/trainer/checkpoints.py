@@ -1,6 +1,6 @@
 """The checkpoint engines of a run: which of them saves, and which a run resumes from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Checkpoints:
         """`view` is the trainer as engines of the user see it."""
         self._view, self._identify, self._say = view, identify, say
         self.engines = [self._build(entry) for entry in config.checkpoint]
+        self._by_folder: dict[str, CheckpointEngine] = {}
 
     def __iter__(self) -> Iterator[CheckpointEngine]:
         return iter(self.engines)
@@ -47,6 +48,12 @@ class Checkpoints:
         engine = registry.find("checkpoint", config.type)(config, trainer=self._view)
         engine.identify, engine.say = self._identify, self._say
         return engine
+
+    def due(self, step: int, scores: Mapping[str, float]) -> list[CheckpointEngine]:
+        """Those that are to save this step, which has these evaluation metrics."""
+        for engine in self.engines:
+            engine.note_score(step, scores)
+        return [e for e in self.engines if e.last_saved != step and e.do_checkpoint]
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
@@ -86,7 +93,10 @@ class Checkpoints:
     def engine_to_save(self, folder: Path | str | None) -> CheckpointEngine:
         """Of full state into `folder`, else where the recipe's first `orbax` entry saves."""
         if folder is not None:
-            return self._build(OrbaxConfig(type="orbax", output_dir=str(folder)))
+            name = str(Path(folder).absolute())
+            if name not in self._by_folder:
+                self._by_folder[name] = self._build(OrbaxConfig(type="orbax", output_dir=name))
+            return self._by_folder[name]
         if not self.full_state:
             raise RecipeError("checkpoint: no `orbax` entry says where to; name a folder")
         return self.full_state[0]

@@ -18,7 +18,8 @@ def evaluate_sets(
     unit: str,
     must_leave: Callable[[], bool],
 ) -> dict[str, float]:
-    """Metrics of every set and of all together; empty when `must_leave` says so in between."""
+    """Metrics of all sets together, and of each that has a name of its own; empty when `must_leave`
+    says so in between."""
     sums = {}
     for name, batches in sets.items():
         losses = []
@@ -28,15 +29,17 @@ def evaluate_sets(
                 return {}
         sums[name] = reduce(add_losses, losses)
     metrics = eval_metrics("eval", reduce(add_losses, sums.values()), unit)
-    for name, loss in sums.items() if len(sums) > 1 else ():
-        metrics |= eval_metrics(f"eval/{name}", loss, unit)
+    for name, loss in sums.items():
+        if name != "eval":
+            metrics |= eval_metrics(f"eval/{name}", loss, unit)
     return metrics
 
 
 def answer_prompts(
-    model: LanguageModel, params: PyTree, tokenizer: Any, config: SamplesConfig
+    model: LanguageModel, params: PyTree, tokenizer: Any, config: SamplesConfig, seed: int
 ) -> list[str]:
-    """The answer to each prompt, through the chat template, up to the end of the turn."""
+    """The answer to each prompt, through the chat template, up to the end of the turn; `seed` is
+    that of the random draws."""
     system = [{"role": "system", "content": config.system}] if config.system else []
     prompts = [
         tokenizer.apply_chat_template(
@@ -54,5 +57,6 @@ def answer_prompts(
         eos_ids=[token for token in (tokenizer.eos_token_id,) if token is not None],
         temperature=config.temperature,
         top_p=config.top_p,
+        seed=seed,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]

@@ -169,6 +169,15 @@ class NonFinite(Callback):
         metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
         return is_finite
 
+    def refuse_to_save(self, step: int, control: Control) -> None:
+        """Weights that are not finite, though the loss of the step was, are not kept."""
+        what = f"step {step} has made weights or moments that are not finite, though its loss was"
+        if self.policy != "rollback":
+            how = "lower the learning rate, or write on_nonfinite: rollback"
+            raise NonFiniteError(f"{what}; they are not saved; {how}")
+        log.warning(what)
+        control.should_roll_back = True
+
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 

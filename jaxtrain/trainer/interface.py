@@ -29,6 +29,7 @@ class Interface:
     """Reads the components of a trainer, and sets none."""
 
     config: TrainerConfig
+    mode: str
     layout: BatchLayout
     run: Run
     data: TrainingData
@@ -139,7 +140,8 @@ class Interface:
     @property
     def compatibility(self) -> dict[str, Any]:
         """What a checkpoint and a run that continues it must agree in."""
-        return compatibility(self.config, global_batch=self.layout.global_batch)
+        found = compatibility(self.config, global_batch=self.layout.global_batch)
+        return found | ({"data.digest": self.data.train.digest} if self.mode == "train" else {})
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -8,6 +8,14 @@ from jaxtrain.checkpoint.engine import SavePoint
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
+class TrainOutput(NamedTuple):
+    global_step: int
+    training_loss: float
+    """of the last step, in nats per trained token"""
+    metrics: dict[str, float]
+    """of the last evaluation; `train_runtime` in seconds, and what was done in it"""
+
+
 class Horizon(NamedTuple):
     """How far a run goes: numbers of its recipe and its data."""
 

@@ -83,12 +83,14 @@ class Report:
             self.write(row)
             self.console.progress(row, self.last_step)
             self.tell("on_log", logs=row)
+        steps_left = self.last_step - step
+        self.console.tick(step, self.last_step, self.meter.eta_s(steps_left) if steps_left else 0.0)
         if is_due(step, self.config.loss_log_interval):
             (screen if has_row else log).info(format_progress(row, self.last_step))
         if not finite or (math.isnan(values["loss"]) and values["trained_tokens"]):
             raise NonFiniteError(
                 f"step {step} is not finite: loss {values['loss']}, grad norm "
-                f"{values['grad_norm']}; the weights are still those of step {step - 1}"
+                f"{values['grad_norm']}; it has changed nothing"
             )
 
     def write(self, row: MetricsRow) -> None:

@@ -26,7 +26,12 @@ from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
-from jaxtrain.trainer.state import PyTree, TrainState, optimizer_shardings, with_shardings
+from jaxtrain.trainer.state import (
+    PyTree,
+    TrainState,
+    optimizer_shardings,
+    with_shardings,
+)
 from jaxtrain.trainer.step import Objective, StepSpec
 
 

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import CheckpointEngine
+from jaxtrain.files import LOCK, claim_folders, write_atomically
 from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
@@ -40,7 +42,7 @@ PACKAGES = (
 
 
 class RunFolder:
-    """Nothing is written before `open`, and only process 0 writes more than its own log and
+    """Nothing is written before `claim`, and only process 0 writes more than its own log and
     profiles."""
 
     def __init__(self, config: TrainerConfig):
@@ -61,8 +63,7 @@ class RunFolder:
         may_resume = any(engine.config.is_continued for engine in engines)
         for engine in engines:
             engine.refuse_foreign(may_resume=may_resume)
-        recipe = self.path / "recipe.yaml"
-        before = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+        before = self._read_recipe()
         if before is None and _holds_something(self.path):
             raise RecipeError(f"run_dir: {self.path} is not empty and holds no run; use another")
         if before is not None and not may_resume:
@@ -85,14 +86,39 @@ class RunFolder:
             check_login(self.config.wandb)
         self.is_new = before is None
 
+    def _read_recipe(self) -> dict[str, Any] | None:
+        """The recipe of the run that the folder holds."""
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            return None
+        try:
+            found = yaml.safe_load(file.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            found = error
+        if isinstance(found, dict):
+            return found
+        raise RecipeError(f"run_dir: {file} is damaged, which is no recipe; remove {self.path}")
+
+    def claim(
+        self,
+        engines: Collection[CheckpointEngine],
+        say: Callable[[str], None],
+        on_lost: Callable[[str], None],
+    ) -> AbstractContextManager[None]:
+        """Keep other processes out of every folder that the run writes; see `claim_folders`."""
+        folders = {"run_dir": self.path}
+        for index, engine in enumerate(engines):
+            if engine.config.enabled:
+                folders[f"checkpoint.{index}.output_dir"] = engine.directory
+        return claim_folders(folders if jax.process_index() == 0 else {}, say=say, on_lost=on_lost)
+
     def open(self, *, resumed_at: int) -> None:
-        """Make the folder and say in it what is run; rows after `resumed_at` are cut."""
+        """Say in the folder what is run; rows after `resumed_at` are cut."""
         logger, process = self.config.logger, jax.process_index()
         if process == 0:
-            self._claim()
-            (self.path / "run.json").write_text(
-                json.dumps(_circumstances(self.config.secrets), indent=2) + "\n"
-            )
+            self._write_recipe()
+            described = json.dumps(_circumstances(self.config.secrets), indent=2)
+            write_atomically(self.path / "run.json", f"{described}\n")
         folder = self.output(logger.output_dir, "")
         open_log(folder, logger, process=process, secrets=self.config.secrets)
         if process == 0:
@@ -100,12 +126,11 @@ class RunFolder:
         self.profiler = Profiler(self.config, started_at=resumed_at)
         self.writers.append(self.profiler)
 
-    def _claim(self) -> None:
-        """Write the recipe; RecipeError where another run did since this one looked."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def _write_recipe(self) -> None:
+        """RecipeError where another run has written one since this one looked."""
+        file, text = self.path / "recipe.yaml", to_yaml(self.config)
         try:
-            with (self.path / "recipe.yaml").open("x" if self.is_new else "w") as file:
-                file.write(to_yaml(self.config))
+            write_atomically(file, text, must_be_new=self.is_new)
         except FileExistsError:
             raise RecipeError(f"run_dir: another run has just begun in {self.path}") from None
 
@@ -187,7 +212,9 @@ def _inside(config: TrainerConfig, run_dir: str) -> TrainerConfig:
 
 
 def _holds_something(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+    if path.is_dir():
+        return any(not entry.name.startswith(LOCK) for entry in path.iterdir())
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _value_at(tree: Any, key: str) -> Any:

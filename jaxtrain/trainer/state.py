@@ -42,6 +42,17 @@ def apply_if(
     return moving._replace(frozen=state.frozen)
 
 
+def is_finite(state: TrainState) -> bool:
+    """Whether there is neither NaN nor infinity in it; waits for the device."""
+    return bool(_all_finite(state))
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(a).all() for a in floats]))
+
+
 def optimizer_shardings(
     mesh: Mesh, optimizer: optax.GradientTransformation, trained: PyTree, shardings: PyTree
 ) -> PyTree:

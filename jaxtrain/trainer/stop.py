@@ -3,14 +3,14 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from jaxtrain.recipe.errors import AbortedError, PreemptedError, UserError
+from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequests:
@@ -20,23 +20,18 @@ class StopRequests:
         self.file = file
         self.signal: signal.Signals | None = None
         """the newest that came"""
+        self.lost_folder = ""
+        """why this process may no longer write, if another one took its folder"""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals are noted instead of ending the process; outside the main thread nothing
-        changes. A second SIGINT is a KeyboardInterrupt."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        # One that is ignored, as SIGINT is in the background jobs of a script, stays ignored.
-        numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        """Signals are noted instead of ending the process. A second SIGINT is a
+        KeyboardInterrupt."""
         try:
-            yield
+            with handle_signals(self._note):
+                yield
         finally:
             self.signal = None  # an evaluation from here on is not in anyone's way
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self.signal == signal.SIGINT:
@@ -44,16 +39,48 @@ class StopRequests:
         self.signal = signal.Signals(number)
         # A print could meet another one half done; a write to the descriptor cannot.
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        os.write(2, f"\n{self.signal.name}: ending after this step{again}\n".encode())
+        clear = "\r\x1b[2K" if os.isatty(2) else "\n"  # the live line, which is drawn again
+        os.write(2, f"{clear}{self.signal.name}: ending after this step{again}\n".encode())
 
     def poll(self) -> str | None:
         """Why the run is to end, None while nothing asks; a stop file that is obeyed is removed."""
         if self.signal is not None:
             return self.signal.name
-        if self.file.exists():
+        if self.file.is_file():
             self.file.unlink(missing_ok=True)
             return f"the stop file {self.file}"
         return None
+
+    def note_lost_folder(self, reason: str) -> None:
+        self.lost_folder = reason
+
+    def clear_file(self) -> None:
+        """Remove the stop file of a run that ended before it was seen; RecipeError for a folder."""
+        if self.file.is_dir():
+            raise RecipeError(f"kill_switch_path: {self.file} is a folder; remove it")
+        self.file.unlink(missing_ok=True)
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Calls `handler` for the signals that end a run; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # One that is ignored, as SIGINT is in the background jobs of a script, stays ignored.
+    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
+
+def raise_preempted(number: int, frame: FrameType | None) -> None:
+    """A handler for the time before a run, when nothing has to be saved."""
+    name = signal.Signals(number).name
+    raise PreemptedError(f"{name}: ended before the first step; run it again")
 
 
 def preemption_error(name: str, step: int, *, has_full_state: bool, resumes: bool) -> UserError:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 
@@ -27,6 +27,7 @@ from jaxtrain.data.factory import (
     sequence_limit,
 )
 from jaxtrain.metrics.console import Console, format_duration
+from jaxtrain.metrics.log import log
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
 from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, MuonFactory, SGDFactory
@@ -48,22 +49,14 @@ from jaxtrain.trainer.guards import NonFinite, build_guards
 from jaxtrain.trainer.interface import Interface
 from jaxtrain.trainer.jit import Compiled
 from jaxtrain.trainer.loss import Loss
-from jaxtrain.trainer.progress import Horizon, Progress
+from jaxtrain.trainer.progress import Horizon, Progress, TrainOutput
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import build
 from jaxtrain.trainer.run_folder import RunFolder, fill_names
-from jaxtrain.trainer.state import PyTree, TrainState
+from jaxtrain.trainer.state import PyTree, TrainState, is_finite
 from jaxtrain.trainer.stop import StopRequests, preemption_error
 
 MAX_ROLLBACKS = 3  # of a process
-
-
-class TrainOutput(NamedTuple):
-    global_step: int
-    training_loss: float
-    """of the last step, in nats per trained token"""
-    metrics: dict[str, float]
-    """of the last evaluation; `train_runtime` in seconds, and what was done in it"""
 
 
 class Trainer(Interface, registry.Registered, kind="trainer"):
@@ -118,7 +111,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         ranks = config.logger.print_output_ranks
         self.console = Console(prints=is_among(jax.process_index(), ranks), secrets=config.secrets)
         self._state: TrainState | None = None
-        self._has_begun = False
+        self._has_begun = self._is_stepping = False
 
         view = registry.TrainerView(self)
         devices = given.get("devices") or jax.devices()
@@ -227,19 +220,22 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self._has_begun = True
         if self.mode != "train":
             raise RecipeError(f"mode {self.mode!r} does not train; make a trainer without it")
-        began = time.perf_counter()
-        self.run_folder.refuse_foreign(self.checkpoints.engines)
-        if self.config.kill_switch_path is None:
-            self.stop.file.unlink(missing_ok=True)  # of a run that ended before it was seen
-        self.tell("on_init_end")
-        with self.stop.listening():
+        began, engines = time.perf_counter(), self.checkpoints.engines
+        self.run_folder.refuse_foreign(engines)
+        claim = self.run_folder.claim(engines, self.console.line, self.stop.note_lost_folder)
+        with self.stop.listening(), claim:
+            if self.config.kill_switch_path is None:
+                self.stop.clear_file()
+            self.tell("on_init_end")
             self.start()
             self.progress.first_step = self.progress.step
             seen = dict(self.report.meter.seen)
+            for engine in engines:
+                engine.begin(self.progress.step)
             how = "already finished"
-            if not self.training_finished:
-                self._run()
+            if not self.training_finished or self.checkpoints.due(self.progress.step, {}):
                 how = "finished"
+                self._run()
                 if self.progress.is_stopping:
                     how = f"ended early, {self.progress.stop_reason}"
         runtime = time.perf_counter() - began
@@ -255,19 +251,20 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         try:
             self.run_folder.open(resumed_at=progress.step)
             self.report.last_step = self.last_step
-            for engine in self.checkpoints:
-                engine.begin(progress.step)
             self.console.header(self.header)
             self.tell("on_train_begin")
             if self.evaluation_is_due:  # before the first step, or where a signal cut it short
                 self.evaluate()
-                self.checkpoint()
+            self.checkpoint()  # what was due at this step when the process before ended
             progress.is_stopping = self.need_early_exit()
+            self._is_stepping = True
             for _ in self.epochs:
                 self.epoch()
+            self._is_stepping = False
             self.report.flush()
             self.tell("on_train_end")
         finally:
+            self._is_stepping = False
             self.close()
         if progress.is_preempted(self.horizon):
             raise preemption_error(
@@ -287,14 +284,13 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             if self.nonfinite.accepts(metrics, self.control):
                 self._count_step(metrics)
             self.tell("on_step_end")
+            self.progress.is_stopping |= self.need_early_exit()
             self._obey_requests()
-            if self.evaluation_is_due:
-                self.evaluate()
-                self._obey_requests()
-            self.checkpoint()
             if self.training_finished or self.epoch_finished:
                 break
         self.tell("on_epoch_end")
+        self.control.should_epoch_stop = False  # it has ended
+        self._obey_requests()
 
     def _count_step(self, metrics: pure.Metrics) -> None:
         """Count the step that was just dispatched."""
@@ -308,15 +304,29 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.tell("on_optimizer_step")
 
     def _obey_requests(self) -> None:
-        """Do what is requested after this step, but for evaluations and saves."""
+        """Do what is due or requested after this step."""
+        self._obey_control()
+        if self.evaluation_is_due:
+            self.evaluate()
+            self._obey_control()
+        self.checkpoint()
+
+    def _obey_control(self) -> None:
+        """Do what is requested, but for evaluations and saves."""
         control, progress = self.control, self.progress
         if control.should_abort_without_save:
             raise AbortedError(
                 f"a callback ended the run at step {progress.step}; nothing was saved of it"
             )
+        if lost := self.stop.lost_folder:
+            raise AbortedError(f"ended at step {progress.step}: {lost}")
         if control.consume("should_epoch_stop"):
             progress.skip_epoch(self.horizon)
-        progress.is_stopping |= self.need_early_exit()
+        if control.should_training_stop:
+            self.request_stop("a callback asked to")
+            progress.is_stopping = True
+        if not self.data.evals and control.consume("should_evaluate"):
+            log.warning("a callback asked for an evaluation, and there is no evaluation data")
         if control.consume("should_log"):
             self.report.flush(requested=True)
         is_due = self.evaluation_is_due or any(e.do_checkpoint for e in self.checkpoints)
@@ -332,8 +342,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self.control.should_save = True
             self.progress.signal = self.stop.signal.name if self.stop.signal else None
             self.request_stop(reason)
-        elif self.control.should_training_stop:
-            self.request_stop("a callback asked to")
         return self.control.should_training_stop
 
     def request_stop(self, reason: str = "asked to") -> None:
@@ -384,21 +392,24 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             return
         with report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
             params = self.run.average.eval_params(self.state)
-            answers = answer_prompts(self.run.model, params, self.tokenizer, config)
+            seed = self.config.seed + self.progress.step
+            answers = answer_prompts(self.run.model, params, self.tokenizer, config, seed)
         report.samples(self.progress.step, config.prompts, answers)
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this step."""
         step = self.progress.step
-        for engine in self.checkpoints:
-            engine.note_score(step, self.progress.eval_metrics)
-            if engine.do_checkpoint:
-                path = engine.path(step)
-                with self.report.phase(f"saving {path}", key="save_time"):
-                    engine.save(self.snapshot)
-                engine.last_saved = step
-                where = {"path": path, "step": step, "epoch": self.epochs_done}
-                self.tell("on_save", engine=engine.name, **where)
+        due = self.checkpoints.due(step, self.progress.eval_metrics)
+        if due and not is_finite(self.state):
+            self.nonfinite.refuse_to_save(step, self.control)
+            return self._obey_control()
+        for engine in due:
+            path = engine.path(step)
+            with self.report.phase(f"saving {path}", key="save_time"):
+                engine.save(self.snapshot)
+            engine.last_saved = step
+            where = {"path": path, "step": step, "epoch": self.epochs_done}
+            self.tell("on_save", engine=engine.name, **where)
         self.control.should_save = False
 
     def close(self) -> None:
@@ -471,8 +482,10 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             return
         if engine is not None:
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
-        with self.console.phase("reading the weights"):
-            self._state = self.run.first_state(self.run.first_params(self.given.get("model")))
+        given = self.given.get("model")
+        how = "initializing" if self.config.model.from_scratch else "reading"
+        with self.console.phase(f"{'copying' if given is not None else how} the weights"):
+            self._state = self.run.first_state(self.run.first_params(given))
 
     def restore(self, engine: CheckpointEngine) -> None:
         """Take over the checkpoint that the engine loads, but for the parts that the recipe
@@ -531,7 +544,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
     def load_checkpoint(self, path: Path | str | int | None = None) -> None:
         """Resume from a checkpoint: the folder `path`, or this step of the recipe's first `orbax`
-        entry, or its newest one."""
+        entry, or its newest one. RuntimeError while a run is stepping."""
+        if self._is_stepping:
+            raise RuntimeError("load_checkpoint: the run is stepping; set control.should_roll_back")
         self.restore(self.checkpoints.engine_to_load(path))
 
     def load_best_model(self) -> None:

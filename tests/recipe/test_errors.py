@@ -408,6 +408,21 @@ ACROSS = {
         {"pipeline": {"stages_per_device": 2}},
         "pipeline.stages_per_device: 2 needs schedule: interleaved, found gpipe",
     ),
+    "a store": (
+        {"run_dir": "gs://bucket/run"},
+        "run_dir: must be a local folder, found 'gs://bucket/run'; object stores are not supported "
+        "yet",
+    ),
+    "a store for checkpoints": (
+        {"checkpoint": {"type": "huggingface", "output_dir": "s3://bucket/out"}},
+        "checkpoint.0.output_dir: must be a local folder, found 's3://bucket/out'; object stores are "
+        "not supported yet",
+    ),
+    "a folder that Orbax globs": (
+        {"run_dir": "/runs/a[1]", "checkpoint": {"output_dir": "{run_dir}/state"}},
+        "checkpoint.0.output_dir: Orbax cannot read back a folder with [ ] in its path, found "
+        "'/runs/a[1]/state'",
+    ),
     "two open axes": ({"mesh": {"data": -1, "fsdp": -1}}, "mesh: only one axis may be -1"),
     "long warm-up": (
         {"train_iters": 10, "scheduler": {"warmup_steps": 11}},

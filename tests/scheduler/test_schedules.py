@@ -5,8 +5,8 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.recipe.scheduler import SHAPES, HFSchedulerConfig
-from jaxtrain.scheduler.factory import hf_schedule
+from jaxtrain.recipe.scheduler import SHAPES, HFSchedulerConfig, WSDSchedulerConfig
+from jaxtrain.scheduler.factory import WSDSchedulerFactory, hf_schedule
 
 HORIZON, WARMUP, PEAK = 20, 4, 1e-2
 
@@ -93,6 +93,19 @@ def test_the_warmup_of_stable_decay_has_a_shape(kind):
 def test_a_floor_is_where_the_rate_ends(name):
     rates = schedule(name, {}, warmup_steps=0, min_lr_ratio=0.5)
     assert 0.5 < rates[-1] < 0.55 and rates[0] == 1.0
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_wsd_decays_by_a_cosine_as_upstream(floor):
+    config = WSDSchedulerConfig(num_warmup_steps=4, num_decay_steps=6, min_lr_ratio=floor)
+    factory = WSDSchedulerFactory(config)
+    factory.training_horizon = HORIZON
+    rate = factory.create_scheduler(None)
+    want = [
+        ramp(u) if u < 4 else 1.0 if u < 14 else half_wave((u - 14) / 6) for u in range(HORIZON)
+    ]
+    found = [float(rate(jnp.int32(u))) for u in range(HORIZON)]
+    assert found == pytest.approx([floor + (1 - floor) * scale for scale in want], abs=1e-6)
 
 
 def test_no_name_is_left_out():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain import Callback, SFTTrainer
+from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import CheckpointError
 from jaxtrain.trainer.callbacks import EVENTS
 from tests.runs import assert_same, host, losses, metrics_of, recipe, trainer
@@ -158,3 +159,45 @@ def test_traced_callbacks_change_loss_and_gradients(tmp_path):
     before = host(run.state.params)
     assert losses(run, 1)[0] == pytest.approx(2 * plain[0])
     assert_same(run.state.params, before)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    ["should_training_stop", "should_save", "should_evaluate", "should_log", "should_epoch_stop"],
+)
+def test_a_request_at_the_end_of_an_epoch_is_for_the_step_before_it(tmp_path, request_):
+    class Ask(Callback):
+        def on_epoch_end(self, args, state, control):
+            if state.epoch == 1:
+                setattr(control, request_, True)
+
+    written = recipe(
+        tmp_path, rows=40, train_iters=0, epochs=3, eval_interval=1000, eval_at_end=False,
+        train_log_iter_interval=1000, micro_batch_size=4, data={"train_eval_split": [0.8, 0.2]},
+    )  # fmt: skip
+    run = trainer(written | {"checkpoint": {"output_dir": str(tmp_path / "s")}})
+    of_epoch = run.data.steps_per_epoch
+    assert of_epoch > 1
+    run.add_callback(Ask)
+    run.train()
+    rows = read_rows(tmp_path / "run" / "train-log-metrics.jsonl")
+    found = {
+        "should_training_stop": run.global_step,
+        "should_save": run.checkpoint_engines[0].latest(),
+        "should_evaluate": next((row["iter"] for row in rows if "eval/loss" in row), None),
+        "should_log": next((r["iter"] for r in rows if "lr" in r and r["iter"] > 1), None),
+    }
+    before = {"should_training_stop": 3 * of_epoch} | dict.fromkeys([*found][1:])
+    assert found == before | ({request_: of_epoch} if request_ in found else {})
+
+
+def test_an_evaluation_without_data_is_a_warning(tmp_path):
+    class Ask(Callback):
+        def on_step_end(self, args, state, control):
+            control.should_evaluate = True
+
+    run = trainer(recipe(tmp_path, train_iters=2))
+    run.add_callback(Ask)
+    assert run.train().global_step == 2
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert log.count("asked for an evaluation, and there is no evaluation data") == 2

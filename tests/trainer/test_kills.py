@@ -1,0 +1,142 @@
+"""A run that is killed, or ended by a signal, at any moment is continued by the same command, to the
+same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import environment, recipe
+
+KILLS = int(os.environ.get("JAXTRAIN_TEST_KILLS", "100"))
+STEPS, STATE_EVERY, EXPORT_EVERY = 8, 2, 4
+EXPORTS = ["global_step_4", "global_step_8"]
+STRIKE = """
+import importlib, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+where, number = sys.argv.pop(1), int(sys.argv.pop(1))
+module, name, method = where.split(":")
+owner = getattr(importlib.import_module(module), name)
+original = getattr(owner, method)
+
+def struck(*args, **named):
+    setattr(owner, method, original)
+    os.kill(os.getpid(), number)
+    return original(*args, **named)
+
+setattr(owner, method, struck)
+from jaxtrain.cli import main
+main()
+"""
+"""Runs jaxtrain, and sends itself a signal where a method is first called."""
+PLACES = {
+    "preparing": "jaxtrain.data.factory:DataFactory:process",
+    "reading weights": "jaxtrain.trainer.run:Run:first_params",
+    "compiling": "jaxtrain.trainer.jit:Compiled:_jit",
+    "stepping": "jaxtrain.trainer.trainer:Trainer:_count_step",
+    "evaluating": "jaxtrain.trainer.trainer:Trainer:evaluate",
+    "saving": "jaxtrain.checkpoint.orbax:OrbaxEngine:save",
+    "exporting": "jaxtrain.trainer.run:Run:export",
+}
+
+
+def write_recipe(folder: Path) -> Path:
+    entries = [
+        {"output_dir": str(folder / "state"), "save_every_n_steps": STATE_EVERY,
+         "auto_resume": True, "keep_last_n": 2},
+        {"type": "huggingface", "output_dir": str(folder / "exports"),
+         "save_every_n_steps": EXPORT_EVERY},
+    ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    written = recipe(
+        folder, train_iters=STEPS, rows=30, eval_interval=4, data={"train_eval_split": [0.8, 0.2]}
+    )
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(written | {"checkpoint": entries}))
+    return file
+
+
+def start(file: Path, *command: str) -> subprocess.Popen:
+    command = command or ("-m", "jaxtrain")
+    pipe = subprocess.PIPE
+    own = environment(
+        PYTHONPATH=str(Path(__file__).parents[2]), JAXTRAIN_CACHE=str(file.parent.parent / "cache")
+    )
+    return subprocess.Popen(
+        [sys.executable, *command, str(file)], env=own, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(file: Path) -> str:
+    process = start(file)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def ends_of(folder: Path) -> dict[str, bytes]:
+    """The exports of a run, and nothing half done beside them."""
+    names = [*(folder / "exports").iterdir(), *(folder / "state").iterdir()]
+    assert not [path for path in names if path.name.startswith(".")], names
+    assert sorted(path.name for path in (folder / "exports").glob("global*")) == EXPORTS
+    return {
+        name: (folder / "exports" / name / "model.safetensors").read_bytes() for name in EXPORTS
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills") / "unbroken"
+    file = write_recipe(folder)
+    finish(file)  # fills the caches
+    began = time.perf_counter()
+    again = write_recipe(folder.parent / "timed")
+    finish(again)
+    return folder, ends_of(folder), time.perf_counter() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(KILLS))
+def test_a_kill_at_a_random_moment_loses_nothing(unbroken, index):
+    folder, expected, seconds = unbroken
+    file = write_recipe(folder.parent / f"killed-{index}")
+    process = start(file)
+    time.sleep(random.Random(index).uniform(0, seconds))
+    process.kill()
+    process.communicate()
+    finish(file)
+    assert ends_of(file.parent) == expected
+
+
+QUICK = {("stepping", signal.SIGHUP), ("preparing", signal.SIGTERM)}
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        pytest.param(place, number, marks=[] if (place, number) in QUICK else pytest.mark.slow)
+        for place in PLACES
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
+)
+def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, place, number):
+    folder, expected, _ = unbroken
+    file = write_recipe(folder.parent / f"{place}-{number.name}")
+    if place == "preparing":  # what the cache has is not prepared
+        text = file.read_text().replace("max_length: 128", "max_length: 128\n  cache_dir: own")
+        file.write_text(text.replace("cache_dir: own", f"cache_dir: {file.parent / 'own'}"))
+    process = start(file, "-c", STRIKE, PLACES[place], str(int(number)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err[-3000:]
+    said = err.splitlines()[-1]
+    assert said.startswith(f"{number.name}: ended ") and "Traceback" not in err
+    assert "before the first step" in said or "its full state is saved" in said
+    finish(file)
+    assert ends_of(file.parent) == expected
