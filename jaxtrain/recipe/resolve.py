@@ -91,9 +91,18 @@ def resolve(
     ]
     trainer = resolver.find_trainer()
     config = resolver.build_config(trainer) if trainer else None
+    unread = tuple(f"{fault.key}." for fault in recipe.faults if fault.key)
+    is_caused = lambda fault: (
+        fault not in recipe.faults
+        and (
+            f"{fault.key}.".startswith(unread)
+            or (fault.what == "is required" and any(key.startswith(fault.key) for key in unread))
+        )
+    )
     faults = tuple(
         fault._replace(what=hide_secrets(fault.what, recipe.secrets, recipe.key(fault.key)))
         for fault in dict.fromkeys(resolver.faults)
+        if not is_caused(fault)  # by a value that could not be read, which has a fault itself
     )
     notes = [hide_secrets(note, recipe.secrets) for note in resolver.notes]
     if trainer is None:  # it decides which other keys there are
@@ -182,12 +191,14 @@ class _Resolver:
         """The typed section, or an unvalidated stand-in where its faults leave none."""
         self.classes[key] = TypedSection
         typed, written = None, value.get("type") if isinstance(value, dict) else None
-        name = registry.canonical(kind, str(written or default))
+        name = registry.canonical(kind, default if written is None else str(written))
         if value is None and kind in ("model", "data"):
             self.add_fault(key, "is required")
         elif not isinstance(value, dict):
             form = "a name, a path or a map" if kind == "data_source" else "a map of keys"
             self.add_fault(key, f"must be {form}, found {show(value)}")
+        elif not isinstance(written, str | None):
+            self.add_fault((*key, "type"), f"must be a name, found {show(written)}")
         elif name not in registry.names(kind):
             self.add_fault((*key, "type"), registry.unknown(kind, name, [*allowed]))
         elif name not in allowed and self.tree.get("skip_validation") is not True:
@@ -242,7 +253,7 @@ class _Resolver:
                     continue  # as the faulty key may be to blame
                 self.add_fault((*key, *loc), what)
             found += faults
-            value = _without(value, {loc for loc, _ in found})
+            value = _without(value, {_find_droppable(loc, what) for loc, what in found})
         return None
 
     def resolve_shared_keys(self, config: TrainerConfig) -> TrainerConfig:
@@ -272,6 +283,12 @@ class _Resolver:
 
     def add_fault(self, key: Key, what: str) -> None:
         self.faults.append(Fault(join_key(key), what, self.recipe.place(key)))
+
+
+def _find_droppable(loc: Key, what: str) -> Key:
+    """What to leave out because of a fault: the section that lacks a key, else the faulty value."""
+    names = [n for n, part in enumerate(loc) if not isinstance(part, int)]
+    return loc[: names[-2] + 1] if what == "is required" and len(names) > 1 else loc
 
 
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:

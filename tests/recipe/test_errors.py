@@ -90,6 +90,15 @@ KEYS = {
         {"tokenizer": {"type": "own"}},
         "tokenizer.type: unknown tokenizer type 'own' (known: huggingface)",
     ),
+    "off for a type": (
+        {"optimizer": {"type": False}},
+        "optimizer.type: must be a name, found false",
+    ),
+    "zero for a type": ({"scheduler": {"type": 0}}, "scheduler.type: must be a name, found 0"),
+    "nothing for a type": (
+        {"model": {"type": "", "name_or_path": "m"}},
+        "model.type: unknown model type '' (known: huggingface, liger)",
+    ),
     "boolean for text": (
         model(name_or_path=True),
         "model.name_or_path: must be text; YAML reads yes, no, on and off as booleans: add quotes",
@@ -564,6 +573,14 @@ def test_the_exact_line(case, monkeypatch):
 )
 def test_what_is_off_is_no_fault(amount):
     assert get_config(BASE | {"deepspeed": amount})
+
+
+def test_a_section_without_keys_is_as_one_that_is_left_out():
+    empty = dict.fromkeys(
+        ("optimizer", "scheduler", "tokenizer", "checkpoint", "mesh", "pipeline", "wandb", "logger",
+         "tensorboard", "deepspeed", "ema", "profile")
+    )  # fmt: skip
+    assert get_config(BASE | empty) == get_config(BASE)
 
 
 def test_a_used_stop_file_is_stale(tmp_path):
