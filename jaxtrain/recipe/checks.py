@@ -16,13 +16,17 @@ from jaxtrain.recipe.section import path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
+TRAIN_METRICS = ("loss", "grad_norm", "token_accuracy", "z_loss")
+"""Metrics of the steps of a built-in trainer."""
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 """(keys that must be valid for the check to run, check)"""
+MACHINE_CHECKS: list[tuple[tuple[str, ...], Check]] = []
+"""Those of files and packages that a run needs here; an export of its checkpoint does not."""
 
 
-def _needs(*keys: str) -> Callable[[Check], None]:
-    return lambda check: CHECKS.append((keys, check))
+def _needs(*keys: str, checks: list[Any] = CHECKS) -> Callable[[Check], None]:
+    return lambda check: checks.append((keys, check))
 
 
 def _entries(config: TrainerConfig) -> list[tuple[str, CheckpointConfig]]:
@@ -32,13 +36,14 @@ def _entries(config: TrainerConfig) -> list[tuple[str, CheckpointConfig]]:
 
 @_needs("data", "eval_interval", "eval_at_start", "eval_at_end")
 def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
-    other = config.eval_at_start or config.eval_at_end is not None or config.eval_every_n_epochs
+    other = config.eval_at_start or config.eval_at_end is not False or config.eval_every_n_epochs
     keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
     keys += ("early_stopping",)
     if not config.data.has_eval:
         yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
     elif not config.eval_interval and not other:
-        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
+        what = "must be > 0 with evaluation data and eval_at_end: false, found 0"
+        yield Fault("eval_interval", what)
 
 
 @_needs("checkpoint")
@@ -55,7 +60,7 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{key}.output_dir", what)
 
 
-@_needs("checkpoint")
+@_needs("checkpoint", checks=MACHINE_CHECKS)
 def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
     for key, entry in _entries(config):
         start = entry.start
@@ -116,7 +121,7 @@ def find_lost_work(config: TrainerConfig) -> Iterator[str]:
             )
 
 
-@_needs("checkpoint", "data", "early_stopping")
+@_needs("checkpoint", "data", "early_stopping", "divergence")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):
         return  # a user's trainer has its own metrics
@@ -129,6 +134,13 @@ def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     for key, metric in used:
         if metric not in known:
             yield Fault(f"{key}.metric", f"must be one of {', '.join(known)}, found {metric!r}")
+    if (divergence := config.divergence) is None:
+        return
+    known = [*TRAIN_METRICS, *(known if config.data.has_eval else ())]
+    is_own = "/" in divergence.metric and not divergence.metric.startswith("eval/")  # of a callback
+    if divergence.metric not in known and not is_own:
+        what = f"must be one of {', '.join(known)}, found {divergence.metric!r}"
+        yield Fault("divergence.metric", what)
 
 
 @_needs("early_stopping")
@@ -170,7 +182,7 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {show(getattr(source, key))})")
 
 
-@_needs("data", "tensorboard", "wandb")
+@_needs("data", "tensorboard", "wandb", checks=MACHINE_CHECKS)
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
     for place, source in config.data.iter_sources():
         if source.PACKAGE and not _is_installed(source.PACKAGE):
@@ -245,7 +257,7 @@ def _dtypes_agree(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"deepspeed.{key}.enabled", f"{what}; write model.dtype and remove it")
 
 
-@_needs("kill_switch_path")
+@_needs("kill_switch_path", checks=MACHINE_CHECKS)
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
     if config.kill_switch_path and path_exists(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")

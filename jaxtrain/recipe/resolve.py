@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from jaxtrain import registry
-from jaxtrain.recipe.checks import CHECKS, find_lost_work
+from jaxtrain.recipe.checks import CHECKS, MACHINE_CHECKS, find_lost_work
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, source_from_text
@@ -25,6 +25,7 @@ from jaxtrain.recipe.report import (
 )
 from jaxtrain.recipe.secrets import find_secrets, hide_secrets
 from jaxtrain.recipe.section import TypedSection, find_values, path_exists
+from jaxtrain.recipe.strangers import ELSEWHERE
 from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
@@ -69,21 +70,28 @@ class Resolved(NamedTuple):
         return RecipeError(self.faults, recipe=self.recipe.file)
 
 
-def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
+def get_config(
+    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, runs_here: bool = True
+) -> TrainerConfig:
     """The checked config of a recipe file or dict. Runs its `code:`, opens no device and writes
-    nothing; RecipeError lists every fault."""
-    return resolve(source, overrides).require_config()
+    nothing; RecipeError lists every fault, among them files and packages that this machine lacks
+    unless the recipe only describes what ran elsewhere."""
+    return resolve(source, overrides, runs_here=runs_here).require_config()
 
 
 def resolve(
-    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
+    source: Path | str | dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    only_data: bool = False,
+    runs_here: bool = True,
 ) -> Resolved:
     """As `get_config`, but returns faults, with a report; RecipeError only for a recipe that cannot
     be read. With `only_data`, for commands that do not train, what only a run lacks is a note."""
     recipe = compose(source, overrides)
     private = {k: v for k, v in find_secrets(recipe.tree).items() if k not in recipe.secrets}
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
-    resolver = _Resolver(recipe, only_data)
+    resolver = _Resolver(recipe, only_data, runs_here)
     resolver.notes += [
         f"{join_key(key)}: neither shown nor saved; write {secret.written}, "
         "and the saved recipe runs"
@@ -130,8 +138,9 @@ def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
 class _Resolver:
     """Validates section by section and collects the faults."""
 
-    def __init__(self, recipe: Recipe, only_data: bool = False):
+    def __init__(self, recipe: Recipe, only_data: bool = False, runs_here: bool = True):
         self.recipe = recipe
+        self.checks = [*CHECKS, *(MACHINE_CHECKS if runs_here else ())]
         self.only_data = only_data
         self.tree = dict(recipe.tree)
         self.faults = [*recipe.faults]
@@ -230,6 +239,8 @@ class _Resolver:
         for i, item in enumerate([written] if isinstance(written, str) else written):
             if isinstance(item, str):
                 item = source_from_text(item, registered=known, default=default)
+            elif isinstance(item, dict) and "path" in item and "type" not in item:
+                item = {"type": "local", **item}
             with_split = {"split": split, **item} if isinstance(item, dict) else item
             sources.append(read(with_split, (*key, i)))
         return sources
@@ -265,7 +276,7 @@ class _Resolver:
             self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
         carried = carry_over(config, keys)
         found = list(carried.faults)
-        for needs, check in CHECKS:
+        for needs, check in self.checks:
             if not faulty & set(needs):
                 found += check(carried.config)
         if not (faulty or found or self.only_data):
@@ -304,6 +315,8 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
 
 def explain_owner(kind: str, name: str, key: str) -> str:
     """Where a key belongs that a section of this type does not have."""
+    if (ours := ELSEWHERE.get(key)) and kind == "trainer":
+        return f"; write `{ours}`"
     types = [n for n in registry.BUILT_IN[kind] if key in list_type_keys(kind, n)]
     if types:
         return f"; it belongs to type {' and '.join(types)}, not {name}"

@@ -35,6 +35,7 @@ from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import AbortedError, NonFiniteError, RecipeError, pluralize
 from jaxtrain.recipe.logger import is_among
+from jaxtrain.recipe.secrets import hide_secrets
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import HFSchedulerFactory, WSDSchedulerFactory
 from jaxtrain.tokenizer import HFTokenizerFactory
@@ -385,7 +386,11 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         with report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
             params = self.run.average.eval_params(self.state)
             answers = answer_prompts(self.run.model, params, self.tokenizer, config)
-        report.samples(self.progress.step, config.prompts, answers)
+        prompts, answers = (
+            [hide_secrets(text, self.config.secrets) for text in texts]
+            for texts in (config.prompts, answers)
+        )
+        report.samples(self.progress.step, prompts, answers)
 
     def checkpoint(self) -> None:
         """Save with every engine that is due after this step."""

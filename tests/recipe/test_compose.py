@@ -276,3 +276,24 @@ def test_a_path_in_two_places_is_noted(tmp_path, monkeypatch):
     assert resolved.require_config().tokenizer.chat_template == str(beside)
     note = f"chat_template: {beside} is used, not {tmp_path / 'words.jinja'}"
     assert note in resolved.report.notes
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        (
+            {"type": "jsonl", "path": "s3://ann:hunter22@host/a.jsonl"},
+            "s3://ann:${env:PASSWORD}@host",
+        ),
+        (
+            {"name_or_path": "a/b", "kwargs": {"headers": {"Authorization": "Bearer hunter22"}}},
+            "Authorization: ${env:AUTHORIZATION}",
+        ),
+    ],
+)
+def test_passwords_in_urls_and_headers_are_neither_shown_nor_saved(source, written):
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": [source]}}
+    text = to_yaml(get_config(recipe))
+    assert "hunter22" not in text and written in text, text
+    source["split_mapping"] = source["path_"] = 1
+    assert "hunter22" not in fails(recipe | {"data": {"sources": [source], "path": source}})
