@@ -31,6 +31,8 @@ POLL_S = 0.2
 MAX_BUILD_AGE_S = 7 * 24 * 3600.0
 """Longer than any preparation takes; what a killed one left behind is deleted after it."""
 PARTS_FILE = "key.json"
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading a damaged `PARTS_FILE` raises."""
 
 
 class CacheEntry(NamedTuple):
@@ -116,14 +118,14 @@ class DataCache:
         try:
             sums = json.loads((entry / PARTS_FILE).read_text())["sums"]
             return all(checksum(entry / name) == known for name, known in sums.items())
-        except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, AttributeError):
+        except (FileNotFoundError, NotADirectoryError, *DAMAGE):
             return False
 
     def _explain_miss(self, parts: Mapping[str, str]) -> str:
         """Says in which parts the most similar entry differs."""
         nearest: list[str] | None = None
         for _, _, entry in self._list_entries():
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, *DAMAGE):
                 known = json.loads((entry / PARTS_FILE).read_text())["parts"]
                 names = [*parts, *(name for name in known if name not in parts)]
                 differing = [name for name in names if known.get(name) != parts.get(name)]
