@@ -15,7 +15,7 @@ from jaxtrain.data.conversation import read_conversation
 from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import DataError, WeightError, printable
 from jaxtrain.recipe.resolve import get_config
-from tests.runs import model_folder, recipe
+from tests.runs import recipe
 from tests.test_cli import jaxtrain, written
 from tests.tiny import chat, tiny_tokenizer
 
@@ -44,8 +44,21 @@ def mean(folder, base, monkeypatch):
     base["type"] = "mean"
 
 
+LARGE = """
+import jax.numpy as jnp
+from jaxtrain import SFTTrainer
+
+class Large(SFTTrainer):
+    name = "large"
+
+    def post_init_callback(self):
+        jnp.zeros((10**14,)).block_until_ready()
+"""
+
+
 def too_large(folder, base, monkeypatch):
-    model_folder(folder / "model", intermediate_size=10**10)
+    (folder / "train.py").write_text(LARGE)
+    base["type"] = "large"
 
 
 RAISED = {
