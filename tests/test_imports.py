@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
-    {"trainer", "plan", "export"},
+    {"trainer", "plan", "export", "preflight"},
     {"cli", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
@@ -31,6 +31,7 @@ HOMES = {
         "metrics",
         "trainer",
         "plan",
+        "preflight",
     },
     "flax": {"model"},
     "orbax": {"checkpoint"},

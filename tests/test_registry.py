@@ -13,6 +13,7 @@ from jaxtrain import (
     TrainerConfig,
     registry,
 )
+from jaxtrain.hooks import HasHooks
 from jaxtrain.recipe.optimizer import AdamWConfig, OptimizerConfig
 from jaxtrain.recipe.resolve import resolve, run_user_code
 
@@ -91,11 +92,19 @@ def test_a_taken_name_says_who_has_it_and_force_replaces():
         ("callbacks = [('before-step', print)]", "no event 'before-step'"),
         (
             "def pre_epoch_callback(self, batch): ...",
-            "the pre-epoch callback takes 1 values beside self; it is called as (self)",
+            "the pre-epoch callback takes 'batch'; it receives what it names of (self)",
         ),
         (
             "callbacks = [('post-step', lambda self, state, batch: None)]",
-            "the post-step callback takes 2 values beside self; it is called as (self, result)",
+            "the post-step callback takes 'batch'; it receives what it names of (self, state)",
+        ),
+        (
+            "def pre_step_callback(self, bacth): ...",
+            "takes 'bacth'; did you mean `batch`?; it receives what it names of (self, state, batch)",
+        ),
+        (
+            "def pre_step_callback(self, *, rows): ...",
+            "takes 'rows'; it receives what it names of (self, state, batch)",
         ),
         ("def backward(self, loss): ...", "it is called as backward(self, gradients)"),
         (
@@ -178,6 +187,7 @@ def test_every_older_attribute_is_read_with_a_note_in_the_report():
         named = registry.allowed("older-of-test", section)
         assert set(named) <= set(registry.allowed("sft", section)) and named
     recipe = {"type": "older-of-test", "extra": 2, "model": {"name_or_path": "m"}}
+    recipe["checkpoint"] = [{"output_dir": "a", "save_end_of_training": True}]
     resolved = resolve(recipe | {"data": {"sources": ["a/b"]}})
     assert resolved.require_config().extra == 2
     notes = set(resolved.report.notes)
@@ -212,3 +222,52 @@ def test_the_same_file_twice_is_one_registration(tmp_path):
 def test_an_unknown_name_lists_the_known_ones_nearest_first():
     with pytest.raises(ValueError, match=r"did you mean `adamw` or `cpu_adam`\? \(known: adamw"):
         registry.find("optimizer", "adamv")
+
+
+def test_callbacks_receive_what_they_name_and_return_it_in_their_own_order():
+    seen = []
+
+    class Own(HasHooks):
+        events = {"add": "add"}
+        callbacks = [
+            ("pre-add", lambda self, b: seen.append(("b", b))),
+            ("pre-add", lambda self, b, a: (b + 1, a)),
+            ("pre-add", lambda self, a, **more: seen.append((a, more))),
+            ("pre-add", lambda self, *values: seen.append(values)),
+            ("pre-add", lambda self, *, c: seen.append(("c", c))),
+            ("post-add", lambda self, total: total * 10),
+            ("post-add", lambda self, **more: seen.append(more)),
+        ]
+
+        def add(self, a, b, c=3):
+            return a + b + c
+
+    assert Own().add(1, 2) == 70
+    assert seen == [("b", 2), (1, {"b": 3, "c": 3}), (1, 3, 3), ("c", 3), {"result": 70}]
+
+
+def test_a_parents_callback_that_a_class_lists_again_runs_once():
+    seen = []
+
+    class Parent(HasHooks):
+        events = {"act": "act"}
+        callbacks = [("pre-act", lambda self: seen.append("parent"))]
+
+        def act(self):
+            seen.append("act")
+
+    class Child(Parent):
+        callbacks = [*Parent.callbacks, ("pre-act", lambda self: seen.append("child"))]
+
+    Child().act()
+    assert seen == ["parent", "child", "act"]
+    with pytest.raises(ValueError, match="takes 'b'; it receives what it names of"):
+
+        class Renamed(HasHooks):
+            events = {"act": "act"}
+
+            def act(self, a):
+                pass
+
+            def pre_act_callback(self, b):
+                pass

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -30,6 +31,8 @@ POLL_S = 0.2
 MAX_BUILD_AGE_S = 7 * 24 * 3600.0
 """Longer than any preparation takes; what a killed one left behind is deleted after it."""
 PARTS_FILE = "key.json"
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading a damaged `PARTS_FILE` raises."""
 
 
 class CacheEntry(NamedTuple):
@@ -101,8 +104,8 @@ class DataCache:
         new.mkdir(mode=self._mode)
         try:
             build(new)
-            sizes = {file.name: file.stat().st_size for file in new.iterdir()}
-            (new / PARTS_FILE).write_text(json.dumps({"parts": dict(parts), "sizes": sizes}))
+            sums = {file.name: checksum(file) for file in new.iterdir()}
+            (new / PARTS_FILE).write_text(json.dumps({"parts": dict(parts), "sums": sums}))
             self._remove(entry)  # it may be there, damaged
             with suppress(OSError):
                 new.rename(entry)
@@ -113,16 +116,16 @@ class DataCache:
 
     def _is_intact(self, entry: Path) -> bool:
         try:
-            sizes = json.loads((entry / PARTS_FILE).read_text())["sizes"]
-            return all((entry / name).stat().st_size == size for name, size in sizes.items())
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+            sums = json.loads((entry / PARTS_FILE).read_text())["sums"]
+            return all(checksum(entry / name) == known for name, known in sums.items())
+        except (FileNotFoundError, NotADirectoryError, *DAMAGE):
             return False
 
     def _explain_miss(self, parts: Mapping[str, str]) -> str:
         """Says in which parts the most similar entry differs."""
         nearest: list[str] | None = None
         for _, _, entry in self._list_entries():
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, *DAMAGE):
                 known = json.loads((entry / PARTS_FILE).read_text())["parts"]
                 names = [*parts, *(name for name in known if name not in parts)]
                 differing = [name for name in names if known.get(name) != parts.get(name)]
@@ -159,6 +162,16 @@ class DataCache:
         with suppress(OSError):
             entry.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def checksum(file: Path) -> int:
+    """Returns the CRC of a file, which a flipped bit or a missing byte changes; a second reads
+    gigabytes."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _read_limit() -> int:

@@ -16,6 +16,7 @@ from rich.text import Text
 from jaxtrain.data.factory import build_data_factory, prepare_data
 from jaxtrain.data.ledger import SetCounts, SourceCounts, format_range
 from jaxtrain.data.plan import BatchPlan, BatchShape, TrainingData
+from jaxtrain.recipe.errors import printable
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.registry import TrainerView
 
@@ -90,7 +91,9 @@ def show_data(
     data = prepare_data(config, factory, batch_shape(config, devices))
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
-        console.print(Text(line, "yellow" if line.lstrip().startswith("warning:") else ""))
+        console.print(
+            Text(printable(line), "yellow" if line.lstrip().startswith("warning:") else "")
+        )
     in_colour = console.color_system is not None
     console.print()
     console.print(format_legend(in_colour=in_colour))
@@ -183,13 +186,15 @@ def decode_pieces(tokenizer: Any, tokens: np.ndarray, weights: np.ndarray) -> It
 
 def format_sample(sample: Sample, *, in_colour: bool) -> Text:
     """Formats a sample for the terminal, with ⟦ and ⟧ around trained text if without colours."""
-    line = Text(f"── {sample.title}: {sample.tokens} tokens, {sample.trained} trained\n", "cyan")
+    line = Text(
+        f"── {printable(sample.title)}: {sample.tokens} tokens, {sample.trained} trained\n", "cyan"
+    )
     was_trained = False
     for piece in sample.pieces:
         if not in_colour and piece.is_trained != was_trained:
             line.append("⟦" if piece.is_trained else "⟧")
             was_trained = piece.is_trained
-        text = piece.text.replace("\n", "⏎\n")
+        text = printable(piece.text).replace("\n", "⏎\n")
         line.append(text, STYLES[piece.is_trained, piece.is_special])
     if was_trained:
         line.append("⟧")

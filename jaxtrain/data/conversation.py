@@ -96,7 +96,8 @@ def read_conversation(record: Record) -> Conversation:
         near = next(filter(None, (did_you_mean(column, COLUMNS) for column in record)), "")
         raise DataError(
             f"columns {', '.join(record) or 'none'} hold no conversation; "
-            f"accepted are {ACCEPTED}{near}"
+            f"accepted are {ACCEPTED}{near}; other columns have their roles in the source's "
+            "role_mapping, such as {user: question, assistant: answer}"
         )
     if not messages:
         raise DataError("messages: empty conversation")
@@ -238,13 +239,20 @@ def _get_field(turn: Any, field: str, place: str) -> Any:
     return turn[field]
 
 
+def _map_role(role: Any, place: str) -> str:
+    """What to write for a role that has another name in other forms of records."""
+    ours = SHAREGPT_ROLES.get(role) if isinstance(role, str) else None
+    column = place.partition("[")[0]
+    return f"; write role_mapping: {{{ours}: {column}.role.{role}, …}}" if ours else ""
+
+
 def _check_message(message: Any, place: str) -> Message:
     """Returns a turn as templates want it: a known role, text content and no null fields."""
     role = _get_field(message, "role", place)
     if role not in ROLES:
         raise DataError(
             f"{place}.role: unknown role {show(role)}; known are {', '.join(ROLES)}"
-            f"{did_you_mean(str(role), ROLES)}"
+            f"{did_you_mean(str(role), ROLES)}{_map_role(role, place)}"
         )
     # A typed table fills a field that one turn has with null in all others.
     turn = {key: value for key, value in message.items() if value is not None}

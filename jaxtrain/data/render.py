@@ -1,10 +1,15 @@
 """Renders conversations with a tokenizer's chat template."""
 
+import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_ulong, py_object, pythonapi
 from datetime import datetime
 from functools import lru_cache
-from threading import Lock
+from threading import Lock, Thread, get_ident
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jinja2
@@ -16,12 +21,20 @@ from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is code that runs on a user's data: this is what it raises on data that do not fit.
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+    RecursionError, MemoryError,
+)  # fmt: skip
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 DATE = datetime(2024, 7, 26)
 """Replaces today in templates, so that documents stay the same; Llama's default to this day."""
 
+MAX_RENDER_S = 10.0
+MAX_CHARACTERS = 100_000_000
+
 _rendering = Lock()
+_watched: Any = SimpleNamespace(pid=None, lock=Lock(), thread=None, began=(0.0, 0.0))
+"""The thread that renders, and since when."""
 
 
 class TemplateQuirks(NamedTuple):
@@ -116,9 +129,44 @@ class Renderer:
 def _render_template(messages: list[Message], arguments: dict[str, Any]) -> tuple[str, Any]:
     """Renders one at a time: transformers notes generation blocks in the template's only
     environment, and would mix in those of another thread."""
-    with _rendering:
+    with _rendering, _limit_time():
         (text,), places = render_jinja_template([messages], **arguments)
+    if len(text) > MAX_CHARACTERS:
+        raise jinja2.TemplateError(f"renders {len(text):,} characters")
     return text, places
+
+
+class _EndlessTemplate(jinja2.TemplateError):
+    def __init__(self) -> None:
+        super().__init__(f"renders for more than {MAX_RENDER_S:g} s")
+
+
+@contextmanager
+def _limit_time() -> Iterator[None]:
+    """Raises `_EndlessTemplate` in this thread while what is inside takes too long: Jinja has no
+    bound, and a signal would need the main thread."""
+    if _watched.pid != os.getpid():  # threads do not survive a fork
+        _watched.pid = os.getpid()
+        Thread(target=_watch, daemon=True, name="template watchdog").start()
+    with _watched.lock:
+        _watched.thread, _watched.began = get_ident(), (time.monotonic(), time.process_time())
+    try:
+        yield
+    finally:
+        with _watched.lock:
+            _watched.thread = None
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(1)
+        with _watched.lock:
+            wall, cpu = _watched.began
+            # Time of the processor too: a machine that stands still is no fault of the template.
+            spent = min(time.monotonic() - wall, time.process_time() - cpu)
+            if _watched.thread is not None and spent > MAX_RENDER_S:
+                thread, _watched.thread = c_ulong(_watched.thread), None
+                pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_EndlessTemplate))
 
 
 @lru_cache

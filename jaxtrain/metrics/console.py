@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jaxtrain.metrics.log import screen
+from jaxtrain.recipe.errors import printable
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.secrets import hide_secrets
 
@@ -38,7 +39,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints a line that stays, above the live one, and logs it."""
-        text = hide_secrets(text, self._secrets)
+        text = printable(hide_secrets(text, self._secrets))
         screen.info(text)
         self._console.print(Text(text))
 

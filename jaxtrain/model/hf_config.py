@@ -14,6 +14,8 @@ from jaxtrain.model_folder import read_json
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import ModelConfig
 
+MAX_LAYERS = 10_000
+
 
 def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[str, Any]]:
     """Returns the decoder, and its config.json with `hf_config_kwargs` applied.
@@ -50,7 +52,8 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family that a config.json names; RecipeError lists the supported ones."""
-    named = (hf.get("architectures") or [None])[0]
+    listed = hf.get("architectures") or [None]
+    named = listed[0] if isinstance(listed, list) else listed
     for family in FAMILIES:
         if named == family.architecture or (named is None and hf.get("model_type") == family.name):
             return family
@@ -72,8 +75,8 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
     try:
         windows = family.windows(hf) if not faults else []
-    except ValueError as error:
-        faults["layer_types"] = str(error)
+    except (ValueError, TypeError, LookupError) as error:  # a list or number is something else
+        faults["layer_types"] = f"{error}; see max_window_layers and sliding_window too"
     if faults:
         raise RecipeError([Fault(f"{where}: {field}", what) for field, what in faults.items()])
     return DecoderConfig(
@@ -100,6 +103,9 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
     for field in (*REQUIRED, "max_position_embeddings"):
         if not _is_size(hf.get(field)):
             faults[field] = f"must be a positive whole number, found {show(hf.get(field))}"
+    if not faults and hf["num_hidden_layers"] > MAX_LAYERS:
+        found = hf["num_hidden_layers"]
+        faults["num_hidden_layers"] = f"must be at most {MAX_LAYERS:,}, found {found:,}"
     for field in ("num_key_value_heads", "head_dim", "sliding_window"):
         if hf.get(field) is not None and not _is_size(hf[field]):
             faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"

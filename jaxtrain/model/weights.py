@@ -104,12 +104,10 @@ def load_params(
 ) -> Any:
     """Parameters read from a folder or a GGUF file; each device reads only its own part.
 
-    If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows.
-    WeightError names every tensor that is missing, unknown or of another shape.
+    If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows;
+    `open_tensors` says what is refused.
     """
-    stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
-    in_file = replace(config, vocab_size=stored_tokens or config.vocab_size)
-    _check(path, stored, tensor_shapes(in_file, shapes), config)
+    stored = open_tensors(path, config, shapes, stored_tokens)
     for name, shape in tensor_shapes(config, shapes).items():
         if shape != stored[name].shape:
             stored[name] = _grow(stored[name], shape)
@@ -128,6 +126,17 @@ def load_params(
         return jax.make_array_from_callback(shape.shape, sharding, read_slice)
 
     return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def open_tensors(
+    path: Path, config: DecoderConfig, shapes: Any, stored_tokens: int | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors of a folder or a GGUF file, none read; WeightError names every one that is
+    missing, unknown or of another shape."""
+    stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    in_file = replace(config, vocab_size=stored_tokens or config.vocab_size)
+    _check(path, stored, tensor_shapes(in_file, shapes), config)
+    return stored
 
 
 def _grow(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:

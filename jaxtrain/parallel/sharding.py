@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.recipe.errors import RecipeError
@@ -62,7 +62,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
-def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, *, over_data: bool = False) -> Any:
     """The sharding of every parameter; `over_data` splits over `data` what `fsdp` splits.
 
     RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
@@ -98,7 +98,10 @@ def parameter_shardings(mesh: Mesh, shapes: Any, *, over_data: bool = False) -> 
 
 
 def _mesh_axes(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, over_data: bool
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    over_data: bool,
 ) -> list[tuple[str, ...] | None]:
     """Mesh axes of each dimension.
 

@@ -6,14 +6,13 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import partial
-from glob import glob
 from pathlib import Path
 
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import LocalDataSourceConfig, SFTDataConfig, SyntheticDataSourceConfig
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.resolve import Resolved
-from jaxtrain.recipe.section import path_exists
+from jaxtrain.recipe.section import is_path, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 DEVICE_COUNTS = (1, 8, 64)  # for which the batch of an open mesh is shown
@@ -42,8 +41,6 @@ def find_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str
     yield "trainer", config.type
     yield "model", describe_model(config)
     yield "sequences", describe_length(config)
-    if missing := ", ".join(find_missing_files(config)):
-        yield "missing", f"{missing}: a run here would be refused"
     yield "batch", describe_batch(config, sizes)
     yield "steps", describe_steps(config) or _estimate_steps(config, sizes)
     yield "warm-up", describe_warmup(config)
@@ -99,18 +96,8 @@ def describe_model(config: TrainerConfig) -> str:
     name = config.model.name_or_path.split("#")[0]
     if path_exists(name):
         return name
-    is_path = name.startswith(("/", ".", "~"))
-    return f"{name}, {'not on this machine' if is_path else 'from the local cache or the hub'}"
-
-
-def find_missing_files(config: TrainerConfig) -> Iterator[str]:
-    """Files of sources that do not exist."""
-    for place, source in config.data.iter_sources():
-        if isinstance(source, LocalDataSourceConfig):
-            for path in source.paths:
-                is_glob = "\0" not in path and glob(path, recursive=True)
-                if not ("://" in path or path_exists(path) or is_glob):
-                    yield f"{place}.path {path}"
+    where = "not on this machine" if is_path(name) else "from the local cache or the hub"
+    return f"{name}, {where}"
 
 
 def describe_length(config: TrainerConfig) -> str:
@@ -186,19 +173,27 @@ def _periods(num_steps: int, num_epochs: int) -> list[str]:
 
 def describe_files(config: TrainerConfig) -> str:
     """Files that the run writes besides checkpoints, those in its folder together."""
-    folder, logs, trace = config.output_path(None, ""), config.logger.output_dir, config.profile
-    outputs = (
-        (True, None, "recipe.yaml"),
-        (True, None, "run.json"),
-        (True, logs and f"{logs}/logs", "logs"),
-        (True, config.train_log_metrics_path, "train-log-metrics.jsonl"),
-        (True, None, "loss.png"),
-        (config.tensorboard.enable, config.tensorboard.dir, "tensorboard"),
-        (config.wandb.is_on, None, "wandb"),
-        (trace, trace and trace.dir, "profile"),
-        (config.mem_profiler, config.mem_profiler_dir, "mem-prof"),
-    )
-    found = [config.output_path(path, name) for is_written, path, name in outputs if is_written]
+    folder = config.output_path(None, "")
+    found = [path for _, path in list_files(config)]
     inside = [str(file.relative_to(folder)) for file in found if file.is_relative_to(folder)]
     outside = [str(file) for file in found if not file.is_relative_to(folder)]
     return ", ".join([f"{folder}: {', '.join(inside)}", *outside])
+
+
+def list_files(config: TrainerConfig) -> Iterator[tuple[str, Path]]:
+    """(key that names its place, path) of each file and folder in `describe_files`."""
+    logs, trace = config.logger.output_dir, config.profile
+    outputs = (
+        (True, "run_dir", None, "recipe.yaml"),
+        (True, "run_dir", None, "run.json"),
+        (True, "logger.output_dir", logs and f"{logs}/logs", "logs"),
+        (True, "train_log_metrics_path", config.train_log_metrics_path, "train-log-metrics.jsonl"),
+        (True, "run_dir", None, "loss.png"),
+        (config.tensorboard.enable, "tensorboard.dir", config.tensorboard.dir, "tensorboard"),
+        (config.wandb.is_on, "run_dir", None, "wandb"),
+        (trace, "profile.dir", trace and trace.dir, "profile"),
+        (config.mem_profiler, "mem_profiler_dir", config.mem_profiler_dir, "mem-prof"),
+    )
+    for is_written, key, path, name in outputs:
+        if is_written:
+            yield key if path else "run_dir", config.output_path(path, name)

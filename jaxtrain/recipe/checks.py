@@ -16,13 +16,17 @@ from jaxtrain.recipe.section import expand_user, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
 NEEDS_EVAL = "needs eval data; add `data.eval_sources` or `data.train_eval_split`"
+TRAIN_METRICS = ("loss", "grad_norm", "token_accuracy", "z_loss")
+"""Metrics of the steps of a built-in trainer."""
 Check = Callable[[Any], Iterator[Fault]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 """(keys that must be valid for the check to run, check)"""
+MACHINE_CHECKS: list[tuple[tuple[str, ...], Check]] = []
+"""Those of files and packages that a run needs here; an export of its checkpoint does not."""
 
 
-def _needs(*keys: str) -> Callable[[Check], None]:
-    return lambda check: CHECKS.append((keys, check))
+def _needs(*keys: str, checks: list[Any] = CHECKS) -> Callable[[Check], None]:
+    return lambda check: checks.append((keys, check))
 
 
 def _entries(config: TrainerConfig) -> list[tuple[str, CheckpointConfig]]:
@@ -32,13 +36,14 @@ def _entries(config: TrainerConfig) -> list[tuple[str, CheckpointConfig]]:
 
 @_needs("data", "eval_interval", "eval_at_start", "eval_at_end")
 def _eval_data_and_interval(config: TrainerConfig) -> Iterator[Fault]:
-    other = config.eval_at_start or config.eval_at_end is not None or config.eval_every_n_epochs
+    other = config.eval_at_start or config.eval_at_end is not False or config.eval_every_n_epochs
     keys = ("eval_interval", "eval_every_n_epochs", "eval_at_start", "eval_at_end")
     keys += ("early_stopping",)
     if not config.data.has_eval:
         yield from (Fault(key, NEEDS_EVAL) for key in keys if getattr(config, key))
     elif not config.eval_interval and not other:
-        yield Fault("eval_interval", "must be > 0 with evaluation data, found 0")
+        what = "must be > 0 with evaluation data and eval_at_end: false, found 0"
+        yield Fault("eval_interval", what)
 
 
 @_needs("checkpoint")
@@ -55,7 +60,7 @@ def _one_resume_each_folder_once(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{key}.output_dir", what)
 
 
-@_needs("checkpoint")
+@_needs("checkpoint", checks=MACHINE_CHECKS)
 def _start_is_there(config: TrainerConfig) -> Iterator[Fault]:
     for key, entry in _entries(config):
         start = entry.start
@@ -112,7 +117,36 @@ def _folders_are_local(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{key}.output_dir", f"{what}, found {show(folder)}")
 
 
-@_needs("checkpoint", "data", "early_stopping")
+def find_lost_work(config: TrainerConfig) -> Iterator[str]:
+    """Notes on a run whose work is not kept, or not kept as the recipe seems to mean."""
+    if not any(entry.enabled for entry in config.checkpoint):
+        yield "checkpoint: no entry saves anything, so the trained weights are lost at the end"
+    horizon = config.horizon(None)
+    last = min([n for n in (horizon, config.exit_iteration) if n], default=None)
+    for key, entry in _entries(config):
+        steps, epochs = entry.save_every_n_steps, entry.save_every_n_epochs
+        if not entry.enabled or entry.save_end_of_training:
+            continue
+        first = -(-max(steps, entry.save_after_step) // steps) * steps if steps else 0
+        if not (steps or epochs):
+            yield f"{key}: never saves; write save_end_of_training: true or save_every_n_steps"
+        elif not epochs and last is not None and first > last:
+            yield (
+                f"{key}: its first save is due after step {first}, and the run ends at {last}; "
+                "write save_end_of_training: true"
+            )
+    for key, entry in _entries(config):
+        has_end = entry.save_end_of_training and config.eval_at_end is not False
+        by_steps = entry.save_every_n_steps and config.eval_interval
+        by_epochs = entry.save_every_n_epochs and config.eval_every_n_epochs
+        if entry.keeps_best and config.data.has_eval and not (has_end or by_steps or by_epochs):
+            yield (
+                f"{key}.keep_best_n: no save falls on an evaluation, so none has a score; write "
+                "eval_interval for save_every_n_steps, eval_every_n_epochs for save_every_n_epochs"
+            )
+
+
+@_needs("checkpoint", "data", "early_stopping", "divergence")
 def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     if not registry.is_built_in("trainer", config.type):
         return  # a user's trainer has its own metrics
@@ -125,6 +159,13 @@ def _metrics_exist(config: TrainerConfig) -> Iterator[Fault]:
     for key, metric in used:
         if metric not in known:
             yield Fault(f"{key}.metric", f"must be one of {', '.join(known)}, found {metric!r}")
+    if (divergence := config.divergence) is None:
+        return
+    known = [*TRAIN_METRICS, *(known if config.data.has_eval else ())]
+    is_own = "/" in divergence.metric and not divergence.metric.startswith("eval/")  # of a callback
+    if divergence.metric not in known and not is_own:
+        what = f"must be one of {', '.join(known)}, found {divergence.metric!r}"
+        yield Fault("divergence.metric", what)
 
 
 @_needs("early_stopping")
@@ -166,7 +207,7 @@ def _sources_write_what_is_read(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"{place}.{key}", f"{what} (found {show(getattr(source, key))})")
 
 
-@_needs("data", "tensorboard", "wandb")
+@_needs("data", "tensorboard", "wandb", checks=MACHINE_CHECKS)
 def _packages_are_installed(config: TrainerConfig) -> Iterator[Fault]:
     for place, source in config.data.iter_sources():
         if source.PACKAGE and not _is_installed(source.PACKAGE):
@@ -241,7 +282,7 @@ def _dtypes_agree(config: TrainerConfig) -> Iterator[Fault]:
             yield Fault(f"deepspeed.{key}.enabled", f"{what}; write model.dtype and remove it")
 
 
-@_needs("kill_switch_path")
+@_needs("kill_switch_path", checks=MACHINE_CHECKS)
 def _stop_file_is_fresh(config: TrainerConfig) -> Iterator[Fault]:
     if config.kill_switch_path and path_exists(config.kill_switch_path):
         yield Fault("kill_switch_path", f"{config.kill_switch_path!r} exists already; remove it")

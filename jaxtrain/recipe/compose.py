@@ -35,7 +35,8 @@ def compose(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) 
             changed.append(_override(recipe, text))
         except RecipeError as error:
             faults += error.faults
-    return _fill_variables(recipe, under=changed)._replace(faults=tuple(faults))
+    recipe = _fill_variables(recipe, under=changed)
+    return recipe._replace(faults=(*recipe.faults, *faults))
 
 
 def _apply_bases(recipe: Recipe, above: tuple[Path, ...]) -> Recipe:
@@ -74,7 +75,8 @@ def _merge(under: Recipe, top: Recipe) -> Recipe:
         return b
 
     tree = merged(under.tree, top.tree, ())
-    return Recipe(tree, places | top.places, top.file, {**secrets, **top.secrets})
+    secrets |= top.secrets
+    return Recipe(tree, places | top.places, top.file, secrets, (*under.faults, *top.faults))
 
 
 def _override(recipe: Recipe, text: str) -> Key:
@@ -143,7 +145,8 @@ def _forget(key: Key, *notes: Any) -> None:
 
 
 def _fill_variables(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
-    """`recipe` with the variables below some keys filled in; RecipeError lists those not set."""
+    """`recipe` with the variables below some keys filled in, and a fault for each that is not
+    set."""
     secrets, faults, under = dict(recipe.secrets), list[Fault](), tuple(under)
 
     def fill(value: Any, key: Key) -> Any:
@@ -173,9 +176,7 @@ def _fill_variables(recipe: Recipe, under: Iterable[Key] = ((),)) -> Recipe:
         return _scalar(text) if VARIABLE.fullmatch(value) else text
 
     tree = map_leaves(recipe.tree, fill)
-    if faults:
-        raise RecipeError(faults)
-    return recipe._replace(tree=tree, secrets=secrets)
+    return recipe._replace(tree=tree, secrets=secrets, faults=(*recipe.faults, *faults))
 
 
 def _scalar(text: str) -> Any:

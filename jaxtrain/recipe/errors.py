@@ -2,10 +2,12 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_FOUND = 60  # characters of a found value that a message shows
 
 
@@ -61,6 +63,12 @@ class DataError(UserError):
     exit_code = 3
 
 
+class OutOfMemoryError(UserError):
+    """The memory of the devices or of the machine does not suffice."""
+
+    exit_code = 4
+
+
 class NonFiniteError(UserError):
     """The loss or the gradient norm is not finite, or the loss diverges."""
 
@@ -87,6 +95,11 @@ def show(value: Any) -> str:
         return str(value).lower()
     text = str(value) if isinstance(value, int | float) else repr(value)
     return text if len(text) <= MAX_FOUND else text[: MAX_FOUND - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, with which data could write over a terminal."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def pluralize(number: int, what: str) -> str:

@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     file: Path | None
     secrets: "Secrets" = {}
     faults: tuple[Fault, ...] = ()
-    """faults of overrides"""
+    """faults of values, which are left out of the tree, and of overrides"""
 
     def place(self, key: Key) -> Place | None:
         """The place of a key, or of the nearest section around it."""
@@ -55,8 +55,13 @@ class Recipe(NamedTuple):
         return self.file.resolve().parent if self.file else Path.cwd()
 
 
+FAULTY = object()
+"""Stands for a value that is no plain data, until the key that has it is left out."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-5 is a number, and 12:30 and 2026-01-01 are text."""
+    """YAML 1.1, but 1e-5 is a number, and 12:30 and 2026-01-01 are text. Collects the faults of
+    single values."""
 
     def __init__(self, text: str, name: str):
         super().__init__(text)
@@ -64,22 +69,24 @@ class _Loader(yaml.SafeLoader):
         self.places: dict[Key, Place] = {}
         self.num_nodes = 0
         self.open: set[int] = set()
+        self.faults: list[Fault] = []
 
     def build(self, node: yaml.Node, key: Key) -> Any:
-        """Plain data of a node; notes every place, refuses duplicate keys and endless aliases."""
+        """Plain data of a node; notes every place. RecipeError for endless aliases."""
         self.num_nodes += 1
         if id(node) in self.open:
-            raise self.wrong(key, node, "an alias that contains itself")
+            raise RecipeError([self.fault(key, node, "an alias that contains itself")])
         if self.num_nodes > MAX_NODES:
-            raise self.wrong(key, node, "aliases that grow too far")
+            raise RecipeError([self.fault(key, node, "aliases that grow too far")])
         if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
-            raise self.wrong(key, node, f"not plain YAML: tag {node.tag}")
+            return self.note(key, node, f"not plain YAML: tag {node.tag}")
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.ScalarNode):
                 value = self.scalar(node, key)
             elif isinstance(node, yaml.SequenceNode):
                 value = [self.build(item, (*key, i)) for i, item in enumerate(node.value)]
+                value = FAULTY if FAULTY in value else value
             else:
                 value = self.mapping(node, key)
         finally:
@@ -88,11 +95,14 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def scalar(self, node: yaml.ScalarNode, key: Key) -> Any:
+        if node.tag.endswith((":int", ":float")) and ":" in node.value:  # base 60, in square time
+            return self.note(key, node, f"not plain YAML: {show(node.value)} is no number")
         try:
             return self.construct_object(node)
-        except (ValueError, yaml.constructor.ConstructorError) as error:
-            problem = getattr(error, "problem", None) or str(error)
-            raise self.wrong(key, node, f"not plain YAML: {problem}") from None
+        except Exception as error:  # the constructors of PyYAML raise whatever a text makes them
+            problem = getattr(error, "problem", None)
+            problem = problem or f"{show(node.value)} is no {node.tag.rpartition(':')[2]}"
+            return self.note(key, node, f"not plain YAML: {problem}")
 
     def mapping(self, node: yaml.Node, key: Key) -> dict[str, Any]:
         """Own keys over merged ones. PyYAML's merging differs between versions and has no bound."""
@@ -100,26 +110,33 @@ class _Loader(yaml.SafeLoader):
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for name_node, value in node.value:
             if not isinstance(name_node, yaml.ScalarNode):
-                raise self.wrong(key, name_node, "a key must be text")
+                self.note(key, name_node, "a key must be text")
+                continue
             name = str(name_node.value)
             if name_node.tag == "tag:yaml.org,2002:merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # the first of several wins
-                    if not isinstance(source, yaml.MappingNode):
-                        raise self.wrong((*key, name), source, "must be a map or a list of maps")
-                    merged |= self.build(source, key)
+                    if isinstance(source, yaml.MappingNode):
+                        merged |= self.build(source, key)
+                    else:
+                        self.note((*key, name), source, "must be a map or a list of maps")
             elif name in own:
                 what = f"duplicate key, first on line {self.at(own[name][0]).line}"
-                raise self.wrong((*key, name), name_node, what)
+                self.note((*key, name), name_node, what)
             else:
                 own[name] = name_node, value
-        return merged | {name: self.build(value, (*key, name)) for name, (_, value) in own.items()}
+        built = {name: self.build(value, (*key, name)) for name, (_, value) in own.items()}
+        return merged | {name: value for name, value in built.items() if value is not FAULTY}
 
     def at(self, node: yaml.Node) -> Place:
         return Place(self.file, node.start_mark.line + 1)
 
-    def wrong(self, key: Key, node: yaml.Node, what: str) -> RecipeError:
-        return RecipeError([Fault(join_key(key), what, self.at(node))])
+    def fault(self, key: Key, node: yaml.Node, what: str) -> Fault:
+        return Fault(join_key(key), what, self.at(node))
+
+    def note(self, key: Key, node: yaml.Node, what: str) -> Any:
+        self.faults.append(self.fault(key, node, what))
+        return FAULTY
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -144,7 +161,8 @@ _Loader.add_implicit_resolver(
 
 
 def read(file: Path) -> Recipe:
-    """A recipe file as it is written; RecipeError names the faulty line."""
+    """A recipe file as it is written, with the faults of its values; RecipeError names a line that
+    is no YAML."""
     text = why = ""
     try:
         if not file.is_file():
@@ -159,24 +177,44 @@ def read(file: Path) -> Recipe:
         raise RecipeError(f"{show(str(file))}: {error}") from None
     if why:
         raise RecipeError(f"{file}: {why}")
-    tree, places = parse(text, str(file))
+    loader, tree = _load(text, str(file))
+    if loader.faults and tree is FAULTY:
+        raise RecipeError(loader.faults)
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{file}: a recipe is a map of keys, found {show(tree)}")
-    return Recipe(tree or {}, places, file)
+    return Recipe(tree or {}, loader.places, file, faults=tuple(loader.faults))
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[Key, Place]]:
-    """Plain data of a YAML text and the places of its values; RecipeError names the faulty line."""
+    """Plain data of a YAML text and the places of its values; RecipeError names faulty lines."""
+    loader, tree = _load(text, name)
+    if loader.faults:
+        raise RecipeError(loader.faults)
+    return tree, loader.places
+
+
+INDENTATION = {
+    "character '\\t'": "YAML is indented with spaces; replace the tab",
+    "mapping values are not allowed": "indent the keys of a section alike, and put quotes around "
+    "text with `: ` in it",
+    "expected <block end>": "indent the keys of a section alike, deeper than its name",
+}
+"""Part of a message of the parser → what to do about it."""
+
+
+def _load(text: str, name: str) -> tuple[_Loader, Any]:
     try:
         loader = _Loader(text, name)
         node = loader.get_single_node()
-        return loader.build(node, ()) if node else None, loader.places
+        return loader, loader.build(node, ()) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
         problem = error.problem or error.context or ""
         if problem.startswith("but "):  # the other half says what was expected
             problem = f"{error.context}, {problem}"
+        what_to_do = (advice for part, advice in INDENTATION.items() if part in problem)
+        problem = "; ".join([problem, *what_to_do])
         raise RecipeError([Fault("", f"not YAML: {problem}", Place(name, line))]) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {' '.join(str(error).split())}") from None

@@ -47,7 +47,8 @@ def _message(detail: Any, cls: type[BaseModel], hint: Callable[[str], str]) -> s
         if full := section and find_full_name(section, name):
             return f"is another name of `{full}`, which is written too; remove one"
         known = list_keys(cls, detail["loc"][:-1])
-        help = did_you_mean(name, known) or (hint(name) if len(detail["loc"]) == 1 else "")
+        help = hint(name) if len(detail["loc"]) == 1 else ""
+        help = help if help.startswith("; write") else did_you_mean(name, known) or help
         if not help and known and len(known) <= MAX_KEYS and "type" not in known:
             help = f"; known: {', '.join(known)}"
         return f"unknown key (found {show(found)}){help}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from jaxtrain import registry
-from jaxtrain.recipe.checks import CHECKS
+from jaxtrain.recipe.checks import CHECKS, MACHINE_CHECKS, find_lost_work
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.compose import compose
 from jaxtrain.recipe.data import DataConfig, source_from_text
@@ -25,6 +25,7 @@ from jaxtrain.recipe.report import (
 )
 from jaxtrain.recipe.secrets import find_secrets, hide_secrets
 from jaxtrain.recipe.section import TypedSection, find_values, path_exists
+from jaxtrain.recipe.strangers import ELSEWHERE
 from jaxtrain.recipe.trainer import TrainerConfig
 
 SOURCES = {"sources": "train", "eval_sources": "eval"}
@@ -54,26 +55,43 @@ class Resolved(NamedTuple):
             raise self.error
         return self.config
 
+    def with_faults(self, faults: Iterable[Fault]) -> "Resolved":
+        """The same with faults that were found later, each at its place if it is one of a key, and
+        without secrets."""
+        recipe, found = self.recipe, list(self.faults)
+        for fault in faults:
+            fault = fault._replace(what=hide_secrets(fault.what, recipe.secrets))
+            is_key = fault.key.split(".")[0] in recipe.tree
+            found.append(recipe.locate(fault) if is_key else fault)
+        return self._replace(faults=tuple(found))
+
     @property
     def error(self) -> RecipeError:
         return RecipeError(self.faults, recipe=self.recipe.file)
 
 
-def get_config(source: Path | str | dict[str, Any], overrides: Iterable[str] = ()) -> TrainerConfig:
+def get_config(
+    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, runs_here: bool = True
+) -> TrainerConfig:
     """The checked config of a recipe file or dict. Runs its `code:`, opens no device and writes
-    nothing; RecipeError lists every fault."""
-    return resolve(source, overrides).require_config()
+    nothing; RecipeError lists every fault, among them files and packages that this machine lacks
+    unless the recipe only describes what ran elsewhere."""
+    return resolve(source, overrides, runs_here=runs_here).require_config()
 
 
 def resolve(
-    source: Path | str | dict[str, Any], overrides: Iterable[str] = (), *, only_data: bool = False
+    source: Path | str | dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    only_data: bool = False,
+    runs_here: bool = True,
 ) -> Resolved:
     """As `get_config`, but returns faults, with a report; RecipeError only for a recipe that cannot
     be read. With `only_data`, for commands that do not train, what only a run lacks is a note."""
     recipe = compose(source, overrides)
     private = {k: v for k, v in find_secrets(recipe.tree).items() if k not in recipe.secrets}
     recipe = recipe._replace(secrets={**recipe.secrets, **private})
-    resolver = _Resolver(recipe, only_data)
+    resolver = _Resolver(recipe, only_data, runs_here)
     resolver.notes += [
         f"{join_key(key)}: neither shown nor saved; write {secret.written}, "
         "and the saved recipe runs"
@@ -81,9 +99,18 @@ def resolve(
     ]
     trainer = resolver.find_trainer()
     config = resolver.build_config(trainer) if trainer else None
+    unread = tuple(f"{fault.key}." for fault in recipe.faults if fault.key)
+    is_caused = lambda fault: (
+        fault not in recipe.faults
+        and (
+            f"{fault.key}.".startswith(unread)
+            or (fault.what == "is required" and any(key.startswith(fault.key) for key in unread))
+        )
+    )
     faults = tuple(
         fault._replace(what=hide_secrets(fault.what, recipe.secrets, recipe.key(fault.key)))
         for fault in dict.fromkeys(resolver.faults)
+        if not is_caused(fault)  # by a value that could not be read, which has a fault itself
     )
     notes = [hide_secrets(note, recipe.secrets) for note in resolver.notes]
     if trainer is None:  # it decides which other keys there are
@@ -111,8 +138,9 @@ def parse_eval_sources(written: Any, data: DataConfig) -> tuple[Any, ...]:
 class _Resolver:
     """Validates section by section and collects the faults."""
 
-    def __init__(self, recipe: Recipe, only_data: bool = False):
+    def __init__(self, recipe: Recipe, only_data: bool = False, runs_here: bool = True):
         self.recipe = recipe
+        self.checks = [*CHECKS, *(MACHINE_CHECKS if runs_here else ())]
         self.only_data = only_data
         self.tree = dict(recipe.tree)
         self.faults = [*recipe.faults]
@@ -172,12 +200,14 @@ class _Resolver:
         """The typed section, or an unvalidated stand-in where its faults leave none."""
         self.classes[key] = TypedSection
         typed, written = None, value.get("type") if isinstance(value, dict) else None
-        name = registry.canonical(kind, str(written or default))
+        name = registry.canonical(kind, default if written is None else str(written))
         if value is None and kind in ("model", "data"):
             self.add_fault(key, "is required")
         elif not isinstance(value, dict):
             form = "a name, a path or a map" if kind == "data_source" else "a map of keys"
             self.add_fault(key, f"must be {form}, found {show(value)}")
+        elif not isinstance(written, str | None):
+            self.add_fault((*key, "type"), f"must be a name, found {show(written)}")
         elif name not in registry.names(kind):
             self.add_fault((*key, "type"), registry.unknown(kind, name, [*allowed]))
         elif name not in allowed and self.tree.get("skip_validation") is not True:
@@ -209,6 +239,8 @@ class _Resolver:
         for i, item in enumerate([written] if isinstance(written, str) else written):
             if isinstance(item, str):
                 item = source_from_text(item, registered=known, default=default)
+            elif isinstance(item, dict) and "path" in item and "type" not in item:
+                item = {"type": "local", **item}
             with_split = {"split": split, **item} if isinstance(item, dict) else item
             sources.append(read(with_split, (*key, i)))
         return sources
@@ -232,7 +264,7 @@ class _Resolver:
                     continue  # as the faulty key may be to blame
                 self.add_fault((*key, *loc), what)
             found += faults
-            value = _without(value, {loc for loc, _ in found})
+            value = _without(value, {_find_droppable(loc, what) for loc, what in found})
         return None
 
     def resolve_shared_keys(self, config: TrainerConfig) -> TrainerConfig:
@@ -244,9 +276,11 @@ class _Resolver:
             self.notes.append("deepspeed.zero_optimization: without a stage it is stage 0")
         carried = carry_over(config, keys)
         found = list(carried.faults)
-        for needs, check in CHECKS:
+        for needs, check in self.checks:
             if not faulty & set(needs):
                 found += check(carried.config)
+        if not (faulty or found or self.only_data):
+            self.notes += find_lost_work(carried.config)
         unsupported = find_unsupported(carried.config, carried.origins)
         for fault in (*self.unsupported, *unsupported):
             if self.only_data and fault.key.split(".")[0] not in DATA_SECTIONS:
@@ -262,6 +296,12 @@ class _Resolver:
         self.faults.append(Fault(join_key(key), what, self.recipe.place(key)))
 
 
+def _find_droppable(loc: Key, what: str) -> Key:
+    """What to leave out because of a fault: the section that lacks a key, else the faulty value."""
+    names = [n for n, part in enumerate(loc) if not isinstance(part, int)]
+    return loc[: names[-2] + 1] if what == "is required" and len(names) > 1 else loc
+
+
 def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
     """Plain data without its faulty parts."""
     if isinstance(value, dict):
@@ -275,6 +315,8 @@ def _without(value: Any, faulty: set[Key], key: Key = ()) -> Any:
 
 def explain_owner(kind: str, name: str, key: str) -> str:
     """Where a key belongs that a section of this type does not have."""
+    if (ours := ELSEWHERE.get(key)) and kind == "trainer":
+        return f"; write `{ours}`"
     types = [n for n in registry.BUILT_IN[kind] if key in list_type_keys(kind, n)]
     if types:
         return f"; it belongs to type {' and '.join(types)}, not {name}"

@@ -7,8 +7,12 @@ from jaxtrain.recipe.load import Key, Secret, Secrets, map_leaves
 
 PRIVATE = re.compile(
     r"token|(.*_)?((hf|auth|access)_token|api_?key|(access|private|secret)_key|passw(or)?d|secret)"
+    r"|(proxy[-_])?authorization|(set[-_])?cookie|x[-_]api[-_]key"
 )
 """Names of keys whose value is secret."""
+
+IN_URL = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)(?=@)")
+"""User and password in a URL."""
 
 SPELLINGS: dict[str | int, str | int] = {"lr": "learning_rate"}
 MIN_LENGTH = 8  # of a value that is hidden in text about other keys
@@ -21,7 +25,9 @@ def find_secrets(tree: Any) -> dict[Key, Secret]:
     def note(value: Any, key: Key) -> None:
         name, is_text = str(key[-1]), isinstance(value, str | int) and not isinstance(value, bool)
         if is_text and value and PRIVATE.fullmatch(name.lower()):
-            found[key] = Secret(f"${{env:{name.upper()}}}", (str(value),))
+            found[key] = Secret(f"${{env:{name.upper().replace('-', '_')}}}", (str(value),))
+        elif isinstance(value, str) and (passwords := tuple(m[2] for m in IN_URL.finditer(value))):
+            found[key] = Secret(IN_URL.sub(r"\1:${env:PASSWORD}", value), passwords)
 
     map_leaves(tree, note)
     return found

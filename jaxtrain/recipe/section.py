@@ -120,7 +120,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_human_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        return read_numbers(value, cls.model_fields[str(info.field_name)].annotation)
+        field = cls.model_fields[str(info.field_name)]
+        if value is None and isinstance(field.default, Section):
+            return field.default  # a section without keys is as one that is left out
+        return read_numbers(value, field.annotation)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yields (key, what is wrong) between keys that are valid alone. The methods of base
@@ -186,6 +189,11 @@ def path_exists(path: str) -> bool:
         return expand_user(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: it exists, or is written as one."""
+    return name.startswith(("/", ".", "~")) or name.endswith(".gguf") or path_exists(name)
 
 
 def resolve_input_path(value: Any, info: ValidationInfo) -> Any:

@@ -1,12 +1,14 @@
 """Reads a fast tokenizer from a folder, the hub or a GGUF file, and writes it for export."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import is_offline_mode
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, show
@@ -52,8 +54,8 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
     else:
         tokenizer = _load_from_hugging_face(path, named or str(model_path))
     if config.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.chat_template)
-        _check_syntax(tokenizer)
+        tokenizer.chat_template = read_template(config.chat_template)
+    check_syntax(tokenizer.chat_template)
     for token in filter(None, (*config.extra_tokens, config.pad_token)):
         tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
     if config.pad_token:
@@ -104,7 +106,7 @@ def _read(name: str, *, local_only: bool):
         return None
 
 
-def _read_template(value: str) -> str:
+def read_template(value: str) -> str:
     """Returns Jinja text, which `value` is or names a file of."""
     if "{" in value or "\n" in value:
         return value
@@ -118,13 +120,15 @@ def _read_template(value: str) -> str:
         raise RecipeError(f"tokenizer.chat_template: {path} is not UTF-8") from None
 
 
-def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
-    probe = [{"role": "user", "content": "x"}]
-    try:
-        tokenizer.apply_chat_template(probe, tokenize=False)
-    except jinja2.TemplateSyntaxError as fault:
-        raise RecipeError(
-            f"tokenizer.chat_template: line {fault.lineno}: {fault.message}"
-        ) from None
-    except jinja2.TemplateError:
-        return  # the template refuses this conversation; real ones are checked one by one
+def check_syntax(template: str | Mapping[str, str] | None) -> None:
+    """RecipeError for a chat template, or one of several by name, that is not Jinja; renders
+    nothing."""
+    named = template if isinstance(template, Mapping) else {"": template or ""}
+    for name, text in named.items():
+        try:
+            render_jinja_template([], chat_template=text)
+        except jinja2.TemplateSyntaxError as fault:
+            where = f"{name}: line" if name else "line"
+            raise RecipeError(
+                f"tokenizer.chat_template: {where} {fault.lineno}: {fault.message}"
+            ) from None

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain import registry
 from jaxtrain.model import ModelFactory, ModelSpec
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.given import Given
 
@@ -26,5 +27,7 @@ def find_model(config: TrainerConfig, given: Given | None = None, view: Any = No
     if tokenizer is None:
         cls = registry.find("tokenizer", config.tokenizer.type)
         tokenizer = cls(config.tokenizer, spec.path, trainer=view).create_tokenizer()
+    if config.eval_samples is not None and not tokenizer.chat_template:
+        raise RecipeError("eval_samples: needs tokenizer.chat_template, which the tokenizer lacks")
     num_tokens = 1 + max(tokenizer.get_vocab().values())
     return FoundModel(factory, spec.with_room(num_tokens, config.model), tokenizer)

@@ -16,6 +16,7 @@ from jaxtrain.metrics.meter import Meter
 from jaxtrain.metrics.user_metrics import UserMetrics
 from jaxtrain.metrics.writer import MetricsRow
 from jaxtrain.recipe.errors import NonFiniteError
+from jaxtrain.recipe.secrets import hide_secrets
 from jaxtrain.trainer.run_folder import RunFolder
 
 Item = TypeVar("Item")
@@ -124,7 +125,10 @@ class Report:
 
     def samples(self, step: int, prompts: Iterable[str], answers: Iterable[str]) -> None:
         """What the model says at this step."""
-        for prompt, answer in zip(prompts, answers, strict=True):
+        hidden = (
+            [hide_secrets(t, self.config.secrets) for t in side] for side in (prompts, answers)
+        )
+        for prompt, answer in zip(*hidden, strict=True):
             self.write({"iter": step, "prompt": prompt, "answer": answer})
             self.console.line(f"  {prompt!r} → {answer!r}")
 

@@ -6,7 +6,10 @@ import pytest
 
 from jaxtrain import registry
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.resolve import get_config, resolve
+from jaxtrain.recipe.messages import list_keys
+from jaxtrain.recipe.resolve import get_config, list_type_keys, resolve
+from jaxtrain.recipe.strangers import ELSEWHERE
+from jaxtrain.recipe.trainer import TrainerConfig
 
 BASE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
 HELD_OUT = {"data": {"sources": ["a/b"], "train_eval_split": [0.9, 0.1]}, "eval_interval": 10}
@@ -43,6 +46,18 @@ def schedule(name, **keys):
 
 KEYS = {
     "typo": ({"epoch": 2}, "epoch: unknown key (found 2); did you mean `epochs`?"),
+    "of Hugging Face": (
+        {"num_train_epochs": 3},
+        "num_train_epochs: unknown key (found 3); write `epochs`",
+    ),
+    "of Hugging Face, near to one of ours": (
+        {"save_steps": 3},
+        "save_steps: unknown key (found 3); write `checkpoint.save_every_n_steps`",
+    ),
+    "of axolotl": (
+        {"sequence_len": 512},
+        "sequence_len: unknown key (found 512); write `data.max_length`",
+    ),
     "typo below": (
         {"optimizer": {"learning_rat": 1}},
         "optimizer.learning_rat: unknown key (found 1); did you mean `learning_rate`?",
@@ -111,6 +126,15 @@ KEYS = {
     "unknown tokenizer": (
         {"tokenizer": {"type": "own"}},
         "tokenizer.type: unknown tokenizer type 'own' (known: huggingface)",
+    ),
+    "off for a type": (
+        {"optimizer": {"type": False}},
+        "optimizer.type: must be a name, found false",
+    ),
+    "zero for a type": ({"scheduler": {"type": 0}}, "scheduler.type: must be a name, found 0"),
+    "nothing for a type": (
+        {"model": {"type": "", "name_or_path": "m"}},
+        "model.type: unknown model type '' (known: huggingface, liger)",
     ),
     "boolean for text": (
         model(name_or_path=True),
@@ -193,8 +217,8 @@ TRAPS = {
 }
 ACROSS = {
     "no interval": (
-        HELD_OUT | {"eval_interval": 0},
-        "eval_interval: must be > 0 with evaluation data, found 0",
+        HELD_OUT | {"eval_interval": 0, "eval_at_end": False},
+        "eval_interval: must be > 0 with evaluation data and eval_at_end: false, found 0",
     ),
     "no data": ({"eval_interval": 5}, f"eval_interval: {NEEDS_EVAL}"),
     "no data at the end": ({"eval_at_end": True}, f"eval_at_end: {NEEDS_EVAL}"),
@@ -257,6 +281,15 @@ ACROSS = {
         "checkpoint.0.keep_best_n: needs saves that fall on evaluations: save_every_n_steps 15 "
         "is no "
         "multiple of eval_interval 10; use 10 or 20",
+    ),
+    "unknown metric that diverges": (
+        {"divergence": {"metric": "los"}},
+        "divergence.metric: must be one of loss, grad_norm, token_accuracy, z_loss, found 'los'",
+    ),
+    "unknown metric of an evaluation that diverges": (
+        HELD_OUT | {"divergence": {"metric": "eval/bleu"}},
+        "divergence.metric: must be one of loss, grad_norm, token_accuracy, z_loss, eval/loss, "
+        "eval/perplexity, eval/token_accuracy, found 'eval/bleu'",
     ),
     "unknown metric": (
         HELD_OUT | saves(keep_best_n=2, metric="eval/bleu", mode="max"),
@@ -612,10 +645,41 @@ def test_what_is_off_is_no_fault(amount):
     assert get_config(BASE | {"deepspeed": amount})
 
 
+def test_a_section_without_keys_is_as_one_that_is_left_out():
+    empty = dict.fromkeys(
+        ("optimizer", "scheduler", "tokenizer", "checkpoint", "mesh", "pipeline", "wandb", "logger",
+         "tensorboard", "deepspeed", "ema", "profile")
+    )  # fmt: skip
+    assert get_config(BASE | empty) == get_config(BASE)
+
+
+def test_every_key_of_other_trainers_names_one_of_ours():
+    for key, target in ELSEWHERE.items():
+        section, _, name = target.partition(".")
+        types = registry.BUILT_IN.get(section, ()) if section in registry.SECTIONS else ()
+        known = [own for kind in types for own in list_type_keys(section, kind)]
+        known += list_keys(TrainerConfig, (section,) if name else ())
+        assert (name or section) in known, (key, target)
+        assert f"write `{target}`" in str(resolve(BASE | {key: 1}).faults[0]), key
+
+
+def test_a_path_without_a_type_is_a_local_source():
+    (source,) = get_config(BASE | {"data": {"sources": [{"path": "a.jsonl"}]}}).data.sources
+    assert (source.type, source.path) == ("local", "a.jsonl")
+
+
+def test_an_interval_is_not_needed_where_the_end_evaluates():
+    assert get_config(HELD_OUT | {"model": {"name_or_path": "m"}, "eval_interval": 0})
+
+
 def test_a_used_stop_file_is_stale(tmp_path):
     (tmp_path / "stop").touch()
     with pytest.raises(RecipeError, match=r"kill_switch_path: .* exists already; remove it"):
         get_config(BASE | {"kill_switch_path": str(tmp_path / "stop")})
+    moved = saves(resume_from="/nowhere/global_step_3", auto_resume=True)
+    ended = BASE | moved | {"kill_switch_path": str(tmp_path / "stop")}
+    assert len(resolve(ended).faults) == 2
+    assert get_config(ended, runs_here=False)  # as `jaxtrain export` reads the recipe of a run
 
 
 @pytest.mark.parametrize("name", ["wsd", "wds"])

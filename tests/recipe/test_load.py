@@ -1,10 +1,12 @@
 import signal
+import time
 
 import pytest
 
 from jaxtrain.recipe.compose import compose as load
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import MAX_NODES, parse
+from jaxtrain.recipe.resolve import resolve
 
 
 def written(tmp_path, text):
@@ -46,12 +48,70 @@ def test_every_value_knows_its_line(tmp_path):
         ("a: &x [*x]\n", "an alias that contains itself"),
         ("a: {<<: 1}\n", ":1: a.<<: must be a map or a list of maps"),
         ("a: !!python/object/apply:os.system [ls]\n", "not plain YAML"),
+        ("a: !!bool x\n", ":1: a: not plain YAML: 'x' is no bool"),
+        ("a: !!int x\n", ":1: a: not plain YAML: 'x' is no int"),
+        ("a: !!int ''\n", ":1: a: not plain YAML: '' is no int"),
+        ("a: !!timestamp x\n", ":1: a: not plain YAML: 'x' is no timestamp"),
+        ("a: !!float 1:2.5\n", ":1: a: not plain YAML: '1:2.5' is no number"),
+        (
+            "a:\n\tb: 1\n",
+            ":2: not YAML: found character '\\t' that cannot start any token; YAML is "
+            "indented with spaces; replace the tab",
+        ),
+        (
+            "a: 1\n  b: 2\n",
+            ":2: not YAML: mapping values are not allowed here; indent the keys of a section alike",
+        ),
+        (
+            "a:\n  b: 1\n c: 2\n",
+            ":3: not YAML: expected <block end>, but found '<block mapping "
+            "start>'; indent the keys of a section alike, deeper than its name",
+        ),
     ],
 )
 def test_bad_yaml_is_one_line_with_its_place(tmp_path, text, expected):
-    with pytest.raises(RecipeError) as error:
-        load(written(tmp_path, text))
-    assert expected in str(error.value) and "\n" not in str(error.value)
+    (line,) = found_in(written(tmp_path, text))
+    assert expected in line
+
+
+def found_in(file):
+    """The lines on a recipe's YAML."""
+    try:
+        return [str(fault) for fault in load(file).faults]
+    except RecipeError as error:
+        return str(error).splitlines()
+
+
+def test_faults_of_values_hide_no_other_fault(tmp_path):
+    """Of the same file, of the sections, and across keys; but not what only they bring about."""
+    text = """
+model: {name_or_path: m, name_or_path: n}
+data: {sources: [a/b, !!bool x], max_length: !!int '1:2', seed: -1}
+early_stopping: {}
+epoch: 1
+run_dir: !own x
+optimizer: {learning_rate: "${env:NO_SUCH_VARIABLE}", betas: [2, 3]}
+deepspeed: {train_micro_batch_size_per_gpu: 4}
+"""
+    assert sorted(fault.key for fault in resolve(written(tmp_path, text)).faults) == [
+        "data.max_length",
+        "data.seed",
+        "data.sources.1",
+        "deepspeed.train_micro_batch_size_per_gpu",
+        "early_stopping.patience",
+        "epoch",
+        "model.name_or_path",
+        "optimizer.betas",
+        "optimizer.learning_rate",
+        "run_dir",
+    ]
+
+
+def test_numbers_in_base_60_take_no_time(tmp_path):
+    digits = ":".join(["59"] * 60_000)
+    began = time.process_time()
+    (line,) = found_in(written(tmp_path, f"seed: !!int '{digits}'\n"))
+    assert "is no number" in line and len(line) < 300 and time.process_time() - began < 1
 
 
 def levels(outer, item, first="{x: 1}", width=9, depth=8):
