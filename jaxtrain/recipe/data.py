@@ -290,6 +290,9 @@ class DataConfig(TypedSection):
         Own[int], not_supported("use pack_samples: true with micro_batch_size")
     ] = Field(default=0, ge=0)
     """Fill batches to this many tokens instead of `micro_batch_size` sequences; 0 is off."""
+    split_special_tokens: Own[bool] = False
+    """Encode special tokens that records write out, such as `<|im_end|>` in a user's text, as plain
+    text; otherwise they become the control tokens, and the counts say in how many documents."""
     max_length_buckets: Own[int] = Field(default=8, ge=1)
     """Maximum number of lengths that unpacked sequences are padded to. Each step uses the shortest
     that fits, and each length compiles the step once; the loss is the same."""

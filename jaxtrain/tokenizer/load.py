@@ -54,6 +54,8 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
         _check_syntax(tokenizer)
+    if isinstance(tokenizer.chat_template, str):  # a file's byte order mark would be trained
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     for token in filter(None, (*config.extra_tokens, config.pad_token)):
         tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
     if config.pad_token:
