@@ -5,9 +5,9 @@ import hashlib
 import os
 import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -161,9 +161,12 @@ def tokenise(
 
     Raises `DataError` with the place of a faulty record that `tolerance` does not allow."""
     label = f"tokenising {counts.label}"
-    with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
-        starts = range(0, len(records), BATCH_RECORDS)
-        batches = _encode_batches(records, encoder, workers, counts)
+    starts = range(0, len(records), BATCH_RECORDS)
+    with (
+        tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar,
+        # Left to a traceback, it would join its threads wherever the garbage collector runs.
+        closing(_encode_batches(records, encoder, workers, counts)) as batches,
+    ):
         for start, outcomes in zip(starts, batches, strict=True):
             for index, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
@@ -215,7 +218,7 @@ def _encode_in_worker(items: Items) -> list[Outcome]:
 
 def _encode_batches(
     records: Records, encoder: Encoder, workers: int, counts: SourceCounts
-) -> Iterator[list[Outcome]]:
+) -> Generator[list[Outcome], None, None]:
     """Yields the outcomes of one batch of records after the other, with several in flight; counts
     the columns that are not read."""
     if not workers:

@@ -23,8 +23,8 @@ TOLD = {
 """Note → what the counts say after the number of documents."""
 WARNED = {
     HIDDEN_SYSTEM: (
-        "the chat template leaves the system text out of {}; set tokenizer.chat_template to one that "
-        "shows it"
+        "the chat template leaves the system text out of {}; set tokenizer.chat_template to one "
+        "that shows it"
     ),
     CONTROL_TOKENS: (
         "special tokens are written in the text of {} and become control tokens; "
