@@ -98,7 +98,8 @@ class DataSourceConfig(TypedSection):
     """False: records are tokenised already, as `input_ids` and, for conversations, `labels`."""
     weight: Own[float | None] = Field(default=None, gt=0)
     """Relative size of this source in the mixture; if one training source has it, all must. An
-    epoch keeps its length, and each source is cut or repeated to its part of it."""
+    epoch keeps its length, and each source is cut or repeated to its part of it; each epoch draws
+    anew what it takes of a source."""
     name: Own[str] = ""
     """Label in logs and counts."""
 

@@ -201,12 +201,12 @@ REFUSED = {
     ("lfm2", "tool"): "messages[1].tool_calls: the chat template does not show all of it",
     ("cohere", "tool"): "the chat template refuses the conversation: Conversation roles must",
     # It writes the tool's answer into the turn that called it, in front of what that one says.
-    ("gemma4", "told"): "the chat template rewrites turns, and where the trained",
+    ("gemma4", "told"): "the chat template rewrites turns",
     # Its prompt ends behind an empty block, where this turn has thoughts.
-    ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns, and where the trained",
+    ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns",
     # Marked, and made for lists of parts: all that is left of a turn is its end.
     ("idefics3_training", "chat"): "messages[1].content: the chat template does not show all of it",
-    ("qwen3_5_nothink", "thought"): "the chat template rewrites turns, and where the trained",
+    ("qwen3_5_nothink", "thought"): "the chat template rewrites turns",
     ("smolvlm", "chat"): "messages[1].content: the chat template does not show all of it",
 }
 
