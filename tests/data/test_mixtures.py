@@ -47,9 +47,8 @@ def test_shares_are_met_and_no_document_is_favoured(parts):
         times = np.bincount(whole, minlength=len(sources))[sources == number]
         own, count = rest.get(number, ((), 0))
         assert abs(times.sum() + count - weight / sum(weights) * len(chosen)) <= 1
-        assert times.max() == times.min() and (
-            not count or own.tolist() == [*np.flatnonzero(sources == number)]
-        )
+        assert times.max() == times.min()
+        assert not count or own.tolist() == np.flatnonzero(sources == number).tolist()
 
 
 def epochs_of(plan, count):
