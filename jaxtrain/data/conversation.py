@@ -341,7 +341,7 @@ def read_kwargs(record: Record) -> dict[str, Any] | None:
         raise DataError(f"chat_template_kwargs.{reserved[0]}: is what is rendered; remove it")
     documents = {"documents": record["documents"]} if record.get("documents") else {}
     # A typed table gives every record the arguments of all others.
-    return {k: v for k, v in (kwargs | documents).items() if v is not None} or None
+    return {k: v for k, v in {**kwargs, **documents}.items() if v is not None} or None
 
 
 def _parse_json(value: Any, place: str) -> Any:

@@ -33,6 +33,7 @@ IGNORED = -100
 """The label of a token that is not trained."""
 SAID = ("content", *REASONING)
 """Fields of a turn that are text."""
+NO_GAP = -1
 GAP = "\ufdd0"
 """A character that Unicode reserves for use inside a program."""
 NO_SCORES = (float("nan"), float("nan"))
@@ -362,7 +363,7 @@ class TextGuard:
         special = [re.escape(t.content) for t in added if t.special and t.content not in THINK_TAGS]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
         self._is_splitting = is_splitting
-        self.gap: int | None = None
+        self.gap = NO_GAP
         if is_splitting:
             tokenizer = deepcopy(tokenizer)
             tokenizer.add_tokens(AddedToken(GAP, normalized=False, special=True))
