@@ -22,7 +22,8 @@ class CausalDataFactory(DataFactory):
         if loaded.source.config.is_tokenised:
             return TokenisedEncoder(vocab_size=len(self.tokenizer), with_labels=False)
         column = loaded.source.config.text_column
-        return TextEncoder(self.tokenizer, column, dict(self.tokenize_kwargs))
+        kwargs = dict(self.tokenize_kwargs)
+        return TextEncoder(self.tokenizer, column, kwargs, self.config.split_special_tokens)
 
     def remarks(self) -> list[str]:
         return []  # no text goes through a template

@@ -29,12 +29,24 @@ ACCEPTED = (
 )
 
 
+RESERVED = (
+    "messages", "conversations", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "return_assistant_tokens_mask",
+)  # fmt: skip
+"""Arguments of a template that no record may set, since they are what is rendered."""
+LEFT_OUT = "{} (which role_mapping leaves out)"
+"""Name of a system column that would otherwise begin the conversation."""
+
+
 class Conversation(NamedTuple):
     messages: list[Message]
+    """Turns as templates read them; a `weight` of 0 says that a turn is not trained."""
     tools: list[Any] | None = None
     """Functions that the template offers, in the data set's own JSON."""
     prompt_turns: int = 0
     """Number of turns that are the prompt, in a record that has a prompt and a reply."""
+    template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the template."""
 
 
 class RoleMapper:
@@ -61,7 +73,13 @@ class RoleMapper:
             turns += self._read_array(record, array, field, roles)
         if not turns:
             raise DataError(f"role_mapping found no turn; columns are {', '.join(record)}")
-        return {**record, "system": None, "messages": turns}  # the mapping leaves out all else
+        used = {column for _, column in self._columns} | {array for array, _ in self._arrays}
+        rest = {
+            LEFT_OUT.format(column) if column in SYSTEM_COLUMNS else column: value
+            for column, value in record.items()
+            if column not in used
+        }
+        return {**rest, "messages": turns}
 
     def _read_array(
         self, record: Record, array: str, field: str, roles: dict[str, str]
@@ -101,7 +119,7 @@ def read_conversation(record: Record) -> Conversation:
         )
     if not messages:
         raise DataError("messages: empty conversation")
-    return Conversation(messages, read_tools(record), prompt_turns)
+    return Conversation(messages, read_tools(record), prompt_turns, read_kwargs(record))
 
 
 def read_turns(record: Record, column: str, role: str = "assistant") -> list[Message]:
@@ -146,9 +164,11 @@ def _read_shared_turn(turn: Any, place: str) -> Message:
             f"{did_you_mean(str(sender), SHAREGPT_ROLES)}"
         )
     value = _get_field(turn, "value", place)
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content")}
     if sender == "function_call":
-        return {"role": role, "content": "", "tool_calls": _read_calls(value, f"{place}.value")}
-    return {"role": role, "content": value}
+        calls = _read_calls(value, f"{place}.value")
+        return {**rest, "role": role, "content": "", "tool_calls": calls}
+    return {**rest, "role": role, "content": value}
 
 
 def _read_calls(value: Any, place: str) -> list[Any]:
@@ -188,22 +208,42 @@ def stringify_arguments(messages: list[Message]) -> list[Message]:
 def _read_pair(record: Record, reply: str) -> list[Message]:
     """Reads `prompt` and `reply`, each of which is text or a list of turns."""
     prompt, replies = read_turns(record, "prompt", "user"), read_turns(record, reply)
-    return [*read_system(record), *prompt, *replies]
+    return [*read_system(record), *_read_history(record), *prompt, *replies]
 
 
 def _read_instruction(record: Record) -> list[Message]:
     (turn,) = _read_column(record, "user", "instruction")
     if record.get("input"):
         turn["content"] += f"\n{get_text(record, 'input')}"
-    return [*read_system(record), turn, *_read_column(record, "assistant", "output")]
+    before = [*read_system(record), *_read_history(record)]
+    return [*before, turn, *_read_column(record, "assistant", "output")]
 
 
 def _read_two_columns(record: Record) -> list[Message]:
-    return [*_read_column(record, "user", "user"), *_read_column(record, "assistant", "assistant")]
+    reply = _read_column(record, "assistant", "assistant")
+    user = _read_column(record, "user", "user")
+    return [*read_system(record), *_read_history(record), *user, *reply]
+
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
 
 
 def read_system(record: Record) -> list[Message]:
-    return _read_column(record, "system", "system") if record.get("system") else []
+    column = next((name for name in SYSTEM_COLUMNS if record.get(name)), None)
+    return _read_column(record, "system", column) if column else []
+
+
+def _read_history(record: Record) -> list[Message]:
+    """Reads the earlier rounds of a record of one prompt: a list of pairs of text."""
+    history = record.get("history") or []
+    turns = []
+    for index, pair in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise DataError(f"history[{index}]: must be a prompt and a reply, found {show(pair)}")
+        turns += [
+            {"role": r, "content": t} for r, t in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
 
 
 FORMS: tuple[tuple[tuple[str, ...], Callable[[Record], list[Message]]], ...] = (
@@ -260,6 +300,8 @@ def _check_message(message: Any, place: str) -> Message:
     if calls:
         turn["tool_calls"] = _read_calls(calls, f"{place}.tool_calls")
         turn.setdefault("content", "")
+    if turn.get("weight", 1) not in (0, 1):
+        raise DataError(f"{place}.weight: must be 0 or 1, found {show(turn['weight'])}")
     content = turn["content"] if "content" in turn else _get_field(message, "content", place)
     turn["content"] = _join_text(content, f"{place}.content")
     return turn
@@ -281,13 +323,33 @@ def _join_text(content: Any, place: str) -> str:
 
 
 def read_tools(record: Record) -> list[Any] | None:
-    tools = record.get("tools")
-    if not tools:
+    """Reads `tools` as they are, or else `functions`, the older form of the same, as tools."""
+    column = next((name for name in ("tools", "functions") if record.get(name)), None)
+    if column is None:
         return None
-    tools = _parse_json(tools, "tools")
+    tools = _parse_json(record[column], column)
     if not isinstance(tools, list):
-        raise DataError(f"tools: must be a list, found {show(tools)}")
+        raise DataError(f"{column}: must be a list, found {show(tools)}")
+    if column == "functions":
+        tools = [
+            tool
+            if not isinstance(tool, Mapping) or "function" in tool
+            else {"type": "function", "function": tool}
+            for tool in tools
+        ]
     return tools or None
+
+
+def read_kwargs(record: Record) -> dict[str, Any] | None:
+    """Reads `chat_template_kwargs`, and `documents`, which is an argument of templates too."""
+    kwargs = _parse_json(record.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    if not isinstance(kwargs, Mapping):
+        raise DataError(f"chat_template_kwargs: must be a map, found {show(kwargs)}")
+    if reserved := [name for name in kwargs if name in RESERVED]:
+        raise DataError(f"chat_template_kwargs.{reserved[0]}: is what is rendered; remove it")
+    documents = {"documents": record["documents"]} if record.get("documents") else {}
+    # A typed table gives every record the arguments of all others.
+    return {k: v for k, v in {**kwargs, **documents}.items() if v is not None} or None
 
 
 def _parse_json(value: Any, place: str) -> Any:

@@ -5,9 +5,9 @@ import hashlib
 import os
 import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxtrain.data.encode import Encoded, Encoder, Fault, Outcome, catch_fault
 from jaxtrain.data.ledger import SourceCounts
-from jaxtrain.data.records import Records, find_source_index
+from jaxtrain.data.records import ReadColumns, Records, find_source_index
 from jaxtrain.recipe.code import find_user_files, run_user_code
 from jaxtrain.recipe.errors import DataError
 
@@ -161,9 +161,13 @@ def tokenise(
 
     Raises `DataError` with the place of a faulty record that `tolerance` does not allow."""
     label = f"tokenising {counts.label}"
-    with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
-        starts = range(0, len(records), BATCH_RECORDS)
-        for start, outcomes in zip(starts, _encode_batches(records, encoder, workers), strict=True):
+    starts = range(0, len(records), BATCH_RECORDS)
+    with (
+        tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar,
+        # Left to a traceback, it would join its threads wherever the garbage collector runs.
+        closing(_encode_batches(records, encoder, workers, counts)) as batches,
+    ):
+        for start, outcomes in zip(starts, batches, strict=True):
             for index, outcome in enumerate(outcomes, start):
                 if isinstance(outcome, Fault):
                     place = "" if outcome.names_record else f"{records.where(index)}: "
@@ -179,11 +183,15 @@ def tokenise(
 Items = list[Any | Fault]
 
 
-def _read(records: Records, index: int, encoder: Encoder) -> Any | Fault:
+def _read(records: Records, index: int, encoder: Encoder, counts: SourceCounts) -> Any | Fault:
     record = catch_fault(records.__getitem__, index)
     if isinstance(record, Fault):
         return record._replace(names_record=True)
-    return catch_fault(encoder.read, record)
+    record = ReadColumns(record)
+    item = catch_fault(encoder.read, record)
+    if not isinstance(item, Fault) and item is not record:
+        counts.unread.update(record.find_unread())
+    return item
 
 
 def _encode_items(encoder: Encoder, items: Items) -> list[Outcome]:
@@ -208,8 +216,11 @@ def _encode_in_worker(items: Items) -> list[Outcome]:
     return _encode_items(_encoder, items)
 
 
-def _encode_batches(records: Records, encoder: Encoder, workers: int) -> Iterator[list[Outcome]]:
-    """Yields the outcomes of one batch of records after the other, with several in flight."""
+def _encode_batches(
+    records: Records, encoder: Encoder, workers: int, counts: SourceCounts
+) -> Generator[list[Outcome], None, None]:
+    """Yields the outcomes of one batch of records after the other, with several in flight; counts
+    the columns that are not read."""
     if not workers:
         # The tokenizer releases Python's lock, so one batch renders while it tokenises another.
         pool, encode = ThreadPoolExecutor(THREADS), partial(_encode_items, encoder)
@@ -222,7 +233,8 @@ def _encode_batches(records: Records, encoder: Encoder, workers: int) -> Iterato
     try:
         for first in range(0, len(records), BATCH_RECORDS):
             numbers = range(first, min(first + BATCH_RECORDS, len(records)))
-            waiting.append(pool.submit(encode, [_read(records, n, encoder) for n in numbers]))
+            items = [_read(records, n, encoder, counts) for n in numbers]
+            waiting.append(pool.submit(encode, items))
             if len(waiting) > 2 * (workers or THREADS):  # batches in flight are in memory
                 yield waiting.popleft().result()
         for future in waiting:

@@ -6,27 +6,36 @@ The text that a conversation renders to is tokenised once; offsets tell which to
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from jaxtrain.data.conversation import Conversation, read_conversation
 from jaxtrain.data.records import get_column, get_text
-from jaxtrain.data.render import Renderer, check_characters
-from jaxtrain.data.spans import Span
+from jaxtrain.data.render import Renderer, Rendering, check_characters, find_stop_tokens
+from jaxtrain.data.spans import REASONING, Span, says_something
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 OVERLONG = "longer than max_length"
 UNTRAINED = "no assistant text to train on"
 CUT_AWAY = "no assistant text left after truncation"
 NOTHING = "renders to nothing"
+EMPTY_REPLY = "a reply is empty"
+CONTROL_TOKENS = "control tokens in text"
+THINK_TAGS = ("<think>", "</think>")
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 HEAD_CHARACTERS_PER_TOKEN = 5
 """A text of this many characters per token of `max_length` is nearly always longer than it."""
 IGNORED = -100
 """The label of a token that is not trained."""
+SAID = ("content", *REASONING)
+"""Fields of a turn that are text."""
+NO_GAP = -1
+GAP = "\ufdd0"
+"""A character that Unicode reserves for use inside a program."""
 NO_SCORES = (float("nan"), float("nan"))
 
 
@@ -45,8 +54,10 @@ class Encoded(NamedTuple):
     rejected_start: int | None = None
     """First token of the rejected sequence of a preference."""
     scores: tuple[float, float] = NO_SCORES
-    hides_system: bool = False
-    """Whether the template leaves the system text out of this conversation."""
+    notes: tuple[str, ...] = ()
+    """What the ledger counts the documents of: HIDDEN_SYSTEM, EMPTY_REPLY, …"""
+    unread: tuple[str, ...] = ()
+    """Fields of turns and arguments of the template that nothing reads."""
 
 
 class Dropped(NamedTuple):
@@ -92,10 +103,13 @@ class ConversationEncoder:
     loss_roles: Sequence[str] = ("assistant",)
     completion_only: bool = True
     ignore_empty_think: bool = False
+    split_special_tokens: bool = False
 
     def __post_init__(self):
-        self._backend = prepare_backend(self.tokenizer)
+        self._text = TextGuard(self.tokenizer, self.split_special_tokens)
+        self._backend = self._text.backend
         self._renderer = Renderer(self.tokenizer)
+        self._stops = frozenset(find_stop_tokens(self.tokenizer))
         self._markup = frozenset(self.tokenizer.added_tokens_decoder)
         self._added_tokens = compile_added_tokens(self.tokenizer)
 
@@ -103,14 +117,25 @@ class ConversationEncoder:
         return read_conversation(record)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
+        conversations = [self._split_specials(one) for one in conversations]
         rendered = [catch_fault(self._renderer.render, one) for one in conversations]
-        encodings = iter(self._tokenise([text for text in rendered if isinstance(text, str)]))
+        texts = [one.text for one in rendered if isinstance(one, Rendering)]
+        encodings = iter(self._tokenise(texts))
         return [
-            text
-            if isinstance(text, Fault)
-            else catch_fault(self._encode_one, conversation, text, next(encodings))
-            for conversation, text in zip(conversations, rendered, strict=True)
+            one
+            if isinstance(one, Fault)
+            else catch_fault(self._encode_one, conversation, one, next(encodings))
+            for conversation, one in zip(conversations, rendered, strict=True)
         ]
+
+    def _split_specials(self, conversation: Conversation) -> Conversation:
+        if not self.split_special_tokens:
+            return conversation
+        messages = [
+            {k: self._text.split(v) if k in SAID else v for k, v in message.items()}
+            for message in conversation.messages
+        ]
+        return conversation._replace(messages=messages)
 
     def _tokenise(self, texts: list[str]) -> list[Encoding]:
         """Tokenises each text, or a head of it that is longer than `max_length` already."""
@@ -137,28 +162,40 @@ class ConversationEncoder:
         return text[: added_token.end()] if added_token else text
 
     def _is_head(self, encoding: Encoding) -> bool:
-        return len(encoding) > self.max_length and encoding.ids[-1] in self._markup
+        length = len(encoding) - encoding.ids.count(self._text.gap)
+        return length > self.max_length and encoding.ids[-1] in self._markup
 
-    def _encode_one(self, conversation: Conversation, text: str, encoding: Encoding) -> Outcome:
-        length = len(encoding)
+    def _encode_one(
+        self, conversation: Conversation, rendering: Rendering, encoding: Encoding
+    ) -> Outcome:
+        text, tokens = rendering.text, np.array(encoding.ids, dtype=np.int32)
+        kept = np.flatnonzero(tokens != self._text.gap)
+        length = len(kept)
         if not text or length == 0:
             return Dropped(NOTHING, 0)
         if refused := check_length(length, self.max_length, self.overlong):
             return refused
-        tokens = np.array(encoding.ids[: self.max_length], dtype=np.int32)
-        is_pair = conversation.prompt_turns > 0
+        kept = kept[: self.max_length]
+        tokens = tokens[: kept[-1] + 1]
+        is_pair, is_empty = conversation.prompt_turns > 0, []
         if self.mask_inputs and (self.completion_only or not is_pair):
             spans = self._find_spans(conversation, text)
             weights, turns, ended = self._weigh_tokens(tokens, encoding, text, spans)
+            after = conversation.messages[conversation.prompt_turns :]
+            is_empty = [not says_something(m) for m in after if m["role"] in self.loss_roles]
         else:
             weights, turns, ended = np.ones(len(tokens), dtype=np.uint8), 0, 0
+        tokens, weights, is_cut = tokens[kept], weights[kept], length > self.max_length
         weights[0] = 0  # nothing stands before it that could predict it
         if not weights.any():
-            return Dropped(CUT_AWAY if length > self.max_length else UNTRAINED, length)
-        first, is_cut = conversation.messages[0], length > self.max_length
-        is_system = first["role"] in ("system", "developer")
-        hides_system = is_system and first["content"].strip() not in text
-        return Encoded(tokens, weights, turns, ended, is_cut, hides_system=hides_system)
+            reason = EMPTY_REPLY if is_empty and all(is_empty) else UNTRAINED
+            return Dropped(CUT_AWAY if is_cut else reason, length)
+        notes = [*rendering.hidden, *([EMPTY_REPLY] if any(is_empty) else [])]
+        said = (str(message.get(key, "")) for message in conversation.messages for key in SAID)
+        if any(map(self._text.has_control_token, said)):
+            notes.append(CONTROL_TOKENS)
+        unread = rendering.unread
+        return Encoded(tokens, weights, turns, ended, is_cut, notes=tuple(notes), unread=unread)
 
     def _find_spans(self, conversation: Conversation, text: str) -> list[Span]:
         spans = self._renderer.find_spans(conversation, text, self.loss_roles)
@@ -179,7 +216,7 @@ class ConversationEncoder:
             if first < last:
                 weights[first:last] = 1
                 turns += 1
-                ended += int(tokens[last - 1]) in self._markup
+                ended += int(tokens[last - 1]) in self._stops
         return weights, turns, ended
 
     def _find_token_range(
@@ -222,11 +259,12 @@ class TextEncoder:
     tokenizer: Any
     column: str
     kwargs: Mapping[str, Any]
+    split_special_tokens: bool = False
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
             raise RecipeError("tokenizer: has no EOS token, which must end every document")
-        self._backend = prepare_backend(self.tokenizer)
+        self._text = TextGuard(self.tokenizer, self.split_special_tokens)
 
     def read(self, record: Mapping[str, Any]) -> str:
         column = next(iter(record)) if len(record) == 1 else self.column
@@ -235,22 +273,27 @@ class TextEncoder:
         return text
 
     def encode(self, items: Sequence[str]) -> list[Outcome]:
+        texts = [self._text.split(item) for item in items]
         if not self.kwargs:
-            encodings = self._backend.encode_batch_fast(list(items), add_special_tokens=False)
-            return [self._encode_one(encoding.ids) for encoding in encodings]
-        kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
-        encoding = self.tokenizer(list(items), verbose=False, **kwargs)
-        return [self._encode_one(ids) for ids in encoding["input_ids"]]
+            encodings = self._text.backend.encode_batch_fast(texts, add_special_tokens=False)
+            lists = [encoding.ids for encoding in encodings]
+        else:
+            kwargs = {**self.kwargs, "add_special_tokens": False, "return_attention_mask": False}
+            lists = self._text.tokenizer(texts, verbose=False, **kwargs)["input_ids"]
+        return [self._encode_one(*pair) for pair in zip(lists, items, strict=True)]
 
-    def _encode_one(self, ids: list[int]) -> Outcome:
+    def _encode_one(self, ids: list[int], text: str) -> Outcome:
+        ids = [token for token in ids if token != self._text.gap]
         if not ids:
             return Dropped(NOTHING, 0)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        before = [] if bos is None else [bos]
-        tokens = np.array([*before, *ids, eos], dtype=np.int32)
+        before = [] if bos is None or ids[0] == bos else [bos]
+        after = [] if ids[-1] == eos else [eos]
+        tokens = np.array([*before, *ids, *after], dtype=np.int32)
         weights = np.ones(len(tokens), dtype=np.uint8)
         weights[0] = 0  # before it in a sequence is another text
-        return Encoded(tokens, weights)
+        is_control = self._text.has_control_token(text)
+        return Encoded(tokens, weights, notes=(CONTROL_TOKENS,) if is_control else ())
 
 
 @dataclass(frozen=True)
@@ -270,18 +313,26 @@ class TokenisedEncoder:
             raise DataError(
                 f"input_ids: {wrong} is no token; must be from 0 to {self.vocab_size - 1}"
             )
-        if not self.with_labels:
-            return tokens.astype(np.int32), np.ones(len(tokens), np.uint8)
-        labels = _read_integers(record, "labels")
-        if len(labels) != len(tokens):
-            raise DataError(f"labels: must be {len(tokens)}, as input_ids, found {len(labels)}")
-        wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
-        if len(wrong):
-            raise DataError(
-                f"labels[{wrong[0]}]: must be the token {tokens[wrong[0]]} itself or {IGNORED}, "
-                f"found {labels[wrong[0]]}; labels are not shifted"
-            )
-        return tokens.astype(np.int32), (labels != IGNORED).astype(np.uint8)
+        given = [name for name in MASKS if record.get(name) is not None]
+        is_trained = np.ones(len(tokens), dtype=bool)
+        for name in given:
+            is_trained &= _read_mask(record, name, len(tokens))
+        if record.get("labels") is not None or (self.with_labels and not given):
+            labels = _read_integers(record, "labels", len(tokens))
+            wrong = np.flatnonzero((labels != IGNORED) & (labels != tokens))
+            if len(wrong):
+                raise DataError(
+                    f"labels[{wrong[0]}]: must be the token {tokens[wrong[0]]} itself or "
+                    f"{IGNORED}, found {labels[wrong[0]]}; labels are not shifted"
+                )
+            is_trained &= labels != IGNORED
+        tokens, weights = tokens.astype(np.int32), is_trained.astype(np.uint8)
+        if record.get("attention_mask") is None:
+            return tokens, weights
+        places = np.flatnonzero(_read_mask(record, "attention_mask", len(tokens)))
+        if len(places) and places[-1] - places[0] >= len(places):
+            raise DataError("attention_mask: may hide padding at the ends only, found a gap")
+        return tokens[places], weights[places]
 
     def encode(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Outcome]:
         return [self._encode_one(*item) for item in items]
@@ -298,6 +349,35 @@ class TokenisedEncoder:
         if self.with_labels and not weights.any():
             return Dropped(CUT_AWAY if length > most else UNTRAINED, length)
         return Encoded(tokens[:most], weights, truncated=length > most)
+
+
+class TextGuard:
+    """Knows the special tokens that records write in their text, which the tokenizer takes for
+    control tokens; with `is_splitting` it keeps them text.
+
+    A gap, a token of its own in a copy of the tokenizer, then parts their first character from the
+    rest; encoders take the gaps out again."""
+
+    def __init__(self, tokenizer: Any, is_splitting: bool):
+        added = tokenizer.added_tokens_decoder.values()
+        special = [re.escape(t.content) for t in added if t.special and t.content not in THINK_TAGS]
+        self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
+        self._is_splitting = is_splitting
+        self.gap = NO_GAP
+        if is_splitting:
+            tokenizer = deepcopy(tokenizer)
+            tokenizer.add_tokens(AddedToken(GAP, normalized=False, special=True))
+            self.gap = tokenizer.convert_tokens_to_ids(GAP)
+        self.tokenizer = tokenizer
+        self.backend = prepare_backend(tokenizer)
+
+    def has_control_token(self, text: str) -> bool:
+        return not self._is_splitting and bool(self._special.search(text))
+
+    def split(self, text: str) -> str:
+        if not self._is_splitting:
+            return text
+        return self._special.sub(lambda found: found[0][0] + GAP + found[0][1:], text)
 
 
 def prepare_backend(tokenizer: Any) -> Tokenizer:
@@ -339,12 +419,25 @@ def catch_fault(function: Callable[..., Any], *arguments: Any) -> Any | Fault:
         return Fault(str(fault))
 
 
-def _read_integers(record: Mapping[str, Any], column: str) -> np.ndarray:
+MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+"""Columns that say with 1 and 0 which tokens are trained."""
+
+
+def _read_mask(record: Mapping[str, Any], column: str, length: int) -> np.ndarray:
+    mask = _read_integers(record, column, length)
+    if not np.isin(mask, (0, 1)).all():
+        raise DataError(f"{column}: must be 0 and 1, found {mask[(mask != 0) & (mask != 1)][0]}")
+    return mask == 1
+
+
+def _read_integers(record: Mapping[str, Any], column: str, length: int | None = None) -> np.ndarray:
     numbers = get_column(record, column)
     try:
         values = np.asarray(numbers)
     except ValueError:  # lists of different lengths
         values = np.zeros((0, 0))
-    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iub"):
         raise DataError(f"{column}: must be a list of whole numbers, found {show(numbers)}")
+    if length is not None and len(values) != length:
+        raise DataError(f"{column}: must be {length}, as input_ids, found {len(values)}")
     return values.astype(np.int64)

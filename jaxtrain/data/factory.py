@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -24,9 +25,9 @@ from jaxtrain.data.documents import (
 )
 from jaxtrain.data.encode import Encoder, prepare_backend
 from jaxtrain.data.ledger import Ledger, SourceCounts, compute_percentiles
-from jaxtrain.data.order import mix_sources, split_by_content
-from jaxtrain.data.packing import PackingPlan, choose_lengths, pack
-from jaxtrain.data.plan import BatchPlan, BatchShape, TrainingData
+from jaxtrain.data.order import MIXTURE, Mixture, mix_sources, sample, split_by_content
+from jaxtrain.data.packing import PackingPlan, choose_lengths, join_plans, pack
+from jaxtrain.data.plan import BatchPlan, BatchShape, Draw, TrainingData
 from jaxtrain.data.records import hash_records
 from jaxtrain.data.render import DATE
 from jaxtrain.data.source import DataSource, GivenSource, LoadedSource
@@ -118,6 +119,8 @@ class PackedSet(NamedTuple):
     lengths: tuple[int, ...]
     """Possible T of a batch, rising; the same for all sets of a run."""
     is_train: bool
+    draws: tuple[Draw, ...] = ()
+    """Of `BatchPlan`."""
 
 
 class DataFactory(registry.Factory, kind="data"):
@@ -270,10 +273,10 @@ class DataFactory(registry.Factory, kind="data"):
 
     def create_dataloader(self, dataset: PackedSet) -> BatchPlan:
         """Plans the batches of one set; an evaluation set keeps its order."""
-        documents, packing, shape, lengths, is_train = dataset
+        documents, packing, shape, lengths, is_train, draws = dataset
         seed = self.config.seed if is_train else None
         together = self.config.SEQUENCES_PER_SAMPLE
-        return BatchPlan(documents, packing, shape, lengths, seed, together=together)
+        return BatchPlan(documents, packing, shape, lengths, seed, together=together, draws=draws)
 
     def evaluation(
         self, sources: Sequence[DataSource], shape: BatchShape, *, lengths: tuple[int, ...]
@@ -296,8 +299,8 @@ class DataFactory(registry.Factory, kind="data"):
         documents, ledger = self.load_or_process(loaded)
         chosen, held_out = self.split_data(documents)
         weights = [source.config.weight for source in sources]
-        chosen = mix_sources(chosen, documents.index["source"], weights, self.config.seed)
-        sets = [("train", self._pack(documents, chosen, shape, is_train=True))]
+        mixture = mix_sources(chosen, documents.index["source"], weights)
+        sets = [("train", self._pack_mixture(documents, mixture, shape))]
         if len(held_out):
             sets.append(("eval", self._pack(documents, held_out, shape)))
         for name, named in eval_sources.items():
@@ -317,7 +320,8 @@ class DataFactory(registry.Factory, kind="data"):
             *(text for one in counts if can_pack for text in one.warnings()),
             *documents.warnings(self.tokenizer.bos_token_id),
         )
-        notes = (*self.remarks(), *ledger.notes)
+        counted = _describe_mixture(loaded, documents, mixture) if any(weights) else ()
+        notes = (*counted, *self.remarks(), *ledger.notes)
         return TrainingData(
             train=plans[0][1],
             evals=dict(plans[1:]),
@@ -337,12 +341,36 @@ class DataFactory(registry.Factory, kind="data"):
         documents, ledger = self.load_or_process(self._load(sources))
         return self._pack(documents, np.arange(len(documents.index)), shape), ledger
 
-    def _pack(
-        self, documents: Documents, chosen: np.ndarray, shape: BatchShape, *, is_train: bool = False
-    ) -> PackedSet:
-        """Packs one set, whose `lengths` follow when all sets are packed."""
-        packing = self.plan_packing(documents, chosen, train=is_train)
-        return PackedSet(documents, packing, shape, (), is_train)
+    def _pack(self, documents: Documents, chosen: np.ndarray, shape: BatchShape) -> PackedSet:
+        """Packs an evaluation set, whose `lengths` follow when all sets are packed."""
+        packing = self.plan_packing(documents, chosen, train=False)
+        return PackedSet(documents, packing, shape, (), False)
+
+    def _pack_mixture(self, documents: Documents, mixture: Mixture, shape: BatchShape) -> PackedSet:
+        """Packs the training set. What each epoch draws anew is packed source by source; a part
+        that is too small for that has its one draw among the documents of every epoch."""
+        whole = mixture.whole
+        parts: list[PackingPlan] = []
+        draws: list[Draw] = []
+        for number, (own, count) in enumerate(mixture.drawn):
+            try:
+                packing = self.plan_packing(documents, own, train=True)
+                samples = packing.num_sequences // self.config.SEQUENCES_PER_SAMPLE
+            except DataError:  # it does not fill a sequence
+                packing, samples = None, 0
+            if packing is None or samples < 2:
+                chosen = sample(len(own), count, MIXTURE, self.config.seed, number)
+                whole = np.concatenate([whole, own[chosen]])
+                continue
+            parts.append(packing)
+            draws.append(Draw(0, samples, max(1, round(count / len(own) * samples))))
+        first = 0
+        if len(whole) or not parts:
+            parts = [self.plan_packing(documents, whole, train=True), *parts]
+            first = parts[0].num_sequences // self.config.SEQUENCES_PER_SAMPLE
+        firsts = accumulate((draw.count for draw in draws), initial=first)
+        placed = tuple(d._replace(first=f) for d, f in zip(draws, firsts, strict=False))
+        return PackedSet(documents, join_plans(parts), shape, (), True, placed)
 
     def _check_extras(self, name: str, plan: BatchPlan) -> None:
         """DataError where a set has other `extras` than the class declares, which is what a plan is
@@ -354,6 +382,19 @@ class DataFactory(registry.Factory, kind="data"):
                 f"{name}: the batches of {type(self).__qualname__} must have extras (dtype, shape, "
                 f"sequences) {wanted}, found {found}"
             )
+
+
+def _describe_mixture(
+    loaded: Sequence[LoadedSource], documents: Documents, mixture: Mixture
+) -> Iterator[str]:
+    """Yields how many documents of each source an epoch has."""
+    known = np.bincount(documents.index["source"], minlength=len(loaded))
+    counts = np.bincount(documents.index["source"][mixture.whole], minlength=len(loaded))
+    for own, count in mixture.drawn:
+        counts[documents.index["source"][own[0]]] += count
+    for (source, _), count, total in zip(loaded, counts.tolist(), known.tolist(), strict=True):
+        share, label = f"{count / max(counts.sum(), 1):.1%}", source.label
+        yield f"mixture: an epoch has {count:,} documents of {label} ({share}), from {total:,}"
 
 
 def _hash_text(text: str) -> str:

@@ -78,7 +78,9 @@ class HuggingFaceSource(ConversationSource):
         path = Path(config.name_or_path)
         is_saved = any((path / name).is_file() for name in SAVED_FILES)
         if path.exists() and not is_saved:
-            return self.only_split(open_files(find_data_files([str(path)])), split)
+            name = split.partition("[")[0]
+            files = find_data_files([str(path)], name)
+            return take_split({name: open_files(files)}, split, self.label)
         splits = _load_saved(path) if is_saved else self._download(config)
         named = {
             str(name): DatasetRecords(records, f"{self.label}:{name}")

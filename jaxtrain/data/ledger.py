@@ -8,12 +8,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydantic import dataclasses
 
-from jaxtrain.data.encode import OVERLONG, Dropped, Encoded
+from jaxtrain.data.encode import CONTROL_TOKENS, EMPTY_REPLY, OVERLONG, Dropped, Encoded
+from jaxtrain.data.spans import HIDDEN_SYSTEM, HIDDEN_THOUGHTS
 from jaxtrain.recipe.errors import pluralize
 
 PERCENTILES = (50, 90, 99, 100)
 FAULTY = "faulty"
 SHOWN_FAULTS = 3
+SHOWN_NAMES = 12
+TOLD = {
+    HIDDEN_THOUGHTS: "documents whose earlier replies lose their thoughts by the chat template",
+    EMPTY_REPLY: "documents with an empty reply, which is not trained",
+}
+"""Note → what the counts say after the number of documents."""
+WARNED = {
+    HIDDEN_SYSTEM: (
+        "the chat template leaves the system text out of {}; set tokenizer.chat_template to one "
+        "that shows it"
+    ),
+    CONTROL_TOKENS: (
+        "special tokens are written in the text of {} and become control tokens; "
+        "data.split_special_tokens: true keeps them text"
+    ),
+}
+"""Note → the warning, with a place for the number of documents."""
 MAX_LOST_SHARE = 0.1
 MIN_TRAINED_SHARE = 0.02
 MIN_FILL = 0.5
@@ -36,8 +54,10 @@ class SourceCounts:
     """Trained assistant turns."""
     ended_turns: int = 0
     """Trained turns whose end-of-turn token is trained too."""
-    systems_hidden: int = 0
-    """Documents whose system text the template leaves out."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Note of an encoder → documents."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Column, field of a turn or argument of the template that nothing reads → records."""
     lengths: tuple[int, ...] = ()
     """Tokens per document at PERCENTILES."""
     faults: list[str] = field(default_factory=list)
@@ -60,7 +80,8 @@ class SourceCounts:
         self.truncated += outcome.truncated
         self.turns += outcome.turns
         self.ended_turns += outcome.ended
-        self.systems_hidden += outcome.hides_system
+        self.notes.update(outcome.notes)
+        self.unread.update(outcome.unread)
 
     def lines(self) -> list[str]:
         records, documents = pluralize(self.rows, "record"), pluralize(self.documents, "document")
@@ -68,8 +89,14 @@ class SourceCounts:
         lines = [f"{self.label}: {records} read, {documents}{cut}"]
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"    {message}" for message in self.faults]
+        if self.unread:
+            names = ", ".join(f"{name} ({n:,})" for name, n in self.unread.most_common(SHOWN_NAMES))
+            more = len(self.unread) - SHOWN_NAMES
+            lines.append(f"  not read: {names}" + (f" and {more:,} more" if more > 0 else ""))
         if not self.documents:
             return lines
+        told = ((self.notes[note], text) for note, text in TOLD.items())
+        lines += [f"  {count:,} {text}" for count, text in told if count]
         lines.append(f"  {_format_tokens(self.tokens, self.trained_tokens)}")
         steps = (f"{value} at {p}%" for p, value in zip(PERCENTILES, self.lengths, strict=True))
         lines.append(f"  document lengths: {', '.join(steps)}")
@@ -96,11 +123,9 @@ class SourceCounts:
         elif self.trained_tokens < MIN_TRAINED_SHARE * self.tokens:
             share = self.trained_tokens / self.tokens
             yield f"{label}: only {share:.1%} of the tokens are trained"
-        if self.systems_hidden:
-            yield (
-                f"{label}: the chat template leaves the system text out of {self.systems_hidden} "
-                f"of {self.documents} documents; set tokenizer.chat_template to one that shows it"
-            )
+        for note, text in WARNED.items():
+            if count := self.notes[note]:
+                yield f"{label}: {text.format(f'{count} of {self.documents} documents')}"
         if self.turns and self.ended_turns == 0:
             yield (
                 f"{label}: no turn ends in a special token, so the model may never stop; use a "

@@ -2,6 +2,7 @@
 library's version, a machine or earlier state."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,27 +60,36 @@ def split_by_content(digests: np.ndarray, share: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def mix_sources(
-    chosen: np.ndarray, sources: np.ndarray, weights: Sequence[float | None], seed: int
-) -> np.ndarray:
-    """Returns the documents of an epoch: as many as in `chosen`, each source cut or repeated to its
-    share. `sources[d]` is the source of document d; weights of None leave `chosen` as it is.
+class Mixture(NamedTuple):
+    """The documents of an epoch of weighted sources."""
 
-    A repeated source is taken whole as often as it fits, and the rest is drawn at random."""
+    whole: np.ndarray
+    """Documents of every epoch; a repeated source is in it as often as it fits."""
+    drawn: list[tuple[np.ndarray, int]]
+    """Documents of a source, and how many of them each epoch draws anew."""
+
+
+def mix_sources(
+    chosen: np.ndarray, sources: np.ndarray, weights: Sequence[float | None]
+) -> Mixture:
+    """Returns the documents of an epoch: as many as in `chosen`, each source cut or repeated to its
+    share. `sources[d]` is the source of document d; weights of None leave `chosen` as it is."""
     shares = [weight for weight in weights if weight is not None]
     if not shares:
-        return chosen
+        return Mixture(chosen, [])
     passes: dict[int, list[np.ndarray]] = {}
+    drawn = []
     for number, count in enumerate(_apportion(len(chosen), shares)):
         own = chosen[sources[chosen] == number]
         if not len(own):
             raise DataError(f"source {number} has a weight, but none of its documents is left")
         whole, rest = divmod(count, len(own))
-        drawn = np.sort(permutation(len(own), MIXTURE, seed, number)[:rest])
-        for turn, taken in enumerate([*[own] * whole, own[drawn]]):
-            passes.setdefault(turn, []).append(taken)
+        drawn += [(own, rest)] if rest else []
+        for turn in range(whole):
+            passes.setdefault(turn, []).append(own)
     # Pass by pass, so that copies of a document are not neighbours.
-    return np.concatenate([taken for turn in sorted(passes) for taken in passes[turn]])
+    copies = [taken for turn in sorted(passes) for taken in passes[turn]]
+    return Mixture(np.concatenate(copies) if copies else chosen[:0], drawn)
 
 
 def _apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -2,7 +2,7 @@
 sequences, and with it the length of an epoch, is known before the first step."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,15 @@ class PackingPlan(NamedTuple):
         offsets = np.delete(self.offsets, sequence + 1)
         offsets[sequence + 1 :] -= len(pieces)
         return PackingPlan(documents, starts, lengths, offsets)
+
+
+def join_plans(plans: Sequence[PackingPlan]) -> PackingPlan:
+    """Returns the sequences of one plan after those of the other."""
+    if len(plans) == 1:
+        return plans[0]
+    documents, starts, lengths = (np.concatenate([p[part] for p in plans]) for part in range(3))
+    counts = np.concatenate([np.diff(plan.offsets) for plan in plans])
+    return PackingPlan(documents, starts, lengths, np.concatenate([[0], np.cumsum(counts)]))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtrain.batch import Batch
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.ledger import Ledger, SetCounts
-from jaxtrain.data.order import hash_with_keys, permutation
+from jaxtrain.data.order import MIXTURE, hash_with_keys, permutation
 from jaxtrain.data.packing import PackingPlan
 
 EPOCH, FUSE = 2, 5  # keep these draws apart from other orders under the same seed
@@ -40,6 +40,24 @@ class Origin(NamedTuple):
 
     source: int
     record: int
+
+
+class Draw(NamedTuple):
+    """Samples [first, first + count) of a plan, of which each pass draws `taken`. A sample is a
+    sequence, or the sequences of it that stay together."""
+
+    first: int
+    count: int
+    taken: int
+
+
+@lru_cache(maxsize=4)
+def _draw_samples(count: int, draws: tuple[Draw, ...], seed: int, number: int) -> np.ndarray:
+    """Returns the samples of a pass: all that no draw is of, and what each draws."""
+    is_taken = np.ones(count, dtype=bool)
+    for first, size, taken in draws:
+        is_taken[first + permutation(size, MIXTURE, seed, first, number)[taken:]] = False
+    return np.flatnonzero(is_taken)
 
 
 @lru_cache(maxsize=4)  # the end of an epoch needs two; training and evaluation sets alternate
@@ -75,12 +93,20 @@ class BatchPlan:
     """Every step has the sequences of the first."""
     together: int = 1
     """So many neighbouring sequences stay side by side in one microbatch, as those of a pair do."""
+    draws: tuple[Draw, ...] = ()
+    """Parts of weighted sources, of which each pass takes others."""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Name → [sequences, ...]: what `Batch.extras` has of each sequence."""
 
     @property
+    def pass_sequences(self) -> int:
+        """Number of sequences of one pass."""
+        left_out = sum(draw.count - draw.taken for draw in self.draws)
+        return self.packing.num_sequences - left_out * self.together
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-self.packing.num_sequences * self.passes // self.shape.step_sequences)
+        return -(-self.pass_sequences * self.passes // self.shape.step_sequences)
 
     @cached_property
     def digest(self) -> str:
@@ -93,7 +119,7 @@ class BatchPlan:
     def repeat(self, min_steps: int) -> "BatchPlan":
         """Returns the plan with as many passes per epoch as fill so many steps."""
         filled = max(min_steps - 1, 0) * self.shape.step_sequences
-        return replace(self, passes=filled // self.packing.num_sequences + 1)
+        return replace(self, passes=filled // self.pass_sequences + 1)
 
     def batch(self, step: int) -> Batch:
         """Returns this process's sequences of a step, from its number alone: leaves
@@ -112,11 +138,15 @@ class BatchPlan:
     def _find_sequences(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Returns the sequences at places of an epoch, int64 [places, together]; -1 after its
         end."""
-        count = self.packing.num_sequences // self.together
+        count = self.pass_sequences // self.together
         turns, found = np.divmod(places, count)
         if self.seed is not None:
+            total = self.packing.num_sequences // self.together
             for turn in np.unique(turns[turns < self.passes]):
-                order = _order_epoch(count, self.seed, epoch * self.passes + int(turn))
+                number = epoch * self.passes + int(turn)
+                order = _order_epoch(count, self.seed, number)
+                if self.draws:
+                    order = _draw_samples(total, self.draws, self.seed, number)[order]
                 found[turns == turn] = order[found[turns == turn]]
         sequences = found[:, None] * self.together + np.arange(self.together)
         return np.where(turns[:, None] < self.passes, sequences, -1)
@@ -180,13 +210,22 @@ class BatchPlan:
         entries = self.documents.index[self.packing.documents[self.pieces(sequence)]]
         return [Origin(int(entry["source"]), int(entry["record"])) for entry in entries]
 
+    @cached_property
+    def _first_pieces(self) -> np.ndarray:
+        """bool [pieces]: those of the first pass."""
+        places = np.arange(self.pass_sequences // self.together)
+        is_taken = np.zeros(self.packing.num_sequences, dtype=bool)
+        is_taken[self._find_sequences(0, places)] = True
+        return np.repeat(is_taken, np.diff(self.packing.offsets))
+
     @property
     def trained_tokens(self) -> int:
-        """Of all sequences; a document's own count holds where it stands whole in a sequence."""
+        """Of the first pass; a document's own count holds where it is whole in a sequence."""
         documents, _, lengths, _ = self.packing
         is_whole = lengths == self.documents.lengths[documents]
-        total = int(self.documents.index["trained"][documents[is_whole]].sum())
-        for piece in np.flatnonzero(~is_whole).tolist():
+        whole = documents[is_whole & self._first_pieces]
+        total = int(self.documents.index["trained"][whole].sum())
+        for piece in np.flatnonzero(~is_whole & self._first_pieces).tolist():
             begin = self._find_token(piece)
             part = self.documents.weights[begin + 1 : begin + int(lengths[piece])]
             total += int(np.count_nonzero(part))
@@ -196,7 +235,7 @@ class BatchPlan:
     def fill(self) -> float:
         """Fraction of the places of the sequences that hold a token, in the first pass."""
         size = self.shape.step_sequences
-        steps = -(-self.packing.num_sequences // size)
+        steps = -(-self.pass_sequences // size)
         sequences = self._find_sequences(0, np.arange(steps * size // self.together))
         sequences = sequences.reshape(steps, size)
         is_sequence = sequences >= 0
@@ -207,10 +246,10 @@ class BatchPlan:
     def count(self, label: str) -> SetCounts:
         return SetCounts(
             label=label,
-            documents=len(np.unique(self.packing.documents)),
-            tokens=int(self.packing.lengths.sum()),
+            documents=len(np.unique(self.packing.documents[self._first_pieces])),
+            tokens=int(self.packing.lengths[self._first_pieces].sum()),
             trained_tokens=self.trained_tokens,
-            sequences=self.packing.num_sequences,
+            sequences=self.pass_sequences,
             lengths=self.lengths,
             fill=self.fill,
             steps=self.steps_per_epoch,
@@ -239,7 +278,7 @@ class TrainingData:
     @property
     def train_rows(self) -> int:
         """Sequences of an epoch."""
-        return self.train.packing.num_sequences * self.train.passes
+        return self.train.pass_sequences * self.train.passes
 
     @property
     def eval_rows(self) -> int:

@@ -10,12 +10,14 @@ from jaxtrain.data.conversation import (
     Conversation,
     Message,
     read_conversation,
+    read_kwargs,
     read_system,
     read_tools,
     read_turns,
 )
 from jaxtrain.data.documents import Documents
 from jaxtrain.data.encode import (
+    EMPTY_REPLY,
     ConversationEncoder,
     Dropped,
     Encoded,
@@ -34,7 +36,6 @@ from jaxtrain.recipe.errors import DataError, RecipeError, show
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig
 
 EQUAL = "chosen and rejected are equal"
-EMPTY = "a reply is empty"
 SIDES = ("chosen", "rejected")
 
 
@@ -46,11 +47,15 @@ class Preference(NamedTuple):
     tools: list[Any] | None
     scores: tuple[float, float]
     """Reference scores of chosen and rejected; the first is 1 or 0 for a judged reply."""
+    template_kwargs: dict[str, Any] | None = None
 
     @property
     def conversations(self) -> list[Conversation]:
-        start = len(self.prompt)
-        return [Conversation([*self.prompt, *reply], self.tools, start) for reply in self.replies]
+        start, kwargs = len(self.prompt), self.template_kwargs
+        return [
+            Conversation([*self.prompt, *reply], self.tools, start, kwargs)
+            for reply in self.replies
+        ]
 
 
 def read_pair(record: Mapping[str, Any]) -> Preference:
@@ -71,7 +76,8 @@ def read_pair(record: Mapping[str, Any]) -> Preference:
             raise DataError(f"{side}: must continue with the assistant's reply, found role {role}")
     scores = [_read_score(record, f"reference_score_{side}") for side in SIDES]
     whole = [*read_system(record), *prompt] if prompt[0]["role"] != "system" else prompt
-    return Preference(whole, tuple(replies), read_tools(record), (scores[0], scores[1]))
+    tools, kwargs = read_tools(record), read_kwargs(record)
+    return Preference(whole, tuple(replies), tools, (scores[0], scores[1]), kwargs)
 
 
 def read_judged(record: Mapping[str, Any]) -> Preference:
@@ -81,13 +87,14 @@ def read_judged(record: Mapping[str, Any]) -> Preference:
     label = get_column(record, "label", hint)
     if not isinstance(label, bool):
         raise DataError(f"label: must be true or false, found {show(label)}")
-    messages, tools, start = read_conversation(record)
+    messages, tools, start, kwargs = read_conversation(record)
     if not start:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise DataError("messages: must have a user turn before the judged reply, found none")
         start = users[-1] + 1
-    return Preference(messages[:start], (messages[start:],), tools, (float(label), np.nan))
+    scores = (float(label), np.nan)
+    return Preference(messages[:start], (messages[start:],), tools, scores, kwargs)
 
 
 def _read_prompt(record: Mapping[str, Any]) -> list[Message]:
@@ -139,9 +146,15 @@ class PreferenceEncoder:
     max_prompt_length: int
     prompt_truncation: Literal["keep_start", "keep_end"]
     overlong: Overlong
+    split_special_tokens: bool = False
 
     def __post_init__(self):
-        self._sequences = ConversationEncoder(self.tokenizer, max_length=2**31, overlong="error")
+        self._sequences = ConversationEncoder(
+            self.tokenizer,
+            max_length=2**31,
+            overlong="error",
+            split_special_tokens=self.split_special_tokens,
+        )
 
     def read(self, record: Mapping[str, Any]) -> Preference:
         return read_pair(record) if self.is_paired else read_judged(record)
@@ -180,6 +193,8 @@ class PreferenceEncoder:
             truncated=is_cut,
             rejected_start=len(first.tokens) if len(sequences) == 2 else None,
             scores=scores,
+            notes=tuple(dict.fromkeys(note for sequence in sequences for note in sequence.notes)),
+            unread=tuple(dict.fromkeys(key for sequence in sequences for key in sequence.unread)),
         )
 
     def _cut(self, sequence: Encoded) -> Encoded:
@@ -197,14 +212,15 @@ class PreferenceEncoder:
         turns = int(np.count_nonzero(np.diff(weights[places].astype(np.int8)) == 1))
         is_mid_turn = stop < len(tokens) and bool(weights[stop - 1] and weights[stop])
         ended = min(sequence.ended, turns - is_mid_turn)
-        return Encoded(tokens[places], weights[places], turns, ended, True)
+        changed = {"tokens": tokens[places], "weights": weights[places], "turns": turns}
+        return sequence._replace(**changed, ended=ended, truncated=True)
 
 
 def _check_replies(item: Preference) -> Dropped | None:
     if len(item.replies) == 2 and item.replies[0] == item.replies[1]:
         return Dropped(EQUAL, 0)
     if not all(map(_has_words, item.replies)):
-        return Dropped(EMPTY, 0)
+        return Dropped(EMPTY_REPLY, 0)
     return None
 
 
@@ -250,6 +266,7 @@ class KTODataFactory(DataFactory):
             max_prompt_length=self.max_prompt_length,
             prompt_truncation=self.config.dpo_prompt_truncation_mode,
             overlong=self.config.overlong,
+            split_special_tokens=self.config.split_special_tokens,
         )
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +51,36 @@ def update_digest(digest: Any, records: Records) -> None:
     for index in range(len(records)):
         text = json.dumps(records[index], default=repr)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+
+
+class ReadColumns(dict[str, Any]):
+    """A record that notes which of its columns are read, so that none is left out in silence."""
+
+    def __init__(self, record: Mapping[str, Any]):
+        super().__init__(record)
+        self._read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self._read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self._read.add(column)
+        return super().get(column, default)
+
+    def __iter__(self) -> Iterator[str]:  # without it, `{**record}` would not ask for the columns
+        return super().__iter__()
+
+    def items(self) -> Any:
+        return {**self}.items()
+
+    def values(self) -> Any:
+        return {**self}.values()
+
+    def find_unread(self) -> list[str]:
+        """Returns the columns that nothing has read and that hold something."""
+        columns = dict.items(self)
+        return [name for name, value in columns if value is not None and name not in self._read]
 
 
 class NamedRecords:

@@ -16,7 +16,16 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, stringify_arguments
-from jaxtrain.data.spans import Render, Span, check_calls, check_shown, count_shared, find_turns
+from jaxtrain.data.spans import (
+    REASONING,
+    Render,
+    Span,
+    check_shown,
+    count_shared,
+    find_hidden,
+    find_turns,
+    says_something,
+)
 from jaxtrain.recipe.errors import DataError, RecipeError, show
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -46,6 +55,20 @@ class TemplateQuirks(NamedTuple):
     """The generation prompt, if written after every conversation: it is removed."""
 
 
+class Rendering(NamedTuple):
+    """A conversation as text, and what of it is not in the text."""
+
+    text: str
+    hidden: tuple[str, ...] = ()
+    """Of HIDDEN_SYSTEM and HIDDEN_THOUGHTS, what the template leaves out."""
+    unread: tuple[str, ...] = ()
+    """Fields of turns and arguments that the template does not name."""
+
+
+READ_FIELDS = {"role", "content", "weight", "tool_calls", *REASONING}
+"""Fields of a turn that are used, or refused where the template does not show them."""
+
+
 class Renderer:
     """Renders conversations; RecipeError when the tokenizer has no template."""
 
@@ -58,60 +81,77 @@ class Renderer:
         self._tokenizer = tokenizer
         self._special_tokens = tuple(tokenizer.special_tokens_map.items())
 
-    def render(self, conversation: Conversation) -> str:
-        """Renders a conversation; DataError when the template refuses it or hides its tools."""
+    def render(self, conversation: Conversation) -> Rendering:
+        """Renders a conversation; DataError when the template refuses it, or hides more of it than
+        system texts and the thoughts of replies to earlier questions."""
+        messages, tools, _, kwargs = conversation
         try:
-            text, _ = self._apply(conversation.messages, conversation.tools)
+            text, _ = self._apply(messages, conversation)
         except TEMPLATE_FAULTS as fault:
             raise DataError(f"the chat template refuses the conversation: {fault}") from None
         check_characters(text)
-        messages, tools, _ = conversation
-        if tools and self._make_render(None)(messages, False) == text:
+        if tools and self._make_render(conversation._replace(tools=None))(messages, False) == text:
             raise DataError(
                 "tools: the chat template does not show them; set tokenizer.chat_template to one "
                 "that does, or remove them"
             )
-        check_calls(self._make_render(tools), messages, text)
-        return text
+        hidden = find_hidden(self._make_render(conversation), messages, text)
+        names = self._find_names(self._tokenizer.get_chat_template(None, tools))
+        fields = {f"messages[].{key}" for m in messages for key in m.keys() - names - READ_FIELDS}
+        fields |= {f"chat_template_kwargs.{key}" for key in (kwargs or {}).keys() - names}
+        return Rendering(text, tuple(sorted(hidden)), tuple(sorted(fields)))
+
+    @staticmethod
+    @lru_cache
+    def _find_names(template: str) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", template))
 
     def find_spans(
         self, conversation: Conversation, text: str, roles: Sequence[str] = ("assistant",)
     ) -> list[Span]:
         """Finds the trained spans of `text`: turns of `roles` that are no part of a prompt, or the
         template's own {% generation %} blocks for the assistant; DataError when unproven."""
-        messages, tools, prompt_turns = conversation
-        turns = [i for i, m in enumerate(messages) if m["role"] in roles and i >= prompt_turns]
+        messages, tools, prompt_turns, _ = conversation
+        turns = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] in roles and index >= prompt_turns
+            if message.get("weight", 1) and says_something(message)
+        ]
         template = self._tokenizer.get_chat_template(None, tools)
+        render = self._make_render(conversation)
         if not GENERATION.search(template) or tuple(roles) != ("assistant",):
-            return find_turns(self._make_render(tools), messages, turns, text)
-        rendered, (places,) = self._apply(messages, tools, return_assistant_tokens_mask=True)
+            return find_turns(render, messages, turns, text)
+        rendered, (places,) = self._apply(messages, conversation, return_assistant_tokens_mask=True)
         if rendered != text:
             raise DataError("the chat template renders the same conversation in two ways")
         spans = [Span(int(start), int(end)) for start, end in places]
         check_shown(messages, turns, [text[start:end] for start, end in spans])
         if len(turns) == sum(message["role"] == "assistant" for message in messages):
             return spans
-        replies = find_turns(self._make_render(tools), messages, turns, text)
+        replies = find_turns(render, messages, turns, text)
         return [span for span in spans if any(r.start <= span.start < r.end for r in replies)]
 
-    def _make_render(self, tools: list[Any] | None) -> Render:
+    def _make_render(self, conversation: Conversation) -> Render:
         def render(messages: list[Message], prompt: bool) -> str | None:
             if not messages:  # templates read the first
                 return None
             try:
-                return self._apply(messages, tools, add_generation_prompt=prompt)[0]
+                return self._apply(messages, conversation, add_generation_prompt=prompt)[0]
             except TEMPLATE_FAULTS:  # it needs whole conversations, or one more turn
                 return None
 
         return render
 
     def _apply(
-        self, messages: list[Message], tools: list[Any] | None, **options: Any
+        self, messages: list[Message], conversation: Conversation, **options: Any
     ) -> tuple[str, Any]:
-        """Returns the text, and the places of generation blocks."""
+        """Returns the text of messages of a conversation, and the places of generation blocks."""
+        tools = conversation.tools
         template = _fix_date(self._tokenizer.get_chat_template(None, tools))
         quirks = _detect_quirks(template, self._special_tokens)
         options |= {"tools": tools, "chat_template": template, **dict(self._special_tokens)}
+        options = (conversation.template_kwargs or {}) | options
         if quirks.joins_arguments:
             messages = stringify_arguments(messages)
         try:
@@ -200,6 +240,57 @@ def _detect_quirks(template: str, special: tuple[tuple[str, Any], ...]) -> Templ
         if opened > len(shared) and prompted.endswith(tail[closing:]):
             prompt = tail[closing:]
     return TemplateQuirks(joins_arguments, prompt)
+
+
+def find_stop_tokens(tokenizer: Any) -> list[int]:
+    """Returns the tokens that end a turn: EOS, and what the chat template writes after a reply or
+    after the calls of one, as the closing of each single call does not."""
+    stops = {tokenizer.eos_token: None}
+    if tokenizer.chat_template:
+        special = tuple(tokenizer.special_tokens_map.items())
+        template = _fix_date(tokenizer.get_chat_template(None, None))
+        stops |= dict.fromkeys(_find_closings(template, special, _list_added(tokenizer)))
+    stops.pop(None, None)
+    return [tokenizer.convert_tokens_to_ids(token) for token in stops]
+
+
+def _list_added(tokenizer: Any) -> tuple[str, ...]:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    return tuple(sorted(added, key=len, reverse=True))
+
+
+@lru_cache
+def _find_closings(
+    template: str, special: tuple[tuple[str, Any], ...], added: tuple[str, ...]
+) -> list[str]:
+    """Returns the added tokens that end a reply of text, and the one that ends a reply of calls."""
+    trailing = _detect_quirks(template, special).trailing_prompt
+    if not added:
+        return []
+    find = re.compile("|".join(map(re.escape, added))).findall
+    user, reply = {"role": "user", "content": "Probe0"}, {"role": "assistant", "content": "Probe1"}
+
+    def call(*values: str) -> Message:
+        calls = [
+            {"type": "function", "id": f"Id{v}0", "function": {"name": "f", "arguments": {"x": v}}}
+            for v in values
+        ]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def render(*messages: Message) -> str:
+        arguments = {"chat_template": template, "add_generation_prompt": False, **dict(special)}
+        for converted in (list(messages), stringify_arguments(list(messages))):
+            try:
+                return _render_template(converted, arguments)[0].removesuffix(trailing)
+            except TEMPLATE_FAULTS:
+                continue
+        return ""
+
+    found = find(render(user, reply).rpartition("Probe1")[2])
+    _, is_called, tail = render(user, call("Probe2")).rpartition("Probe2")
+    between = render(user, call("Probe2", "Probe3")).rpartition("Probe3")[0].rpartition("Probe2")[2]
+    closings = [token for token in find(tail) if token not in find(between)] if is_called else []
+    return [*found, *closings[-1:]]
 
 
 def check_characters(text: str) -> None:

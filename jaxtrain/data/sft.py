@@ -39,6 +39,7 @@ class SFTDataFactory(DataFactory):
             loss_roles=self.config.loss_roles,
             completion_only=self.config.completion_only,
             ignore_empty_think=self.config.ignore_empty_think,
+            split_special_tokens=self.config.split_special_tokens,
         )
 
     def key_parts(self, loaded: Sequence[LoadedSource]) -> dict[str, str]:

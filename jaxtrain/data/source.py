@@ -3,6 +3,8 @@
 A source takes its split and its sample; files of URLs are copied into the user's cache.
 """
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +42,7 @@ from jaxtrain.recipe.data import (
     TextDataSourceConfig,
     file_format,
 )
-from jaxtrain.recipe.errors import DataError, RecipeError, UserError
+from jaxtrain.recipe.errors import DataError, RecipeError, UserError, did_you_mean, show
 from jaxtrain.recipe.section import expand_user
 from jaxtrain.registry import Factory
 
@@ -145,9 +147,10 @@ class _LocalSource(ConversationSource, abstract=True):
     def load(self, config: LocalDataSourceConfig, split: str) -> Records:
         kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
         per_line = isinstance(config, TextDataSourceConfig) and config.per_line
-        paths = find_data_files(config.paths)
+        name = split.partition("[")[0]
+        paths = find_data_files(config.paths, name)
         records = open_files(paths, kind, column=config.column, per_line=per_line)
-        return self.only_split(rename_columns(records, config.columns), split)
+        return take_split({name: rename_columns(records, config.columns)}, split, self.label)
 
 
 class JsonSource(_LocalSource):
@@ -180,34 +183,54 @@ class LocalSource(_LocalSource):
     config: AnyLocalDataSourceConfig
 
 
-def find_data_files(paths: Sequence[str]) -> Iterator[Path]:
-    """Yields the local files of paths, globs, folders and URLs in their order; RecipeError for a
-    missing one. Open each file before taking the next, whose download may evict it from the
-    cache."""
+def find_data_files(paths: Sequence[str], split: str) -> Iterator[Path]:
+    """Yields the local files of paths, globs, folders and URLs in their order, those of `split`
+    where the names of several tell splits apart; RecipeError for a missing one. Open each file
+    before taking the next, whose download may evict it from the cache."""
     for written in paths:
         path = expand_user(written)
         if "://" in written:
-            yield from fetch_url(written)
-        elif path.is_file():
-            yield path
+            yield from fetch_url(written, split)
+            continue
+        if path.is_file():
+            files = {path.name: path}
         elif path.is_dir():
-            names = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-            yield from (names[name] for name in select_data_files(names, path))
-        elif files := [f for f in map(Path, glob(str(path), recursive=True)) if f.is_file()]:
-            yield from sorted(files)
+            found = {str(file.relative_to(path)): file for file in _walk(path)}
+            files = {name: found[name] for name in select_data_files(found, path)}
         else:
+            matches = sorted(f for f in map(Path, glob(str(path), recursive=True)) if f.is_file())
+            root = _fixed_folder(str(path))
+            files = {str(file).removeprefix(root): file for file in matches}
+        if not files:
             is_pattern = set("*?[") & set(written)
             raise RecipeError(f"no file {'matches' if is_pattern else 'or folder'} {written}")
+        yield from (files[name] for name in select_split(files, split, written))
 
 
-def fetch_url(url: str) -> list[Path]:
+def _walk(folder: Path) -> list[Path]:
+    """Returns the files of a folder and of those below it, linked ones too, each folder once."""
+    found, seen = [], {folder.resolve()}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        found += [Path(place, name) for name in files]
+        below = {Path(place, name).resolve(): name for name in sorted(folders, reverse=True)}
+        folders[:] = [name for real, name in below.items() if real not in seen]
+        seen.update(below)
+    return sorted(file for file in found if file.is_file())
+
+
+def _fixed_folder(pattern: str) -> str:
+    """Returns the folder that a glob names before its first wildcard, with its last slash."""
+    return "".join(re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[:2])
+
+
+def fetch_url(url: str, split: str) -> list[Path]:
     """Copies the files of a URL, a pattern or a remote folder into the cache, ordered by name;
     copies again only when the file system says that one has changed.
 
     RecipeError for a URL that names nothing, or that cannot be read from here."""
     with _report_errors_of(url):
         files, path = fsspec.core.url_to_fs(url)
-        infos = _list_files(files, path, url)
+        infos = _list_files(files, path, url, split)
         parts = {name: str(sorted(info.items())) for name, info in infos.items()}
         known = [{key.lower() for key, value in info.items() if value} for info in infos.values()]
         if not all(any(part in key for key in keys for part in CONTENT_KEYS) for keys in known):
@@ -226,20 +249,22 @@ def fetch_url(url: str) -> list[Path]:
     return [folder / copy for copy in copies]
 
 
-def _list_files(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
+def _list_files(files: Any, path: str, url: str, split: str) -> dict[str, dict[str, Any]]:
     """Returns the files of a remote path: name → the file system's properties of the file."""
     if set("*[") & set(path):
-        found = files.glob(path, detail=True)
+        found, root = files.glob(path, detail=True), _fixed_folder(path)
         if not found:
             raise RecipeError(f"no file matches {url}")
     else:
         info = files.info(path)
         if info["type"] == "file":
-            return {path: info}
-        found = files.find(path, detail=True)
-        below = {name.partition("?")[0].removeprefix(path).lstrip("/"): name for name in found}
-        found = {below[name]: found[below[name]] for name in select_data_files(below, url)}
-    return {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+            found, root = {path: info}, _fixed_folder(path)
+        else:
+            found, root = files.find(path, detail=True), path
+    kept = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+    below = {name.partition("?")[0].removeprefix(root).lstrip("/"): name for name in kept}
+    names = select_data_files(below, url) if root == path else list(below)
+    return {below[name]: kept[below[name]] for name in select_split(names, split, url)}
 
 
 def select_data_files(names: Iterable[str], folder: object) -> list[str]:
@@ -254,6 +279,50 @@ def select_data_files(names: Iterable[str], folder: object) -> list[str]:
         raise RecipeError(f"folder {folder} holds no data file; known are {', '.join(FORMATS)}")
     is_text = set(kinds.values()) == {"text"}
     return [name for name, kind in kinds.items() if is_text or not name.lower().endswith(".md")]
+
+
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "dev": "validation", "val": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Word in the name of a file or folder → the split that `datasets` reads from it."""
+SPLIT_WORD = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*")
+
+
+def read_split(name: str) -> str | None:
+    """Returns the split that a relative path names, as `datasets` reads it: a shard's own in the
+    folder `data`, else a word in a folder's or the file's name; None where it names none."""
+    if shard := SHARD.fullmatch(name):
+        return shard[1]
+    found = next(filter(None, map(SPLIT_WORD.search, name.split("/"))), None)
+    return SPLIT_WORDS[found[1].lower()] if found else None
+
+
+def select_split(names: Iterable[str], split: str, place: str) -> list[str]:
+    """Selects the files of `split` where their names tell several apart; files that do not are the
+    split that is wanted. DataError for a split that none names, RecipeError where only some do."""
+    splits = {name: read_split(name) for name in names}
+    known = list(dict.fromkeys(found for found in splits.values() if found))
+    is_one = len(set(splits.values())) < 2
+    if not is_one and None in splits.values():
+        plain = next(name for name, found in splits.items() if not found)
+        raise RecipeError(
+            f"{place}: has files of the split {', '.join(known)} and others that name no split, "
+            f"such as {plain}; write the files to read as a list under path"
+        )
+    if is_one and split in ("train", "eval"):
+        return list(splits)
+    wanted = [split, SPLIT_WORDS.get(split), *(["validation"] if split == "eval" else [])]
+    chosen = next((name for name in wanted if name in known), None)
+    if chosen is None:
+        known = ["train", "eval", *known] if is_one else known
+        raise DataError(
+            f"{place}: no split {show(split)}; known are {', '.join(dict.fromkeys(known))}"
+            f"{did_you_mean(split, known)}"
+        )
+    return [name for name, found in splits.items() if found == chosen]
 
 
 @contextmanager

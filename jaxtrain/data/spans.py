@@ -21,6 +21,10 @@ Render = Callable[[list[Message], bool], str | None]
 MarkPositions = dict[tuple[str, int], int]
 """Kind of a marker and number of its message → its place in the text without markers."""
 
+HIDDEN_SYSTEM = "hidden system"
+HIDDEN_THOUGHTS = "hidden thoughts"
+"""Of replies to earlier questions, which many templates leave out."""
+
 MAX_PREFIX_TURNS = 2
 """Up to this many turns, two renderings per turn are fewer than marking takes."""
 
@@ -55,34 +59,80 @@ def check_shown(messages: list[Message], turns: list[int], trained: list[str]) -
     for place, turn in enumerate(turns):
         reply = _strip_thoughts(messages[turn])
         texts = trained[place : place + 1] if is_by_turn else trained
-        words = LONG_WORD if LONG_WORD.search(reply) else WORD
-        is_shown = (word[0] in text for word in words.finditer(reply) for text in texts)
-        if reply.strip() and not any(is_shown):
+        if reply.strip() and not _has_word_of(reply, texts):
             hidden.append(turn)
     if hidden and (is_by_turn or len(hidden) == len(turns)):
         raise _hidden_field_error(hidden[0], "content")
 
 
-def check_calls(render: Render, messages: list[Message], text: str) -> None:
-    """Raises DataError for calls that the template hides.
+def _has_word_of(reply: str, texts: Sequence[str]) -> bool:
+    words = LONG_WORD if LONG_WORD.search(reply) else WORD
+    return any(word[0] in text for word in words.finditer(reply) for text in texts)
 
-    Some show only the first of several calls, no text beside calls, or a call's id in place of its
-    name, which is right where the id holds the name."""
-    calling = [index for index, message in enumerate(messages) if "tool_calls" in message]
-    if not calling:
-        return
+
+def find_hidden(render: Render, messages: list[Message], text: str) -> set[str]:
+    """Returns which of HIDDEN_SYSTEM and HIDDEN_THOUGHTS the template leaves out; DataError for
+    anything else that the messages say and the rendering does not show.
+
+    Some show only the first of several calls, no text beside calls, no answers of tools, or a
+    call's id in place of its name, which is right where the id holds the name."""
+    said = [(index, *part) for index, one in enumerate(messages) for part in _list_said(one)]
+    place = 0
+    for _, kind, _, words in said:
+        found = -1 if kind == "c" else text.find(words, place)
+        if found < 0:
+            break
+        place = found + len(words)
+    else:  # all of it is there, in the order of the conversation
+        return set()
     marks = _Marks(text)
-    marked = [marks.mark_end(m, i) if "tool_calls" in m else m for i, m in enumerate(messages)]
+    shown = _find_shown(render, marks, messages, text, range(len(messages)))
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    hidden = set()
+    for index, kind, field, words in said:
+        if shown is None:  # some marker changes what the template writes
+            own = _find_shown(render, marks, messages, text, [index])
+            is_shown = (index, kind) in own if own is not None else _has_word_of(words, [text])
+        else:
+            is_shown = (index, kind) in shown
+        if is_shown:
+            continue
+        if kind == "r" and index < last_user:
+            hidden.add(HIDDEN_THOUGHTS)
+        elif messages[index]["role"] in ("system", "developer"):
+            hidden.add(HIDDEN_SYSTEM)
+        else:
+            raise _hidden_field_error(index, field)
+    return hidden
+
+
+def _list_said(message: Message) -> list[tuple[str, str, str]]:
+    """Returns the parts of what a message says: the kind of their marker, their field, the text."""
+    parts, content = [], message["content"]
+    for key in REASONING:
+        if isinstance(thoughts := message.get(key), str) and thoughts.strip():
+            parts.append(("r", key, thoughts.strip()))
+    if found := THOUGHT.search(content):
+        parts.append(("r", "content", content[found.end() :].rpartition("</think>")[0].strip()))
+    if reply := _strip_thoughts(message).strip():
+        parts.append(("e", "content", reply))
+    if calls := message.get("tool_calls"):
+        name = calls[-1]["function"]["name"]
+        if name not in str(calls[-1].get("id")):
+            parts.append(("c", "tool_calls", name))
+    return parts
+
+
+def _find_shown(
+    render: Render, marks: "_Marks", messages: list[Message], text: str, chosen: Sequence[int]
+) -> set[tuple[int, str]] | None:
+    """Returns index and kind of the markers of the chosen messages that the template shows; None
+    where a marker changes what it writes, so that what it leaves out is unknown."""
+    marked = [marks.mark_end(m, i) if i in chosen else m for i, m in enumerate(messages)]
     rendered = render(marked, False)
     if rendered is None or marks.strip(rendered)[0] != text:
-        return  # a marker changes what it writes, so what it leaves out is unknown
-    for index in calling:
-        message, call = messages[index], messages[index]["tool_calls"][-1]
-        has_name = call["function"]["name"] in str(call.get("id"))
-        if not has_name and not marks.has_mark(rendered, index, "c"):
-            raise _hidden_field_error(index, "tool_calls")
-        if not is_bare_call(message) and not marks.has_mark(rendered, index, "e"):
-            raise _hidden_field_error(index, "content")
+        return None
+    return {(i, kind) for i in chosen for kind in "erc" if marks.has_mark(rendered, i, kind)}
 
 
 def _hidden_field_error(index: int, field: str) -> DataError:
@@ -271,6 +321,10 @@ def count_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Returns the length of the longest common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or _list_said(message))
 
 
 def is_bare_call(message: Message) -> bool:

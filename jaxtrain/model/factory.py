@@ -15,7 +15,7 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.hf_config import read_config, read_generation_config
+from jaxtrain.model.hf_config import add_stop_tokens, read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
@@ -126,17 +126,21 @@ class LanguageModel:
         *,
         dtype: str,
         add_files: Callable[[Path], None],
+        stop_tokens: Sequence[int] = (),
         max_shard_bytes: float = 4e9,
         verify: bool = True,
     ) -> None:
-        """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it."""
+        """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it.
+        Generation from it stops at `stop_tokens` too, the ends of turns that were trained."""
         save_pretrained(
             folder,
             params,
             self.spec.config,
             self.spec.hf_config,
             dtype=dtype,
-            generation_config=read_generation_config(self.spec.path),
+            generation_config=add_stop_tokens(
+                read_generation_config(self.spec.path), self.spec.hf_config, stop_tokens
+            ),
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,

@@ -1,6 +1,6 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,18 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
     config = read_gguf_config(path)
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {token: config[token] for token in tokens if token in config}
+
+
+def add_stop_tokens(
+    generation: dict[str, Any] | None, hf: Mapping[str, Any], stop_tokens: Sequence[int]
+) -> dict[str, Any] | None:
+    """Adds `stop_tokens` to those of a generation config, or of a config.json without one."""
+    known = (hf if generation is None else generation).get("eos_token_id")
+    listed = [] if known is None else known if isinstance(known, list) else [known]
+    if missing := [token for token in stop_tokens if token not in listed]:
+        stops = [*listed, *missing]
+        return {**(generation or {}), "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    return generation
 
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:

@@ -98,7 +98,8 @@ class DataSourceConfig(TypedSection):
     """False: records are tokenised already, as `input_ids` and, for conversations, `labels`."""
     weight: Own[float | None] = Field(default=None, gt=0)
     """Relative size of this source in the mixture; if one training source has it, all must. An
-    epoch keeps its length, and each source is cut or repeated to its part of it."""
+    epoch keeps its length, and each source is cut or repeated to its part of it; each epoch draws
+    anew what it takes of a source."""
     name: Own[str] = ""
     """Label in logs and counts."""
 
@@ -290,6 +291,9 @@ class DataConfig(TypedSection):
         Own[int], not_supported("use pack_samples: true with micro_batch_size")
     ] = Field(default=0, ge=0)
     """Fill batches to this many tokens instead of `micro_batch_size` sequences; 0 is off."""
+    split_special_tokens: Own[bool] = False
+    """Encode special tokens that records write out, such as `<|im_end|>` in a user's text, as plain
+    text; otherwise they become the control tokens, and the counts say in how many documents."""
     max_length_buckets: Own[int] = Field(default=8, ge=1)
     """Maximum number of lengths that unpacked sequences are padded to. Each step uses the shortest
     that fits, and each length compiles the step once; the loss is the same."""

@@ -55,6 +55,8 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
         tokenizer = _load_from_hugging_face(path, named or str(model_path))
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
+    if isinstance(tokenizer.chat_template, str):  # a file's byte order mark would be trained
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     check_syntax(tokenizer.chat_template)
     for token in filter(None, (*config.extra_tokens, config.pad_token)):
         tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)

@@ -5,6 +5,7 @@ from functools import reduce
 from typing import Any
 
 from jaxtrain.batch import Batch
+from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.model import LanguageModel
 from jaxtrain.recipe.guards import SamplesConfig
 from jaxtrain.trainer.loss import Loss, add_losses, eval_metrics
@@ -54,7 +55,7 @@ def answer_prompts(
         params,
         prompts,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=[token for token in (tokenizer.eos_token_id,) if token is not None],
+        eos_ids=find_stop_tokens(tokenizer),
         temperature=config.temperature,
         top_p=config.top_p,
         seed=seed,

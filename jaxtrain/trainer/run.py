@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
+from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
@@ -97,6 +98,7 @@ class Run:
             self.average.eval_params(state),
             dtype=self.config.model.dtype or self.model.compute.compute_dtype,
             add_files=partial(save_tokenizer, tokenizer),
+            stop_tokens=find_stop_tokens(tokenizer) if self.config.type != "causal" else (),
             max_shard_bytes=config.max_shard_bytes,
             verify=config.verify_export,
         )

@@ -57,7 +57,8 @@ def note(sources, *, tokenizer=None, factory=SFTDataFactory, max_length=64, **ke
     config_class = CausalDataConfig if factory is CausalDataFactory else SFTDataConfig
     config = config_class(sources=("x",), **keys)
     made = factory(config, tokenizer or tiny_tokenizer(), max_length)
-    (line,) = made.prepare(sources, {}, BatchShape(1, 2)).ledger.notes
+    notes = made.prepare(sources, {}, BatchShape(1, 2)).ledger.notes
+    (line,) = (text for text in notes if not text.startswith("mixture"))
     return line
 
 
@@ -91,6 +92,7 @@ CHANGES = {  # what changes the rows → what the miss names
     "loss_roles": ({"loss_roles": ("user",)}, "data.loss_roles"),
     "completion_only": ({"completion_only": False}, "data.completion_only"),
     "ignore_empty_think": ({"ignore_empty_think": True}, "data.ignore_empty_think"),
+    "split_special_tokens": ({"split_special_tokens": True}, "data.split_special_tokens"),
     "max_rows_with_errors": ({"max_rows_with_errors": 1}, "data.max_rows_with_errors"),
     "template": ({"tokenizer": tiny_tokenizer(PLAIN)}, "the chat template"),
 }

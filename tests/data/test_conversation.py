@@ -3,6 +3,7 @@ import json
 import pytest
 
 from jaxtrain.data.conversation import RoleMapper, read_conversation
+from jaxtrain.data.records import ReadColumns
 from jaxtrain.recipe.data import RowsConfig
 from jaxtrain.recipe.errors import DataError
 from tests.tiny import chat
@@ -127,7 +128,80 @@ def test_a41_the_content_key_is_found_or_said():
         RowsConfig(role_mapping={"user": "a", "content_key": "b"})
 
 
+HISTORY = [["x", "y"], ("z", "w")]
+EARLIER = [("user", "x"), ("assistant", "y"), ("user", "z"), ("assistant", "w")]
+
+
+@pytest.mark.parametrize("name", ["response", "completion", "instruction", "columns"])
+def test_earlier_rounds_and_a_system_prompt_come_first(name):
+    row = {"system_prompt": "s", "history": HISTORY, **FORMS[name]}
+    assert turns(row) == [("system", "s"), *EARLIER, ("user", "a"), ("assistant", "b")]
+    assert read_conversation(row).prompt_turns in (0, 6)
+
+
+def test_fields_of_a_shared_turn_are_kept():
+    shared = [SHARED[0], {**SHARED[1], "weight": 0, "mood": None}]
+    assert read_conversation({"conversations": shared}).messages[1] == {
+        "role": "assistant", "content": "b", "weight": 0,
+    }  # fmt: skip
+
+
+def test_functions_are_tools_and_arguments_go_to_the_template():
+    row = {
+        **FORMS["response"],
+        "functions": json.dumps([{"name": "f"}]),
+        "chat_template_kwargs": {"enable_thinking": False, "other": None},
+        "documents": [{"text": "t"}],
+    }
+    found = read_conversation(row)
+    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert found.template_kwargs == {"enable_thinking": False, "documents": [{"text": "t"}]}
+
+
+UNREAD = {
+    "messages": ({"messages": chat("a", "b", system="own"), "system": "s", "id": 3}, "system id"),
+    "conversations": ({"conversations": SHARED, "source": "x", "empty": None}, "source"),
+    "instruction": ({**FORMS["instruction"], "history": HISTORY, "text": "t"}, "text"),
+    "functions beside tools": ({**FORMS["columns"], "tools": [1], "functions": [2]}, "functions"),
+}
+
+
+@pytest.mark.parametrize(("row", "unread"), UNREAD.values(), ids=UNREAD)
+def test_columns_that_nothing_reads_are_known(row, unread):
+    record = ReadColumns(row)
+    read_conversation(record)
+    assert record.find_unread() == unread.split()
+    assert ReadColumns({"a": 1}).find_unread() == ["a"]
+    for read_all in (dict, lambda one: {**one}, lambda one: [*one.items()], json.dumps):
+        record = ReadColumns({"a": 1, "b": 2})
+        read_all(record)
+        assert record.find_unread() == []
+
+
+def test_a_mapping_reads_its_columns_and_names_the_rest():
+    row = {"q": "a", "a": "b", "system": "s", "n": 1, "tools": [1]}
+    record = ReadColumns(RoleMapper({"user": "q", "assistant": "a"})(row))
+    read_conversation(record)
+    assert record.find_unread() == ["system (which role_mapping leaves out)", "n"]
+
+
 BAD = {
+    "history": (
+        {**FORMS["instruction"], "history": [["x"]]},
+        "history[0]: must be a prompt and a reply, found ['x']",
+    ),
+    "weight": (
+        {"messages": [{"role": "user", "content": "a", "weight": 0.5}]},
+        "messages[0].weight: must be 0 or 1, found 0.5",
+    ),
+    "arguments": (
+        {**FORMS["response"], "chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs.messages: is what is rendered; remove it",
+    ),
+    "no arguments": (
+        {**FORMS["response"], "chat_template_kwargs": "[]"},
+        "chat_template_kwargs: must be a map, found []",
+    ),
     "no form": (
         {"text": "x"},
         "columns text hold no conversation; accepted are messages; conversations; prompt and response "

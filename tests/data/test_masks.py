@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.conversation import Conversation, read_conversation
 from jaxtrain.data.encode import ConversationEncoder, Dropped, Encoded, Fault
-from jaxtrain.data.render import Renderer
+from jaxtrain.data.render import Renderer, find_stop_tokens
 from jaxtrain.data.spans import find_by_marks, find_by_prefixes
 from jaxtrain.recipe.errors import RecipeError
 from tests.tiny import (
@@ -57,7 +57,7 @@ TABLE = {
     "chatml, equal texts": (CHATML, chat("yes", "yes"), ["yes<|im_end|>"]),
     "chatml, three equal replies": (CHATML, chat(*["yes"] * 6), ["yes<|im_end|>"] * 3),
     "chatml, system": (CHATML, chat("a", "b", system="b"), ["b<|im_end|>"]),
-    "chatml, empty reply": (CHATML, chat("a", "", "b", "no"), [END, "no<|im_end|>"]),
+    "chatml, empty reply": (CHATML, chat("a", "", "b", "no"), ["no<|im_end|>"]),
     "chatml, spaces kept": (CHATML, chat("a", " \nno \n"), [" \nno \n<|im_end|>"]),
     "chatml, user last": (CHATML, chat("a", "no", "b"), ["no<|im_end|>"]),
     "chatml, assistant first": (
@@ -84,7 +84,7 @@ TABLE = {
     "headers, many turns": (
         HEADERS,
         chat(*["", "a", "b", "c", "d"] * 2),
-        ["a<|eot|>", "c<|eot|>", "<|eot|>", "b<|eot|>", "d<|eot|>"],
+        ["a<|eot|>", "c<|eot|>", "b<|eot|>", "d<|eot|>"],
     ),
     "inst": (INST, chat("yes", "yes", "b", "no"), [" yes</s>", " no</s>"]),
     "inst, many turns": (INST, chat(*["yes"] * 8), [" yes</s>"] * 4),
@@ -319,7 +319,11 @@ def test_both_proofs_agree_where_both_hold(contents, template):
 @given(st.lists(WORDS, min_size=2, max_size=8))
 def test_each_reply_and_its_end_is_trained_and_nothing_else(contents):
     replies = contents[1::2]
-    assert trained(CHATML, chat(*contents)) == [reply + END for reply in replies]
+    spoken = [reply + END for reply in replies if reply.strip()]
+    if spoken:
+        assert trained(CHATML, chat(*contents)) == spoken
+    else:
+        assert outcome(CHATML, chat(*contents)).reason == "a reply is empty"
 
 
 KINDS = {
@@ -370,7 +374,7 @@ def test_no_token_is_trained_that_says_something_outside_of_its_turn(contents, k
         assert isinstance(found, Dropped)
         return
     renderer = Renderer(tokenizer)
-    text = renderer.render(conversation)
+    text = renderer.render(conversation).text
     ours = {place for span in renderer.find_spans(conversation, text) for place in range(*span)}
     offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     for (start, end), weight in zip(offsets, found.weights, strict=True):
@@ -523,7 +527,7 @@ def test_a_template_that_hides_the_reply_is_refused():
     hiding = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
     found = outcome(hiding, chat("a", "yes"))
     assert isinstance(found, Fault)
-    told = "messages[1].content: the chat template does not show all of it"
+    told = "messages[0].content: the chat template does not show all of it"
     assert found.message.startswith(told)
     marked = GENERATION.replace(
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
@@ -582,3 +586,126 @@ def test_a_turn_behind_a_message_that_is_left_out_starts_where_the_prompt_ends(t
     ).replace("in messages", "in messages if m.role != 'system'")
     messages = [*chat("a"), *chat(system="dry"), chat("", "yes")[1]] * turns
     assert trained(template, messages) == ["<final>yes<|im_end|>"] * turns
+
+
+REASONING_SHOWN = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}",
+)
+ONLY_ANSWERS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+NO_TOOLS = CHATML.replace("in messages", "in messages if m.role != 'tool'")
+FIRST_SYSTEM = CHATML.replace(
+    "in messages", "in messages if m.role != 'system' or m == messages[0]"
+)
+ASKED = [{"role": "user", "content": "a"}]
+REASONED = {"role": "assistant", "content": "yes", "reasoning_content": "was low"}
+LEAVES_OUT = {
+    "reasoning of the reply": (CHATML, [*ASKED, REASONED], "messages[1].reasoning_content"),
+    "reasoning that is shown": (REASONING_SHOWN, [*ASKED, REASONED], ()),
+    "old reasoning": (CHATML, [*ASKED, REASONED, *chat("b", "no")], ("hidden thoughts",)),
+    "thoughts of the reply": (ONLY_ANSWERS, chat("a", THOUGHT), "messages[1].content"),
+    "old thoughts": (ONLY_ANSWERS, chat("a", THOUGHT, "b", "no"), ("hidden thoughts",)),
+    "an answer of a tool": (NO_TOOLS, [*ASKED, *ANSWERED], "messages[1].content"),
+    # Its text stands in the reply that follows.
+    "a short answer of a tool": (
+        NO_TOOLS,
+        [*ASKED, {"role": "tool", "content": "7"}, *chat("", "It is 7.")[1:]],
+        "messages[1].content",
+    ),
+    "a later system turn": (
+        FIRST_SYSTEM,
+        [*chat("a", "no"), *chat("b", "yes", system="be dry")],
+        ("hidden system",),
+    ),
+    "a text that is changed": (
+        CHATML.replace("{{ m.content }}", "{{ m.content | replace(' ', '_') }}"),
+        chat("a river", "yes and no"),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "told"), LEAVES_OUT.values(), ids=LEAVES_OUT)
+def test_what_is_said_is_shown_or_refused_or_counted(template, messages, told):
+    found = outcome(template, messages)
+    if isinstance(told, str):
+        assert isinstance(found, Fault)
+        assert found.message.startswith(f"{told}: the chat template does not show all of it")
+    else:
+        assert isinstance(found, Encoded) and found.notes == told
+
+
+def test_a_turn_of_weight_0_is_not_trained():
+    messages = chat("a", "no", "b", "yes")
+    messages[1]["weight"] = 0
+    for template, end in ((CHATML, END), (GENERATION, "")):
+        assert trained(template, messages) == [f"yes{end}"]
+    messages[3]["weight"] = False
+    assert outcome(CHATML, messages).reason == "no assistant text to train on"
+
+
+def test_arguments_of_the_template_and_fields_that_it_does_not_name():
+    template = CHATML.replace("{{ m.content }}", "{{ style }}{{ m.content }}")
+    messages = [{**chat("a")[0], "mood": "low"}, chat("", "yes")[1]]
+    conversation = Conversation(messages, template_kwargs={"style": "dry ", "depth": 2})
+    assert trained_of(template, conversation) == ["dry yes<|im_end|>"]
+    encoder = ConversationEncoder(tiny_tokenizer(template), max_length=99, overlong="drop")
+    (found,) = encoder.encode([conversation])
+    assert found.unread == ("chat_template_kwargs.depth", "messages[].mood")
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.arguments.x }}</call>{% endfor %}END\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL_TURNS = "{{ '<|eot|>' if m.tool_calls else '<|im_end|>' }}"
+STOPS = {
+    "chatml": (CHATML, ["</s>", "<|im_end|>"]),
+    "headers": (HEADERS, ["</s>", "<|eot|>"]),
+    "plain": (PLAIN, ["</s>"]),
+    "a call's own end": (CALLS.replace("END", ""), ["</s>"]),
+    "calls in a turn": (CALLS.replace("END", "<|im_end|>"), ["</s>", "<|im_end|>"]),
+    "turns of calls": (CALLS.replace("END", CALL_TURNS), ["</s>", "<|im_end|>", "<|eot|>"]),
+}
+
+
+@pytest.mark.parametrize(("template", "expected"), STOPS.values(), ids=STOPS)
+def test_stop_tokens_are_what_ends_turns(template, expected):
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.eos_token = "</s>"
+    tokenizer.add_tokens(["<call>", "</call>"], special_tokens=True)
+    assert find_stop_tokens(tokenizer) == tokenizer.convert_tokens_to_ids(expected)
+    encoder = ConversationEncoder(tokenizer, max_length=4096, overlong="drop")
+    turn = {"id": "f0", "function": {"name": "f", "arguments": {"x": "1"}}}
+    calls = [*chat("a"), calling(turn), {"role": "tool", "content": "7"}]
+    if "call" in template:
+        (found,) = encoder.encode([Conversation(calls)])
+        assert found.turns == 1 and found.ended == (len(expected) > 1)
+
+
+@pytest.mark.covers("data.split_special_tokens")
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_special_tokens_in_a_text_are_counted_or_stay_text(kind):
+    template = CHATML
+    tokenizer = tiny_tokenizer(template) if kind == "bytes" else sentence_pieces(kind, template)
+    messages = chat("stop <|im_end|>\n<|im_start|>system\nnow", "</s> <think>no")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for is_text, count in ((False, 3), (True, 2)):
+        encoder = ConversationEncoder(
+            tokenizer, max_length=4096, overlong="drop", split_special_tokens=is_text
+        )
+        (found,) = encoder.encode([Conversation(messages)])
+        assert found.notes == (() if is_text else ("control tokens in text",))
+        assert found.tokens.tolist().count(end) == count
+        assert found.tokens.max() < len(tokenizer)
+        if kind == "bytes":
+            expected = tokenizer.apply_chat_template(messages, tokenize=False)
+            assert tokenizer.decode(found.tokens) == expected
+        if is_text:
+            length = len(found.tokens)
+            exact = ConversationEncoder(
+                tokenizer, max_length=length - 2, overlong="truncate", split_special_tokens=True
+            )
+            (cut,) = exact.encode([Conversation(messages)])
+            assert cut.tokens.tolist() == found.tokens[:-2].tolist()

@@ -35,18 +35,51 @@ pytestmark = pytest.mark.usefixtures("cache")
 def test_shares_are_met_and_no_document_is_favoured(parts):
     sources = np.repeat(np.arange(len(parts)), [count for count, _ in parts])
     chosen, weights = np.arange(len(sources)), [weight for _, weight in parts]
-    mixed = mix_sources(chosen, sources, weights, seed=1)
-    assert len(mixed) == len(chosen)  # the epoch keeps its length
+    whole, drawn = mix_sources(chosen, sources, weights)
+    assert len(whole) + sum(count for _, count in drawn) == len(chosen)  # an epoch keeps its length
+    rest = {int(sources[own[0]]): (own, count) for own, count in drawn}
     for number, weight in enumerate(weights):
-        times = np.bincount(mixed, minlength=len(sources))[sources == number]
-        assert abs(times.sum() - weight / sum(weights) * len(mixed)) <= 1
-        assert times.max() - times.min() <= 1
+        times = np.bincount(whole, minlength=len(sources))[sources == number]
+        own, count = rest.get(number, ((), 0))
+        assert abs(times.sum() + count - weight / sum(weights) * len(chosen)) <= 1
+        assert times.max() == times.min()
+        assert not count or own.tolist() == np.flatnonzero(sources == number).tolist()
+
+
+def epochs_of(plan, count):
+    """The documents of each of so many epochs, rising."""
+    epochs = []
+    for epoch in range(count):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        numbers = np.concatenate([plan.sequence_numbers(step).ravel() for step in steps])
+        pieces = [piece for n in numbers[numbers >= 0].tolist() for piece in plan.pieces(n)]
+        epochs.append(sorted(plan.packing.documents[pieces].tolist()))
+    return epochs
+
+
+@pytest.mark.parametrize("keys", [{}, {"pack_samples": True, "max_length": 96}], ids=str)
+def test_every_epoch_draws_anew(tmp_path, keys):
+    sources = [chats(tmp_path, "few", 10, weight=1), chats(tmp_path, "many", 90, weight=1)]
+    data = sft(sources, **keys)
+    epochs = epochs_of(data.train, 12)
+    large = [[document for document in epoch if document >= 10] for epoch in epochs]
+    for epoch, drawn in zip(epochs, large, strict=True):
+        assert [epoch.count(document) for document in range(10)] == [5] * 10
+        assert len({*drawn}) == len(drawn) and abs(len(drawn) - 50) <= (8 if keys else 0)
+    assert len({tuple(drawn) for drawn in large}) == 12
+    assert {*range(10, 100)} == {document for drawn in large for document in drawn}
+    told = [line.split(", from")[0] for line in data.ledger.notes if line.startswith("mixture")]
+    assert told == [
+        f"mixture: an epoch has 50 documents of {name} (50.0%)" for name in ("few", "many")
+    ]
+    repeated = data.train.repeat(12 * data.steps_per_epoch)  # its passes draw anew too
+    assert {*epochs_of(repeated, 1)[0]} == {*range(100)}
 
 
 @pytest.mark.covers("data.seed")
 def test_a_mixture_is_the_same_each_time_and_another_by_seed(tmp_path):
     sources = [chats(tmp_path, "one", 30, weight=1), chats(tmp_path, "two", 30, weight=3)]
-    drawn = [sft(sources, seed=seed).train.packing.documents.tolist() for seed in (1, 1, 2)]
+    drawn = [epochs_of(sft(sources, seed=seed).train, 3) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     data = sft(sources, train_eval_split=(0.5, 0.5))
     train = {*data.train.packing.documents.tolist()}
@@ -55,8 +88,8 @@ def test_a_mixture_is_the_same_each_time_and_another_by_seed(tmp_path):
 
 def test_the_ledger_counts_what_a_mixture_trains(tmp_path):
     data = sft([chats(tmp_path, "one", 5, weight=9), chats(tmp_path, "two", 45, weight=1)])
-    batch = all_rows(data.train)
-    assert data.ledger.sets[0].trained_tokens == batch.loss_weights.sum()
+    batches = [data.train.batch(step) for step in range(data.steps_per_epoch)]
+    assert data.ledger.sets[0].trained_tokens == sum(b.loss_weights.sum() for b in batches)
     assert data.ledger.sets[0].sequences == 50
     assert data.ledger.sets[0].documents == 10  # five of one nine times, five of the other once
 

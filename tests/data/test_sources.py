@@ -154,6 +154,66 @@ def test_splits_of_a_file_are_slices(jsonl, split, numbers):
     assert [row["id"] for row in all_rows(rows)] == list(numbers)
 
 
+TREES = {
+    "shards": (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"],
+               {"train": [0], "test": [1], "eval": [1]}),
+    "shards of splits with names of their own": (
+        ["data/train_sft-00000-of-00002.jsonl", "data/train_gen-00000-of-00001.jsonl",
+         "data/train_sft-00001-of-00002.jsonl"],
+        {"train_sft": [0, 2], "train_gen": [1], "train": "known are train_gen, train_sft"}),
+    "file names": (["train.jsonl", "dev.jsonl"],
+                   {"train": [0], "dev": [1], "validation": [1], "eval": [1],
+                    "test": "known are validation, train"}),
+    "folder names": (["training/a.jsonl", "x/my-test.v2/a.jsonl", "val/train.jsonl"],
+                     {"train": [0], "test": [1], "validation": [2], "eval": [1]}),
+    "no split": (["a.jsonl", "trainer.jsonl", "contest/b.jsonl"],
+                 {"train": [0, 1, 2], "eval": [0, 1, 2], "test": "known are train, eval"}),
+    "one split": (["test-a.jsonl", "test-b.jsonl"],
+                  {"train": [0, 1], "eval": [0, 1], "test": [0, 1]}),
+    "some without": (["questions.jsonl", "questions-test.jsonl"],
+                     {"train": "others that name no split, such as questions.jsonl"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "expected"), TREES.values(), ids=TREES)
+@pytest.mark.parametrize("form", ["local", "jsonl", "glob", "huggingface", "remote"])
+def test_splits_that_the_names_of_files_tell_are_kept_apart(tmp_path, form, names, expected):
+    root = tmp_path / "set"
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write(root / name, json.dumps({"id": number}))
+
+    def ids(split):
+        if form == "huggingface":
+            config = HFDataSourceConfig(name_or_path=str(root))
+            rows = HuggingFaceSource(config).read(split)
+        elif form in ("glob", "remote"):
+            path = root / "**" / "*.jsonl" if form == "glob" else f"file://{root}"
+            rows = read(LocalSource, path, split=split)
+        else:
+            rows = read(LocalSource if form == "local" else JsonLinesSource, root, split=split)
+        return sorted(row["id"] for row in all_rows(rows))
+
+    for split, numbers in expected.items():
+        if isinstance(numbers, str):
+            with pytest.raises((DataError, RecipeError), match=numbers):
+                ids(split)
+        else:
+            assert ids(split) == numbers
+            assert ids(f"{split}[:1]") == numbers[:1] or form != "local"
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "a.jsonl", '{"id": 1}')
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "b.jsonl", '{"id": 2}')
+    for name, target in {"linked": "../elsewhere", "again": "linked", "self": "."}.items():
+        (folder / name).symlink_to(target)
+    assert [row["id"] for row in all_rows(read(LocalSource, folder))] in ([1, 2], [2, 1])
+
+
 @pytest.mark.covers(
     "data.sources.*.sample_ratio data.sources.*.sample_count data.sources.*.sample_seed"
 )

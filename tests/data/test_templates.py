@@ -120,8 +120,6 @@ TABLE = {
         f"\n</think>\n\nIt is 7{END}",
     ],
     ("nemotron_3_nano", "thought"): [f"\n\nfine{END}", f"well\n</think>\n\nyes{END}"],
-    # Thoughts are cut off the replies, the line breaks behind them are not.
-    ("deepseek_r1_distill", "thought"): [f"\n\nfine{EOS}", f"\n\nyes{EOS}"],
     ("deepseekv3", "chat"): [f" yes {EOS}", f"no{EOS}"],
     ("deepseekv3", "tool"): [DEEPSEEK_CALL, f"It is 7{EOS}"],
     # No turn has an end of its own: the next header is the stop, and stands outside.
@@ -201,13 +199,15 @@ REFUSED = {
     ("lfm2", "tool"): "messages[1].tool_calls: the chat template does not show all of it",
     ("cohere", "tool"): "the chat template refuses the conversation: Conversation roles must",
     # It writes the tool's answer into the turn that called it, in front of what that one says.
-    ("gemma4", "told"): "the chat template rewrites turns, and where the trained",
+    ("gemma4", "told"): "the chat template rewrites turns",
     # Its prompt ends behind an empty block, where this turn has thoughts.
-    ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns, and where the trained",
+    ("qwen3_5_nothink", "reasoned"): "the chat template rewrites turns",
     # Marked, and made for lists of parts: all that is left of a turn is its end.
-    ("idefics3_training", "chat"): "messages[1].content: the chat template does not show all of it",
-    ("qwen3_5_nothink", "thought"): "the chat template rewrites turns, and where the trained",
-    ("smolvlm", "chat"): "messages[1].content: the chat template does not show all of it",
+    ("idefics3_training", "chat"): "messages[0].content: the chat template does not show all of it",
+    ("qwen3_5_nothink", "thought"): "the chat template rewrites turns",
+    # It cuts the thoughts off every reply, that of the last question too.
+    ("deepseek_r1_distill", "thought"): "messages[3].content: the chat template does not show all",
+    ("smolvlm", "chat"): "messages[0].content: the chat template does not show all of it",
 }
 
 

@@ -43,7 +43,41 @@ def test_tokenised_rows_are_taken_as_they_stand(tmp_path):
     assert sft([tokens(tmp_path, long)], overlong="truncate").ledger.sources[0].truncated == 1
 
 
+@pytest.mark.parametrize("make", [sft, causal])
+@pytest.mark.parametrize(
+    "mask", [{"labels": [-100, -100, 7, 8, -100]}, {"loss_mask": [0, 0, 1, 1, 0]},
+             {"completion_mask": [False, False, True, True, False]},
+             {"loss_mask": [1, 0, 1, 1, 1], "labels": [5, 6, 7, 8, -100]}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("attention", [[1, 1, 1, 1, 0], None])
+def test_masks_of_tokenised_rows_are_read(tmp_path, make, mask, attention):
+    row = {"input_ids": [5, 6, 7, 8, 9], "attention_mask": attention, **mask}
+    keys = {"max_length": 4} if make is causal else {}
+    batch = all_rows(make([tokens(tmp_path, [row] * 8)], **keys).train)
+    assert (
+        batch.loss_weights[batch.tokens == 7].sum()
+        == np.sum(batch.tokens == 7)
+        - ((batch.tokens == 7) & (np.diff(batch.segments, axis=1, prepend=0) > 0)).sum()
+    )
+    assert not batch.loss_weights[(batch.tokens == 6) | (batch.tokens == 9)].any()
+    assert (batch.tokens == 9).any() == (attention is None)
+
+
+def test_what_nothing_reads_is_named_once(tmp_path):
+    rows = [
+        {"input_ids": [5, 6], "labels": [5, 6], "position_ids": [0, 1], "id": n} for n in (1, 2)
+    ]
+    (counts,) = sft([tokens(tmp_path, rows)]).ledger.sources
+    assert "  not read: position_ids (2), id (2)" in counts.lines()
+
+
 WRONG = {
+    "mask": ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask: must be 0 and 1, found 2"),
+    "gap": (
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]},
+        "attention_mask: may hide padding at the ends only, found a gap",
+    ),
     "no ids": ({"labels": [1]}, "no column 'input_ids', found labels"),
     "no labels": ({"input_ids": [1]}, "no column 'labels', found input_ids"),
     "text": ({"input_ids": "abc", "labels": [1]}, "input_ids: must be a list of whole numbers"),
@@ -110,6 +144,20 @@ def test_a38_causal_rows_are_slices_of_all_texts(tmp_path):
     assert data.sequence_tokens == 16 and data.ledger.sets[0].trained_tokens == (~firsts).sum()
     starts = np.diff(batch.segments, axis=1, prepend=0) > 0
     assert (starts == firsts).all() and not batch.positions[starts].any()
+
+
+def test_a_text_has_one_bos_and_one_eos(tmp_path):
+    tokenizer = tiny_tokenizer()
+    row = {"text": f"{tokenizer.bos_token}{TEXTS[0]}{tokenizer.eos_token}"}
+    data = causal([texts(tmp_path, [row, {"text": TEXTS[1]}])])
+    assert data.train.documents.tokens.tolist() == joined(TEXTS[:2])
+    assert any(
+        "special tokens are written in the text of 1 of 2" in t for t in data.ledger.warnings
+    )
+    kept = causal([texts(tmp_path, [row])], split_special_tokens=True)
+    assert kept.train.documents.tokens.tolist().count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(kept.train.documents.tokens[1:-1]) == row["text"]
+    assert not kept.ledger.warnings
 
 
 def test_an_evaluation_on_text_keeps_its_tail(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import LLAMA3, SIZES, describe_model, load_model, save_model
 
 from jaxtrain.model import rope
-from jaxtrain.model.hf_config import decoder_config, read_generation_config
+from jaxtrain.model.hf_config import add_stop_tokens, decoder_config, read_generation_config
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model_folder import SINGLE, locate
 from jaxtrain.recipe.errors import RecipeError, WeightError
@@ -260,3 +260,17 @@ def test_the_generation_config_is_read_if_it_is_there(folder):
     assert (read_generation_config(folder) or {})["eos_token_id"] == 2
     (folder / "generation_config.json").unlink()
     assert read_generation_config(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("generation", "stops", "expected"),
+    [
+        ({"eos_token_id": 2, "top_p": 0.9}, [2, 7], {"eos_token_id": [2, 7], "top_p": 0.9}),
+        ({"eos_token_id": [2, 7]}, [7], {"eos_token_id": [2, 7]}),
+        ({"top_p": 0.9}, [7], {"eos_token_id": 7, "top_p": 0.9}),
+        (None, [2], None),  # config.json has it
+        (None, [7], {"eos_token_id": [2, 7]}),
+    ],
+)
+def test_the_ends_of_turns_that_were_trained_are_exported(generation, stops, expected):
+    assert add_stop_tokens(generation, {"eos_token_id": 2}, stops) == expected

@@ -54,7 +54,9 @@ def test_the_recipes_tokenizer_goes_before_the_models(folder, tmp_path):
 @pytest.mark.covers("tokenizer.chat_template")
 def test_a_template_as_text_or_as_a_file(folder, tmp_path):
     (tmp_path / "own.jinja").write_text(HEADERS)
-    for template in (HEADERS, str(tmp_path / "own.jinja")):
+    (tmp_path / "marked.jinja").write_text(HEADERS, encoding="utf-8-sig")
+    files = (str(tmp_path / name) for name in ("own.jinja", "marked.jinja"))
+    for template in (HEADERS, *files):
         tokenizer = load(folder, chat_template=template)
         assert tokenizer.chat_template == HEADERS
         save_tokenizer(tokenizer, tmp_path / "out")
