@@ -68,6 +68,8 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         places = (hf.get(original), fields.get(original), hf.get("max_position_embeddings"))
         fields[original] = next((n for n in places if n is not None), None)
         factor, low, high = (_number(fields, kind, name) for name in names)
+        if low >= high:
+            raise ValueError(f"low_freq_factor must be below the high one, found {low} and {high}")
         return Rope(theta, Llama3(factor, low, high, int(_number(fields, kind, original))))
     raise ValueError(f"rope type must be one of default, linear, llama3, found {show(kind)}")
 

@@ -23,7 +23,10 @@ class Layout(NamedTuple):
 
     def split(self, x: Array) -> list[Array]:
         """The parts of a parameter, each with separate matrices of one kind."""
-        return [x] if self.joined is None else jnp.split(x, [-2, -1], self.joined)
+        if self.joined is None:
+            return [x]
+        end = x.shape[self.joined]
+        return jnp.split(x, [end - 2, end - 1], self.joined)
 
     def join(self, parts: list[Array]) -> Array:
         return parts[0] if self.joined is None else jnp.concatenate(parts, self.joined)

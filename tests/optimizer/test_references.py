@@ -29,12 +29,12 @@ TOLERANCE = 1e-3  # of the distance that a tensor has moved: float32, another or
 CONFIG = DecoderConfig(
     family="qwen3",
     vocab_size=96,
-    width=32,
-    num_heads=6,
+    width=16,
+    num_heads=4,
     num_kv_heads=2,
-    head_size=8,
-    ffn_width=24,
-    groups=group_layers((LayerSpec(),) * 33 + (LayerSpec(window=5),)),  # more layers than rows
+    head_size=6,
+    ffn_width=12,
+    groups=group_layers((LayerSpec(),) * 17 + (LayerSpec(window=5),)),  # more layers than rows
     rope=Rope(1e4),
     rms_eps=1e-6,
     max_positions=64,
@@ -158,9 +158,9 @@ CASES = {
 
 
 def to_hf(tree):
-    return {
-        n: t.make().astype(np.float32) for n, t in to_hf_tensors(tree, CONFIG, "float32").items()
-    }
+    """A tensor for each matrix, by its Hugging Face name."""
+    tensors = to_hf_tensors(jax.device_get(tree), CONFIG, "float32")
+    return {name: tensor.make().copy() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
