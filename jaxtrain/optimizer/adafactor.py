@@ -44,14 +44,14 @@ def scale_by_adafactor() -> GradientTransformation:
             jnp.int32(0), map_matrices(_rows, zeros), map_matrices(_columns, zeros)
         )
 
-    def update(grads: Any, state: AdafactorState, params: Any = None) -> tuple[Any, AdafactorState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
         count = state.count + 1
         decay = 1 - count.astype(jnp.float32) ** DECAY_POWER
-        squares = jax.tree.map(lambda g: jnp.square(g) + EPS, grads)
+        squares = jax.tree.map(lambda g: jnp.square(g) + EPS, updates)
         average = lambda old, new: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
         rows = average(state.rows, map_matrices(_rows, squares))
         columns = average(state.columns, map_matrices(_columns, squares))
-        updates = map_matrices(_normalize, grads, rows, columns)
+        updates = map_matrices(_normalize, updates, rows, columns)
         return updates, AdafactorState(count, rows, columns)
 
     return GradientTransformation(init, update)

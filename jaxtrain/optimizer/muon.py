@@ -5,6 +5,7 @@ R rows, C columns of a matrix.
 """
 
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class MuonFactory(OptimizerFactory):
 
     def create_optimizer(self, model: Any, optimizer_config: MuonConfig) -> GradientTransformation:
         config = optimizer_config
-        parts = {
+        parts: dict[Hashable, GradientTransformation] = {
             "muon": scale_by_muon(config.momentum, config.nesterov),
             "adam": optax.scale_by_adam(*config.betas, eps=config.eps),
         }
@@ -57,13 +58,13 @@ def scale_by_muon(momentum: float, nesterov: bool) -> GradientTransformation:
     def init(params: Any) -> MuonState:
         return MuonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         count = state.count + 1
-        mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
+        mu = optax.tree.update_moment(updates, state.mu, momentum, 1)
         average = optax.tree.bias_correction(mu, momentum, count + nesterov)
         if nesterov:
-            grads = optax.tree.bias_correction(grads, momentum, count)
-            average = optax.tree.update_moment(grads, average, momentum, 1)
+            updates = optax.tree.bias_correction(updates, momentum, count)
+            average = optax.tree.update_moment(updates, average, momentum, 1)
         return map_matrices(_orthogonalize, average), MuonState(count, mu)
 
     return GradientTransformation(init, update)

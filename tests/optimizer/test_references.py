@@ -17,8 +17,11 @@ from jaxtrain.model.export import to_hf_tensors
 from jaxtrain.model.rope import Rope
 from jaxtrain.optimizer import Groups
 from jaxtrain.optimizer.matrices import LAYOUTS
-from jaxtrain.parallel.sharding import PARAMETERS
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import PARAMETERS, parameter_shardings
+from jaxtrain.recipe.mesh import MeshConfig
 from jaxtrain.recipe.resolve import get_config
+from jaxtrain.trainer.state import optimizer_shardings
 from tests.model.model_rows import batch_of, random_tokens
 
 torch = pytest.importorskip("torch")
@@ -219,3 +222,36 @@ def test_every_parameter_that_has_a_place_has_matrices(model):
     shapes = jax.tree_util.tree_leaves_with_path(model[0])
     assert {path[-1].key for path, _ in shapes} == LAYOUTS.keys()
     assert len(PARAMETERS) <= len(LAYOUTS)
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_a_mesh_changes_no_update(kind):
+    params = jax.jit(partial(init_params, CONFIG, ComputeConfig()))(jax.random.key(0))
+    recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
+    config = get_config(recipe | {"optimizer": {"type": kind, "lr": LR}}).optimizer
+    shapes = jax.eval_shape(lambda: params)
+    factory = registry.find("optimizer", kind)(config)
+    optimizer = Groups.of(config, shapes).optimizer(factory)
+
+    @jax.jit
+    def two_updates(params, state):
+        for _ in range(2):
+            updates, state = optimizer.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    alone = two_updates(params, optimizer.init(params))
+    sizes = MeshConfig(data=1, fsdp=2, tensor=2, pipeline=2)
+    mesh = make_mesh(sizes, jax.devices()[:8])
+    placed = parameter_shardings(mesh, shapes)
+    state_placed = optimizer_shardings(mesh, optimizer, shapes, placed)
+    spread = jax.device_put(params, placed)
+    with jax.set_mesh(mesh):
+        state = jax.jit(optimizer.init, out_shardings=state_placed)(spread)
+        found = jax.jit(two_updates, out_shardings=placed)(spread, state)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    big = {leaf.shape for leaf in jax.tree.leaves(shapes) if len(leaf.shape) > 2}
+    for leaf in jax.tree.leaves(state):
+        if leaf.shape in big:
+            assert leaf.addressable_shards[0].data.size <= leaf.size // 2
