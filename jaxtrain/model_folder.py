@@ -1,7 +1,7 @@
 """Finds the folder or GGUF file of `model.name_or_path` on this machine or the hub."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from jaxtrain.assets import fetch, is_asset
 from jaxtrain.gguf_file import read_header
-from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
+from jaxtrain.recipe.errors import Fault, RecipeError, WeightError, did_you_mean, show
 from jaxtrain.recipe.model import ModelConfig
 from jaxtrain.recipe.section import expand_user
 
@@ -83,11 +83,24 @@ def _find_on_hub(name: str, *, with_weights: bool) -> Path:
 
 def is_complete(folder: Path, *, with_weights: bool) -> bool:
     """Whether a folder has the files of a model; a cache may have only some of them."""
-    wanted = {"config.json"}
-    if with_weights and not (folder / SINGLE).is_file():
-        index = folder / INDEX
-        wanted |= set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
-    return all((folder / file).is_file() for file in wanted)
+    wanted = [folder / "config.json", *(weight_files(folder) if with_weights else ())]
+    return all(file.is_file() for file in wanted)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that should hold the weights: one, which counts before an index as in transformers, or
+    those of the index. WeightError for an index that is broken or names files elsewhere."""
+    if (folder / SINGLE).is_file() or not (index := folder / INDEX).is_file():
+        return [folder / SINGLE]
+    named = read_json(index).get("weight_map")
+    files = named.values() if isinstance(named, dict) else ()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise WeightError(f"{index}: has no `weight_map` of names to files, found {show(named)}")
+    names = sorted(set(files))
+    if outside := [n for n in names if PurePath(n).is_absolute() or ".." in PurePath(n).parts]:
+        what = "names {}; weights must lie in the folder of the index"
+        raise WeightError([Fault(str(index), what.format(show(name))) for name in outside])
+    return [folder / name for name in names]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
 
     def __call__(self, batch: Batch) -> Array:
-        """Logits of each next token, float32 [B, T, V]."""
+        """Logits of each next token, float32 [B, T, V]: those at t predict token t + 1."""
         return self.logits(self.hidden(batch))
 
     def hidden(self, batch: Batch) -> Array:
@@ -74,6 +74,15 @@ class Decoder(nnx.Module):
         inputs = self.attention_inputs(positions, positions)
         x_BTD, _ = self.stack(self.embed_tokens(batch.tokens), inputs)
         return self.normalize(x_BTD)
+
+    def logits_of_targets(self, batch: Batch) -> Array:
+        """Logits that predict each token given those before it, float32 [B, T, V]: those at t
+        predict token t, and belong to `batch.loss_weights` there.
+
+        0 on padding and on the first token of every document.
+        """
+        is_predicted_BT1 = _is_predicted(batch.segments)[..., None]
+        return jnp.where(is_predicted_BT1, jnp.roll(self(batch), 1, axis=1), 0.0)
 
     def token_log_probs(self, batch: Batch) -> Array:
         """Log-probability of each token given those before it, float32 [B, T].

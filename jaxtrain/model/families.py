@@ -100,7 +100,9 @@ _DEFAULTS = {
 _ONLY = {
     "hidden_act": ("silu",),
     "attention_dropout": (0, None),
+    "is_causal": (True,),
     "partial_rotary_factor": (1, None),
+    "per_layer_config": (None,),
     "quantization_config": (None,),
 }
 
@@ -112,12 +114,15 @@ def _windows_of_upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
     if hf["layer_types"] is None:
         return [window if i >= hf["max_window_layers"] else None for i in range(depth)]
     kinds = {"full_attention": None, "sliding_attention": window}
-    if len(hf["layer_types"]) != depth or not set(hf["layer_types"]) <= set(kinds):
+    types = hf["layer_types"]
+    if not isinstance(types, list) or len(types) != depth or not all(t in [*kinds] for t in types):
+        found = sorted(set(map(str, types if isinstance(types, list) else [types])))
+        number = f"{len(types)}: " if isinstance(types, list) else ""
         raise ValueError(
             f"layer_types must name one of {', '.join(kinds)} for each of the {depth} layers, "
-            f"found {len(hf['layer_types'])}: {', '.join(sorted(set(map(str, hf['layer_types']))))}"
+            f"found {number}{', '.join(found)}"
         )
-    return [kinds[kind] for kind in hf["layer_types"]]
+    return [kinds[kind] for kind in types]
 
 
 _QWEN = {

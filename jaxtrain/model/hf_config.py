@@ -1,5 +1,6 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
 from jaxtrain.model.gguf import read_gguf_config
-from jaxtrain.model.weights import tensor_shapes
-from jaxtrain.model_folder import read_json
+from jaxtrain.model.tensor_file import read_folder
+from jaxtrain.model.weights import has_own_head, tensor_shapes
+from jaxtrain.model_folder import is_complete, read_json
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import ModelConfig
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000  # many more would take minutes to group
 
 
 def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -24,6 +26,8 @@ def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[st
     """
     hf, kwargs = read_hf_config(path), config.hf_config_kwargs
     where = str(path / "config.json") if path.is_dir() else str(path)
+    if not config.from_scratch and decoder_config(hf, where).tied and _has_own_head(path):
+        hf = hf | {"tie_word_embeddings": False}
     if not kwargs:
         return decoder_config(hf, where), hf
     new = _override_config(hf, kwargs, where)
@@ -31,6 +35,14 @@ def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[st
     if not config.from_scratch:
         _check_same_shapes(decoder_config(hf, where), decoder)
     return decoder, new
+
+
+def _has_own_head(path: Path) -> bool:
+    """Whether a folder's weights contradict a tied config, which then does not count, as in
+    transformers."""
+    if not path.is_dir() or not is_complete(path, with_weights=True):
+        return False
+    return has_own_head(read_folder(path))
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -64,15 +76,19 @@ def add_stop_tokens(
 
 def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family that a config.json names; RecipeError lists the supported ones."""
-    listed = hf.get("architectures") or [None]
-    named = listed[0] if isinstance(listed, list) else listed
+    architectures, kind = hf.get("architectures"), hf.get("model_type")
+    named = architectures[0] if architectures and isinstance(architectures, list) else architectures
     for family in FAMILIES:
-        if named == family.architecture or (named is None and hf.get("model_type") == family.name):
+        if named == family.architecture or (not named and kind == family.name):
+            if kind not in (None, family.name):
+                raise RecipeError(
+                    f"{where}: model_type: {show(kind)} contradicts architectures, "
+                    f"{show(named)}, whose model_type is {show(family.name)}"
+                )
             return family
     raise RecipeError(
-        f"{where}: architectures: unsupported architecture, found "
-        f"{show(named or hf.get('model_type'))}; use one of "
-        f"{', '.join(family.architecture for family in FAMILIES)}"
+        f"{where}: architectures: unsupported architecture, found {show(named or kind)}; use one "
+        f"of {', '.join(family.architecture for family in FAMILIES)}"
     )
 
 
@@ -110,7 +126,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
 
 
 def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
-    """Fields that are missing or not valid numbers."""
+    """Fields that are missing or not valid numbers or switches."""
     faults = {}
     for field in (*REQUIRED, "max_position_embeddings"):
         if not _is_size(hf.get(field)):
@@ -122,13 +138,25 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
         if hf.get(field) is not None and not _is_size(hf[field]):
             faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"
     for field in ("rms_norm_eps", "initializer_range"):
-        if isinstance(hf[field], bool) or not isinstance(hf[field], int | float) or hf[field] < 0:
+        is_number = isinstance(hf[field], int | float) and not isinstance(hf[field], bool)
+        if not is_number or not 0 <= hf[field] < math.inf:
             faults[field] = f"must be a number of at least 0, found {show(hf[field])}"
+    for field in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
+        if not isinstance(hf.get(field, False), bool):
+            faults[field] = f"must be true or false, found {show(hf[field])}"
+    if not _is_count(hf.get("max_window_layers", 0)):
+        faults["max_window_layers"] = (
+            f"must be a whole number of at least 0, found {show(hf['max_window_layers'])}"
+        )
     return faults
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _is_count(value) and value > 0
 
 
 def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
@@ -174,6 +202,8 @@ def _drop_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dic
     """Removes the file's rope fields in one style if the recipe overrides them in the other."""
     kept = dict(hf)
     replaced = [field for field in rope.FIELDS if field in kwargs]
+    if "rope_parameters" in replaced or "rope_scaling" in replaced:
+        kept.pop("original_max_position_embeddings", None)
     if "rope_parameters" in replaced:
         kept.pop("rope_theta", None)
         kept.pop("rope_scaling", None)

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtrain.recipe.errors import show
 
 DEFAULT_THETA = 10_000.0
-FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-"""Its fields in config.json: the first two up to transformers 4, the third from 5."""
+FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+"""Its fields in config.json: the first two up to transformers 4, the third from 5; the last counts
+before its namesake in one of them."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,19 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         return Rope(theta, Linear(_number(fields, kind, "factor")))
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        fields.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        original = int(_number(fields, kind, "original_max_position_embeddings"))
+        original = "original_max_position_embeddings"
+        places = (hf.get(original), fields.get(original), hf.get("max_position_embeddings"))
+        fields[original] = next((n for n in places if n is not None), None)
         factor, low, high = (_number(fields, kind, name) for name in names)
-        return Rope(theta, Llama3(factor, low, high, original))
+        if low >= high:
+            raise ValueError(f"low_freq_factor must be below the high one, found {low} and {high}")
+        return Rope(theta, Llama3(factor, low, high, int(_number(fields, kind, original))))
     raise ValueError(f"rope type must be one of default, linear, llama3, found {show(kind)}")
 
 
 def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"rope type {kind} needs a positive {name}, found {show(value)}")
     return float(value)
 

@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from jaxtrain.model_folder import INDEX, SINGLE
+from jaxtrain.model_folder import INDEX, SINGLE, weight_files
 from jaxtrain.recipe.errors import Fault, WeightError, show
 
 DTYPES = {
@@ -49,18 +49,13 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (index := folder / INDEX).is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightError(f"{index}: has no `weight_map` of names to files: {error}") from None
-        absent = [name for name in named if not (folder / name).is_file()]
-        if absent:
-            what = "names {}, which does not exist"
-            raise WeightError([Fault(str(index), what.format(name)) for name in absent])
-        return [folder / name for name in named]
-    if (single := folder / SINGLE).is_file():
-        return [single]
+    files = weight_files(folder)
+    absent = [file for file in files if not file.is_file()]
+    if not absent:
+        return files
+    if absent != [folder / SINGLE]:
+        what, index = "names {}, which does not exist", str(folder / INDEX)
+        raise WeightError([Fault(index, what.format(file.name)) for file in absent])
     others = sorted(path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
     what = f"needs {SINGLE} or {INDEX}, found {', '.join(others) or 'no weights'}"
     if any(not name.endswith(".safetensors") for name in others):

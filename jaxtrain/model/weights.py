@@ -139,6 +139,14 @@ def open_tensors(
     return stored
 
 
+def has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether the weights have a head that is not the embedding."""
+    head, embedding = (stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or embedding is None:
+        return False
+    return head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read())
+
+
 def _grow(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     """Appends rows to a tensor, each the mean of those it has."""
 

@@ -7,7 +7,6 @@ import optax
 from optax import GradientTransformation
 
 from jaxtrain.recipe.optimizer import (
-    AdafactorConfig,
     AdamWConfig,
     LionConfig,
     OptimizerConfig,
@@ -65,19 +64,6 @@ class LionFactory(OptimizerFactory):
 
     def create_optimizer(self, model: Any, optimizer_config: LionConfig) -> GradientTransformation:
         return descend(optimizer_config, optax.scale_by_lion(*optimizer_config.betas))
-
-
-class AdafactorFactory(OptimizerFactory):
-    """Shazeer and Stern 2018, arXiv:1804.04235, with a given learning rate and no momentum."""
-
-    name = "adafactor"
-    config: AdafactorConfig
-
-    def create_optimizer(
-        self, model: Any, optimizer_config: AdafactorConfig
-    ) -> GradientTransformation:
-        factored = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-        return descend(optimizer_config, *factored)
 
 
 class SGDFactory(OptimizerFactory):

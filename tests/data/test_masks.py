@@ -648,7 +648,7 @@ def test_arguments_of_the_template_and_fields_that_it_does_not_name():
     template = CHATML.replace("{{ m.content }}", "{{ style }}{{ m.content }}")
     messages = [{**chat("a")[0], "mood": "low"}, chat("", "yes")[1]]
     conversation = Conversation(messages, template_kwargs={"style": "dry ", "depth": 2})
-    assert trained_of(template, conversation) == ["dry yes<|im_end|>"]
+    assert trained(template, conversation) == ["dry yes<|im_end|>"]
     encoder = ConversationEncoder(tiny_tokenizer(template), max_length=99, overlong="drop")
     (found,) = encoder.encode([conversation])
     assert found.unread == ("chat_template_kwargs.depth", "messages[].mood")

@@ -117,11 +117,13 @@ def test_bfloat16_rounds_the_inputs_of_products_only(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_float32_head_under_bfloat16_hidden_gets_a_float32_gradient(form):
-    hidden, head, targets, weights = problem()
-    _, _, d_head = check(
-        form, {}, (hidden.astype(jnp.bfloat16), head, targets, weights), tolerance=2e-2
-    )
+@pytest.mark.parametrize("layout", ["DV", "VD"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_float32_head_under_bfloat16_hidden_gets_a_float32_gradient(form, layout, chunk):
+    hidden, head, targets, weights = problem(layout=layout)
+    inputs = hidden.astype(jnp.bfloat16), head, targets, weights
+    settings = {"head_layout": layout, "chunk_tokens": chunk}
+    _, _, d_head = check(form, {}, inputs, tolerance=2e-2, **settings)
     assert d_head.dtype == jnp.float32
 
 

@@ -6,6 +6,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from model_rows import batch_of, random_tokens
 
@@ -119,6 +120,19 @@ def test_token_log_probs_are_those_of_the_logits():
     found = jax.jit(lambda p: merge(model.graph, p).token_log_probs(batch))(params)
     np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
     assert found[0, 0] == 0
+
+
+def test_a_loss_of_logits_of_targets_equals_the_built_in_one():
+    """Written as the page says: logits, targets and weights of token t stand at t."""
+    model, params = build()
+    batch, _ = packed_rows(9, 1, 11)
+    decoder = merge(model.graph, params)
+    logits = decoder.logits_of_targets(batch)
+    by_token = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens))
+    expected = decoder.weighted_nll(batch, batch.loss_weights).total
+    np.testing.assert_allclose((by_token * batch.loss_weights).sum(), expected, rtol=1e-5)
+    is_predicted = decoder.token_log_probs(batch) != 0
+    assert (np.asarray(logits).any(-1) == is_predicted).all()
 
 
 def test_the_weighted_sum_is_that_of_the_log_probs():

@@ -2,17 +2,29 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from model_rows import batch_of, random_tokens
 from safetensors.numpy import load_file, save_file
-from tiny_models import LLAMA3, SIZES, describe_model, load_model, save_model
+from tiny_models import (
+    LLAMA3,
+    SIZES,
+    describe_model,
+    load_model,
+    save_model,
+    torch,
+    transformers,
+)
 
 from jaxtrain.model import rope
+from jaxtrain.model.decoder import merge
+from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.hf_config import add_stop_tokens, decoder_config, read_generation_config
 from jaxtrain.model.tensor_file import read_folder
-from jaxtrain.model_folder import SINGLE, locate
+from jaxtrain.model_folder import INDEX, SINGLE, is_complete, locate
 from jaxtrain.recipe.errors import RecipeError, WeightError
 
 CONFIG = {
@@ -72,10 +84,67 @@ def test_a_folder_without_weights_says_what_it_looked_for(folder):
 
 def test_an_index_names_each_file_that_is_not_there(folder):
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(WeightError) as error:
         load_model(folder)
-    assert [name in line for name, line in zip(names.values(), faults(error), strict=True)]
+    assert all(name in line for name, line in zip(names.values(), faults(error), strict=True))
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_single_file_counts_before_an_index(folder, absent):
+    """As in transformers; the shards of the index are old, or gone."""
+    old = {name: np.zeros_like(array) for name, array in load_file(folder / SINGLE).items()}
+    if not absent:
+        save_file(old, folder / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(old, "old.safetensors")}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert is_complete(folder, with_weights=True)
+    *_, params = load_model(folder)
+    expected = load_file(folder / SINGLE)["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params["embed"]["embedding"], expected)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "a/../../x.safetensors", "{here}"])
+def test_an_index_cannot_name_files_outside_its_folder(folder, name):
+    inside, outside = folder / "model", folder / "x.safetensors"
+    inside.mkdir()
+    shutil.copy(folder / "config.json", inside)
+    (folder / SINGLE).rename(outside)
+    index = {"weight_map": dict.fromkeys(load_file(outside), name.format(here=outside))}
+    (inside / INDEX).write_text(json.dumps(index))
+    for read in (load_model, partial(is_complete, with_weights=True)):
+        with pytest.raises(WeightError, match="weights must lie in the folder of the index"):
+            read(inside)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[]"])
+def test_an_index_without_a_map_of_files_is_refused(folder, index):
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(index)
+    for read in (load_model, partial(is_complete, with_weights=True)):
+        with pytest.raises(RecipeError, match=r"no `weight_map` of names to files|must hold a map"):
+            read(folder)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_head_of_its_own_in_a_tied_model_counts(good, tmp_path, is_same):
+    """transformers unties such a model; if the head is the embedding, both mean the same."""
+    folder = save_model("smollm2", tmp_path / "tied")
+    tensors = load_file(folder / SINGLE)
+    head = tensors["model.embed_tokens.weight"] + (0 if is_same else 0.5)
+    save_file(tensors | {"lm_head.weight": head}, folder / SINGLE)
+    config, hf, model, params = load_model(folder)
+    tokens = random_tokens(1, 20)
+    found = np.asarray(merge(model.graph, params)(batch_of(tokens)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    assert config.tied == hf["tie_word_embeddings"] == is_same
+    assert describe_model(tmp_path / "out")[0] == config
+    assert describe_model(folder, from_scratch=True)[0].tied
 
 
 def truncate(data: bytes) -> bytes:
@@ -111,6 +180,17 @@ def test_a_dtype_that_is_not_read_is_named(folder):
     ("field", "value", "expected"),
     [
         ("architectures", ["GPT2LMHeadModel"], "use one of LlamaForCausalLM, Mistral"),
+        ("architectures", "GPT2LMHeadModel", "found 'GPT2LMHeadModel'"),
+        ("architectures", 3, "unsupported architecture, found 3"),
+        ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
+        ("is_causal", False, "must be true, found false"),
+        ("per_layer_config", {"1": {}}, "must be None"),
+        ("tie_word_embeddings", "yes", "must be true or false, found 'yes'"),
+        ("attention_bias", 1, "must be true or false, found 1"),
+        ("num_hidden_layers", 10_000_000, "must be at most 1,000, found 10,000,000"),
+        ("vocab_size", 10**30, "must be a positive whole number"),
+        ("rms_norm_eps", float("nan"), "must be a number of at least 0, found nan"),
+        ("rope_theta", float("inf"), "default needs a positive rope_theta, found inf"),
         ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
         ("mlp_bias", True, "must be false, found true"),
         ("attention_dropout", 0.1, "must be 0 or None, found 0.1"),
@@ -123,6 +203,7 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
         ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}, "below the high one, found 4.0 and"),
         ("rope_parameters", {"rope_theta": 0}, "default needs a positive rope_theta, found 0"),
         ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}, "one map for all layers"),
         ("rope_scaling", 2.0, "must be one map for all layers, found 2.0"),
@@ -143,8 +224,32 @@ def test_all_wrong_fields_come_together():
     assert len(faults(error)) == 3
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layer_types", 3), ("layer_types", [[], {}, 1]), ("max_window_layers", "2")],
+)
+def test_windows_of_a_wrong_type_are_refused(field, value):
+    qwen = CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", field: value}
+    with pytest.raises(RecipeError, match=f"config.json: {field}: .*must"):
+        decoder_config(qwen)
+
+
+@pytest.mark.parametrize("nested", [None, 16])
+def test_the_original_length_beside_rope_counts_before_the_one_in_it(nested):
+    """As in transformers, where some configs keep it at the top."""
+    inner = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    inner |= {} if nested is None else {"original_max_position_embeddings": nested}
+    fields = {"max_position_embeddings": 64, "rope_parameters": inner}
+    length = rope.read_rope(fields | {"original_max_position_embeddings": 32}).scaling
+    default = rope.read_rope(fields).scaling
+    assert isinstance(length, rope.Llama3) and isinstance(default, rope.Llama3)
+    assert length.original_max_positions == 32
+    assert default.original_max_positions == (nested or 64)
+
+
 def test_layer_types_must_fit_the_layers():
-    qwen = {**CONFIG, "architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]}
+    qwen = CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    qwen |= {"layer_types": ["full_attention"]}
     with pytest.raises(RecipeError, match="for each of the 3 layers, found 1: full_attention"):
         decoder_config(qwen)
 

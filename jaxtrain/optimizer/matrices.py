@@ -1,0 +1,71 @@
+"""The matrices that a parameter holds: the layers of a stack, and what is joined in one array.
+
+Statistics of a matrix, such as its norm, are of each of them alone: an optimizer does to a stack
+what it would do to its layers one by one, and to q, k and v what it would do to each.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Layout(NamedTuple):
+    """Dimensions of one matrix, or vector, in its parameter; the others number separate ones."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+    """none for a vector"""
+    joined: int | None = None
+    """the dimension along which q, k and v are joined: the last two entries are k and v"""
+
+    def split(self, x: Array) -> list[Array]:
+        """The parts of a parameter, each with separate matrices of one kind."""
+        if self.joined is None:
+            return [x]
+        end = x.shape[self.joined]
+        return jnp.split(x, [end - 2, end - 1], self.joined)
+
+    def join(self, parts: list[Array]) -> Array:
+        return parts[0] if self.joined is None else jnp.concatenate(parts, self.joined)
+
+    def means(self, x: Array, dims: tuple[int, ...]) -> Array:
+        """Means of each matrix over some of its dimensions, which have length 1 then; that of
+        `joined` has an entry for q, k and v each."""
+        if self.joined not in dims:
+            return x.mean(dims, keepdims=True)
+        return self.join([part.mean(dims, keepdims=True) for part in self.split(x)])
+
+    def repeat(self, means: Array, like: Array) -> Array:
+        """`means` of `like`, so that they broadcast to it."""
+        if self.joined is None or means.shape[self.joined] == like.shape[self.joined]:
+            return means
+        sizes = [part.shape[self.joined] for part in self.split(like)]
+        q, k, v = self.split(means)
+        return self.join([jnp.repeat(q, sizes[0], self.joined), k, v])
+
+
+LAYOUTS = {
+    "embedding": Layout((0,), (1,)),
+    "head": Layout((0,), (1,)),
+    "norm": Layout((0,)),
+    "attention_norm": Layout((1,)),
+    "qkv": Layout((1,), (2, 3, 4), joined=3),
+    "qkv_bias": Layout((1, 2, 3), joined=2),
+    "q_norm": Layout((1,)),
+    "k_norm": Layout((1,)),
+    "out": Layout((1, 2, 3), (4,)),
+    "out_bias": Layout((1,)),
+    "mlp_norm": Layout((1,)),
+    "gate_up": Layout((1,), (3,)),
+    "down": Layout((1,), (2,)),
+}
+"""Name of a parameter → its matrices; model/decoder.py has the shapes."""
+
+
+def map_matrices(function: Callable[..., Any], *trees: Any) -> Any:
+    """The tree of `function(layout, *leaves)` of every parameter."""
+    apply = lambda path, *leaves: function(LAYOUTS[path[-1].key], *leaves)
+    return jax.tree_util.tree_map_with_path(apply, *trees)
