@@ -63,7 +63,7 @@ def too_large(folder, base, monkeypatch):
 
 RAISED = {
     "device": (no_device, 1, "no device: JAX_PLATFORMS=cuda cannot be used here"),
-    "run folder": (below_a_file, 1, "Not a directory"),
+    "run folder": (below_a_file, 2, "Not a directory"),
     "loss": (mean, 1, "loss_fn returned"),
     "memory": (too_large, 4, "lower micro_batch_size"),
 }

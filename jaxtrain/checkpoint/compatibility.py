@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxtrain.recipe.dump import find_differences
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 
+DIGEST = "data.digest"
 RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
 """Part that is not restored → what may differ then."""
 
@@ -28,15 +29,19 @@ def refuse_changes(
     """Dotted keys of the recipe that have changed; RecipeError for what the state does not fit,
     unless it is allowed by name or its part is reset."""
     before, now = saved["lineage"], json.loads(json.dumps(run.compatibility))
-    before = {"data.digest": now.get("data.digest"), **before}  # which older checkpoints leave out
     known = sorted({*before, *now})
+    differing = [key for key in known if before.get(key) != now.get(key)]
+    # What the data holds says something only where the recipe says the same, and is not known of
+    # older checkpoints.
+    if differing != [DIGEST] or DIGEST not in before:
+        differing = [key for key in differing if key != DIGEST]
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*run.allowed_changes, *freed)
     faults = [
         Fault(key, f"is {show(now.get(key))}, {path} has {show(before.get(key))}; a run cannot "
               f"be continued with another, --allow-change {key} does it all the same")
-        for key in known
-        if before.get(key) != now.get(key) and not any(_covers(name, key) for name in allowed)
+        for key in differing
+        if not any(_covers(name, key) for name in allowed)
     ]  # fmt: skip
     for name in run.allowed_changes:
         if not any(_covers(name, key) for key in known):

@@ -93,7 +93,10 @@ def show(value: Any) -> str:
     """A found value, formatted and shortened for a message."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = str(value) if isinstance(value, int | float) else repr(value)
+    try:
+        text = str(value) if isinstance(value, int | float) else repr(value)
+    except ValueError:  # Python writes out no integer of so many digits
+        text = "a number that is too large to show"
     return text if len(text) <= MAX_FOUND else text[: MAX_FOUND - 1] + "…"
 
 

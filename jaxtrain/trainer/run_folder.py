@@ -129,6 +129,7 @@ class RunFolder:
     def _write_recipe(self) -> None:
         """RecipeError where another run has written one since this one looked."""
         file, text = self.path / "recipe.yaml", to_yaml(self.config)
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             write_atomically(file, text, must_be_new=self.is_new)
         except FileExistsError:

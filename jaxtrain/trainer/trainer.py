@@ -223,21 +223,22 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         began, engines = time.perf_counter(), self.checkpoints.engines
         self.run_folder.refuse_foreign(engines)
         claim = self.run_folder.claim(engines, self.console.line, self.stop.note_lost_folder)
-        with self.stop.listening(), claim:
+        with self.stop.listening():
             if self.config.kill_switch_path is None:
                 self.stop.clear_file()
             self.tell("on_init_end")
-            self.start()
-            self.progress.first_step = self.progress.step
-            seen = dict(self.report.meter.seen)
-            for engine in engines:
-                engine.begin(self.progress.step)
-            how = "already finished"
-            if not self.training_finished or self.checkpoints.due(self.progress.step, {}):
-                how = "finished"
-                self._run()
-                if self.progress.is_stopping:
-                    how = f"ended early, {self.progress.stop_reason}"
+            with claim:
+                self.start()
+                self.progress.first_step = self.progress.step
+                seen = dict(self.report.meter.seen)
+                for engine in engines:
+                    engine.begin(self.progress.step)
+                how = "already finished"
+                if not self.training_finished or self.checkpoints.due(self.progress.step, {}):
+                    self._run()
+                    how = "finished"
+                    if self.progress.is_stopping:
+                        how = f"ended early, {self.progress.stop_reason}"
         runtime = time.perf_counter() - began
         done = f"{pluralize(self.progress.step, 'step')} done, {format_duration(runtime)}"
         self.console.line(f"{how}: {done}, {self.run_folder.path}")
@@ -284,7 +285,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             if self.nonfinite.accepts(metrics, self.control):
                 self._count_step(metrics)
             self.tell("on_step_end")
-            self.progress.is_stopping |= self.need_early_exit()
             self._obey_requests()
             if self.training_finished or self.epoch_finished:
                 break
@@ -322,9 +322,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             raise AbortedError(f"ended at step {progress.step}: {lost}")
         if control.consume("should_epoch_stop"):
             progress.skip_epoch(self.horizon)
-        if control.should_training_stop:
-            self.request_stop("a callback asked to")
-            progress.is_stopping = True
+        progress.is_stopping |= self.need_early_exit()
         if not self.data.evals and control.consume("should_evaluate"):
             log.warning("a callback asked for an evaluation, and there is no evaluation data")
         if control.consume("should_log"):
@@ -336,12 +334,14 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self._roll_back()
 
     def need_early_exit(self) -> bool:
-        """Does anything ask that the run ends after this step? Looked at once per step; may be
-        overridden."""
+        """Does anything ask that the run ends after this step? Looked at after each step, and after
+        an evaluation; may be overridden."""
         if reason := self.stop.poll():
             self.control.should_save = True
             self.progress.signal = self.stop.signal.name if self.stop.signal else None
             self.request_stop(reason)
+        elif self.control.should_training_stop:
+            self.request_stop("a callback asked to")
         return self.control.should_training_stop
 
     def request_stop(self, reason: str = "asked to") -> None:

@@ -241,6 +241,7 @@ def test_a_source_of_the_user_may_read_its_trainer(recipe, command):
     written = yaml.safe_load(recipe.read_text())
     written |= {"type": "asking-of-test", "code": "asking.py"}
     written["data"]["sources"] = [{"type": "asking-of-test"}]
+    written["model"]["from_scratch"] = True
     recipe.write_text(yaml.safe_dump(written))
     (recipe.parent / "asking.py").write_text(ASKING)
     out = run(recipe, command)

@@ -265,7 +265,8 @@ def test_an_earlier_start_leaves_the_later_ones_aside(tmp_path):
 
 
 def test_an_export_that_cannot_be_written_ends_the_run(tmp_path):
-    (tmp_path / "out").write_text("a file")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "global_step_1").write_text("a file")
     export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "save_every_n_steps": 1}
     with pytest.raises(CheckpointError, match="out/global_step_1 cannot be written: "):
         trainer(recipe(tmp_path, train_iters=1) | {"checkpoint": [export]}).train()
