@@ -224,10 +224,10 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.run_folder.refuse_foreign(engines)
         claim = self.run_folder.claim(engines, self.console.line, self.stop.note_lost_folder)
         with self.stop.listening():
-            if self.config.kill_switch_path is None:
-                self.stop.clear_file()
             self.tell("on_init_end")
             with claim:
+                if self.config.kill_switch_path is None:
+                    self.stop.clear_file()
                 self.start()
                 self.progress.first_step = self.progress.step
                 seen = dict(self.report.meter.seen)

@@ -263,7 +263,7 @@ def test_an_integer_that_cannot_be_written_out_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"seed: 1\na: [0x{'f' * 9000}]\n")
     for source in (tmp_path / "recipe.yaml", {"seed": 1, "a": [16**9000 - 1]}):
         with pytest.raises(RecipeError, match=r"a\.0: a number of 36000 bits is too large"):
-            resolve(source)
+            resolve(source).require_config()
 
 
 PATHS = {
