@@ -125,7 +125,7 @@ def train(
 
     if python_profile != "disable":
         print_profile(python_profile)
-    with told_in_a_line(config):
+    with raise_user_errors(config):
         with handle_signals(raise_preempted):
             cls = registry.find("trainer", config.type)
             trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
@@ -192,7 +192,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
     from jaxtrain.recipe.resolve import resolve
 
     config = resolve(recipe, as_overrides(overrides)).require_config()
-    with told_in_a_line(config):
+    with raise_user_errors(config):
         for name, fact in plan(config):
             click.echo(f"{name:10} {fact}")
 
@@ -254,7 +254,7 @@ def data(recipe: Path, overrides: tuple[str, ...], **shown: Any) -> None:
     config = resolved.require_config()
     for note in resolved.report.notes:
         click.echo(f"note      {note}")
-    with told_in_a_line(config):
+    with raise_user_errors(config):
         model = find_model_files(config.model)
         make = registry.find("tokenizer", config.tokenizer.type)
         tokenizer = make(config.tokenizer, model.path).create_tokenizer()
@@ -317,7 +317,7 @@ def main() -> None:
 
 
 @contextmanager
-def told_in_a_line(config: "TrainerConfig") -> Iterator[None]:
+def raise_user_errors(config: "TrainerConfig") -> Iterator[None]:
     """Turns what a machine or the user's code raises into a UserError, with the traceback in the
     run's log, and hides what came from the environment."""
     try:

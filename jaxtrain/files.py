@@ -27,11 +27,23 @@ def write_atomically(file: Path, text: str, *, must_be_new: bool = False) -> Non
             stream.flush()
             os.fsync(stream.fileno())
         if must_be_new:
-            os.link(partial, file)  # unlike a rename, fails if the name is taken
+            _link_as_new(partial, file)
         else:
             partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link_as_new(partial: Path, file: Path) -> None:
+    """Gives the file its name, unless that is taken."""
+    try:
+        os.link(partial, file)  # unlike a rename, fails then
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if file.exists():
+            raise FileExistsError(file) from None
+        partial.replace(file)
 
 
 def discard(path: Path) -> None:

@@ -51,8 +51,8 @@ ELSEWHERE = {
 COMMANDS = {
     "generate": "write prompts under `eval_samples:`, or load an export with transformers",
     "chat": "write prompts under `eval_samples:`, or load an export with transformers",
-    "eval": "write train_iters=0 eval_at_start=true, or call `trainer.evaluate()` in Python",
-    "evaluate": "write train_iters=0 eval_at_start=true, or call `trainer.evaluate()` in Python",
+    "eval": "call `trainer.evaluate()` in Python",
+    "evaluate": "call `trainer.evaluate()` in Python",
     "finetune": "`jaxtrain RECIPE` trains", "sft": "`jaxtrain RECIPE` trains",
     "init": "`jaxtrain recipes` lists recipes to copy", "resume": "write auto_resume: true on an "
     "`orbax` entry of `checkpoint:`; the same command resumes",

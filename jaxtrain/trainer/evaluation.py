@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
+import jax
+
 from jaxtrain.batch import Batch
 from jaxtrain.data.render import find_stop_tokens
-from jaxtrain.model import LanguageModel
 from jaxtrain.recipe.guards import SamplesConfig
 from jaxtrain.trainer.loss import Loss, add_losses, eval_metrics
-from jaxtrain.trainer.state import PyTree
+from jaxtrain.trainer.run import Run
+from jaxtrain.trainer.state import TrainState
 
 
 def evaluate_sets(
@@ -37,7 +39,7 @@ def evaluate_sets(
 
 
 def answer_prompts(
-    model: LanguageModel, params: PyTree, tokenizer: Any, config: SamplesConfig, seed: int
+    run: Run, state: TrainState, tokenizer: Any, config: SamplesConfig, seed: int
 ) -> list[str]:
     """The answer to each prompt, through the chat template, up to the end of the turn; `seed` is
     that of the random draws."""
@@ -51,13 +53,14 @@ def answer_prompts(
         )["input_ids"]
         for prompt in config.prompts
     ]
-    answers = model.generate(
-        params,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        eos_ids=find_stop_tokens(tokenizer),
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=seed,
-    )
+    with jax.set_mesh(run.mesh):
+        answers = run.model.generate(
+            run.average.eval_params(state),
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            eos_ids=find_stop_tokens(tokenizer),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=seed,
+        )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]

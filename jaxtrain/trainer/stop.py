@@ -3,11 +3,12 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -83,12 +84,14 @@ def raise_preempted(number: int, frame: FrameType | None) -> None:
     raise PreemptedError(f"{name}: ended before the first step; run it again")
 
 
-def preemption_error(name: str, step: int, *, has_full_state: bool, resumes: bool) -> UserError:
+def preemption_error(name: str, step: int, engines: Iterable[CheckpointEngine]) -> UserError:
     """What a run raises that the signal of this name has ended after so many steps: PreemptedError
     if it can be resumed."""
+    saving = [engine for engine in engines if engine.is_full_state and engine.config.enabled]
     when = f"{name}: ended after step {step}"
-    if not has_full_state:
+    if not saving:
         return AbortedError(f"{when}; nothing could be saved: the recipe has no `orbax` entry")
+    resumes = any(engine.config.auto_resume for engine in saving)
     how = "" if resumes else "with `auto_resume: true` on its `orbax` entry, "
     if step == 0:
         return PreemptedError(f"{name}: ended before the first step; {how}run it again")

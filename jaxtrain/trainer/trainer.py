@@ -268,12 +268,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self._is_stepping = False
             self.close()
         if progress.is_preempted(self.horizon):
-            raise preemption_error(
-                progress.signal or "",
-                progress.step,
-                has_full_state=bool(self.checkpoints.full_state),
-                resumes=any(e.config.auto_resume for e in self.checkpoints),
-            )
+            raise preemption_error(progress.signal or "", progress.step, self.checkpoints)
 
     def epoch(self) -> None:
         """The steps from here to the end of the epoch, or of the run."""
@@ -390,10 +385,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         config, report = self.config.eval_samples, self.report
         if config is None or (report.num_evaluations - 1) % config.every_n_evals:
             return
-        with report.phase("sampling", key="sample_time"), jax.set_mesh(self.mesh):
-            params = self.run.average.eval_params(self.state)
+        with report.phase("sampling", key="sample_time"):
             seed = self.config.seed + self.progress.step
-            answers = answer_prompts(self.run.model, params, self.tokenizer, config, seed)
+            answers = answer_prompts(self.run, self.state, self.tokenizer, config, seed)
         report.samples(self.progress.step, config.prompts, answers)
 
     def checkpoint(self) -> None:

@@ -129,6 +129,23 @@ def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
     assert link.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_file_may_be_new_where_there_are_no_links(tmp_path, monkeypatch, taken):
+    def no_links(source, target):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    file = tmp_path / "recipe.yaml"
+    if not taken:
+        write_atomically(file, "new", must_be_new=True)
+        assert file.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+        return
+    file.write_text("kept")
+    with pytest.raises(FileExistsError):
+        write_atomically(file, "new", must_be_new=True)
+    assert file.read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_claimed_folders_may_be_one_by_two_names(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     folders = {"run_dir": tmp_path / "folder", "other": tmp_path / "link"}
