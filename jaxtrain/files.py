@@ -104,6 +104,7 @@ def _lock(
         who = f"process {owner.pid} on {owner.hostname}" if owner else "another process"
         raise RecipeError(
             f"{key}: {who} is writing {folder}; wait until it ends, or name another folder"
+            + ("" if owner else f"; if there is none, remove {folder / LOCK}")
         ) from None
     return lock
 

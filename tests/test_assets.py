@@ -100,7 +100,19 @@ def test_a_missing_member_shows_near_ones(wheel, monkeypatch, cache):
     assert message.startswith(
         "small-data==1.0 has no file 'small_data/row.json'; similar are small_data/rows.json"
     )
-    assert [name for name in files(cache) if not name.endswith(".lock")] == []
+    assert files(cache) == []
+
+
+def test_the_lock_that_an_earlier_version_left_is_not_waited_for(wheel, monkeypatch, cache):
+    monkeypatch.setenv("JAXTRAIN_WHEELS", str(wheel.parent))
+    spec = spec_of(wheel)
+    (cache / "assets").mkdir(parents=True)
+    (cache / "assets" / f"{spec.rpartition('sha256=')[2]}.lock").touch()
+    program = f"from jaxtrain.assets import fetch; print(fetch({spec!r}).read_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == str(CONTENT)
 
 
 def test_an_index_out_of_reach_says_what_to_do(wheel, cache):
@@ -146,7 +158,7 @@ def test_many_at_once_get_the_same_file(wheel, monkeypatch, cache):
 
     with ThreadPoolExecutor(3) as pool:
         assert set(pool.map(run, range(3))) == {str(CONTENT)}
-    kept = [name for name in files(cache) if not name.endswith(".lock")]
+    kept = files(cache)
     assert kept == ["rows.json", "rows.json.sha256"]
 
 
