@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from jaxtrain.recipe.dump import find_differences
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 
-DIGEST = "data.digest"
-RESET = {"optimizer": ("optimizer",), "data": ("data", "global_batch")}
+DIGEST, BATCH = "data.digest", "global_batch"
+RESET = {"optimizer": ("optimizer",), "data": ("data", BATCH)}
 """Part that is not restored → what may differ then."""
 
 
@@ -37,18 +37,24 @@ def refuse_changes(
         differing = [key for key in differing if key != DIGEST]
     freed = [name for part in reset for name in RESET.get(part, ())]
     allowed = (*run.allowed_changes, *freed)
-    faults = [
-        Fault(key, f"is {show(now.get(key))}, {path} has {show(before.get(key))}; a run cannot "
-              f"be continued with another, --allow-change {key} does it all the same")
-        for key in differing
-        if not any(_covers(name, key) for name in allowed)
-    ]  # fmt: skip
+    faults = []
+    for key in differing:
+        if any(_covers(name, key) for name in allowed):
+            continue
+        help = f"a run cannot be continued with another, --allow-change {key} does it all the same"
+        if key == BATCH:
+            help = (
+                "micro_batch_size and gradient_accumulation_steps can keep it on other devices, "
+                f"--allow-change {key} continues at the same sequence with steps of another size"
+            )
+        faults.append(Fault(key, f"is {show(now[key])}, {path} has {show(before[key])}; {help}"))
     for name in run.allowed_changes:
         if not any(_covers(name, key) for key in known):
             faults.append(Fault("--allow-change", f"{name!r} is none of {', '.join(known)}"))
     if faults:
         raise RecipeError(faults)
-    return find_differences(saved["recipe"], run.recipe)
+    found = find_differences(saved["recipe"], run.recipe)
+    return found + [key for key in differing if key == BATCH]  # no key of a recipe
 
 
 def _covers(name: str, key: str) -> bool:

@@ -121,7 +121,7 @@ def _choose_pieces(plan: BatchPlan, step: int | None) -> tuple[str, list[int]]:
     """Chooses the pieces of the training set to show: all that `step`, counted from 1, trains on
     over all processes, or some from every source and every part of the set."""
     if step is not None:
-        sequences = plan.sequence_numbers(step - 1).ravel()
+        sequences = plan.sequence_numbers(plan.advance(0, step - 1)).ravel()
         chosen = [piece for s in sequences[sequences >= 0].tolist() for piece in plan.pieces(s)]
         epoch, place = divmod(step - 1, plan.steps_per_epoch)
         heading = (

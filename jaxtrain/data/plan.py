@@ -1,11 +1,14 @@
-"""Batches as a pure function of the step's number: nothing is remembered from batch to batch.
+"""Batches as a pure function of a position: nothing is remembered from batch to batch.
+
+A position counts the sequences that were taken, over all epochs, so that it means the same whatever
+a step works on.
 
 M microbatches of a step, B sequences of a microbatch over all shards, T tokens of a sequence.
 """
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -73,7 +76,7 @@ def choose_fused(count: int, share: float, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """The batches of every step. An epoch is complete: its last step is filled up with sequences
+    """The batch of every position. An epoch is complete: its last step is filled up with sequences
     that have no token."""
 
     documents: Documents
@@ -105,8 +108,24 @@ class BatchPlan:
         return self.packing.num_sequences - left_out * self.together
 
     @property
+    def epoch_sequences(self) -> int:
+        return self.pass_sequences * self.passes
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-self.pass_sequences * self.passes // self.shape.step_sequences)
+        return self.steps_left(0)
+
+    def steps_left(self, position: int) -> int:
+        """Returns the number of steps from a position to the end of its epoch."""
+        left = self.epoch_sequences - position % self.epoch_sequences
+        return -(-left // self.shape.step_sequences)
+
+    def advance(self, position: int, steps: int = 1) -> int:
+        """Returns the position so many steps after another."""
+        if (steps_left := self.steps_left(position)) <= steps:
+            epochs, steps = divmod(steps - steps_left, self.steps_per_epoch)
+            position = (position // self.epoch_sequences + 1 + epochs) * self.epoch_sequences
+        return position + steps * self.shape.step_sequences
 
     @cached_property
     def digest(self) -> str:
@@ -121,18 +140,30 @@ class BatchPlan:
         filled = max(min_steps - 1, 0) * self.shape.step_sequences
         return replace(self, passes=filled // self.pass_sequences + 1)
 
-    def batch(self, step: int) -> Batch:
-        """Returns this process's sequences of a step, from its number alone: leaves
+    def batch(self, position: int) -> Batch:
+        """Returns this process's sequences of the step at a position: leaves
         [M, sequences of the process, T]."""
-        sequences = self.sequence_numbers(step)
+        sequences = self.sequence_numbers(position)
         length = int(self._choose_length(sequences.ravel()))
         return self.fill_batch(sequences[:, self.shape.process_sequences], length)
 
-    def sequence_numbers(self, step: int) -> np.ndarray:
-        """Returns the sequences of a step, counted from 0, int64 [M, B]; -1 is a filler."""
-        epoch, place = divmod(0 if self.first_only else step, self.steps_per_epoch)
-        size = self.shape.step_sequences // self.together
-        sequences = self._find_sequences(epoch, np.arange(place * size, (place + 1) * size))
+    def batches(self, position: int, steps: int | None, threads: int) -> Iterator[Batch]:
+        """Yields the batches of so many steps from a position on, without end when it is None.
+        `threads` make them ahead, 0 makes each when needed."""
+        # grain imports jax, which reading and checking data does without.
+        import grain
+
+        numbers = grain.MapDataset.range(sys.maxsize if steps is None else steps)
+        found = numbers.map(lambda number: self.batch(self.advance(position, number)))
+        # Batches are large and made much faster than they are used: two per thread are plenty.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(found.to_iter_dataset(options))
+
+    def sequence_numbers(self, position: int) -> np.ndarray:
+        """Returns the sequences of the step at a position, int64 [M, B]; -1 is a filler."""
+        epoch, place = divmod(0 if self.first_only else position, self.epoch_sequences)
+        places = place // self.together + np.arange(self.shape.step_sequences // self.together)
+        sequences = self._find_sequences(epoch, places)
         return sequences.reshape(self.shape.microbatches, self.shape.sequences)
 
     def _find_sequences(self, epoch: int, places: np.ndarray) -> np.ndarray:
@@ -278,16 +309,17 @@ class TrainingData:
     @property
     def train_rows(self) -> int:
         """Sequences of an epoch."""
-        return self.train.pass_sequences * self.train.passes
+        return self.train.epoch_sequences
 
     @property
     def eval_rows(self) -> int:
         """Sequences of all evaluation sets."""
         return sum(plan.packing.num_sequences for plan in self.evals.values())
 
-    def train_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Yields this process's batches from step `start` on, without end when `stop` is None."""
-        return iterate(self.train.batch, start=start, stop=stop, threads=self.threads)
+    def train_batches(self, position: int = 0, steps: int | None = None) -> Iterator[Batch]:
+        """Yields this process's batches of so many steps from a position on, without end when it is
+        None."""
+        return self.train.batches(position, steps, self.threads)
 
     def eval_batches(self, name: str = "eval") -> Iterator[Batch]:
         """Yields every sequence of a set once, in order."""
@@ -295,18 +327,4 @@ class TrainingData:
 
     def batches_of(self, plan: BatchPlan) -> Iterator[Batch]:
         """Yields every sequence of an evaluation set, planned in this way, once, in order."""
-        return iterate(plan.batch, stop=plan.steps_per_epoch, threads=self.threads)
-
-
-def iterate(
-    batch: Callable[[int], Batch], *, start: int = 0, stop: int | None = None, threads: int = 2
-) -> Iterator[Batch]:
-    """Yields the batches of steps `start` to `stop`, without end when it is None: the number of the
-    step is all the position there is. `threads` make them ahead, 0 makes each when needed."""
-    # grain imports jax, which reading and checking data does without.
-    import grain
-
-    steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
-    # Batches are large and made much faster than they are used: two per thread are plenty.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(steps.map(batch).to_iter_dataset(options))
+        return plan.batches(0, plan.steps_per_epoch, self.threads)

@@ -42,7 +42,7 @@ def find_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str
     yield "model", describe_model(config)
     yield "sequences", describe_length(config)
     yield "batch", describe_batch(config, sizes)
-    yield "steps", describe_steps(config) or _estimate_steps(config, sizes)
+    yield "steps", describe_steps(config, config.horizon(None)) or _estimate_steps(config, sizes)
     yield "warm-up", describe_warmup(config)
     if config.data.has_eval:
         yield "evaluation", describe_evaluation(config)
@@ -69,9 +69,10 @@ def describe_batch(config: TrainerConfig, sizes: Mapping[int, int]) -> str:
     return f"{', '.join(counts)} {devices}: {micro} x {pieces} per batch shard"
 
 
-def describe_steps(config: TrainerConfig, steps_per_epoch: int | None = None) -> str:
-    """Optimizer steps of the run; empty when that takes the unknown length of an epoch."""
-    horizon = config.horizon(steps_per_epoch)
+def describe_steps(
+    config: TrainerConfig, horizon: int | None, steps_per_epoch: int | None = None
+) -> str:
+    """Optimizer steps of a run of `horizon` steps; empty when that is not known."""
     if horizon is None:
         return ""
     end, this_run = config.exit_iteration, config.exit_iteration_this_run

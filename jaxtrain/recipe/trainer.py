@@ -227,11 +227,12 @@ class TrainerConfig(Section):
         """An output path of the recipe; `name` in the run's folder when it is left out."""
         return expand_user(written) if written else expand_user(self.run_dir or "") / name
 
-    def horizon(self, steps_per_epoch: int | None) -> int | None:
-        """Optimizer steps of the whole run; None when that takes the unknown length of an epoch."""
+    def horizon(self, steps_per_epoch: int | None, more: int = 0) -> int | None:
+        """Optimizer steps of the whole run; None when that takes the unknown length of an epoch.
+        Passes take so many `more` steps than they would, all of this length."""
         limits = [self.train_iters] if self.train_iters else []
         if self.passes is not None:
             if steps_per_epoch is None:
                 return 0 if self.passes == 0 else None
-            limits.append(self.passes * steps_per_epoch)
+            limits.append(self.passes * steps_per_epoch + more)
         return min(limits)

@@ -30,7 +30,7 @@ def collect_facts(
         "devices": describe_devices(mesh) + (f", ZeRO stage {stage}" if stage else ""),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
-        "steps": _steps(run, progress, horizon),
+        "steps": _steps(run, data, progress, horizon),
         "run": str(folder),
     }
 
@@ -73,8 +73,8 @@ def _batch(run: Run, data: TrainingData) -> str:
     )
 
 
-def _steps(run: Run, progress: Progress, horizon: Horizon) -> str:
+def _steps(run: Run, data: TrainingData, progress: Progress, horizon: Horizon) -> str:
     warmup = run.config.scheduler.warmup_updates(horizon.steps - progress.schedule_start)
     start = f", from step {progress.step}" if progress.step else ""
-    steps = describe_steps(run.config, horizon.steps_per_epoch)
+    steps = describe_steps(run.config, horizon.steps, data.steps_per_epoch)
     return f"{steps}, warm-up {pluralize(warmup, 'step')}{start}"

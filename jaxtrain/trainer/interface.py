@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxtrain import registry
-from jaxtrain.checkpoint.engine import SavePoint
+from jaxtrain.checkpoint.engine import SavePoint, Snapshot
 from jaxtrain.data import BatchShape, TrainingData
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
@@ -26,10 +26,11 @@ from jaxtrain.trainer.stop import StopRequests
 
 
 class Interface:
-    """Reads the components of a trainer, and sets none."""
+    """Asks the components of a trainer, and sets none."""
 
     config: TrainerConfig
     mode: str
+    tokenizer: Any
     layout: BatchLayout
     run: Run
     data: TrainingData
@@ -99,7 +100,13 @@ class Interface:
     is_complete = property(lambda self: self.progress.is_complete(self.horizon))
     training_finished = property(lambda self: self.progress.is_finished(self.horizon))
     is_preempted = property(lambda self: self.progress.is_preempted(self.horizon))
-    train_batch_idx = property(lambda self: self.position * self.layout.num_microbatches)
+
+    @property
+    def train_batch_idx(self) -> int:
+        """Microbatches to this position."""
+        data = self.data.train
+        steps = (self.epoch_idx + 1) * data.steps_per_epoch - data.steps_left(self.position)
+        return steps * self.layout.num_microbatches
 
     @property
     def epochs(self) -> Iterator[int]:
@@ -155,6 +162,33 @@ class Interface:
             "recipe": to_dict(self.config),
             "versions": versions(),
         }
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What an engine saves now."""
+        return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
+
+    def save_checkpoint(self, path: Path | str | None = None) -> Path:
+        """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,
+        else where the recipe's first `orbax` entry saves."""
+        engine, step = self.checkpoints.engine_to_save(path), self.progress.step
+        if engine.last_saved != step:
+            self.report.flush()
+            engine.save(self.snapshot)
+            engine.last_saved = step
+        engine.wait()
+        return engine.path(step)
+
+    def save_model(self, output_dir: Path | str | None = None) -> Path:
+        """Export the weights to a folder that `transformers` loads; to where the recipe's first
+        `huggingface` entry has those of this step when none is named.
+
+        CheckpointError if the folder reads back as something else; it is not there then.
+        """
+        folder = Path(output_dir or self.checkpoints.export_path(self.progress.step)).absolute()
+        config = self.checkpoints.export_config(folder)
+        self.run.export(self.state, folder, config, self.tokenizer)
+        return folder
 
     def model_exists(self, output_dir: Path | str) -> bool:
         """Is a whole exported model there?"""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxtrain.checkpoint.engine import SavePoint
+from jaxtrain.data import BatchPlan
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
@@ -21,7 +22,7 @@ class Horizon(NamedTuple):
 
     steps: int
     """that the recipe plans, from the first one"""
-    steps_per_epoch: int
+    epoch_sequences: int
     epochs: int | None = None
     """passes over the data, if the recipe counts in them"""
     exit_step: int = 0
@@ -30,11 +31,11 @@ class Horizon(NamedTuple):
     """end after so many steps of one process, 0 is never"""
 
     @classmethod
-    def of(cls, config: TrainerConfig, steps_per_epoch: int) -> "Horizon":
-        steps = config.horizon(steps_per_epoch)
+    def of(cls, config: TrainerConfig, data: BatchPlan, more_steps: int = 0) -> "Horizon":
+        steps = config.horizon(data.steps_per_epoch, more_steps)
         assert steps is not None
         limits = config.exit_iteration, config.exit_iteration_this_run
-        return cls(steps, steps_per_epoch, config.passes, *limits)
+        return cls(steps, data.epoch_sequences, config.passes, *limits)
 
 
 @dataclass
@@ -44,11 +45,13 @@ class Progress:
     step: int = 0
     """steps done; the label of every checkpoint and log line"""
     position: int = 0
-    """number of the next batch; above the step once batches were skipped"""
+    """sequences that were taken, over all epochs; the next batch begins there"""
     first_step: int = 0
     """steps that were done when this process began"""
     schedule_start: int = 0
     """step from which the schedule counts"""
+    more_steps: int = 0
+    """that passes take, or fewer below 0, since not all steps were of the present size"""
     rollbacks: int = 0
     """of this process"""
     eval_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -68,19 +71,19 @@ class Progress:
 
     def epochs_done(self, horizon: Horizon) -> float:
         """Passes over the data so far."""
-        return self.position / horizon.steps_per_epoch
+        return self.position / horizon.epoch_sequences
 
     def epoch_index(self, horizon: Horizon) -> int:
         """Whole epochs done; the number of the present one, from 0."""
-        return self.position // horizon.steps_per_epoch
+        return self.position // horizon.epoch_sequences
 
     def is_epoch_end(self, horizon: Horizon) -> bool:
         """Was the newest batch the last one of an epoch?"""
-        return self.position > 0 and self.position % horizon.steps_per_epoch == 0
+        return self.position > 0 and self.position % horizon.epoch_sequences == 0
 
     def skip_epoch(self, horizon: Horizon) -> None:
         """Leave out what is left of the epoch."""
-        self.position = -(-self.position // horizon.steps_per_epoch) * horizon.steps_per_epoch
+        self.position = -(-self.position // horizon.epoch_sequences) * horizon.epoch_sequences
 
     def is_complete(self, horizon: Horizon) -> bool:
         """Was everything trained that the recipe asks of this run?"""
@@ -123,15 +126,27 @@ class Progress:
         """What a checkpoint keeps; JSON data."""
         return {
             "step": self.step,
-            "position": self.position,
+            "sequences": self.position,
+            "more_steps": self.more_steps,
             "schedule_start": self.schedule_start,
             "eval_metrics": dict(self.eval_metrics),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any], *, reset: tuple[str, ...] = ()) -> None:
+    def load_state_dict(
+        self, saved: Mapping[str, Any], data: BatchPlan, *, reset: tuple[str, ...] = ()
+    ) -> None:
         """Resume from what a checkpoint kept, but for the parts that are reset."""
-        self.step = saved["step"]
-        self.position = 0 if "data" in reset else saved.get("position", self.step)
+        self.step, self.position, self.more_steps = saved["step"], 0, 0
+        if "data" not in reset:
+            # Earlier checkpoints count batches; an engine of the user's may keep the step alone.
+            counted = data.advance(0, saved.get("position", self.step))
+            self.position = saved.get("sequences", counted)
+            self.more_steps = saved.get("more_steps", 0)
+            size = data.shape.step_sequences
+            if saved.get("lineage", {}).get("global_batch", size) != size:
+                epochs = self.position // data.epoch_sequences + 1
+                to_their_end = self.step + data.steps_left(self.position)
+                self.more_steps = to_their_end - epochs * data.steps_per_epoch
         self.eval_metrics = saved.get("eval_metrics", {})
         self.schedule_start = saved.get("schedule_start", 0)
         if "scheduler" in reset:

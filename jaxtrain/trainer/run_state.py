@@ -43,7 +43,7 @@ class RunState(TrainerView):
     @property
     def epoch_start_step(self) -> int:
         """The step after which the epoch began, if no batch was skipped since."""
-        return self.global_step - self.position % self.epoch_train_steps
+        return self.global_step + self.data.train.steps_left(self.position) - self.epoch_train_steps
 
     @property
     def num_train_epochs(self) -> float:

@@ -18,7 +18,6 @@ from jaxtrain import registry
 from jaxtrain.batch import Batch
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
-from jaxtrain.checkpoint.engine import Snapshot
 from jaxtrain.data import BatchPlan, SFTDataFactory
 from jaxtrain.data.factory import (
     build_data_factory,
@@ -121,10 +120,10 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         max_positions = found.spec.config.max_positions
         if mode == "plan":
             lengths = (sequence_limit(self.config.data, max_positions),)
-            self.horizon = Horizon(steps=self.config.horizon(None) or 1, steps_per_epoch=1)
+            self.horizon = Horizon(steps=self.config.horizon(None) or 1, epoch_sequences=1)
         else:
             lengths = self._prepare_data(max_positions, view)
-            self.horizon = Horizon.of(self.config, self.data.steps_per_epoch)
+            self.horizon = Horizon.of(self.config, self.data.train)
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
             return
@@ -276,7 +275,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         for batch in self.train_batches:
             self.tell("on_step_begin")
             self.state, metrics = self.step(self.state, batch)
-            self.progress.position += 1
+            self.progress.position = self.data.train.advance(self.progress.position)
             if self.nonfinite.accepts(metrics, self.control):
                 self._count_step(metrics)
             self.tell("on_step_end")
@@ -438,8 +437,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
     @property
     def train_batches(self) -> Iterator[Batch]:
         """On the devices, from here to the end of the epoch."""
-        end = (self.epoch_idx + 1) * self.data.steps_per_epoch
-        for batch in self.report.timed(self.data.train_batches(self.progress.position, end)):
+        position = self.progress.position
+        steps = self.data.train.steps_left(position)
+        for batch in self.report.timed(self.data.train_batches(position, steps)):
             yield self.layout.on_devices(batch)
 
     @property
@@ -487,10 +487,11 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self._state = None  # its memory is needed
         with self.console.phase(f"restoring from {engine.directory}"):
             self._state, saved, reset = self.checkpoints.restore(engine, self.run)
-        schedule_start = self.progress.schedule_start
-        self.progress.load_state_dict(saved, reset=reset)
-        if (start := self.progress.schedule_start) != schedule_start:
-            self.run = self.run.restart_schedule(self.training_horizon, start)
+        data, schedule = self.data.train, (self.training_horizon, self.progress.schedule_start)
+        self.progress.load_state_dict(saved, data, reset=reset)
+        self.horizon = Horizon.of(self.config, data, self.progress.more_steps)
+        if (now := (self.training_horizon, self.progress.schedule_start)) != schedule:
+            self.run = self.run.restart_schedule(*now)
         self._callbacks.load_state_dict(saved.get("callbacks", {}), reset=reset)
         if "report" in saved:
             self.report.load_state_dict(saved["report"])
@@ -517,24 +518,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         row = {"rolled_back_from": step, "rollbacks": progress.rollbacks}
         self.report.rolled_back(progress.step, row)
 
-    @property
-    def snapshot(self) -> Snapshot:
-        """What an engine saves now."""
-        return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
-
     def _identify(self) -> Identity:
         return Identity(self.compatibility, to_dict(self.config), self.allowed_changes)
-
-    def save_checkpoint(self, path: Path | str | None = None) -> Path:
-        """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,
-        else where the recipe's first `orbax` entry saves."""
-        engine, step = self.checkpoints.engine_to_save(path), self.progress.step
-        if engine.last_saved != step:
-            self.report.flush()
-            engine.save(self.snapshot)
-            engine.last_saved = step
-        engine.wait()
-        return engine.path(step)
 
     def load_checkpoint(self, path: Path | str | int | None = None) -> None:
         """Resume from a checkpoint: the folder `path`, or this step of the recipe's first `orbax`
@@ -547,14 +532,3 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         """Go back to the checkpoint with the best score; for after the training, which leaves the
         last weights."""
         self.load_checkpoint(self.checkpoints.best_path)
-
-    def save_model(self, output_dir: Path | str | None = None) -> Path:
-        """Export the weights to a folder that `transformers` loads; to where the recipe's first
-        `huggingface` entry has those of this step when none is named.
-
-        CheckpointError if the folder reads back as something else; it is not there then.
-        """
-        folder = Path(output_dir or self.checkpoints.export_path(self.progress.step)).absolute()
-        config = self.checkpoints.export_config(folder)
-        self.run.export(self.state, folder, config, self.tokenizer)
-        return folder

@@ -81,7 +81,7 @@ def test_the_command_prepares_and_shows_without_jax_and_without_weights(recipe):
 def test_a_batch_is_that_of_its_step(recipe, capsys):
     data = shown(recipe, batch=2)
     text = capsys.readouterr().out
-    rows = data.train.sequence_numbers(1).ravel()
+    rows = data.train.sequence_numbers(data.train.advance(0, 1)).ravel()
     expected = [
         (data.ledger.sources[origin.source].label, origin.record)
         for row in rows if row >= 0

@@ -50,8 +50,8 @@ def epochs_of(plan, count):
     """The documents of each of so many epochs, rising."""
     epochs = []
     for epoch in range(count):
-        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        numbers = np.concatenate([plan.sequence_numbers(step).ravel() for step in steps])
+        batches = plan.batches(epoch * plan.epoch_sequences, plan.steps_per_epoch, threads=0)
+        numbers = np.concatenate([batch.rows.ravel() for batch in batches])
         pieces = [piece for n in numbers[numbers >= 0].tolist() for piece in plan.pieces(n)]
         epochs.append(sorted(plan.packing.documents[pieces].tolist()))
     return epochs
@@ -88,7 +88,7 @@ def test_a_mixture_is_the_same_each_time_and_another_by_seed(tmp_path):
 
 def test_the_ledger_counts_what_a_mixture_trains(tmp_path):
     data = sft([chats(tmp_path, "one", 5, weight=9), chats(tmp_path, "two", 45, weight=1)])
-    batches = [data.train.batch(step) for step in range(data.steps_per_epoch)]
+    batches = list(data.train_batches(0, data.steps_per_epoch))
     assert data.ledger.sets[0].trained_tokens == sum(b.loss_weights.sum() for b in batches)
     assert data.ledger.sets[0].sequences == 50
     assert data.ledger.sets[0].documents == 10  # five of one nine times, five of the other once
@@ -261,6 +261,7 @@ def test_a7_a_run_that_stops_anywhere_goes_on_with_the_very_next_batch(tmp_path,
     again = resumable(tmp_path, kind)
     of_hosts = [replace(again, train=plan) for plan in of_processes(again.train, hosts)]
     for start in range(2 * steps + 1):
-        parts = [list(host.train_batches(start, 2 * steps + 1)) for host in of_hosts]
+        left = again.train.advance(0, start), 2 * steps + 1 - start
+        parts = [list(host.train_batches(*left)) for host in of_hosts]
         for number, batches in enumerate(zip(*parts, strict=True), start):
             assert are_equal(joined(batches), expected[number])

@@ -1,11 +1,15 @@
-"""Batches are a function of the update's number: of nothing else, and whoever asks."""
+"""Batches are a function of the position: of nothing else, and whoever asks."""
+
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxtrain.data.order import permutation, sample
-from jaxtrain.data.plan import BatchPlan, BatchShape, Origin, iterate
+from jaxtrain.data.plan import BatchPlan, BatchShape, Origin
 from tests.data.made import are_equal, documents_of, joined, of_processes, plan_of
 
 MICROBATCHES, ROWS = 2, 4
@@ -33,30 +37,49 @@ def test_orders_never_change():
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_have_the_batch_of_one(plan, step, processes):
-    parts = [part.batch(step) for part in of_processes(plan, processes)]
+    parts = [part.batch(part.advance(0, step)) for part in of_processes(plan, processes)]
     assert parts[0].tokens.shape == (MICROBATCHES, ROWS // processes, 24)
-    assert are_equal(joined(parts), plan.batch(step))
+    assert are_equal(joined(parts), plan.batch(plan.advance(0, step)))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("start", [1, 2, 3, 5])
 def test_starting_at_an_update_gives_the_rest_of_the_unbroken_run(plan, start, threads):
     """Traps A7 and, without threads, A25."""
-    unbroken = [plan.batch(step) for step in range(7)]
-    resumed = list(iterate(plan.batch, start=start, stop=7, threads=threads))
+    unbroken = [plan.batch(plan.advance(0, step)) for step in range(7)]
+    resumed = list(plan.batches(plan.advance(0, start), 7 - start, threads))
     assert len(resumed) == 7 - start
     assert all(are_equal(a, b) for a, b in zip(unbroken[start:], resumed, strict=True))
 
 
+@given(st.integers(0, 70), st.integers(1, 13), st.integers(0, 30))
+def test_steps_of_any_size_go_on_with_the_next_sequence_and_end_with_the_epoch(
+    plan, position, size, steps
+):
+    total = plan.epoch_sequences
+    other = replace(plan, shape=BatchShape(1, size))
+    expected = np.concatenate([epoch_rows(plan, epoch)[:total] for epoch in range(30)])
+    walked = [position]
+    for _ in range(steps):
+        rows = other.sequence_numbers(walked[-1]).ravel()
+        walked.append(other.advance(walked[-1]))
+        taken = rows[rows >= 0]
+        assert taken.tolist() == expected[walked[-2] : walked[-1]].tolist()
+        assert len(taken) == size or walked[-1] % total == 0
+    assert other.advance(position, steps) == walked[-1]
+    end = other.advance(position, other.steps_left(position))
+    assert end == (position // total + 1) * total
+
+
 def test_without_an_end_the_batches_go_on(plan):
-    batches = iterate(plan.batch, start=0)
+    batches = plan.batches(0, None, threads=2)
     seen = [next(batches) for _ in range(10)]
-    assert are_equal(seen[9], plan.batch(9))
+    assert are_equal(seen[9], plan.batch(plan.advance(0, 9)))
 
 
 def epoch_rows(plan, epoch):
-    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-    return np.concatenate([plan.batch(step).rows.ravel() for step in steps])
+    batches = plan.batches(epoch * plan.epoch_sequences, plan.steps_per_epoch, threads=0)
+    return np.concatenate([batch.rows.ravel() for batch in batches])
 
 
 def test_a8_every_epoch_is_complete_and_in_another_order(plan):
@@ -119,7 +142,7 @@ def test_a38_packed_documents_are_apart(plan):
 
 
 def test_filler_rows_hold_nothing(plan):
-    batch = plan.batch(plan.steps_per_epoch - 1)
+    batch = plan.batch(plan.advance(0, plan.steps_per_epoch - 1))
     filler = batch.rows == -1
     assert filler.any()
     assert not any(leaf[filler].any() for leaf in batch[:4])

@@ -117,7 +117,7 @@ def test_a38_an_epoch_of_batches_is_its_documents_once_and_apart(lengths, rule, 
         cut_documents(lengths, 64, chosen) if rule == "slices" else pack(lengths, 64, rule, chosen)
     )
     plan = BatchPlan(documents, planned, BatchShape(m, rows), (64,), seed)
-    batches = [plan.batch(step) for step in range(plan.steps_per_epoch)]
+    batches = list(plan.batches(0, plan.steps_per_epoch, threads=0))
     leaves = [np.concatenate([leaf.reshape(-1, 64) for leaf in part])
               for part in zip(*(batch[:4] for batch in batches), strict=True)]  # fmt: skip
     seen, places, segments, trained = leaves

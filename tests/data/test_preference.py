@@ -305,8 +305,8 @@ def test_weights_mix_whole_pairs(tmp_path):
         source(tmp_path / "b", pairs(9), weight=2),
     ]
     data = prepare(sources)
-    steps = range(data.steps_per_epoch)
-    numbers = np.concatenate([data.train.sequence_numbers(step).ravel() for step in steps])
+    batches = data.train_batches(0, data.steps_per_epoch)
+    numbers = np.concatenate([batch.rows.ravel() for batch in batches])
     documents = data.train.packing.documents[numbers[numbers >= 0]]  # a piece is a sequence
     assert (documents[::2] == documents[1::2]).all() and len(documents) == 30
     of_first = np.count_nonzero(data.train.documents.index["source"][documents] == 0)

@@ -123,7 +123,7 @@ def test_an_update_has_the_shortest_of_few_lengths_that_holds_its_rows(tmp_path,
         width, segments = batch.tokens.shape[-1], batch.segments
         longest = int((segments > 0).sum(-1).max())
         assert width == min(length for length in lengths if length >= longest)
-        halves = [part.batch(step).tokens for part in of_processes(data.train, 2)]
+        halves = [part.batch(part.advance(0, step)).tokens for part in of_processes(data.train, 2)]
         assert (np.concatenate(halves, axis=1) == batch.tokens).all()
         places, tokens = places + segments.size, tokens + int((segments > 0).sum())
     assert data.ledger.sets[0].fill == pytest.approx(tokens / places)

@@ -190,7 +190,11 @@ def test_a_callback_may_go_on_with_the_next_epoch(tmp_path):
     whole = run(tmp_path / "whole")
     of_epoch = whole.data.steps_per_epoch
     assert of_epoch > 2 and whole.training_horizon == 2 * of_epoch
-    assert (whole.global_step, whole.position, whole.epoch_idx) == (1 + of_epoch, 2 * of_epoch, 2)
+    assert (whole.global_step, whole.train_batch_idx, whole.epoch_idx) == (
+        1 + of_epoch,
+        2 * of_epoch,
+        2,
+    )
     epochs = [r["epoch"] for r in metrics_of(tmp_path / "whole")]
     assert epochs[:2] == [1 / of_epoch, 1 + 1 / of_epoch] and epochs[-1] == 2
     (tmp_path / "part").mkdir()

@@ -182,7 +182,8 @@ def breaking(folder, policy, bad, *, steps=6, every=2, **changes):
     )
     run = trainer(written, cls=Breaking)
     assert run.data.steps_per_epoch > 11
-    numbers = (run.data.train.sequence_numbers(step).ravel() for step in bad)
+    plan = run.data.train
+    numbers = (plan.sequence_numbers(plan.advance(0, step)).ravel() for step in bad)
     run.bad_rows = [int(number) for one in numbers for number in one]
     return run
 
@@ -198,7 +199,7 @@ def test_stop_keeps_the_last_good_state_and_saves_nothing_of_the_broken_one(tmp_
 def trained_on(run, batches):
     """Parameters after these batches alone."""
     for number in batches:
-        (batch,) = run.data.train_batches(number, number + 1)
+        (batch,) = run.data.train_batches(run.data.train.advance(0, number), 1)
         run.state, _ = run.step(run.state, run.layout.on_devices(batch))
     return host(run.state)
 
@@ -207,7 +208,7 @@ def trained_on(run, batches):
 def test_skip_drops_the_update_and_consumes_the_batch(tmp_path):
     run = breaking(tmp_path, "skip", [2, 4])
     run.train()
-    assert (run.global_step, run.position, int(run.state.step)) == (6, 8, 6)
+    assert (run.global_step, run.train_batch_idx, int(run.state.step)) == (6, 8, 6)
     assert [row["iter"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [row["skipped_updates"] for row in rows(tmp_path)] == [0, 0, 1, 2, 2, 2]
     of_epoch = run.data.steps_per_epoch
@@ -216,20 +217,20 @@ def test_skip_drops_the_update_and_consumes_the_batch(tmp_path):
     assert_same(run.state, expected)
     again = breaking(tmp_path, "skip", [2, 4], steps=7)
     again.train()
-    assert again.position == 9 and rows(tmp_path)[-1]["skipped_updates"] == 2
+    assert again.train_batch_idx == 9 and rows(tmp_path)[-1]["skipped_updates"] == 2
 
 
 def test_ten_skips_in_a_row_are_too_many(tmp_path):
     run = breaking(tmp_path, "skip", range(1, 11), steps=20)
     with pytest.raises(NonFiniteError, match="10 steps in a row are not finite"):
         run.train()
-    assert (run.global_step, run.position) == (1, 11)
+    assert (run.global_step, run.train_batch_idx) == (1, 11)
 
 
 def test_rollback_restores_and_goes_on_behind_the_offending_batches(tmp_path):
     run = breaking(tmp_path, "rollback", [3])
     run.train()
-    assert (run.global_step, run.position, run.num_rollbacks) == (6, 8, 1)
+    assert (run.global_step, run.train_batch_idx, run.num_rollbacks) == (6, 8, 1)
     told = [row for row in rows(tmp_path) if "rollbacks" in row]
     assert told == [{"iter": 2, "rolled_back_from": 3, "rollbacks": 1}]
     assert [row["iter"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
@@ -266,7 +267,7 @@ def test_exports_of_updates_that_were_taken_back_are_made_again(tmp_path):
 def test_a_diverging_run_goes_back(tmp_path):
     class Worse(Callback):
         def on_step_begin(self, args, state, control):
-            if state.position == 4:
+            if state.train_batch_idx == 4:
                 worse = jax.tree.map(lambda p: p * 3, state.state.params)
                 state.state = state.state._replace(params=worse)
 
@@ -278,6 +279,6 @@ def test_a_diverging_run_goes_back(tmp_path):
     run = trainer(written)
     run.add_callback(Worse)
     run.train()
-    assert (run.global_step, run.position, run.num_rollbacks) == (8, 10, 1)
+    assert (run.global_step, run.train_batch_idx, run.num_rollbacks) == (8, 10, 1)
     losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
     assert len(losses) == 8 and max(losses) == losses[0]

@@ -2,18 +2,21 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.data import BatchShape
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.progress import Horizon, Progress
+from tests.data.made import documents_of, plan_of
 
 RECIPE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"], "eval_sources": ["a/c"]}}
 counts = st.integers(0, 40)
 horizons = st.builds(
     Horizon,
     steps=st.integers(0, 30),
-    steps_per_epoch=st.integers(1, 12),
+    epoch_sequences=st.integers(1, 12),
     epochs=st.none() | st.integers(0, 4),
     exit_step=counts,
     exit_after=counts,
@@ -24,6 +27,7 @@ moments = st.builds(
     position=counts,
     first_step=counts,
     schedule_start=counts,
+    more_steps=st.integers(-9, 9),
     eval_metrics=st.sampled_from([{}, {"eval/loss": 0.0}]),
     is_stopping=st.booleans(),
     signal=st.sampled_from([None, "SIGTERM"]),
@@ -49,13 +53,13 @@ def test_the_last_step_is_the_first_limit_and_ends_the_run(progress, horizon):
 
 
 @given(moments, horizons)
-def test_positions_count_batches_of_epochs(progress, horizon):
+def test_positions_count_sequences_of_epochs(progress, horizon):
     index, done = progress.epoch_index(horizon), progress.epochs_done(horizon)
     assert index <= done < index + 1
     assert progress.is_epoch_end(horizon) == (progress.position > 0 and done == index)
     before = progress.position
     progress.skip_epoch(horizon)
-    assert 0 <= progress.position - before < horizon.steps_per_epoch
+    assert 0 <= progress.position - before < horizon.epoch_sequences
     assert progress.epochs_done(horizon) == progress.epoch_index(horizon)
 
 
@@ -86,11 +90,40 @@ def test_an_evaluation_is_due_once_where_the_recipe_says(progress, horizon):
         assert due(progress, horizon, **keys) == by_epoch
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """11 sequences, 3 a step."""
+    documents = documents_of([9] * 11, tmp_path_factory.mktemp("documents"))
+    return plan_of(documents, capacity=10, shape=BatchShape(1, 3))
+
+
 @given(moments)
-def test_what_a_checkpoint_keeps_is_json_and_comes_back_but_for_what_is_reset(progress):
+def test_what_a_checkpoint_keeps_is_json_and_comes_back_but_for_what_is_reset(plan, progress):
     saved = json.loads(json.dumps(progress.state_dict()))
     again = Progress()
-    again.load_state_dict(saved)
+    again.load_state_dict(saved, plan)
     assert again.state_dict() == progress.state_dict()
-    again.load_state_dict(saved, reset=("data", "scheduler"))
+    again.load_state_dict(saved, plan, reset=("data", "scheduler"))
     assert (again.step, again.position, again.schedule_start) == (progress.step, 0, progress.step)
+
+
+@pytest.mark.parametrize(
+    ("saved", "sequences"), [({"position": 5}, 14), ({}, 11), ({"position": 5, "sequences": 7}, 7)]
+)
+def test_a_checkpoint_that_counts_batches_or_steps_alone_is_continued_there(plan, saved, sequences):
+    progress = Progress()
+    progress.load_state_dict(saved | {"step": 4}, plan)
+    assert (progress.position, progress.more_steps) == (sequences, 0)
+
+
+@given(moments, st.integers(1, 4))
+def test_passes_that_began_with_steps_of_another_size_are_walked_to_their_end(plan, progress, size):
+    saved = progress.state_dict() | {"lineage": {"global_batch": size}}
+    again = Progress()
+    again.load_state_dict(saved, plan)
+    config = get_config(RECIPE | {"epochs": 5, "eval_interval": 3})
+    horizon = Horizon.of(config, plan, again.more_steps)
+    while again.position < 5 * plan.epoch_sequences:
+        assert not again.is_complete(horizon) or size == 3
+        again.position, again.step = plan.advance(again.position), again.step + 1
+    assert again.is_complete(horizon) and (again.step == horizon.steps or size == 3)

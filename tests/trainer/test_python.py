@@ -57,7 +57,7 @@ def test_trainers_side_by_side_do_not_touch_each_other(tmp_path):
     found = {0: [], 1: []}
     for step in range(3):
         for number, run in enumerate(runs):
-            batch = run.layout.on_devices(run.data.train.batch(step))
+            batch = run.layout.on_devices(run.data.train.batch(run.data.train.advance(0, step)))
             run.state, metrics = run.step(run.state, batch)
             found[number].append(float(metrics["loss"]))
     assert found[0] == expected

@@ -15,7 +15,7 @@ def rows(folder, key):
 def test_the_first_batch_for_ever_is_learnt_by_heart(tmp_path):
     run = trainer(recipe(tmp_path, rows=18, train_iters=60, overfit_first_batch=True))
     assert run.data.steps_per_epoch < 60
-    numbers = {tuple(run.data.train.sequence_numbers(step).ravel()) for step in range(60)}
+    numbers = {tuple(batch.rows.ravel()) for batch in run.data.train_batches(0, 60)}
     assert len(numbers) == 1
     run.train()
     losses = rows(tmp_path, "loss")

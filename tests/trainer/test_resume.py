@@ -1,13 +1,14 @@
 """A run that stops and goes on is the run that never stopped."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
-from jaxtrain import Callback, get_config
+from jaxtrain import Callback, SFTTrainer, get_config
 from jaxtrain.cli import cli
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model import export
@@ -104,7 +105,51 @@ def test_other_data_cannot_continue_a_run_unless_allowed(tmp_path, monkeypatch, 
     cli([*arguments, "--allow-change", "global_batch"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "continuing after step 1" in said and "finished: 2 steps" in said
-    assert "changed since global_step_1: data.sources" in said
+    assert re.search("changed since global_step_1: data.sources, .*global_batch\n", said)
+
+
+class Taking(SFTTrainer):
+    """Notes the sequences that it is given."""
+
+    name = "taking"
+
+    def __init__(self, *args, **named):
+        self.taken = []
+        super().__init__(*args, **named)
+
+    @property
+    def train_batches(self):
+        for batch in super().train_batches:
+            self.taken += [int(row) for row in np.asarray(batch.rows).ravel() if row >= 0]
+            yield batch
+
+
+def test_steps_of_another_size_continue_at_the_next_sequence_and_to_the_end_of_the_passes(tmp_path):
+    def continued(pieces, end):
+        written_here = written(
+            tmp_path, train_iters=0, epochs=2, gradient_accumulation_steps=pieces,
+            exit_iteration=end, scheduler={"name": "linear"},
+        )  # fmt: skip
+        run = trainer(written_here, cls=Taking)
+        run.allowed_changes = ("global_batch",)
+        run.train()
+        return run
+
+    first = continued(2, 4)
+    plan = first.data.train
+    assert (first.position, plan.epoch_sequences) == (8, 11)
+    taken, runs = first.taken, [first]
+    for pieces, end in ((4, 5), (4, 7), (3, 0)):
+        runs.append(continued(pieces, end))
+        taken += runs[-1].taken
+    order = [plan.batches(n * plan.epoch_sequences, plan.steps_per_epoch, 0) for n in range(2)]
+    expected = [row for batches in order for batch in batches for row in batch.rows.ravel()]
+    assert taken == [row for row in expected if row >= 0]
+    last = runs[-1]
+    assert last.epochs_done == 2 and last.global_step == last.planned_updates
+    rates = [row["lr"] for row in rows(tmp_path).values()]
+    assert rates[-1] == pytest.approx(0.01 / last.planned_updates)
+    assert runs[1].planned_updates == runs[2].planned_updates > last.global_step - 4
 
 
 def test_another_model_cannot_continue_a_run(tmp_path):
@@ -181,7 +226,7 @@ def test_each_part_of_the_state_is_reset_alone(tmp_path, capsys):
         rates = [float(run.scheduler(np.int32(step))) for step in range(5, STEPS)]
         assert run.global_step == int(run.state.step) == 5
         np.testing.assert_array_equal(run.state.params["norm"], saved[".params['norm']"])
-        return is_zero(run.state.opt_state), rates, run.position, counter.updates
+        return is_zero(run.state.opt_state), rates, run.train_batch_idx // 2, counter.updates
 
     left = [1 - step / STEPS for step in range(5, STEPS)]
     anew = [1.0, 2 / 3, 1 / 3]  # over what is left of the run
@@ -209,7 +254,7 @@ def test_a_reset_schedule_goes_on_over_further_restarts(tmp_path):
         run = trainer(again)
         run.train()
     assert [round(row["lr"], 6) for row in rows(tmp_path).values()] == [0.01, 0.0075, 0.01, 0.005]
-    assert run.position == 2
+    assert run.train_batch_idx == 2 * 2
 
 
 def test_a_score_is_saved_inside(tmp_path):
@@ -224,7 +269,11 @@ def test_a_score_is_saved_inside(tmp_path):
     about = engine.metadata(2)
     assert engine.latest() == engine.best() == 2 and engine.scores().keys() == {2}
     assert about["eval_metrics"]["eval/loss"] == about["scores"]["2"] == engine.scores()[2]
-    assert about["step"] == about["position"] == 2 and about["versions"]["jax"] == jax.__version__
+    assert (
+        about["step"] == 2
+        and about["sequences"] == 4
+        and about["versions"]["jax"] == jax.__version__
+    )
     assert about["recipe"]["train_iters"] == 2 and about["epoch"] > 0
     assert engine.metadata(1)["eval_metrics"] == {}
 

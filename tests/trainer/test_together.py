@@ -74,7 +74,7 @@ def test_a_skip_does_not_count_towards_a_limit_and_asks_for_nothing(tmp_path):
         data={"train_eval_split": [0.8, 0.2]},
     )  # fmt: skip
     run.train()
-    assert (run.global_step, run.position) == (2, 4)
+    assert (run.global_step, run.train_batch_idx) == (2, 4)
     assert [row["iter"] for row in rows(tmp_path) if "eval/loss" in row] == [2]
 
 
@@ -112,7 +112,7 @@ def test_going_back_takes_all_engines_averages_and_exports_along(tmp_path):
     assert [r["iter"] for r in rows(tmp_path / "a") if "rollbacks" in r] == [4]
     other = run_of(tmp_path / "b", [])
     for number in (0, 1, 2, 3, 6, 7, 8):
-        (batch,) = other.data.train_batches(number, number + 1)
+        (batch,) = other.data.train_batches(other.data.train.advance(0, number), 1)
         other.state, _ = other.step(other.state, other.layout.on_devices(batch))
     expected = host(other.state)
     for name, array in host(run.state).items():
@@ -141,7 +141,7 @@ class Worse(Callback):
         self.position = position
 
     def on_step_begin(self, state):
-        if state.position == self.position:
+        if state.train_batch_idx == self.position:
             state.state = state.state._replace(
                 params={**state.params, "norm": state.params["norm"] * 30}
             )
@@ -159,7 +159,7 @@ def test_the_last_update_is_guarded_like_any_other(tmp_path, saves):
     run = trainer(written)
     run.add_callback(Worse(5))
     assert run.train().global_step == 6
-    assert (run.num_rollbacks, run.position) == (1, 8)
+    assert (run.num_rollbacks, run.train_batch_idx) == (1, 8)
     assert run.report.last_loss < 7
     assert [engine.steps()[-1] for engine in run.checkpoint_engines] == [6, 6]
 
