@@ -327,12 +327,14 @@ def raise_user_errors(config: "TrainerConfig") -> Iterator[None]:
         if known is None:
             raise
         known.args = (hide_secrets(str(known), config.secrets),)
-        if known is error:
+        if known is error and error.__cause__ is None:
             raise
         log = config.output_path(config.logger.output_dir, "") / "logs" / "rank_0.log"
         with suppress(OSError), log.open("r+", encoding="utf-8") as file:  # if there is one
             file.seek(0, os.SEEK_END)
             file.write(hide_secrets("".join(traceback.format_exception(error)), config.secrets))
+        if known is error:
+            raise
         raise known from error
 
 

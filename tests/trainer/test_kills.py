@@ -4,37 +4,33 @@ same bits."""
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.runs import environment, recipe
+from tests.forks import Forks
+from tests.runs import recipe
 
 KILLS = int(os.environ.get("JAXTRAIN_TEST_KILLS", "100"))
 STEPS, STATE_EVERY, EXPORT_EVERY = 8, 2, 4
 EXPORTS = ["global_step_4", "global_step_8"]
 STRIKE = """
-import importlib, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-where, number = sys.argv.pop(1), int(sys.argv.pop(1))
-module, name, method = where.split(":")
+import importlib
+
+module, name, method = {place!r}.split(":")
 owner = getattr(importlib.import_module(module), name)
 original = getattr(owner, method)
 
 def struck(*args, **named):
     setattr(owner, method, original)
-    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), {number})
     return original(*args, **named)
 
 setattr(owner, method, struck)
-from jaxtrain.cli import main
-main()
 """
-"""Runs jaxtrain, and sends itself a signal where a method is first called."""
+"""The program sends itself a signal where a method is first called."""
 PLACES = {
     "preparing": "jaxtrain.data.factory:DataFactory:process",
     "reading weights": "jaxtrain.trainer.run:Run:first_params",
@@ -62,24 +58,6 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
-def start(file: Path, *command: str) -> subprocess.Popen:
-    command = command or ("-m", "jaxtrain")
-    pipe = subprocess.PIPE
-    own = environment(
-        PYTHONPATH=str(Path(__file__).parents[2]), JAXTRAIN_CACHE=str(file.parent.parent / "cache")
-    )
-    return subprocess.Popen(
-        [sys.executable, *command, str(file)], env=own, stdout=pipe, stderr=pipe, text=True
-    )
-
-
-def finish(file: Path) -> str:
-    process = start(file)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out
-
-
 def ends_of(folder: Path) -> dict[str, bytes]:
     """The exports of a run, and nothing half done beside them."""
     names = [*(folder / "exports").iterdir(), *(folder / "state").iterdir()]
@@ -91,26 +69,39 @@ def ends_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks")
+    made = Forks(folder, JAXTRAIN_CACHE=str(folder / "cache"))
+    yield made
+    made.close()
+
+
+def finish(forks: Forks, file: Path) -> None:
+    done = forks.run(file)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("kills") / "unbroken"
     file = write_recipe(folder)
-    finish(file)  # fills the caches
-    began = time.perf_counter()
+    finish(forks, file)  # fills the caches
     again = write_recipe(folder.parent / "timed")
-    finish(again)
+    began = time.perf_counter()
+    finish(forks, again)
     return folder, ends_of(folder), time.perf_counter() - began
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(KILLS))
-def test_a_kill_at_a_random_moment_loses_nothing(unbroken, index):
+def test_a_kill_at_a_random_moment_loses_nothing(unbroken, forks, index):
     folder, expected, seconds = unbroken
     file = write_recipe(folder.parent / f"killed-{index}")
-    process = start(file)
+    process = forks.start(file)
     time.sleep(random.Random(index).uniform(0, seconds))
-    process.kill()
-    process.communicate()
-    finish(file)
+    os.kill(process, signal.SIGKILL)
+    forks.wait()
+    finish(forks, file)
     assert ends_of(file.parent) == expected
 
 
@@ -126,17 +117,18 @@ QUICK = {("stepping", signal.SIGHUP), ("preparing", signal.SIGTERM)}
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
 )
-def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, place, number):
+def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(
+    unbroken, forks, place, number
+):
     folder, expected, _ = unbroken
     file = write_recipe(folder.parent / f"{place}-{number.name}")
     if place == "preparing":  # what the cache has is not prepared
         text = file.read_text().replace("max_length: 128", "max_length: 128\n  cache_dir: own")
         file.write_text(text.replace("cache_dir: own", f"cache_dir: {file.parent / 'own'}"))
-    process = start(file, "-c", STRIKE, PLACES[place], str(int(number)))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 75, err[-3000:]
-    said = err.splitlines()[-1]
-    assert said.startswith(f"{number.name}: ended ") and "Traceback" not in err
+    done = forks.run(file, before=STRIKE.format(place=PLACES[place], number=int(number)))
+    assert done.returncode == 75, done.stderr[-3000:]
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"{number.name}: ended ") and "Traceback" not in done.stderr
     assert "before the first step" in said or "its full state is saved" in said
-    finish(file)
+    finish(forks, file)
     assert ends_of(file.parent) == expected
