@@ -229,7 +229,7 @@ def _reason(error: Exception) -> str:
     """What the system says of a write that failed."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore, which Orbax writes with
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
     return os.strerror(int(code[1])) if code else str(error)
 
 

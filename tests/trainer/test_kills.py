@@ -117,9 +117,7 @@ QUICK = {("stepping", signal.SIGHUP), ("preparing", signal.SIGTERM)}
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
 )
-def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(
-    unbroken, forks, place, number
-):
+def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, forks, place, number):
     folder, expected, _ = unbroken
     file = write_recipe(folder.parent / f"{place}-{number.name}")
     if place == "preparing":  # what the cache has is not prepared
