@@ -9,12 +9,13 @@ from typing import NamedTuple
 from tests.runs import environment
 
 SERVER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
+import matplotlib.pyplot  # of the loss
 from jaxtrain import SFTTrainer
 from jaxtrain.cli import main
 
 for line in sys.stdin:
-    arguments, out, err, before = json.loads(line)
+    arguments, out, err, before, kill_after_s = json.loads(line)
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
@@ -24,7 +25,9 @@ for line in sys.stdin:
         sys.argv = ["jaxtrain", *arguments]
         main()
         sys.exit(0)
-    print(child, flush=True)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)  # nobody else has its number before the next line
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -42,28 +45,26 @@ class Forks:
     def __init__(self, folder: Path, **variables: str):
         """`folder` takes what they print."""
         self.files = [str(folder / name) for name in ("stdout", "stderr")]
-        own = environment(PYTHONPATH=str(Path(__file__).parents[1]), **variables)
-        self.server = subprocess.Popen(
+        own = environment(
+            PYTHONPATH=str(Path(__file__).parents[1]),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            **variables,
+        )
+        self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=own, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def start(self, *arguments: object, before: str = "") -> int:
-        """Starts a process that runs the code `before` and then the program; returns its number."""
-        order = json.dumps([[str(a) for a in arguments], *self.files, before])
-        self.server.stdin.write(f"{order}\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self) -> Done:
-        """Returns what became of the process that was started last."""
-        code = int(self.server.stdout.readline())
+    def run(self, *arguments: object, before: str = "", kill_after_s: float | None = None) -> Done:
+        """Runs the code `before` and then the program, which may be killed after a while."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        order = [[str(a) for a in arguments], *self.files, before, kill_after_s]
+        self._server.stdin.write(f"{json.dumps(order)}\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
         return Done(code, *(Path(file).read_text() for file in self.files))
 
-    def run(self, *arguments: object, before: str = "") -> Done:
-        self.start(*arguments, before=before)
-        return self.wait()
-
     def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()

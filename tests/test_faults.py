@@ -2,8 +2,9 @@
 
 import json
 import random
+import re
+import sys
 
-import jax.numpy as jnp
 import pytest
 from rich.text import Text
 
@@ -15,7 +16,8 @@ from jaxtrain.data.conversation import read_conversation
 from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import DataError, WeightError, printable
 from jaxtrain.recipe.resolve import get_config
-from tests.runs import recipe
+from tests.forks import Forks
+from tests.runs import model_folder, recipe
 from tests.test_cli import jaxtrain, written
 from tests.tiny import chat, tiny_tokenizer
 
@@ -44,28 +46,10 @@ def mean(folder, base, monkeypatch):
     base["type"] = "mean"
 
 
-LARGE = """
-import jax.numpy as jnp
-from jaxtrain import SFTTrainer
-
-class Large(SFTTrainer):
-    name = "large"
-
-    def post_init_callback(self):
-        jnp.zeros((10**14,)).block_until_ready()
-"""
-
-
-def too_large(folder, base, monkeypatch):
-    (folder / "train.py").write_text(LARGE)
-    base["type"] = "large"
-
-
 RAISED = {
     "device": (no_device, 1, "no device: JAX_PLATFORMS=cuda cannot be used here"),
     "run folder": (below_a_file, 2, "Not a directory"),
     "loss": (mean, 1, "loss_fn returned"),
-    "memory": (too_large, 4, "lower micro_batch_size"),
 }
 
 
@@ -82,14 +66,40 @@ def test_what_the_machine_or_the_users_code_raises_is_no_traceback(tmp_path, mon
         assert "Traceback" in log.read_text() and "TypeError" in log.read_text()
 
 
-def test_memory_of_a_device_that_does_not_suffice_names_batch_and_keys():
+LIMIT = """
+import resource
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**33,) * 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits what a process may allocate")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_that_does_not_fit_names_its_batch_and_what_helps(tmp_path, batch):
+    """8 GiB for arrays of [8192 tokens, 65536 features], each of 2 GiB."""
+    base = recipe(
+        tmp_path, rows=80, data={"max_length": 8192, "pack_samples": True}, train_iters=1,
+        micro_batch_size=batch,
+    )  # fmt: skip
+    base["model"]["remat"] = ["full", "none"][batch - 1]
+    wide = {"hidden_size": 8, "intermediate_size": 2**16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    model_folder(tmp_path / "model", **wide, **heads, max_position_embeddings=8192)
+    forks = Forks(tmp_path, JAXTRAIN_CACHE=str(tmp_path / "cache"))
+    done = forks.run(written(tmp_path, base), before=LIMIT)
+    forks.close()
+    assert done.returncode == 4, done.stderr
+    first, size, advice = done.stderr.splitlines()
+    assert first == "out of memory" and re.search(r"Out of memory allocating \d{10,} bytes", size)
+    assert f"{batch} sequence{'s' * (batch > 1)} of 8,192 tokens per batch shard" in advice
+    assert ("lower micro_batch_size" in advice) == ("model.remat: full" in advice) == (batch > 1)
+    assert "data.max_length" in advice and "mesh.fsdp" in advice
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "Traceback" in log and "RESOURCE_EXHAUSTED" in log
+
+
+def test_a_fault_of_this_package_is_none_of_the_users():
     config = get_config({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
-    with pytest.raises(Exception, match="RESOURCE_EXHAUSTED") as raised:
-        jnp.zeros((10**14,)).block_until_ready()
-    error = explain_error(raised.value, config)
-    assert error is not None and error.exit_code == 4
-    for part in ("bytes", "1 sequences of", "micro_batch_size", "model.remat: full", "mesh.fsdp"):
-        assert part in str(error)
     assert explain_error(RuntimeError("a fault of ours"), config) is None
 
 
