@@ -4,14 +4,19 @@ same bits."""
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jaxtrain.recipe.errors import PreemptedError
+from jaxtrain.signals import ended_by_signals
 from tests.forks import Forks
-from tests.runs import recipe
+from tests.runs import environment, recipe
 
 KILLS = int(os.environ.get("JAXTRAIN_TEST_KILLS", "100"))
 STEPS, STATE_EVERY, EXPORT_EVERY = 8, 2, 4
@@ -35,6 +40,7 @@ setattr(owner, method, struck)
 """The program sends itself a signal where a method is first called."""
 PLACES = {
     "reading the recipe": "jaxtrain.recipe.resolve:resolve",
+    "reading the tokenizer": "transformers:AutoTokenizer:from_pretrained",
     "preparing": "jaxtrain.data.factory:DataFactory:process",
     "building": "jaxtrain.trainer.checkpoints:Checkpoints:_build",
     "looking": "jaxtrain.trainer.run_folder:RunFolder:refuse_foreign",
@@ -143,3 +149,41 @@ def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, forks,
     said = done.stderr.splitlines()[-1]
     assert said.startswith(f"{number.name}: ended ") and "Traceback" not in done.stderr
     assert "before the first step" in said or "its full state is saved" in said
+
+
+IMPORTING = """
+import os, signal, sys
+
+class Strike:
+    def find_spec(self, name, *rest):
+        if name == "optax":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Strike())
+from jaxtrain.cli import main
+main()
+"""
+
+
+def test_a_signal_while_packages_are_imported_ends_before_the_first_step(tmp_path):
+    file = write_recipe(tmp_path / "folder")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(file)],
+        env=environment(JAXTRAIN_CACHE=str(tmp_path / "cache")), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == "SIGTERM: ended before the first step; run it again\n"
+    assert done.returncode == 75 and not (tmp_path / "folder" / "run").exists()
+
+
+def test_a_signal_is_heard_though_code_catches_every_exception():
+    swallowing = suppress(BaseException)
+    with pytest.raises(PreemptedError, match="SIGHUP: ended"), ended_by_signals(), swallowing:
+        signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(PreemptedError, match="SIGTERM: ended before"), ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("made of it") from error
+    with pytest.raises(KeyError), ended_by_signals():
+        raise KeyError("not of a signal")
