@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxtrain.recipe.errors import OutOfMemoryError, UserError, did_you_mean, printable
+from jaxtrain.recipe.errors import (
+    OutOfMemoryError,
+    UserError,
+    did_you_mean,
+    pluralize,
+    printable,
+)
 from jaxtrain.recipe.secrets import hide_secrets
 from jaxtrain.recipe.strangers import COMMANDS
+from jaxtrain.signals import ended_by_signals, ignore_signals
 
 if TYPE_CHECKING:
     from jaxtrain.recipe.trainer import TrainerConfig
@@ -108,6 +115,18 @@ def train(
 ) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     use_huge_pages()
+    with ended_by_signals():
+        run_recipe(recipe, overrides, allowed, python_profile, num_gpus)
+
+
+def run_recipe(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    allowed: tuple[str, ...],
+    python_profile: str,
+    num_gpus: int | None,
+) -> None:
+    """The command `train`."""
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))
@@ -121,14 +140,12 @@ def train(
     # Compiled programs are kept in the user's cache; jax reads the setting when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
-    from jaxtrain.trainer.stop import handle_signals, raise_preempted
 
     if python_profile != "disable":
         print_profile(python_profile)
     with raise_user_errors(config):
-        with handle_signals(raise_preempted):
-            cls = registry.find("trainer", config.type)
-            trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
+        cls = registry.find("trainer", config.type)
+        trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes = allowed
         trainer.train()
 
@@ -295,7 +312,10 @@ def main() -> None:
     """Run the command line; a fault of the user is one line and an exit code, no traceback."""
     debug = "--debug" in sys.argv
     try:
-        cli(standalone_mode=False)
+        try:
+            cli(standalone_mode=False)
+        finally:
+            ignore_signals()
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -327,12 +347,14 @@ def raise_user_errors(config: "TrainerConfig") -> Iterator[None]:
         if known is None:
             raise
         known.args = (hide_secrets(str(known), config.secrets),)
-        if known is error:
+        if known is error and error.__cause__ is None:
             raise
         log = config.output_path(config.logger.output_dir, "") / "logs" / "rank_0.log"
         with suppress(OSError), log.open("r+", encoding="utf-8") as file:  # if there is one
             file.seek(0, os.SEEK_END)
             file.write(hide_secrets("".join(traceback.format_exception(error)), config.secrets))
+        if known is error:
+            raise
         raise known from error
 
 
@@ -362,14 +384,16 @@ def explain_memory(text: str, config: "TrainerConfig") -> str:
     sizes = [
         line.strip() for line in text.splitlines() if re.search(r"\d.*[bB]ytes|Size:|Used ", line)
     ]
-    length = config.data.max_length or "as many as the model has positions"
-    return "\n".join([
-        "out of memory", *sizes[:6],
-        f"a forward pass takes {config.micro_batch_size} sequences of {length} tokens per batch "
-        "shard; lower micro_batch_size (and raise gradient_accumulation_steps) or data.max_length, "
-        "write model.remat: full, or shard over more devices with mesh.fsdp or mesh.tensor; "
-        "`jaxtrain plan` says what a step takes",
-    ])  # fmt: skip
+    length = config.data.max_length
+    tokens = f"{length:,}" if length else "as many as the model has positions"
+    ways = ["lower data.max_length", "shard over more devices with mesh.fsdp or mesh.tensor"]
+    if config.model.remat_policy != "full":
+        ways.insert(0, "write model.remat: full")
+    if config.micro_batch_size > 1:
+        ways.insert(0, "lower micro_batch_size and raise gradient_accumulation_steps")
+    batch = f"{pluralize(config.micro_batch_size, 'sequence')} of {tokens} tokens per batch shard"
+    advice = f"a forward pass takes {batch}; {', '.join(ways[:-1])} or {ways[-1]}; `jaxtrain plan`"
+    return "\n".join(["out of memory", *sizes[:6], f"{advice} says what a step takes"])
 
 
 def print_profile(order: str) -> None:

@@ -17,12 +17,23 @@ LEASE_S = 30.0
 """A lock that its owner, on another machine, has not renewed for so long is taken over."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to what the system says of a write that fails, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_atomically(file: Path, text: str, *, must_be_new: bool = False) -> None:
     """Replace `file` as a whole; never writes through a link. FileExistsError if it is there and
     `must_be_new`."""
     partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}")
     try:
-        with partial.open("x", encoding="utf-8") as stream:
+        with naming(file), partial.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from jaxtrain.cli import cli, main
+from jaxtrain.signals import SIGNALS
 from tests.runs import conversations, environment, model_folder, recipe
 
 
@@ -24,6 +26,7 @@ def jaxtrain(folder, *arguments):
 def failing(tmp_path, monkeypatch, capfd):
     """The program in this process, where jax is imported already, for what ends it at once: exit
     code and what it said on stderr."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def run(*arguments):
         monkeypatch.chdir(tmp_path)
@@ -33,7 +36,9 @@ def failing(tmp_path, monkeypatch, capfd):
             main()
         return ended.value.code, capfd.readouterr().err
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def written(folder, recipe):

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 
-import jax.numpy as jnp
 import pytest
 from rich.text import Text
 
@@ -15,7 +17,7 @@ from jaxtrain.data.conversation import read_conversation
 from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import DataError, WeightError, printable
 from jaxtrain.recipe.resolve import get_config
-from tests.runs import recipe
+from tests.runs import environment, model_folder, recipe
 from tests.test_cli import jaxtrain, written
 from tests.tiny import chat, tiny_tokenizer
 
@@ -44,28 +46,10 @@ def mean(folder, base, monkeypatch):
     base["type"] = "mean"
 
 
-LARGE = """
-import jax.numpy as jnp
-from jaxtrain import SFTTrainer
-
-class Large(SFTTrainer):
-    name = "large"
-
-    def post_init_callback(self):
-        jnp.zeros((10**14,)).block_until_ready()
-"""
-
-
-def too_large(folder, base, monkeypatch):
-    (folder / "train.py").write_text(LARGE)
-    base["type"] = "large"
-
-
 RAISED = {
     "device": (no_device, 1, "no device: JAX_PLATFORMS=cuda cannot be used here"),
     "run folder": (below_a_file, 2, "Not a directory"),
     "loss": (mean, 1, "loss_fn returned"),
-    "memory": (too_large, 4, "lower micro_batch_size"),
 }
 
 
@@ -82,14 +66,49 @@ def test_what_the_machine_or_the_users_code_raises_is_no_traceback(tmp_path, mon
         assert "Traceback" in log.read_text() and "TypeError" in log.read_text()
 
 
-def test_memory_of_a_device_that_does_not_suffice_names_batch_and_keys():
+LIMITED = """
+import resource
+from jaxtrain.cli import main
+resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30,) * 2)
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits what a process may allocate")
+def test_a_step_that_does_not_fit_names_its_batch_and_what_helps(tmp_path):
+    """12 GiB for six arrays of [2 sequences, 8192 tokens, 65536 features], each of 4 GiB."""
+    base = recipe(
+        tmp_path, rows=80, data={"max_length": 8192}, micro_batch_size=2, train_iters=1,
+        model={"remat": "none"},
+    )  # fmt: skip
+    wide = {"hidden_size": 8, "intermediate_size": 2**16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    model_folder(tmp_path / "model", **wide, **heads, max_position_embeddings=8192)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(written(tmp_path, base))],
+        env=environment(JAXTRAIN_CACHE=str(tmp_path / "cache")), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    first, size, advice = done.stderr.splitlines()
+    assert first == "out of memory" and re.search(r"Out of memory allocating \d{11} bytes", size)
+    assert "2 sequences of 8,192 tokens per batch shard" in advice
+    for way in ("lower micro_batch_size", "model.remat: full", "data.max_length", "mesh.fsdp"):
+        assert way in advice
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "Traceback" in log and "RESOURCE_EXHAUSTED" in log
+
+
+def test_of_what_would_help_is_said_what_is_not_done_yet():
     config = get_config({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
-    with pytest.raises(Exception, match="RESOURCE_EXHAUSTED") as raised:
-        jnp.zeros((10**14,)).block_until_ready()
-    error = explain_error(raised.value, config)
+    error = explain_error(MemoryError("cannot allocate"), config)
     assert error is not None and error.exit_code == 4
-    for part in ("bytes", "1 sequences of", "micro_batch_size", "model.remat: full", "mesh.fsdp"):
-        assert part in str(error)
+    said = str(error)
+    assert "1 sequence of" in said and "lower data.max_length" in said and "mesh.fsdp" in said
+    assert "micro_batch_size" not in said and "remat" not in said
+
+
+def test_a_fault_of_this_package_is_none_of_the_users():
+    config = get_config({"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}})
     assert explain_error(RuntimeError("a fault of ours"), config) is None
 
 

@@ -12,7 +12,17 @@ import jaxtrain
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
-    {"recipe", "registry", "hooks", "batch", "assets", "model_folder", "gguf_file", "files"},
+    {
+        "recipe",
+        "registry",
+        "hooks",
+        "batch",
+        "assets",
+        "model_folder",
+        "gguf_file",
+        "files",
+        "signals",
+    },
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},

@@ -1,6 +1,7 @@
 """What every checkpoint engine does: decide when to save, where, and what to keep."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,8 +77,19 @@ class CheckpointEngine(Factory, kind="checkpoint"):
         """The newest checkpoint's state, placed like `model`, a tree of shapes with shardings."""
         raise CheckpointError(f"checkpoint type {self.name!r} cannot resume a run")
 
+    def poll(self) -> None:
+        """Raises what went wrong in the background so far."""
+
     def wait(self) -> None:
         """Return when everything saved is on disk; raises what went wrong in the background."""
+
+    def write_error(self, step: int, error: Exception) -> CheckpointError:
+        """What is raised for a save that failed; nothing is left of it."""
+        for left in self.directory.glob(f"{UNFINISHED}{step}.*"):
+            discard(left)
+        steps = self.steps()
+        kept = f"the newest checkpoint there is {PREFIX}{steps[-1]}" if steps else "none is there"
+        return CheckpointError(f"{self.path(step)} cannot be written: {_reason(error)}; {kept}")
 
     def is_due(self, save_point: SavePoint) -> bool:
         """Does the recipe ask for a save here? Never twice for one step."""
@@ -211,6 +223,14 @@ class CheckpointEngine(Factory, kind="checkpoint"):
                 f"checkpoint.output_dir: {self.directory} holds {PREFIX}{self.steps()[-1]} of "
                 "another run; use another folder, remove it, or set auto_resume on an `orbax` entry"
             )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a write that failed."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
+    return os.strerror(int(code[1])) if code else str(error)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

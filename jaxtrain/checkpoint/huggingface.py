@@ -2,7 +2,6 @@
 
 from jaxtrain.checkpoint.engine import CheckpointEngine, Snapshot
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
-from jaxtrain.recipe.errors import CheckpointError
 
 
 class HFCheckpointEngine(CheckpointEngine):
@@ -10,9 +9,8 @@ class HFCheckpointEngine(CheckpointEngine):
     config: HFCheckpointConfig
 
     def save(self, model: Snapshot) -> None:
-        path = self.path(model.step)
         try:
-            model.export(path)
+            model.export(self.path(model.step))
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
+            raise self.write_error(model.step, error) from error
         self.delete_surplus(model.step)

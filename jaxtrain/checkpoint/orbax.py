@@ -1,8 +1,11 @@
 """Full state through Orbax: parameters, optimizer, counts and positions, restored onto any mesh."""
 
 import json
+import logging
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +64,15 @@ class OrbaxEngine(CheckpointEngine):
         except TypeError as error:
             raise CheckpointError(f"{self.path(step)}: state must be JSON data: {error}") from None
         unfinished = self.directory / f"{UNFINISHED}{step}.unfinished"
+        _hide_echoes()
         try:
-            written = ocp.save_checkpointables_async(str(unfinished), parts)
+            # Threads would wait for 300 s for folders that another one could not make.
+            context = ocp.Context()
+            context.async_options.create_directories_asynchronously = False
+            with context:
+                written = ocp.save_checkpointables_async(str(unfinished), parts)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
+            raise self.write_error(step, error) from error
         self._pending = self._background.submit(self._commit, written, unfinished, step, described)
         if not self.config.async_save:
             self.wait()
@@ -78,17 +86,26 @@ class OrbaxEngine(CheckpointEngine):
             list_files(unfinished)
             unfinished.rename(self.path(step))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path(step)} cannot be written: {error}") from error
+            raise self.write_error(step, error) from error
         self.delete_surplus(step)
         if self.config.save_model_only == "all_but_last":
             for older in self.steps():
                 if older < step and (self.path(older) / OPTIMIZER).is_dir():
                     remove(self.path(older) / OPTIMIZER)
 
+    def poll(self) -> None:
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        try:
             pending.result()
+        except BaseException:
+            self.last_saved = -1
+            raise
 
     def tidy(self, step: int) -> None:
         """Also put later checkpoints aside: they are of a future that this run does not have, and
@@ -180,6 +197,21 @@ class OrbaxEngine(CheckpointEngine):
             f"(save_model_only); with it there: {', '.join(p.parent.name for p in full) or 'none'};"
             " resume_from takes one of those, reset: [optimizer] starts the optimizer anew"
         )
+
+
+@cache
+def _hide_echoes() -> None:
+    """What the threads of Orbax log and print of a save that fails, the save raises too."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
+    print_error = sys.excepthook
+
+    def print_other(kind: Any, error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":  # of a write that ends after another has failed
+            print_error(kind, error, trace)
+
+    sys.excepthook = print_other
 
 
 def _weights(state: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ An entry is a folder that appears by rename and never changes. The first process
 claims and builds it; others, also on other machines that share the folder, wait for it to appear.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -33,6 +34,9 @@ MAX_BUILD_AGE_S = 7 * 24 * 3600.0
 PARTS_FILE = "key.json"
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError)
 """What reading a damaged `PARTS_FILE` raises."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheEntry(NamedTuple):
@@ -111,6 +115,10 @@ class DataCache:
                 new.rename(entry)
             if not self._is_intact(entry):
                 raise DataError(f"{entry}: could not be written; is the disk full?")
+        except OSError as fault:
+            if fault.errno not in FULL:
+                raise
+            raise DataError(f"cache folder {self.folder}: {fault.strerror}") from fault
         finally:
             shutil.rmtree(new, ignore_errors=True)
 

@@ -75,7 +75,7 @@ class Documents(NamedTuple):
     def save(self, folder: Path) -> None:
         """Writes the files that `open` maps."""
         for name, part in zip(FILES, (self.tokens, self.weights, self.index), strict=True):
-            part.tofile(folder / name)
+            (folder / name).write_bytes(part.view(np.uint8).data)  # tofile hides what is wrong
 
     def warnings(self, bos: int | None) -> Iterator[str]:
         """Yields what usually goes wrong with documents to train on."""

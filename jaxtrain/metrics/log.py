@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ class _SecretsFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return hide_secrets(super().format(record), self.secrets)
+
+
+class _File(logging.FileHandler):
+    """Ends, and says so once, when its file cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        log.removeHandler(self)
+        log.warning("%s: %s; what follows is not logged", self.baseFilename, error.strerror)
+        with suppress(OSError):  # the line is still in its buffer
+            self.close()
 
 
 class _Terminal(logging.StreamHandler):
@@ -47,7 +61,7 @@ def open_log(
     if is_among(process, logger.file_output_ranks):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         file = folder / "logs" / f"rank_{process}.log"
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_File(file, encoding="utf-8"))
     if is_among(process, logger.print_output_ranks):
         terminal = _Terminal()
         terminal.setLevel(level)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxtrain.files import write_atomically
+from jaxtrain.files import naming, write_atomically
 
 MetricsRow = dict[str, Any]
 """Name → value; `iter` is the step. Services receive only the numbers."""
@@ -41,11 +41,13 @@ class JsonLines:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self._stream.write(json.dumps(finite) + "\n")
-        self._stream.flush()
+        with naming(Path(self._stream.name)):
+            self._stream.write(json.dumps(finite) + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # of a row that could not be written, which was an error then
+            self._stream.close()
 
 
 def read_rows(file: Path) -> list[MetricsRow]:

@@ -1,6 +1,8 @@
 """Reads a fast tokenizer from a folder, the hub or a GGUF file, and writes it for export."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,13 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes tokenizer.json, its config and the chat template for transformers to read."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no class of its own
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
     config = folder / "tokenizer_config.json"
     written = json.loads(config.read_text(encoding="utf-8"))
     if written.get("tokenizer_class") == "TokenizersBackend":

@@ -52,6 +52,7 @@ class Checkpoints:
     def due(self, step: int, scores: Mapping[str, float]) -> list[CheckpointEngine]:
         """Those that are to save this step, which has these evaluation metrics."""
         for engine in self.engines:
+            engine.poll()
             engine.note_score(step, scores)
         return [e for e in self.engines if e.last_saved != step and e.do_checkpoint]
 

@@ -174,6 +174,8 @@ class RunFolder:
                 plot_loss(read_rows(self.metrics_file), self.path / "loss.png")
         except ImportError:
             return "no loss.png: it needs matplotlib, pip install 'jaxtrain[demo]'"
+        except OSError as error:
+            return f"no loss.png: {error.strerror}"
         return None
 
 

@@ -2,16 +2,14 @@
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError, UserError
-
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+from jaxtrain.signals import handle_signals
 
 
 class StopRequests:
@@ -60,28 +58,6 @@ class StopRequests:
         if self.file.is_dir():
             raise RecipeError(f"kill_switch_path: {self.file} is a folder; remove it")
         self.file.unlink(missing_ok=True)
-
-
-@contextmanager
-def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handler` for the signals that end a run; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # One that is ignored, as SIGINT is in the background jobs of a script, stays ignored.
-    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
-
-
-def raise_preempted(number: int, frame: FrameType | None) -> None:
-    """A handler for the time before a run, when nothing has to be saved."""
-    name = signal.Signals(number).name
-    raise PreemptedError(f"{name}: ended before the first step; run it again")
 
 
 def preemption_error(name: str, step: int, engines: Iterable[CheckpointEngine]) -> UserError:

@@ -238,13 +238,13 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                     how = "finished"
                     if self.progress.is_stopping:
                         how = f"ended early, {self.progress.stop_reason}"
-        runtime = time.perf_counter() - began
-        done = f"{pluralize(self.progress.step, 'step')} done, {format_duration(runtime)}"
-        self.console.line(f"{how}: {done}, {self.run_folder.path}")
-        metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
-        metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}
-        metrics = {**self.progress.eval_metrics, **metrics}
-        return TrainOutput(self.progress.step, self.report.last_loss, metrics)
+            runtime = time.perf_counter() - began
+            done = f"{pluralize(self.progress.step, 'step')} done, {format_duration(runtime)}"
+            self.console.line(f"{how}: {done}, {self.run_folder.path}")
+            metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
+            metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}
+            metrics = {**self.progress.eval_metrics, **metrics}
+            return TrainOutput(self.progress.step, self.report.last_loss, metrics)
 
     def _run(self) -> None:
         progress = self.progress

@@ -12,7 +12,7 @@ import yaml
 from jaxtrain import Callback
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.recipe.errors import AbortedError, PreemptedError, RecipeError
-from jaxtrain.trainer.stop import SIGNALS
+from jaxtrain.signals import SIGNALS
 from tests.runs import assert_same, environment, host, metrics_of, recipe, trainer
 
 FULL_STATE = {"save_every_n_steps": 100, "auto_resume": True}

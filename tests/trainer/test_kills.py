@@ -7,43 +7,58 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jaxtrain.recipe.errors import PreemptedError
+from jaxtrain.signals import ended_by_signals
+from tests.forks import Forks
 from tests.runs import environment, recipe
 
 KILLS = int(os.environ.get("JAXTRAIN_TEST_KILLS", "100"))
 STEPS, STATE_EVERY, EXPORT_EVERY = 8, 2, 4
 EXPORTS = ["global_step_4", "global_step_8"]
 STRIKE = """
-import importlib, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-where, number = sys.argv.pop(1), int(sys.argv.pop(1))
-module, name, method = where.split(":")
-owner = getattr(importlib.import_module(module), name)
+import importlib
+
+module, *names, method = {place!r}.split(":")
+owner = importlib.import_module(module)
+for name in names:
+    owner = getattr(owner, name)
 original = getattr(owner, method)
 
 def struck(*args, **named):
     setattr(owner, method, original)
-    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), {number})
     return original(*args, **named)
 
 setattr(owner, method, struck)
-from jaxtrain.cli import main
-main()
 """
-"""Runs jaxtrain, and sends itself a signal where a method is first called."""
+"""The program sends itself a signal where a method is first called."""
 PLACES = {
+    "reading the recipe": "jaxtrain.recipe.resolve:resolve",
+    "reading the tokenizer": "transformers:AutoTokenizer:from_pretrained",
     "preparing": "jaxtrain.data.factory:DataFactory:process",
+    "building": "jaxtrain.trainer.checkpoints:Checkpoints:_build",
+    "looking": "jaxtrain.trainer.run_folder:RunFolder:refuse_foreign",
+    "told of the start": "jaxtrain.trainer.callbacks:Callbacks:tell",
+    "claiming": "jaxtrain.files:_lock",
     "reading weights": "jaxtrain.trainer.run:Run:first_params",
+    "opening": "jaxtrain.trainer.run_folder:RunFolder:open",
     "compiling": "jaxtrain.trainer.jit:Compiled:_jit",
     "stepping": "jaxtrain.trainer.trainer:Trainer:_count_step",
     "evaluating": "jaxtrain.trainer.trainer:Trainer:evaluate",
     "saving": "jaxtrain.checkpoint.orbax:OrbaxEngine:save",
     "exporting": "jaxtrain.trainer.run:Run:export",
+    "closing": "jaxtrain.trainer.report:Report:close",
+    "summing up": "jaxtrain.trainer.progress:TrainOutput:__new__",
+    "exiting": "threading:_shutdown",
 }
+"""Where a method is first called, in the order of a run."""
+AT_THE_END = ("closing", "summing up", "exiting")
 
 
 def write_recipe(folder: Path) -> Path:
@@ -62,24 +77,6 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
-def start(file: Path, *command: str) -> subprocess.Popen:
-    command = command or ("-m", "jaxtrain")
-    pipe = subprocess.PIPE
-    own = environment(
-        PYTHONPATH=str(Path(__file__).parents[2]), JAXTRAIN_CACHE=str(file.parent.parent / "cache")
-    )
-    return subprocess.Popen(
-        [sys.executable, *command, str(file)], env=own, stdout=pipe, stderr=pipe, text=True
-    )
-
-
-def finish(file: Path) -> str:
-    process = start(file)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out
-
-
 def ends_of(folder: Path) -> dict[str, bytes]:
     """The exports of a run, and nothing half done beside them."""
     names = [*(folder / "exports").iterdir(), *(folder / "state").iterdir()]
@@ -91,26 +88,36 @@ def ends_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks")
+    made = Forks(folder, JAXTRAIN_CACHE=str(folder / "cache"))
+    yield made
+    made.close()
+
+
+def finish(forks: Forks, file: Path) -> None:
+    done = forks.run(file)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("kills") / "unbroken"
     file = write_recipe(folder)
-    finish(file)  # fills the caches
-    began = time.perf_counter()
+    finish(forks, file)  # fills the caches
     again = write_recipe(folder.parent / "timed")
-    finish(again)
+    began = time.perf_counter()
+    finish(forks, again)
     return folder, ends_of(folder), time.perf_counter() - began
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(KILLS))
-def test_a_kill_at_a_random_moment_loses_nothing(unbroken, index):
+def test_a_kill_at_a_random_moment_loses_nothing(unbroken, forks, index):
     folder, expected, seconds = unbroken
     file = write_recipe(folder.parent / f"killed-{index}")
-    process = start(file)
-    time.sleep(random.Random(index).uniform(0, seconds))
-    process.kill()
-    process.communicate()
-    finish(file)
+    forks.run(file, kill_after_s=random.Random(index).uniform(0, seconds))
+    finish(forks, file)
     assert ends_of(file.parent) == expected
 
 
@@ -126,17 +133,57 @@ QUICK = {("stepping", signal.SIGHUP), ("preparing", signal.SIGTERM)}
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else value,
 )
-def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, place, number):
+def test_a_signal_in_any_phase_ends_cleanly_and_the_run_resumes(unbroken, forks, place, number):
     folder, expected, _ = unbroken
     file = write_recipe(folder.parent / f"{place}-{number.name}")
     if place == "preparing":  # what the cache has is not prepared
         text = file.read_text().replace("max_length: 128", "max_length: 128\n  cache_dir: own")
         file.write_text(text.replace("cache_dir: own", f"cache_dir: {file.parent / 'own'}"))
-    process = start(file, "-c", STRIKE, PLACES[place], str(int(number)))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 75, err[-3000:]
-    said = err.splitlines()[-1]
-    assert said.startswith(f"{number.name}: ended ") and "Traceback" not in err
-    assert "before the first step" in said or "its full state is saved" in said
-    finish(file)
+    done = forks.run(file, before=STRIKE.format(place=PLACES[place], number=int(number)))
+    finish(forks, file)
     assert ends_of(file.parent) == expected
+    if place in AT_THE_END:  # the run is whole
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        return
+    assert done.returncode == 75, done.stderr[-3000:]
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"{number.name}: ended ") and "Traceback" not in done.stderr
+    assert "before the first step" in said or "its full state is saved" in said
+
+
+IMPORTING = """
+import os, signal, sys
+
+class Strike:
+    def find_spec(self, name, *rest):
+        if name == "optax":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Strike())
+from jaxtrain.cli import main
+main()
+"""
+
+
+def test_a_signal_while_packages_are_imported_ends_before_the_first_step(tmp_path):
+    file = write_recipe(tmp_path / "folder")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(file)],
+        env=environment(JAXTRAIN_CACHE=str(tmp_path / "cache")), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == "SIGTERM: ended before the first step; run it again\n"
+    assert done.returncode == 75 and not (tmp_path / "folder" / "run").exists()
+
+
+def test_a_signal_is_heard_though_code_catches_every_exception():
+    swallowing = suppress(BaseException)
+    with pytest.raises(PreemptedError, match="SIGHUP: ended"), ended_by_signals(), swallowing:
+        signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(PreemptedError, match="SIGTERM: ended before"), ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("made of it") from error
+    with pytest.raises(KeyError), ended_by_signals():
+        raise KeyError("not of a signal")
