@@ -42,6 +42,8 @@ BLOCK_BYTES = 1 << 22
 ARROW_BLOCK = 256
 HASH_RECORDS = 4096
 ARROW_FILE = b"ARROW1"
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file."""
 
 
 def open_temporary_file() -> Any:
@@ -300,7 +302,7 @@ def read_parquet(path: Path) -> Records:
         ):
             for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK):
                 writer.write_batch(batch)
-    except (pa.ArrowException, OSError) as fault:
+    except UNREADABLE as fault:
         raise DataError(f"{path}: not a readable Parquet file: {first_line(fault)}") from None
     sink.flush()
     return _open_table(map_file(sink, path), path)
@@ -315,12 +317,21 @@ def _open_table(whole: mmap.mmap, path: Path) -> Records:
     is_file = whole[: len(ARROW_FILE)] == ARROW_FILE
     try:
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
-        records = ArrowRecords(reader.read_all(), str(path))
-    except (pa.ArrowException, OSError) as fault:
+        table = reader.read_all()
+        _check_names(table.schema)
+        table.validate(full=True)  # offsets of a damaged file would be followed out of its memory
+    except UNREADABLE as fault:
         raise DataError(f"{path}: not a readable Arrow file: {first_line(fault)}") from None
-    if len(records) == 0:
+    if len(table) == 0:
         raise DataError(f"{path}: no records")
-    return records
+    return ArrowRecords(table, str(path))
+
+
+def _check_names(fields: Iterable[Any]) -> None:
+    """Decodes the name of every field, which may fail in a damaged file."""
+    for field in fields:
+        assert isinstance(field.name, str)
+        _check_names(field.type.field(n) for n in range(field.type.num_fields))
 
 
 def _map_unpacked(path: Path) -> Any:

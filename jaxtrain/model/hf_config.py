@@ -1,6 +1,5 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,10 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         ffn_width=hf["intermediate_size"],
         groups=group_layers(tuple(LayerSpec(window=window) for window in windows)),
         rope=position,
-        rms_eps=hf["rms_norm_eps"],
+        rms_eps=float(hf["rms_norm_eps"]),
         max_positions=hf["max_position_embeddings"],
         tied=hf["tie_word_embeddings"],
-        initializer_range=hf["initializer_range"],
+        initializer_range=float(hf["initializer_range"]),
         **family.traits(hf),
     )
 
@@ -139,8 +138,8 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
             faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"
     for field in ("rms_norm_eps", "initializer_range"):
         is_number = isinstance(hf[field], int | float) and not isinstance(hf[field], bool)
-        if not is_number or not 0 <= hf[field] < math.inf:
-            faults[field] = f"must be a number of at least 0, found {show(hf[field])}"
+        if not is_number or not 0 <= hf[field] <= rope.MAX_FLOAT:
+            faults[field] = f"must be a float32 number of at least 0, found {show(hf[field])}"
     for field in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
         if not isinstance(hf.get(field, False), bool):
             faults[field] = f"must be true or false, found {show(hf[field])}"

@@ -228,7 +228,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "messages[0]: no field 'content', found role"),
     "null": (
         {"messages": [{"role": "user", "content": None}]},
-        "messages[0].content: must be text, found None",
+        "messages[0].content: must be text, found null",
     ),
     "number": (
         {"messages": [{"role": "user", "content": 5}]},
@@ -247,7 +247,7 @@ BAD = {
         "conversations[0]: no field 'value', found from",
     ),
     "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text or a list of turns, found 3"),
-    "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
+    "output": ({"instruction": "a", "output": None}, "output: must be text, found null"),
     "calls": (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 3}]}]},
         "messages[0].tool_calls: a call must have a name and arguments, found {'id': 3}",
