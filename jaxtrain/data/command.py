@@ -40,6 +40,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #888; }
+td, h3 { overflow-wrap: anywhere; }
 .warning { background: #fff4ce; border-left: 4px solid #d29922; padding: .4rem .8rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #d0d7de; padding: .8rem;
   border-radius: 6px; font-size: 13px; }

@@ -255,6 +255,7 @@ def test_hostile_data_runs_nothing_in_a_browser_and_is_shown(recipe, tmp_path):
     found = in_a_browser(hostile_page(recipe, tmp_path), tmp_path)
     assert found["ran"] is None and found["tags"].count("script") == 1  # the probe
     assert not {"img", "iframe", "b", "i"} & {*found["tags"]} and found["tags"].count("svg") == 1
+    assert found["wide"]
     for text in HOSTILE:
         assert printable(text) in found["text"]
         assert found["whole"].count(printable(text)) > len(HOSTILE)  # and in every heading
