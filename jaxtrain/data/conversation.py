@@ -111,7 +111,8 @@ def read_conversation(record: Record) -> Conversation:
                 prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
-        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in record)), "")
+        # `problem` is no misspelt `prompt`.
+        near = next(filter(None, (did_you_mean(column, COLUMNS, 0.8) for column in record)), "")
         raise DataError(
             f"columns {', '.join(record) or 'none'} hold no conversation; "
             f"accepted are {ACCEPTED}{near}; other columns have their roles in the source's "

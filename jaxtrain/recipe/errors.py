@@ -113,9 +113,9 @@ def pluralize(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(found: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean …?` with up to three similar names, or nothing."""
-    near = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(found, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
 
 

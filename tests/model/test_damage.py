@@ -55,7 +55,10 @@ def whole(tmp_path_factory) -> Path:
 
 def faults_of(folder: Path) -> list[str]:
     """What `check` finds, and a run when it exports."""
-    written = {"model": {"name_or_path": str(folder)}, "data": {"sources": ["a/b"], "max_length": 8}}
+    written = {
+        "model": {"name_or_path": str(folder)},
+        "data": {"sources": ["a/b"], "max_length": 8},
+    }
     found = [str(fault) for fault in find_model_faults(get_config(written), 1)]
     try:
         add_stop_tokens(read_generation_config(folder), {}, [5])
@@ -135,4 +138,7 @@ def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
                 # What does not fit together is named by another of its fields.
                 is_other = isinstance(value, int) or field in ("architectures", "model_type")
                 named = r"\w+" if is_other else f"{field}|rope_\\w+"
-                assert re.search(f"config.json: ({named}): .*(found|contradicts)", str(error)), (field, value)
+                assert re.search(f"config.json: ({named}): .*(found|contradicts)", str(error)), (
+                    field,
+                    value,
+                )

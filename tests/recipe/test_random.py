@@ -15,8 +15,8 @@ from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import map_leaves
 from jaxtrain.recipe.resolve import resolve
-from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.recipe.shipped import FOLDER
+from jaxtrain.recipe.trainer import TrainerConfig
 from tests.fuzz import at, bounded, damaged, edited, examples, places
 from tests.recipe.arctic import ACCEPTED, REFUSED
 from tests.runs import recipe as small_recipe
@@ -100,7 +100,9 @@ def test_any_edit_of_a_valid_recipe(data):
 def here(tmp_path_factory):
     """A folder with a recipe over files of its own, which `check` looks at."""
     folder = tmp_path_factory.mktemp("here")
-    base = small_recipe(folder, rows=4, tokenizer={"chat_template": "{{ messages }}"}, mesh={"data": 1})
+    base = small_recipe(
+        folder, rows=4, tokenizer={"chat_template": "{{ messages }}"}, mesh={"data": 1}
+    )
     base["checkpoint"] = [{"output_dir": str(folder / "out"), "save_every_n_steps": 2}]
     base["eval_samples"] = {"prompts": ["hello"]}
     assert check(folder, yaml.safe_dump(base).encode()).exit_code == 0
