@@ -117,7 +117,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise RecipeError(f"{file}: no such file; a model folder must have it")
     try:
         value = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{file}: must hold a map, found {show(value)}")

@@ -71,7 +71,7 @@ WRONG = [
     float("inf"), "", " ", "x", "3", "null", "\ud800", "a\ud800b", "\x1b[31m", "\u202e", "\0", "é" * 99,
     "x" * 5000, "<|im_end|>", "</think>", [], {}, [[]], [{}], [None], [1], ["x"], {"a": 1}, {"": None},
     {"role": "user"}, {"role": "user", "content": "x"}, [{"role": "assistant", "content": ["x"]}],
-    {"type": "text", "text": "x"}, {"name": "f", "arguments": {}}, "{", '[{"name": "f"}]',
+    "[" * 3000, "9" * 5000, {"type": "text", "text": "x"}, {"name": "f", "arguments": {}}, "{", '[{"name": "f"}]',
 ]  # fmt: skip
 """Values of every kind, each of which is wrong somewhere."""
 

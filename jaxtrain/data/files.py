@@ -29,9 +29,10 @@ from jaxtrain.data.records import (
     Records,
     drop_nulls,
     first_line,
+    load_json,
 )
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
-from jaxtrain.recipe.errors import DataError, RecipeError, show
+from jaxtrain.recipe.errors import DataError, RecipeError, pluralize, show
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
@@ -130,14 +131,12 @@ class JsonLines(_FileRecords):
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         try:
-            record = json.loads(text)
+            record = load_json(text)
         except json.JSONDecodeError as fault:
             raise DataError(
                 f"{self._place(start, fault.lineno - 1)}: not JSON: {fault.msg} at column "
                 f"{fault.colno}, found {show(text[fault.pos :])}"
             ) from None
-        except RecursionError:
-            raise DataError(f"{self._place(start)}: JSON nested too deeply") from None
         if not isinstance(record, dict):
             raise DataError(f"{self._place(start)}: must be an object, found {show(record)}")
         return record
@@ -195,15 +194,18 @@ class Csv(_FileRecords):
             for record in records:
                 if record and len(record) != len(self._header):
                     raise DataError(
-                        f"{self.path}:{self._line(start)}: {len(record)} values, but the header "
-                        f"has {len(self._header)} columns: {', '.join(self._header)}"
+                        f"{self.path}:{self._line(start)}: {pluralize(len(record), 'value')}, but the "
+                        f"header has {pluralize(len(self._header), 'column')}: "
+                        f"{', '.join(self._header)}"
                     )
                 if record:
                     yield start, self._position
                 start = self._position
         except csv.Error as fault:
-            line = self._line(self._position)
-            raise DataError(f"{self.path}:{line}: not CSV: {fault}") from None
+            line, why = self._line(self._position - 1), str(fault)
+            if "new-line character" in why:
+                why = "a carriage return outside quotes; end lines with a line feed"
+            raise DataError(f"{self.path}:{line}: not CSV: {why}") from None
 
     def _lines(self) -> Iterator[str]:
         """Yields lines; the reader stops at the end of its record, where `_position` then is."""

@@ -324,6 +324,8 @@ def explain_owner(kind: str, name: str, key: str) -> str:
     for section in registry.SECTIONS:
         if any(key in list_type_keys(section, n) for n in registry.BUILT_IN[section]):
             return f"; it is a key of `{section}`"
+    if kind != "trainer" and key in list_type_keys("trainer", "sft"):
+        return "; it is a key of the recipe itself, beside its sections"
     return "; remove it, or, if your own trainer defines it, name its file under `code:`"
 
 

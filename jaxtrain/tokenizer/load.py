@@ -85,15 +85,16 @@ def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
         tokenizer, why = _read(str(path), local_only=True)
         if tokenizer is None:
             files = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "no file"
-            raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}: {why}")
+            why = f": {why}" if (path / "tokenizer.json").is_file() else ""
+            raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}{why}")
     else:
         # The cache comes first, so that a run that has its files never waits for the hub.
-        tokenizer, why = _read(name, local_only=True)
+        tokenizer, _ = _read(name, local_only=True)
         if tokenizer is None and not is_offline_mode():
-            tokenizer, why = _read(name, local_only=False)
+            tokenizer, _ = _read(name, local_only=False)
         if tokenizer is None:
             where = "the hub's cache (offline)" if is_offline_mode() else "the hub"
-            raise RecipeError(f"tokenizer {show(name)} is neither a folder nor in {where}: {why}")
+            raise RecipeError(f"tokenizer {show(name)} is neither a folder nor in {where}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"tokenizer: {name} has no tokenizer.json, which masks need")
     return tokenizer
@@ -136,3 +137,5 @@ def check_syntax(template: str | Mapping[str, str] | None) -> None:
             raise RecipeError(
                 f"tokenizer.chat_template: {where} {fault.lineno}: {fault.message}"
             ) from None
+        except RecursionError:
+            raise RecipeError("tokenizer.chat_template: is nested too deeply") from None

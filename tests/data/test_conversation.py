@@ -212,6 +212,11 @@ BAD = {
         "columns mesages hold no conversation; accepted are messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant; did you mean `messages`?",
     ),
+    "half a form": (
+        {"completion": "b", "problem": "a"},
+        "columns completion, problem hold no conversation; accepted are messages; conversations; prompt "
+        "and response or completion; instruction and output; user and assistant; other columns have",
+    ),
     "no columns": ({}, "columns none hold no conversation"),
     "empty": ({"messages": []}, "messages: empty conversation"),
     "no list": ({"messages": "x"}, "messages: must be a list of turns, found 'x'"),
@@ -255,6 +260,14 @@ BAD = {
     "call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "conversations[0].value: must be JSON",
+    ),
+    "deep tools": (
+        {"prompt": "a", "response": "b", "tools": "[" * 9000},
+        "tools: must be JSON (nested too deeply), found '[[[",
+    ),
+    "digits": (
+        {"conversations": [{"from": "function_call", "value": "9" * 9000}]},
+        "conversations[0].value: must be JSON (a number of too many digits), found '999",
     ),
     "tools": (
         {"messages": [{"role": "user", "content": "a"}], "tools": "{}"},

@@ -21,9 +21,10 @@ from jaxtrain.model.tensor_file import TensorToWrite, write_folder
 from jaxtrain.model.weights import tensor_shapes
 from jaxtrain.model_folder import INDEX
 from jaxtrain.preflight import find_model_faults
+from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig
-from jaxtrain.recipe.resolve import get_config
+from jaxtrain.recipe.resolve import resolve
 from tests.fuzz import WRONG, bounded, damaged, edited, examples
 from tests.runs import LLAMA, model_folder
 

@@ -20,7 +20,8 @@ from tiny_models import (
 )
 
 from jaxtrain.model import rope
-from jaxtrain.model.decoder import merge
+from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.decoder import abstract, merge
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.hf_config import add_stop_tokens, decoder_config, read_generation_config
 from jaxtrain.model.tensor_file import read_folder
@@ -105,7 +106,9 @@ def test_a_single_file_counts_before_an_index(folder, absent):
     np.testing.assert_array_equal(params["embed"]["embedding"], expected)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "a/../../x.safetensors", "{here}"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "a/../../x.safetensors", "{here}", "", "x" * 300]
+)
 def test_an_index_cannot_name_files_outside_its_folder(folder, name):
     inside, outside = folder / "model", folder / "x.safetensors"
     inside.mkdir()
@@ -170,6 +173,22 @@ def test_a_broken_safetensors_file_is_a_weight_error(folder, damage):
         load_model(folder)
 
 
+def test_further_keys_of_a_header_are_ignored(folder):
+    data = (folder / SINGLE).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    entries = {name: entry | {"note": 1} for name, entry in header.items() if name[0] != "_"}
+    text = json.dumps(entries).encode()
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    load_model(folder)
+
+
+def test_whole_numbers_of_a_config_are_numbers(folder):
+    """2**31 overflows where jax takes it for an int32."""
+    large = decoder_config({**CONFIG, "initializer_range": 2**31, "rms_norm_eps": 10**30})
+    abstract(large, ComputeConfig())
+
+
 def test_a_dtype_that_is_not_read_is_named(folder):
     save_file({"model.norm.weight": np.zeros(32, np.int64)}, folder / SINGLE)
     with pytest.raises(WeightError, match=r"dtype 'I64'; use one of F32, F16, BF16"):
@@ -189,6 +208,9 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("attention_bias", 1, "must be true or false, found 1"),
         ("num_hidden_layers", 10_000_000, "must be at most 1,000, found 10,000,000"),
         ("vocab_size", 10**30, "must be a positive whole number"),
+        ("initializer_range", 10**400, "must be a float32 number of at least 0, found 1000000"),
+        ("rms_norm_eps", 1e300, "must be a float32 number of at least 0, found 1e+300"),
+        ("rope_theta", 10**400, "default needs a positive float32 rope_theta, found 1000000"),
         ("rms_norm_eps", float("nan"), "must be a float32 number of at least 0, found nan"),
         ("rope_theta", float("inf"), "default needs a positive float32 rope_theta, found inf"),
         ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
