@@ -193,10 +193,10 @@ class Csv(_FileRecords):
             start = self._position
             for record in records:
                 if record and len(record) != len(self._header):
+                    values, columns = len(record), len(self._header)
                     raise DataError(
-                        f"{self.path}:{self._line(start)}: {pluralize(len(record), 'value')}, but the "
-                        f"header has {pluralize(len(self._header), 'column')}: "
-                        f"{', '.join(self._header)}"
+                        f"{self.path}:{self._line(start)}: {pluralize(values, 'value')}, but the "
+                        f"header has {pluralize(columns, 'column')}: {', '.join(self._header)}"
                     )
                 if record:
                     yield start, self._position

@@ -56,11 +56,10 @@ def whole(tmp_path_factory) -> Path:
 
 def faults_of(folder: Path) -> list[str]:
     """What `check` finds, and a run when it exports."""
-    written = {
-        "model": {"name_or_path": str(folder)},
-        "data": {"sources": ["a/b"], "max_length": 8},
-    }
-    found = [str(fault) for fault in find_model_faults(get_config(written), 1)]
+    written = {"model": {"name_or_path": str(folder)}, "data": {"sources": ["a/b"]}}
+    resolved = resolve(written)
+    describe(resolved)
+    found = [str(fault) for fault in find_model_faults(resolved.require_config(), 1)]
     try:
         add_stop_tokens(read_generation_config(folder), {}, [5])
     except RecipeError as error:
