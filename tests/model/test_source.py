@@ -219,6 +219,12 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("quantization_config", {"bits": 4}, "must be null"),
         ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
         ("head_dim", 7, "must be even"),
+        ("eos_token_id", "</s>", "must be the number of a token or a list of them, found '</s>'"),
+        (
+            "eos_token_id",
+            [1, None],
+            "must be the number of a token or a list of them, found [1, None]",
+        ),
         ("hidden_size", None, "must be a positive whole number, found null"),
         ("rms_norm_eps", "1e-5", "must be a float32 number of at least 0"),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
