@@ -20,6 +20,8 @@ DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]
 NOT_WANTED = ["consolidated*", "original/*", "onnx/*"]
 """Copies of the weights in the layouts of other programs."""
 
+MAX_NAME_BYTES = 256
+
 
 class ModelFiles(NamedTuple):
     path: Path
@@ -97,10 +99,16 @@ def weight_files(folder: Path) -> list[Path]:
     if not files or not all(isinstance(file, str) for file in files):
         raise WeightError(f"{index}: has no `weight_map` of names to files, found {show(named)}")
     names = sorted(set(files))
-    if outside := [n for n in names if PurePath(n).is_absolute() or ".." in PurePath(n).parts]:
+    if outside := [name for name in names if not _is_inside(PurePath(name))]:
         what = "names {}; weights must lie in the folder of the index"
         raise WeightError([Fault(str(index), what.format(show(name))) for name in outside])
     return [folder / name for name in names]
+
+
+def _is_inside(path: PurePath) -> bool:
+    """Whether a name of an index can be a file of its folder."""
+    fits = all(0 < len(part.encode(errors="replace")) < MAX_NAME_BYTES for part in path.parts)
+    return fits and bool(path.parts) and ".." not in path.parts and not path.is_absolute()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise RecipeError(f"{file}: no such file; a model folder must have it")
     try:
         value = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{file}: must hold a map, found {show(value)}")

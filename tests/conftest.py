@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hypothesis import settings
+
 from jaxtrain.assets import cache_folder
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,3 +45,5 @@ def _use_an_empty_data_cache() -> None:
 
 
 _use_an_empty_data_cache()
+
+settings.register_profile("full", deadline=None)  # tests/fuzz.py

@@ -168,6 +168,7 @@ def test_a_flipped_bit_in_the_cache_is_not_served(tmp_path):
 def test_control_characters_of_data_do_not_reach_the_terminal():
     evil = "a\x1b[2Jb\x9bc\r\nd\te"
     assert printable(evil) == "a\\x1b[2Jb\\x9bc\\x0d\nd\te"
+    assert printable("a\ud800b\u202ec\u2066é") == "a\\ud800b\\u202ec\\u2066é"
     sample = Sample(evil, (Piece(evil, True, False),), 1, 1, 0)
     shown = format_sample(sample, in_colour=False)
     assert isinstance(shown, Text) and not {"\x1b", "\x9b", "\r"} & set(shown.plain)

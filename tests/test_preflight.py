@@ -26,6 +26,10 @@ def wrong_type(folder, base):
     model_folder(folder / "model", num_hidden_layers="many")
 
 
+def broken_generation_config(text):
+    return lambda folder, base: (folder / "model" / "generation_config.json").write_text(text)
+
+
 def no_tokenizer(folder, base):
     for file in (folder / "model").glob("*token*"):
         file.unlink()
@@ -73,6 +77,8 @@ def samples_without_a_template(folder, base):
 REFUSED = {
     "architecture": (other_architecture, "unsupported architecture, found 'BertModel'"),
     "config.json": (wrong_type, "num_hidden_layers: must be a positive whole number"),
+    "generation": (broken_generation_config("{"), "generation_config.json: not JSON"),
+    "stops": (broken_generation_config('{"eos_token_id": "x"}'), "eos_token_id: must be the number"),
     "no model": (no_folder, "no such folder or file"),
     "no tokenizer": (no_tokenizer, "has no readable tokenizer"),
     "no weights": (change("model", {"from_scratch": False}), "needs model.safetensors"),

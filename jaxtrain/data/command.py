@@ -40,6 +40,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #888; }
+td, h3 { overflow-wrap: anywhere; }
 .warning { background: #fff4ce; border-left: 4px solid #d29922; padding: .4rem .8rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #d0d7de; padding: .8rem;
   border-radius: 6px; font-size: 13px; }
@@ -216,15 +217,15 @@ def format_legend(*, in_colour: bool) -> Text:
 
 def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, heading: str) -> str:
     ledger = data.ledger
-    warnings = [f'<p class="warning">{escape(text)}</p>' for text in ledger.warnings]
-    notes = [f"<p>{escape(text)}</p>" for text in ledger.notes]
+    warnings = [f'<p class="warning">{_escape(text)}</p>' for text in ledger.warnings]
+    notes = [f"<p>{_escape(text)}</p>" for text in ledger.notes]
     lengths = data.train.documents.sequence_lengths[np.unique(data.train.packing.documents)]
     return "\n".join([
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        f"<title>{_escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{_escape(title)}</h1>",
         *warnings,
         "<h2>Sources</h2>",
         _render_table(SOURCE_COLUMNS, ledger.sources),
@@ -233,7 +234,7 @@ def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, head
         *notes,
         "<h2>Lengths of the training documents</h2>",
         render_histogram(lengths, data.sequence_tokens),
-        f"<h2>{escape(heading)}</h2>",
+        f"<h2>{_escape(heading)}</h2>",
         '<p><span class="trained">trained</span> <span class="masked">masked</span> '
         '<span class="special">special token</span></p>',
         *(_render_sample(sample) for sample in shown),
@@ -263,8 +264,8 @@ SET_COLUMNS: dict[str, Callable[[SetCounts], str]] = {
 
 
 def _render_table(columns: Mapping[str, Callable[[Any], str]], counted: Sequence[Any]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    cells = [[f"<td>{escape(cell(one))}</td>" for cell in columns.values()] for one in counted]
+    head = "".join(f"<th>{_escape(name)}</th>" for name in columns)
+    cells = [[f"<td>{_escape(cell(one))}</td>" for cell in columns.values()] for one in counted]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -293,9 +294,14 @@ def render_histogram(lengths: np.ndarray, max_tokens: int) -> str:
 def _render_sample(sample: Sample) -> str:
     spans = "".join(
         f'<span class="{"trained" if piece.is_trained else "masked"}'
-        f'{" special" if piece.is_special else ""}">{escape(piece.text)}</span>'
+        f'{" special" if piece.is_special else ""}">{_escape(piece.text)}</span>'
         for piece in sample.pieces
     )
     rest = f" … and {sample.left_out:,} more tokens" if sample.left_out else ""
     heading = f"{sample.title}: {sample.tokens:,} tokens, {sample.trained:,} trained"
-    return f"<h3>{escape(heading)}</h3><pre>{spans}{rest}</pre>"
+    return f"<h3>{_escape(heading)}</h3><pre>{spans}{rest}</pre>"
+
+
+def _escape(text: str) -> str:
+    """Text that a browser shows as it is, control characters too."""
+    return escape(printable(text))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxtrain.data.records import get_column, get_text
+from jaxtrain.data.records import get_column, get_text, load_json
 from jaxtrain.recipe.data import ROLES
 from jaxtrain.recipe.errors import DataError, did_you_mean, show
 
@@ -111,7 +111,9 @@ def read_conversation(record: Record) -> Conversation:
                 prompt_turns = len(messages) - (len(reply) if isinstance(reply, list) else 1)
             break
     else:
-        near = next(filter(None, (did_you_mean(column, COLUMNS) for column in record)), "")
+        # `problem` is no misspelt `prompt`.
+        others = (column for column in record if column not in COLUMNS)
+        near = next(filter(None, (did_you_mean(column, COLUMNS, 0.8) for column in others)), "")
         raise DataError(
             f"columns {', '.join(record) or 'none'} hold no conversation; "
             f"accepted are {ACCEPTED}{near}; other columns have their roles in the source's "
@@ -182,7 +184,7 @@ def _read_calls(value: Any, place: str) -> list[Any]:
             raise DataError(f"{place}: a call must have a name and arguments, found {show(call)}")
         if isinstance(arguments := function.get("arguments"), str):
             with suppress(json.JSONDecodeError):
-                parsed = json.loads(arguments)
+                parsed = load_json(arguments)
                 arguments = parsed if isinstance(parsed, dict) else arguments
             function = {**function, "arguments": arguments}
         rest = call if "function" in call else {}
@@ -356,6 +358,6 @@ def _parse_json(value: Any, place: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return load_json(value)
     except json.JSONDecodeError as fault:
         raise DataError(f"{place}: must be JSON ({fault.msg}), found {show(value)}") from None

@@ -29,9 +29,10 @@ from jaxtrain.data.records import (
     Records,
     drop_nulls,
     first_line,
+    load_json,
 )
 from jaxtrain.recipe.data import COMPRESSED, FORMATS, file_format
-from jaxtrain.recipe.errors import DataError, RecipeError, show
+from jaxtrain.recipe.errors import DataError, RecipeError, pluralize, show
 
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\S\n]*(\S[^\n]*)")
@@ -42,6 +43,8 @@ BLOCK_BYTES = 1 << 22
 ARROW_BLOCK = 256
 HASH_RECORDS = 4096
 ARROW_FILE = b"ARROW1"
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file."""
 
 
 def open_temporary_file() -> Any:
@@ -128,14 +131,12 @@ class JsonLines(_FileRecords):
 
     def _parse(self, text: str, start: int) -> dict[str, Any]:
         try:
-            record = json.loads(text)
+            record = load_json(text)
         except json.JSONDecodeError as fault:
             raise DataError(
                 f"{self._place(start, fault.lineno - 1)}: not JSON: {fault.msg} at column "
                 f"{fault.colno}, found {show(text[fault.pos :])}"
             ) from None
-        except RecursionError:
-            raise DataError(f"{self._place(start)}: JSON nested too deeply") from None
         if not isinstance(record, dict):
             raise DataError(f"{self._place(start)}: must be an object, found {show(record)}")
         return record
@@ -192,16 +193,19 @@ class Csv(_FileRecords):
             start = self._position
             for record in records:
                 if record and len(record) != len(self._header):
+                    values, columns = len(record), len(self._header)
                     raise DataError(
-                        f"{self.path}:{self._line(start)}: {len(record)} values, but the header "
-                        f"has {len(self._header)} columns: {', '.join(self._header)}"
+                        f"{self.path}:{self._line(start)}: {pluralize(values, 'value')}, but the "
+                        f"header has {pluralize(columns, 'column')}: {', '.join(self._header)}"
                     )
                 if record:
                     yield start, self._position
                 start = self._position
         except csv.Error as fault:
-            line = self._line(self._position)
-            raise DataError(f"{self.path}:{line}: not CSV: {fault}") from None
+            line, why = self._line(self._position - 1), str(fault)
+            if "new-line character" in why:
+                why = "a carriage return outside quotes; end lines with a line feed"
+            raise DataError(f"{self.path}:{line}: not CSV: {why}") from None
 
     def _lines(self) -> Iterator[str]:
         """Yields lines; the reader stops at the end of its record, where `_position` then is."""
@@ -300,7 +304,7 @@ def read_parquet(path: Path) -> Records:
         ):
             for batch in file.iter_batches(batch_size=4 * ARROW_BLOCK):
                 writer.write_batch(batch)
-    except (pa.ArrowException, OSError) as fault:
+    except UNREADABLE as fault:
         raise DataError(f"{path}: not a readable Parquet file: {first_line(fault)}") from None
     sink.flush()
     return _open_table(map_file(sink, path), path)
@@ -315,12 +319,21 @@ def _open_table(whole: mmap.mmap, path: Path) -> Records:
     is_file = whole[: len(ARROW_FILE)] == ARROW_FILE
     try:
         reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(pa.py_buffer(whole))
-        records = ArrowRecords(reader.read_all(), str(path))
-    except (pa.ArrowException, OSError) as fault:
+        table = reader.read_all()
+        _check_names(table.schema)
+        table.validate(full=True)  # offsets of a damaged file would be followed out of its memory
+    except UNREADABLE as fault:
         raise DataError(f"{path}: not a readable Arrow file: {first_line(fault)}") from None
-    if len(records) == 0:
+    if len(table) == 0:
         raise DataError(f"{path}: no records")
-    return records
+    return ArrowRecords(table, str(path))
+
+
+def _check_names(fields: Iterable[Any]) -> None:
+    """Decodes the name of every field, which may fail in a damaged file."""
+    for field in fields:
+        assert isinstance(field.name, str)
+        _check_names(field.type.field(n) for n in range(field.type.num_fields))
 
 
 def _map_unpacked(path: Path) -> Any:

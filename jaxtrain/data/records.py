@@ -213,6 +213,19 @@ def _drop_nulls(value: Any) -> Any:
     return value
 
 
+def load_json(text: str) -> Any:
+    """Parses JSON; every fault is a JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        why = "nested too deeply"
+    except ValueError:  # Python reads no integer of so many digits
+        why = "a number of too many digits"
+    raise json.JSONDecodeError(why, text, 0)
+
+
 def first_line(fault: BaseException) -> str:
     """Returns the first line of a library's message, whose other lines are its own hints."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

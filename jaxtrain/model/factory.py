@@ -53,6 +53,7 @@ class ModelSpec:
     """tokens of the vocabulary that have weights at `path`, where that is not all"""
     placement: Placement | None = None
     """what it is computed on, once that is known"""
+    generation_config: dict[str, Any] | None = None
 
     def with_room(self, tokens: int, config: ModelConfig) -> "ModelSpec":
         """A model for so many tokens; RecipeError where it would have to grow and may not."""
@@ -64,8 +65,8 @@ class ModelSpec:
                 f"model.resize_vocab: the tokenizer has {tokens} tokens and the embedding room for "
                 f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
             )
-        grown = replace(self.config, vocab_size=tokens)
-        return ModelSpec(grown, self.hf_config | {"vocab_size": tokens}, self.path, room)
+        grown, hf = replace(self.config, vocab_size=tokens), self.hf_config | {"vocab_size": tokens}
+        return replace(self, config=grown, hf_config=hf, stored_tokens=room)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class LanguageModel:
             self.spec.hf_config,
             dtype=dtype,
             generation_config=add_stop_tokens(
-                read_generation_config(self.spec.path), self.spec.hf_config, stop_tokens
+                self.spec.generation_config, self.spec.hf_config, stop_tokens
             ),
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
@@ -179,7 +180,8 @@ class HFModelFactory(ModelFactory):
 
     def create_config(self) -> ModelSpec:
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
-        return ModelSpec(*read_config(path, self.config), path)
+        config, hf = read_config(path, self.config)
+        return ModelSpec(config, hf, path, generation_config=read_generation_config(path))
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""

@@ -1,6 +1,5 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,12 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
     """generation_config.json of a folder, or the equivalent from a GGUF file."""
     if path.is_dir():
         file = path / "generation_config.json"
-        return read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        generation = read_json(file)
+        if what := _check_stop_tokens(generation):
+            raise RecipeError(f"{file}: eos_token_id: {what}")
+        return generation
     config = read_gguf_config(path)
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {token: config[token] for token in tokens if token in config}
@@ -117,10 +121,10 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         ffn_width=hf["intermediate_size"],
         groups=group_layers(tuple(LayerSpec(window=window) for window in windows)),
         rope=position,
-        rms_eps=hf["rms_norm_eps"],
+        rms_eps=float(hf["rms_norm_eps"]),
         max_positions=hf["max_position_embeddings"],
         tied=hf["tie_word_embeddings"],
-        initializer_range=hf["initializer_range"],
+        initializer_range=float(hf["initializer_range"]),
         **family.traits(hf),
     )
 
@@ -139,8 +143,10 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
             faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"
     for field in ("rms_norm_eps", "initializer_range"):
         is_number = isinstance(hf[field], int | float) and not isinstance(hf[field], bool)
-        if not is_number or not 0 <= hf[field] < math.inf:
-            faults[field] = f"must be a number of at least 0, found {show(hf[field])}"
+        if not is_number or not 0 <= hf[field] <= rope.MAX_FLOAT:
+            faults[field] = f"must be a float32 number of at least 0, found {show(hf[field])}"
+    if what := _check_stop_tokens(hf):
+        faults["eos_token_id"] = what
     for field in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
         if not isinstance(hf.get(field, False), bool):
             faults[field] = f"must be true or false, found {show(hf[field])}"
@@ -149,6 +155,15 @@ def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
             f"must be a whole number of at least 0, found {show(hf['max_window_layers'])}"
         )
     return faults
+
+
+def _check_stop_tokens(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the tokens that end a generation, to which an export adds others."""
+    found = config.get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        return None
+    return f"must be the number of a token or a list of them, found {show(found)}"
 
 
 def _is_count(value: Any) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtrain.recipe.errors import show
 
 DEFAULT_THETA = 10_000.0
+MAX_FLOAT = 3e38  # in float32; an integer of JSON may even be too large for a float of Python
 FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 """Its fields in config.json: the first two up to transformers 4, the third from 5; the last counts
 before its namesake in one of them."""
@@ -76,8 +77,8 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
 
 def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"rope type {kind} needs a positive {name}, found {show(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
+        raise ValueError(f"rope type {kind} needs a positive float32 {name}, found {show(value)}")
     return float(value)
 
 

@@ -80,12 +80,13 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     ]
     if faults:
         raise WeightError(faults)
-    return {name: _view(data[start:], **entry) for name, entry in header.items()}
+    return {name: _view(data[start:], entry) for name, entry in header.items()}
 
 
-def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
-    read = lambda: data[slice(*data_offsets)].view(DTYPES[dtype]).reshape(shape)
-    return StoredTensor(tuple(shape), read)
+def _view(data: np.ndarray, entry: Mapping[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    return StoredTensor(shape, lambda: data[begin:end].view(dtype).reshape(shape))
 
 
 class TensorToWrite(NamedTuple):

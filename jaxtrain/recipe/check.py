@@ -109,7 +109,7 @@ def describe_length(config: TrainerConfig) -> str:
     try:
         fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
         return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "at most as many tokens as the model has positions; see data.max_length"
 
 

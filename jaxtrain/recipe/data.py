@@ -1,7 +1,7 @@
 """The `data` section and its sources."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from jaxtrain.recipe.section import (
     Own,
     TypedSection,
     contradiction,
+    input_folders,
     mapped,
     no_effect,
     not_supported,
@@ -48,10 +49,10 @@ def file_format(path: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def parse_split(text: str, folder: Path | None = None) -> tuple[str, str]:
+def parse_split(text: str, folders: Iterable[Path] = ()) -> tuple[str, str]:
     """The two parts of `name:split[10:20]`. The second is empty when there is none, and for a path
-    with a colon that exists in `folder` or the current one."""
-    if path_exists(text) or (folder is not None and path_exists(f"{folder}/{text}")):
+    with a colon that exists in one of `folders` or the current one."""
+    if path_exists(text) or any(path_exists(f"{folder}/{text}") for folder in folders):
         return text, ""
     match = SPLIT_SUFFIX.fullmatch(text)
     return (match["name"], match["split"]) if match else (text, "")
@@ -70,13 +71,12 @@ def source_from_text(text: str, *, registered: Collection[str], default: str) ->
 
 
 def _resolve_glob(value: Any, info: ValidationInfo) -> Any:
-    """Resolves a glob in the recipe's folder first, as plain paths are."""
+    """Resolves a glob in the folders where plain paths are looked up."""
     if not isinstance(value, str) or "://" in value or not set("*?[") & set(value):
         return value
-    folder = (info.context or {}).get("folder")
-    if folder is not None and "\0" not in value and glob(value, root_dir=folder, recursive=True):
-        return str(Path(folder).resolve() / value)
-    return value
+    folders = input_folders(info) if "\0" not in value else []
+    found = (f for f in folders if glob(value, root_dir=f, recursive=True))
+    return next((str(folder / value) for folder in found), value)
 
 
 InputPattern = Annotated[InputPath, BeforeValidator(_resolve_glob)]
@@ -172,7 +172,7 @@ class HFDataSourceConfig(RowsConfig):
         """Splits `name:split` into two keys, so that the effective recipe has each of them once."""
         if not isinstance(data, dict) or not isinstance(data.get("name_or_path"), str):
             return data
-        name, split = parse_split(data["name_or_path"], (info.context or {}).get("folder"))
+        name, split = parse_split(data["name_or_path"], input_folders(info, "name_or_path"))
         if not split:
             return data
         given = data.get("split")

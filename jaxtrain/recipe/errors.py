@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that write over a terminal, turn the direction of the text after them, or are halves
+that cannot be written out."""
 MAX_FOUND = 60  # characters of a found value that a message shows
 
 
@@ -91,8 +93,8 @@ class PreemptedError(UserError):
 
 def show(value: Any) -> str:
     """A found value, formatted and shortened for a message."""
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):  # as YAML and JSON write them
+        return "null" if value is None else str(value).lower()
     try:
         text = str(value) if isinstance(value, int | float) else repr(value)
     except ValueError:  # Python writes out no integer of so many digits
@@ -101,8 +103,9 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, with which data could write over a terminal."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """`text` with control characters escaped, for terminals and pages."""
+    escape = lambda code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return CONTROL.sub(lambda found: escape(ord(found[0])), text)
 
 
 def pluralize(number: int, what: str) -> str:
@@ -110,9 +113,9 @@ def pluralize(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(found: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean …?` with up to three similar names, or nothing."""
-    near = difflib.get_close_matches(found, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(found, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
 
 

@@ -54,6 +54,17 @@ class Recipe(NamedTuple):
     def folder(self) -> Path:
         return self.file.resolve().parent if self.file else Path.cwd()
 
+    def folders_of(self, key: Key) -> list[Path]:
+        """Where a path that is the value of `key` is looked up: beside the file that it is written
+        in, which may be a base, then beside the recipe, then in the current directory."""
+        *section, field = key
+        inner = [
+            k for k in self.places if k[:-1][: len(section)] == (*section,) and k[-1:] == (field,)
+        ]
+        place = self.place(inner[0] if len(inner) == 1 else key)
+        written = [Path(place.file).resolve().parent] if place and place.line else []
+        return list(dict.fromkeys((*written, self.folder, Path.cwd())))
+
 
 FAULTY = object()
 """Stands for a value that is no plain data, until the key that has it is left out."""

@@ -151,7 +151,6 @@ class _Resolver:
         self.typed_config: TrainerConfig | None = None
         """the config as it is written, if no section is missing"""
         self.has_stand_in = False
-        self.context = {"folder": recipe.folder, "notes": self.notes}
 
     def build_config(self, trainer: str) -> TrainerConfig | None:
         for section in registry.SECTIONS:
@@ -254,9 +253,11 @@ class _Resolver:
             what = f"{name!r} is not supported yet; supported: {supported}"
             self.unsupported.append(Fault(join_key((*key, "type")), what))
         found: list[tuple[Key, str]] = []
+        find = lambda field: self.recipe.folders_of((*key, field))
+        context = {"folders_of": find, "notes": self.notes}
         for _ in range(MAX_PASSES):
             try:
-                return cls.model_validate(value, context=self.context)
+                return cls.model_validate(value, context=context)
             except ValidationError as error:
                 faults = explain(error, cls, partial(explain_owner, kind, name))
             for loc, what in faults:
@@ -323,6 +324,8 @@ def explain_owner(kind: str, name: str, key: str) -> str:
     for section in registry.SECTIONS:
         if any(key in list_type_keys(section, n) for n in registry.BUILT_IN[section]):
             return f"; it is a key of `{section}`"
+    if kind != "trainer" and key in list_type_keys("trainer", "sft"):
+        return "; it is a key of the recipe itself, beside its sections"
     return "; remove it, or, if your own trainer defines it, name its file under `code:`"
 
 
@@ -338,13 +341,13 @@ def load_code(recipe: Recipe, trainer: Any = "sft") -> Path | None:
     unknown = any(name not in registry.names(kind) for kind, name in find_types(recipe, trainer))
     if written is None and not (unknown and recipe.file):
         return None
-    folders = (recipe.folder, Path.cwd()) if written else (recipe.folder,)
+    folders = recipe.folders_of(("code",)) if written else [recipe.folder]
     files = [folder / str(written or "train.py") for folder in folders]
     file = next((file for file in files if path_exists(str(file)) and file.is_file()), None)
     if file is not None:
         run_user_code(file)
     elif written is not None:
-        looked = " and ".join(dict.fromkeys(map(str, (recipe.folder, Path.cwd()))))
+        looked = " and ".join(map(str, folders))
         fault = Fault("code", f"no such file: {written!r} (looked in {looked})")
         raise RecipeError([recipe.locate(fault)])
     return file

@@ -83,8 +83,9 @@ Every key of a recipe, by section. Made by `jaxtrain schema --markdown` from the
 `jaxtrain schema` prints the same keys as JSON Schema, for editors.
 
 Numbers may be written as `1_000`, `1.25K`, `1Ki`, `10%`, `2^10` or `1e-5`. Input paths are looked
-up beside the recipe, then in the current directory; output paths belong to the current directory.
-`${env:NAME}`, `${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value.
+up beside the file that they are written in, which may be a base, then beside the recipe, then in
+the current directory; output paths belong to the current directory. `${env:NAME}`,
+`${env:NAME:default}` and `${dir}` (the recipe's folder) may be used in any value.
 
 A key of ArcticTraining or DeepSpeed does here what it does there, unless its meaning says
 `Mapped`, with what honours it instead, or `No effect`, with the reason."""

@@ -197,14 +197,12 @@ def is_path(name: str) -> bool:
 
 
 def resolve_input_path(value: Any, info: ValidationInfo) -> Any:
-    """The absolute path of what exists beside the recipe or in the current directory; `value` as it
-    is when nothing does."""
+    """The absolute path of what exists in a folder where it is looked up; `value` as it is when
+    nothing does."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
     context = info.context or {}
-    paths = [
-        folder / expand_user(value) for folder in (context.get("folder"), Path.cwd()) if folder
-    ]
+    paths = [folder / expand_user(value) for folder in input_folders(info)]
     found = list(dict.fromkeys(path.resolve() for path in paths if path_exists(str(path))))
     if not found:
         return value
@@ -213,8 +211,14 @@ def resolve_input_path(value: Any, info: ValidationInfo) -> Any:
     return str(found[0])
 
 
+def input_folders(info: ValidationInfo, field: str | None = None) -> list[Path]:
+    """Where a path of a section is looked up: `Recipe.folders_of` its field."""
+    find = (info.context or {}).get("folders_of")
+    return find(info.field_name or field) if find else [Path.cwd()]
+
+
 InputPath = Annotated[str, BeforeValidator(resolve_input_path)]
-"""A file or folder that is read: looked up beside the recipe, then in the current directory."""
+"""A file or folder that is read, looked up in `input_folders`."""
 
 
 DTYPES = {

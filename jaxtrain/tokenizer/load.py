@@ -90,15 +90,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
     if path.is_dir():
-        tokenizer = _read(str(path), local_only=True)
+        tokenizer, why = _read(str(path), local_only=True)
         if tokenizer is None:
             files = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "no file"
-            raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}")
+            why = f": {why}" if (path / "tokenizer.json").is_file() else ""
+            raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}{why}")
     else:
         # The cache comes first, so that a run that has its files never waits for the hub.
-        tokenizer = _read(name, local_only=True)
+        tokenizer, _ = _read(name, local_only=True)
         if tokenizer is None and not is_offline_mode():
-            tokenizer = _read(name, local_only=False)
+            tokenizer, _ = _read(name, local_only=False)
         if tokenizer is None:
             where = "the hub's cache (offline)" if is_offline_mode() else "the hub"
             raise RecipeError(f"tokenizer {show(name)} is neither a folder nor in {where}")
@@ -107,13 +108,15 @@ def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _read(name: str, *, local_only: bool):
+def _read(name: str, *, local_only: bool) -> tuple[Any, str]:
+    """Returns the tokenizer, or None and why it cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, local_files_only=local_only, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError):  # transformers' faults of absent or partial files
-        return None
+    except Exception as fault:  # both libraries raise whatever a partial or damaged file makes them
+        return None, str(fault).strip().partition("\n")[0] or type(fault).__name__
+    return tokenizer, ""
 
 
 def read_template(value: str) -> str:
@@ -142,3 +145,5 @@ def check_syntax(template: str | Mapping[str, str] | None) -> None:
             raise RecipeError(
                 f"tokenizer.chat_template: {where} {fault.lineno}: {fault.message}"
             ) from None
+        except RecursionError:
+            raise RecipeError("tokenizer.chat_template: is nested too deeply") from None

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from jaxtrain.cli import cli
 from jaxtrain.data.command import show_data
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import CONTROL, RecipeError, printable
 from jaxtrain.recipe.resolve import get_config
 from tests.runs import model_folder
 from tests.tiny import chat, tiny_tokenizer
@@ -183,37 +183,82 @@ def test_judged_rows_are_shown_with_their_label(recipe, tmp_path):
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROBE = """<script>
-const one = (query) => document.querySelector(query);
-const colour = (query) => getComputedStyle(one(query)).backgroundColor;
+const all = (query) => [...document.querySelectorAll(query)];
+const colour = (query) => getComputedStyle(all(query)[0]).backgroundColor;
 document.title = JSON.stringify({
   trained: colour("pre .trained"), masked: colour("pre .masked"),
-  bars: [...document.querySelectorAll("#lengths rect")].map((bar) => bar.getBBox().height),
-  text: [...document.querySelectorAll("pre .trained")].map((span) => span.textContent).join(""),
+  bars: all("#lengths rect").map((bar) => bar.getBBox().height),
+  text: all("pre .trained").map((span) => span.textContent).join(""),
+  whole: all("body")[0].innerText, ran: window.ran ?? null, tags: all("*").map((e) => e.localName),
   wide: document.documentElement.scrollWidth <= innerWidth,
 });
 </script>"""
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(recipe, tmp_path):
+def in_a_browser(page, tmp_path):
+    """What the probe finds in a page when the browser has shown it."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)}")
-    page = page_of(recipe, tmp_path, batch=1)
     file = tmp_path / "probed.html"
-    file.write_text(page.replace("</body>", f"{PROBE}</body>"))
+    file.write_text(page.replace("</body></html>", f"{PROBE}</body></html>"))
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user",
-         "--dump-dom", file.as_uri()],
+         "--virtual-time-budget=2000", "--dump-dom", file.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
     assert title is not None, done.stdout[:500] + done.stderr[-2000:]
-    found = json.loads(unescape(title[1]))
+    return json.loads(unescape(title[1]))
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(recipe, tmp_path):
+    page = page_of(recipe, tmp_path, batch=1)
+    found = in_a_browser(page, tmp_path)
     assert found["trained"] != found["masked"] and found["trained"] != "rgba(0, 0, 0, 0)"
     assert found["bars"] and max(found["bars"]) == 160 and min(found["bars"]) >= 1
     assert found["text"] == "".join(spans(page, "trained")).removeprefix("trained")
     assert found["wide"]
+
+
+HOSTILE = (
+    "<script>ran = 1</script>", "</pre></body></html><script>ran = 2</script>", "</style><b>x</b>",
+    "<img src=x onerror='ran = 3'>", "<svg/onload=ran=4>", "\"><iframe srcdoc='<script>top.ran=5</script>'>",
+    "&lt;i&gt; &#60;script&#62;", "\x1b[2J\x1b]0;title\x07red\x9b31m", "a\u202etxt.exe\u2066b",
+)  # fmt: skip
+
+
+def hostile_page(recipe, tmp_path):
+    """A page of such rows, from a source of such a name."""
+    rows = [{"messages": chat(text, text), "x": 1} for text in HOSTILE]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = yaml.safe_load(recipe.read_text()) | {"micro_batch_size": 8}
+    written["data"]["sources"][0]["name"] = "".join(HOSTILE)
+    recipe.write_text(yaml.safe_dump(written))
+    return page_of(recipe, tmp_path, batch=1)
+
+
+def test_nothing_of_hostile_data_is_markup_or_a_control_character(recipe, tmp_path, capsys):
+    page = hostile_page(recipe, tmp_path)
+    tags = {"script", "img", "iframe", "b", "i"} & set(re.findall(r"<(\w+)", page))
+    assert not tags and page.count("<svg") == page.count("</pre></body>") + 1 == 1
+    assert page.count("</style>") == page.count("</html>") == 1
+    assert not CONTROL.search(page) and not CONTROL.search(capsys.readouterr().out)
+    shown = "".join(spans(page, "trained"))
+    for text in HOSTILE:
+        assert printable(text) in shown
+
+
+@pytest.mark.slow
+def test_hostile_data_runs_nothing_in_a_browser_and_is_shown(recipe, tmp_path):
+    found = in_a_browser(hostile_page(recipe, tmp_path), tmp_path)
+    assert found["ran"] is None and found["tags"].count("script") == 1  # the probe
+    assert not {"img", "iframe", "b", "i"} & {*found["tags"]} and found["tags"].count("svg") == 1
+    assert found["wide"]
+    for text in HOSTILE:
+        assert printable(text) in found["text"]
+        assert found["whole"].count(printable(text)) > len(HOSTILE)  # and in every heading
 
 
 ASKING = """

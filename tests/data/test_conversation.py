@@ -212,6 +212,11 @@ BAD = {
         "columns mesages hold no conversation; accepted are messages; conversations; prompt and response "
         "or completion; instruction and output; user and assistant; did you mean `messages`?",
     ),
+    "half a form": (
+        {"completion": "b", "problem": "a"},
+        "columns completion, problem hold no conversation; accepted are messages; conversations; prompt "
+        "and response or completion; instruction and output; user and assistant; other columns have",
+    ),
     "no columns": ({}, "columns none hold no conversation"),
     "empty": ({"messages": []}, "messages: empty conversation"),
     "no list": ({"messages": "x"}, "messages: must be a list of turns, found 'x'"),
@@ -228,7 +233,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "messages[0]: no field 'content', found role"),
     "null": (
         {"messages": [{"role": "user", "content": None}]},
-        "messages[0].content: must be text, found None",
+        "messages[0].content: must be text, found null",
     ),
     "number": (
         {"messages": [{"role": "user", "content": 5}]},
@@ -247,7 +252,7 @@ BAD = {
         "conversations[0]: no field 'value', found from",
     ),
     "prompt": ({"prompt": 3, "response": "b"}, "prompt: must be text or a list of turns, found 3"),
-    "output": ({"instruction": "a", "output": None}, "output: must be text, found None"),
+    "output": ({"instruction": "a", "output": None}, "output: must be text, found null"),
     "calls": (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 3}]}]},
         "messages[0].tool_calls: a call must have a name and arguments, found {'id': 3}",
@@ -255,6 +260,14 @@ BAD = {
     "call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "conversations[0].value: must be JSON",
+    ),
+    "deep tools": (
+        {"prompt": "a", "response": "b", "tools": "[" * 9000},
+        "tools: must be JSON (nested too deeply), found '[[[",
+    ),
+    "digits": (
+        {"conversations": [{"from": "function_call", "value": "9" * 9000}]},
+        "conversations[0].value: must be JSON (a number of too many digits), found '999",
     ),
     "tools": (
         {"messages": [{"role": "user", "content": "a"}], "tools": "{}"},

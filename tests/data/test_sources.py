@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 
 import pyarrow as pa
@@ -227,6 +228,7 @@ def test_samples_are_drawn_once_and_kept_in_order(jsonl):
 
 
 EXPECTED = "must be a list of objects, or one object per line"
+DEEP, DIGITS = '{"a": ' + "[" * 9000, '{"a": ' + "9" * 9000 + "}"
 CASES = {
     "no comma": (
         JsonSource,
@@ -267,6 +269,16 @@ CASES = {
         '{"a":1}\n\n{a:1}\n',
         ":3: not JSON: Expecting property name enclosed in double quotes at column 2, found 'a:1}'",
     ),
+    "deep": (
+        JsonLinesSource,
+        f'{{"a":1}}\n{DEEP}',
+        f":2: not JSON: nested too deeply at column 1, found '{DEEP[:58]}…",
+    ),
+    "digits": (
+        JsonLinesSource,
+        DIGITS,
+        f":1: not JSON: a number of too many digits at column 1, found '{DIGITS[:58]}…",
+    ),
     "blank": (JsonLinesSource, " \n\n", ": no records"),
     "not utf-8": (
         JsonLinesSource,
@@ -274,7 +286,13 @@ CASES = {
         ":2: not UTF-8, found byte 0xff; save the file as UTF-8",
     ),
     "width": (CsvSource, "a,b\n1,2,3\n", ":2: 3 values, but the header has 2 columns: a, b"),
-    "open quote": (CsvSource, 'a,b\n1,"2\n', ":3: not CSV: unexpected end of data"),
+    "open quote": (CsvSource, 'a,b\n1,"2\n', ":2: not CSV: unexpected end of data"),
+    "carriage return": (
+        CsvSource,
+        "a,b\n1,2\r3\n",
+        ":2: not CSV: a carriage return outside quotes; end lines with a line feed",
+    ),
+    "one value": (CsvSource, "a,b\n1\n", ":2: 1 value, but the header has 2 columns: a, b"),
     "header alone": (CsvSource, "a,b\n", ": no records"),
     "nothing behind the mark": (CsvSource, "\ufeff", ": no records"),
 }
@@ -284,6 +302,16 @@ CASES = {
 def test_a_broken_file_is_named_with_its_line(tmp_path, cls, content, message):
     path = write(tmp_path / "bad", content)
     assert failure(cls, path) == (DataError, f"{path}{message}")
+
+
+DAMAGE = {
+    lambda file: file.replace(b"\3\0\0\0\6\0\0\0", b"\3\0\0\0\0\0\0\x70"): "offset",
+    lambda file: file.replace(b"\3\0\0\0\6\0\0\0", b"\xff\xff\xff\xff\6\0\0\0"): "offset",
+    lambda file: file.replace(b"abcdef", b"ab\xffdef"): "UTF8",
+    lambda file: file.replace(b"texts", b"\xffexts"): "'utf-8' codec can't decode",
+    lambda file: file.replace(b"item", b"\xfftem"): "'utf-8' codec can't decode",
+}
+"""Damage of a table of lists → what is wrong; pyarrow itself would follow it out of its memory."""
 
 
 def test_broken_binary_files(tmp_path):
@@ -302,6 +330,15 @@ def test_broken_binary_files(tmp_path):
     path = write(tmp_path / "a.parquet", content)
     kind, message = failure(ParquetSource, path)
     assert kind is DataError and message.startswith(f"{path}: not a readable Parquet file")
+    for damage, why in DAMAGE.items():
+        sink = io.BytesIO()
+        table = pa.table({"texts": [["abc", "def"]]})
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        path = write(tmp_path / "a.arrow", damage(sink.getvalue()))
+        kind, message = failure(ArrowSource, path)
+        assert kind is DataError and message.startswith(f"{path}: not a readable Arrow file: ")
+        assert why in message
     path = write(tmp_path / "a.jsonl.gz", "not packed")
     kind, message = failure(JsonLinesSource, path)
     assert kind is DataError and message.startswith(f"{path}: cannot be unpacked")

@@ -20,7 +20,8 @@ from tiny_models import (
 )
 
 from jaxtrain.model import rope
-from jaxtrain.model.decoder import merge
+from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.decoder import abstract, merge
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.hf_config import add_stop_tokens, decoder_config, read_generation_config
 from jaxtrain.model.tensor_file import read_folder
@@ -105,7 +106,9 @@ def test_a_single_file_counts_before_an_index(folder, absent):
     np.testing.assert_array_equal(params["embed"]["embedding"], expected)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "a/../../x.safetensors", "{here}"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "a/../../x.safetensors", "{here}", "", "x" * 300]
+)
 def test_an_index_cannot_name_files_outside_its_folder(folder, name):
     inside, outside = folder / "model", folder / "x.safetensors"
     inside.mkdir()
@@ -170,6 +173,22 @@ def test_a_broken_safetensors_file_is_a_weight_error(folder, damage):
         load_model(folder)
 
 
+def test_further_keys_of_a_header_are_ignored(folder):
+    data = (folder / SINGLE).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    entries = {name: entry | {"note": 1} for name, entry in header.items() if name[0] != "_"}
+    text = json.dumps(entries).encode()
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    load_model(folder)
+
+
+def test_whole_numbers_of_a_config_are_numbers(folder):
+    """2**31 overflows where jax takes it for an int32."""
+    large = decoder_config({**CONFIG, "initializer_range": 2**31, "rms_norm_eps": 10**30})
+    abstract(large, ComputeConfig())
+
+
 def test_a_dtype_that_is_not_read_is_named(folder):
     save_file({"model.norm.weight": np.zeros(32, np.int64)}, folder / SINGLE)
     with pytest.raises(WeightError, match=r"dtype 'I64'; use one of F32, F16, BF16"):
@@ -184,30 +203,47 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("architectures", 3, "unsupported architecture, found 3"),
         ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
         ("is_causal", False, "must be true, found false"),
-        ("per_layer_config", {"1": {}}, "must be None"),
+        ("per_layer_config", {"1": {}}, "must be null"),
         ("tie_word_embeddings", "yes", "must be true or false, found 'yes'"),
         ("attention_bias", 1, "must be true or false, found 1"),
         ("num_hidden_layers", 10_000_000, "must be at most 1,000, found 10,000,000"),
         ("vocab_size", 10**30, "must be a positive whole number"),
-        ("rms_norm_eps", float("nan"), "must be a number of at least 0, found nan"),
-        ("rope_theta", float("inf"), "default needs a positive rope_theta, found inf"),
+        ("initializer_range", 10**400, "must be a float32 number of at least 0, found 1000000"),
+        ("rms_norm_eps", 1e300, "must be a float32 number of at least 0, found 1e+300"),
+        ("rope_theta", 10**400, "default needs a positive float32 rope_theta, found 1000000"),
+        ("rms_norm_eps", float("nan"), "must be a float32 number of at least 0, found nan"),
+        ("rope_theta", float("inf"), "default needs a positive float32 rope_theta, found inf"),
         ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
         ("mlp_bias", True, "must be false, found true"),
-        ("attention_dropout", 0.1, "must be 0 or None, found 0.1"),
-        ("quantization_config", {"bits": 4}, "must be None"),
+        ("attention_dropout", 0.1, "must be 0 or null, found 0.1"),
+        ("quantization_config", {"bits": 4}, "must be null"),
         ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
         ("head_dim", 7, "must be even"),
-        ("hidden_size", None, "must be a positive whole number, found None"),
-        ("rms_norm_eps", "1e-5", "must be a number of at least 0"),
+        ("eos_token_id", "</s>", "must be the number of a token or a list of them, found '</s>'"),
+        (
+            "eos_token_id",
+            [1, None],
+            "must be the number of a token or a list of them, found [1, None]",
+        ),
+        ("hidden_size", None, "must be a positive whole number, found null"),
+        ("rms_norm_eps", "1e-5", "must be a float32 number of at least 0"),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
-        ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
+        (
+            "rope_parameters",
+            {"rope_type": "linear"},
+            "linear needs a positive float32 factor, found null",
+        ),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}, "below the high one, found 4.0 and"),
-        ("rope_parameters", {"rope_theta": 0}, "default needs a positive rope_theta, found 0"),
+        (
+            "rope_parameters",
+            {"rope_theta": 0},
+            "default needs a positive float32 rope_theta, found 0",
+        ),
         ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}, "one map for all layers"),
         ("rope_scaling", 2.0, "must be one map for all layers, found 2.0"),
-        ("rope_theta", -1.0, "default needs a positive rope_theta, found -1.0"),
+        ("rope_theta", -1.0, "default needs a positive float32 rope_theta, found -1.0"),
     ],
 )
 def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expected):

@@ -1,5 +1,7 @@
 """Recipes put together: bases, overrides, variables, and what must never be shown."""
 
+from functools import reduce
+
 import pytest
 import yaml
 
@@ -280,6 +282,41 @@ def test_a_path_in_two_places_is_noted(tmp_path, monkeypatch):
     assert resolved.require_config().tokenizer.chat_template == str(beside)
     note = f"chat_template: {beside} is used, not {tmp_path / 'words.jinja'}"
     assert note in resolved.report.notes
+
+
+PATHS = {
+    "model.name_or_path": "model: {name_or_path: it, type: huggingface}",
+    "tokenizer.name_or_path": "tokenizer: {name_or_path: it}",
+    "tokenizer.chat_template": "tokenizer: {chat_template: it.jinja}",
+    "eval_samples.prompts": "eval_samples: {prompts: it.txt}",
+    "data.sources.0.name_or_path": "data: {sources: ['it:train']}",
+    "data.sources.0.path": "data: {sources: [{path: ['it/*.csv']}]}",
+    "data.eval_sources.own.0.path": "data: {sources: [a/b], eval_sources: {own: [it.jsonl]}}",
+    "checkpoint.0.resume_from": "checkpoint: {output_dir: x, resume_from: global_step_2}",
+    "code": "code: it.py",
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_path_is_looked_up_beside_the_file_that_has_it(tmp_path, key, is_here):
+    """Also where a file of that name lies beside the recipe that has the other as its base."""
+    names = ("it.jinja", "it.jsonl", "it.py", "it.txt", "it/a.csv")
+    for folder in ("base", *(["run"] if is_here else [])):
+        for name in ("it", "global_step_2"):
+            (tmp_path / folder / name).mkdir(parents=True)
+        for name in names:
+            (tmp_path / folder / name).write_text(f"# {folder}\n")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "base" / "base.yaml").write_text(PATHS[key])
+    top = SMALL.replace("data: {sources: [a/b]}\n", "") if "data.sources" in key else SMALL
+    top = top.replace("model: {name_or_path: m}\n", "") if "model." in key else top
+    file = written(tmp_path / "run", recipe=f"base: ../base/base.yaml\n{top}")
+    config = resolve(file).require_config()
+    step = lambda part, name: part[int(name)] if name.isdigit() else dict(part)[name]
+    found = reduce(step, key.split("."), config)
+    found = found[0] if isinstance(found, tuple) else found
+    assert found.startswith(("# base", f"{tmp_path / 'base'}/")), found
 
 
 @pytest.mark.parametrize(

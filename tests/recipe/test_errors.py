@@ -79,6 +79,11 @@ KEYS = {
         {"lr": 1e-5},
         "lr: unknown key (found 1e-05); it is a key of `optimizer`",
     ),
+    "of the recipe itself": (
+        {"mesh": {"micro_batch_size": 2}, "data": {"sources": ["a/b"], "exit_iteration": 3}},
+        "data.exit_iteration: unknown key (found 3); it is a key of the recipe itself, beside its "
+        "sections",
+    ),
     "of a project": (
         model(num_key_value_layers=16),
         "model.num_key_value_layers: unknown key (found 16); remove it, or, if your own "
@@ -747,7 +752,7 @@ def test_a_fault_hides_no_other_fault_of_its_section():
         ([1] * 100, "[" + "1, " * 19 + "1…"),
         (False, "false"),
         (1e-5, "1e-05"),
-        (None, "None"),
+        (None, "null"),
     ],
 )
 def test_a_found_value_is_shown_in_sixty_characters(value, found):

@@ -2,20 +2,24 @@
 
 import copy
 import string
-from datetime import timedelta
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from click.testing import CliRunner
+from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.cli import cli
 from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.load import map_leaves
 from jaxtrain.recipe.resolve import resolve
+from jaxtrain.recipe.shipped import FOLDER
 from jaxtrain.recipe.trainer import TrainerConfig
+from tests.fuzz import at, bounded, damaged, edited, examples, places
 from tests.recipe.arctic import ACCEPTED, REFUSED
+from tests.runs import recipe as small_recipe
 
 VALID = [*ACCEPTED.values(), *(recipe for recipe, _ in REFUSED.values())]
 WORDS = st.sampled_from(
@@ -64,36 +68,20 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
     max_leaves=8,
 )
-QUICK = settings(
-    max_examples=300,
-    deadline=timedelta(seconds=5),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+QUICK = examples(300, 1000)
 
 
 def outcome(source, overrides=()):
     """Resolve, and use everything that a command would print of the result."""
-    try:
-        resolved = resolve(source, overrides)
-    except RecipeError as error:
-        assert str(error)
-        return
-    describe(resolved)
-    if resolved.config is not None:
-        to_yaml(resolved.config)
-
-
-def places(tree, key=()):
-    yield key
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for name, inner in items:
-        yield from places(inner, (*key, name))
+    with bounded():
+        try:
+            resolved = resolve(source, overrides)
+        except RecipeError as error:
+            assert str(error)
+            return
+        describe(resolved)
+        if resolved.config is not None:
+            to_yaml(resolved.config)
 
 
 @QUICK
@@ -105,15 +93,56 @@ def test_any_map(tree):
 @QUICK
 @given(st.data())
 def test_any_edit_of_a_valid_recipe(data):
-    tree = copy.deepcopy(data.draw(st.sampled_from(VALID)))
-    for _ in range(data.draw(st.integers(1, 3))):
-        *parents, last = data.draw(st.sampled_from([p for p in places(tree) if p] or [("x",)]))
-        here = at(tree, parents)
-        if data.draw(st.booleans()) and isinstance(here, dict):
-            here[data.draw(WORDS)] = data.draw(VALUES)
-        else:
-            here[last] = data.draw(VALUES)
-    outcome(tree)
+    outcome(data.draw(edited(data.draw(st.sampled_from(VALID)), WORDS, VALUES)))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a recipe over files of its own, which `check` looks at."""
+    folder = tmp_path_factory.mktemp("here")
+    base = small_recipe(
+        folder, rows=4, tokenizer={"chat_template": "{{ messages }}"}, mesh={"data": 1}
+    )
+    base["checkpoint"] = [{"output_dir": str(folder / "out"), "save_every_n_steps": 2}]
+    base["eval_samples"] = {"prompts": ["hello"]}
+    assert check(folder, yaml.safe_dump(base).encode()).exit_code == 0
+    return folder, base
+
+
+def check(folder, text):
+    """`jaxtrain check` of a recipe of this text in a folder."""
+    (folder / "recipe.yaml").write_bytes(text)
+    with bounded():
+        done = CliRunner().invoke(cli, ["check", str(folder / "recipe.yaml")])
+    if not isinstance(done.exception, SystemExit | RecipeError | None):
+        raise done.exception
+    assert done.exit_code == 0 or done.output or str(done.exception)
+    return done
+
+
+@examples(60, 2000)
+@given(st.data())
+def test_check_of_any_edit(here, data):
+    """Of a recipe whose model and data are on this machine, so that they are looked at."""
+    folder, base = here
+    names = ["rows.jsonl", "model", "model/config.json", "model/tokenizer.json", "recipe.yaml", "*"]
+    fitting = st.sampled_from([*names, *(str(folder / name) for name in names), 1, 2, 3, 8, 0.5])
+    tree = data.draw(edited(base, WORDS, VALUES | fitting))
+    check(folder, yaml.safe_dump(tree).encode("utf-8", "surrogatepass"))
+
+
+TEXTS = [file.read_bytes() for file in sorted(FOLDER.glob("*.yaml"))] + [
+    yaml.safe_dump(tree).encode() for tree in VALID
+]
+
+
+@examples(60, 2000)
+@given(st.data())
+def test_check_of_any_damage(here, data):
+    """To the text of a recipe."""
+    folder, base = here
+    text = data.draw(st.sampled_from([*TEXTS, yaml.safe_dump(base).encode()]))
+    check(folder, data.draw(damaged(text)))
 
 
 @QUICK
@@ -199,12 +228,6 @@ def test_any_variable(data, value, written):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANDOM_VALUE", value)
         outcome(tree)
-
-
-def at(tree, key):
-    for part in key:
-        tree = tree[part]
-    return tree
 
 
 TAGS = [

@@ -71,6 +71,8 @@ def test_bad_templates_are_said(folder, tmp_path):
     assert failure(folder, chat_template="{% for m in messages %}\n{% end %}").startswith(
         "tokenizer.chat_template: line 2: "
     )
+    deep = "{{ " + "[" * 3000 + "}}"
+    assert failure(folder, chat_template=deep) == "tokenizer.chat_template: is nested too deeply"
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
     assert failure(folder, chat_template=str(tmp_path / "latin.jinja")).endswith("is not UTF-8")
 
@@ -98,6 +100,25 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     assert failure(tmp_path, name_or_path="nobody/nothing") == (
         "tokenizer 'nobody/nothing' is neither a folder nor in the hub's cache (offline)"
     )
+
+
+DAMAGE = {
+    "id": ({"added_tokens": [{"content": "x", "id": "y"}]}, "invalid type"),
+    "vocab": ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "expected a map"),
+    "number": (5, ""),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_tokenizer_is_refused_with_the_reason(folder, name):
+    """Its library raises whatever a file makes it."""
+    changed, expected = DAMAGE[name]
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | changed if isinstance(changed, dict) else changed))
+    message = failure(folder)
+    assert message.startswith(f"tokenizer: {folder} has no readable tokenizer, found ")
+    assert expected in message.partition("tokenizer_config.json: ")[2]
 
 
 def gguf_file(path, *, pre="gpt-2", model="gpt2", bos=False):
