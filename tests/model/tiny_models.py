@@ -1,4 +1,5 @@
-"""Small random models of every family, as transformers writes them."""
+"""Small random models of every family, as transformers writes them, with no default among the
+values that change a result."""
 
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
+    "rms_norm_eps": 0.02,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
