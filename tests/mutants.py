@@ -140,7 +140,8 @@ def main() -> int:
     chosen = {
         number: mutation
         for number, mutation in read_mutations().items()
-        if not given.only or any(w == str(number) or w in str(mutation) for w in given.only)
+        if not given.only
+        or any(int(w) == number if w.isdigit() else w in str(mutation) for w in given.only)
     }
     return run(chosen, ROOT, given.n)
 
