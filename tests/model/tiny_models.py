@@ -32,7 +32,7 @@ SIZES = {
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 1000.0,
+    "rope_theta": 30.0,  # one pair turns fast, one in between, two slowly
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
