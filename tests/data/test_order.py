@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -139,6 +141,14 @@ def test_a38_packed_documents_are_apart(plan):
         assert not tokens[~filled].any() and not weights[~filled].any()
         origins = plan.origins(int(row))
         assert [Origin(0, tokens[start] - 100) for start in starts] == origins
+
+
+@pytest.mark.parametrize("length", range(1, 25))
+def test_a_step_has_the_shortest_length_that_holds_its_longest_sequence(tmp_path, length):
+    documents = documents_of([length, 1], tmp_path)
+    plan = plan_of(documents, capacity=length, shape=BatchShape(1, 2))
+    batch = replace(plan, lengths=(8, 16, 24)).batch(0)
+    assert batch.tokens.shape[-1] == -(-length // 8) * 8
 
 
 def test_filler_rows_hold_nothing(plan):

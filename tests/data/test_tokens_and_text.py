@@ -47,7 +47,8 @@ def test_tokenised_rows_are_taken_as_they_stand(tmp_path):
 @pytest.mark.parametrize(
     "mask", [{"labels": [-100, -100, 7, 8, -100]}, {"loss_mask": [0, 0, 1, 1, 0]},
              {"completion_mask": [False, False, True, True, False]},
-             {"loss_mask": [1, 0, 1, 1, 1], "labels": [5, 6, 7, 8, -100]}],
+             {"loss_mask": [1, 0, 1, 1, 1], "labels": [5, 6, 7, 8, -100]},
+             {"loss_mask": [1, 0, 1, 1, 1], "completion_mask": [1, 1, 1, 1, 0]}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("attention", [[1, 1, 1, 1, 0], None])

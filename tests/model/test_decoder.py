@@ -14,7 +14,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
-from jaxtrain.model.layers import AttentionInputs
+from jaxtrain.model.layers import AttentionInputs, rms_norm
 from jaxtrain.model.rope import Llama3, Rope
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
     ffn_width=48,
     groups=group_layers((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
     rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
-    rms_eps=1e-6,
+    rms_eps=0.02,
     max_positions=64,
     qkv_bias=True,
     out_bias=True,
@@ -237,6 +237,17 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     _, exact = outputs(build()[0].graph, params)
     np.testing.assert_allclose(logits, exact, atol=0.1)
+
+
+def test_norms_are_computed_in_float32():
+    """Only the result is rounded to bfloat16, of eight bits; `rms_norm` is not jitted, since the
+    compiler may keep more bits than were asked for."""
+    rng = np.random.default_rng(0)
+    x, scale = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((8, 256), (256,)))
+    exact_x, exact_scale = np.asarray(x, np.float64), np.asarray(scale, np.float64)
+    exact = exact_x / np.sqrt((exact_x**2).mean(-1, keepdims=True) + 0.02) * exact_scale
+    found = np.asarray(rms_norm(x, scale, 0.02), np.float64)
+    assert (np.abs(found - exact) <= 1.001 * 2.0**-8 * np.abs(exact)).all()
 
 
 def test_a_group_may_be_run_in_slices():

@@ -9,6 +9,7 @@ import pytest
 from model_rows import batch_of, random_tokens
 from tiny_models import (
     FAMILIES,
+    SIZES,
     describe_model,
     hf_model,
     load_model,
@@ -20,6 +21,7 @@ from tiny_models import (
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.hf_config import decoder_config
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -123,3 +125,15 @@ def test_the_config_may_be_of_transformers_4(folders, tmp_path):
     old["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert describe_model(tmp_path)[0] == describe_model(folders["llama31"])[0]
+
+
+@pytest.mark.parametrize("first", [None, 0, 1, 28, 29, 30, 31])
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_windows_of_upper_layers_are_those_of_transformers(kind, first):
+    """Of a file without `layer_types`, as transformers 4 wrote it."""
+    fields = {**SIZES, "num_hidden_layers": 30, "use_sliding_window": True, "sliding_window": 5}
+    fields |= {} if first is None else {"max_window_layers": first}
+    types = getattr(transformers, f"{kind}Config")(**fields).layer_types
+    groups = decoder_config({"architectures": [f"{kind}ForCausalLM"], **fields}).groups
+    found = [layer.window for g in groups for _ in range(g.repeats) for layer in g.layers]
+    assert found == [5 if kind == "sliding_attention" else None for kind in types]

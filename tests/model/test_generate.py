@@ -51,13 +51,16 @@ def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
     assert draw(seed=1, top_p=1e-6) == generate(*qwen, PROMPTS, max_new_tokens=14)
 
 
-def test_sampled_tokens_follow_the_probabilities(qwen):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_tokens_follow_the_probabilities(qwen, temperature):
     graph, params = qwen
     batch = batch_of(np.array([PROMPTS[0]]))
-    forward = jax.jit(lambda params: jax.nn.softmax(merge(graph, params)(batch)[0, -1]))
+    forward = jax.jit(
+        lambda params: jax.nn.softmax(merge(graph, params)(batch)[0, -1] / temperature)
+    )
     probs = np.asarray(forward(params))
     rows = 2000
-    drawn = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=1.0)
+    drawn = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=temperature)
     counts = np.bincount(np.ravel(drawn), minlength=len(probs))
     # Four standard deviations of each count, and one more count for the rare tokens.
     assert (abs(counts - rows * probs) < 4 * np.sqrt(rows * probs) + 1).all()
@@ -65,7 +68,7 @@ def test_sampled_tokens_follow_the_probabilities(qwen):
         probs >= np.sort(probs)[::-1][np.cumsum(np.sort(probs)[::-1]) < 0.5].min()
     )
     nucleus = generate(
-        graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=1.0, top_p=0.5
+        graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=temperature, top_p=0.5
     )
     assert set(kept) <= set(np.ravel(nucleus)) and len(set(np.ravel(nucleus))) == len(kept) + 1
 

@@ -291,9 +291,8 @@ def test_layer_types_must_fit_the_layers():
 
 
 def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
-    scaled = rope.read_rope(
-        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}}
-    )
+    fields = {**LLAMA3, "rope_theta": 1000.0, "original_max_position_embeddings": 256}
+    scaled = rope.read_rope({"rope_parameters": fields})
     plain = rope.frequencies(rope.Rope(1000.0), 64)
     ratio = plain / rope.frequencies(scaled, 64)
     assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()

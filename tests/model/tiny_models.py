@@ -1,4 +1,5 @@
-"""Small random models of every family, as transformers writes them."""
+"""Small random models of every family, as transformers writes them, with no default among the
+values that change a result."""
 
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
+    "rms_norm_eps": 0.02,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 1000.0,
+    "rope_theta": 30.0,  # one pair turns fast, one in between, two slowly
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

@@ -39,18 +39,13 @@ CONFIG = DecoderConfig(
     ffn_width=12,
     groups=group_layers((LayerSpec(),) * 9 + (LayerSpec(window=5),)),  # more layers than rows
     rope=Rope(1e4),
-    rms_eps=1e-6,
+    rms_eps=0.02,
     max_positions=64,
     qkv_bias=True,
     out_bias=True,
     qk_norm=True,
     initializer_range=0.1,
 )
-COMMON = {"lr": 0.01, "weight_decay": 0.1}
-
-
-def torch_step(build, tensors, **groups):
-    """A step of a torch optimizer with decoupled decay, made for each group of tensors."""
 
 
 class Torch:

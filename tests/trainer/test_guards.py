@@ -225,6 +225,9 @@ def test_ten_skips_in_a_row_are_too_many(tmp_path):
     with pytest.raises(NonFiniteError, match="10 steps in a row are not finite"):
         run.train()
     assert (run.global_step, run.train_batch_idx) == (1, 11)
+    run = breaking(tmp_path / "apart", "skip", [*range(9), 10], steps=2)
+    run.train()
+    assert (run.global_step, run.train_batch_idx) == (2, 12)
 
 
 def test_rollback_restores_and_goes_on_behind_the_offending_batches(tmp_path):

@@ -1,5 +1,7 @@
 """What the built-in objective adds to the likelihood, and what it weighs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,16 @@ def test_an_evaluation_by_sample_says_over_how_many(tmp_path):
     metrics = trainer(recipe(tmp_path, rows=8, loss_weighting="sample", **changes)).train().metrics
     np.testing.assert_allclose(metrics["eval/samples"], 2, rtol=1e-6)
     assert "eval/tokens" not in metrics
+
+
+def test_an_evaluation_is_over_all_tokens_of_a_set(tmp_path):
+    changes = {"data": {"train_eval_split": [0.5, 0.5], "max_length": 64}, "eval_interval": 1}
+    run = trainer(recipe(tmp_path, rows=12, **changes))
+    batches = list(run.eval_batches)
+    weights = [float(batch.loss_weights.sum()) for batch in batches]
+    assert len({*weights}) > 1, "batches must weigh differently"
+    total = sum(float(by_definition(run, batch)[0][0]) for batch in batches)
+    metrics, mean = run.evaluate(), total / sum(weights)
+    assert metrics["eval/tokens"] == sum(weights)
+    assert metrics["eval/loss"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["eval/perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)

@@ -11,7 +11,8 @@ from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.progress import Horizon, Progress
 from tests.data.made import documents_of, plan_of
 
-RECIPE = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"], "eval_sources": ["a/c"]}}
+DATA = {"sources": ["a/b"], "eval_sources": ["a/c"]}
+CONFIG = get_config({"model": {"name_or_path": "m"}, "data": DATA, "eval_interval": 3})
 counts = st.integers(0, 40)
 horizons = st.builds(
     Horizon,
@@ -35,7 +36,7 @@ moments = st.builds(
 
 
 def due(progress, horizon, *, has_eval=True, requested=False, **keys):
-    config = get_config(RECIPE | {"eval_interval": 3} | keys)
+    config = CONFIG.model_copy(update=keys)
     return progress.evaluation_is_due(config, horizon, has_eval=has_eval, requested=requested)
 
 
@@ -83,8 +84,9 @@ def test_an_evaluation_is_due_once_where_the_recipe_says(progress, horizon):
         at_end = progress.is_finished(horizon)
         assert due(progress, horizon) == (at_end or progress.step % 3 == 0)
         assert due(progress, horizon, eval_at_end=False) == (progress.step % 3 == 0)
-        after = due(progress, horizon, eval_after_step=20, eval_at_end=False)
-        assert after == (progress.step % 3 == 0 and progress.step >= 20)
+        for first in (progress.step, progress.step + 1, 20):
+            after = due(progress, horizon, eval_after_step=first, eval_at_end=False)
+            assert after == (progress.step % 3 == 0 and progress.step >= first)
         by_epoch = progress.is_epoch_end(horizon) and progress.epoch_index(horizon) % 2 == 0
         keys = {"eval_interval": 0, "eval_every_n_epochs": 2, "eval_at_end": False}
         assert due(progress, horizon, **keys) == by_epoch

@@ -12,6 +12,7 @@ from jaxtrain import Callback, SFTTrainer, get_config
 from jaxtrain.cli import cli
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model import export
+from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from tests.runs import conversations, host, recipe, trainer
 
@@ -345,3 +346,15 @@ def test_an_export_is_written_as_its_entry_says(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="differ when read back"):
         exported("damaged")
     assert exported("unseen", verify_export=False)
+
+
+@pytest.mark.covers("model.dtype")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_has_the_dtype_of_the_computation(tmp_path, dtype):
+    run = trainer(recipe(tmp_path, model={"dtype": dtype}))
+    folder = run.save_model(tmp_path / "out")
+    norm = read_folder(folder)["model.norm.weight"].read()
+    assert (
+        norm.dtype.name == json.loads((folder / "config.json").read_text())["torch_dtype"] == dtype
+    )
+    np.testing.assert_array_equal(norm, run.state.params["norm"].astype(dtype))
