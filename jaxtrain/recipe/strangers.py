@@ -49,8 +49,7 @@ ELSEWHERE = {
 }  # fmt: skip
 """Key of Hugging Face, TRL, axolotl or torchtune → the key of a recipe."""
 COMMANDS = {
-    "generate": "write prompts under `eval_samples:`, or load an export with transformers",
-    "chat": "write prompts under `eval_samples:`, or load an export with transformers",
+    "inference": "`jaxtrain generate` and `jaxtrain chat` reply",
     "eval": "call `trainer.evaluate()` in Python",
     "evaluate": "call `trainer.evaluate()` in Python",
     "finetune": "`jaxtrain RECIPE` trains", "sft": "`jaxtrain RECIPE` trains",
