@@ -1,6 +1,7 @@
 """The command line. Imports of what a command needs stand inside it, so that `--help` answers at
 once."""
 
+import json
 import os
 import platform
 import re
@@ -208,6 +209,47 @@ def export(source: Path, to: Path) -> None:
     click.echo(f"{export(source, to)} → {to}")
 
 
+@_of_recipe
+@click.option(
+    "--checkpoint", metavar="RUN|CHECKPOINT",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Weights of a checkpoint, or of the newest one of a run; else those of the recipe.",
+)  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the metrics here, as JSON.",
+)
+@_on_devices
+def evaluate(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    checkpoint: Path | None,
+    out: Path | None,
+    num_gpus: int | None,
+) -> None:
+    """Evaluate on the evaluation sets of RECIPE, and train nothing.
+
+    Without --checkpoint, the weights are those that a run of RECIPE would start or resume from.
+    """
+    from jaxtrain.recipe.resolve import resolve
+
+    config = resolve(recipe, as_overrides(overrides)).require_config()
+    if out and out.exists():
+        raise click.UsageError(f"--out: {out} exists already; name a new file")
+    with raise_user_errors(config):
+        from jaxtrain.evaluate import evaluate
+
+        metrics = evaluate(config, checkpoint, num_gpus)
+    if out:
+        from jaxtrain.files import write_atomically
+
+        write_atomically(out, json.dumps(metrics, indent=2) + "\n", must_be_new=True)
+
+
+cli.add_command(evaluate, "eval")
+
+
 def _of_speaker(command: Any) -> Any:
     """A command that lets a model reply."""
     options = (
@@ -305,8 +347,6 @@ def echo_text(text: str) -> None:
 @click.option("--markdown", is_flag=True, help="The reference page instead of JSON Schema.")
 def schema(recipe: Path | None, markdown: bool) -> None:
     """Print the JSON Schema of recipes; with the keys of RECIPE's own trainer, if given."""
-    import json
-
     from jaxtrain.recipe.schema import json_schema, reference
 
     text = reference() if markdown else f"{json.dumps(json_schema(recipe), indent=2)}\n"

@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
-    {"trainer", "plan", "export", "preflight", "generate"},
+    {"trainer", "plan", "export", "preflight", "generate", "evaluate"},
     {"cli", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}

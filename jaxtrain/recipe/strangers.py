@@ -50,8 +50,6 @@ ELSEWHERE = {
 """Key of Hugging Face, TRL, axolotl or torchtune → the key of a recipe."""
 COMMANDS = {
     "inference": "`jaxtrain generate` and `jaxtrain chat` reply",
-    "eval": "call `trainer.evaluate()` in Python",
-    "evaluate": "call `trainer.evaluate()` in Python",
     "finetune": "`jaxtrain RECIPE` trains", "sft": "`jaxtrain RECIPE` trains",
     "init": "`jaxtrain recipes` lists recipes to copy", "resume": "write auto_resume: true on an "
     "`orbax` entry of `checkpoint:`; the same command resumes",
