@@ -56,4 +56,4 @@ def test_other_data_and_batches_are_evaluated_and_another_model_is_not(tmp_path)
     with pytest.raises(CheckpointError, match="does not fit the recipe's model"):
         cli([*arguments, "model.hf_config_kwargs.intermediate_size=80"], standalone_mode=False)
     with pytest.raises(RecipeError, match="no evaluation data"):
-        cli([*arguments, "del:data.eval_sources"], standalone_mode=False)
+        cli([*arguments, "del:data.eval_sources", "del:eval_interval"], standalone_mode=False)
