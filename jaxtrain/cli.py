@@ -1,6 +1,7 @@
 """The command line. Imports of what a command needs stand inside it, so that `--help` answers at
 once."""
 
+import json
 import os
 import platform
 import re
@@ -225,13 +226,144 @@ def export(source: Path, to: Path) -> None:
     click.echo(f"{export(source, to)} → {to}")
 
 
+@_of_recipe
+@click.option(
+    "--checkpoint", metavar="RUN|CHECKPOINT",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Weights of a checkpoint, or of the newest one of a run; else those of the recipe.",
+)  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the metrics here, as JSON.",
+)
+@_on_devices
+def evaluate(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    checkpoint: Path | None,
+    out: Path | None,
+    num_gpus: int | None,
+) -> None:
+    """Evaluate on the evaluation sets of RECIPE, and train nothing.
+
+    Without --checkpoint, the weights are those that a run of RECIPE would start or resume from.
+    """
+    from jaxtrain.recipe.resolve import resolve
+
+    config = resolve(recipe, as_overrides(overrides)).require_config()
+    if out and out.exists():
+        raise click.UsageError(f"--out: {out} exists already; name a new file")
+    with raise_user_errors(config):
+        from jaxtrain.evaluate import evaluate
+
+        metrics = evaluate(config, checkpoint, num_gpus)
+    if out:
+        from jaxtrain.files import write_atomically
+
+        write_atomically(out, json.dumps(metrics, indent=2) + "\n", must_be_new=True)
+
+
+cli.add_command(evaluate, "eval")
+
+
+def _of_speaker(command: Any) -> Any:
+    """A command that lets a model reply."""
+    options = (
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=512,
+                     show_default=True, help="Maximum length of a reply."),
+        click.option("--temperature", type=float,
+                     help="0 takes the likeliest token each time."),
+        click.option("--top-k", type=int, help="Sample among so many of the likeliest tokens."),
+        click.option("--top-p", type=float,
+                     help="Sample among the likeliest tokens that have this probability together."),
+        click.option("--min-p", type=float, help="Sample among tokens at least so likely as this "
+                     "fraction of the likeliest."),
+        click.option("--repetition-penalty", type=float,
+                     help="Above 1, makes tokens that are there already less likely."),
+        click.option("--stop", multiple=True, metavar="TEXT",
+                     help="End a reply before this text; may be repeated."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling."),
+        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
+        click.argument("source", metavar="RUN|CHECKPOINT|MODEL"),
+    )  # fmt: skip
+    for option in options:
+        command = option(command)
+    return cli.command()(command)
+
+
+@_of_speaker
+@click.option("--prompt", multiple=True, help="A user's message; may be repeated.")
+@click.option("--system", help="The system message before each --prompt.")
+@click.option(
+    "--file", type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="JSON Lines with `messages` or `prompt`; prints each record with its reply.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the records of --file here.",
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--raw", is_flag=True, help="Continue a text as it is, without a chat template.")
+def generate(
+    source: str,
+    prompt: tuple[str, ...],
+    system: str | None,
+    file: Path | None,
+    out: Path | None,
+    batch_size: int,
+    raw: bool,
+    **how: Any,
+) -> None:
+    """Reply to prompts; by default as the model's generation_config.json says, else with the
+    likeliest tokens.
+
+    A file that --out writes can be a data source of a recipe.
+    """
+    if bool(prompt) == bool(file):
+        raise click.UsageError("one of --prompt and --file says what to reply to")
+    if out and not file:
+        raise click.UsageError("--out is for the records of --file")
+    if system and (file or raw):
+        raise click.UsageError("--system is for --prompt, with a chat template")
+    if out and out.exists():
+        raise click.UsageError(f"--out: {out} exists already; name a new file")
+    from jaxtrain.generate import generate
+
+    generate(source, prompt, system, file, out, batch_size, is_raw=raw, write=echo_text, **how)
+
+
+@_of_speaker
+@click.option("--system", help="The system message.")
+def chat(source: str, system: str | None, **how: Any) -> None:
+    """Talk with a model; /help lists what else a line may be."""
+    import readline  # noqa: F401  lets `input` edit lines
+
+    from jaxtrain.generate import chat
+
+    chat(source, system, read=read_line, write=echo_text, **how)
+
+
+def read_line() -> str | None:
+    """A line from the user; None at the end."""
+    try:
+        return input("\n> ")
+    except (EOFError, KeyboardInterrupt):
+        echo_text("\n")
+        return None
+
+
+def echo_text(text: str) -> None:
+    """Prints a piece of a reply at once; lines stay lines, other control characters are shown."""
+    click.echo(printable(text), nl=False)
+    sys.stdout.flush()
+
+
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--markdown", is_flag=True, help="The reference page instead of JSON Schema.")
 def schema(recipe: Path | None, markdown: bool) -> None:
     """Print the JSON Schema of recipes; with the keys of RECIPE's own trainer, if given."""
-    import json
-
     from jaxtrain.recipe.schema import json_schema, reference
 
     text = reference() if markdown else f"{json.dumps(json_schema(recipe), indent=2)}\n"

@@ -2,6 +2,7 @@
 the weights of the checkpoint alone."""
 
 from pathlib import Path
+from typing import Any
 
 from jaxtrain import registry
 from jaxtrain.checkpoint import OrbaxEngine
@@ -13,6 +14,7 @@ from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import CheckpointError
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.resolve import get_config
+from jaxtrain.trainer.state import TrainState
 
 HERE = {
     "mesh": MeshConfig(data=1, fsdp=-1),
@@ -30,6 +32,15 @@ def export(source: Path, to: Path) -> Path:
     checkpoint = find_checkpoint(source.absolute())
     if to.exists():
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
+    trainer, state = restore_weights(checkpoint)
+    to = to.absolute()
+    trainer.run.export(state, to, HFCheckpointConfig(output_dir=str(to.parent)), trainer.tokenizer)
+    return checkpoint
+
+
+def restore_weights(checkpoint: Path) -> tuple[Any, TrainState]:
+    """The trainer of a checkpoint's recipe on the devices at hand, which can only be asked, and the
+    state without an optimizer's."""
     recipe = read_metadata(checkpoint)["recipe"]
     config = get_config(recipe, runs_here=False).model_copy(update=HERE)
     trainer = registry.find("trainer", config.type)(config, "plan")
@@ -41,11 +52,8 @@ def export(source: Path, to: Path) -> Path:
     )
     engine = OrbaxEngine(entry)
     engine.identify = lambda: Identity(trainer.compatibility, to_dict(config), ())
-    engine.say = trainer.console.line
-    state = engine.load(trainer.run.state_shapes)
-    to = to.absolute()
-    trainer.run.export(state, to, HFCheckpointConfig(output_dir=str(to.parent)), trainer.tokenizer)
-    return checkpoint
+    engine.say = lambda text: None  # what is another is the mesh, and nothing is trained
+    return trainer, engine.load(trainer.run.state_shapes)
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -200,7 +200,7 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
         (["recipe.yaml", "--optimizer.lr"], "needs a value"),
         (["recipe.yaml", "optimizer.lt=1"], "command line: optimizer.lt: unknown key"),
         (["verify", "recipe.yaml"], "no command and no recipe is called 'verify'"),
-        (["chat", "out"], "is called 'chat'; write prompts under `eval_samples:`"),
+        (["inference", "out"], "is called 'inference'; `jaxtrain generate` and `jaxtrain chat`"),
         (["recipe.yaml", "--resume", "x"], "--resume: write auto_resume: true on an `orbax` entry"),
         (["chekc", "recipe.yaml"], "is called 'chekc'; did you mean `check`?"),
         (["recipe.yaml", "--hostfile", "x"], "--hostfile is a flag of DeepSpeed's launcher"),

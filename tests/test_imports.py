@@ -26,7 +26,7 @@ FLOORS = (
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
-    {"trainer", "plan", "export", "preflight"},
+    {"trainer", "plan", "export", "preflight", "generate", "evaluate"},
     {"cli", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
@@ -42,6 +42,7 @@ HOMES = {
         "trainer",
         "plan",
         "preflight",
+        "generate",
     },
     "flax": {"model"},
     "orbax": {"checkpoint"},

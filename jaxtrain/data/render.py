@@ -242,6 +242,24 @@ def _detect_quirks(template: str, special: tuple[tuple[str, Any], ...]) -> Templ
     return TemplateQuirks(joins_arguments, prompt)
 
 
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None
+) -> list[int]:
+    """Returns the tokens of a conversation up to where a reply begins; RecipeError without a chat
+    template, DataError when it refuses the conversation."""
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            "tokenizer.chat_template: the tokenizer has no chat template, which says how a "
+            "question is asked"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    except TEMPLATE_FAULTS as fault:
+        raise DataError(f"the chat template refuses the conversation: {fault}") from None
+
+
 def find_stop_tokens(tokenizer: Any) -> list[int]:
     """Returns the tokens that end a turn: EOS, and what the chat template writes after a reply or
     after the calls of one, as the closing of each single call does not."""

@@ -1,6 +1,6 @@
 """The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
-from jaxtrain.model.generate import generate
+from jaxtrain.model.generate import stream
 from jaxtrain.model.hf_config import add_stop_tokens, read_config, read_generation_config
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
@@ -147,9 +147,11 @@ class LanguageModel:
             verify=verify,
         )
 
-    def generate(self, params: Params, prompts: Sequence[Sequence[int]], **sampling: Any) -> Any:
-        """New tokens after each prompt; see `jaxtrain.model.generate`."""
-        return generate(self.graph, params, prompts, **sampling)
+    def stream(
+        self, params: Params, prompts: Sequence[Sequence[int]], **how: Any
+    ) -> Iterator[list[list[int]]]:
+        """New tokens of each prompt as they come; see `jaxtrain.model.generate.stream`."""
+        return stream(self.graph, params, prompts, **how)
 
 
 def _shapes_by_name(params: Params) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Generates continuations of prompts with a cache of keys and values.
 
-B prompts, P tokens of the longest, N new tokens, S = P + N slots of the cache, T tokens, D width,
-V vocabulary.
+B prompts, P tokens of the longest, padded, N new tokens at most, S = P + N slots of the cache, C
+tokens of a chunk, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -18,26 +20,62 @@ from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge
 from jaxtrain.model.layers import Cache
 
-PROMPT_MULTIPLE = 32
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+MIN_PROMPT_TOKENS = 32
+"""Prompts are padded to this length or twice another, so that few lengths are compiled."""
 
 
 class Sampling(NamedTuple):
-    max_new_tokens: int
-    eos_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
+    """How a token is chosen from its logits; the settings apply in this order, as in
+    transformers."""
+
+    repetition_penalty: float = 1.0
+    """divides the logits of tokens that the prompt or the reply has, multiplies negative ones
+    (Keskar et al., 2019, arXiv:1909.05858)"""
+    temperature: float = 0.0
+    """divides all logits; 0 takes the likeliest token"""
+    top_k: int = 0
+    """chooses among so many of the likeliest tokens; 0 among all"""
+    top_p: float = 1.0
+    """chooses among the likeliest tokens that together reach this probability"""
+    min_p: float = 0.0
+    """chooses among tokens at least so likely as this fraction of the likeliest"""
+    stop_tokens: tuple[int, ...] = ()
+    """a sequence ends with any of them"""
+
+    def check(self) -> None:
+        """ValueError for a setting that means nothing."""
+        if not all(isinstance(value, int | float) for value in self[:-1]):
+            raise ValueError(f"sampling needs numbers, found {self[:-1]}")
+        limits = {
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+        }
+        if wrong := [name for name, is_valid in limits.items() if not is_valid]:
+            found = ", ".join(f"{name} {getattr(self, name)}" for name in wrong)
+            raise ValueError(
+                "sampling needs repetition_penalty > 0, temperature >= 0, top_k >= 0, "
+                f"0 < top_p <= 1 and 0 <= min_p <= 1, found {found}"
+            )
+
+
+GREEDY = Sampling()
 
 
 class Progress(NamedTuple):
     """The state of the generation loop."""
 
-    count: Array
-    """int32 []: tokens generated so far"""
-    tokens_BN: Array
-    """int32 [B, new tokens]"""
+    slot: Array
+    """int32 []: of the next token in the cache"""
+    lengths_B: Array
+    """int32 [B]: tokens of each sequence so far"""
     is_done_B: Array
     logits_BV: Array
+    """of the next token"""
+    is_seen_BV: Array
+    """tokens that the prompt or the reply has; [B, 0] without a repetition penalty"""
     caches: Caches
     positions: TokenPositions
     """[B, S]; segment 1 where the slot holds a token, prompted or generated"""
@@ -50,58 +88,68 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Returns the new tokens of each prompt, its end token included; greedy at temperature 0.
+    """Returns the new tokens of each prompt, its stop token included."""
+    chunks = stream(
+        graph, params, prompts,
+        max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, chunk_tokens=max_new_tokens,
+    )  # fmt: skip
+    return [list(chain(*parts)) for parts in zip(*chunks, strict=True)]
 
-    With `top_p` below 1, samples only from the likeliest tokens that together reach it.
-    """
-    is_valid_sampling = temperature >= 0 and 0 < top_p <= 1
-    if not prompts or not all(prompts) or max_new_tokens < 1 or not is_valid_sampling:
+
+def stream(
+    graph: nnx.GraphDef,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    chunk_tokens: int = 1,
+) -> Iterator[list[list[int]]]:
+    """Yields the new tokens of each prompt as they come, at most `chunk_tokens` at a time; none of
+    a prompt that has ended. ValueError for an empty prompt or a setting that means nothing."""
+    sampling.check()
+    if not prompts or not all(prompts) or min(max_new_tokens, chunk_tokens) < 1:
         raise ValueError(
-            "generate needs prompts of at least one token, max_new_tokens >= 1, temperature >= 0 "
-            f"and 0 < top_p <= 1; found prompts of {[len(p) for p in prompts]} tokens, "
-            f"{max_new_tokens}, {temperature} and {top_p}"
+            "generate needs prompts of at least one token and max_new_tokens >= 1, found prompts "
+            f"of {[len(p) for p in prompts]} tokens and {max_new_tokens}"
         )
-    longest = max(map(len, prompts))
-    P = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    P = max(MIN_PROMPT_TOKENS, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    sampling = Sampling(max_new_tokens, tuple(eos_ids), temperature, top_p)
-    tokens_BN = np.asarray(
-        _run(graph, sampling, params, tokens_BP, lengths_B, jax.random.key(seed))
-    )
-    is_end_BN = np.isin(tokens_BN, sampling.eos_ids)
-    ends_B = np.where(is_end_BN.any(1), is_end_BN.argmax(1) + 1, max_new_tokens)
-    return [row[:end].tolist() for row, end in zip(tokens_BN, ends_B, strict=True)]
+    key = jax.random.key(seed)
+    progress = _prefill(graph, sampling, max_new_tokens, params, tokens_BP, lengths_B, key)
+    has_ended = [False] * len(prompts)
+    for begin in range(0, max_new_tokens, chunk_tokens):
+        end = min(begin + chunk_tokens, max_new_tokens)
+        tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, P + end)
+        chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - P - begin].tolist()
+        for row, tokens in enumerate(chunk):
+            ends = [at for at, token in enumerate(tokens) if token in sampling.stop_tokens]
+            chunk[row] = [] if has_ended[row] else tokens[: ends[0] + 1] if ends else tokens
+            has_ended[row] |= bool(ends)
+        yield chunk
+        if all(has_ended):
+            return
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(
     graph: nnx.GraphDef,
     sampling: Sampling,
+    max_new_tokens: int,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
     key: Array,
-) -> Array:
-    model = merge(graph, params)
-    progress = _prefill(model, sampling, tokens_BP, lengths_B, key)
-    unfinished = lambda p: (p.count < sampling.max_new_tokens) & ~p.is_done_B.all()
-    step = partial(_generate_token, model, sampling, tokens_BP.shape[1], lengths_B)
-    return lax.while_loop(unfinished, step, progress).tokens_BN
-
-
-def _prefill(
-    model: Decoder, sampling: Sampling, tokens_BP: Array, lengths_B: Array, key: Array
 ) -> Progress:
-    B, P = tokens_BP.shape
-    slots_S = jnp.arange(P + sampling.max_new_tokens, dtype=jnp.int32)
+    model, (B, P) = merge(graph, params), tokens_BP.shape
+    slots_S = jnp.arange(P + max_new_tokens, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
     positions = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
     prompt_positions = TokenPositions(*(x[:, :P] for x in positions))
@@ -110,40 +158,71 @@ def _prefill(
     x_BPD, caches = model.stack(model.embed_tokens(tokens_BP), inputs, caches)
     assert caches is not None
     last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
+    logits_BV = model.logits(model.normalize(last_B1D))[:, 0]
+    is_seen_BV = jnp.zeros((B, 0), bool)
+    if sampling.repetition_penalty != 1:
+        is_seen_BV = jnp.zeros(logits_BV.shape, bool)
+        is_seen_BV = is_seen_BV.at[jnp.arange(B)[:, None], tokens_BP].max(segments_BS[:, :P] > 0)
+    is_done_B = jnp.zeros(B, bool)
     return Progress(
-        count=jnp.int32(0),
-        tokens_BN=jnp.zeros((B, sampling.max_new_tokens), jnp.int32),
-        is_done_B=jnp.zeros(B, bool),
-        logits_BV=model.logits(model.normalize(last_B1D))[:, 0],
-        caches=caches,
-        positions=positions,
-        key=key,
+        jnp.int32(P), lengths_B, is_done_B, logits_BV, is_seen_BV, caches, positions, key
     )
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(
+    graph: nnx.GraphDef,
+    sampling: Sampling,
+    chunk_tokens: int,
+    params: Params,
+    progress: Progress,
+    end: Array,
+) -> tuple[Array, Progress]:
+    """Generates tokens up to slot `end`, or until every sequence is done: int32 [B, C]."""
+    model, begin = merge(graph, params), progress.slot
+
+    def step(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
+        tokens_BC, progress = carry
+        at = progress.slot - begin
+        token_B, progress = _generate_token(model, sampling, progress)
+        return tokens_BC.at[:, at].set(token_B), progress
+
+    unfinished = lambda carry: (carry[1].slot < end) & ~carry[1].is_done_B.all()
+    empty_BC = jnp.zeros((len(progress.lengths_B), chunk_tokens), jnp.int32)
+    return lax.while_loop(unfinished, step, (empty_BC, progress))
+
+
 def _generate_token(
-    model: Decoder, sampling: Sampling, P: int, lengths_B: Array, progress: Progress
-) -> Progress:
+    model: Decoder, sampling: Sampling, progress: Progress
+) -> tuple[Array, Progress]:
     """Chooses a token from the current logits and computes the next ones."""
     key, sample_key = jax.random.split(progress.key)
-    token_B = _choose_token(progress.logits_BV, sampling, sample_key)
-    is_end_B = jnp.isin(token_B, jnp.array(sampling.eos_ids, jnp.int32))
+    logits_BV = filter_logits(progress.logits_BV, progress.is_seen_BV, sampling)
+    token_B = logits_BV.argmax(-1)
+    if sampling.temperature > 0:
+        token_B = jax.random.categorical(sample_key, logits_BV)
+    token_B = token_B.astype(jnp.int32)
+    is_stop_B = jnp.isin(token_B, jnp.array(sampling.stop_tokens, jnp.int32))
+    is_seen_BV = progress.is_seen_BV
+    if sampling.repetition_penalty != 1:
+        is_seen_BV = is_seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
     # follows the positions, not the order of the slots.
-    slot = P + progress.count
+    slot = progress.slot
     positions = TokenPositions(
         progress.positions.segments.at[:, slot].set(1),
-        progress.positions.positions.at[:, slot].set(lengths_B + progress.count),
+        progress.positions.positions.at[:, slot].set(progress.lengths_B),
     )
     q_positions = TokenPositions(*(x[:, slot, None] for x in positions))
     inputs = model.attention_inputs(q_positions, positions, slot)
     x_B1D, caches = model.stack(model.embed_tokens(token_B[:, None]), inputs, progress.caches)
     assert caches is not None
-    return Progress(
-        count=progress.count + 1,
-        tokens_BN=progress.tokens_BN.at[:, progress.count].set(token_B),
-        is_done_B=progress.is_done_B | is_end_B,
+    return token_B, Progress(
+        slot=slot + 1,
+        lengths_B=progress.lengths_B + 1,
+        is_done_B=progress.is_done_B | is_stop_B,
         logits_BV=model.logits(model.normalize(x_B1D))[:, 0],
+        is_seen_BV=is_seen_BV,
         caches=caches,
         positions=positions,
         key=key,
@@ -159,10 +238,17 @@ def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
     }
 
 
-def _choose_token(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
+def filter_logits(logits_BV: Array, is_seen_BV: Array, sampling: Sampling) -> Array:
+    """The logits from which a token is drawn, -inf for those that `sampling` rules out."""
+    if (penalty := sampling.repetition_penalty) != 1:
+        penalized_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+        logits_BV = jnp.where(is_seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
+        return logits_BV
     logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        lowest_B1 = lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
     if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
@@ -170,4 +256,7 @@ def _choose_token(logits_BV: Array, sampling: Sampling, key: Array) -> Array:
         is_kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < sampling.top_p
         lowest_B1 = jnp.where(is_kept_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
-    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+    if sampling.min_p > 0:
+        lowest_B1 = logits_BV.max(-1, keepdims=True) + math.log(sampling.min_p)
+        logits_BV = jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+    return logits_BV

@@ -49,10 +49,7 @@ ELSEWHERE = {
 }  # fmt: skip
 """Key of Hugging Face, TRL, axolotl or torchtune → the key of a recipe."""
 COMMANDS = {
-    "generate": "write prompts under `eval_samples:`, or load an export with transformers",
-    "chat": "write prompts under `eval_samples:`, or load an export with transformers",
-    "eval": "call `trainer.evaluate()` in Python",
-    "evaluate": "call `trainer.evaluate()` in Python",
+    "inference": "`jaxtrain generate` and `jaxtrain chat` reply",
     "finetune": "`jaxtrain RECIPE` trains", "sft": "`jaxtrain RECIPE` trains",
     "init": "`jaxtrain recipes` lists recipes to copy", "resume": "write auto_resume: true on an "
     "`orbax` entry of `checkpoint:`; the same command resumes",

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import Batch
-from jaxtrain.data.render import find_stop_tokens
+from jaxtrain.data.render import encode_prompt, find_stop_tokens
+from jaxtrain.model.generate import Sampling
 from jaxtrain.recipe.guards import SamplesConfig
 from jaxtrain.trainer.loss import Loss, add_losses, eval_metrics
 from jaxtrain.trainer.run import Run
@@ -44,23 +45,13 @@ def answer_prompts(
     """The answer to each prompt, through the chat template, up to the end of the turn; `seed` is
     that of the random draws."""
     system = [{"role": "system", "content": config.system}] if config.system else []
-    prompts = [
-        tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
-        for prompt in config.prompts
-    ]
+    asked = [[*system, {"role": "user", "content": prompt}] for prompt in config.prompts]
+    prompts = [encode_prompt(tokenizer, messages) for messages in asked]
+    stops = tuple(find_stop_tokens(tokenizer))
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, stop_tokens=stops)
+    new, params = config.max_new_tokens, run.average.eval_params(state)
     with jax.set_mesh(run.mesh):
-        answers = run.model.generate(
-            run.average.eval_params(state),
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            eos_ids=find_stop_tokens(tokenizer),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=seed,
+        (answers,) = run.model.stream(
+            params, prompts, max_new_tokens=new, chunk_tokens=new, sampling=sampling, seed=seed
         )
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]

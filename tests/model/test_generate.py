@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 from model_rows import batch_of
-from tiny_models import hf_model, load_model, save_model, torch
+from tiny_models import hf_model, load_model, save_model, torch, transformers
 
 from jaxtrain.model.decoder import merge
-from jaxtrain.model.generate import generate
+from jaxtrain.model.generate import Sampling, filter_logits, generate, stream
 
 PROMPTS = [[5, 17, 40], [7], [33, 9, 81, 12, 60, 4, 77, 51, 20]]
 
@@ -22,7 +22,7 @@ def qwen(tmp_path_factory):
 
 
 def test_greedy_tokens_equal_those_of_transformers(qwen):
-    ours = generate(*qwen, PROMPTS, max_new_tokens=14, eos_ids=[2])
+    ours = generate(*qwen, PROMPTS, max_new_tokens=14, sampling=Sampling(stop_tokens=(2,)))
     reference = hf_model("qwen2-alternating")
     for prompt, tokens in zip(PROMPTS, ours, strict=True):
         theirs = reference.generate(
@@ -40,15 +40,22 @@ def test_a_prompt_generates_the_same_alone_and_among_others(qwen):
 def test_generation_ends_with_the_end_token(qwen):
     (tokens,) = generate(*qwen, PROMPTS[:1], max_new_tokens=14)
     end = tokens[4]
-    (ended,) = generate(*qwen, PROMPTS[:1], max_new_tokens=14, eos_ids=[end])
+    (ended,) = generate(
+        *qwen, PROMPTS[:1], max_new_tokens=14, sampling=Sampling(stop_tokens=(end,))
+    )
     assert ended == tokens[: tokens.index(end) + 1]
 
 
 @pytest.mark.covers("eval_samples.temperature", "eval_samples.top_p")
 def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
-    draw = lambda **how: generate(*qwen, PROMPTS, max_new_tokens=14, temperature=1.0, **how)
-    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    assert draw(seed=1, top_p=1e-6) == generate(*qwen, PROMPTS, max_new_tokens=14)
+    greedy = generate(*qwen, PROMPTS, max_new_tokens=14)
+
+    def draw(seed, **settings):
+        sampling = Sampling(temperature=1.0, **settings)
+        return generate(*qwen, PROMPTS, max_new_tokens=14, sampling=sampling, seed=seed)
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1, top_p=1e-6) == draw(1, top_k=1) == draw(1, min_p=1.0) == greedy
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -60,7 +67,8 @@ def test_sampled_tokens_follow_the_probabilities(qwen, temperature):
     )
     probs = np.asarray(forward(params))
     rows = 2000
-    drawn = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=temperature)
+    sampling = Sampling(temperature=temperature)
+    drawn = generate(graph, params, PROMPTS[:1] * rows, max_new_tokens=1, sampling=sampling)
     counts = np.bincount(np.ravel(drawn), minlength=len(probs))
     # Four standard deviations of each count, and one more count for the rare tokens.
     assert (abs(counts - rows * probs) < 4 * np.sqrt(rows * probs) + 1).all()
@@ -68,11 +76,75 @@ def test_sampled_tokens_follow_the_probabilities(qwen, temperature):
         probs >= np.sort(probs)[::-1][np.cumsum(np.sort(probs)[::-1]) < 0.5].min()
     )
     nucleus = generate(
-        graph, params, PROMPTS[:1] * rows, max_new_tokens=1, temperature=temperature, top_p=0.5
+        graph, params, PROMPTS[:1] * rows, max_new_tokens=1, sampling=sampling._replace(top_p=0.5)
     )
     assert set(kept) <= set(np.ravel(nucleus)) and len(set(np.ravel(nucleus))) == len(kept) + 1
 
 
-def test_what_cannot_be_generated_is_refused(qwen):
-    with pytest.raises(ValueError, match="prompts of at least one token"):
-        generate(*qwen, [[1], []], max_new_tokens=3)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 14])
+def test_a_stream_has_the_tokens_of_the_whole_in_chunks_and_none_after_an_end(qwen, chunk_tokens):
+    end = generate(*qwen, PROMPTS[:1], max_new_tokens=14)[0][4]
+    how = {"max_new_tokens": 14, "sampling": Sampling(stop_tokens=(end,))}
+    whole = generate(*qwen, PROMPTS, **how)
+    chunks = list(stream(*qwen, PROMPTS, chunk_tokens=chunk_tokens, **how))
+    assert [
+        [token for part in parts for token in part] for parts in zip(*chunks, strict=True)
+    ] == whole
+    assert max(len(part) for chunk in chunks for part in chunk) == chunk_tokens
+    longest = max(map(len, whole))
+    assert len(chunks) == -(-longest // chunk_tokens) and len(whole[0]) < longest
+
+
+SETTINGS = {
+    "repetition_penalty": 1.7, "temperature": 0.6, "top_k": 7, "top_p": 0.8, "min_p": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [(name,) for name in SETTINGS] + [tuple(SETTINGS)])
+def test_logits_are_filtered_as_transformers_does(names):
+    settings = {name: SETTINGS[name] for name in names}
+    logits = np.random.default_rng(0).normal(0, 3, (4, 40)).astype(np.float32)
+    seen = np.random.default_rng(1).integers(0, 40, (4, 9))
+    is_seen = np.zeros(logits.shape, bool)
+    is_seen[np.arange(4)[:, None], seen] = True
+    sampling = Sampling(**{"temperature": 1.0} | settings)
+    ours = np.asarray(filter_logits(jax.numpy.array(logits), jax.numpy.array(is_seen), sampling))
+    theirs = torch.tensor(logits)
+    warpers = {
+        "repetition_penalty": "RepetitionPenaltyLogitsProcessor",
+        "temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper",
+        "top_p": "TopPLogitsWarper", "min_p": "MinPLogitsWarper",
+    }  # fmt: skip
+    for name, value in settings.items():
+        theirs = getattr(transformers, warpers[name])(value)(torch.tensor(seen), theirs)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
+    assert names in (("temperature",), ("repetition_penalty",)) or np.isinf(ours).any()
+
+
+def test_a_repetition_penalty_generates_as_transformers_does(qwen):
+    """Of the prompt and of what was generated."""
+    sampling = Sampling(repetition_penalty=1.8)
+    ours = generate(*qwen, PROMPTS, max_new_tokens=14, sampling=sampling)
+    reference = hf_model("qwen2-alternating")
+    for prompt, tokens in zip(PROMPTS, ours, strict=True):
+        theirs = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=14, do_sample=False, repetition_penalty=1.8
+        )
+        assert tokens == theirs[0, len(prompt) :].tolist()
+    assert ours != generate(*qwen, PROMPTS, max_new_tokens=14)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1], []], {}, "prompts of at least one token"),
+        ([], {}, "prompts of at least one token"),
+        ([[1]], {"temperature": -1.0}, "temperature >= 0, .* found temperature -1.0"),
+        ([[1]], {"top_p": 0.0, "min_p": 2.0}, "found top_p 0.0, min_p 2.0"),
+        ([[1]], {"top_k": -1}, "found top_k -1"),
+        ([[1]], {"repetition_penalty": 0.0}, "found repetition_penalty 0.0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(qwen, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*qwen, prompts, max_new_tokens=3, sampling=Sampling(**settings))

@@ -123,7 +123,7 @@ def test_passes_that_began_with_steps_of_another_size_are_walked_to_their_end(pl
     saved = progress.state_dict() | {"lineage": {"global_batch": size}}
     again = Progress()
     again.load_state_dict(saved, plan)
-    config = get_config(RECIPE | {"epochs": 5, "eval_interval": 3})
+    config = CONFIG.model_copy(update={"epochs": 5})
     horizon = Horizon.of(config, plan, again.more_steps)
     while again.position < 5 * plan.epoch_sequences:
         assert not again.is_complete(horizon) or size == 3

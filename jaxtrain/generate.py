@@ -1,0 +1,336 @@
+"""`jaxtrain generate` and `jaxtrain chat`: replies of a run, a checkpoint or a model."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtrain import registry
+from jaxtrain.data.render import encode_prompt, find_stop_tokens
+from jaxtrain.export import find_checkpoint, restore_weights
+from jaxtrain.model.generate import Sampling
+from jaxtrain.recipe.errors import DataError, RecipeError, UserError, pluralize, show
+from jaxtrain.recipe.resolve import get_config
+from jaxtrain.trainer.run import Run
+
+CHUNK_TOKENS = 8
+"""Tokens between two looks at a stop string, and of a file's replies."""
+MIN_ROOM = 16
+"""Tokens that a prompt has to leave of the model's positions."""
+FROM_FOLDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for the first bytes of a character."""
+
+
+class Options(NamedTuple):
+    """How to reply."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """a reply ends before any of these texts"""
+    seed: int = 0
+
+
+@dataclass
+class Speaker:
+    """A model with its weights and its tokenizer."""
+
+    run: Run
+    params: Any
+    tokenizer: Any
+    is_raw: bool = False
+    """texts are continued as they are, without a chat template"""
+
+    def choose_options(
+        self, *, max_new_tokens: int, stop: Sequence[str] = (), seed: int = 0, **given: float | None
+    ) -> Options:
+        """Sampling as given, else as the model's generation_config.json has it; UserError for what
+        means nothing."""
+        described = self.run.model.spec.generation_config or {}
+        drawn = described if described.get("do_sample") else {}
+        settings = {name: drawn[name] for name in FROM_FOLDER if drawn.get(name) is not None}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if drawn and "temperature" not in settings:
+            settings["temperature"] = 1.0
+        sampling = Sampling(**settings, stop_tokens=self._stop_tokens(described))
+        try:
+            sampling.check()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return Options(sampling, max_new_tokens, tuple(stop), seed)
+
+    def _stop_tokens(self, described: dict[str, Any]) -> tuple[int, ...]:
+        listed = described.get("eos_token_id")
+        known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        ends = [self.tokenizer.eos_token_id] if self.is_raw else find_stop_tokens(self.tokenizer)
+        return tuple(sorted({*known, *(token for token in ends if token is not None)}))
+
+    def encode(self, prompt: str | list[dict[str, Any]], tools: Any = None) -> list[int]:
+        """The tokens of a text, or of a conversation up to its next reply; DataError when they
+        leave no room for one."""
+        if isinstance(prompt, str):
+            tokens = self.tokenizer(prompt)["input_ids"]
+        else:
+            tokens = encode_prompt(self.tokenizer, prompt, tools)
+        room = self.run.model.spec.config.max_positions
+        if not 0 < len(tokens) <= room - MIN_ROOM:
+            raise DataError(
+                f"a prompt of {len(tokens)} tokens; the model has {room} positions, of which a "
+                f"reply needs {MIN_ROOM}"
+            )
+        return tokens
+
+    def reply(self, prompts: Sequence[list[int]], options: Options) -> Iterator[list[str]]:
+        """Yields the text of each reply so far, as it grows; whole in the end."""
+        model = self.run.model
+        room = model.spec.config.max_positions - max(map(len, prompts))
+        chunks = model.stream(
+            self.params,
+            prompts,
+            max_new_tokens=min(options.max_new_tokens, room),
+            sampling=options.sampling,
+            seed=options.seed,
+            chunk_tokens=1 if len(prompts) == 1 else CHUNK_TOKENS,
+        )
+        replies = [Reply(self.tokenizer, options.stop) for _ in prompts]
+        while not all(reply.has_ended for reply in replies):
+            with jax.set_mesh(self.run.mesh):  # only while the model computes
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            for reply, tokens in zip(replies, chunk, strict=True):
+                reply.add(tokens)
+            yield [reply.text for reply in replies]
+        yield [reply.whole for reply in replies]
+
+
+@dataclass
+class Reply:
+    """The text of one reply while it grows."""
+
+    tokenizer: Any
+    stop: Sequence[str]
+    tokens: list[int] = field(default_factory=list)
+    whole: str = ""
+    """all of it"""
+    has_ended: bool = False
+    """at a stop string"""
+
+    def add(self, tokens: Sequence[int]) -> None:
+        if self.has_ended or not tokens:
+            return
+        self.tokens += tokens
+        self.whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        ends = [at for stop in self.stop if (at := self.whole.find(stop)) >= 0]
+        if ends:
+            self.whole, self.has_ended = self.whole[: min(ends)], True
+
+    @property
+    def text(self) -> str:
+        """What stays of it whatever follows: no half of a character, no beginning of a stop."""
+        if self.has_ended:
+            return self.whole
+        text = self.whole.rstrip(UNFINISHED)
+        begun = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[: len(text) - max(begun, default=0)]
+
+
+def generate(
+    source: str,
+    prompts: Sequence[str],
+    system: str | None,
+    file: Path | None,
+    out: Path | None,
+    batch_size: int,
+    *,
+    is_raw: bool,
+    write: Callable[[str], None],
+    **how: Any,
+) -> None:
+    """Writes the reply to each prompt as it comes, or each record of `file` with its reply as JSON,
+    to the new file `out` if it is named. `how` is what `Speaker.choose_options` takes."""
+    records = read_prompts(file, is_raw=is_raw) if file else []
+    speaker = load_speaker(source, is_raw=is_raw)
+    options = speaker.choose_options(**how)
+    for text in prompts:
+        prompt = speaker.encode(text if is_raw else [*system_turn(system), _user_turn(text)])
+        for piece in stream_reply(speaker, prompt, options):
+            write(piece)
+        write("\n")
+    with out.open("x", encoding="utf-8") if out else nullcontext() as target:
+        for record in reply_to_records(speaker, records, options, batch_size):
+            # On a terminal, control characters stay what JSON makes of them.
+            line = json.dumps(record, ensure_ascii=target is None) + "\n"
+            write(line) if target is None else target.write(line)
+
+
+def chat(source: str, system: str | None, *, read: Any, write: Any, **how: Any) -> None:
+    """Lets the user talk with a model: `read` returns a line, None at the end."""
+    speaker = load_speaker(source)
+    converse(speaker, speaker.choose_options(**how), system, read=read, write=write)
+
+
+def system_turn(text: str | None) -> list[dict[str, Any]]:
+    """The turns that a system message is."""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _user_turn(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
+    """What `source` names: a checkpoint, a run, whose newest checkpoint it is, or any model that a
+    recipe may name. RecipeError or CheckpointError when it cannot be read."""
+    folder = Path(source).absolute()
+    is_run = (folder / "recipe.yaml").is_file() or (folder / "metadata.json").is_file()
+    if is_run:
+        trainer, state = restore_weights(find_checkpoint(folder))
+        params = trainer.run.average.eval_params(state)
+    else:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = {"name_or_path": source, "param_dtype": dtype}
+        recipe = {"model": model, "data": {"sources": ["none"]}, "mesh": {"data": 1, "fsdp": -1}}
+        trainer = registry.find("trainer", "sft")(get_config(recipe, runs_here=False), "plan")
+        params = trainer.run.first_params(None)
+    if not (trainer.tokenizer.chat_template or is_raw):
+        raise RecipeError(f"{source}: has no chat template; --raw continues a text as it is")
+    return Speaker(trainer.run, params, trainer.tokenizer, is_raw)
+
+
+# A file of prompts.
+
+
+def read_prompts(file: Path, *, is_raw: bool) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; DataError names the line of one that asks nothing."""
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            _find_prompt(record, is_raw)
+        except (ValueError, DataError) as fault:
+            what = str(fault) if isinstance(fault, DataError) else f"not JSON: {fault}"
+            raise DataError(f"{file}:{number}: {what}") from None
+        records.append(record)
+    if not records:
+        raise DataError(f"{file}: holds no prompt")
+    return records
+
+
+def _find_prompt(record: Any, is_raw: bool) -> str | list[dict[str, Any]]:
+    """The text to continue, or the conversation to reply to."""
+    if not isinstance(record, dict):
+        raise DataError(f"must be a map, found {show(record)}")
+    for name in ("text", "prompt") if is_raw else ("messages", "prompt"):
+        if (found := record.get(name)) is not None:
+            break
+    else:
+        wanted = "`text` or `prompt`" if is_raw else "`messages` or `prompt`"
+        raise DataError(f"has no {wanted}, found {', '.join(record) or 'nothing'}")
+    if isinstance(found, str) and found and name != "messages":
+        return found if is_raw else [*system_turn(record.get("system")), _user_turn(found)]
+    turns = isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)
+    if is_raw or not turns:
+        raise DataError(
+            f"{name}: must be {'text' if is_raw else 'text or turns'}, found {show(found)}"
+        )
+    assert isinstance(found, list)
+    if found[-1].get("role") == "assistant":
+        raise DataError(f"{name}: ends with a reply; remove it to have another")
+    return found
+
+
+def reply_to_records(
+    speaker: Speaker, records: Sequence[dict[str, Any]], options: Options, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields each record with its reply, as a recipe reads it: as the last turn of `messages`, or
+    at the end of `text`; its other columns stay."""
+    left = iter(enumerate(records))
+    while batch := list(islice(left, batch_size)):
+        asked = [_find_prompt(record, speaker.is_raw) for _, record in batch]
+        tools = [None if speaker.is_raw else record.get("tools") for _, record in batch]
+        prompts = [speaker.encode(*pair) for pair in zip(asked, tools, strict=True)]
+        *_, replies = speaker.reply(prompts, options._replace(seed=options.seed + batch[0][0]))
+        for (_, record), prompt, reply in zip(batch, asked, replies, strict=True):
+            kept = {k: v for k, v in record.items() if k not in ("prompt", "system")}
+            if isinstance(prompt, str):
+                yield kept | {"text": prompt + reply}
+            else:
+                yield kept | {"messages": [*prompt, {"role": "assistant", "content": reply}]}
+
+
+# A conversation on the terminal.
+
+
+def stream_reply(speaker: Speaker, prompt: list[int], options: Options) -> Iterator[str]:
+    """Yields a reply piece by piece: what each token adds, and what was held back."""
+    written = 0
+    for (text,) in speaker.reply([prompt], options):
+        yield text[written:]
+        written = len(text)
+
+
+HELP = "/system TEXT, /reset, /help, /exit; Ctrl-C ends a reply, Ctrl-D the conversation"
+
+
+def converse(
+    speaker: Speaker,
+    options: Options,
+    system: str | None,
+    *,
+    read: Callable[[], str | None],
+    write: Callable[[str], None],
+) -> None:
+    """Replies until there is nothing left to read. Lines with a slash are commands; a prompt that
+    does not fit is said, and the conversation goes on."""
+    messages: list[dict[str, Any]] = []
+    write(f"{HELP}\n")
+    while (line := read()) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        if command in ("/reset", "/system"):
+            messages = []
+            system = rest if command == "/system" else system
+            write("begun anew\n")
+        elif command.startswith("/"):
+            write(f"{HELP}\n")
+        elif line.strip():
+            asked = [*messages, _user_turn(line)]
+            reply = _answer(speaker, [*system_turn(system), *asked], options, write)
+            if reply is not None:
+                messages = [*asked, {"role": "assistant", "content": reply}]
+                options = options._replace(seed=options.seed + 1)
+
+
+def _answer(
+    speaker: Speaker, messages: list[dict[str, Any]], options: Options, write: Callable[[str], None]
+) -> str | None:
+    """Writes the reply and how fast it came; None when there is none."""
+    try:
+        prompt = speaker.encode(messages)
+    except DataError as fault:
+        write(f"{fault}; /reset forgets the conversation\n")
+        return None
+    pieces: list[str] = []
+    began = time.perf_counter()
+    try:
+        for piece in stream_reply(speaker, prompt, options):
+            pieces.append(piece)
+            write(piece)
+        tokens = len(pieces) - 1  # the last piece is what was held back
+    except KeyboardInterrupt:
+        tokens = len(pieces)
+        write(" …")
+    seconds = time.perf_counter() - began
+    write(f"\n[{pluralize(tokens, 'token')}, {tokens / seconds:.1f} tokens/s]\n")
+    return "".join(pieces)
