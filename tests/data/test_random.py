@@ -5,7 +5,8 @@ import csv
 import gzip
 import io
 import json
-from contextlib import redirect_stdout
+import shutil
+from contextlib import redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.data.command import show_data
-from jaxtrain.recipe.errors import CONTROL, DataError, printable
+from jaxtrain.recipe.errors import CONTROL, DataError, RecipeError, printable
 from jaxtrain.recipe.resolve import resolve
 from tests.data.test_conversation import FORMS as CONVERSATIONS
 from tests.data.test_preference import FORMS as PAIRS
@@ -189,3 +190,40 @@ def test_any_damage_to_a_file(folder, data):
         outcome(folder, kind, source, data.draw(st.sampled_from(TEMPLATES)), **keys)
     except DataError as error:
         assert str(file) in str(error), error
+
+
+PARTS = st.sampled_from(
+    ["train", "test", "validation", "dev", "eval", "data", "a", "é", "\x1b[0m", "-", "_", ".", " ", "[", "*",
+     "00000-of-00002", "/", "README", "x" * 200]
+)  # fmt: skip
+SUFFIXES = st.sampled_from(
+    [".jsonl", ".jsonl.gz", ".json", ".csv", ".txt", ".md", ".arrow", ".x", ""]
+)
+SPLITS = st.sampled_from(
+    ["", "train", "test", "eval", "dev", "a", "train[:50%]", "train[9:", "test[1:]", "["]
+)
+
+
+@examples(60, 1000)
+@given(st.data())
+def test_any_names_in_a_folder(folder, data):
+    """Batches, or one message about the names."""
+    root = folder / "names"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    for _ in range(data.draw(st.integers(0, 4))):
+        name = "".join(data.draw(st.lists(PARTS, max_size=4))) + data.draw(SUFFIXES)
+        file = root / name.strip("/")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(lines_of(RECORDS["sft"][:2]))
+        except OSError:  # it is a folder already, or too long
+            continue
+    source = {"type": data.draw(st.sampled_from(["local", "jsonl"])), "split": data.draw(SPLITS)}
+    source["path"] = str(root) + data.draw(
+        st.sampled_from(["", "", "/*", "/**/*.jsonl", "/[", "/train*"])
+    )
+    if data.draw(st.booleans()):
+        source = {"type": "huggingface", "name_or_path": str(root), "split": source["split"]}
+    with suppress(DataError, RecipeError):
+        outcome(folder, "sft", source)
