@@ -13,6 +13,8 @@ from filelock import OwnerRecord, SoftFileLease, Timeout
 from jaxtrain.recipe.errors import RecipeError
 
 LOCK = ".lock"
+PARTIAL = ".partial"
+"""Ends the name of a hidden file that is being written; a kill leaves it."""
 LEASE_S = 30.0
 """A lock that its owner, on another machine, has not renewed for so long is taken over."""
 
@@ -31,7 +33,7 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomically(file: Path, text: str, *, must_be_new: bool = False) -> None:
     """Replace `file` as a whole; never writes through a link. FileExistsError if it is there and
     `must_be_new`."""
-    partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}")
+    partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}{PARTIAL}")
     try:
         with naming(file), partial.open("x", encoding="utf-8") as stream:
             stream.write(text)
@@ -57,6 +59,13 @@ def _link_as_new(partial: Path, file: Path) -> None:
         partial.replace(file)
 
 
+def holds_something(folder: Path) -> bool:
+    """Is anything in it besides what a killed process leaves?"""
+    names = [entry.name for entry in folder.iterdir()]
+    left = [n for n in names if n.startswith(LOCK) or (n.startswith(".") and n.endswith(PARTIAL))]
+    return len(left) < len(names)
+
+
 def discard(path: Path) -> None:
     """Remove a folder, a file, or a link and not what it points to, as far as that goes."""
     if path.is_symlink() or path.is_file():
@@ -80,6 +89,8 @@ def claim_folders(
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(_lock(key, folder, say, on_lost))
+                for left in folder.glob(f".*{PARTIAL}"):
+                    discard(left)
             except OSError as error:
                 raise RecipeError(
                     f"{key}: {folder} cannot be written ({error.strerror}); name another folder"

@@ -52,6 +52,17 @@ def ended_by_signals() -> Iterator[None]:
         raise PreemptedError(f"{name}: ended before the first step; run it again")
 
 
+@contextmanager
+def spare_children() -> Iterator[None]:
+    """What a terminal sends to all its processes does not reach those that start inside, which
+    would each show a traceback; to this one it comes a little later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_signals() -> None:
     """For what is left when everything is saved: to say how it ended."""
     if threading.current_thread() is threading.main_thread():

@@ -21,6 +21,7 @@ from jaxtrain.data.ledger import SourceCounts
 from jaxtrain.data.records import ReadColumns, Records, find_source_index
 from jaxtrain.recipe.code import find_user_files, run_user_code
 from jaxtrain.recipe.errors import DataError
+from jaxtrain.signals import spare_children
 
 BATCH_RECORDS = 128
 THREADS = 2
@@ -228,13 +229,16 @@ def _encode_batches(
         # Forked children would inherit the threads' locks of jax and of the tokenizer.
         pickled = pickle.dumps(encoder)
         start = partial(_start_worker, pickled, find_user_files(pickled))
-        pool, encode = ProcessPoolExecutor(workers, get_context("spawn"), start), _encode_in_worker
+        with spare_children():  # one tracks semaphores
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), start)
+        encode = _encode_in_worker
     waiting: deque[Future[list[Outcome]]] = deque()
     try:
         for first in range(0, len(records), BATCH_RECORDS):
             numbers = range(first, min(first + BATCH_RECORDS, len(records)))
             items = [_read(records, n, encoder, counts) for n in numbers]
-            waiting.append(pool.submit(encode, items))
+            with spare_children():  # the first call starts the workers
+                waiting.append(pool.submit(encode, items))
             if len(waiting) > 2 * (workers or THREADS):  # batches in flight are in memory
                 yield waiting.popleft().result()
         for future in waiting:

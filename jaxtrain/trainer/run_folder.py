@@ -16,7 +16,7 @@ import yaml
 from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import CheckpointEngine
-from jaxtrain.files import LOCK, claim_folders, write_atomically
+from jaxtrain.files import claim_folders, holds_something, write_atomically
 from jaxtrain.metrics.log import close_log, open_log
 from jaxtrain.metrics.profile import Profiler
 from jaxtrain.metrics.tensorboard import TensorBoard
@@ -216,7 +216,7 @@ def _inside(config: TrainerConfig, run_dir: str) -> TrainerConfig:
 
 def _holds_something(path: Path) -> bool:
     if path.is_dir():
-        return any(not entry.name.startswith(LOCK) for entry in path.iterdir())
+        return holds_something(path)
     return path.is_file() and path.stat().st_size > 0
 
 

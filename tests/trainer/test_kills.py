@@ -187,3 +187,42 @@ def test_a_signal_is_heard_though_code_catches_every_exception():
             raise ValueError("made of it") from error
     with pytest.raises(KeyError), ended_by_signals():
         raise KeyError("not of a signal")
+
+
+IN_FRONT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+from jaxtrain.cli import main
+main()
+"""
+
+
+def children_of(process: int) -> list[str]:
+    found = subprocess.run(["ps", "--ppid", str(process)], capture_output=True, text=True)
+    return found.stdout.splitlines()[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs workers, and ps"
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("delay_s", [0.0, 10.0])
+def test_what_a_terminal_sends_to_all_its_processes_is_one_line(tmp_path, number, delay_s):
+    """While workers start, and while they prepare."""
+    base = recipe(tmp_path, rows=20, data={"num_proc": 2})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text() * 5000)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(base))
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_FRONT, str(file)], stderr=subprocess.PIPE, text=True,
+        env=environment(JAXTRAIN_CACHE=str(tmp_path / "cache")), start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and len(children_of(process.pid)) < 3:  # and what they share
+        time.sleep(0.1)
+    time.sleep(delay_s)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=300)
+    assert err == f"{number.name}: ended before the first step; run it again\n"
+    assert process.returncode == 75

@@ -118,6 +118,26 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_weights_are_read(tm
     assert run._state is None
 
 
+CUT = """
+import os, sys
+from pathlib import Path
+from jaxtrain.files import write_atomically
+os.fsync = lambda descriptor: os._exit(9)
+write_atomically(Path(sys.argv[1]), "text")
+"""
+"""Ends, as a kill does, while a file is written."""
+
+
+@pytest.mark.parametrize("name", ["run/recipe.yaml", "run/run.json", "state/scores.json"])
+def test_a_kill_while_a_small_file_is_written_leaves_nothing(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir()
+    assert subprocess.run([sys.executable, "-c", CUT, str(file)], check=False).returncode == 9
+    assert len(list(file.parent.iterdir())) == 1 and not file.exists()
+    trainer(written(tmp_path, train_iters=1)).train()
+    assert not list(file.parent.glob(".*"))
+
+
 def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("kept")
