@@ -46,4 +46,7 @@ def _use_an_empty_data_cache() -> None:
 
 _use_an_empty_data_cache()
 
+# How long an example takes depends on the machine.
+settings.register_profile("quick", deadline=None)
+settings.load_profile("quick")
 settings.register_profile("full", deadline=None)  # tests/fuzz.py

@@ -52,19 +52,24 @@ def test_starting_at_an_update_gives_the_rest_of_the_unbroken_run(plan, start, t
     assert all(are_equal(a, b) for a, b in zip(unbroken[start:], resumed, strict=True))
 
 
+@pytest.fixture(scope="module")
+def long_order(plan) -> np.ndarray:
+    """The sequences of 30 epochs."""
+    return np.concatenate([epoch_rows(plan, n)[: plan.epoch_sequences] for n in range(30)])
+
+
 @given(st.integers(0, 70), st.integers(1, 13), st.integers(0, 30))
 def test_steps_of_any_size_go_on_with_the_next_sequence_and_end_with_the_epoch(
-    plan, position, size, steps
+    plan, long_order, position, size, steps
 ):
     total = plan.epoch_sequences
     other = replace(plan, shape=BatchShape(1, size))
-    expected = np.concatenate([epoch_rows(plan, epoch)[:total] for epoch in range(30)])
     walked = [position]
     for _ in range(steps):
         rows = other.sequence_numbers(walked[-1]).ravel()
         walked.append(other.advance(walked[-1]))
         taken = rows[rows >= 0]
-        assert taken.tolist() == expected[walked[-2] : walked[-1]].tolist()
+        assert taken.tolist() == long_order[walked[-2] : walked[-1]].tolist()
         assert len(taken) == size or walked[-1] % total == 0
     assert other.advance(position, steps) == walked[-1]
     end = other.advance(position, other.steps_left(position))
