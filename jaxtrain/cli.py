@@ -107,6 +107,7 @@ def cli(ctx: click.Context) -> None:
     help="At the end, print where this process's Python code spent its time, in this order.",
 )  # fmt: skip
 @_on_devices
+@ended_by_signals()
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -116,18 +117,6 @@ def train(
 ) -> None:
     """Train the model of RECIPE; OVERRIDES are key=value or --key value, with dotted keys."""
     use_huge_pages()
-    with ended_by_signals():
-        run_recipe(recipe, overrides, allowed, python_profile, num_gpus)
-
-
-def run_recipe(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    allowed: tuple[str, ...],
-    python_profile: str,
-    num_gpus: int | None,
-) -> None:
-    """The command `train`."""
     from jaxtrain.recipe.resolve import resolve
 
     resolved = resolve(recipe, as_overrides(overrides))

@@ -45,11 +45,9 @@ class Forks:
     def __init__(self, folder: Path, **variables: str):
         """`folder` takes what they print."""
         self.files = [str(folder / name) for name in ("stdout", "stderr")]
-        own = environment(
-            PYTHONPATH=str(Path(__file__).parents[1]),
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-            **variables,
-        )
+        variables["PYTHONPATH"] = str(Path(__file__).parents[1])
+        variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        own = environment() | variables
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=own, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

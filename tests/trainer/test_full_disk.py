@@ -3,6 +3,7 @@ what was saved before is good."""
 
 import resource
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -65,16 +66,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def room():
-    """A test leaves the limits as they were."""
+@contextmanager
+def limited_to(size):
+    """No file gets larger; also not that of this test's own report, so only for a while."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def limit(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def written(folder, code, *, state_every=2):
@@ -127,11 +127,11 @@ def test_a_write_that_fails_is_one_message_and_the_run_goes_on_later(tmp_path, f
 
 def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys):
     open_log(tmp_path, LoggerConfig(), process=0)
-    limit(1000)
-    for _ in range(3):
-        screen.info("a" * 600)
+    with limited_to(1000):
+        for _ in range(3):
+            screen.info("a" * 600)
+        said = capsys.readouterr().err
     close_log()
-    said = capsys.readouterr().err
     assert said.count("rank_0.log: File too large; what follows is not logged") == 1
     assert "Traceback" not in said and "Logging error" not in said
 
@@ -139,10 +139,9 @@ def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys):
 def test_an_error_of_a_write_names_the_file(tmp_path):
     file = tmp_path / "file.json"
     rows = JsonLines(tmp_path / "rows.jsonl", resumed_at=0)
-    limit(100)
-    with pytest.raises(OSError, match=r"File too large: '.*file.json'"):
+    with pytest.raises(OSError, match=r"File too large: '.*file.json'"), limited_to(100):
         write_atomically(file, "a" * 200)
-    with pytest.raises(OSError, match=r"File too large: '.*rows.jsonl'"):
+    with pytest.raises(OSError, match=r"File too large: '.*rows.jsonl'"), limited_to(100):
         rows.write({"text": "a" * 200})
     rows.close()
     assert not list(tmp_path.glob(".*"))
@@ -151,8 +150,7 @@ def test_an_error_of_a_write_names_the_file(tmp_path):
 @pytest.mark.parametrize("size", [100, 5000])
 def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tmp_path, size):
     """tokenizers, which writes the longest file, has a class of its own for none."""
-    limit(size)
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), limited_to(size):
         save_tokenizer(tiny_tokenizer(), tmp_path)
 
 
@@ -164,7 +162,7 @@ def test_a_full_disk_under_the_cache_is_an_error_of_its_folder(tmp_path):
             writer.append(Encoded(tokens, tokens), source=0, record=0)
         Documents.open(folder).save(folder / "copy")
 
-    limit(1000)
-    with pytest.raises(DataError, match=rf"cache folder {tmp_path}: File too large"):
+    expected = rf"cache folder {tmp_path}: File too large"
+    with pytest.raises(DataError, match=expected), limited_to(1000):
         DataCache(tmp_path).get({"a": "b"}, build)
     assert not list(tmp_path.glob(".new*"))
