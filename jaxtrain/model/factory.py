@@ -15,7 +15,12 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import generate
-from jaxtrain.model.hf_config import add_stop_tokens, read_config, read_generation_config
+from jaxtrain.model.hf_config import (
+    add_stop_tokens,
+    read_config,
+    read_generation_config,
+    replace_text_fields,
+)
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
@@ -65,7 +70,8 @@ class ModelSpec:
                 f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
             )
         grown = replace(self.config, vocab_size=tokens)
-        return ModelSpec(grown, self.hf_config | {"vocab_size": tokens}, self.path, room)
+        hf_config = replace_text_fields(self.hf_config, {"vocab_size": tokens})
+        return ModelSpec(grown, hf_config, self.path, room)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class LanguageModel:
             generation_config=add_stop_tokens(
                 read_generation_config(self.spec.path), self.spec.hf_config, stop_tokens
             ),
+            source=self.spec.path,
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,

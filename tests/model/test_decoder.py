@@ -12,7 +12,7 @@ from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, Norm, group_layers
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
 from jaxtrain.model.layers import AttentionInputs
 from jaxtrain.model.rope import Llama3, Rope
@@ -20,6 +20,7 @@ from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.mesh import MeshConfig
 
+ROPE = Rope(1e4, Llama3(8.0, 1.0, 4.0, 32))
 CONFIG = DecoderConfig(
     family="qwen3",
     vocab_size=96,
@@ -28,13 +29,12 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_size=8,
     ffn_width=48,
-    groups=group_layers((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
-    rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
-    rms_eps=1e-6,
+    groups=group_layers((LayerSpec(rope=ROPE), LayerSpec(), LayerSpec(window=5, rope=ROPE))),
+    norm=Norm(1e-6),
     max_positions=64,
     qkv_bias=True,
     out_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     initializer_range=0.1,
 )
 
@@ -98,7 +98,7 @@ def test_no_gradient_flows_back_in_time():
     model, params = build()
     batch = batch_of(random_tokens(1, 16))
     decoder = merge(model.graph, params)
-    x_BTD = decoder.embed_tokens(batch.tokens)
+    x_BTD = decoder.embed_tokens(batch.tokens, batch.positions)
 
     @jax.jit
     def gradient(x_BTD, t):
@@ -184,7 +184,7 @@ def count_rematerialised(jaxpr) -> int:
 )
 def test_every_nth_layer_is_rematerialised(members, repeats, every):
     """And the stack gives the same, however its pattern and the recipe's fall together."""
-    layers = tuple(LayerSpec(window=4 + i) for i in range(members)) * repeats
+    layers = tuple(LayerSpec(4 + i, ROPE) for i in range(members)) * repeats
     config = dataclasses.replace(CONFIG, groups=group_layers(layers))
     assert len(config.groups) == 1
     batch, _ = packed_rows(9, 1, 11)
@@ -200,7 +200,9 @@ def test_every_nth_layer_is_rematerialised(members, repeats, every):
 
 
 def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
-    config = dataclasses.replace(CONFIG, ffn_width=4096, groups=group_layers((LayerSpec(),)))
+    config = dataclasses.replace(
+        CONFIG, ffn_width=4096, groups=group_layers((LayerSpec(rope=ROPE),))
+    )
     batch = batch_of(random_tokens(2, 250))  # in eight tiles, the last of which is not full
 
     def bytes_of(compute):
@@ -243,7 +245,7 @@ def test_a_group_may_be_run_in_slices():
     model, params = build()
     batch, _ = packed_rows(9, 1, 11)
     decoder = merge(model.graph, params)
-    x_BTD, inputs = decoder.embed_tokens(batch.tokens), inputs_of(decoder, batch)
+    x_BTD, inputs = decoder.embed_tokens(batch.tokens, batch.positions), inputs_of(decoder, batch)
     graph, layers = split(decoder.layers["0"])
     whole, _ = run_group(graph, layers, x_BTD, inputs, PLAIN)
     for i in range(2):

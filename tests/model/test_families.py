@@ -1,6 +1,7 @@
-"""Every family against transformers: logits, weights in and out, bit for bit."""
+"""Every family against transformers: logits and gradients; weights in and out, bit for bit."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -19,13 +20,17 @@ from tiny_models import (
 )
 
 from jaxtrain.model.decoder import merge
-from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.export import save_pretrained, to_hf_tensors
+from jaxtrain.model.families import BY_NAME
+from jaxtrain.model.tables import name_in_tables
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import parameter_shardings
 from tests.runs import mesh_of
 
 LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
+GRADIENT_TOLERANCE = 1e-4  # of the largest number of a tensor
+PACKED_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,17 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: save_model(name, root / name) for name in FAMILIES}
 
 
-def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    _, _, model, params = load_model(folder)
-    forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
-    return np.asarray(forward(params, batch_of(tokens)))
+@cache
+def loaded(folder: Path):
+    """The model of a folder, and a function of a batch: its logits, and gradients of its loss."""
+    config, hf, model, params = load_model(folder)
+
+    def loss(params, batch):
+        decoder = merge(model.graph, params)
+        return -decoder.token_log_probs(batch).sum(), decoder(batch)
+
+    differentiate = jax.jit(jax.grad(loss, has_aux=True))
+    return config, hf, params, lambda batch: differentiate(params, batch)[::-1]
 
 
 def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
@@ -46,17 +58,49 @@ def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_those_of_transformers(name, folders):
-    tokens = random_tokens(2, 40)
+def test_logits_and_gradients_equal_those_of_transformers(name, folders):
+    config, _, _, outputs = loaded(folders[name])
+    tokens = random_tokens(3, 40)
+    logits, gradients = outputs(batch_of(tokens))
+    theirs = hf_model(name)
+    targets = torch.tensor(tokens, dtype=torch.long)
+    expected = theirs(targets).logits.float()
+    largest = float(expected.detach().abs().max())
     np.testing.assert_allclose(
-        logits_of(folders[name], tokens), hf_logits(hf_model(name), tokens), atol=LOGITS_TOLERANCE
+        logits, expected.detach(), atol=min(LOGITS_TOLERANCE, 2e-5 * largest)
     )
+    torch.nn.functional.cross_entropy(
+        expected[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
+    ).backward()
+    found = to_hf_tensors(gradients, config, "float32", ())
+    trained = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    layout = BY_NAME[config.family].layout_of(trained)
+    by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
+    assert found.keys() == by_name.keys()
+    # Gradients that are 0, as that of a bias of keys without rope, are rounding alone.
+    rounding = 1e-4 * max(np.abs(gradient).max() for gradient in by_name.values())
+    for tensor, gradient in by_name.items():
+        atol = GRADIENT_TOLERANCE * max(np.abs(gradient).max(), rounding)
+        np.testing.assert_allclose(found[tensor].make(), gradient, atol=atol, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
+    """Two in one row, then each in a row of its own, and padding behind."""
+    outputs = loaded(folders[name])[3]
+    tokens, index = random_tokens(1, 40)[0], np.arange(40)
+    is_first, is_second = index < 17, (index >= 17) & (index < 36)
+    rows = np.stack([tokens, tokens, np.roll(tokens, -17)])
+    segments = np.stack([is_first + 2 * is_second, 1 * is_first, 1 * (index < 19)])
+    logits, _ = outputs(batch_of(rows, segments))
+    for packed, alone in ((logits[0, :17], logits[1, :17]), (logits[0, 17:36], logits[2, :19])):
+        np.testing.assert_allclose(packed, alone, atol=PACKED_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
-    config, hf, _, params = load_model(folders[name])
-    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    config, hf, params, _ = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     assert_same_tensors(folders[name], tmp_path / "out")
 
 
@@ -69,14 +113,17 @@ def assert_same_tensors(a: Path, b: Path) -> None:
         assert x.shape == y.shape and x.tobytes() == y.tobytes(), name
 
 
-@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "qwen3"])
+@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "gemma3-whole"])
 def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, tmp_path):
-    config, hf, _, params = load_model(folders[name])
-    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    config, hf, params, _ = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     tokens = random_tokens(1, 40)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
     np.testing.assert_array_equal(hf_logits(model, tokens), hf_logits(hf_model(name), tokens))
-    assert model.config.rope_parameters == hf_model(name).config.rope_parameters
+    text, theirs = (m.config.get_text_config() for m in (model, hf_model(name)))
+    assert text.rope_parameters == theirs.rope_parameters
 
 
 def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):

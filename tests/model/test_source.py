@@ -234,14 +234,18 @@ def test_windows_of_a_wrong_type_are_refused(field, value):
         decoder_config(qwen)
 
 
+def read_rope(fields):
+    return rope.read_ropes(fields, {"*": {"rope_theta": 1e4}})["*"]
+
+
 @pytest.mark.parametrize("nested", [None, 16])
 def test_the_original_length_beside_rope_counts_before_the_one_in_it(nested):
     """As in transformers, where some configs keep it at the top."""
     inner = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
     inner |= {} if nested is None else {"original_max_position_embeddings": nested}
     fields = {"max_position_embeddings": 64, "rope_parameters": inner}
-    length = rope.read_rope(fields | {"original_max_position_embeddings": 32}).scaling
-    default = rope.read_rope(fields).scaling
+    length = read_rope(fields | {"original_max_position_embeddings": 32}).scaling
+    default = read_rope(fields).scaling
     assert isinstance(length, rope.Llama3) and isinstance(default, rope.Llama3)
     assert length.original_max_positions == 32
     assert default.original_max_positions == (nested or 64)
@@ -255,9 +259,8 @@ def test_layer_types_must_fit_the_layers():
 
 
 def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
-    scaled = rope.read_rope(
-        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}}
-    )
+    fields = {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 256}}
+    scaled = read_rope(fields | {"max_position_embeddings": 64})
     plain = rope.frequencies(rope.Rope(1000.0), 64)
     ratio = plain / rope.frequencies(scaled, 64)
     assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()
@@ -266,7 +269,7 @@ def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
 @pytest.mark.covers("model.hf_config_kwargs")
 def test_replaced_fields_of_the_config_are_used_and_exported(good):
     config, hf, _ = describe_model(good, hf_config_kwargs={"rms_norm_eps": 0.5, "rope_theta": 7.0})
-    assert config.rms_eps == 0.5 and config.rope.theta == 7.0
+    assert config.norm.eps == 0.5 and config.ropes[0].theta == 7.0
     assert decoder_config(hf) == config
 
 
