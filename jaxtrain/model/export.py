@@ -59,9 +59,9 @@ def save_pretrained(
         carried, layout = _carried(source, BY_NAME[config.family])
         tensors = carried | to_hf_tensors(params, config, dtype, layout)
         write_folder(unfinished, dict(sorted(tensors.items())), max_shard_bytes)
-        for name in PROCESSOR_FILES if carried and source else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, unfinished / name)
+        if carried and source is not None:
+            for file in filter(Path.is_file, (source / name for name in PROCESSOR_FILES)):
+                shutil.copy(file, unfinished)
         _write_json(unfinished / "config.json", config_to_export(hf_config, dtype))
         if generation_config is not None:
             _write_json(unfinished / "generation_config.json", generation_config)

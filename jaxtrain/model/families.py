@@ -196,6 +196,27 @@ def _layers_of_cohere2(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list
     return [layer if layer.window else replace(layer, rope=None) for layer in layers]
 
 
+_GRANITE = {
+    **_DEFAULTS,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def _layers_of_granite4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Equal layers; those of its hybrids are not supported."""
+    depth, types = hf["num_hidden_layers"], hf["layer_types"]
+    if types not in ([kind] * depth for kind in ("attention", "full_attention")):
+        raise ValueError(f"layer_types must be full_attention for each of the {depth} layers")
+    rope = ropes["*"] if hf["position_embedding_type"] == "rope" else None
+    return [LayerSpec(rope=rope)] * depth
+
+
 def _granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_biases(hf),
@@ -387,7 +408,9 @@ FAMILIES: Sequence[Family] = (
             "original_max_position_embeddings": 4096, "sliding_window": None,
         },
         layers=_equal_layers,
-        only={**_PARTIAL_ONLY, "resid_pdrop": (0,), "embd_pdrop": (0,)},
+        only={
+            **_PARTIAL_ONLY, "resid_pdrop": (0,), "embd_pdrop": (0,), "layer_types": (None,),
+        },
         traits=lambda hf: {},
         ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}},
         tensors={**tables.LLAMA, **tables.FUSED_QKV, **tables.FUSED_GATE},
@@ -395,15 +418,29 @@ FAMILIES: Sequence[Family] = (
     Family(
         name="granite",
         architecture="GraniteForCausalLM",
-        defaults={
-            **_DEFAULTS, "max_position_embeddings": 2048, "attention_bias": False,
-            "mlp_bias": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0, "logits_scaling": 1.0,
-        },
+        defaults=_GRANITE,
         layers=_equal_layers,
         only=_ONLY,
         traits=_granite,
         ignored=("sliding_window",),
+    ),
+    Family(
+        name="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        defaults={
+            **_GRANITE, "position_embedding_type": None, "layer_types": None,
+            "num_local_experts": 8,
+        },
+        layers=_layers_of_granite4,
+        only={
+            **_ONLY, "num_local_experts": (0,), "position_embedding_type": ("rope", "nope", None),
+        },
+        traits=_granite,
+        aliases={
+            "shared_intermediate_size": "intermediate_size", "layers_block_type": "layer_types",
+        },
+        ignored=("intermediate_size", "mlp_bias", "sliding_window"),
+        tensors={**tables.LLAMA, **tables.SHARED_MLP},
     ),
     Family(
         name="ministral3",
@@ -464,13 +501,16 @@ FAMILIES: Sequence[Family] = (
             "rms_norm_eps": 1e-5, "attention_bias": True, "use_parallel_residual": True,
         },
         layers=_equal_layers,
-        only={**_PARTIAL_ONLY, "hidden_dropout": (0,)},
+        only={**_PARTIAL_ONLY, "hidden_dropout": (0,), "head_dim": (None,)},
         traits=_gpt_neox,
         aliases={
             "layer_norm_eps": "rms_norm_eps", "rotary_pct": "partial_rotary_factor",
             "rotary_emb_base": "rope_theta",
         },
-        ignored=("rms_norm_eps", "head_dim", "num_key_value_heads", "sliding_window"),
+        ignored=(
+            "rms_norm_eps", "num_key_value_heads", "sliding_window", "rope_theta",
+            "partial_rotary_factor",
+        ),
         ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}},
         norm={"kind": "layer", "has_bias": True},
         tensors=tables.GPT_NEOX,

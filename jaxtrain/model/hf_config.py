@@ -179,9 +179,10 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         faults["layer_types"] = f"{error}; see max_window_layers and sliding_window too"
     if faults:
         theirs = {ours: name for name, ours in family.aliases.items() if name in written}
-        raise RecipeError(
-            [Fault(f"{where}: {theirs.get(field, field)}", what) for field, what in faults.items()]
-        )
+        place = f"{where}: {family.text}." if family.text else f"{where}: "
+        raise RecipeError([
+            Fault(place + theirs.get(field, field), what) for field, what in faults.items()
+        ])  # fmt: skip
     traits = {"activation": ACTIVATIONS[hf["hidden_act"]], **family.traits(hf)}
     return DecoderConfig(
         family=family.name,
@@ -205,6 +206,8 @@ def text_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if family.text is None:
         return dict(hf)
     inner = hf.get(family.text) or {}
+    if not isinstance(inner, Mapping):
+        raise RecipeError(f"config.json: {family.text}: must be a map, found {show(inner)}")
     whole = {name: hf[name] for name in ("tie_word_embeddings", *family.only) if name in hf}
     return {**inner, **whole, "model_type": inner.get("model_type")}
 
@@ -260,6 +263,8 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
         if field in hf and hf[field] not in values:
             allowed = " or ".join(show(value) for value in values)
             faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
+            if "drop" in field:
+                faults[field] += f"; write model.hf_config_kwargs.{field}: 0 to train without"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
@@ -280,7 +285,7 @@ def _override_config(
     family = family_of({**hf, **kwargs}, where)
     known = {
         *family.defaults, *family.only, *family.aliases, *REQUIRED, *rope.FIELDS, *NO_EFFECT,
-    }  # fmt: skip
+    } - {*family.ignored}  # fmt: skip
     faults = [
         Fault(
             f"model.hf_config_kwargs.{field}",

@@ -156,7 +156,8 @@ def check_sizes(ropes: Mapping[str, Rope], head_size: int) -> None:
 
 def _build_rope(fields: Mapping[str, Any], max_positions: int, default: Mapping[str, Any]) -> Rope:
     kind = fields.get("rope_type") or fields.get("type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "su" or (kind == "yarn" and "short_factor" in fields):  # in files of Phi-3
+        kind = "longrope"
     number = partial(_number, fields, kind)
     rope = Rope(number("rope_theta"), fraction=number("partial_rotary_factor", 1.0))
     is_partial = "partial_rotary_factor" in default or kind == "proportional"
@@ -194,6 +195,8 @@ def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions
 
 def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions: int) -> Rope:
     original = int(number(ORIGINAL))
+    if rope.theta <= 1:
+        raise ValueError(f"rope type yarn needs a rope_theta above 1, found {rope.theta}")
     factor = number("factor", max_positions / original)
     grown = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
     attention_factor = grown(1)
@@ -221,10 +224,11 @@ def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number, max_positio
         lists.append(tuple(_number({name: value}, "longrope", name) for value in found))
     original = int(number(ORIGINAL))
     factor = number("factor", max_positions / original)
-    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    is_longer = factor > 1 and original > 1
+    attention_factor = math.sqrt(1 + math.log(factor, original)) if is_longer else 1.0
     return replace(
         rope,
-        scaling=LongRope(*lists, original),
+        scaling=LongRope(lists[0], lists[1], original),
         attention_factor=number("attention_factor", attention_factor),
     )
 
@@ -273,9 +277,9 @@ def frequencies(rope: Rope, head_size: int, lengths_BT1: Any = 1) -> Any:
         keep_R = _yarn_kept(rope.theta, scaling, size)
         freqs_R = keep_R * freqs_R + (1 - keep_R) * freqs_R / scaling.factor
     elif isinstance(scaling, LongRope):
-        short_R, long_R = (np.float32(f) for f in (scaling.short_factors, scaling.long_factors))
         is_long_BT1 = lengths_BT1 > scaling.original_max_positions
-        return jnp.where(is_long_BT1, freqs_R / long_R, freqs_R / short_R)
+        long_R = freqs_R / np.array(scaling.long_factors, np.float32)
+        return jnp.where(is_long_BT1, long_R, freqs_R / np.array(scaling.short_factors, np.float32))
     return freqs_R.astype(np.float32)
 
 

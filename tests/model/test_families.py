@@ -1,6 +1,7 @@
 """Every family against transformers: logits and gradients; weights in and out, bit for bit."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from model_rows import batch_of, random_tokens
+from safetensors.numpy import save_file
 from tiny_models import (
     FAMILIES,
     describe_model,
@@ -19,13 +21,15 @@ from tiny_models import (
     transformers,
 )
 
-from jaxtrain.model.decoder import merge
+from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.decoder import abstract, merge
 from jaxtrain.model.export import save_pretrained, to_hf_tensors
 from jaxtrain.model.families import BY_NAME
 from jaxtrain.model.tables import name_in_tables
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.errors import RecipeError
 from tests.runs import mesh_of
 
 LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
@@ -42,7 +46,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @cache
 def loaded(folder: Path):
     """The model of a folder, and a function of a batch: its logits, and gradients of its loss."""
-    config, hf, model, params = load_model(folder)
+    config, hf, _, params = load_model(folder)
+    model = abstract(config, ComputeConfig(remat="none"))  # compiles faster
 
     def loss(params, batch):
         decoder = merge(model.graph, params)
@@ -102,6 +107,29 @@ def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
     config, hf, params, _ = loaded(folders[name])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     assert_same_tensors(folders[name], tmp_path / "out")
+
+
+def test_a_multimodal_folder_takes_fields_of_its_text_model_and_keeps_its_weights(folders):
+    changed = {"rms_norm_eps": 0.5}
+    config, hf, _ = describe_model(folders["gemma3-whole"], hf_config_kwargs=changed)
+    assert config.norm.eps == 0.5 == hf["text_config"]["rms_norm_eps"]
+    with pytest.raises(RecipeError, match="parts beside the text model, which keep their weights"):
+        describe_model(folders["gemma3-whole"], from_scratch=True)
+
+
+def test_a_multimodal_folder_is_exported_in_the_names_that_it_had(folders, tmp_path):
+    """Some have the prefix of the whole model, which transformers does not write."""
+    whole = folders["gemma3-whole"]
+    rename = lambda name: "model." + name.replace("language_model.model.", "language_model.")
+    tensors = {rename(name): tensor.read() for name, tensor in read_folder(whole).items()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    shutil.copy(whole / "config.json", tmp_path / "in")
+    config, hf, _, params = load_model(tmp_path / "in")
+    save_pretrained(
+        tmp_path / "out", params, config, hf, dtype="float32", source=tmp_path / "in", verify=False
+    )
+    assert_same_tensors(tmp_path / "in", tmp_path / "out")
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:

@@ -171,6 +171,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            "mamba_n_heads": 8,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+        },
+    ),
     "ministral3": (
         "Ministral3",
         {"head_dim": 12, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}},
@@ -203,10 +218,9 @@ CONFIGS = {"Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3"}
 """Start of a class of models → that of its config, where it is another."""
 
 
-def hf_model(name: str) -> Any:
-    """A torch model in which no weight, bias or norm is trivial."""
+def hf_config(name: str, **changes: Any) -> Any:
     kind, fields = FAMILIES[name]
-    fields = {**SIZES, **fields}
+    fields = {**SIZES, **fields, **changes}
     if kind == "Gemma3Whole":
         fields = {
             "text_config": fields, "vision_config": VISION, "mm_tokens_per_image": 4,
@@ -214,8 +228,13 @@ def hf_model(name: str) -> Any:
         }  # fmt: skip
     config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**fields)
     config._attn_implementation = "eager"  # the one with soft caps
+    return config
+
+
+def hf_model(name: str) -> Any:
+    """A torch model in which no weight, bias or norm is trivial."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(name)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
