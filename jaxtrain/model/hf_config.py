@@ -167,12 +167,12 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     hf = _in_names_of_llama(written, family)
     faults = _number_faults(hf) or _field_faults(hf, family)
     layers, ropes = [], {}
-    if not faults:
-        try:
-            ropes = rope.read_ropes(hf, family.ropes, interleaved=family.interleaved_rope)
+    try:
+        ropes = rope.read_ropes(hf, family.ropes, interleaved=family.interleaved_rope)
+        if not faults:
             rope.check_sizes(ropes, _head_size(hf))
-        except ValueError as error:
-            faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
+    except ValueError as error:
+        faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
     try:
         layers = family.layers(hf, ropes) if not faults else []
     except (ValueError, TypeError, LookupError) as error:  # a list or number is something else

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.recipe.errors import show
 
-ORIGINAL = "original_max_position_embeddings"
+LONGEST, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters", ORIGINAL)
 """Its fields in config.json: the first three up to transformers 4, the fourth from 5; the last
 counts before its namesake in one of them."""
@@ -116,10 +116,11 @@ def read_ropes(
     """
     given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     by_type = "*" not in defaults
-    for fields, may_nest in ((given, by_type), (scaling, False)):
-        nests = isinstance(fields, Mapping) and [isinstance(v, Mapping) for v in fields.values()]
-        if nests is False or any(nests) != (may_nest and bool(fields)):
-            what = f"hold a map for each of {', '.join(defaults)}" if may_nest else "be one map"
+    for fields, nests in ((given, by_type), (scaling, False)):
+        is_map = isinstance(fields, Mapping)
+        if not is_map or (fields and nests != any(isinstance(v, Mapping) for v in fields.values())):
+            each = f"hold a map for each of {', '.join(defaults)}"
+            what = each if nests else "be one map for all layers"
             raise ValueError(f"must {what}, found {show(fields)}")
     beside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     if by_type:
@@ -133,11 +134,11 @@ def read_ropes(
         sources = {"*": (beside, scaling or given, {ORIGINAL: hf.get(ORIGINAL)})}
     ropes = {}
     for kind, default in defaults.items():
-        fields: dict[str, Any] = {ORIGINAL: hf.get("max_position_embeddings"), **default}
+        longest = hf.get("max_position_embeddings")
+        fields: dict[str, Any] = {LONGEST: longest, ORIGINAL: longest, **default}
         for source in sources[kind]:
             fields |= {k: v for k, v in (source or {}).items() if v is not None}
-        rope = _build_rope(fields, hf["max_position_embeddings"], default)
-        ropes[kind] = replace(rope, interleaved=interleaved)
+        ropes[kind] = replace(_build_rope(fields, default), interleaved=interleaved)
     return ropes
 
 
@@ -154,7 +155,7 @@ def check_sizes(ropes: Mapping[str, Rope], head_size: int) -> None:
                 )
 
 
-def _build_rope(fields: Mapping[str, Any], max_positions: int, default: Mapping[str, Any]) -> Rope:
+def _build_rope(fields: Mapping[str, Any], default: Mapping[str, Any]) -> Rope:
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind == "su" or (kind == "yarn" and "short_factor" in fields):  # in files of Phi-3
         kind = "longrope"
@@ -171,7 +172,7 @@ def _build_rope(fields: Mapping[str, Any], max_positions: int, default: Mapping[
     if build is None:
         kinds = ", ".join(SCALINGS)
         raise ValueError(f"rope type must be one of {kinds}, found {show(kind)}")
-    return build(rope, fields, number, max_positions)
+    return build(rope, fields, number)
 
 
 Number = Callable[..., float]
@@ -185,7 +186,7 @@ def _number(fields: Mapping[str, Any], kind: str, name: str, default: float | No
     return float(value)
 
 
-def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions: int) -> Rope:
+def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
     names = ("factor", "low_freq_factor", "high_freq_factor")
     factor, low, high = (number(name) for name in names)
     if low >= high:
@@ -193,11 +194,11 @@ def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions
     return replace(rope, scaling=Llama3(factor, low, high, int(number(ORIGINAL))))
 
 
-def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions: int) -> Rope:
+def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
     original = int(number(ORIGINAL))
     if rope.theta <= 1:
         raise ValueError(f"rope type yarn needs a rope_theta above 1, found {rope.theta}")
-    factor = number("factor", max_positions / original)
+    factor = number("factor", number(LONGEST) / original)
     grown = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
     attention_factor = grown(1)
     if fields.get("mscale") and fields.get("mscale_all_dim"):
@@ -215,7 +216,7 @@ def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions: 
     )
 
 
-def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number, max_positions: int) -> Rope:
+def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
     lists = []
     for name in ("short_factor", "long_factor"):
         found = fields.get(name)
@@ -223,7 +224,7 @@ def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number, max_positio
             raise ValueError(f"rope type longrope needs a list {name}, found {show(found)}")
         lists.append(tuple(_number({name: value}, "longrope", name) for value in found))
     original = int(number(ORIGINAL))
-    factor = number("factor", max_positions / original)
+    factor = number("factor", number(LONGEST) / original)
     is_longer = factor > 1 and original > 1
     attention_factor = math.sqrt(1 + math.log(factor, original)) if is_longer else 1.0
     return replace(
@@ -233,16 +234,16 @@ def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number, max_positio
     )
 
 
-SCALINGS: Mapping[str, Callable[[Rope, Mapping[str, Any], Number, int], Rope]] = {
-    "default": lambda rope, fields, number, _: rope,
-    "linear": lambda rope, fields, number, _: replace(rope, scaling=Linear(number("factor"))),
+SCALINGS: Mapping[str, Callable[[Rope, Mapping[str, Any], Number], Rope]] = {
+    "default": lambda rope, fields, number: rope,
+    "linear": lambda rope, fields, number: replace(rope, scaling=Linear(number("factor"))),
     "llama3": _llama3,
-    "dynamic": lambda rope, fields, number, most: replace(
-        rope, scaling=Dynamic(number("factor"), most)
+    "dynamic": lambda rope, fields, number: replace(
+        rope, scaling=Dynamic(number("factor"), int(number(LONGEST)))
     ),
     "yarn": _yarn,
     "longrope": _longrope,
-    "proportional": lambda rope, fields, number, _: replace(
+    "proportional": lambda rope, fields, number: replace(
         rope, scaling=Proportional(number("factor", 1.0))
     ),
 }

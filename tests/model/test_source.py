@@ -179,8 +179,8 @@ def test_a_dtype_that_is_not_read_is_named(folder):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("architectures", ["GPT2LMHeadModel"], "use one of LlamaForCausalLM, Mistral"),
-        ("architectures", "GPT2LMHeadModel", "found 'GPT2LMHeadModel'"),
+        ("architectures", ["GPTJForCausalLM"], "use one of LlamaForCausalLM, Mistral"),
+        ("architectures", "Gemma9ForCausalLM", "did you mean `Gemma"),
         ("architectures", 3, "unsupported architecture, found 3"),
         ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
         ("is_causal", False, "must be true, found false"),
@@ -191,16 +191,25 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("vocab_size", 10**30, "must be a positive whole number"),
         ("rms_norm_eps", float("nan"), "must be a number of at least 0, found nan"),
         ("rope_theta", float("inf"), "default needs a positive rope_theta, found inf"),
-        ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
-        ("mlp_bias", True, "must be false, found true"),
+        ("hidden_act", "mish", "must be one of silu, swish, gelu, "),
+        ("mlp_bias", None, "must be true or false, found None"),
         ("attention_dropout", 0.1, "must be 0 or None, found 0.1"),
         ("quantization_config", {"bits": 4}, "must be None"),
         ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
         ("head_dim", 7, "must be even"),
         ("hidden_size", None, "must be a positive whole number, found None"),
         ("rms_norm_eps", "1e-5", "must be a number of at least 0"),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
-        ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
+        (
+            "rope_scaling",
+            {"type": "ntk", "factor": 4.0},
+            "yarn, longrope, proportional, found 'ntk'",
+        ),
+        ("rope_scaling", {"type": "longrope"}, "longrope needs a list short_factor, found None"),
+        (
+            "rope_scaling",
+            {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]},
+            "must have a number for each of the 4 rotated pairs, found 1 and 2",
+        ),
         ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}, "below the high one, found 4.0 and"),
@@ -220,7 +229,7 @@ def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expe
 
 def test_all_wrong_fields_come_together():
     with pytest.raises(RecipeError) as error:
-        decoder_config({**CONFIG, "hidden_act": "gelu", "mlp_bias": True, "head_dim": 5})
+        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, "head_dim": 5})
     assert len(faults(error)) == 3
 
 
