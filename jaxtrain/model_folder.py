@@ -36,6 +36,9 @@ def find_model_files(config: ModelConfig) -> ModelFiles:
     path = locate(config.name_or_path, with_weights=False)
     if path.is_dir():
         described, field = read_json(path / "config.json"), "max_position_embeddings"
+        # Of GPT-2, and of the text part of a larger model.
+        inner = {field: described.get("n_positions"), **(described.get("text_config") or {})}
+        described = {**inner, **described}
     else:
         described = read_header(path).metadata
         field = f"{described.get('general.architecture')}.context_length"

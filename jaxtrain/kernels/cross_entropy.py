@@ -40,6 +40,8 @@ class Plan(NamedTuple):
     """Hashable and static. `shards` is the number of parts of the batch over `batch_axes`."""
 
     head_layout: HeadLayout
+    scale: float
+    softcap: float | None
     z_loss: float
     label_smoothing: float
     chunk_tokens: int
@@ -71,6 +73,8 @@ def weighted_nll(
     weights_BT: Array,
     *,
     head_layout: HeadLayout = "DV",
+    scale: float = 1.0,
+    softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
@@ -79,9 +83,11 @@ def weighted_nll(
 
     The forward pass computes the gradients of hidden and head too, which saves one product in four.
     Only `total` is differentiated; weights are constants. A token of weight 0 adds nothing, not
-    even a NaN. `chunk_tokens` counts tokens of each sequence.
+    even a NaN. Logits are those of `scale_and_cap`. `chunk_tokens` counts tokens of each sequence.
     """
-    plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens, z_loss, label_smoothing)
+    plan = _make_plan(
+        hidden_BTD, head, head_layout, chunk_tokens, scale, softcap, z_loss, label_smoothing
+    )
     return _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
 
 
@@ -103,6 +109,7 @@ def _weighted_nll_fwd(
         x_IbCD = _zero_unweighted(x_IbCD, w_IbC)
         scores = _scores(plan, prepared, x_IbCD, y_IbC)
         d_IbCV = _d_total(plan, scores.logits_IbCV, y_IbC, scores.lse_IbC, w_IbC)
+        d_IbCV = _d_products(plan, scores.logits_IbCV, d_IbCV)
         d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
         nll = _chunk_nll(plan, scores, w_IbC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden
@@ -150,14 +157,16 @@ def token_log_probs(
     targets_BT: Array,
     *,
     head_layout: HeadLayout = "DV",
+    scale: float = 1.0,
+    softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> Array:
     """Log-probability of targets[b, t] given hidden[b, t], float32 [B, T].
 
-    The backward pass recomputes the logits. A token whose gradient is 0 adds nothing, not even a
-    NaN. `chunk_tokens` counts tokens of each sequence.
+    The backward pass recomputes the logits, which are those of `scale_and_cap`. A token whose
+    gradient is 0 adds nothing, not even a NaN. `chunk_tokens` counts tokens of each sequence.
     """
-    plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens)
+    plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens, scale, softcap)
     return _log_probs(plan, hidden_BTD, head, targets_BT)
 
 
@@ -189,6 +198,7 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
         logits_IbCV = _logits(plan, prepared, x_IbCD)
         # A log-probability is the negative of a loss of weight 1.
         d_IbCV = _d_total(plan, logits_IbCV, y_IbC, lse_IbC, -g_IbC)
+        d_IbCV = _d_products(plan, logits_IbCV, d_IbCV)
         d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
         return d_head_sum + d_head, d_hidden
 
@@ -206,6 +216,8 @@ def _make_plan(
     head: Array,
     head_layout: HeadLayout,
     chunk_tokens: int | None,
+    scale: float,
+    softcap: float | None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Plan:
@@ -231,6 +243,8 @@ def _make_plan(
     chunks = -(-T // chunk_tokens)
     return Plan(
         head_layout=head_layout,
+        scale=scale,
+        softcap=softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         chunk_tokens=-(-T // chunks),  # equal chunks, so that little padding fills the last
@@ -245,8 +259,15 @@ def _zero_unweighted(x_IbCD: Array, w_IbC: Array) -> Array:
     return jnp.where(w_IbC[..., None] != 0, x_IbCD, 0)
 
 
+def scale_and_cap(raw: Array, scale: float, softcap: float | None) -> Array:
+    """Logits from products of hidden states and head: scaled, then capped at softcap."""
+    scaled = raw * scale
+    return scaled if softcap is None else softcap * jnp.tanh(scaled / softcap)
+
+
 def _logits(plan: Plan, head: Array, x_IbCD: Array) -> Array:
-    return _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
+    raw_IbCV = _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
+    return scale_and_cap(raw_IbCV, plan.scale, plan.softcap)
 
 
 def _dot(spec: str, x: Array, y: Array) -> Array:
@@ -266,11 +287,18 @@ def _scores(plan: Plan, head: Array, x_IbCD: Array, y_IbC: Array) -> Scores:
     return Scores(logits_IbCV, top_IbC, lse_IbC, target_IbC)
 
 
-def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_logits_IbCV: Array):
+def _d_products(plan: Plan, logits_IbCV: Array, d_IbCV: Array) -> Array:
+    """Gradient of a chunk's products of hidden states and head, from that of its logits."""
+    if plan.softcap is not None:
+        d_IbCV = d_IbCV * (1 - jnp.square(logits_IbCV / plan.softcap))
+    return d_IbCV * plan.scale
+
+
+def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_IbCV: Array):
     """Gradients of a chunk's hidden states, and of the head [I, D, V], one per shard."""
-    d_logits_IbCV = d_logits_IbCV.astype(x_IbCD.dtype)
-    d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_logits_IbCV, head)
-    d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_logits_IbCV)
+    d_IbCV = d_IbCV.astype(x_IbCD.dtype)
+    d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_IbCV, head)
+    d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_IbCV)
     d_head_IDV = plan.place(d_head_IDV, plan.batch_axes, None, plan.vocabulary_axis)
     return d_x_IbCD.astype(x_IbCD.dtype), d_head_IDV
 

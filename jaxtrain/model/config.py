@@ -5,6 +5,17 @@ from typing import Literal
 
 from jaxtrain.model.rope import Rope
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    zero_centered: bool = False
+    """the scale is stored less 1"""
+    has_bias: bool = False
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -12,6 +23,8 @@ class LayerSpec:
 
     window: int | None = None
     """number of last tokens that a query sees, itself included; None: all of its document"""
+    rope: Rope | None = None
+    """how queries and keys are rotated; None: not at all"""
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,47 @@ class DecoderConfig:
     head_size: int
     ffn_width: int
     groups: tuple[LayerGroup, ...]
-    rope: Rope
-    rms_eps: float
+    norm: Norm
     max_positions: int
     tied: bool = False
     """the head is the embedding"""
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
-    """an RMS norm over each head of queries and keys, before their rotation"""
+    mlp_bias: bool = False
+    qk_norm: Literal["head", "all_heads"] | None = None
+    """a norm over each head of queries and keys, or over all at once, before their rotation"""
+    norm_place: Literal["before", "after", "around"] = "before"
+    """where attention and feed-forward are normalised: what they read, what they add, or both"""
+    parallel_block: bool = False
+    """attention and feed-forward read the same residual stream"""
+    shared_norm: bool = False
+    """and the same norm of it"""
+    gated_mlp: bool = True
+    activation: Activation = "silu"
+    learned_positions: bool = False
+    """an embedding of positions is added to that of tokens"""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """of what attention and feed-forward add"""
+    attention_scale: float | None = None
+    """of the scores; None: head_size ** -0.5"""
+    attention_softcap: float | None = None
+    """caps the scores s at this c, as c * tanh(s / c)"""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    """caps the scaled logits"""
     initializer_range: float = 0.02
     """standard deviation of random weights"""
 
     @property
     def num_layers(self) -> int:
         return sum(len(group.layers) * group.repeats for group in self.groups)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotations of the layers."""
+        found = (layer.rope for group in self.groups for layer in group.layers)
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
     def layer_numbers(self, group: int, layer: int) -> range:
         """Numbers in the whole stack of the layers that one stacked member holds."""

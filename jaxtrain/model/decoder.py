@@ -2,14 +2,16 @@
 
 Outside this folder its parameters are a plain nested dict:
 
-    embed/embedding [V, D]                     head [D, V], absent when tied            norm [D]
-    layers/<group>/<member>/ attention_norm, mlp_norm [L, D]
+    embed/embedding [V, D], positions [P, D]   head [D, V], absent when tied   norm, norm_bias [D]
+    layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
         attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
-                   out_bias [L, D], q_norm, k_norm [L, H]
-        mlp/       gate_up [L, D, 2, F], down [L, F, D]
+                   out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H]
+        mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
+
+A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
 
 B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
-V vocabulary, L layers of one member of a group.
+U 2 with a gate and 1 without, P positions, V vocabulary, L layers of one member of a group.
 """
 
 import math
@@ -24,9 +26,15 @@ from jax import Array, lax
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
-from jaxtrain.kernels.cross_entropy import NLL, HeadLayout, token_log_probs, weighted_nll
+from jaxtrain.kernels.cross_entropy import (
+    NLL,
+    HeadLayout,
+    scale_and_cap,
+    token_log_probs,
+    weighted_nll,
+)
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, rms_norm
+from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, normalize
 from jaxtrain.model.rope import rotation
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
@@ -54,6 +62,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.compute = compute
         self.embed = nnx.Dict(embedding=init.normal(config.vocab_size, config.width))
+        if config.learned_positions:
+            self.embed.positions = init.normal(config.max_positions, config.width)
         self.layers = nnx.Dict({
             str(g): nnx.Dict({
                 str(m): Block(config, spec, compute, init, group.repeats)
@@ -61,7 +71,8 @@ class Decoder(nnx.Module):
             })
             for g, group in enumerate(config.groups)
         })  # fmt: skip
-        self.norm = init.ones(config.width)
+        self.norm = init.norm(config.width)
+        self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
 
     def __call__(self, batch: Batch) -> Array:
@@ -72,7 +83,7 @@ class Decoder(nnx.Module):
         """Hidden states [B, T, D] after the final norm, in the compute dtype."""
         positions = TokenPositions(batch.segments, batch.positions)
         inputs = self.attention_inputs(positions, positions)
-        x_BTD, _ = self.stack(self.embed_tokens(batch.tokens), inputs)
+        x_BTD, _ = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
         return self.normalize(x_BTD)
 
     def logits_of_targets(self, batch: Batch) -> Array:
@@ -94,6 +105,8 @@ class Decoder(nnx.Module):
             self.head_weight(),
             _next(batch.tokens),
             head_layout=self.head_layout,
+            scale=self.config.logit_scale,
+            softcap=self.config.logit_softcap,
         )
         # Position t - 1 predicts token t; the roll puts the last at t = 0, which no token predicts.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
@@ -112,6 +125,8 @@ class Decoder(nnx.Module):
             _next(batch.tokens),
             _next(weights_BT),
             head_layout=self.head_layout,
+            scale=self.config.logit_scale,
+            softcap=self.config.logit_softcap,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
         )
@@ -121,12 +136,17 @@ class Decoder(nnx.Module):
     def attention_inputs(
         self, q_positions: TokenPositions, kv_positions: TokenPositions, slot: Array | None = None
     ) -> AttentionInputs:
-        cos, sin = rotation(self.config.rope, self.config.head_size, q_positions.positions)
-        return AttentionInputs(q_positions, kv_positions, cos, sin, slot)
+        size = self.config.head_size
+        rotations = tuple(rotation(rope, size, q_positions) for rope in self.config.ropes)
+        return AttentionInputs(q_positions, kv_positions, rotations, slot)
 
-    def embed_tokens(self, tokens_BT: Array) -> Array:
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0, mode="clip")
-        return constrain(x_BTD.astype(self.compute.compute_dtype), "batch", None, None)
+    def embed_tokens(self, tokens_BT: Array, positions_BT: Array) -> Array:
+        look_up = lambda table, index_BT: jnp.take(table[...], index_BT, axis=0, mode="clip")
+        x_BTD = look_up(self.embed.embedding, tokens_BT)
+        if self.config.learned_positions:
+            x_BTD += look_up(self.embed.positions, positions_BT)
+        x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
+        return constrain(x_BTD, "batch", None, None)
 
     def stack(
         self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None
@@ -163,12 +183,13 @@ class Decoder(nnx.Module):
         return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", None, None)
 
     def normalize(self, x_BTD: Array) -> Array:
-        return rms_norm(x_BTD, self.norm[...], self.config.rms_eps)
+        return normalize(self.config.norm, x_BTD, self.norm, self.norm_bias)
 
     def logits(self, hidden_BTD: Array) -> Array:
         head = self.head_weight().astype(hidden_BTD.dtype)
         form = "btd,dv->btv" if self.head_layout == "DV" else "btd,vd->btv"
-        return jnp.einsum(form, hidden_BTD, head, preferred_element_type=jnp.float32)
+        raw_BTV = jnp.einsum(form, hidden_BTD, head, preferred_element_type=jnp.float32)
+        return scale_and_cap(raw_BTV, self.config.logit_scale, self.config.logit_softcap)
 
     @property
     def head_layout(self) -> HeadLayout:

@@ -5,6 +5,7 @@ B sequences, T tokens, V vocabulary.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,16 @@ from flax import nnx
 from jaxtrain.batch import Batch
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Params, abstract, merge
+from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.hf_config import decoder_config, family_of, read_hf_config
+from jaxtrain.model.tables import Layout, name_in_file
 from jaxtrain.model.tensor_file import TensorToWrite, write_folder
-from jaxtrain.model.weights import Piece, load_params, pieces
+from jaxtrain.model.weights import Piece, load_params, pieces, read_tensors, tensor_shapes
+from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, WeightError
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENS = 16  # of the sequence whose logits are compared
 
 
@@ -39,18 +44,24 @@ def save_pretrained(
     dtype: str,
     max_shard_bytes: float = 4e9,
     generation_config: Mapping[str, Any] | None = None,
+    source: Path | None = None,
     add_files: Callable[[Path], None] = lambda folder: None,
     verify: bool = True,
 ) -> None:
     """Replaces `folder` with one that transformers can load: weights, config, generation config.
 
-    `add_files` receives the unfinished folder, to add the tokenizer. The name `folder` appears only
-    after everything is written and, with `verify`, read back and found equal.
+    What the family carries comes from `source`, where the model was read, in the names that it has
+    there. `add_files` receives the unfinished folder, to add the tokenizer. The name `folder`
+    appears only after everything is written and, with `verify`, read back and found equal.
     """
     assert decoder_config(hf_config) == config, "config.json describes another model"
     with _replace_folder(folder) as unfinished:
-        tensors = to_hf_tensors(params, config, dtype)
-        write_folder(unfinished, tensors, np.dtype(jnp.dtype(dtype)), max_shard_bytes)
+        carried, layout = _carried(source, BY_NAME[config.family])
+        tensors = carried | to_hf_tensors(params, config, dtype, layout)
+        write_folder(unfinished, dict(sorted(tensors.items())), max_shard_bytes)
+        if carried and source is not None:
+            for file in filter(Path.is_file, (source / name for name in PROCESSOR_FILES)):
+                shutil.copy(file, unfinished)
         _write_json(unfinished / "config.json", config_to_export(hf_config, dtype))
         if generation_config is not None:
             _write_json(unfinished / "generation_config.json", generation_config)
@@ -59,26 +70,50 @@ def save_pretrained(
             verify_folder(unfinished, params, config, dtype)
 
 
-def to_hf_tensors(params: Any, config: DecoderConfig, dtype: str) -> dict[str, TensorToWrite]:
-    """Every tensor by its Hugging Face name, in the order of the file; computed lazily."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    tensors = [(piece, leaf) for path, leaf in leaves for piece in pieces(config, path_name(path))]
-    tensors.sort(key=lambda tensor: tensor[0].name)
+def _carried(source: Path | None, family: Family) -> tuple[dict[str, TensorToWrite], Layout]:
+    """The tensors of `source` that are no part of the text model, as they are there, and how the
+    names of the others are written."""
+    if source is None or not source.is_dir() or not is_complete(source, with_weights=True):
+        return {}, family.layouts[0]
+    stored, layout = read_tensors(source, family)
     return {
-        piece.name: TensorToWrite(piece.shape, partial(_make_tensor, piece, leaf, dtype))
-        for piece, leaf in tensors
+        name: TensorToWrite(tensor.read().dtype, tensor.shape, tensor.read)
+        for name, tensor in stored.items()
+        if family.carried and re.fullmatch(family.carried, name)
+    }, layout
+
+
+def to_hf_tensors(
+    params: Any, config: DecoderConfig, dtype: str, layout: Layout
+) -> dict[str, TensorToWrite]:
+    """Every tensor by its name in a file of this layout; computed lazily."""
+    parts: dict[str, list[tuple[Piece, jax.Array]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for piece in pieces(config, path_name(path)):
+            parts.setdefault(piece.name, []).append((piece, leaf))
+    shapes = tensor_shapes(config, params)
+    stored = np.dtype(jnp.dtype(dtype))
+    return {
+        name_in_file(layout, name): TensorToWrite(
+            stored, shapes[name], partial(_make_tensor, parts[name], dtype)
+        )
+        for name in parts
     }
 
 
-def _make_tensor(piece: Piece, leaf: jax.Array, dtype: str) -> np.ndarray:
+def _make_tensor(parts: list[tuple[Piece, jax.Array]], dtype: str) -> np.ndarray:
     """Copies one tensor to the host in `dtype`; only its own layer leaves the devices."""
-    return piece.to_theirs(np.asarray(leaf[piece.place].astype(dtype)))
+    rows = [piece.to_theirs(np.asarray(leaf[piece.place].astype(dtype))) for piece, leaf in parts]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json as it was read, rope in its original style, with the dtype of the file."""
-    config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     family = family_of(hf_config)
+    dtypes = ("dtype", "torch_dtype")
+    config = {k: v for k, v in hf_config.items() if k not in dtypes}
+    if family.text in config:
+        config[family.text] = {k: v for k, v in config[family.text].items() if k not in dtypes}
     named = {"architectures": [family.architecture], "model_type": family.name}
     # transformers 4 reads only `torch_dtype`; 5 writes `dtype` and reads both.
     return config | named | {"torch_dtype": dtype}

@@ -15,7 +15,12 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
 from jaxtrain.model.generate import stream
-from jaxtrain.model.hf_config import add_stop_tokens, read_config, read_generation_config
+from jaxtrain.model.hf_config import (
+    add_stop_tokens,
+    read_config,
+    read_generation_config,
+    replace_text_fields,
+)
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
@@ -65,8 +70,9 @@ class ModelSpec:
                 f"model.resize_vocab: the tokenizer has {tokens} tokens and the embedding room for "
                 f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
             )
-        grown, hf = replace(self.config, vocab_size=tokens), self.hf_config | {"vocab_size": tokens}
-        return replace(self, config=grown, hf_config=hf, stored_tokens=room)
+        grown = replace(self.config, vocab_size=tokens)
+        hf_config = replace_text_fields(self.hf_config, {"vocab_size": tokens})
+        return replace(self, config=grown, hf_config=hf_config, stored_tokens=room)
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class LanguageModel:
             generation_config=add_stop_tokens(
                 self.spec.generation_config, self.spec.hf_config, stop_tokens
             ),
+            source=self.spec.path,
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,

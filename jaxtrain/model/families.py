@@ -1,66 +1,14 @@
-"""The Hugging Face model families that the decoder supports, as data.
+"""The Hugging Face model families that the decoder supports, as data: what the config.json of each
+means, in Llama's names of the fields, and how its files name their tensors."""
 
-A family says what its config.json means. All families name their tensors alike; one table of names
-is read in both directions, so that loading and exporting cannot disagree. The dimensions of a
-tensor are written in letters: `KGH D` is [K * G * H, D].
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-D width, K key/value heads, G query heads to each, H head size, F feed-forward, V vocabulary.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-
-class Tensor(NamedTuple):
-    """One tensor of a Hugging Face file, and the part of our parameter that it fills."""
-
-    name: str
-    """`{i}` stands for the number of the layer"""
-    dims: str
-    """dimensions in the file"""
-    ours: str
-    """the same letters in the order of our parameter; 1 for a dimension that the file lacks, along
-    which several tensors are concatenated"""
-
-
-def _tensors(*tensors: str) -> tuple[Tensor, ...]:
-    """Parses `name: dimensions -> ours`; a name that begins with a dot belongs to a layer."""
-    parts = (tensor.replace(" -> ", ": ").split(": ") for tensor in tensors)
-    full = lambda name: "model.layers.{i}" + name if name.startswith(".") else name
-    return tuple(Tensor(full(name), *dims) for name, *dims in parts)
-
-
-PARAMETER_TENSORS = {
-    "embed/embedding": _tensors("model.embed_tokens.weight: V D -> V D"),
-    "attention_norm": _tensors(".input_layernorm.weight: D -> D"),
-    "attention/qkv": _tensors(
-        ".self_attn.q_proj.weight: KGH D -> D K G H",
-        ".self_attn.k_proj.weight: KH D -> D K 1 H",
-        ".self_attn.v_proj.weight: KH D -> D K 1 H",
-    ),
-    "attention/qkv_bias": _tensors(
-        ".self_attn.q_proj.bias: KGH -> K G H",
-        ".self_attn.k_proj.bias: KH -> K 1 H",
-        ".self_attn.v_proj.bias: KH -> K 1 H",
-    ),
-    "attention/q_norm": _tensors(".self_attn.q_norm.weight: H -> H"),
-    "attention/k_norm": _tensors(".self_attn.k_norm.weight: H -> H"),
-    "attention/out": _tensors(".self_attn.o_proj.weight: D KGH -> K G H D"),
-    "attention/out_bias": _tensors(".self_attn.o_proj.bias: D -> D"),
-    "mlp_norm": _tensors(".post_attention_layernorm.weight: D -> D"),
-    "mlp/gate_up": _tensors(
-        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F"
-    ),
-    "mlp/down": _tensors(".mlp.down_proj.weight: D F -> F D"),
-    "norm": _tensors("model.norm.weight: D -> D"),
-    "head": _tensors("lm_head.weight: V D -> D V"),
-}
-"""Path of a parameter, without the leading L of stacked ones → its tensors; `attention/qkv` is
-`layers/<group>/<member>/attention/qkv`."""
-
-HARMLESS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
-"""Tensors of old files that are ignored: they follow from the config."""
+from jaxtrain.model import rope, tables
+from jaxtrain.model.config import LayerSpec
+from jaxtrain.model.rope import Rope
+from jaxtrain.model.tables import Layout, Table, name_in_file
 
 NO_EFFECT = frozenset({
     "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id",
@@ -76,12 +24,39 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]
     """values of the fields that config.json lacks"""
-    windows: Callable[[Mapping[str, Any]], list[int | None]]
-    """fields of config.json → attention window of each layer"""
+    layers: Callable[[Mapping[str, Any], Mapping[str, Rope]], list[LayerSpec]]
+    """fields of config.json, and its rope by type of layer, or `*` → the layers"""
     only: Mapping[str, tuple[Any, ...]]
     """fields that change results → the supported values"""
-    traits: Callable[[Mapping[str, Any]], Mapping[str, bool]]
-    """fields of config.json → the switches of `DecoderConfig` that this family sets"""
+    traits: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    """fields of config.json → the options of `DecoderConfig` that this family sets"""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """its names of fields → Llama's"""
+    ignored: tuple[str, ...] = ()
+    """fields that it does not read, though others do"""
+    ropes: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"*": {"rope_theta": 10_000.0}}
+    )
+    """defaults of the rope fields, by type of layer; see `read_ropes`"""
+    interleaved_rope: bool = False
+    norm: Mapping[str, Any] = field(default_factory=dict)
+    """options of `Norm`"""
+    default_ffn_ratio: int = 0
+    """`intermediate_size` / `hidden_size` where a file has none; 0: it has to"""
+    tensors: Table = field(default_factory=lambda: tables.LLAMA)
+    layouts: tuple[Layout, ...] = ((),)
+    """ways in which files write the names of tensors; transformers writes the first"""
+
+    text: str | None = None
+    """field of config.json that holds the fields of the text model"""
+    carried: str | None = None
+    """regular expression of tensors that are no part of the text model, exported as they are"""
+
+    def layout_of(self, names: Container[str]) -> Layout:
+        """That of a file with these names of tensors."""
+        (embedding,) = self.tensors["embed/embedding"]
+        fits = (way for way in self.layouts if name_in_file(way, embedding.name) in names)
+        return next(fits, self.layouts[0])
 
 
 REQUIRED = (
@@ -92,13 +67,13 @@ REQUIRED = (
 _DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
+    "hidden_act": "silu",
     "max_position_embeddings": 32768,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
 _ONLY = {
-    "hidden_act": ("silu",),
     "attention_dropout": (0, None),
     "is_causal": (True,),
     "partial_rotary_factor": (1, None),
@@ -107,22 +82,53 @@ _ONLY = {
 }
 
 
-def _windows_of_upper_layers(hf: Mapping[str, Any]) -> list[int | None]:
-    """Windows by `layer_types` if present, else from layer `max_window_layers` up."""
-    window = hf["sliding_window"] if hf["use_sliding_window"] else None
-    depth = hf["num_hidden_layers"]
-    if hf["layer_types"] is None:
-        return [window if i >= hf["max_window_layers"] else None for i in range(depth)]
-    kinds = {"full_attention": None, "sliding_attention": window}
+_PARTIAL_ONLY = {k: v for k, v in _ONLY.items() if k != "partial_rotary_factor"}
+
+
+def _biases(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"]}
+
+
+def _equal_layers(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    return [LayerSpec(hf.get("sliding_window"), ropes["*"])] * hf["num_hidden_layers"]
+
+
+def _typed_layers(
+    hf: Mapping[str, Any], ropes: Mapping[str, Rope], default: Iterable[bool]
+) -> list[LayerSpec]:
+    """Layers by `layer_types` if present, else by whether each has a window."""
+    kinds, depth = ("full_attention", "sliding_attention"), hf["num_hidden_layers"]
     types = hf["layer_types"]
-    if not isinstance(types, list) or len(types) != depth or not all(t in [*kinds] for t in types):
+    if types is None:
+        types = [kinds[has_window] for has_window in default]
+    if not isinstance(types, list) or len(types) != depth or not all(t in kinds for t in types):
         found = sorted(set(map(str, types if isinstance(types, list) else [types])))
         number = f"{len(types)}: " if isinstance(types, list) else ""
         raise ValueError(
             f"layer_types must name one of {', '.join(kinds)} for each of the {depth} layers, "
             f"found {number}{', '.join(found)}"
         )
-    return [kinds[kind] for kind in types]
+    return [
+        LayerSpec(hf["sliding_window"] if kind == kinds[1] else None, ropes.get("*") or ropes[kind])
+        for kind in types
+    ]
+
+
+def _layers_of_qwen(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """From layer `max_window_layers` up the layers have a window, if it is used at all."""
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    has_window = (i >= hf["max_window_layers"] for i in range(hf["num_hidden_layers"]))
+    return _typed_layers({**hf, "sliding_window": window}, ropes, has_window)
+
+
+def _windows_but_every(field: str) -> Callable[..., list[LayerSpec]]:
+    """All layers but each n-th have a window; n is a field of config.json."""
+
+    def layers(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+        has_window = ((i + 1) % hf[field] != 0 for i in range(hf["num_hidden_layers"]))
+        return _typed_layers(hf, ropes, has_window)
+
+    return layers
 
 
 _QWEN = {
@@ -132,16 +138,155 @@ _QWEN = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_GEMMA = {
+    **_DEFAULTS,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "max_position_embeddings": 8192,
+}
+_GEMMA_ONLY = {**_ONLY, "use_bidirectional_attention": (False, None)}
 
-FAMILIES = (
-    Family(
-        name="llama",
-        architecture="LlamaForCausalLM",
-        defaults={**_DEFAULTS, "max_position_embeddings": 2048, "attention_bias": False},
-        windows=lambda hf: [None] * hf["num_hidden_layers"],
-        only={**_ONLY, "mlp_bias": (False,)},
-        traits=lambda hf: {"qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"]},
-    ),
+
+def _gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_biases(hf), "embedding_scale": hf["hidden_size"] ** 0.5}
+
+
+def _gemma1(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # The first files say gelu and mean its approximation.
+    is_gelu = hf["hidden_act"] == "gelu"
+    return {**_gemma(hf), **({"activation": "gelu_tanh"} if is_gelu else {})}
+
+
+def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_gemma(hf),
+        "norm_place": "around",
+        "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": hf["attn_logit_softcapping"],
+        "logit_softcap": hf["final_logit_softcapping"],
+    }
+
+
+def _olmo(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_biases(hf), "qk_norm": "all_heads", "norm_place": "after"}
+
+
+def _layers_of_smollm3(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """A layer with 0 in `no_rope_layers`, by default each n-th, has no rope, and may have a window
+    in its place."""
+    depth, every = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
+    has_rope = hf["no_rope_layers"]
+    if has_rope is None:
+        has_rope = [int((i + 1) % every != 0) for i in range(depth)]
+    if not isinstance(has_rope, list) or len(has_rope) < depth:
+        raise ValueError(f"no_rope_layers must have a 0 or 1 for each of the {depth} layers")
+    windows = hf["use_sliding_window"] and hf["sliding_window"] is not None
+    layers = _typed_layers(hf, ropes, (windows and not rope for rope in has_rope[:depth]))
+    return [
+        layer if rope else replace(layer, rope=None)
+        for layer, rope in zip(layers, has_rope, strict=False)
+    ]
+
+
+def _layers_of_cohere2(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Layers with a window are rotated, the others are not."""
+    layers = _windows_but_every("sliding_window_pattern")(hf, ropes)
+    return [layer if layer.window else replace(layer, rope=None) for layer in layers]
+
+
+_GRANITE = {
+    **_DEFAULTS,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def _layers_of_granite4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Equal layers; those of its hybrids are not supported."""
+    depth, types = hf["num_hidden_layers"], hf["layer_types"]
+    if types not in ([kind] * depth for kind in ("attention", "full_attention")):
+        raise ValueError(f"layer_types must be full_attention for each of the {depth} layers")
+    rope = ropes["*"] if hf["position_embedding_type"] == "rope" else None
+    return [LayerSpec(rope=rope)] * depth
+
+
+def _granite(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_biases(hf),
+        "mlp_bias": hf["mlp_bias"],
+        "embedding_scale": hf["embedding_multiplier"],
+        "residual_scale": hf["residual_multiplier"],
+        "attention_scale": hf["attention_multiplier"],
+        "logit_scale": 1 / hf["logits_scaling"],
+    }
+
+
+def _gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "gated_mlp": False,
+        "learned_positions": True,
+        "attention_scale": None if hf["scale_attn_weights"] else 1.0,
+    }
+
+
+def _gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_biases(hf),
+        "mlp_bias": True,
+        "gated_mlp": False,
+        "parallel_block": hf["use_parallel_residual"],
+    }
+
+
+LLAMA_FAMILY = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    defaults={
+        **_DEFAULTS, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False,
+    },
+    layers=_equal_layers,
+    only={**_ONLY},
+    traits=lambda hf: {**_biases(hf), "mlp_bias": hf["mlp_bias"]},
+    ignored=("sliding_window",),
+)  # fmt: skip
+GEMMA3 = Family(
+    name="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    defaults={
+        **_GEMMA, "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "layer_types": None, "final_logit_softcapping": None,
+    },
+    layers=_windows_but_every("sliding_window_pattern"),
+    only=_GEMMA_ONLY,
+    traits=lambda hf: {
+        **_gemma(hf), "qk_norm": "head", "norm_place": "around",
+        "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "logit_softcap": hf["final_logit_softcapping"],
+    },
+    aliases={"hidden_activation": "hidden_act"},
+    ignored=("hidden_act", "attn_logit_softcapping"),
+    ropes={
+        "full_attention": {"rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_theta": 10_000.0},
+    },
+    norm={"zero_centered": True},
+    tensors={**tables.LLAMA, **tables.POST_NORMS},
+)  # fmt: skip
+
+FAMILIES: Sequence[Family] = (
+    LLAMA_FAMILY,
     Family(
         name="mistral",
         architecture="MistralForCausalLM",
@@ -149,7 +294,7 @@ FAMILIES = (
             **_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        windows=lambda hf: [hf["sliding_window"]] * hf["num_hidden_layers"],
+        layers=_equal_layers,
         only={**_ONLY, "layer_types": (None,)},
         traits=lambda hf: {},
     ),
@@ -157,7 +302,7 @@ FAMILIES = (
         name="qwen2",
         architecture="Qwen2ForCausalLM",
         defaults={**_DEFAULTS, **_QWEN},
-        windows=_windows_of_upper_layers,
+        layers=_layers_of_qwen,
         only=_ONLY,
         traits=lambda hf: {"qkv_bias": True},
     ),
@@ -165,10 +310,239 @@ FAMILIES = (
         name="qwen3",
         architecture="Qwen3ForCausalLM",
         defaults={**_DEFAULTS, **_QWEN, "head_dim": 128, "attention_bias": False},
-        windows=_windows_of_upper_layers,
+        layers=_layers_of_qwen,
+        only=_ONLY,
+        traits=lambda hf: {**_biases(hf), "qk_norm": "head"},
+    ),
+    GEMMA3,
+    replace(
+        GEMMA3,
+        name="gemma3",
+        architecture="Gemma3ForConditionalGeneration",
+        only={**_GEMMA_ONLY, "model_type": (GEMMA3.name, None)},
+        layouts=(
+            (("model.", "language_model.model."), ("", "language_model.")),
+            (("model.", "model.language_model."),),
+        ),
+        text="text_config",
+        carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+    ),
+    Family(
+        name="gemma",
+        architecture="GemmaForCausalLM",
+        defaults={**_GEMMA, "num_key_value_heads": 16},
+        layers=_equal_layers,
+        only=_GEMMA_ONLY,
+        traits=_gemma1,
+        ignored=("hidden_activation", "sliding_window"),
+        norm={"zero_centered": True},
+    ),
+    Family(
+        name="gemma2",
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        layers=lambda hf, ropes: _typed_layers(
+            hf, ropes, (i % 2 == 0 for i in range(hf["num_hidden_layers"]))
+        ),
+        only=_GEMMA_ONLY,
+        traits=_gemma2,
+        aliases={"hidden_activation": "hidden_act"},
+        ignored=("hidden_act",),
+        norm={"zero_centered": True},
+        tensors={**tables.LLAMA, **tables.POST_NORMS},
+    ),
+    Family(
+        name="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            **_DEFAULTS, "num_key_value_heads": 4, "tie_word_embeddings": True,
+            "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+            "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4,
+            "layer_types": None,
+        },
+        layers=_layers_of_smollm3,
+        only=_ONLY,
+        traits=lambda hf: {**_biases(hf), "mlp_bias": hf["mlp_bias"]},
+        ropes={"*": {"rope_theta": 2_000_000.0}},
+    ),
+    Family(
+        name="olmo2",
+        architecture="Olmo2ForCausalLM",
+        defaults={
+            **_DEFAULTS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+        },
+        layers=_equal_layers,
+        only=_ONLY,
+        traits=_olmo,
+        ignored=("sliding_window",),
+        tensors={**tables.LLAMA, **tables.POST_NORMS, **tables.OLMO},
+    ),
+    Family(
+        name="olmo3",
+        architecture="Olmo3ForCausalLM",
+        defaults={
+            **_DEFAULTS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "attention_bias": False, "sliding_window": 4096, "layer_types": None,
+        },
+        layers=lambda hf, ropes: _typed_layers(
+            hf, ropes, ((i + 1) % 4 != 0 for i in range(hf["num_hidden_layers"]))
+        ),
+        only=_ONLY,
+        traits=_olmo,
+        ropes={
+            "full_attention": {"rope_theta": 500_000.0},
+            "sliding_attention": {"rope_theta": 500_000.0},
+        },
+        tensors={**tables.LLAMA, **tables.POST_NORMS, **tables.OLMO},
+    ),
+    Family(
+        name="phi3",
+        architecture="Phi3ForCausalLM",
+        defaults={
+            **_DEFAULTS, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 4096, "sliding_window": None,
+        },
+        layers=_equal_layers,
+        only={
+            **_PARTIAL_ONLY, "resid_pdrop": (0,), "embd_pdrop": (0,), "layer_types": (None,),
+        },
+        traits=lambda hf: {},
+        ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}},
+        tensors={**tables.LLAMA, **tables.FUSED_QKV, **tables.FUSED_GATE},
+    ),
+    Family(
+        name="granite",
+        architecture="GraniteForCausalLM",
+        defaults=_GRANITE,
+        layers=_equal_layers,
+        only=_ONLY,
+        traits=_granite,
+        ignored=("sliding_window",),
+    ),
+    Family(
+        name="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        defaults={
+            **_GRANITE, "position_embedding_type": None, "layer_types": None,
+            "num_local_experts": 8,
+        },
+        layers=_layers_of_granite4,
+        only={
+            **_ONLY, "num_local_experts": (0,), "position_embedding_type": ("rope", "nope", None),
+        },
+        traits=_granite,
+        aliases={
+            "shared_intermediate_size": "intermediate_size", "layers_block_type": "layer_types",
+        },
+        ignored=("intermediate_size", "mlp_bias", "sliding_window"),
+        tensors={**tables.LLAMA, **tables.SHARED_MLP},
+    ),
+    Family(
+        name="ministral3",
+        architecture="Ministral3ForCausalLM",
+        defaults={
+            **_DEFAULTS, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144, "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0,
+                "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
+                "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+            },
+        },
+        layers=_equal_layers,
+        only={**_ONLY, "layer_types": (None,)},
+        traits=lambda hf: {},
+        ropes={"*": {"rope_theta": 10_000.0, "llama_4_scaling_beta": 0}},
+    ),
+    Family(
+        name="glm4",
+        architecture="Glm4ForCausalLM",
+        defaults={
+            **_DEFAULTS, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True,
+            "max_position_embeddings": 131072, "rms_norm_eps": 0.00000015625,
+        },
+        layers=_equal_layers,
+        only=_PARTIAL_ONLY,
+        traits=lambda hf: {"qkv_bias": hf["attention_bias"], "norm_place": "around"},
+        ignored=("sliding_window",),
+        ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+        interleaved_rope=True,
+        tensors={**tables.LLAMA, **tables.FUSED_GATE, **tables.GLM_NORMS},
+    ),
+    Family(
+        name="cohere2",
+        architecture="Cohere2ForCausalLM",
+        defaults={
+            **_DEFAULTS, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True, "attention_bias": False, "logit_scale": 0.0625,
+            "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None,
+        },
+        layers=_layers_of_cohere2,
         only=_ONLY,
         traits=lambda hf: {
-            "qk_norm": True, "qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"],
+            **_biases(hf), "logit_scale": hf["logit_scale"], "parallel_block": True,
+            "shared_norm": True,
         },
+        aliases={"layer_norm_eps": "rms_norm_eps"},
+        ignored=("rms_norm_eps", "head_dim"),
+        interleaved_rope=True,
+        norm={"kind": "layer"},
+    ),
+    Family(
+        name="gpt_neox",
+        architecture="GPTNeoXForCausalLM",
+        defaults={
+            **_DEFAULTS, "hidden_act": "gelu", "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5, "attention_bias": True, "use_parallel_residual": True,
+        },
+        layers=_equal_layers,
+        only={**_PARTIAL_ONLY, "hidden_dropout": (0,), "head_dim": (None,)},
+        traits=_gpt_neox,
+        aliases={
+            "layer_norm_eps": "rms_norm_eps", "rotary_pct": "partial_rotary_factor",
+            "rotary_emb_base": "rope_theta",
+        },
+        ignored=(
+            "rms_norm_eps", "num_key_value_heads", "sliding_window", "rope_theta",
+            "partial_rotary_factor",
+        ),
+        ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}},
+        norm={"kind": "layer", "has_bias": True},
+        tensors=tables.GPT_NEOX,
+        layouts=((("model.", "gpt_neox."), ("lm_head.", "embed_out.")),),
+    ),
+    Family(
+        name="gpt2",
+        architecture="GPT2LMHeadModel",
+        defaults={
+            **_DEFAULTS, "hidden_act": "gelu_new", "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "scale_attn_weights": True,
+        },
+        default_ffn_ratio=4,
+        layers=lambda hf, ropes: [LayerSpec()] * hf["num_hidden_layers"],
+        only={
+            **_PARTIAL_ONLY, "resid_pdrop": (0,), "embd_pdrop": (0,), "attn_pdrop": (0,),
+            "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        },
+        traits=_gpt2,
+        aliases={
+            "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
+            "n_inner": "intermediate_size", "layer_norm_epsilon": "rms_norm_eps",
+            "activation_function": "hidden_act",
+        },
+        ignored=(
+            "rms_norm_eps", "hidden_act", "head_dim", "num_key_value_heads", "intermediate_size",
+            *rope.FIELDS,
+        ),
+        norm={"kind": "layer", "has_bias": True},
+        tensors=tables.GPT2,
+        layouts=((("model.", "transformer."),), (("lm_head.", "lm_head."), ("model.", ""))),
     ),
 )  # fmt: skip
+BY_NAME = {family.name: family for family in FAMILIES}

@@ -1,21 +1,80 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.model import rope
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
+from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, Norm, group_layers
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
 from jaxtrain.model.gguf import read_gguf_config
-from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import has_own_head, tensor_shapes
 from jaxtrain.model_folder import is_complete, read_json
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import ModelConfig
 
 MAX_LAYERS = 1000  # many more would take minutes to group
+UNTIED = {"tie_word_embeddings": False}
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+}  # fmt: skip
+"""`hidden_act` → ours"""
+
+_is_bool = lambda value: isinstance(value, bool)
+_is_number = lambda value: isinstance(value, int | float) and not _is_bool(value)
+_is_count = lambda value: isinstance(value, int) and not _is_bool(value) and 0 <= value < 2**31
+_is_size = lambda value: _is_count(value) and value > 0
+_is_positive = lambda value: _is_number(value) and 0 < value <= rope.MAX_FLOAT
+
+SIZES = (*REQUIRED, "max_position_embeddings")
+RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (
+        _is_size,
+        "a positive whole number",
+        (*SIZES, "sliding_window_pattern", "no_rope_layer_interval"),
+    ),
+    (
+        lambda value: value is None or _is_size(value),
+        "a positive whole number or null",
+        ("num_key_value_heads", "head_dim", "sliding_window"),
+    ),
+    (_is_count, "a whole number of at least 0", ("max_window_layers",)),
+    (
+        lambda value: _is_number(value) and 0 <= value <= rope.MAX_FLOAT,
+        "a float32 number of at least 0",
+        ("rms_norm_eps", "initializer_range"),
+    ),
+    (
+        _is_positive,
+        "a positive number",
+        (
+            "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
+            "attention_multiplier", "logits_scaling", "logit_scale",
+        ),
+    ),
+    (
+        lambda value: value is None or _is_positive(value),
+        "a positive number or null",
+        ("final_logit_softcapping", "attn_logit_softcapping"),
+    ),
+    (
+        _is_bool,
+        "true or false",
+        (
+            "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+            "use_parallel_residual", "scale_attn_weights",
+        ),
+    ),
+    (
+        lambda value: isinstance(value, str) and value in ACTIVATIONS,
+        f"one of {', '.join(ACTIVATIONS)}",
+        ("hidden_act",),
+    ),
+)  # fmt: skip
+"""What fields must be: whether a value is, in words, and which."""
 
 
 def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -25,23 +84,31 @@ def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[st
     """
     hf, kwargs = read_hf_config(path), config.hf_config_kwargs
     where = str(path / "config.json") if path.is_dir() else str(path)
-    if not config.from_scratch and decoder_config(hf, where).tied and _has_own_head(path):
-        hf = hf | {"tie_word_embeddings": False}
-    if not kwargs:
-        return decoder_config(hf, where), hf
-    new = _override_config(hf, kwargs, where)
+    new = _override_config(hf, kwargs, where) if kwargs else hf
     decoder = decoder_config(new, where)
-    if not config.from_scratch:
-        _check_same_shapes(decoder_config(hf, where), decoder)
+    if config.from_scratch:
+        if family_of(new).carried:
+            raise RecipeError(
+                f"model.from_scratch: {where} has parts beside the text model, which keep their "
+                "weights; use a folder of the text model alone"
+            )
+        return decoder, new
+    if decoder.tied and _has_own_head(path, family_of(new, where)):
+        hf, new = replace_text_fields(hf, UNTIED), replace_text_fields(new, UNTIED)
+        decoder = decoder_config(new, where)
+    if kwargs:
+        # What the family refuses may be what `kwargs` replace.
+        supported = {k: v for k, v in kwargs.items() if k in family_of(hf, where).only}
+        _check_same_shapes(decoder_config(replace_text_fields(hf, supported), where), decoder)
     return decoder, new
 
 
-def _has_own_head(path: Path) -> bool:
+def _has_own_head(path: Path, family: Family) -> bool:
     """Whether a folder's weights contradict a tied config, which then does not count, as in
     transformers."""
     if not path.is_dir() or not is_complete(path, with_weights=True):
         return False
-    return has_own_head(read_folder(path))
+    return has_own_head(path, family)
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -90,70 +157,108 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
                     f"{show(named)}, whose model_type is {show(family.name)}"
                 )
             return family
+    known = [family.architecture for family in FAMILIES]
     raise RecipeError(
         f"{where}: architectures: unsupported architecture, found {show(named or kind)}; use one "
-        f"of {', '.join(family.architecture for family in FAMILIES)}"
+        f"of {', '.join(known)}{did_you_mean(str(named or kind), known)}"
     )
 
 
 def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """The decoder of a config.json; RecipeError names every invalid or unsupported field."""
     family = family_of(hf, where)
-    hf = {**family.defaults, **hf}
+    written = text_fields(hf, family)
+    hf = _in_names_of_llama(written, family)
     faults = _number_faults(hf) or _field_faults(hf, family)
+    layers, ropes = [], {}
     try:
-        position = rope.read_rope(hf)
+        ropes = rope.read_ropes(hf, family.ropes, interleaved=family.interleaved_rope)
+        if not faults:
+            rope.check_sizes(ropes, _head_size(hf))
     except ValueError as error:
         faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
     try:
-        windows = family.windows(hf) if not faults else []
+        layers = family.layers(hf, ropes) if not faults else []
     except (ValueError, TypeError, LookupError) as error:  # a list or number is something else
         faults["layer_types"] = f"{error}; see max_window_layers and sliding_window too"
     if faults:
-        raise RecipeError([Fault(f"{where}: {field}", what) for field, what in faults.items()])
+        theirs = {ours: name for name, ours in family.aliases.items() if name in written}
+        place = f"{where}: {family.text}." if family.text else f"{where}: "
+        raise RecipeError([
+            Fault(place + theirs.get(field, field), what) for field, what in faults.items()
+        ])  # fmt: skip
+    traits = {"activation": ACTIVATIONS[hf["hidden_act"]], **family.traits(hf)}
     return DecoderConfig(
         family=family.name,
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
-        head_size=hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"],
+        head_size=_head_size(hf),
         ffn_width=hf["intermediate_size"],
-        groups=group_layers(tuple(LayerSpec(window=window) for window in windows)),
-        rope=position,
-        rms_eps=float(hf["rms_norm_eps"]),
+        groups=group_layers(tuple(layers)),
+        norm=Norm(float(hf["rms_norm_eps"]), **family.norm),
         max_positions=hf["max_position_embeddings"],
         tied=hf["tie_word_embeddings"],
         initializer_range=float(hf["initializer_range"]),
-        **family.traits(hf),
+        **traits,
     )
+
+
+def text_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of the text model in a config.json."""
+    if family.text is None:
+        return dict(hf)
+    inner = hf.get(family.text) or {}
+    if not isinstance(inner, Mapping):
+        raise RecipeError(f"config.json: {family.text}: must be a map, found {show(inner)}")
+    whole = {name: hf[name] for name in ("tie_word_embeddings", *family.only) if name in hf}
+    return {**inner, **whole, "model_type": inner.get("model_type")}
+
+
+def replace_text_fields(
+    hf: Mapping[str, Any], fields: Mapping[str, Any], *, drop: Container[str] = ()
+) -> dict[str, Any]:
+    """A config.json with other fields of the text model, and without those of `drop`."""
+    family = family_of({**hf, **fields})
+    if family.text is None:
+        return {**{k: v for k, v in hf.items() if k not in drop}, **fields}
+    inner = hf.get(family.text) or {}
+    inner = {**{k: v for k, v in inner.items() if k not in drop}, **fields}
+    tied = {k: v for k, v in fields.items() if k == "tie_word_embeddings"}
+    return {**hf, **tied, family.text: inner}
+
+
+def _in_names_of_llama(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields that a family reads and their defaults, each under Llama's name."""
+    aliases = {name: ours for name, ours in family.aliases.items() if name in hf}
+    fields = {ours: hf[name] for name, ours in aliases.items()}
+    fields |= {k: v for k, v in hf.items() if k not in aliases and k not in family.ignored}
+    fields = {**family.defaults, **fields}
+    if fields.get("rope_parameters") is None:
+        fields["rope_parameters"] = family.defaults.get("rope_parameters")
+    if fields.get("intermediate_size") is None and _is_size(fields.get("hidden_size")):
+        fields["intermediate_size"] = family.default_ffn_ratio * fields["hidden_size"] or None
+    return fields
+
+
+def _head_size(hf: Mapping[str, Any]) -> int:
+    return hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
 
 
 def _number_faults(hf: Mapping[str, Any]) -> dict[str, str]:
     """Fields that are missing or not valid numbers or switches."""
-    faults = {}
-    for field in (*REQUIRED, "max_position_embeddings"):
-        if not _is_size(hf.get(field)):
-            faults[field] = f"must be a positive whole number, found {show(hf.get(field))}"
+    faults = {
+        field: f"must be {what}, found {show(hf.get(field))}"
+        for holds, what, fields in RULES
+        for field in fields
+        if (field in hf or field in SIZES) and not holds(hf.get(field))
+    }
     if not faults and hf["num_hidden_layers"] > MAX_LAYERS:
         found = hf["num_hidden_layers"]
         faults["num_hidden_layers"] = f"must be at most {MAX_LAYERS:,}, found {found:,}"
-    for field in ("num_key_value_heads", "head_dim", "sliding_window"):
-        if hf.get(field) is not None and not _is_size(hf[field]):
-            faults[field] = f"must be a positive whole number or null, found {show(hf[field])}"
-    for field in ("rms_norm_eps", "initializer_range"):
-        is_number = isinstance(hf[field], int | float) and not isinstance(hf[field], bool)
-        if not is_number or not 0 <= hf[field] <= rope.MAX_FLOAT:
-            faults[field] = f"must be a float32 number of at least 0, found {show(hf[field])}"
     if what := _check_stop_tokens(hf):
         faults["eos_token_id"] = what
-    for field in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
-        if not isinstance(hf.get(field, False), bool):
-            faults[field] = f"must be true or false, found {show(hf[field])}"
-    if not _is_count(hf.get("max_window_layers", 0)):
-        faults["max_window_layers"] = (
-            f"must be a whole number of at least 0, found {show(hf['max_window_layers'])}"
-        )
     return faults
 
 
@@ -166,14 +271,6 @@ def _check_stop_tokens(config: Mapping[str, Any]) -> str | None:
     return f"must be the number of a token or a list of them, found {show(found)}"
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _is_size(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
 def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     """Unsupported values, and sizes that do not fit together."""
     faults = {}
@@ -181,6 +278,8 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
         if field in hf and hf[field] not in values:
             allowed = " or ".join(show(value) for value in values)
             faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
+            if "drop" in field:
+                faults[field] += f"; write model.hf_config_kwargs.{field}: 0 to train without"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
@@ -189,7 +288,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
             f"must be a multiple of the {heads} attention heads without a head_dim, "
             f"found {hf['hidden_size']}"
         )
-    elif (size := hf["head_dim"] or hf["hidden_size"] // heads) % 2:
+    elif (size := _head_size(hf)) % 2:
         faults["head_dim"] = f"must be even, since heads are rotated in pairs, found {size}"
     return faults
 
@@ -199,7 +298,9 @@ def _override_config(
 ) -> dict[str, Any]:
     """Replaces fields of a config.json; RecipeError for fields that the family does not have."""
     family = family_of({**hf, **kwargs}, where)
-    known = {*family.defaults, *family.only, *REQUIRED, *rope.FIELDS, *NO_EFFECT}
+    known = {
+        *family.defaults, *family.only, *family.aliases, *REQUIRED, *rope.FIELDS, *NO_EFFECT,
+    } - {*family.ignored}  # fmt: skip
     faults = [
         Fault(
             f"model.hf_config_kwargs.{field}",
@@ -210,7 +311,9 @@ def _override_config(
     ]
     if faults:
         raise RecipeError(faults)
-    return {**_drop_replaced_rope(hf, kwargs), **kwargs}
+    fields = hf if family.text is None else hf.get(family.text) or {}
+    kept = _drop_replaced_rope(fields, kwargs)
+    return replace_text_fields(hf, {**kept, **kwargs}, drop=rope.FIELDS)
 
 
 def _drop_replaced_rope(hf: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ A module is built with a leading dimension L on every parameter and called with 
 layer, as `lax.scan` passes it: the graph of a module does not know shapes, so it merges with both.
 
 B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
-a key/value head, H head size, F feed-forward, V vocabulary, L layers.
+a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V vocabulary, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.kernels.attention import TokenPositions, attention
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec
-from jaxtrain.model.rope import rotate
+from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
+from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, LayerSpec, Norm
+from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.parallel.sharding import constrain
 
 
@@ -27,8 +27,8 @@ class AttentionInputs(NamedTuple):
 
     q_positions: TokenPositions
     kv_positions: TokenPositions
-    cos: Array
-    sin: Array
+    rotations: tuple[Rotation, ...]
+    """of each of `DecoderConfig.ropes`"""
     slot: Array | None = None
     """int32 []: index in the cache of the first of these tokens; None without a cache"""
 
@@ -82,11 +82,29 @@ def _last(x: Array, count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMS norm of the last dimension, in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def normalize(
+    norm: Norm, x: Array, scale: nnx.Param | None, bias: nnx.Param | None = None
+) -> Array:
+    """RMS norm (Zhang and Sennrich, 2019, arXiv:1910.07467) or layer norm, in float32, over the
+    dimensions that `scale` has; x itself without one."""
+    if scale is None:
+        return x
+    dims = _last(x, scale.ndim)
+    x32, scale32 = x.astype(jnp.float32), scale[...].astype(jnp.float32)
+    if norm.kind == "layer":
+        x32 = x32 - jnp.mean(x32, dims, keepdims=True)
+    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), dims, keepdims=True) + norm.eps)
+    x32 = x32 * (1 + scale32 if norm.zero_centered else scale32)
+    return (x32 if bias is None else x32 + bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Initializer:
@@ -94,6 +112,7 @@ class Initializer:
 
     def __init__(self, config: DecoderConfig, key: Array, dtype: str):
         self._std, self._rngs, self._dtype = config.initializer_range, nnx.Rngs(params=key), dtype
+        self.norm = self.zeros if config.norm.zero_centered else self.ones
 
     def normal(self, *shape: int) -> nnx.Param:
         value = self._std * jax.random.normal(self._rngs.params(), shape, jnp.float32)
@@ -122,10 +141,17 @@ class Attention(nnx.Module):
         self.qkv_bias = init.zeros(L, K, G + 2, H) if config.qkv_bias else None
         self.out = init.normal(L, K, G, H, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
-        self.q_norm = init.ones(L, H) if config.qk_norm else None
-        self.k_norm = init.ones(L, H) if config.qk_norm else None
-        self.eps = config.rms_eps
-        self.window = spec.window
+        q_heads, k_heads = ((K, G), (K, 1)) if config.qk_norm == "all_heads" else ((), ())
+        self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
+        self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm else None
+        self.norm = config.norm
+        self.rope = spec.rope
+        self.rotation = None if spec.rope is None else config.ropes.index(spec.rope)
+        self.scoring = Scoring(
+            H**-0.5 if config.attention_scale is None else config.attention_scale,
+            config.attention_softcap,
+            spec.window,
+        )
         self.implementation = compute.attention
 
     def __call__(
@@ -133,13 +159,15 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Cache | None]:
         qkv = dense(x_BTD, self.qkv[...], self.qkv_bias)  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTKGH = rms_norm(q_BTKGH, self.q_norm[...], self.eps)
-            k_BTK1H = rms_norm(k_BTK1H, self.k_norm[...], self.eps)
-        q_BTKGH = rotate(q_BTKGH, inputs.cos, inputs.sin)
-        k_BTKH = rotate(k_BTK1H, inputs.cos, inputs.sin)[:, :, :, 0]
-        v_BTKH = v_BTK1H[:, :, :, 0]
-        keys = Cache(k_BTKH, v_BTKH)
+        q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
+        k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
+        if self.rope is not None and self.rotation is not None:
+            rotation = inputs.rotations[self.rotation]
+            q_BTKGH = rotate(q_BTKGH, rotation, interleaved=self.rope.interleaved)
+            k_BTK1H = rotate(k_BTK1H, rotation, interleaved=self.rope.interleaved)
+            if rotation.query_scale is not None:
+                q_BTKGH = (q_BTKGH * rotation.query_scale).astype(q_BTKGH.dtype)
+        keys = Cache(k_BTK1H[:, :, :, 0], v_BTK1H[:, :, :, 0])
         if cache is not None:
             assert inputs.slot is not None
             put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=1)
@@ -150,7 +178,7 @@ class Attention(nnx.Module):
             *keys,
             q_positions=inputs.q_positions,
             kv_positions=inputs.kv_positions,
-            window=self.window,
+            scoring=self.scoring,
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
@@ -158,21 +186,24 @@ class Attention(nnx.Module):
         return y_BTD, (None if cache is None else keys)
 
 
-class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202)."""
+class MLP(nnx.Module):
+    """down(act(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202), or down(act(up x))."""
 
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
-        D, F = config.width, config.ffn_width
-        self.gate_up = init.normal(L, D, 2, F)
+        D, F, U = config.width, config.ffn_width, 2 if config.gated_mlp else 1
+        self.gate_up = init.normal(L, D, U, F)
+        self.gate_up_bias = init.zeros(L, U, F) if config.mlp_bias else None
         self.down = init.normal(L, F, D)
+        self.down_bias = init.zeros(L, D) if config.mlp_bias else None
+        self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(self, x_BTD: Array) -> Array:
-        gate_up, down = self.gate_up[...], self.down[...]
-
         def mlp(x_BtD: Array) -> Array:
-            wide = dense(x_BtD, gate_up)  # [B, t, 2, F]
-            return dense(jax.nn.silu(wide[..., 0, :]) * wide[..., 1, :], down)
+            wide = dense(x_BtD, self.gate_up[...], self.gate_up_bias)  # [B, t, U, F]
+            act = ACTIVATIONS[self.activation](wide[..., 0, :])
+            act = act if wide.shape[-2] == 1 else act * wide[..., 1, :]
+            return dense(act, self.down[...], self.down_bias)
 
         if self.tile_tokens is None:
             return mlp(x_BTD)
@@ -195,7 +226,7 @@ def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each reading a norm of the residual stream and added to it."""
+    """Attention and feed-forward, each reading the residual stream and added to it, with norms."""
 
     def __init__(
         self,
@@ -205,18 +236,29 @@ class Block(nnx.Module):
         init: Initializer,
         L: int,
     ):
-        self.attention_norm = init.ones(L, config.width)
+        D, place = config.width, config.norm_place
+        has_mlp_norm = place != "after" and not config.shared_norm
+        has_bias = config.norm.has_bias
+        self.attention_norm = init.norm(L, D) if place != "after" else None
+        self.attention_norm_bias = init.zeros(L, D) if has_bias else None
         self.attention = Attention(config, spec, compute, init, L)
-        self.mlp_norm = init.ones(L, config.width)
-        self.mlp = GatedMLP(config, compute, init, L)
-        self.eps = config.rms_eps
+        self.attention_post_norm = init.norm(L, D) if place != "before" else None
+        self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
+        self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None
+        self.mlp = MLP(config, compute, init, L)
+        self.mlp_post_norm = init.norm(L, D) if place != "before" else None
+        self.config = config
 
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None = None
     ) -> tuple[Array, Cache | None]:
-        mixed_BTD, cache = self.attention(
-            rms_norm(x_BTD, self.attention_norm[...], self.eps), inputs, cache
-        )
-        x_BTD = x_BTD + mixed_BTD
-        x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))
-        return constrain(x_BTD, "batch", None, None), cache
+        config = self.config
+        norm = partial(normalize, config.norm)
+        read_BTD = norm(x_BTD, self.attention_norm, self.attention_norm_bias)
+        mixed_BTD, cache = self.attention(read_BTD, inputs, cache)
+        y_BTD = x_BTD + config.residual_scale * norm(mixed_BTD, self.attention_post_norm)
+        if not config.shared_norm:
+            read_BTD = x_BTD if config.parallel_block else y_BTD
+            read_BTD = norm(read_BTD, self.mlp_norm, self.mlp_norm_bias)
+        y_BTD += config.residual_scale * norm(self.mlp(read_BTD), self.mlp_post_norm)
+        return constrain(y_BTD, "batch", None, None), cache

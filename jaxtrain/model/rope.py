@@ -1,24 +1,26 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864).
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), and its ways to longer contexts.
 
-B batch, T tokens, H head size, R = H / 2 rotated pairs.
+B batch, T tokens, H head size, R rotated pairs, H / 2 unless only a part of a head is rotated.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.recipe.errors import show
 
-DEFAULT_THETA = 10_000.0
 MAX_FLOAT = 3e38  # in float32; an integer of JSON may even be too large for a float of Python
-FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-"""Its fields in config.json: the first two up to transformers 4, the third from 5; the last counts
-before its namesake in one of them."""
+LONGEST, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters", ORIGINAL)
+"""Its fields in config.json: the first three up to transformers 4, the fourth from 5; the last
+counts before its namesake in one of them."""
 
 
 @dataclass(frozen=True)
@@ -39,54 +41,231 @@ class Llama3:
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """Raises theta in documents longer than the model was trained for."""
+
+    factor: float
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Divides the pairs that turn less than `beta_slow` times in the original context, and none
+    that turns more than `beta_fast` times (Peng et al., 2023, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """A divisor for each pair, of two lists: one for documents up to the original context, one for
+    longer ones (Ding et al., 2024, arXiv:2402.13753)."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """Rotates the first pairs of a head by the frequencies that they have in a whole one."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """Multiplies queries by 1 + beta * log(1 + position // original_max_positions)."""
+
+    beta: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
 class Rope:
     theta: float
-    scaling: Linear | Llama3 | None = None
+    scaling: Linear | Llama3 | Dynamic | Yarn | LongRope | Proportional | None = None
+    fraction: float = 1.0
+    """of a head that is rotated, from its start"""
+    interleaved: bool = False
+    """a pair is (2h, 2h + 1), not (h, h + R)"""
+    attention_factor: float = 1.0
+    """multiplies rotated queries and keys"""
+    query_scale: QueryScale | None = None
 
 
-def read_rope(hf: Mapping[str, Any]) -> Rope:
-    """Reads the rope of a config.json of either style; ValueError for an unsupported one."""
-    fields = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(fields, Mapping) or any(isinstance(v, Mapping) for v in fields.values()):
-        raise ValueError(f"must be one map for all layers, found {show(fields)}")
-    whole: dict[str, Any] = {"rope_theta": DEFAULT_THETA}
-    for part in ({"rope_theta": hf.get("rope_theta")}, fields):
-        whole |= {name: value for name, value in part.items() if value is not None}
-    fields = whole
+class Rotation(NamedTuple):
+    """Of every token, float32 [B, T, 1, 1, R]: all heads share it."""
+
+    cos: jax.Array
+    sin: jax.Array
+    query_scale: jax.Array | None
+    """float32 [B, T, 1, 1, 1]"""
+
+
+def read_ropes(
+    hf: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], *, interleaved: bool = False
+) -> dict[str, Rope]:
+    """Reads the ropes of a config.json of either style: type of layer → rope, or `*` → that of all.
+
+    `defaults` are the family's fields, by type of layer or under `*`; `partial_rotary_factor` and
+    `llama_4_scaling_beta` count only if they are among them. ValueError for an unsupported rope.
+    """
+    given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    by_type = "*" not in defaults
+    for fields, nests in ((given, by_type), (scaling, False)):
+        is_map = isinstance(fields, Mapping)
+        if not is_map or (fields and nests != any(isinstance(v, Mapping) for v in fields.values())):
+            each = f"hold a map for each of {', '.join(defaults)}"
+            what = each if nests else "be one map for all layers"
+            raise ValueError(f"must {what}, found {show(fields)}")
+    beside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    if by_type:
+        # What stands beside the maps is meant for the full layers.
+        local = {"rope_theta": hf.get("rope_local_base_freq")}
+        sources = {
+            "full_attention": (beside, given.get("full_attention"), scaling, {"truncate": True}),
+            "sliding_attention": (local, given.get("sliding_attention"), {"truncate": True}),
+        }
+    else:
+        sources = {"*": (beside, scaling or given, {ORIGINAL: hf.get(ORIGINAL)})}
+    ropes = {}
+    for kind, default in defaults.items():
+        longest = hf.get("max_position_embeddings")
+        fields: dict[str, Any] = {LONGEST: longest, ORIGINAL: longest, **default}
+        for source in sources[kind]:
+            fields |= {k: v for k, v in (source or {}).items() if v is not None}
+        ropes[kind] = replace(_build_rope(fields, default), interleaved=interleaved)
+    return ropes
+
+
+def check_sizes(ropes: Mapping[str, Rope], head_size: int) -> None:
+    """ValueError for a list of divisors that does not fit the pairs of a head."""
+    for rope in ropes.values():
+        if isinstance(rope.scaling, LongRope):
+            pairs = len(range(0, int(head_size * rope.fraction), 2))
+            found = [len(rope.scaling.short_factors), len(rope.scaling.long_factors)]
+            if found != [pairs, pairs]:
+                raise ValueError(
+                    f"short_factor and long_factor must have a number for each of the {pairs} "
+                    f"rotated pairs, found {found[0]} and {found[1]}"
+                )
+
+
+def _build_rope(fields: Mapping[str, Any], default: Mapping[str, Any]) -> Rope:
     kind = fields.get("rope_type") or fields.get("type") or "default"
-    theta = _number(fields, kind, "rope_theta")
-    if fields.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "partial_rotary_factor must be 1.0; rotating part of a head is not supported"
-        )
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, Linear(_number(fields, kind, "factor")))
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        original = "original_max_position_embeddings"
-        places = (hf.get(original), fields.get(original), hf.get("max_position_embeddings"))
-        fields[original] = next((n for n in places if n is not None), None)
-        factor, low, high = (_number(fields, kind, name) for name in names)
-        if low >= high:
-            raise ValueError(f"low_freq_factor must be below the high one, found {low} and {high}")
-        return Rope(theta, Llama3(factor, low, high, int(_number(fields, kind, original))))
-    raise ValueError(f"rope type must be one of default, linear, llama3, found {show(kind)}")
+    if kind == "su" or (kind == "yarn" and "short_factor" in fields):  # in files of Phi-3
+        kind = "longrope"
+    number = partial(_number, fields, kind)
+    rope = Rope(number("rope_theta"), fraction=number("partial_rotary_factor", 1.0))
+    is_partial = "partial_rotary_factor" in default or kind == "proportional"
+    if rope.fraction > 1 or (rope.fraction < 1 and not is_partial):
+        most = "at most 1.0" if is_partial else "1.0 in this family"
+        raise ValueError(f"partial_rotary_factor must be {most}, found {rope.fraction}")
+    if "llama_4_scaling_beta" in default and fields["llama_4_scaling_beta"]:
+        scale = QueryScale(number("llama_4_scaling_beta"), int(number(ORIGINAL)))
+        rope = replace(rope, query_scale=scale)
+    build = SCALINGS.get(kind) if isinstance(kind, str) else None
+    if build is None:
+        kinds = ", ".join(SCALINGS)
+        raise ValueError(f"rope type must be one of {kinds}, found {show(kind)}")
+    return build(rope, fields, number)
 
 
-def _number(fields: Mapping[str, Any], kind: str, name: str) -> float:
-    value = fields.get(name)
+Number = Callable[..., float]
+"""Name of a field, and what it is where it lacks → its value; ValueError unless it is positive."""
+
+
+def _number(fields: Mapping[str, Any], kind: str, name: str, default: float | None = None) -> float:
+    value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FLOAT:
         raise ValueError(f"rope type {kind} needs a positive float32 {name}, found {show(value)}")
     return float(value)
 
 
-def frequencies(rope: Rope, head_size: int) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [H / 2]."""
-    exponents_R = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    factor, low, high = (number(name) for name in names)
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below the high one, found {low} and {high}")
+    return replace(rope, scaling=Llama3(factor, low, high, int(number(ORIGINAL))))
+
+
+def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
+    original = int(number(ORIGINAL))
+    if rope.theta <= 1:
+        raise ValueError(f"rope type yarn needs a rope_theta above 1, found {rope.theta}")
+    factor = number("factor", number(LONGEST) / original)
+    grown = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    attention_factor = grown(1)
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        attention_factor = grown(number("mscale")) / grown(number("mscale_all_dim"))
+    return replace(
+        rope,
+        scaling=Yarn(
+            factor,
+            original,
+            beta_fast=number("beta_fast", 32.0),
+            beta_slow=number("beta_slow", 1.0),
+            truncate=bool(fields.get("truncate", True)),
+        ),
+        attention_factor=number("attention_factor", attention_factor),
+    )
+
+
+def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
+    lists = []
+    for name in ("short_factor", "long_factor"):
+        found = fields.get(name)
+        if not isinstance(found, list) or not found:
+            raise ValueError(f"rope type longrope needs a list {name}, found {show(found)}")
+        lists.append(tuple(_number({name: value}, "longrope", name) for value in found))
+    original = int(number(ORIGINAL))
+    factor = number("factor", number(LONGEST) / original)
+    is_longer = factor > 1 and original > 1
+    attention_factor = math.sqrt(1 + math.log(factor, original)) if is_longer else 1.0
+    return replace(
+        rope,
+        scaling=LongRope(lists[0], lists[1], original),
+        attention_factor=number("attention_factor", attention_factor),
+    )
+
+
+SCALINGS: Mapping[str, Callable[[Rope, Mapping[str, Any], Number], Rope]] = {
+    "default": lambda rope, fields, number: rope,
+    "linear": lambda rope, fields, number: replace(rope, scaling=Linear(number("factor"))),
+    "llama3": _llama3,
+    "dynamic": lambda rope, fields, number: replace(
+        rope, scaling=Dynamic(number("factor"), int(number(LONGEST)))
+    ),
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "proportional": lambda rope, fields, number: replace(
+        rope, scaling=Proportional(number("factor", 1.0))
+    ),
+}
+"""`rope_type` → what it makes of a rope."""
+
+
+def frequencies(rope: Rope, head_size: int, lengths_BT1: Any = 1) -> Any:
+    """Radians per position of each rotated pair, float32 [R]; [B, T, R] by the lengths of the
+    documents where they matter."""
+    size, scaling = int(head_size * rope.fraction), rope.scaling
+    if isinstance(scaling, Proportional):
+        turned = int(rope.fraction * head_size // 2)
+        exponents_R = np.arange(0, 2 * turned, 2, dtype=np.float32) / np.float32(head_size)
+        freqs_R = 1.0 / np.float32(rope.theta) ** exponents_R / scaling.factor
+        return np.pad(freqs_R, (0, head_size // 2 - turned)).astype(np.float32)
+    exponents_R = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    if isinstance(scaling, Dynamic):
+        most = scaling.max_positions
+        growth = scaling.factor * jnp.maximum(lengths_BT1, most) / most - (scaling.factor - 1)
+        return 1.0 / (rope.theta * growth ** (size / (size - 2))) ** exponents_R
     freqs_R = 1.0 / np.float32(rope.theta) ** exponents_R
-    scaling = rope.scaling
     if isinstance(scaling, Linear):
         freqs_R = freqs_R / scaling.factor
     elif isinstance(scaling, Llama3):
@@ -96,17 +275,64 @@ def frequencies(rope: Rope, head_size: int) -> np.ndarray:
         turns_R = scaling.original_max_positions / wavelengths_R
         keep_R = np.clip((turns_R - low) / (high - low), 0.0, 1.0)
         freqs_R = keep_R * freqs_R + (1 - keep_R) * freqs_R / scaling.factor
+    elif isinstance(scaling, Yarn):
+        keep_R = _yarn_kept(rope.theta, scaling, size)
+        freqs_R = keep_R * freqs_R + (1 - keep_R) * freqs_R / scaling.factor
+    elif isinstance(scaling, LongRope):
+        is_long_BT1 = lengths_BT1 > scaling.original_max_positions
+        long_R = freqs_R / np.array(scaling.long_factors, np.float32)
+        return jnp.where(is_long_BT1, long_R, freqs_R / np.array(scaling.short_factors, np.float32))
     return freqs_R.astype(np.float32)
 
 
-def rotation(rope: Rope, head_size: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle, float32 [B, T, 1, 1, R]: all heads share them."""
-    freqs_R = jnp.asarray(frequencies(rope, head_size))
-    angles_BT11R = positions_BT.astype(jnp.float32)[:, :, None, None, None] * freqs_R
-    return jnp.cos(angles_BT11R), jnp.sin(angles_BT11R)
+def _yarn_kept(theta: float, yarn: Yarn, size: int) -> np.ndarray:
+    """1 for pairs whose frequency stays, 0 for those whose is divided, a ramp between."""
+
+    def pair_that_turns(times: float) -> float:
+        turn = yarn.original_max_positions / (times * 2 * math.pi)
+        return size * math.log(turn) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    last = first + 0.001 if first == last else last
+    ramp_R = (np.arange(size // 2, dtype=np.float32) - first) / (last - first)
+    return 1 - np.clip(ramp_R, 0, 1)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, T, K, G, H] by its positions; pairs are (h, h + H/2), as in Hugging Face."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def rotation(rope: Rope, head_size: int, tokens: TokenPositions) -> Rotation:
+    positions_BT1 = tokens.positions[..., None].astype(jnp.float32)
+    depends = isinstance(rope.scaling, Dynamic | LongRope)
+    lengths_BT1 = document_lengths(tokens)[..., None] if depends else 1
+    freqs = jnp.asarray(frequencies(rope, head_size, lengths_BT1))
+    angles_BT11R = (positions_BT1 * freqs)[:, :, None, None]
+    scale_BT111 = None
+    if query := rope.query_scale:
+        turns_BT1 = jnp.floor(positions_BT1 / query.original_max_positions)
+        scale_BT111 = (1 + query.beta * jnp.log(1 + turns_BT1))[..., None, None]
+    factor = rope.attention_factor
+    return Rotation(jnp.cos(angles_BT11R) * factor, jnp.sin(angles_BT11R) * factor, scale_BT111)
+
+
+def document_lengths(tokens: TokenPositions) -> jax.Array:
+    """Number of tokens, int32 [B, T], of each token's document, so far where its end is absent."""
+
+    def lengths(segments_T: jax.Array, positions_T: jax.Array) -> jax.Array:
+        last = jax.ops.segment_max(positions_T, segments_T, segments_T.shape[0] + 1)
+        return last[segments_T] + 1
+
+    return jax.vmap(lengths)(*tokens)
+
+
+def rotate(x: jax.Array, rotation: Rotation, *, interleaved: bool) -> jax.Array:
+    """Rotates the first 2 R channels of x [B, T, K, G, H] by its positions."""
+    turned, rest = jnp.split(x, [2 * rotation.cos.shape[-1]], axis=-1)
+    turned = turned.astype(jnp.float32)
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else jnp.split(turned, 2, axis=-1)
+    pairs = (a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin)
+    if interleaved:
+        turned = jnp.stack(pairs, axis=-1).reshape(turned.shape)
+    else:
+        turned = jnp.concatenate(pairs, axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)

@@ -90,34 +90,35 @@ def _view(data: np.ndarray, entry: Mapping[str, Any]) -> StoredTensor:
 
 
 class TensorToWrite(NamedTuple):
+    dtype: np.dtype
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
     """called once, just before its result is written"""
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, TensorToWrite], dtype: np.dtype, max_shard_bytes: float
+    folder: Path, tensors: Mapping[str, TensorToWrite], max_shard_bytes: float
 ) -> None:
     """Writes one file, or shards and their index; a tensor above the limit gets its own file."""
     split = split_state_dict_into_shards_factory(
         dict(tensors),
-        get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * tensor.dtype.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=int(max_shard_bytes),
     )
     for file, names in split.filename_to_tensors.items():
-        write_file(folder / file, {name: tensors[name] for name in names}, dtype)
+        write_file(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorToWrite], dtype: np.dtype) -> None:
+def write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stored = next(name for name, known in DTYPES.items() if known == dtype)
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + math.prod(tensor.shape) * dtype.itemsize
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        stored = next(name for name, known in DTYPES.items() if known == tensor.dtype)
         header[name] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -125,6 +126,6 @@ def write_file(path: Path, tensors: Mapping[str, TensorToWrite], dtype: np.dtype
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            value = np.ascontiguousarray(tensor.make(), dtype)
+            value = np.ascontiguousarray(tensor.make(), tensor.dtype)
             assert value.shape == tensor.shape, (name, value.shape, tensor.shape)
             file.write(value.view(np.uint8).data)

@@ -1,12 +1,12 @@
-"""Converts named Hugging Face tensors to parameters and back, by the table of families.py.
+"""Converts named Hugging Face tensors to parameters and back, by the tables of tables.py.
 
-L layers of one stacked parameter; the other letters are those of families.py.
+L layers of one stacked parameter; the other letters are those of tables.py.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
-from jaxtrain.model.families import HARMLESS, PARAMETER_TENSORS, Tensor
+from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.gguf import read_gguf_tensors
+from jaxtrain.model.tables import HARMLESS, Layout, Tensor, name_in_file, name_in_tables
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, WeightError
@@ -28,8 +29,10 @@ class Piece(NamedTuple):
     """One Hugging Face tensor, and the part of our parameter that it fills."""
 
     name: str
+    rows: slice
+    """of the tensor in the file"""
     shape: tuple[int, ...]
-    """as in the file"""
+    """of these rows"""
     place: tuple[slice, ...]
     split: tuple[int, ...]
     """the file's shape with merged dimensions split, and with those of length 1 that it lacks"""
@@ -38,16 +41,17 @@ class Piece(NamedTuple):
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
         """A view in our order, so that a slice of it reads only that slice of the file."""
-        return theirs.reshape(self.split).transpose(self.order)
+        return theirs[self.rows].reshape(self.split).transpose(self.order)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor, from its part of our parameter."""
+        """The rows of the tensor, from their part of our parameter."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
     def in_stack(self, at: int, layer: int) -> "Piece":
         """The tensor of `layer`, at index `at` of a stacked parameter."""
         return Piece(
             self.name.format(i=layer),
+            self.rows,
             self.shape,
             (slice(at, at + 1), *self.place),
             (1, *self.split),
@@ -56,19 +60,22 @@ class Piece(NamedTuple):
 
 
 def pieces(config: DecoderConfig, path: str) -> list[Piece]:
-    """Every tensor that makes up the parameter at `path`."""
+    """Every tensor that makes up the parameter at `path`, rows of one in their order."""
+    table = BY_NAME[config.family].tensors
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        parts = list(_pieces(config, PARAMETER_TENSORS[match[3]]))
+        parts = list(_pieces(config, table[match[3]]))
         return [part.in_stack(at, i) for at, i in enumerate(numbers) for part in parts]
-    return list(_pieces(config, PARAMETER_TENSORS[path]))
+    return list(_pieces(config, table[path]))
 
 
 def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piece]:
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
-        "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads, "1": 1,
+        "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
+        "P": config.max_positions, "1": 1, "2": 2, "3": 3,
     }  # fmt: skip
+    rows: dict[str, int] = {}
     last = tensors[-1].ours.split()
     join_dim, end = last.index("1") if "1" in last else None, 0
     for tensor in tensors:
@@ -78,9 +85,13 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
             begin, end = end, end + size[mine[join_dim]]
             place[join_dim] = slice(begin, end)
         letters = tensor.dims.replace(" ", "") + "1" * ("1" in mine)
+        shape = tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split())
+        first = rows.get(tensor.name, 0)
+        rows[tensor.name] = first + shape[0]
         yield Piece(
             name=tensor.name,
-            shape=tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split()),
+            rows=slice(first, first + shape[0]),
+            shape=shape,
             place=tuple(place),
             split=tuple(size[letter] for letter in letters),
             order=tuple(map(letters.index, mine)),
@@ -90,7 +101,9 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
 def tensor_shapes(config: DecoderConfig, shapes: Any) -> dict[str, tuple[int, ...]]:
     """Name and shape of every Hugging Face tensor of a model, in the order of its parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    return {p.name: p.shape for path, _ in leaves for p in pieces(config, path_name(path))}
+    parts = (part for path, _ in leaves for part in pieces(config, path_name(path)))
+    # Of several rows of a tensor the last come last.
+    return {part.name: (part.rows.stop, *part.shape[1:]) for part in parts}
 
 
 def load_params(
@@ -131,17 +144,26 @@ def load_params(
 def open_tensors(
     path: Path, config: DecoderConfig, shapes: Any, stored_tokens: int | None = None
 ) -> dict[str, StoredTensor]:
-    """The tensors of a folder or a GGUF file, none read; WeightError names every one that is
-    missing, unknown or of another shape."""
-    stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    """The tensors of a folder or a GGUF file by their names in the tables, none read; WeightError
+    names every one that is missing, unknown or of another shape."""
+    stored, layout = read_tensors(path, BY_NAME[config.family])
     in_file = replace(config, vocab_size=stored_tokens or config.vocab_size)
-    _check(path, stored, tensor_shapes(in_file, shapes), config)
+    _check(path, stored, tensor_shapes(in_file, shapes), config, layout)
     return stored
 
 
-def has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
+def read_tensors(path: Path, family: Family) -> tuple[dict[str, StoredTensor], Layout]:
+    """The tensors by their names in the tables, none read, and how the file writes these."""
+    stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    layout = family.layout_of(stored)
+    return {name_in_tables(layout, name): tensor for name, tensor in stored.items()}, layout
+
+
+def has_own_head(path: Path, family: Family) -> bool:
     """Whether the weights have a head that is not the embedding."""
-    head, embedding = (stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    stored, _ = read_tensors(path, family)
+    names = (family.tensors[name][0].name for name in ("head", "embed/embedding"))
+    head, embedding = (stored.get(name) for name in names)
     if head is None or embedding is None:
         return False
     return head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read())
@@ -186,20 +208,25 @@ def _check(
     stored: Mapping[str, StoredTensor],
     wanted: Mapping[str, tuple[int, ...]],
     config: DecoderConfig,
+    layout: Layout,
 ) -> None:
-    harmless = re.compile("|".join((*HARMLESS, *((r"lm_head\.weight",) if config.tied else ()))))
+    carried = BY_NAME[config.family].carried
+    harmless = [*HARMLESS, *([r"lm_head\.weight"] if config.tied else []), *filter(None, [carried])]
+    in_file = partial(name_in_file, layout)
     missing, reshaped = [], []
     for name, shape in wanted.items():
         if name not in stored:
-            missing.append(f"tensor {name} {list(shape)} is missing")
+            missing.append(f"tensor {in_file(name)} {list(shape)} is missing")
         elif (found := stored[name].shape) != shape:
             reshaped.append(
-                f"tensor {name} must have shape {list(shape)} by config.json, found {list(found)}"
+                f"tensor {in_file(name)} must have shape {list(shape)} by config.json, "
+                f"found {list(found)}"
             )
     unknown = [
-        f"tensor {name} {list(found.shape)} is unknown in a {config.family} model of this config"
+        f"tensor {in_file(name)} {list(found.shape)} is unknown in a {config.family} model of this "
+        "config"
         for name, found in stored.items()
-        if name not in wanted and not harmless.fullmatch(name)
+        if name not in wanted and not re.fullmatch("|".join(harmless), name)
     ]
     lines: list[str] = []
     for kind in (missing, reshaped, unknown):

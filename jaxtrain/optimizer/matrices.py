@@ -49,23 +49,26 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "embedding": Layout((0,), (1,)),
+    "positions": Layout((0,), (1,)),
     "head": Layout((0,), (1,)),
     "norm": Layout((0,)),
-    "attention_norm": Layout((1,)),
+    "norm_bias": Layout((0,)),
     "qkv": Layout((1,), (2, 3, 4), joined=3),
     "qkv_bias": Layout((1, 2, 3), joined=2),
-    "q_norm": Layout((1,)),
-    "k_norm": Layout((1,)),
     "out": Layout((1, 2, 3), (4,)),
-    "out_bias": Layout((1,)),
-    "mlp_norm": Layout((1,)),
     "gate_up": Layout((1,), (3,)),
+    "gate_up_bias": Layout((2,)),
     "down": Layout((1,), (2,)),
 }
-"""Name of a parameter → its matrices; model/decoder.py has the shapes."""
+"""Name of a parameter → its matrices; every other is a stack of vectors. model/decoder.py has the
+shapes."""
 
 
 def map_matrices(function: Callable[..., Any], *trees: Any) -> Any:
     """The tree of `function(layout, *leaves)` of every parameter."""
-    apply = lambda path, *leaves: function(LAYOUTS[path[-1].key], *leaves)
+
+    def apply(path: Any, *leaves: Any) -> Any:
+        vector = Layout(tuple(range(1, leaves[0].ndim)))
+        return function(LAYOUTS.get(path[-1].key, vector), *leaves)
+
     return jax.tree_util.tree_map_with_path(apply, *trees)

@@ -23,17 +23,19 @@ MESH_AXES = {
 
 PARAMETERS = (
     (r"embed/embedding", ("vocab", "embed")),
+    (r"embed/positions", (None, "embed")),
     (r"head", ("embed", "vocab")),
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
     (r"layers/.*/attention/out", ("layers", "kv_heads", None, None, "embed")),
-    (r"layers/.*/attention/(out_bias|q_norm|k_norm)", ("layers", None)),
     (r"layers/.*/mlp/gate_up", ("layers", "embed", None, "ffn")),
+    (r"layers/.*/mlp/gate_up_bias", ("layers", None, "ffn")),
     (r"layers/.*/mlp/down", ("layers", "ffn", "embed")),
-    (r"layers/.*/(attention_norm|mlp_norm)", ("layers", None)),
-    (r"norm", (None,)),
+    (r"layers/.*(norm|bias)", ("layers",)),
+    (r"norm|norm_bias", ()),
 )
-"""Parameter path → logical axis of each dimension; the first full match counts."""
+"""Parameter path → logical axis of each dimension, none where it ends; the first full match counts.
+"""
 
 TITLES = {
     "vocab": "tokens of the vocabulary",
@@ -77,7 +79,8 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, *, over_data: bo
             raise ValueError(
                 f"no sharding rule matches the parameter {name!r}; add one to PARAMETERS"
             )
-        assert len(axes) == len(leaf.shape), (name, axes, leaf.shape)
+        assert len(axes) <= len(leaf.shape), (name, axes, leaf.shape)
+        axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
         split_by_tensor.update(
             (axis, size)
             for axis, size in zip(axes, leaf.shape, strict=True)

@@ -3,6 +3,8 @@
 B batch, T tokens, D width, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,20 +12,27 @@ from jax import Array
 from jaxtrain.kernels.cross_entropy import NLL, HeadLayout
 
 
-def logits(hidden_BTD: Array, head: Array, *, head_layout: HeadLayout = "DV") -> Array:
+def logits(
+    hidden_BTD: Array,
+    head: Array,
+    *,
+    head_layout: HeadLayout = "DV",
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Array:
     """float32 [B, T, V]"""
     head_DV = head if head_layout == "DV" else head.T
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    raw = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return softcap * jnp.tanh(raw * scale / softcap) if softcap else raw * scale
 
 
 def token_log_probs(
     hidden_BTD: Array,
     head: Array,
     targets_BT: Array,
-    *,
-    head_layout: HeadLayout = "DV",
+    **form: Any,
 ) -> Array:
-    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout)
+    logits_BTV = logits(hidden_BTD, head, **form)
     target_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
     return target_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
 
@@ -34,12 +43,12 @@ def weighted_nll(
     targets_BT: Array,
     weights_BT: Array,
     *,
-    head_layout: HeadLayout = "DV",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    **form: Any,
 ) -> NLL:
     hidden_BTD = jnp.where(weights_BT[..., None] != 0, hidden_BTD, 0)
-    logits_BTV = logits(hidden_BTD, head, head_layout=head_layout)
+    logits_BTV = logits(hidden_BTD, head, **form)
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     target_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
     loss_BT = -(1 - label_smoothing) * target_BT - label_smoothing * log_probs_BTV.mean(-1)

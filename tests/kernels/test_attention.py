@@ -9,18 +9,21 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.kernels.attention import TokenPositions, attention, choose
+from jaxtrain.kernels.attention import Scoring, TokenPositions, attention, choose
 from tests.runs import mesh_of
 
 IMPLEMENTATIONS = ["reference", "splash_interpret"]
 N, K, H = 4, 2, 64
-RULES = {"plain": {}, "window": {"window": 9}}
+RULES = {"plain": {}, "window": {"window": 9}, "capped": {"softcap": 0.7, "scale": 0.3}}
 
 
-def naive_attention(q, k, v, q_positions, kv_positions, *, window=None):
+def naive_attention(
+    q, k, v, q_positions, kv_positions, *, window=None, scale=H**-0.5, softcap=None
+):
     """All scores at once, gradients by autodiff."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
     distance = q_positions.positions[:, :, None] - kv_positions.positions[:, None]
     seen = (q_positions.segments[:, :, None] == kv_positions.segments[:, None]) & (distance >= 0)
     seen &= (q_positions.segments != 0)[:, :, None]
@@ -59,7 +62,7 @@ def attend(implementation, q_positions, kv_positions=None, **rule):
         q_positions=q_positions,
         kv_positions=kv_positions,
         implementation=implementation,
-        **rule,
+        scoring=Scoring(**{"scale": H**-0.5, **rule}),
     )
 
 

@@ -20,6 +20,7 @@ OPTIONS = {
     "z": {"z_loss": 0.1},
     "smoothing": {"label_smoothing": 0.2},
     "both": {"z_loss": 0.1, "label_smoothing": 0.2},
+    "capped": {"scale": 0.7, "softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2},
 }
 
 
@@ -92,7 +93,12 @@ def near(found, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("form", "options"), [("token", {}), *(("sum", options) for options in OPTIONS.values())]
+    ("form", "options"),
+    [
+        ("token", {}),
+        ("token", {"scale": 0.7, "softcap": 3.0}),
+        *(("sum", options) for options in OPTIONS.values()),
+    ],
 )
 @pytest.mark.parametrize("layout", ["DV", "VD"])
 def test_value_and_gradients_equal_the_definition(form, options, layout):

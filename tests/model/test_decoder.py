@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, group_layers
+from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, Norm, group_layers
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
-from jaxtrain.model.layers import AttentionInputs, rms_norm
+from jaxtrain.model.layers import AttentionInputs, normalize
 from jaxtrain.model.rope import Llama3, Rope
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.mesh import MeshConfig
 
+ROPE = Rope(1e4, Llama3(8.0, 1.0, 4.0, 32))
 CONFIG = DecoderConfig(
     family="qwen3",
     vocab_size=96,
@@ -28,13 +30,12 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_size=8,
     ffn_width=48,
-    groups=group_layers((LayerSpec(), LayerSpec(), LayerSpec(window=5))),
-    rope=Rope(1e4, Llama3(8.0, 1.0, 4.0, 32)),
-    rms_eps=0.02,
+    groups=group_layers((LayerSpec(rope=ROPE), LayerSpec(), LayerSpec(window=5, rope=ROPE))),
+    norm=Norm(0.02),
     max_positions=64,
     qkv_bias=True,
     out_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     initializer_range=0.1,
 )
 
@@ -98,7 +99,7 @@ def test_no_gradient_flows_back_in_time():
     model, params = build()
     batch = batch_of(random_tokens(1, 16))
     decoder = merge(model.graph, params)
-    x_BTD = decoder.embed_tokens(batch.tokens)
+    x_BTD = decoder.embed_tokens(batch.tokens, batch.positions)
 
     @jax.jit
     def gradient(x_BTD, t):
@@ -184,7 +185,7 @@ def count_rematerialised(jaxpr) -> int:
 )
 def test_every_nth_layer_is_rematerialised(members, repeats, every):
     """And the stack gives the same, however its pattern and the recipe's fall together."""
-    layers = tuple(LayerSpec(window=4 + i) for i in range(members)) * repeats
+    layers = tuple(LayerSpec(4 + i, ROPE) for i in range(members)) * repeats
     config = dataclasses.replace(CONFIG, groups=group_layers(layers))
     assert len(config.groups) == 1
     batch, _ = packed_rows(9, 1, 11)
@@ -200,7 +201,9 @@ def test_every_nth_layer_is_rematerialised(members, repeats, every):
 
 
 def test_tiles_of_the_feed_forward_layer_are_held_one_at_a_time():
-    config = dataclasses.replace(CONFIG, ffn_width=4096, groups=group_layers((LayerSpec(),)))
+    config = dataclasses.replace(
+        CONFIG, ffn_width=4096, groups=group_layers((LayerSpec(rope=ROPE),))
+    )
     batch = batch_of(random_tokens(2, 250))  # in eight tiles, the last of which is not full
 
     def bytes_of(compute):
@@ -240,13 +243,13 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
 
 
 def test_norms_are_computed_in_float32():
-    """Only the result is rounded to bfloat16, of eight bits; `rms_norm` is not jitted, since the
+    """Only the result is rounded to bfloat16, of eight bits; `normalize` is not jitted, since the
     compiler may keep more bits than were asked for."""
     rng = np.random.default_rng(0)
     x, scale = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((8, 256), (256,)))
     exact_x, exact_scale = np.asarray(x, np.float64), np.asarray(scale, np.float64)
     exact = exact_x / np.sqrt((exact_x**2).mean(-1, keepdims=True) + 0.02) * exact_scale
-    found = np.asarray(rms_norm(x, scale, 0.02), np.float64)
+    found = np.asarray(normalize(Norm(0.02), x, nnx.Param(scale)), np.float64)
     assert (np.abs(found - exact) <= 1.001 * 2.0**-8 * np.abs(exact)).all()
 
 
@@ -254,7 +257,7 @@ def test_a_group_may_be_run_in_slices():
     model, params = build()
     batch, _ = packed_rows(9, 1, 11)
     decoder = merge(model.graph, params)
-    x_BTD, inputs = decoder.embed_tokens(batch.tokens), inputs_of(decoder, batch)
+    x_BTD, inputs = decoder.embed_tokens(batch.tokens, batch.positions), inputs_of(decoder, batch)
     graph, layers = split(decoder.layers["0"])
     whole, _ = run_group(graph, layers, x_BTD, inputs, PLAIN)
     for i in range(2):

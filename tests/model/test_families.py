@@ -1,12 +1,15 @@
-"""Every family against transformers: logits, weights in and out, bit for bit."""
+"""Every family against transformers: logits and gradients; weights in and out, bit for bit."""
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from model_rows import batch_of, random_tokens
+from safetensors.numpy import save_file
 from tiny_models import (
     FAMILIES,
     SIZES,
@@ -19,15 +22,21 @@ from tiny_models import (
     transformers,
 )
 
-from jaxtrain.model.decoder import merge
-from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.decoder import abstract, merge
+from jaxtrain.model.export import save_pretrained, to_hf_tensors
+from jaxtrain.model.families import BY_NAME
 from jaxtrain.model.hf_config import decoder_config
+from jaxtrain.model.tables import name_in_tables
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.model.weights import load_params
 from jaxtrain.parallel.sharding import parameter_shardings
+from jaxtrain.recipe.errors import RecipeError
 from tests.runs import mesh_of
 
 LOGITS_TOLERANCE = 1e-4  # float32, against another order of summation
+GRADIENT_TOLERANCE = 1e-4  # of the largest number of a tensor
+PACKED_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +45,18 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: save_model(name, root / name) for name in FAMILIES}
 
 
-def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    _, _, model, params = load_model(folder)
-    forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
-    return np.asarray(forward(params, batch_of(tokens)))
+@cache
+def loaded(folder: Path):
+    """The model of a folder, and a function of a batch: its logits, and gradients of its loss."""
+    config, hf, _, params = load_model(folder)
+    model = abstract(config, ComputeConfig(remat="none"))  # compiles faster
+
+    def loss(params, batch):
+        decoder = merge(model.graph, params)
+        return -decoder.token_log_probs(batch).sum(), decoder(batch)
+
+    differentiate = jax.jit(jax.grad(loss, has_aux=True))
+    return config, hf, params, lambda batch: differentiate(params, batch)[::-1]
 
 
 def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
@@ -48,18 +65,73 @@ def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_those_of_transformers(name, folders):
-    tokens = random_tokens(2, 40)
+def test_logits_and_gradients_equal_those_of_transformers(name, folders):
+    config, _, _, outputs = loaded(folders[name])
+    tokens = random_tokens(3, 40)
+    logits, gradients = outputs(batch_of(tokens))
+    theirs = hf_model(name)
+    targets = torch.tensor(tokens, dtype=torch.long)
+    expected = theirs(targets).logits.float()
+    largest = float(expected.detach().abs().max())
     np.testing.assert_allclose(
-        logits_of(folders[name], tokens), hf_logits(hf_model(name), tokens), atol=LOGITS_TOLERANCE
+        logits, expected.detach(), atol=min(LOGITS_TOLERANCE, 2e-5 * largest)
     )
+    torch.nn.functional.cross_entropy(
+        expected[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
+    ).backward()
+    found = to_hf_tensors(gradients, config, "float32", ())
+    trained = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    layout = BY_NAME[config.family].layout_of(trained)
+    by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
+    assert found.keys() == by_name.keys()
+    # Gradients that are 0, as that of a bias of keys without rope, are rounding alone.
+    rounding = 1e-4 * max(np.abs(gradient).max() for gradient in by_name.values())
+    for tensor, gradient in by_name.items():
+        atol = GRADIENT_TOLERANCE * max(np.abs(gradient).max(), rounding)
+        np.testing.assert_allclose(found[tensor].make(), gradient, atol=atol, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
+    """Two in one row, then each in a row of its own, and padding behind."""
+    outputs = loaded(folders[name])[3]
+    tokens, index = random_tokens(1, 40)[0], np.arange(40)
+    is_first, is_second = index < 17, (index >= 17) & (index < 36)
+    rows = np.stack([tokens, tokens, np.roll(tokens, -17)])
+    segments = np.stack([is_first + 2 * is_second, 1 * is_first, 1 * (index < 19)])
+    logits, _ = outputs(batch_of(rows, segments))
+    for packed, alone in ((logits[0, :17], logits[1, :17]), (logits[0, 17:36], logits[2, :19])):
+        np.testing.assert_allclose(packed, alone, atol=PACKED_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
-    config, hf, _, params = load_model(folders[name])
-    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    config, hf, params, _ = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     assert_same_tensors(folders[name], tmp_path / "out")
+
+
+def test_a_multimodal_folder_takes_fields_of_its_text_model_and_keeps_its_weights(folders):
+    changed = {"rms_norm_eps": 0.5}
+    config, hf, _ = describe_model(folders["gemma3-whole"], hf_config_kwargs=changed)
+    assert config.norm.eps == 0.5 == hf["text_config"]["rms_norm_eps"]
+    with pytest.raises(RecipeError, match="parts beside the text model, which keep their weights"):
+        describe_model(folders["gemma3-whole"], from_scratch=True)
+
+
+def test_a_multimodal_folder_is_exported_in_the_names_that_it_had(folders, tmp_path):
+    """Some have the prefix of the whole model, which transformers does not write."""
+    whole = folders["gemma3-whole"]
+    rename = lambda name: "model." + name.replace("language_model.model.", "language_model.")
+    tensors = {rename(name): tensor.read() for name, tensor in read_folder(whole).items()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    shutil.copy(whole / "config.json", tmp_path / "in")
+    config, hf, _, params = load_model(tmp_path / "in")
+    save_pretrained(
+        tmp_path / "out", params, config, hf, dtype="float32", source=tmp_path / "in", verify=False
+    )
+    assert_same_tensors(tmp_path / "in", tmp_path / "out")
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:
@@ -71,14 +143,17 @@ def assert_same_tensors(a: Path, b: Path) -> None:
         assert x.shape == y.shape and x.tobytes() == y.tobytes(), name
 
 
-@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "qwen3"])
+@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "gemma3-whole"])
 def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, tmp_path):
-    config, hf, _, params = load_model(folders[name])
-    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32")
+    config, hf, params, _ = loaded(folders[name])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     tokens = random_tokens(1, 40)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
     np.testing.assert_array_equal(hf_logits(model, tokens), hf_logits(hf_model(name), tokens))
-    assert model.config.rope_parameters == hf_model(name).config.rope_parameters
+    text, theirs = (m.config.get_text_config() for m in (model, hf_model(name)))
+    assert text.rope_parameters == theirs.rope_parameters
 
 
 def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from model_rows import batch_of
-from tiny_models import hf_model, load_model, save_model, torch, transformers
+from tiny_models import FAMILIES, hf_model, load_model, save_model, torch, transformers
 
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.generate import Sampling, filter_logits, generate, stream
@@ -27,6 +27,19 @@ def test_greedy_tokens_equal_those_of_transformers(qwen):
     for prompt, tokens in zip(PROMPTS, ours, strict=True):
         theirs = reference.generate(
             torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=2
+        )
+        assert tokens == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_generates_what_transformers_does(name, tmp_path):
+    """Past windows, and past the length from which some ropes change."""
+    _, _, model, params = load_model(save_model(name, tmp_path))
+    ours = generate(model.graph, params, PROMPTS, max_new_tokens=32)
+    for prompt, tokens in zip(PROMPTS, ours, strict=True):
+        theirs = hf_model(name).generate(
+            torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None
         )
         assert tokens == theirs[0, len(prompt) :].tolist()
 

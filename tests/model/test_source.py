@@ -198,8 +198,8 @@ def test_a_dtype_that_is_not_read_is_named(folder):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("architectures", ["GPT2LMHeadModel"], "use one of LlamaForCausalLM, Mistral"),
-        ("architectures", "GPT2LMHeadModel", "found 'GPT2LMHeadModel'"),
+        ("architectures", ["GPTJForCausalLM"], "use one of LlamaForCausalLM, Mistral"),
+        ("architectures", "Gemma9ForCausalLM", "did you mean `Gemma"),
         ("architectures", 3, "unsupported architecture, found 3"),
         ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
         ("is_causal", False, "must be true, found false"),
@@ -213,8 +213,8 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ("rope_theta", 10**400, "default needs a positive float32 rope_theta, found 1000000"),
         ("rms_norm_eps", float("nan"), "must be a float32 number of at least 0, found nan"),
         ("rope_theta", float("inf"), "default needs a positive float32 rope_theta, found inf"),
-        ("hidden_act", "gelu", "must be 'silu', found 'gelu'"),
-        ("mlp_bias", True, "must be false, found true"),
+        ("hidden_act", "mish", "must be one of silu, swish, gelu, "),
+        ("mlp_bias", None, "must be true or false, found null"),
         ("attention_dropout", 0.1, "must be 0 or null, found 0.1"),
         ("quantization_config", {"bits": 4}, "must be null"),
         ("num_key_value_heads", 3, "must divide the 4 attention heads, found 3"),
@@ -227,8 +227,17 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ),
         ("hidden_size", None, "must be a positive whole number, found null"),
         ("rms_norm_eps", "1e-5", "must be a float32 number of at least 0"),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0}, "default, linear, llama3, found 'yarn'"),
-        ("rope_scaling", {"type": "dynamic", "factor": 4.0}, "found 'dynamic'"),
+        (
+            "rope_scaling",
+            {"type": "ntk", "factor": 4.0},
+            "yarn, longrope, proportional, found 'ntk'",
+        ),
+        ("rope_scaling", {"type": "longrope"}, "longrope needs a list short_factor, found null"),
+        (
+            "rope_scaling",
+            {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]},
+            "must have a number for each of the 4 rotated pairs, found 1 and 2",
+        ),
         (
             "rope_parameters",
             {"rope_type": "linear"},
@@ -256,7 +265,7 @@ def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expe
 
 def test_all_wrong_fields_come_together():
     with pytest.raises(RecipeError) as error:
-        decoder_config({**CONFIG, "hidden_act": "gelu", "mlp_bias": True, "head_dim": 5})
+        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, "head_dim": 5})
     assert len(faults(error)) == 3
 
 
@@ -270,14 +279,18 @@ def test_windows_of_a_wrong_type_are_refused(field, value):
         decoder_config(qwen)
 
 
+def read_rope(fields):
+    return rope.read_ropes(fields, {"*": {"rope_theta": 1e4}})["*"]
+
+
 @pytest.mark.parametrize("nested", [None, 16])
 def test_the_original_length_beside_rope_counts_before_the_one_in_it(nested):
     """As in transformers, where some configs keep it at the top."""
     inner = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
     inner |= {} if nested is None else {"original_max_position_embeddings": nested}
     fields = {"max_position_embeddings": 64, "rope_parameters": inner}
-    length = rope.read_rope(fields | {"original_max_position_embeddings": 32}).scaling
-    default = rope.read_rope(fields).scaling
+    length = read_rope(fields | {"original_max_position_embeddings": 32}).scaling
+    default = read_rope(fields).scaling
     assert isinstance(length, rope.Llama3) and isinstance(default, rope.Llama3)
     assert length.original_max_positions == 32
     assert default.original_max_positions == (nested or 64)
@@ -292,7 +305,7 @@ def test_layer_types_must_fit_the_layers():
 
 def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
     fields = {**LLAMA3, "rope_theta": 1000.0, "original_max_position_embeddings": 256}
-    scaled = rope.read_rope({"rope_parameters": fields})
+    scaled = read_rope({"rope_parameters": fields, "max_position_embeddings": 64})
     plain = rope.frequencies(rope.Rope(1000.0), 64)
     ratio = plain / rope.frequencies(scaled, 64)
     assert ratio[0] == 1 and ratio[-1] == 8 and (np.diff(ratio) >= 0).all()
@@ -301,7 +314,7 @@ def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
 @pytest.mark.covers("model.hf_config_kwargs")
 def test_replaced_fields_of_the_config_are_used_and_exported(good):
     config, hf, _ = describe_model(good, hf_config_kwargs={"rms_norm_eps": 0.5, "rope_theta": 7.0})
-    assert config.rms_eps == 0.5 and config.rope.theta == 7.0
+    assert config.norm.eps == 0.5 and config.ropes[0].theta == 7.0
     assert decoder_config(hf) == config
 
 

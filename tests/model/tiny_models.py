@@ -38,6 +38,29 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.3, 1.6, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 5.0],
+}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
@@ -64,15 +87,156 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 12, "attention_bias": True}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-3,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
+        },
+    ),
+    "gemma3-whole": ("Gemma3Whole", {"head_dim": 12, "sliding_window": 5}),
+    "gemma": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "sliding_window": 5,
+            "rms_norm_eps": 1e-3,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 3.0},
+            "max_position_embeddings": 16,
+        },
+    ),
+    "olmo2": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-3}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {**YARN, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {"sliding_window": 7, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
+    "phi4": (
+        "Phi3",
+        {
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e3,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            "mamba_n_heads": 8,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+        },
+    ),
+    "ministral3": (
+        "Ministral3",
+        {"head_dim": 12, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}},
+    ),
+    "glm4": ("Glm4", {"head_dim": 12}),
+    "cohere2": (
+        "Cohere2",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "logit_scale": 0.3,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5}),
+    "gpt-neox-serial": (
+        "GPTNeoX",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_fast",
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False},
+        },
+    ),
+    "gpt2": ("GPT2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_inner": 56}),
 }
+CONFIGS = {"Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3"}
+"""Start of a class of models → that of its config, where it is another."""
+
+
+def hf_config(name: str, **changes: Any) -> Any:
+    kind, fields = FAMILIES[name]
+    fields = {**SIZES, **fields, **changes}
+    if kind == "Gemma3Whole":
+        fields = {
+            "text_config": fields, "vision_config": VISION, "mm_tokens_per_image": 4,
+            "image_token_index": 95, "eoi_token_index": 94, "boi_token_index": 93,
+        }  # fmt: skip
+    config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**fields)
+    config._attn_implementation = "eager"  # the one with soft caps
+    return config
 
 
 def hf_model(name: str) -> Any:
     """A torch model in which no weight, bias or norm is trivial."""
-    kind, fields = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **fields})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(name)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)

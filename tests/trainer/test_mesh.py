@@ -1,5 +1,6 @@
 """A mesh changes where arrays live and nothing else."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -24,12 +25,14 @@ MESHES = [
 ]
 
 
-def on_mesh(folder, mesh, **changes):
+def on_mesh(folder, mesh, config=None, **changes):
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     devices = int(np.prod(list(mesh.values()) or [1]))
     written = recipe(
         folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes
     )
+    if config is not None:
+        (folder / "model" / "config.json").write_text(json.dumps(config))
     run_user_code(FOCAL)
     return trainer(
         written, devices=devices, cls=registry.find("trainer", changes.get("type", "sft"))
@@ -63,6 +66,37 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
     found = losses(run, STEPS)
     assert np.abs(np.array(found) - expected).max() < 1e-5
     assert found[-1] < 0.9 * found[0]  # it trains
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "gemma", "gemma3", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
+                "granite4",
+                "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
+    tiny_models = pytest.importorskip("tests.model.tiny_models")
+    sizes = {"vocab_size": 384, "max_position_embeddings": 256, "num_key_value_heads": 2}
+    config = tiny_models.hf_config(name, **sizes).to_dict()
+    config["architectures"] = [type(tiny_models.hf_model(name)).__name__]
+
+    def train(mesh):
+        folder = tmp_path / "".join(mesh)
+        folder.mkdir(exist_ok=True)
+        return losses(on_mesh(folder, mesh, config=config), 5)
+
+    alone = train({})
+    assert alone[-1] < alone[0]
+    for mesh in ({"fsdp": 8}, {"tensor": 2, "data": 2}, {"pipeline": 2, "fsdp": 2}):
+        np.testing.assert_allclose(train(mesh), alone, atol=1e-5, err_msg=str(mesh))
 
 
 def test_no_parameter_or_moment_is_whole_on_a_device(tmp_path):

@@ -335,12 +335,12 @@ def test_an_export_is_written_as_its_entry_says(tmp_path, monkeypatch):
     assert len(sizes) > 5 and sum(size > 31_000 for size in sizes) <= 2  # a tensor is never cut
     right = export.write_folder
 
-    def zeroed(folder, tensors, dtype, max_shard_bytes):
+    def zeroed(folder, tensors, max_shard_bytes):
         tensors = {
             name: to_write._replace(make=lambda t=to_write: np.zeros_like(t.make()))
             for name, to_write in tensors.items()
         }
-        right(folder, tensors, dtype, max_shard_bytes)
+        right(folder, tensors, max_shard_bytes)
 
     monkeypatch.setattr(export, "write_folder", zeroed)
     with pytest.raises(CheckpointError, match="differ when read back"):

@@ -1,5 +1,6 @@
-"""The attention mask and the scale of scores, shared by all implementations."""
+"""The attention mask and what scores are, shared by all implementations."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from jax import Array
@@ -14,8 +15,15 @@ class TokenPositions(NamedTuple):
     """int32 [B, T]: index inside the document, from 0"""
 
 
-def score_scale(q: Array) -> float:
-    return q.shape[-1] ** -0.5
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are made of the products of queries and keys."""
+
+    scale: float
+    softcap: float | None = None
+    """caps the scaled scores s at this c, as c * tanh(s / c)"""
+    window: int | None = None
+    """number of last tokens that a query sees, itself included; None: all"""
 
 
 def visible_keys(q: TokenPositions, kv: TokenPositions, window: int | None) -> Array:

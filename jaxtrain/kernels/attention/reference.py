@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.kernels.attention.mask import TokenPositions, score_scale, visible_keys
+from jaxtrain.kernels.attention.mask import Scoring, TokenPositions, visible_keys
 
 BLOCK = 128  # tokens; on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores than needed
@@ -23,12 +23,12 @@ MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def reference_attention(
-    window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
+    scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
 ) -> Array:
-    return _attention_fwd(window, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
+    return _attention_fwd(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
 
 
-def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions):
+def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions):
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -36,9 +36,9 @@ def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_p
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
 
     outs, lses = [], []
-    for band, keys in _bands(T, S, C, window):
+    for band, keys in _bands(T, S, C, scoring.window):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
-        block = partial(_forward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+        block = partial(_forward_block, scoring, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
         out, lse = lax.map(block, _slice_blocks(blocks, band))
         outs.append(out)
         lses.append(lse)
@@ -50,10 +50,10 @@ def _attention_fwd(window: int | None, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_p
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
 
 
-def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
+def _forward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
     q_BKRH, row_positions = block
-    visible_BRS = visible_keys(row_positions, kv_positions, window)
-    scores_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH) * score_scale(q_BKRH)
+    visible_BRS = visible_keys(row_positions, kv_positions, scoring.window)
+    scores_BKRS = _scores(scoring, _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH))
     scores_BKRS = jnp.where(visible_BRS[:, None], scores_BKRS, -jnp.inf)
     top_BKR1 = scores_BKRS.max(-1, keepdims=True)
     # The maximum of a row without visible keys is -inf, and -inf - -inf is NaN.
@@ -65,7 +65,7 @@ def _forward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositi
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
-def _attention_bwd(window: int | None, saved, d_out_BTNH):
+def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
     q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN = saved
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
@@ -84,9 +84,9 @@ def _attention_bwd(window: int | None, saved, d_out_BTNH):
     d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
 
     d_qs = []
-    for band, keys in _bands(T, S, C, window):
+    for band, keys in _bands(T, S, C, scoring.window):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
-        block = partial(_backward_block, window, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+        block = partial(_backward_block, scoring, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
 
         def add(sums, queries, block=block):
             d_q, *d_kv = block(queries)
@@ -106,21 +106,27 @@ def _attention_bwd(window: int | None, saved, d_out_BTNH):
 reference_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _backward_block(window: int | None, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
+def _backward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
     q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = block
-    visible_BSR = visible_keys(row_positions, kv_positions, window).swapaxes(1, 2)
-    scale = score_scale(q_BKRH)
-    scores_BKSR = _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH) * scale
+    visible_BSR = visible_keys(row_positions, kv_positions, scoring.window).swapaxes(1, 2)
+    scores_BKSR = _scores(scoring, _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH))
     p_BKSR = jnp.exp(scores_BKSR - lse_BKR1.swapaxes(2, 3))
     p_BKSR = jnp.where(visible_BSR[:, None], p_BKSR, 0.0)
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR.astype(d_out_BKRH.dtype), d_out_BKRH)
     d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
-    d_scores_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scale
-    d_scores_BKSR = d_scores_BKSR.astype(q_BKRH.dtype)
-    d_q_BKRH = _dot("bksr,bksh->bkrh", d_scores_BKSR, k_BKSH)
-    d_k_BKSH = _dot("bksr,bkrh->bksh", d_scores_BKSR, q_BKRH)
+    d_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scoring.scale
+    if scoring.softcap is not None:
+        d_BKSR *= 1 - jnp.square(scores_BKSR / scoring.softcap)
+    d_BKSR = d_BKSR.astype(q_BKRH.dtype)
+    d_q_BKRH = _dot("bksr,bksh->bkrh", d_BKSR, k_BKSH)
+    d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
     return d_q_BKRH, d_k_BKSH, d_v_BKSH
+
+
+def _scores(scoring: Scoring, products: Array) -> Array:
+    scores = products * scoring.scale
+    return scores if (c := scoring.softcap) is None else c * jnp.tanh(scores / c)
 
 
 def _dot(spec: str, x, y) -> Array:

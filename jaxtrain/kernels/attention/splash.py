@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from jaxtrain.kernels.attention.mask import TokenPositions, score_scale
+from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 LANES = 128  # block sizes of the kernel are multiples of this
@@ -29,7 +29,7 @@ LARGEST_BLOCK = 512
 
 
 def splash_attention(
-    window: int | None,
+    scoring: Scoring,
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
@@ -48,7 +48,7 @@ def splash_attention(
     if not interpret and (fault := splash_fault(head_size=q_BTNH.shape[-1])):
         raise NotImplementedError(fault)
     del kv_positions  # the same tokens as q_positions
-    local = partial(_local_attention, window=window, interpret=interpret)
+    local = partial(_local_attention, scoring=scoring, interpret=interpret)
     return _map_over_mesh(local, q_BTNH, k_BTKH, v_BTKH, q_positions.segments)
 
 
@@ -93,18 +93,18 @@ def _local_attention(
     v_BTKH: Array,
     segments_BT: Array,
     *,
-    window: int | None,
+    scoring: Scoring,
     interpret: bool,
 ) -> Array:
     T, N = q_BTNH.shape[1:3]
     fill = -T % LANES
-    kernel = _kernel(T + fill, N, window, interpret)
+    kernel = _kernel(T + fill, N, scoring, interpret)
 
     def pad(x_BTNH: Array) -> Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
 
     # In float32: a scale rounded to bfloat16 would bias every score by the same factor.
-    q_BTNH = (q_BTNH.astype(jnp.float32) * score_scale(q_BTNH)).astype(q_BTNH.dtype)
+    q_BTNH = (q_BTNH.astype(jnp.float32) * scoring.scale).astype(q_BTNH.dtype)
     # Padding forms a segment of its own, so that no row of scores is empty.
     filled_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)))
     out_BNTH = jax.vmap(kernel)(
@@ -117,9 +117,9 @@ def _local_attention(
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-def _kernel(T: int, N: int, window: int | None, interpret: bool) -> Callable[..., Array]:
+def _kernel(T: int, N: int, scoring: Scoring, interpret: bool) -> Callable[..., Array]:
     block = next(b for b in (LARGEST_BLOCK, 256, LANES) if T % b == 0)
-    shape = (T, T)
+    shape, window = (T, T), scoring.window
     mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
     kernel = make_splash_mha(
         MultiHeadMask([mask] * N),
@@ -133,6 +133,7 @@ def _kernel(T: int, N: int, window: int | None, interpret: bool) -> Callable[...
         ),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=scoring.softcap,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )

@@ -1,0 +1,156 @@
+"""The tensors of Hugging Face files, as tables that are read in both directions, so that loading
+and exporting cannot disagree. The dimensions of a tensor are written in letters: `KGH D` is
+[K * G * H, D].
+
+D width, K key/value heads, G query heads to each, H head size, F feed-forward, P positions,
+V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Tensor(NamedTuple):
+    """One tensor of a Hugging Face file, or rows of it, and the part of our parameter it fills."""
+
+    name: str
+    """`{i}` stands for the number of the layer; where a name occurs again, its next rows follow"""
+    dims: str
+    """dimensions in the file"""
+    ours: str
+    """the same letters in the order of our parameter; 1 for a dimension that the file lacks, along
+    which several tensors are concatenated"""
+
+
+Table = Mapping[str, tuple[Tensor, ...]]
+"""Path of a parameter, without the leading L of stacked ones → its tensors; `attention/qkv` is
+`layers/<group>/<member>/attention/qkv`."""
+
+
+def tensors(*lines: str, layer: str = "model.layers.{i}") -> tuple[Tensor, ...]:
+    """Parses `name: dimensions -> ours`; a name that begins with a dot belongs to a layer."""
+    parts = (line.replace(" -> ", ": ").split(": ") for line in lines)
+    full = lambda name: layer + name if name.startswith(".") else name
+    return tuple(Tensor(full(name), *dims) for name, *dims in parts)
+
+
+LLAMA: Table = {
+    "embed/embedding": tensors("model.embed_tokens.weight: V D -> V D"),
+    "attention_norm": tensors(".input_layernorm.weight: D -> D"),
+    "attention/qkv": tensors(
+        ".self_attn.q_proj.weight: KGH D -> D K G H",
+        ".self_attn.k_proj.weight: KH D -> D K 1 H",
+        ".self_attn.v_proj.weight: KH D -> D K 1 H",
+    ),
+    "attention/qkv_bias": tensors(
+        ".self_attn.q_proj.bias: KGH -> K G H",
+        ".self_attn.k_proj.bias: KH -> K 1 H",
+        ".self_attn.v_proj.bias: KH -> K 1 H",
+    ),
+    "attention/q_norm": tensors(".self_attn.q_norm.weight: H -> H"),
+    "attention/k_norm": tensors(".self_attn.k_norm.weight: H -> H"),
+    "attention/out": tensors(".self_attn.o_proj.weight: D KGH -> K G H D"),
+    "attention/out_bias": tensors(".self_attn.o_proj.bias: D -> D"),
+    "mlp_norm": tensors(".post_attention_layernorm.weight: D -> D"),
+    "mlp/gate_up": tensors(
+        ".mlp.gate_proj.weight: F D -> D 1 F", ".mlp.up_proj.weight: F D -> D 1 F"
+    ),
+    "mlp/gate_up_bias": tensors(".mlp.gate_proj.bias: F -> 1 F", ".mlp.up_proj.bias: F -> 1 F"),
+    "mlp/down": tensors(".mlp.down_proj.weight: D F -> F D"),
+    "mlp/down_bias": tensors(".mlp.down_proj.bias: D -> D"),
+    "norm": tensors("model.norm.weight: D -> D"),
+    "head": tensors("lm_head.weight: V D -> D V"),
+}
+POST_NORMS: Table = {
+    "attention_post_norm": tensors(".post_attention_layernorm.weight: D -> D"),
+    "mlp_norm": tensors(".pre_feedforward_layernorm.weight: D -> D"),
+    "mlp_post_norm": tensors(".post_feedforward_layernorm.weight: D -> D"),
+}
+
+OLMO: Table = {
+    "attention/q_norm": tensors(".self_attn.q_norm.weight: KGH -> K G H"),
+    "attention/k_norm": tensors(".self_attn.k_norm.weight: KH -> K 1 H"),
+}
+FUSED_GATE: Table = {"mlp/gate_up": tensors(".mlp.gate_up_proj.weight: 2F D -> D 2 F")}
+SHARED_MLP: Table = {
+    "mlp/gate_up": tensors(".shared_mlp.input_linear.weight: 2F D -> D 2 F"),
+    "mlp/down": tensors(".shared_mlp.output_linear.weight: D F -> F D"),
+}
+FUSED_QKV: Table = {
+    "attention/qkv": tensors(
+        ".self_attn.qkv_proj.weight: KGH D -> D K G H",
+        ".self_attn.qkv_proj.weight: KH D -> D K 1 H",
+        ".self_attn.qkv_proj.weight: KH D -> D K 1 H",
+    )
+}
+GLM_NORMS: Table = {
+    "attention_post_norm": tensors(".post_self_attn_layernorm.weight: D -> D"),
+    "mlp_post_norm": tensors(".post_mlp_layernorm.weight: D -> D"),
+}
+GPT2: Table = {
+    "embed/embedding": tensors("model.wte.weight: V D -> V D"),
+    "embed/positions": tensors("model.wpe.weight: P D -> P D"),
+    "norm": tensors("model.ln_f.weight: D -> D"),
+    "norm_bias": tensors("model.ln_f.bias: D -> D"),
+    "head": tensors("lm_head.weight: V D -> D V"),
+    **{
+        name: tensors(tensor, layer="model.h.{i}")
+        for name, tensor in {
+            "attention_norm": ".ln_1.weight: D -> D",
+            "attention_norm_bias": ".ln_1.bias: D -> D",
+            "attention/qkv": ".attn.c_attn.weight: D 3KH -> D K 3 H",
+            "attention/qkv_bias": ".attn.c_attn.bias: 3KH -> K 3 H",
+            "attention/out": ".attn.c_proj.weight: KGH D -> K G H D",
+            "attention/out_bias": ".attn.c_proj.bias: D -> D",
+            "mlp_norm": ".ln_2.weight: D -> D",
+            "mlp_norm_bias": ".ln_2.bias: D -> D",
+            "mlp/gate_up": ".mlp.c_fc.weight: D F -> D 1 F",
+            "mlp/gate_up_bias": ".mlp.c_fc.bias: F -> 1 F",
+            "mlp/down": ".mlp.c_proj.weight: F D -> F D",
+            "mlp/down_bias": ".mlp.c_proj.bias: D -> D",
+        }.items()
+    },
+}
+GPT_NEOX: Table = {
+    "embed/embedding": tensors("model.embed_in.weight: V D -> V D"),
+    "attention_norm": LLAMA["attention_norm"],
+    "attention_norm_bias": tensors(".input_layernorm.bias: D -> D"),
+    "attention/qkv": tensors(".attention.query_key_value.weight: K3H D -> D K 3 H"),
+    "attention/qkv_bias": tensors(".attention.query_key_value.bias: K3H -> K 3 H"),
+    "attention/out": tensors(".attention.dense.weight: D KGH -> K G H D"),
+    "attention/out_bias": tensors(".attention.dense.bias: D -> D"),
+    "mlp_norm": LLAMA["mlp_norm"],
+    "mlp_norm_bias": tensors(".post_attention_layernorm.bias: D -> D"),
+    "mlp/gate_up": tensors(".mlp.dense_h_to_4h.weight: F D -> D 1 F"),
+    "mlp/gate_up_bias": tensors(".mlp.dense_h_to_4h.bias: F -> 1 F"),
+    "mlp/down": tensors(".mlp.dense_4h_to_h.weight: D F -> F D"),
+    "mlp/down_bias": tensors(".mlp.dense_4h_to_h.bias: D -> D"),
+    "norm": tensors("model.final_layer_norm.weight: D -> D"),
+    "norm_bias": tensors("model.final_layer_norm.bias: D -> D"),
+    "head": LLAMA["head"],
+}
+
+HARMLESS = (
+    r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",
+    r"model\.(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)",
+)
+"""Tensors of old files that are ignored: they follow from the config."""
+
+Layout = tuple[tuple[str, str], ...]
+"""Starts of the names in the tables, and what they are in a file; the first that fits counts."""
+
+
+def name_in_file(layout: Layout, name: str) -> str:
+    """The name in a file of a tensor of the tables."""
+    for start, theirs in layout:
+        if name.startswith(start):
+            return theirs + name.removeprefix(start)
+    return name
+
+
+def name_in_tables(layout: Layout, name: str) -> str:
+    """The inverse of `name_in_file`, the same for every other name."""
+    for start, theirs in layout:
+        if name.startswith(theirs):
+            return start + name.removeprefix(theirs)
+    return name
