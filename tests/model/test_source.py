@@ -210,6 +210,11 @@ def test_a_dtype_that_is_not_read_is_named(folder):
             {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]},
             "must have a number for each of the 4 rotated pairs, found 1 and 2",
         ),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
+            "original_max_position_embeddings must be at least 1, found 0.5",
+        ),
         ("rope_parameters", {"rope_type": "linear"}, "linear needs a positive factor, found None"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}, "below the high one, found 4.0 and"),
