@@ -167,7 +167,7 @@ def _build_rope(fields: Mapping[str, Any], default: Mapping[str, Any]) -> Rope:
         most = "at most 1.0" if is_partial else "1.0 in this family"
         raise ValueError(f"partial_rotary_factor must be {most}, found {rope.fraction}")
     if "llama_4_scaling_beta" in default and fields["llama_4_scaling_beta"]:
-        scale = QueryScale(number("llama_4_scaling_beta"), int(number(ORIGINAL)))
+        scale = QueryScale(number("llama_4_scaling_beta"), _whole(number, ORIGINAL))
         rope = replace(rope, query_scale=scale)
     build = SCALINGS.get(kind) if isinstance(kind, str) else None
     if build is None:
@@ -187,16 +187,22 @@ def _number(fields: Mapping[str, Any], kind: str, name: str, default: float | No
     return float(value)
 
 
+def _whole(number: Number, name: str) -> int:
+    if (value := number(name)) < 1:
+        raise ValueError(f"{name} must be at least 1, found {value}")
+    return int(value)
+
+
 def _llama3(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
     names = ("factor", "low_freq_factor", "high_freq_factor")
     factor, low, high = (number(name) for name in names)
     if low >= high:
         raise ValueError(f"low_freq_factor must be below the high one, found {low} and {high}")
-    return replace(rope, scaling=Llama3(factor, low, high, int(number(ORIGINAL))))
+    return replace(rope, scaling=Llama3(factor, low, high, _whole(number, ORIGINAL)))
 
 
 def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
-    original = int(number(ORIGINAL))
+    original = _whole(number, ORIGINAL)
     if rope.theta <= 1:
         raise ValueError(f"rope type yarn needs a rope_theta above 1, found {rope.theta}")
     factor = number("factor", number(LONGEST) / original)
@@ -224,7 +230,7 @@ def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
         if not isinstance(found, list) or not found:
             raise ValueError(f"rope type longrope needs a list {name}, found {show(found)}")
         lists.append(tuple(_number({name: value}, "longrope", name) for value in found))
-    original = int(number(ORIGINAL))
+    original = _whole(number, ORIGINAL)
     factor = number("factor", number(LONGEST) / original)
     is_longer = factor > 1 and original > 1
     attention_factor = math.sqrt(1 + math.log(factor, original)) if is_longer else 1.0
@@ -240,7 +246,7 @@ SCALINGS: Mapping[str, Callable[[Rope, Mapping[str, Any], Number], Rope]] = {
     "linear": lambda rope, fields, number: replace(rope, scaling=Linear(number("factor"))),
     "llama3": _llama3,
     "dynamic": lambda rope, fields, number: replace(
-        rope, scaling=Dynamic(number("factor"), int(number(LONGEST)))
+        rope, scaling=Dynamic(number("factor"), _whole(number, LONGEST))
     ),
     "yarn": _yarn,
     "longrope": _longrope,

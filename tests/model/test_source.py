@@ -240,6 +240,11 @@ def test_a_dtype_that_is_not_read_is_named(folder):
         ),
         (
             "rope_parameters",
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
+            "original_max_position_embeddings must be at least 1, found 0.5",
+        ),
+        (
+            "rope_parameters",
             {"rope_type": "linear"},
             "linear needs a positive float32 factor, found null",
         ),

@@ -76,7 +76,6 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "gemma", "gemma3", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
-                "granite4",
                 "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2",
             )
         ),
