@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from jaxtrain.model.generate import Sampling, generate
 from tests.data.made import write
 from tests.runs import model_folder, recipe, trainer
 from tests.tiny import chat, tiny_tokenizer
@@ -37,8 +38,9 @@ def test_samples_of_the_run_and_of_the_export_stop_where_turns_end(tmp_path, cap
     assert "'Numbers?' → 'yes and yes'\n" in capsys.readouterr().out
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     prompt = run.tokenizer.apply_chat_template(conversation[:1], **options)["input_ids"]
-    generate = run.run.model.generate
-    (on,) = generate(run.state.params, [prompt], max_new_tokens=ROOM, eos_ids=[end_of_text])
+    sampling = Sampling(stop_tokens=(end_of_text,))
+    graph, params = run.run.model.graph, run.state.params
+    (on,) = generate(graph, params, [prompt], max_new_tokens=ROOM, sampling=sampling)
     assert len(on) == ROOM and "<|im_start|>user" in run.tokenizer.decode(on)
 
     folder = tmp_path / "global_step_30"
