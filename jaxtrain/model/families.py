@@ -181,7 +181,9 @@ def _layers_of_smollm3(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list
     if has_rope is None:
         has_rope = [int((i + 1) % every != 0) for i in range(depth)]
     if not isinstance(has_rope, list) or len(has_rope) < depth:
-        raise ValueError(f"no_rope_layers must have a 0 or 1 for each of the {depth} layers")
+        raise ValueError(
+            f"no_rope_layers must have a 0 or 1 for each of the {depth} layers, found {has_rope}"
+        )
     windows = hf["use_sliding_window"] and hf["sliding_window"] is not None
     layers = _typed_layers(hf, ropes, (windows and not rope for rope in has_rope[:depth]))
     return [

@@ -94,8 +94,10 @@ def read_config(path: Path, config: ModelConfig) -> tuple[DecoderConfig, dict[st
             )
         return decoder, new
     if decoder.tied and _has_own_head(path, family_of(new, where)):
-        hf, new = replace_text_fields(hf, UNTIED), replace_text_fields(new, UNTIED)
-        decoder = decoder_config(new, where)
+        hf = replace_text_fields(hf, UNTIED)
+        if "tie_word_embeddings" not in kwargs:
+            new = replace_text_fields(new, UNTIED)
+            decoder = decoder_config(new, where)
     if kwargs:
         # What the family refuses may be what `kwargs` replace.
         supported = {k: v for k, v in kwargs.items() if k in family_of(hf, where).only}
@@ -220,13 +222,12 @@ def replace_text_fields(
     hf: Mapping[str, Any], fields: Mapping[str, Any], *, drop: Container[str] = ()
 ) -> dict[str, Any]:
     """A config.json with other fields of the text model, and without those of `drop`."""
-    family = family_of({**hf, **fields})
-    if family.text is None:
+    text = next((family.text for family in FAMILIES if family.text and family.text in hf), None)
+    if text is None:
         return {**{k: v for k, v in hf.items() if k not in drop}, **fields}
-    inner = hf.get(family.text) or {}
-    inner = {**{k: v for k, v in inner.items() if k not in drop}, **fields}
+    inner = {**{k: v for k, v in (hf[text] or {}).items() if k not in drop}, **fields}
     tied = {k: v for k, v in fields.items() if k == "tie_word_embeddings"}
-    return {**hf, **tied, family.text: inner}
+    return {**hf, **tied, text: inner}
 
 
 def _in_names_of_llama(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:

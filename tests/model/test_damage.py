@@ -48,8 +48,9 @@ def whole(tmp_path_factory) -> Path:
     config, _ = read_config(folder, ModelConfig(name_or_path=str(folder), from_scratch=True))
     shapes = tensor_shapes(config, decoder.abstract(config, ComputeConfig()).shapes)
     make = lambda shape: lambda: np.zeros(shape, np.float32)
-    tensors = {name: TensorToWrite(shape, make(shape)) for name, shape in shapes.items()}
-    write_folder(folder, tensors, np.dtype(np.float32), 4e4)
+    float32 = np.dtype(np.float32)
+    tensors = {name: TensorToWrite(float32, shape, make(shape)) for name, shape in shapes.items()}
+    write_folder(folder, tensors, 4e4)
     assert (folder / INDEX).is_file() and faults_of(folder) == []
     return folder
 
@@ -116,10 +117,13 @@ FORMS = [value for value in WRONG if value != "null"] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES if one.text is None], ids=lambda family: family.name
+)
 def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
     config = LLAMA | {"architectures": [family.architecture], "model_type": family.name}
     config["num_hidden_layers"] = LAYERS
+    config = {k: v for k, v in config.items() if v in family.only.get(k, (v,))}
     fields = {*config, *family.defaults, *family.only, *REQUIRED, *FIELDS, *NO_EFFECT}
     model = ModelConfig(name_or_path=str(tmp_path), from_scratch=True)
     shapes_of = cache(lambda config: decoder.abstract(config, ComputeConfig()))
@@ -133,7 +137,7 @@ def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
             except RecipeError as error:
                 # What does not fit together is named by another of its fields.
                 is_other = isinstance(value, int) or field in ("architectures", "model_type")
-                named = r"\w+" if is_other else f"{field}|rope_\\w+"
+                named = r"\w+" if is_other else f"{field}|rope_\\w+|layer_types"
                 assert re.search(f"config.json: ({named}): .*(found|contradicts)", str(error)), (
                     field,
                     value,

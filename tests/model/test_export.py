@@ -86,7 +86,7 @@ def lose_a_shard(folder):
 
 ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 HARM = {
-    "rope lost": (set_config(rope_parameters=ROPE, rope_scaling=None), "describes another rope"),
+    "rope lost": (set_config(rope_parameters=ROPE, rope_scaling=None), "describes another groups"),
     "heads": (set_config(num_attention_heads=2), "describes another"),
     "a bit": (flip_a_bit, "1 parameters differ when read back, first "),
     "truncated": (cut_short, "not a safetensors file"),

@@ -85,7 +85,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, folders):
     by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
     assert found.keys() == by_name.keys()
     # Gradients that are 0, as that of a bias of keys without rope, are rounding alone.
-    rounding = 1e-4 * max(np.abs(gradient).max() for gradient in by_name.values())
+    rounding = 4e-4 * max(np.abs(gradient).max() for gradient in by_name.values())
     for tensor, gradient in by_name.items():
         atol = GRADIENT_TOLERANCE * max(np.abs(gradient).max(), rounding)
         np.testing.assert_allclose(found[tensor].make(), gradient, atol=atol, err_msg=tensor)
