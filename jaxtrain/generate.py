@@ -59,6 +59,8 @@ class Speaker:
         settings |= {name: value for name, value in given.items() if value is not None}
         if drawn and "temperature" not in settings:
             settings["temperature"] = 1.0
+        if "" in stop:
+            raise UserError("--stop: must be text, found ''")
         sampling = Sampling(**settings, stop_tokens=self._stop_tokens(described))
         try:
             sampling.check()
@@ -211,7 +213,8 @@ def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
 def read_prompts(file: Path, *, is_raw: bool) -> list[dict[str, Any]]:
     """The records of a JSON Lines file; DataError names the line of one that asks nothing."""
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which ends a line at separators that JSON text may hold.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

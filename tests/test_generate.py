@@ -110,6 +110,7 @@ def test_a_text_is_continued_as_it_is(trained, tmp_path, capsys, speaker):
 
 FAULTS = {
     "{": "not JSON",
+    "\udcff": "not JSON: 'utf-8' codec can't decode",
     "[1]": "must be a map, found \\[1\\]",
     '{"question": "x"}': "has no `messages` or `prompt`, found question",
     '{"prompt": ""}': "prompt: must be text or turns, found ''",
@@ -122,7 +123,8 @@ FAULTS = {
 @pytest.mark.parametrize("line", FAULTS)
 def test_a_record_that_asks_nothing_is_named_before_a_model_is_read(tmp_path, line):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    written = '{"prompt": "a\u2028b"}\n' + line + "\n"  # JSON text may hold separators
+    file.write_text(written, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=rf"prompts\.jsonl:2: .*{FAULTS[line]}"):
         run_cli("generate", tmp_path / "none", "--file", file)
     file.write_text("\n")
@@ -135,6 +137,7 @@ def test_what_cannot_be_asked_is_named(trained, tmp_path):
     for words, error, message in (
         ((tmp_path / "none", "--prompt", "x"), RecipeError, "no such folder or file"),
         ((trained / "state", "--prompt", "x"), RecipeError, "config.json"),
+        ((out, "--prompt", "x", "--stop", ""), UserError, "--stop: must be text"),
         ((out, "--prompt", "x", "--temperature", "-1"), UserError, "found temperature -1.0"),
         ((out, "--prompt", "yes " * 400), DataError, "the model has 256 positions"),
     ):

@@ -14,7 +14,7 @@ from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import save_pretrained
-from jaxtrain.model.generate import stream
+from jaxtrain.model.generate import generate, stream
 from jaxtrain.model.hf_config import (
     add_stop_tokens,
     read_config,
@@ -153,6 +153,10 @@ class LanguageModel:
             max_shard_bytes=max_shard_bytes,
             verify=verify,
         )
+
+    def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
+        """New tokens of each prompt; see `jaxtrain.model.generate`."""
+        return generate(self.graph, params, prompts, **how)
 
     def stream(
         self, params: Params, prompts: Sequence[Sequence[int]], **how: Any

@@ -7,8 +7,7 @@ tokens of a chunk, D width, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,15 +87,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
+    **how: Any,
 ) -> list[list[int]]:
-    """Returns the new tokens of each prompt, its stop token included."""
-    chunks = stream(
-        graph, params, prompts,
-        max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, chunk_tokens=max_new_tokens,
-    )  # fmt: skip
-    return [list(chain(*parts)) for parts in zip(*chunks, strict=True)]
+    """Returns the new tokens of each prompt, its stop token included; `how` is that of `stream`."""
+    room = {"max_new_tokens": max_new_tokens, "chunk_tokens": max_new_tokens}
+    (tokens,) = stream(graph, params, prompts, **room, **how)
+    return tokens
 
 
 def stream(

@@ -49,9 +49,7 @@ def answer_prompts(
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
     stops = tuple(find_stop_tokens(tokenizer))
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, stop_tokens=stops)
-    new, params = config.max_new_tokens, run.average.eval_params(state)
+    how = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "seed": seed}
     with jax.set_mesh(run.mesh):
-        (answers,) = run.model.stream(
-            params, prompts, max_new_tokens=new, chunk_tokens=new, sampling=sampling, seed=seed
-        )
+        answers = run.model.generate(run.average.eval_params(state), prompts, **how)
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
