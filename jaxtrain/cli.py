@@ -443,18 +443,12 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(1)
-    except UserError as error:
-        if debug:
+    except Exception as error:  # also of a command without a recipe, or of the recipe's own file
+        known = error if isinstance(error, UserError) else explain_error(error)
+        if debug or known is None:
             raise
-        click.echo(printable(str(error)), err=True)
-        sys.exit(error.exit_code)
-    except OSError as error:  # of a command without a recipe, or of the recipe's own file
-        if debug or not error.strerror:
-            raise
-        click.echo(
-            ": ".join(str(part) for part in (error.filename, error.strerror) if part), err=True
-        )
-        sys.exit(1)
+        click.echo(printable(str(known)), err=True)
+        sys.exit(known.exit_code)
 
 
 @contextmanager
@@ -479,7 +473,7 @@ def raise_user_errors(config: "TrainerConfig") -> Iterator[None]:
         raise known from error
 
 
-def explain_error(error: Exception, config: "TrainerConfig") -> UserError | None:
+def explain_error(error: Exception, config: "TrainerConfig | None" = None) -> UserError | None:
     """The UserError that says what a machine or the user's code raised; None for anything else,
     which is a fault of this package."""
     kind, text = type(error).__name__, str(error)
@@ -493,18 +487,21 @@ def explain_error(error: Exception, config: "TrainerConfig") -> UserError | None
         return UserError(f"no device: JAX_PLATFORMS={asked} cannot be used here {first}".rstrip())
     if isinstance(error, OSError) and error.strerror:
         return UserError(": ".join(str(part) for part in (error.filename, error.strerror) if part))
-    own = [f for f in frames if config.code and Path(f.filename).parent == Path(config.code).parent]
+    code = Path(config.code).parent if config and config.code else None
+    own = [frame for frame in frames if Path(frame.filename).parent == code]
     if own or last.endswith("/trainer/loss.py"):
         where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
         return UserError(f"{where}{kind}: {first} (--debug shows the traceback)")
     return None
 
 
-def explain_memory(text: str, config: "TrainerConfig") -> str:
+def explain_memory(text: str, config: "TrainerConfig | None") -> str:
     """What a device had no memory for, as far as the compiler says it, and the keys to change."""
     sizes = [
         line.strip() for line in text.splitlines() if re.search(r"\d.*[bB]ytes|Size:|Used ", line)
     ]
+    if config is None:
+        return "\n".join(["out of memory", *sizes[:6]])
     length = config.data.max_length
     tokens = f"{length:,}" if length else "as many as the model has positions"
     ways = ["lower data.max_length", "shard over more devices with mesh.fsdp or mesh.tensor"]

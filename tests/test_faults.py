@@ -53,6 +53,18 @@ RAISED = {
 }
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_command_without_a_recipe_says_that_there_is_no_device(tmp_path, command):
+    words = [command, str(model_folder(tmp_path / "model"))]
+    words += ["--prompt", "x"] if command == "generate" else []
+    own = environment(JAX_PLATFORMS="cuda")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", *words], env=own, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("no device: JAX_PLATFORMS=cuda cannot be used here")
+
+
 @pytest.mark.parametrize("case", RAISED)
 def test_what_the_machine_or_the_users_code_raises_is_no_traceback(tmp_path, monkeypatch, case):
     spoil, code, expected = RAISED[case]
