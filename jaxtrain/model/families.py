@@ -210,6 +210,15 @@ _GRANITE = {
 }
 
 
+def _layers_of_granite4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Equal layers; those of its hybrids are not supported."""
+    depth, types = hf["num_hidden_layers"], hf["layer_types"]
+    if types not in ([kind] * depth for kind in ("attention", "full_attention")):
+        raise ValueError(f"layer_types must be full_attention for each of the {depth} layers")
+    rope = ropes["*"] if hf["position_embedding_type"] == "rope" else None
+    return [LayerSpec(rope=rope)] * depth
+
+
 def _granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_biases(hf),
@@ -416,6 +425,24 @@ FAMILIES: Sequence[Family] = (
         only=_ONLY,
         traits=_granite,
         ignored=("sliding_window",),
+    ),
+    Family(
+        name="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        defaults={
+            **_GRANITE, "position_embedding_type": None, "layer_types": None,
+            "num_local_experts": 8,
+        },
+        layers=_layers_of_granite4,
+        only={
+            **_ONLY, "num_local_experts": (0,), "position_embedding_type": ("rope", "nope", None),
+        },
+        traits=_granite,
+        aliases={
+            "shared_intermediate_size": "intermediate_size", "layers_block_type": "layer_types",
+        },
+        ignored=("intermediate_size", "mlp_bias", "sliding_window"),
+        tensors={**tables.LLAMA, **tables.SHARED_MLP},
     ),
     Family(
         name="ministral3",

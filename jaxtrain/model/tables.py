@@ -72,6 +72,10 @@ OLMO: Table = {
     "attention/k_norm": tensors(".self_attn.k_norm.weight: KH -> K 1 H"),
 }
 FUSED_GATE: Table = {"mlp/gate_up": tensors(".mlp.gate_up_proj.weight: 2F D -> D 2 F")}
+SHARED_MLP: Table = {
+    "mlp/gate_up": tensors(".shared_mlp.input_linear.weight: 2F D -> D 2 F"),
+    "mlp/down": tensors(".shared_mlp.output_linear.weight: D F -> F D"),
+}
 FUSED_QKV: Table = {
     "attention/qkv": tensors(
         ".self_attn.qkv_proj.weight: KGH D -> D K G H",

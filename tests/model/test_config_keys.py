@@ -22,8 +22,8 @@ TOLERANCE = 1e-4  # float32, against another order of summation
 TOKENS = random_tokens(1, 40)
 BASES = ("llama31", "mistral", "qwen2-windows", "qwen3")
 MORE = (
-    "gemma3", "gemma", "gemma2", "smollm3", "olmo2", "olmo3", "phi3", "granite", "ministral3",
-    "glm4", "cohere2", "gpt-neox", "gpt2",
+    "gemma3", "gemma", "gemma2", "smollm3", "olmo2", "olmo3", "phi3", "granite", "granite4",
+    "ministral3", "glm4", "cohere2", "gpt-neox", "gpt2",
 )  # fmt: skip
 """Families whose keys are tried with the slow tests."""
 OLD_KEYS = {

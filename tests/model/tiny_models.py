@@ -173,6 +173,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            "mamba_n_heads": 8,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "attention_bias": True,
+        },
+    ),
     "ministral3": (
         "Ministral3",
         {"head_dim": 12, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}},
