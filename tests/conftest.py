@@ -6,6 +6,7 @@ All of it is set before jax is imported.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     )
 )
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, in runs too
 
 
 def _use_an_empty_data_cache() -> None:

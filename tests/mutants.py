@@ -84,7 +84,9 @@ def copy_tree(root: Path) -> Iterator[Path]:
 def run_tests(folder: Path, tests: Iterable[str], *options: str) -> Outcome:
     """Runs tests of a copy up to the first failure."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+    command = [
+        sys.executable, "-m", "pytest", "-m", "", "-x", "-q", "-p", "no:cacheprovider", *options
+    ]  # fmt: skip
     pytest = subprocess.Popen(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, text=True,

@@ -9,11 +9,11 @@ import sys
 import pytest
 from rich.text import Text
 
-from jaxtrain.cli import explain_error
 from jaxtrain.data import render
 from jaxtrain.data.cache import PARTS_FILE, DataCache
 from jaxtrain.data.command import Piece, Sample, format_sample
 from jaxtrain.data.conversation import read_conversation
+from jaxtrain.explain import explain_error
 from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import DataError, WeightError, printable
 from jaxtrain.recipe.resolve import get_config

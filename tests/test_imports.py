@@ -27,7 +27,7 @@ FLOORS = (
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
     {"trainer", "plan", "export", "preflight", "generate", "evaluate"},
-    {"cli", "trainers", "__main__", "__init__"},
+    {"cli", "explain", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
 HOMES = {

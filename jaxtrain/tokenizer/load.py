@@ -147,3 +147,6 @@ def check_syntax(template: str | Mapping[str, str] | None) -> None:
             ) from None
         except RecursionError:
             raise RecipeError("tokenizer.chat_template: is nested too deeply") from None
+        except ValueError:  # Python reads no integer of so many digits
+            why = "has a number of too many digits"
+            raise RecipeError(f"tokenizer.chat_template: {why}") from None

@@ -73,6 +73,8 @@ def test_bad_templates_are_said(folder, tmp_path):
     )
     deep = "{{ " + "[" * 3000 + "}}"
     assert failure(folder, chat_template=deep) == "tokenizer.chat_template: is nested too deeply"
+    long = failure(folder, chat_template=f"{{{{ {'9' * 5000} }}}}")
+    assert long == "tokenizer.chat_template: has a number of too many digits"
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
     assert failure(folder, chat_template=str(tmp_path / "latin.jinja")).endswith("is not UTF-8")
 

@@ -215,6 +215,7 @@ def test_a_trainer_trains_once(tmp_path):
         run.train()
 
 
+@pytest.mark.slow
 def test_exit_codes_of_a_signal_and_a_stop_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(written(tmp_path, train_iters=100_000)))

@@ -57,7 +57,9 @@ def test_accumulation_counts_updates_and_weighs_tokens(tmp_path, plain):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mesh": {"fsdp": 2, "tensor": 2}, "micro_batch_size": 2},
+        pytest.param(
+            {"mesh": {"fsdp": 2, "tensor": 2}, "micro_batch_size": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"mesh": {"pipeline": 2, "data": 2}, "micro_batch_size": 2}, marks=pytest.mark.slow
         ),

@@ -100,7 +100,10 @@ def forks(tmp_path_factory):
     made.close()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "state" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_a_write_that_fails_is_one_message_and_the_run_goes_on_later(tmp_path, forks, case):
     code, expected = CASES[case]
     file = written(tmp_path, code, state_every=100 if case == "export" else 2)

@@ -57,7 +57,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "mesh", MESHES, ids=lambda mesh: " ".join(f"{a}{n}" for a, n in mesh.items())
 )
-@pytest.mark.parametrize("kind", ["sft", "focal"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("focal", marks=pytest.mark.slow)])
 def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
     run = on_mesh(tmp_path, mesh, **({"type": "focal"} if kind == "focal" else {}))
     params, expected = alone[kind]

@@ -11,10 +11,13 @@ from tests.runs import assert_same, host, loss_and_gradients, losses, recipe, tr
 STEPS = 20
 DATA = 4
 RUNS = [
-    *((stage, {"data": DATA}) for stage in range(4)),
-    (1, {"data": DATA, "fsdp": 2}),
-    (2, {"data": DATA, "tensor": 2}),
-    (3, {"data": DATA, "fsdp": 2}),
+    *((stage, {"data": DATA}) for stage in (1, 2, 3)),
+    *(
+        pytest.param(
+            stage, {"data": DATA, axis: 2} if axis else {"data": DATA}, marks=pytest.mark.slow
+        )
+        for stage, axis in ((0, ""), (1, "fsdp"), (2, "tensor"), (3, "fsdp"))
+    ),
 ]
 
 
