@@ -12,6 +12,7 @@ from model_rows import batch_of, random_tokens
 from safetensors.numpy import save_file
 from tiny_models import (
     FAMILIES,
+    ROWS,
     SIZES,
     describe_model,
     hf_model,
@@ -64,7 +65,7 @@ def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ROWS)
 def test_logits_and_gradients_equal_those_of_transformers(name, folders):
     config, _, _, outputs = loaded(folders[name])
     tokens = random_tokens(3, 40)
@@ -91,7 +92,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, folders):
         np.testing.assert_allclose(found[tensor].make(), gradient, atol=atol, err_msg=tensor)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
     """Two in one row, then each in a row of its own, and padding behind."""
     outputs = loaded(folders[name])[3]
@@ -104,7 +105,7 @@ def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
         np.testing.assert_allclose(packed, alone, atol=PACKED_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ROWS)
 def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
     config, hf, params, _ = loaded(folders[name])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])

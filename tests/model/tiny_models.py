@@ -216,6 +216,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_inner": 56}),
 }
+LIKE_OTHERS = {
+    "llama2", "llama3", "linear", "biased", "mistral", "qwen2", "qwen2-windows", "gemma", "olmo3",
+    "phi3", "granite", "gpt-neox-serial",
+}  # fmt: skip
+"""Rows whose every option another row has too; tried with the slow tests."""
+ROWS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES
+]
 CONFIGS = {"Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3"}
 """Start of a class of models → that of its config, where it is another."""
 
