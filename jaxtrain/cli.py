@@ -364,6 +364,16 @@ def recipes(name: str | None, target: Path | None) -> None:
             click.echo(file)
 
 
+@cli.command()
+@click.argument("name", metavar="[MODEL_TYPE]", required=False)
+def models(name: str | None) -> None:
+    """List the families of models that train here; say what is known of one."""
+    from jaxtrain.model.listing import describe_family, list_families
+
+    for line in list_families() if name is None else describe_family(name):
+        click.echo(line)
+
+
 @_of_recipe
 @click.option("--batch", type=click.IntRange(min=1), help="Show what this step trains on.")
 @click.option(

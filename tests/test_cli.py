@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jaxtrain.cli import cli, main
+from jaxtrain.model.families import FAMILIES
 from jaxtrain.signals import SIGNALS
 from tests.runs import conversations, environment, model_folder, recipe
 
@@ -237,3 +238,15 @@ def test_exit_codes_of_a_clean_check_and_of_a_loss_that_is_not_finite(tmp_path):
     done = jaxtrain(tmp_path, file)
     assert done.returncode == 5 and "not finite" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_models_lists_every_family_and_says_what_one_takes(tmp_path):
+    done = jaxtrain(tmp_path, "models")
+    families = [line.split()[0] for line in done.stdout.splitlines()[1:-1]]
+    assert families == [family.name for family in FAMILIES]
+    one = jaxtrain(tmp_path, "models", "phi3").stdout
+    assert "linear layers qkv_proj, o_proj, gate_up_proj, down_proj" in one
+    assert "only with     resid_pdrop: 0" in one
+    wrong = jaxtrain(tmp_path, "models", "phi33")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "no family is called 'phi33'; did you mean `phi3`?\n"
