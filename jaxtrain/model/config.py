@@ -18,6 +18,21 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers of which each token takes a few, and how a router chooses them."""
+
+    count: int
+    per_token: int
+    width: int
+    """feed-forward channels of each"""
+    is_normalized: bool = True
+    """the weights of those that a token takes sum to 1; else they are their probabilities among all
+    """
+    balance_loss: float = 0.0
+    """coefficient of the load-balancing loss of training; 0 is off"""
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """The settings that may differ between layers."""
 
@@ -25,6 +40,8 @@ class LayerSpec:
     """number of last tokens that a query sees, itself included; None: all of its document"""
     rope: Rope | None = None
     """how queries and keys are rotated; None: not at all"""
+    has_experts: bool = False
+    """the feed-forward layer is `DecoderConfig.experts`"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class DecoderConfig:
     groups: tuple[LayerGroup, ...]
     norm: Norm
     max_positions: int
+    experts: Experts | None = None
     tied: bool = False
     """the head is the embedding"""
     qkv_bias: bool = False

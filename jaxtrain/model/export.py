@@ -89,9 +89,9 @@ def to_hf_tensors(
     """Every tensor by its name in a file of this layout; computed lazily."""
     parts: dict[str, list[tuple[Piece, jax.Array]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for piece in pieces(config, path_name(path)):
+        for piece in pieces(config, path_name(path), layout):
             parts.setdefault(piece.name, []).append((piece, leaf))
-    shapes = tensor_shapes(config, params)
+    shapes = tensor_shapes(config, params, layout)
     stored = np.dtype(jnp.dtype(dtype))
     return {
         name_in_file(layout, name): TensorToWrite(

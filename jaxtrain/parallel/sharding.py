@@ -17,6 +17,7 @@ MESH_AXES = {
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
+    "experts": ("expert",),
     "layers": ("pipeline",),
 }
 """Logical axis → the mesh axes that split it."""
@@ -31,6 +32,10 @@ PARAMETERS = (
     (r"layers/.*/mlp/gate_up", ("layers", "embed", None, "ffn")),
     (r"layers/.*/mlp/gate_up_bias", ("layers", None, "ffn")),
     (r"layers/.*/mlp/down", ("layers", "ffn", "embed")),
+    (r"layers/.*/mlp/router", ("layers", "embed", None)),
+    (r"layers/.*/mlp/expert_gate_up", ("layers", "experts", "embed", None, "ffn")),
+    (r"layers/.*/mlp/expert_gate_up_bias", ("layers", "experts", None, "ffn")),
+    (r"layers/.*/mlp/expert_down", ("layers", "experts", "ffn", "embed")),
     (r"layers/.*(norm|bias)", ("layers",)),
     (r"norm|norm_bias", ()),
 )

@@ -87,6 +87,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 12, "attention_bias": True}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 12,
+            "attention_bias": True,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 12, "sliding_window": 7}),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    ),
     "gemma3": (
         "Gemma3",
         {
