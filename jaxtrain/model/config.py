@@ -100,6 +100,12 @@ class DecoderConfig:
         return sum(len(group.layers) * group.repeats for group in self.groups)
 
     @property
+    def num_expert_layers(self) -> int:
+        return sum(
+            spec.has_experts * group.repeats for group in self.groups for spec in group.layers
+        )
+
+    @property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotations of the layers."""
         found = (layer.rope for group in self.groups for layer in group.layers)

@@ -119,15 +119,22 @@ class Decoder(nnx.Module):
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
     def weighted_nll(
-        self, batch: Batch, weights_BT: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+        self,
+        batch: Batch,
+        weights_BT: Array,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        hidden_BTD: Array | None = None,
     ) -> NLL:
         """Weighted sum of -log p of each token given those before it, with its gradients.
 
-        weights_BT[b, t] weighs the prediction of token t; first tokens and padding weigh 0.
+        weights_BT[b, t] weighs the prediction of token t; first tokens and padding weigh 0. Takes
+        `hidden(batch)` if it is known.
         """
         weights_BT = jnp.where(_is_predicted(batch.segments), weights_BT, 0.0)
         return weighted_nll(
-            self.hidden(batch),
+            self.hidden(batch) if hidden_BTD is None else hidden_BTD,
             self.head_weight(),
             _next(batch.tokens),
             _next(weights_BT),

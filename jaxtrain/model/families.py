@@ -398,6 +398,7 @@ FAMILIES: Sequence[Family] = (
             "experts": _experts(hf, "intermediate_size", is_normalized=hf["norm_topk_prob"]),
         },
         aliases={"num_local_experts": "num_experts"},
+        ignored=("sliding_window",),
         tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
         layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
     ),

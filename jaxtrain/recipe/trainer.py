@@ -117,6 +117,10 @@ class TrainerConfig(Section):
     objectives read it, `z_loss` and `loss_weighting`."""
     z_loss: Own[float] = Field(default=0.0, ge=0)
     """Coefficient of the squared log-partition term, which is logged apart from the loss."""
+    router_z_loss: Own[float] = Field(default=0.0, ge=0)
+    """Coefficient of the squared log-partition term of the routers of experts, logged apart from
+    the loss. The load-balancing loss is on where config.json, or `model.hf_config_kwargs`, says
+    `output_router_logits: true`, with its `router_aux_loss_coef`. Built-in objectives have both."""
     seed: int = Field(default=42, ge=0)
     """Seed of the weights and of every random number of the step."""
     ema: Own[EmaConfig | None] = None
