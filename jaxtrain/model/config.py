@@ -129,6 +129,8 @@ class ComputeConfig:
     """what is recomputed in the backward pass: layers, all but their matrix products, nothing"""
     remat_every: int = 1
     """applies `remat` to every n-th layer of a stack; the others save everything"""
+    routing_replay: bool = False
+    """what is recomputed keeps the choices of the routers"""
     tiled_mlp: bool = False
     """feed-forward layers process as many tokens at a time as the model is wide"""
     stages: int = 1

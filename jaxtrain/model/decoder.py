@@ -46,17 +46,18 @@ Params = dict[str, Any]
 Caches = Mapping[str, Mapping[str, Cache]]
 """Group → member → its cache, stacked over L."""
 
-_keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_keep_attention = jax.checkpoint_policies.save_only_these_names("attention")
-REMAT: Mapping[str, Callable] = {
-    "none": lambda block: block,
-    "full": lambda block: jax.checkpoint(block, prevent_cse=False),
-    "dots": lambda block: jax.checkpoint(
-        block,
-        prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(_keep_dots, _keep_attention),
-    ),
-}
+
+def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
+    """The same layer, of which the backward pass recomputes what `compute` says."""
+    if compute.remat == "none":
+        return block
+    policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
+    policy = policies.save_only_these_names(*kept)
+    if compute.remat == "dots":
+        dots = policies.dots_with_no_batch_dims_saveable
+        names = policies.save_only_these_names("attention", *kept)
+        policy = policies.save_from_both_policies(dots, names)
+    return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
 class Decoder(nnx.Module):
@@ -246,10 +247,10 @@ def run_group(
         for number, name in enumerate(members, before):
             block_graph, block_params = split(members[name])
 
-            @REMAT[compute.remat if number % every == 0 else "none"]
             def block(x_BTD, params, cache, graph=block_graph):
                 return nnx.merge(graph, params)(x_BTD, inputs, cache)
 
+            block = rematerialize(block, compute) if number % every == 0 else block
             out = block(x_BTD, block_params, caches and caches[name])
             x_BTD, new_caches[name] = out.x_BTD, out.cache
             routings.append(out.routing)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.model.config import Experts
+from jaxtrain.model.config import DecoderConfig, Experts
+from jaxtrain.recipe.errors import Fault, RecipeError
+from jaxtrain.recipe.trainer import TrainerConfig
 
 
 class Routing(NamedTuple):
@@ -57,6 +59,21 @@ def choose_experts(
         is_token_BT1.sum(dtype=jnp.float32),
     )
     return Chosen(choices_BTC, shares_BTC), routing
+
+
+def refuse_idle_experts(config: TrainerConfig, decoder: DecoderConfig) -> None:
+    """RecipeError for each setting of experts, if the model has none."""
+    if decoder.num_expert_layers:
+        return
+    settings = {
+        "mesh.expert": config.mesh.expert != 1,
+        "arctic_moe": config.arctic_moe is True,
+        "enable_routing_replay": config.enable_routing_replay,
+        "router_z_loss": bool(config.router_z_loss),
+    }
+    what = f"needs a model with experts, which {decoder.family} has not here; remove it"
+    if faults := [Fault(key, what) for key, is_on in settings.items() if is_on]:
+        raise RecipeError(faults)
 
 
 def add_routings(routings: Sequence[Routing | None]) -> Routing | None:

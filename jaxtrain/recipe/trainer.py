@@ -138,18 +138,14 @@ class TrainerConfig(Section):
     tiled_mlp_compute: Annotated[bool, mapped("a scan over pieces of the sequence")] = False
     """Run feed-forward layers in pieces along the sequence, each as many tokens long as the model
     is wide."""
-    arctic_moe: Annotated[
-        bool | Literal["auto"],
-        _OUR_EXPERTS,
-        not_supported("remove it: there are no experts", False, "auto"),
-    ] = False
+    arctic_moe: Annotated[bool | Literal["auto"], _OUR_EXPERTS] = False
     enable_arctic_moe_custom_optimization: Annotated[bool, _OUR_EXPERTS] = False
     enable_routing_replay: Annotated[
         bool,
         mapped("router choices are kept across rematerialisation"),
-        not_supported("remove it: dense models have no router"),
     ] = False
-    """Keep the router's choices across rematerialisation."""
+    """Keep the router's choices across rematerialisation: what is recomputed takes the same
+    experts, however its scores are rounded."""
 
     # Evaluation.
 

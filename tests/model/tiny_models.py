@@ -102,7 +102,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 7,
         },
     ),
-    "mixtral": ("Mixtral", {"num_local_experts": 5, "head_dim": 12, "sliding_window": 7}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "head_dim": 12, "sliding_window": 7}),
     "olmoe": (
         "Olmoe",
         {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False},
