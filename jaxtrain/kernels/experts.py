@@ -9,7 +9,7 @@ and else 1, M feed-forward of each expert.
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +64,10 @@ def mix_experts(
         return y_BTD if expert is None else lax.psum_scatter(y_BTD, expert, tiled=True)
 
     rows = P(batch, None, None)
-    has_bias = weights.gate_up_bias_EUM is not None
+    specs: Any = (P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
     mapped = jax.shard_map(
         local,
-        in_specs=(
-            ExpertWeights(
-                P(expert, None, None, tensor),
-                P(expert, None, tensor) if has_bias else None,
-                P(expert, tensor, None),
-            ),
-            rows,
-            rows,
-            rows,
-        ),
+        in_specs=(ExpertWeights(*specs), rows, rows, rows),
         out_specs=rows,
         axis_names=set(sizes),
         check_vma=False,

@@ -28,6 +28,12 @@ class Experts:
     is_normalized: bool = True
     """the weights of those that a token takes sum to 1; else they are their probabilities among all
     """
+    has_bias: bool = False
+    """the router and the experts have biases"""
+    swiglu_alpha: float = 1.0
+    swiglu_limit: float | None = None
+    """with a limit, gate and up make (up + 1) * gate * sigmoid(alpha * gate), both cut above it and
+    up below its negative too"""
     balance_loss: float = 0.0
     """coefficient of the load-balancing loss of training; 0 is off"""
 
@@ -70,6 +76,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    attention_sinks: bool = False
+    """queries attend to a learned score of nothing too, one of each head"""
     qk_norm: Literal["head", "all_heads"] | None = None
     """a norm over each head of queries and keys, or over all at once, before their rotation"""
     norm_place: Literal["before", "after", "around"] = "before"

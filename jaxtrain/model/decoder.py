@@ -5,9 +5,11 @@ Outside this folder its parameters are a plain nested dict:
     embed/embedding [V, D], positions [P, D]   head [D, V], absent when tied   norm, norm_bias [D]
     layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
         attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
-                   out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H]
+                   out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H],
+                   sinks [L, K, G]
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
-                   or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D]
+                   or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D],
+                   router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D]
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
 

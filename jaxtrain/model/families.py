@@ -48,6 +48,8 @@ class Family:
     layouts: tuple[Layout, ...] = (Layout(),)
     """ways in which files write tensors; exports without a source have the first"""
 
+    quantizations: tuple[str, ...] = ()
+    """values of `quantization_config.quant_method` whose weights are read, as what they mean"""
     text: str | None = None
     """field of config.json that holds the fields of the text model"""
     carried: str | None = None
@@ -148,15 +150,13 @@ _EXPERTS = {
 }
 
 
-def _experts(hf: Mapping[str, Any], width: str, *, is_normalized: bool) -> Experts:
+def _experts(
+    hf: Mapping[str, Any], width: str, *, is_normalized: bool, **options: Any
+) -> dict[str, Experts]:
     """`width` is the field that says how wide each is."""
-    return Experts(
-        hf["num_experts"],
-        hf["num_experts_per_tok"],
-        hf[width],
-        is_normalized,
-        float(hf["router_aux_loss_coef"]) if hf["output_router_logits"] else 0.0,
-    )
+    balance = float(hf["router_aux_loss_coef"]) if hf["output_router_logits"] else 0.0
+    sizes = hf["num_experts"], hf["num_experts_per_tok"], hf[width]
+    return {"experts": Experts(*sizes, is_normalized, balance_loss=balance, **options)}
 
 
 def _expert_layers(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
@@ -171,6 +171,12 @@ def _layers_of_qwen3_moe(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> li
         replace(layer, has_experts=(i + 1) % every == 0 and i not in dense)
         for i in range(hf["num_hidden_layers"])
     ]
+
+
+def _layers_of_gpt_oss(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Every other layer, from the first, has a window."""
+    layers = _typed_layers(hf, ropes, (i % 2 == 0 for i in range(hf["num_hidden_layers"])))
+    return [replace(layer, has_experts=True) for layer in layers]
 
 
 _QWEN = {
@@ -361,9 +367,7 @@ FAMILIES: Sequence[Family] = (
         only=_ONLY,
         traits=lambda hf: {
             **_biases(hf), "qk_norm": "head",
-            "experts": _experts(
-                hf, "moe_intermediate_size", is_normalized=hf["norm_topk_prob"]
-            ),
+            **_experts(hf, "moe_intermediate_size", is_normalized=hf["norm_topk_prob"]),
         },
         aliases={"num_local_experts": "num_experts"},
         tensors={**tables.LLAMA, **tables.EXPERTS},
@@ -378,7 +382,7 @@ FAMILIES: Sequence[Family] = (
         },
         layers=_expert_layers,
         only={**_ONLY, "router_jitter_noise": (0,), "layer_types": (None,)},
-        traits=lambda hf: {"experts": _experts(hf, "intermediate_size", is_normalized=True)},
+        traits=lambda hf: _experts(hf, "intermediate_size", is_normalized=True),
         aliases={"num_local_experts": "num_experts"},
         ropes={"*": {"rope_theta": 1_000_000.0}},
         tensors={**tables.LLAMA, **tables.MIXTRAL},
@@ -395,12 +399,39 @@ FAMILIES: Sequence[Family] = (
         only={**_ONLY, "clip_qkv": (None,), "layer_types": (None,)},
         traits=lambda hf: {
             **_biases(hf), "qk_norm": "all_heads",
-            "experts": _experts(hf, "intermediate_size", is_normalized=hf["norm_topk_prob"]),
+            **_experts(hf, "intermediate_size", is_normalized=hf["norm_topk_prob"]),
         },
         aliases={"num_local_experts": "num_experts"},
         ignored=("sliding_window",),
         tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
         layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    ),
+    Family(
+        name="gpt_oss",
+        architecture="GptOssForCausalLM",
+        defaults={
+            **_DEFAULTS, **_EXPERTS, "num_key_value_heads": 8, "head_dim": 64,
+            "sliding_window": 128, "layer_types": None, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072, "attention_bias": True, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
+            },
+        },
+        layers=_layers_of_gpt_oss,
+        only=_ONLY,
+        traits=lambda hf: {
+            **_biases(hf), "attention_sinks": True,
+            **_experts(
+                hf, "intermediate_size", is_normalized=True, has_bias=True,
+                swiglu_alpha=float(hf["swiglu_alpha"]), swiglu_limit=float(hf["swiglu_limit"]),
+            ),
+        },
+        aliases={"num_local_experts": "num_experts"},
+        ignored=("hidden_act",),
+        ropes={"*": {"rope_theta": 150_000.0}},
+        tensors={**tables.LLAMA, **tables.GPT_OSS},
+        quantizations=("mxfp4",),
     ),
     GEMMA3,
     replace(

@@ -60,7 +60,8 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         "a positive number",
         (
             "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
-            "attention_multiplier", "logits_scaling", "logit_scale",
+            "attention_multiplier", "logits_scaling", "logit_scale", "swiglu_alpha",
+            "swiglu_limit",
         ),
     ),
     (
@@ -285,7 +286,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     """Unsupported values, and sizes that do not fit together."""
     faults = {}
     for field, values in family.only.items():
-        if field in hf and hf[field] not in values:
+        if field in hf and hf[field] not in values and not _is_read(field, hf[field], family):
             allowed = " or ".join(show(value) for value in values)
             faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
             if "drop" in field:
@@ -305,6 +306,12 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     elif (size := _head_size(hf)) % 2:
         faults["head_dim"] = f"must be even, since heads are rotated in pairs, found {size}"
     return faults
+
+
+def _is_read(field: str, value: Any, family: Family) -> bool:
+    """Whether this says how weights are quantised, in a way that is read."""
+    is_map = field == "quantization_config" and isinstance(value, Mapping)
+    return is_map and value.get("quant_method") in family.quantizations
 
 
 def _override_config(

@@ -154,6 +154,7 @@ class Attention(nnx.Module):
         self.qkv_bias = init.zeros(L, K, G + 2, H) if config.qkv_bias else None
         self.out = init.normal(L, K, G, H, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
+        self.sinks = init.normal(L, K, G) if config.attention_sinks else None
         q_heads, k_heads = ((K, G), (K, 1)) if config.qk_norm == "all_heads" else ((), ())
         self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
         self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm else None
@@ -192,6 +193,7 @@ class Attention(nnx.Module):
             q_positions=inputs.q_positions,
             kv_positions=inputs.kv_positions,
             scoring=self.scoring,
+            sinks_N=None if self.sinks is None else self.sinks[...].reshape(-1),
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
@@ -248,29 +250,43 @@ class ExpertMLP(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
         assert config.experts is not None
         D, E, M = config.width, config.experts.count, config.experts.width
+        has_bias = config.experts.has_bias
         self.router = init.normal(L, D, E)
+        self.router_bias = init.zeros(L, E) if has_bias else None
         self.expert_gate_up = init.normal(L, E, D, 2, M)
+        self.expert_gate_up_bias = init.zeros(L, E, 2, M) if has_bias else None
         self.expert_down = init.normal(L, E, M, D)
+        self.expert_down_bias = init.zeros(L, E, D) if has_bias else None
         self.experts = config.experts
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(self, x_BTD: Array, segments_BT: Array) -> tuple[Array, Routing]:
         # In float32, since a rounded score may choose another expert.
-        logits_BTE = dense(x_BTD.astype(jnp.float32), self.router[...])
+        logits_BTE = dense(x_BTD.astype(jnp.float32), self.router[...], self.router_bias)
         chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT)
-
-        def activate(wide_RUM: Array) -> Array:
-            return ACTIVATIONS[self.activation](wide_RUM[:, 0]) * wide_RUM[:, 1]
-
-        def mix(inputs: tuple[Array, ...]) -> Array:
-            weights = ExpertWeights(self.expert_gate_up[...], None, self.expert_down[...])
-            return mix_experts(weights, *inputs, activate=activate)
-
+        bias = self.expert_gate_up_bias
+        weights = ExpertWeights(
+            self.expert_gate_up[...], None if bias is None else bias[...], self.expert_down[...]
+        )
+        mix = lambda inputs: mix_experts(weights, *inputs, activate=self._activate)
         inputs = (x_BTD, *chosen)
         if self.tile_tokens is None:
-            return mix(inputs), routing
-        return run_in_tiles(mix, inputs, self.tile_tokens), routing
+            y_BTD = mix(inputs)
+        else:
+            y_BTD = run_in_tiles(mix, inputs, self.tile_tokens)
+        if self.expert_down_bias is not None:
+            y_BTD += dense(chosen.shares(self.experts.count), self.expert_down_bias[...]).astype(
+                y_BTD.dtype
+            )
+        return y_BTD, routing
+
+    def _activate(self, wide_RUM: Array) -> Array:
+        gate_RM, up_RM = wide_RUM[:, 0], wide_RUM[:, 1]
+        if (limit := self.experts.swiglu_limit) is None:
+            return ACTIVATIONS[self.activation](gate_RM) * up_RM
+        gate_RM, up_RM = jnp.minimum(gate_RM, limit), jnp.clip(up_RM, -limit, limit)
+        return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
 class Block(nnx.Module):

@@ -35,6 +35,10 @@ class Chosen(NamedTuple):
     shares_BTC: Array
     """float32: of each in the sum"""
 
+    def shares(self, experts: int) -> Array:
+        """float32 [B, T, E]: of every expert, 0 of those that were not chosen."""
+        return (jax.nn.one_hot(self.choices_BTC, experts) * self.shares_BTC[..., None]).sum(-2)
+
 
 def choose_experts(
     experts: Experts, logits_BTE: Array, segments_BT: Array

@@ -150,6 +150,15 @@ FUSED_EXPERTS: Table = {
     "mlp/expert_gate_up": tensors(".mlp.experts.gate_up_proj: E 2M D -> E D 2 M"),
     "mlp/expert_down": tensors(".mlp.experts.down_proj: E D M -> E M D"),
 }
+GPT_OSS: Table = {
+    "attention/sinks": tensors(".self_attn.sinks: KG -> K G"),
+    "mlp/router": tensors(".mlp.router.weight: E D -> D E"),
+    "mlp/router_bias": tensors(".mlp.router.bias: E -> E"),
+    "mlp/expert_gate_up": tensors(".mlp.experts.gate_up_proj: E D M2 -> E D 2 M"),
+    "mlp/expert_gate_up_bias": tensors(".mlp.experts.gate_up_proj_bias: E M2 -> E 2 M"),
+    "mlp/expert_down": tensors(".mlp.experts.down_proj: E M D -> E M D"),
+    "mlp/expert_down_bias": tensors(".mlp.experts.down_proj_bias: E D -> E D"),
+}
 
 HARMLESS = (
     r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.gguf import read_gguf_tensors
+from jaxtrain.model.mxfp4 import unpack
 from jaxtrain.model.tables import HARMLESS, Layout, Tensor, name_in_file, name_in_tables
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
@@ -171,6 +172,7 @@ def read_tensors(path: Path, family: Family) -> tuple[dict[str, StoredTensor], L
     """The tensors of a folder or a GGUF file by their names in the tables, none read, and how the
     file writes these."""
     stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    stored = unpack(stored) if "mxfp4" in family.quantizations else stored
     layout = family.layout_of(stored)
     return {name_in_tables(layout, name): tensor for name, tensor in stored.items()}, layout
 

@@ -29,6 +29,7 @@ PARAMETERS = (
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
     (r"layers/.*/attention/out", ("layers", "kv_heads", None, None, "embed")),
+    (r"layers/.*/attention/sinks", ("layers", "kv_heads")),
     (r"layers/.*/mlp/gate_up", ("layers", "embed", None, "ffn")),
     (r"layers/.*/mlp/gate_up_bias", ("layers", None, "ffn")),
     (r"layers/.*/mlp/down", ("layers", "ffn", "embed")),

@@ -56,7 +56,7 @@ def add_router_losses(
     for expert in range(experts.count):
         share = experts.count / experts.per_token * routing.choices_E[expert]
         metrics[f"expert_load/{expert}"] = (share, routing.decisions)
-    if experts.balance_loss:
+    if experts.balance_loss and whole.choices_E is not None:
         frequency_E = whole.choices_E / jnp.maximum(whole.decisions, 1)
         balance = experts.balance_loss * experts.count * (frequency_E * routing.probs_E).sum()
         metrics["balance_loss"], added = (balance, routing.decisions), added + balance

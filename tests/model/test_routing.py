@@ -12,7 +12,7 @@ from jaxtrain.model.families import BY_NAME
 from jaxtrain.trainer.loss import Loss
 from jaxtrain.trainer.router_loss import add_router_losses
 
-FAMILIES = ("qwen3-moe", "mixtral", "olmoe")
+FAMILIES = ("qwen3-moe", "mixtral", "olmoe", "gpt-oss")
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 
@@ -43,5 +43,7 @@ def test_the_load_balancing_loss_is_that_of_transformers(name, tmp_path):
     largest = max(np.abs(g).max() for g in expected.values())
     for tensor, gradient in expected.items():
         np.testing.assert_allclose(found[tensor].make(), gradient, atol=1e-4 * largest)
-    routers = [g for tensor, g in expected.items() if tensor.endswith("gate.weight")]
+    routers = [
+        g for tensor, g in expected.items() if tensor.endswith(("gate.weight", "router.weight"))
+    ]
     assert all(np.abs(g).max() > 0.01 * largest for g in routers)

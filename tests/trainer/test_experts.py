@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import get_config
+from jaxtrain import SFTTrainer, get_config
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.preflight import find_faults
 from jaxtrain.recipe.errors import RecipeError
@@ -213,3 +213,11 @@ def test_the_header_says_whether_load_is_balanced(tmp_path):
         "2 of 8 per token, load balance in the loss with coefficient 0.5, router z-loss with "
         "coefficient 0.01"
     )
+
+    class Own(SFTTrainer):
+        name = "objective-of-test-experts"
+
+    written = recipe(tmp_path / "own", type=Own.name)
+    (tmp_path / "own" / "model" / "config.json").write_text(json.dumps(EXPERTS | BALANCED))
+    said = trainer(written, cls=Own).header["experts"]
+    assert said.endswith("coefficient 0.5; an objective of your own has only what it adds")
