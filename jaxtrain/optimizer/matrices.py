@@ -56,6 +56,7 @@ LAYOUTS = {
     "qkv": Layout((1,), (2, 3, 4), joined=3),
     "qkv_bias": Layout((1, 2, 3), joined=2),
     "out": Layout((1, 2, 3), (4,)),
+    "sinks": Layout((1, 2)),
     "gate_up": Layout((1,), (3,)),
     "gate_up_bias": Layout((2,)),
     "down": Layout((1,), (2,)),
