@@ -1,7 +1,7 @@
 """Feed-forward experts: each token goes through those that its router chose, and none is dropped.
 
 The choices of all tokens are sorted by expert, so that the rows of an expert lie together, and one
-grouped product (`lax.ragged_dot`) multiplies each group with the weights of its expert.
+grouped product multiplies each group with the weights of its expert (`grouped_product.py`).
 
 B batch, T tokens, C choices of each token, R = B * T * C rows, D width, E experts, U 2 with a gate
 and else 1, M feed-forward of each expert.
@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.grouped_product import grouped_product
 
 EXPERT_AXIS = "expert"
 
@@ -97,15 +98,13 @@ def _mix(
     sizes_E = jnp.zeros(E + 1, jnp.int32).at[expert_R].add(1)[:E]
 
     x_RD = _permute(jnp.repeat(x_BTD.reshape(-1, D), C, axis=0), order_R, back_R)
-    grouped = lambda a, w: lax.ragged_dot(a, w.astype(a.dtype), sizes_E)
+    grouped = lambda a, w: grouped_product(a, w.astype(a.dtype), sizes_E)
     wide_R = grouped(x_RD, weights.gate_up_EDUM.reshape(E, D, -1))
     if weights.gate_up_bias_EUM is not None:
         # As a product, whose gradient is a sum over each group and no scatter.
         ones_R1 = jnp.ones((x_RD.shape[0], 1), x_RD.dtype)
         wide_R += grouped(ones_R1, weights.gate_up_bias_EUM.reshape(E, 1, -1))
     y_RD = grouped(activate(wide_R.reshape(wide_R.shape[0], -1, M)), weights.down_EMD)
-    # What a kernel leaves in rows of no group is undefined.
-    y_RD = jnp.where(is_here_R[order_R, None], y_RD, 0)
     y_BTCD = _permute(y_RD, back_R, order_R).reshape(B, T, C, D)
     return jnp.einsum(
         "btcd,btc->btd", y_BTCD, shares_BTC.astype(y_BTCD.dtype), preferred_element_type=jnp.float32
