@@ -29,8 +29,8 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("rows", [200, 217])
-def test_each_group_is_multiplied_with_its_matrix_forward_and_backward(way, sizes, rows):
+def test_each_group_is_multiplied_with_its_matrix_forward_and_backward(way, sizes):
+    rows = 217  # fill no whole number of tiles
     forward, backward = map(jax.jit, WAYS[way])
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (rows, 6)), jax.random.normal(keys[1], (5, 6, 9))
