@@ -39,10 +39,10 @@ def _fwd(x_RK: Array, w_EKM: Array, sizes_E: Array) -> tuple[Array, tuple[Array,
 
 
 def _bwd(saved: tuple[Array, ...], dy_RM: Array) -> tuple[Array, Array, None]:
-    backward = lax.platform_dependent(
+    dx_RK, dw_EKM = lax.platform_dependent(
         *saved, dy_RM, tpu=_backward_by_kernel, default=_backward_by_tiles
     )
-    return *backward, None
+    return dx_RK, dw_EKM, None
 
 
 grouped_product.defvjp(_fwd, _bwd)

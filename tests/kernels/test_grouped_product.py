@@ -51,8 +51,12 @@ def test_each_group_is_multiplied_with_its_matrix_forward_and_backward(way, size
 
 
 def test_gradients_of_bfloat16_are_summed_in_float32():
-    """Of 4096 equal rows, of which a sum in bfloat16 would stop at 256."""
-    x, dy = jnp.ones((4096, 2), jnp.bfloat16), jnp.ones((4096, 3), jnp.bfloat16)
-    w, sizes = jnp.zeros((2, 2, 3), jnp.bfloat16), jnp.array([4096, 0])
-    _, dw = jax.jit(grouped._backward_by_tiles)(x, w, sizes, dy)
-    np.testing.assert_array_equal(dw[0].astype(jnp.float32), 4096)
+    """Of a tile of ones, then four tiles with a one each, which a sum in bfloat16 would lose."""
+    rows = np.arange(5 * grouped.LARGEST_TILE)
+    is_one = (rows < grouped.LARGEST_TILE) | (rows % grouped.LARGEST_TILE == 0)
+    x, dy = jnp.ones((len(rows), 2)), jnp.repeat(1.0 * is_one[:, None], 3, axis=1)
+    w, sizes = jnp.zeros((2, 2, 3), jnp.bfloat16), jnp.array([len(rows), 0])
+    _, dw = jax.jit(grouped._backward_by_tiles)(
+        x.astype(w.dtype), w, sizes, jnp.asarray(dy, w.dtype)
+    )
+    np.testing.assert_array_equal(dw[0].astype(jnp.float32), grouped.LARGEST_TILE + 4)
