@@ -26,3 +26,5 @@ class Batch(NamedTuple):
     """int32 []: number of the step, from 0; only inside a loss function"""
     is_training: bool | None = None
     """False in an evaluation; only inside a loss function"""
+    whole: Any = None
+    """what a survey summed over the microbatches of the step; None where there is only one"""

@@ -43,6 +43,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.data.render import Renderer
     from jaxtrain.model import HFModelFactory, decoder
     from jaxtrain.model.config import ComputeConfig
+    from jaxtrain.model.routing import refuse_idle_experts
     from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
     from jaxtrain.tokenizer.load import check_syntax, load_tokenizer, read_template
@@ -81,6 +82,8 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
         with collecting():
             sizes = config.mesh.sizes(next(iter(find_batch_sizes(config, devices))))
             parameter_shardings(AbstractMesh((*sizes.values(),), (*sizes,)), shapes)
+        with collecting():
+            refuse_idle_experts(config, spec.config)
         if not model.from_scratch:
             with collecting():
                 open_tensors(spec.path, spec.config, shapes, spec.stored_tokens)

@@ -32,19 +32,19 @@ def find_peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def count_matmul_parameters(params: Any) -> int:
-    """Counts the parameters that a token is multiplied with: all but norms and biases, and an
-    embedding only if it is also the head, of tokens.
+def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> float:
+    """Counts the parameters that a token is multiplied with: all but norms and biases, an embedding
+    only if it is also the head, of tokens, and of experts those that it takes.
 
     Each costs 2 FLOPs per token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361); a
     pair of query and key costs 4 and 8 times query heads times head size."""
-    count = 0
+    count = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         is_head = name == "embed/embedding" and "head" not in params
         lookup_only = name.startswith("embed/") and not is_head
-        if not lookup_only and not name.endswith(("norm", "bias")):
-            count += leaf.size
+        if not lookup_only and not name.endswith(("norm", "bias", "sinks")):
+            count += leaf.size * (share_of_experts if "/expert_" in name else 1)
     return count
 
 

@@ -37,8 +37,10 @@ class Meter:
     def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
         """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
         config = model.spec.config
+        share = config.experts.per_token / config.experts.count if config.experts else 1.0
+        matrices = count_matmul_parameters(model.shapes, share_of_experts=share)
         return cls(
-            flops_per_token=6.0 * count_matmul_parameters(model.shapes),
+            flops_per_token=6.0 * matrices,
             flops_per_pair=12.0 * config.num_heads * config.head_size,
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),

@@ -18,6 +18,27 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers of which each token takes a few, and how a router chooses them."""
+
+    count: int
+    per_token: int
+    width: int
+    """feed-forward channels of each"""
+    is_normalized: bool = True
+    """the weights of those that a token takes sum to 1; else they are their probabilities among all
+    """
+    has_bias: bool = False
+    """the router and the experts have biases"""
+    swiglu_alpha: float = 1.0
+    swiglu_limit: float | None = None
+    """with a limit, gate and up make (up + 1) * gate * sigmoid(alpha * gate), both cut above it and
+    up below its negative too"""
+    balance_loss: float = 0.0
+    """coefficient of the load-balancing loss of training; 0 is off"""
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """The settings that may differ between layers."""
 
@@ -25,6 +46,8 @@ class LayerSpec:
     """number of last tokens that a query sees, itself included; None: all of its document"""
     rope: Rope | None = None
     """how queries and keys are rotated; None: not at all"""
+    has_experts: bool = False
+    """the feed-forward layer is `DecoderConfig.experts`"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +70,14 @@ class DecoderConfig:
     groups: tuple[LayerGroup, ...]
     norm: Norm
     max_positions: int
+    experts: Experts | None = None
     tied: bool = False
     """the head is the embedding"""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    attention_sinks: bool = False
+    """queries attend to a learned score of nothing too, one of each head"""
     qk_norm: Literal["head", "all_heads"] | None = None
     """a norm over each head of queries and keys, or over all at once, before their rotation"""
     norm_place: Literal["before", "after", "around"] = "before"
@@ -82,6 +108,12 @@ class DecoderConfig:
         return sum(len(group.layers) * group.repeats for group in self.groups)
 
     @property
+    def num_expert_layers(self) -> int:
+        return sum(
+            spec.has_experts * group.repeats for group in self.groups for spec in group.layers
+        )
+
+    @property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotations of the layers."""
         found = (layer.rope for group in self.groups for layer in group.layers)
@@ -105,6 +137,8 @@ class ComputeConfig:
     """what is recomputed in the backward pass: layers, all but their matrix products, nothing"""
     remat_every: int = 1
     """applies `remat` to every n-th layer of a stack; the others save everything"""
+    routing_replay: bool = False
+    """what is recomputed keeps the choices of the routers"""
     tiled_mlp: bool = False
     """feed-forward layers process as many tokens at a time as the model is wide"""
     stages: int = 1

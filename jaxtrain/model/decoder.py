@@ -5,13 +5,17 @@ Outside this folder its parameters are a plain nested dict:
     embed/embedding [V, D], positions [P, D]   head [D, V], absent when tied   norm, norm_bias [D]
     layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
         attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
-                   out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H]
+                   out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H],
+                   sinks [L, K, G]
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
+                   or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D],
+                   router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D]
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
 
 B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
-U 2 with a gate and 1 without, P positions, V vocabulary, L layers of one member of a group.
+U 2 with a gate and 1 without, E experts, M feed-forward of each, P positions, V vocabulary,
+L layers of one member of a group.
 """
 
 import math
@@ -34,8 +38,9 @@ from jaxtrain.kernels.cross_entropy import (
     weighted_nll,
 )
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, normalize
+from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, Output, normalize
 from jaxtrain.model.rope import rotation
+from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -43,17 +48,18 @@ Params = dict[str, Any]
 Caches = Mapping[str, Mapping[str, Cache]]
 """Group → member → its cache, stacked over L."""
 
-_keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_keep_attention = jax.checkpoint_policies.save_only_these_names("attention")
-REMAT: Mapping[str, Callable] = {
-    "none": lambda block: block,
-    "full": lambda block: jax.checkpoint(block, prevent_cse=False),
-    "dots": lambda block: jax.checkpoint(
-        block,
-        prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(_keep_dots, _keep_attention),
-    ),
-}
+
+def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
+    """The same layer, of which the backward pass recomputes what `compute` says."""
+    if compute.remat == "none":
+        return block
+    policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
+    policy = policies.save_only_these_names(*kept)
+    if compute.remat == "dots":
+        dots = policies.dots_with_no_batch_dims_saveable
+        names = policies.save_only_these_names("attention", *kept)
+        policy = policies.save_from_both_policies(dots, names)
+    return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
 class Decoder(nnx.Module):
@@ -81,10 +87,14 @@ class Decoder(nnx.Module):
 
     def hidden(self, batch: Batch) -> Array:
         """Hidden states [B, T, D] after the final norm, in the compute dtype."""
+        return self.hidden_and_routing(batch)[0]
+
+    def hidden_and_routing(self, batch: Batch) -> tuple[Array, Routing | None]:
+        """Hidden states, and what the routers of all layers chose; None without experts."""
         positions = TokenPositions(batch.segments, batch.positions)
         inputs = self.attention_inputs(positions, positions)
-        x_BTD, _ = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
-        return self.normalize(x_BTD)
+        out = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
+        return self.normalize(out.x_BTD), out.routing
 
     def logits_of_targets(self, batch: Batch) -> Array:
         """Logits that predict each token given those before it, float32 [B, T, V]: those at t
@@ -112,15 +122,22 @@ class Decoder(nnx.Module):
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
 
     def weighted_nll(
-        self, batch: Batch, weights_BT: Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+        self,
+        batch: Batch,
+        weights_BT: Array,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        hidden_BTD: Array | None = None,
     ) -> NLL:
         """Weighted sum of -log p of each token given those before it, with its gradients.
 
-        weights_BT[b, t] weighs the prediction of token t; first tokens and padding weigh 0.
+        weights_BT[b, t] weighs the prediction of token t; first tokens and padding weigh 0. Takes
+        `hidden(batch)` if it is known.
         """
         weights_BT = jnp.where(_is_predicted(batch.segments), weights_BT, 0.0)
         return weighted_nll(
-            self.hidden(batch),
+            self.hidden(batch) if hidden_BTD is None else hidden_BTD,
             self.head_weight(),
             _next(batch.tokens),
             _next(weights_BT),
@@ -148,18 +165,17 @@ class Decoder(nnx.Module):
         x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
         return constrain(x_BTD, "batch", None, None)
 
-    def stack(
-        self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None
-    ) -> tuple[Array, Caches | None]:
+    def stack(self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None) -> Output:
         """Runs all layers; with caches, also returns them with these tokens added."""
         if self.compute.stages > 1 and caches is None:
-            return self._run_stages(x_BTD, inputs), None
-        new_caches = {}
+            return Output(self._run_stages(x_BTD, inputs))
+        new_caches, routings = {}, []
         for name, group in self.layers.items():
-            x_BTD, new_caches[name] = run_group(
+            x_BTD, new_caches[name], routing = run_group(
                 *split(group), x_BTD, inputs, self.compute, caches=caches[name] if caches else None
             )
-        return x_BTD, (caches and new_caches)
+            routings.append(routing)
+        return Output(x_BTD, caches and new_caches, add_routings(routings))
 
     def _run_stages(self, x_BTD: Array, inputs: AttentionInputs) -> Array:
         """Runs all layers, split into stages over the `pipeline` axis, by microbatch."""
@@ -169,7 +185,7 @@ class Decoder(nnx.Module):
         def stage(params: Params, x_BTD: Array, inputs: AttentionInputs, first: Array) -> Array:
             return run_group(
                 graph, params, x_BTD, inputs, self.compute, first=first, end=num_repeats
-            )[0]
+            ).x_BTD
 
         # Sequences lead and microbatches follow, so that every device keeps its own.
         split_batch = lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
@@ -210,7 +226,7 @@ def run_group(
     caches: Mapping[str, Cache] | None = None,
     first: Array | int = 0,
     end: int | None = None,
-) -> tuple[Array, Mapping[str, Cache] | None]:
+) -> Output:
     """Runs the layers of a group, all or any slice, on x; `params` are their stacked parameters.
 
     `first` is the number of the first repeat; those from number `end` on are padding, which leaves
@@ -224,38 +240,45 @@ def run_group(
         run = partial(run_members, before=before)
         if end is None:
             return run(x_BTD, scanned)
-        return lax.cond(i < end, run, lambda x, _: (x, None), x_BTD, scanned)
+        return lax.cond(i < end, run, lambda x, _: (x, (None, None)), x_BTD, scanned)
 
     def run_members(x_BTD: Array, scanned, *, before: int):
         params, caches = scanned
         members = nnx.merge(graph, params)
-        new_caches = {}
+        new_caches, routings = {}, []
         for number, name in enumerate(members, before):
             block_graph, block_params = split(members[name])
 
-            @REMAT[compute.remat if number % every == 0 else "none"]
             def block(x_BTD, params, cache, graph=block_graph):
                 return nnx.merge(graph, params)(x_BTD, inputs, cache)
 
-            x_BTD, new_caches[name] = block(x_BTD, block_params, caches and caches[name])
-        return x_BTD, (caches and new_caches)
+            block = rematerialize(block, compute) if number % every == 0 else block
+            out = block(x_BTD, block_params, caches and caches[name])
+            x_BTD, new_caches[name] = out.x_BTD, out.cache
+            routings.append(out.routing)
+        return x_BTD, (caches and new_caches, add_routings(routings))
 
     def run_period(x_BTD: Array, scanned):
         """Runs the repeats after which the pattern of rematerialised layers starts again."""
+        routings = []
         for j in range(jax.tree.leaves(scanned)[0].shape[0]):
             one = jax.tree.map(lambda a, j=j: a[j], scanned)
-            x_BTD, _ = repeat(x_BTD, one, before=j * num_members)
-        return x_BTD, None
+            x_BTD, (_, routing) = repeat(x_BTD, one, before=j * num_members)
+            routings.append(routing)
+        return x_BTD, add_routings(routings)
 
     num_repeats = jax.tree.leaves(params)[0].shape[0]
     scanned = (first + jnp.arange(num_repeats), (params, caches))
     at_once = every // math.gcd(every, num_members)
+    sum_layers = partial(jax.tree.map, lambda a: a.sum(0))
     if at_once == 1 or caches is not None:
-        return lax.scan(repeat, x_BTD, scanned)
+        x_BTD, (new_caches, routings) = lax.scan(repeat, x_BTD, scanned)
+        return Output(x_BTD, new_caches, sum_layers(routings))
     loops, rest = divmod(num_repeats, at_once)
     cut = lambda a: a[: loops * at_once].reshape(loops, at_once, *a.shape[1:])
-    x_BTD, _ = lax.scan(run_period, x_BTD, jax.tree.map(cut, scanned))
-    return run_period(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
+    x_BTD, routings = lax.scan(run_period, x_BTD, jax.tree.map(cut, scanned))
+    x_BTD, routing = run_period(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
+    return Output(x_BTD, None, add_routings([sum_layers(routings), routing]))
 
 
 class Model(NamedTuple):

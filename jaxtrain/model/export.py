@@ -89,9 +89,9 @@ def to_hf_tensors(
     """Every tensor by its name in a file of this layout; computed lazily."""
     parts: dict[str, list[tuple[Piece, jax.Array]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for piece in pieces(config, path_name(path)):
+        for piece in pieces(config, path_name(path), layout):
             parts.setdefault(piece.name, []).append((piece, leaf))
-    shapes = tensor_shapes(config, params)
+    shapes = tensor_shapes(config, params, layout)
     stored = np.dtype(jnp.dtype(dtype))
     return {
         name_in_file(layout, name): TensorToWrite(
@@ -108,10 +108,12 @@ def _make_tensor(parts: list[tuple[Piece, jax.Array]], dtype: str) -> np.ndarray
 
 
 def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json as it was read, rope in its original style, with the dtype of the file."""
+    """config.json as it was read, rope in its original style, with the dtype of the file, in which
+    nothing is quantised."""
     family = family_of(hf_config)
     dtypes = ("dtype", "torch_dtype")
-    config = {k: v for k, v in hf_config.items() if k not in dtypes}
+    replaced = (*dtypes, "quantization_config") if family.quantizations else dtypes
+    config = {k: v for k, v in hf_config.items() if k not in replaced}
     if family.text in config:
         config[family.text] = {k: v for k, v in config[family.text].items() if k not in dtypes}
     named = {"architectures": [family.architecture], "model_type": family.name}

@@ -45,6 +45,7 @@ class Placement(NamedTuple):
     sequence_tokens: int
     """T of the longest batches"""
     tiled_mlp: bool
+    routing_replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,10 @@ class HFModelFactory(ModelFactory):
             )
         except ValueError as error:
             raise RecipeError(f"model.attn_implementation: {error}") from None
+        if layout.stages > 1 and spec.config.num_expert_layers:
+            raise RecipeError(
+                f"mesh.pipeline: {layout.stages} cannot split a model with experts; use mesh.expert"
+            )
         if layout.stages > 1 and num_kinds > 1:
             raise RecipeError(
                 f"mesh.pipeline: {layout.stages} needs a stack of equal layers, found "
@@ -222,6 +227,7 @@ class HFModelFactory(ModelFactory):
             remat=config.remat_policy,
             remat_every=config.remat_every_nth_layer,
             tiled_mlp=placement.tiled_mlp,
+            routing_replay=placement.routing_replay,
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )

@@ -1,14 +1,15 @@
 """The Hugging Face model families that the decoder supports, as data: what the config.json of each
 means, in Llama's names of the fields, and how its files name their tensors."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtrain.model import rope, tables
-from jaxtrain.model.config import LayerSpec
+from jaxtrain.model.config import Experts, LayerSpec
 from jaxtrain.model.rope import Rope
-from jaxtrain.model.tables import Layout, Table, name_in_file
+from jaxtrain.model.tables import Layout, Table
 
 NO_EFFECT = frozenset({
     "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "pad_token_id",
@@ -44,19 +45,29 @@ class Family:
     default_ffn_ratio: int = 0
     """`intermediate_size` / `hidden_size` where a file has none; 0: it has to"""
     tensors: Table = field(default_factory=lambda: tables.LLAMA)
-    layouts: tuple[Layout, ...] = ((),)
-    """ways in which files write the names of tensors; transformers writes the first"""
+    layouts: tuple[Layout, ...] = (Layout(),)
+    """ways in which files write tensors; exports without a source have the first"""
 
+    quantizations: tuple[str, ...] = ()
+    """values of `quantization_config.quant_method` whose weights are read, as what they mean"""
     text: str | None = None
     """field of config.json that holds the fields of the text model"""
     carried: str | None = None
     """regular expression of tensors that are no part of the text model, exported as they are"""
 
-    def layout_of(self, names: Container[str]) -> Layout:
+    def layout_of(self, names: Iterable[str]) -> Layout:
         """That of a file with these names of tensors."""
-        (embedding,) = self.tensors["embed/embedding"]
-        fits = (way for way in self.layouts if name_in_file(way, embedding.name) in names)
-        return next(fits, self.layouts[0])
+        telling = {"embed/embedding"}.union(*(way.tensors for way in self.layouts))
+
+        def fits(way: Layout) -> bool:
+            patterns = (way.pattern(self.table(way)[path][0].name) for path in telling)
+            return all(any(re.fullmatch(p, name) for name in names) for p in patterns)
+
+        return next(filter(fits, self.layouts), self.layouts[0])
+
+    def table(self, layout: Layout) -> Table:
+        """The tensors of a file of this layout."""
+        return {**self.tensors, **layout.tensors}
 
 
 REQUIRED = (
@@ -129,6 +140,43 @@ def _windows_but_every(field: str) -> Callable[..., list[LayerSpec]]:
         return _typed_layers(hf, ropes, has_window)
 
     return layers
+
+
+_EXPERTS = {
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
+}
+
+
+def _experts(
+    hf: Mapping[str, Any], width: str, *, is_normalized: bool, **options: Any
+) -> dict[str, Experts]:
+    """`width` is the field that says how wide each is."""
+    balance = float(hf["router_aux_loss_coef"]) if hf["output_router_logits"] else 0.0
+    sizes = hf["num_experts"], hf["num_experts_per_tok"], hf[width]
+    return {"experts": Experts(*sizes, is_normalized, balance_loss=balance, **options)}
+
+
+def _expert_layers(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    return [replace(layer, has_experts=True) for layer in _equal_layers(hf, ropes)]
+
+
+def _layers_of_qwen3_moe(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Each n-th layer has experts but those of `mlp_only_layers`; all have a window or none."""
+    layer = LayerSpec(hf["sliding_window"] if hf["use_sliding_window"] else None, ropes["*"])
+    every, dense = hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
+    return [
+        replace(layer, has_experts=(i + 1) % every == 0 and i not in dense)
+        for i in range(hf["num_hidden_layers"])
+    ]
+
+
+def _layers_of_gpt_oss(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Every other layer, from the first, has a window."""
+    layers = _typed_layers(hf, ropes, (i % 2 == 0 for i in range(hf["num_hidden_layers"])))
+    return [replace(layer, has_experts=True) for layer in layers]
 
 
 _QWEN = {
@@ -316,6 +364,84 @@ FAMILIES: Sequence[Family] = (
         only=_ONLY,
         traits=lambda hf: {**_biases(hf), "qk_norm": "head"},
     ),
+    Family(
+        name="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            **_DEFAULTS, **_EXPERTS, "num_key_value_heads": 4, "attention_bias": False,
+            "use_sliding_window": False, "sliding_window": 4096, "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768, "norm_topk_prob": False, "mlp_only_layers": None,
+        },
+        layers=_layers_of_qwen3_moe,
+        only=_ONLY,
+        traits=lambda hf: {
+            **_biases(hf), "qk_norm": "head",
+            **_experts(hf, "moe_intermediate_size", is_normalized=hf["norm_topk_prob"]),
+        },
+        aliases={"num_local_experts": "num_experts"},
+        tensors={**tables.LLAMA, **tables.EXPERTS},
+        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    ),
+    Family(
+        name="mixtral",
+        architecture="MixtralForCausalLM",
+        defaults={
+            **_DEFAULTS, **_EXPERTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072, "sliding_window": None, "num_experts_per_tok": 2,
+        },
+        layers=_expert_layers,
+        only={**_ONLY, "router_jitter_noise": (0,), "layer_types": (None,)},
+        traits=lambda hf: _experts(hf, "intermediate_size", is_normalized=True),
+        aliases={"num_local_experts": "num_experts"},
+        ropes={"*": {"rope_theta": 1_000_000.0}},
+        tensors={**tables.LLAMA, **tables.MIXTRAL},
+        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    ),
+    Family(
+        name="olmoe",
+        architecture="OlmoeForCausalLM",
+        defaults={
+            **_DEFAULTS, **_EXPERTS, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "attention_bias": False, "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
+        },
+        layers=_expert_layers,
+        only={**_ONLY, "clip_qkv": (None,), "layer_types": (None,)},
+        traits=lambda hf: {
+            **_biases(hf), "qk_norm": "all_heads",
+            **_experts(hf, "intermediate_size", is_normalized=hf["norm_topk_prob"]),
+        },
+        aliases={"num_local_experts": "num_experts"},
+        ignored=("sliding_window",),
+        tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
+        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    ),
+    Family(
+        name="gpt_oss",
+        architecture="GptOssForCausalLM",
+        defaults={
+            **_DEFAULTS, **_EXPERTS, "num_key_value_heads": 8, "head_dim": 64,
+            "sliding_window": 128, "layer_types": None, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072, "attention_bias": True, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
+            },
+        },
+        layers=_layers_of_gpt_oss,
+        only=_ONLY,
+        traits=lambda hf: {
+            **_biases(hf), "attention_sinks": True,
+            **_experts(
+                hf, "intermediate_size", is_normalized=True, has_bias=True,
+                swiglu_alpha=float(hf["swiglu_alpha"]), swiglu_limit=float(hf["swiglu_limit"]),
+            ),
+        },
+        aliases={"num_local_experts": "num_experts"},
+        ignored=("hidden_act",),
+        ropes={"*": {"rope_theta": 150_000.0}},
+        tensors={**tables.LLAMA, **tables.GPT_OSS},
+        quantizations=("mxfp4",),
+    ),
     GEMMA3,
     replace(
         GEMMA3,
@@ -323,8 +449,8 @@ FAMILIES: Sequence[Family] = (
         architecture="Gemma3ForConditionalGeneration",
         only={**_GEMMA_ONLY, "model_type": (GEMMA3.name, None)},
         layouts=(
-            (("model.", "language_model.model."), ("", "language_model.")),
-            (("model.", "model.language_model."),),
+            Layout((("model.", "language_model.model."), ("", "language_model."))),
+            Layout((("model.", "model.language_model."),)),
         ),
         text="text_config",
         carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
@@ -516,7 +642,7 @@ FAMILIES: Sequence[Family] = (
         ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}},
         norm={"kind": "layer", "has_bias": True},
         tensors=tables.GPT_NEOX,
-        layouts=((("model.", "gpt_neox."), ("lm_head.", "embed_out.")),),
+        layouts=(Layout((("model.", "gpt_neox."), ("lm_head.", "embed_out."))),),
     ),
     Family(
         name="gpt2",
@@ -544,7 +670,10 @@ FAMILIES: Sequence[Family] = (
         ),
         norm={"kind": "layer", "has_bias": True},
         tensors=tables.GPT2,
-        layouts=((("model.", "transformer."),), (("lm_head.", "lm_head."), ("model.", ""))),
+        layouts=(
+            Layout((("model.", "transformer."),)),
+            Layout((("lm_head.", "lm_head."), ("model.", ""))),
+        ),
     ),
 )  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}

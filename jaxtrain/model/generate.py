@@ -151,10 +151,9 @@ def _prefill(
     prompt_positions = TokenPositions(*(x[:, :P] for x in positions))
     inputs = model.attention_inputs(prompt_positions, positions, jnp.int32(0))
     caches = _empty_caches(model, B, len(slots_S))
-    x_BPD, caches = model.stack(
+    x_BPD, caches, _ = model.stack(
         model.embed_tokens(tokens_BP, prompt_positions.positions), inputs, caches
     )
-    assert caches is not None
     last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
     logits_BV = model.logits(model.normalize(last_B1D))[:, 0]
     is_seen_BV = jnp.zeros((B, 0), bool)
@@ -213,10 +212,9 @@ def _generate_token(
     )
     q_positions = TokenPositions(*(x[:, slot, None] for x in positions))
     inputs = model.attention_inputs(q_positions, positions, slot)
-    x_B1D, caches = model.stack(
+    x_B1D, caches, _ = model.stack(
         model.embed_tokens(token_B[:, None], q_positions.positions), inputs, progress.caches
     )
-    assert caches is not None
     return token_B, Progress(
         slot=slot + 1,
         lengths_B=progress.lengths_B + 1,

@@ -34,7 +34,10 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (
         _is_size,
         "a positive whole number",
-        (*SIZES, "sliding_window_pattern", "no_rope_layer_interval"),
+        (
+            *SIZES, "sliding_window_pattern", "no_rope_layer_interval", "num_experts",
+            "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+        ),
     ),
     (
         lambda value: value is None or _is_size(value),
@@ -43,16 +46,22 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     ),
     (_is_count, "a whole number of at least 0", ("max_window_layers",)),
     (
+        lambda value: value is None or (isinstance(value, list) and all(map(_is_count, value))),
+        "a list of numbers of layers or null",
+        ("mlp_only_layers",),
+    ),
+    (
         lambda value: _is_number(value) and 0 <= value <= rope.MAX_FLOAT,
         "a float32 number of at least 0",
-        ("rms_norm_eps", "initializer_range"),
+        ("rms_norm_eps", "initializer_range", "router_aux_loss_coef"),
     ),
     (
         _is_positive,
         "a positive number",
         (
             "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
-            "attention_multiplier", "logits_scaling", "logit_scale",
+            "attention_multiplier", "logits_scaling", "logit_scale", "swiglu_alpha",
+            "swiglu_limit",
         ),
     ),
     (
@@ -65,7 +74,8 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         "true or false",
         (
             "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
-            "use_parallel_residual", "scale_attn_weights",
+            "use_parallel_residual", "scale_attn_weights", "norm_topk_prob",
+            "output_router_logits",
         ),
     ),
     (
@@ -276,7 +286,7 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     """Unsupported values, and sizes that do not fit together."""
     faults = {}
     for field, values in family.only.items():
-        if field in hf and hf[field] not in values:
+        if field in hf and hf[field] not in values and not _is_read(field, hf[field], family):
             allowed = " or ".join(show(value) for value in values)
             faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
             if "drop" in field:
@@ -284,6 +294,10 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
+    if "num_experts" in hf and hf["num_experts_per_tok"] > hf["num_experts"]:
+        faults["num_experts_per_tok"] = (
+            f"must be at most the {hf['num_experts']} experts, found {hf['num_experts_per_tok']}"
+        )
     if hf["head_dim"] is None and hf["hidden_size"] % heads:
         faults["hidden_size"] = (
             f"must be a multiple of the {heads} attention heads without a head_dim, "
@@ -292,6 +306,12 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     elif (size := _head_size(hf)) % 2:
         faults["head_dim"] = f"must be even, since heads are rotated in pairs, found {size}"
     return faults
+
+
+def _is_read(field: str, value: Any, family: Family) -> bool:
+    """Whether this says how weights are quantised, in a way that is read."""
+    is_map = field == "quantization_config" and isinstance(value, Mapping)
+    return is_map and value.get("quant_method") in family.quantizations
 
 
 def _override_config(

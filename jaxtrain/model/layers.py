@@ -4,12 +4,13 @@ A module is built with a leading dimension L on every parameter and called with 
 layer, as `lax.scan` passes it: the graph of a module does not know shapes, so it merges with both.
 
 B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
-a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V vocabulary, L layers.
+a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V vocabulary, L layers,
+E experts, M feed-forward of each, C experts of a token.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
+from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, LayerSpec, Norm
 from jaxtrain.model.rope import Rotation, rotate
+from jaxtrain.model.routing import Routing, choose_experts
 from jaxtrain.parallel.sharding import constrain
 
 
@@ -38,6 +41,16 @@ class Cache(NamedTuple):
 
     k_BSKH: Array
     v_BSKH: Array
+
+
+class Output(NamedTuple):
+    """What a layer or a stack returns."""
+
+    x_BTD: Array
+    cache: Any = None
+    """with these tokens added; None without one"""
+    routing: Routing | None = None
+    """None without experts"""
 
 
 def dense(x: Array, w: Array, bias: nnx.Param | None = None, *, contract: int = 1) -> Array:
@@ -141,6 +154,7 @@ class Attention(nnx.Module):
         self.qkv_bias = init.zeros(L, K, G + 2, H) if config.qkv_bias else None
         self.out = init.normal(L, K, G, H, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
+        self.sinks = init.normal(L, K, G) if config.attention_sinks else None
         q_heads, k_heads = ((K, G), (K, 1)) if config.qk_norm == "all_heads" else ((), ())
         self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
         self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm else None
@@ -179,6 +193,7 @@ class Attention(nnx.Module):
             q_positions=inputs.q_positions,
             kv_positions=inputs.kv_positions,
             scoring=self.scoring,
+            sinks_N=None if self.sinks is None else self.sinks[...].reshape(-1),
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
@@ -210,19 +225,68 @@ class MLP(nnx.Module):
         return run_in_tiles(mlp, x_BTD, self.tile_tokens)
 
 
-def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
-    """Runs `layer` on one tile of the tokens at a time, and again in the backward pass: activations
-    are in memory for one tile only."""
-    B, T, D = x_BTD.shape
+def run_in_tiles(layer: Callable[[Any], Array], inputs: Any, tile_tokens: int) -> Array:
+    """Runs `layer` on one tile of the tokens of its inputs [B, T, ...] at a time, and again in the
+    backward pass: activations are in memory for one tile only."""
+    B, T = jax.tree.leaves(inputs)[0].shape[:2]
     tiles = -(-T // tile_tokens)
     if tiles == 1:
-        return layer(x_BTD)
+        return layer(inputs)
     tile_tokens = -(-T // tiles)  # equal tiles, so that the last has little padding
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
-    x_tiles = x_BTD.reshape(B, tiles, tile_tokens, D).swapaxes(0, 1)
+
+    def cut(a_BTX: Array) -> Array:
+        a_BTX = jnp.pad(a_BTX, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
+        return a_BTX.reshape(B, tiles, tile_tokens, -1).swapaxes(0, 1)
+
     # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
-    y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), x_tiles)
-    return y_tiles.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
+    y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), jax.tree.map(cut, inputs))
+    return y_tiles.swapaxes(0, 1).reshape(B, tiles * tile_tokens, -1)[:, :T]
+
+
+class ExpertMLP(nnx.Module):
+    """A feed-forward layer of which each token takes the experts that a router chooses (Shazeer et
+    al., 2017, arXiv:1701.06538), none dropped."""
+
+    def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
+        assert config.experts is not None
+        D, E, M = config.width, config.experts.count, config.experts.width
+        has_bias = config.experts.has_bias
+        self.router = init.normal(L, D, E)
+        self.router_bias = init.zeros(L, E) if has_bias else None
+        self.expert_gate_up = init.normal(L, E, D, 2, M)
+        self.expert_gate_up_bias = init.zeros(L, E, 2, M) if has_bias else None
+        self.expert_down = init.normal(L, E, M, D)
+        self.expert_down_bias = init.zeros(L, E, D) if has_bias else None
+        self.experts = config.experts
+        self.activation: Activation = config.activation
+        self.tile_tokens = D if compute.tiled_mlp else None
+
+    def __call__(self, x_BTD: Array, segments_BT: Array) -> tuple[Array, Routing]:
+        # In float32, since a rounded score may choose another expert.
+        logits_BTE = dense(x_BTD.astype(jnp.float32), self.router[...], self.router_bias)
+        chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT)
+        bias = self.expert_gate_up_bias
+        weights = ExpertWeights(
+            self.expert_gate_up[...], None if bias is None else bias[...], self.expert_down[...]
+        )
+        mix = lambda inputs: mix_experts(weights, *inputs, activate=self._activate)
+        inputs = (x_BTD, *chosen)
+        if self.tile_tokens is None:
+            y_BTD = mix(inputs)
+        else:
+            y_BTD = run_in_tiles(mix, inputs, self.tile_tokens)
+        if self.expert_down_bias is not None:
+            y_BTD += dense(chosen.shares(self.experts.count), self.expert_down_bias[...]).astype(
+                y_BTD.dtype
+            )
+        return y_BTD, routing
+
+    def _activate(self, wide_RUM: Array) -> Array:
+        gate_RM, up_RM = wide_RUM[:, 0], wide_RUM[:, 1]
+        if (limit := self.experts.swiglu_limit) is None:
+            return ACTIVATIONS[self.activation](gate_RM) * up_RM
+        gate_RM, up_RM = jnp.minimum(gate_RM, limit), jnp.clip(up_RM, -limit, limit)
+        return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
 class Block(nnx.Module):
@@ -245,14 +309,12 @@ class Block(nnx.Module):
         self.attention_post_norm = init.norm(L, D) if place != "before" else None
         self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
         self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None
-        self.mlp = MLP(config, compute, init, L)
+        self.mlp = (ExpertMLP if spec.has_experts else MLP)(config, compute, init, L)
         self.mlp_post_norm = init.norm(L, D) if place != "before" else None
         self.config = config
 
-    def __call__(
-        self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
-        config = self.config
+    def __call__(self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None = None) -> Output:
+        config, routing = self.config, None
         norm = partial(normalize, config.norm)
         read_BTD = norm(x_BTD, self.attention_norm, self.attention_norm_bias)
         mixed_BTD, cache = self.attention(read_BTD, inputs, cache)
@@ -260,5 +322,9 @@ class Block(nnx.Module):
         if not config.shared_norm:
             read_BTD = x_BTD if config.parallel_block else y_BTD
             read_BTD = norm(read_BTD, self.mlp_norm, self.mlp_norm_bias)
-        y_BTD += config.residual_scale * norm(self.mlp(read_BTD), self.mlp_post_norm)
-        return constrain(y_BTD, "batch", None, None), cache
+        if isinstance(self.mlp, ExpertMLP):
+            wide_BTD, routing = self.mlp(read_BTD, inputs.q_positions.segments)
+        else:
+            wide_BTD = self.mlp(read_BTD)
+        y_BTD += config.residual_scale * norm(wide_BTD, self.mlp_post_norm)
+        return Output(constrain(y_BTD, "batch", None, None), cache, routing)

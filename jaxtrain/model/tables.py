@@ -2,10 +2,11 @@
 and exporting cannot disagree. The dimensions of a tensor are written in letters: `KGH D` is
 [K * G * H, D].
 
-D width, K key/value heads, G query heads to each, H head size, F feed-forward, P positions,
-V vocabulary.
+D width, K key/value heads, G query heads to each, H head size, F feed-forward, E experts, M feed-
+forward of each, P positions, V vocabulary.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ class Tensor(NamedTuple):
     """One tensor of a Hugging Face file, or rows of it, and the part of our parameter it fills."""
 
     name: str
-    """`{i}` stands for the number of the layer; where a name occurs again, its next rows follow"""
+    """`{i}` stands for the number of the layer, `{e}` for that of the expert; where a name occurs
+    again, its next rows follow"""
     dims: str
     """dimensions in the file"""
     ours: str
     """the same letters in the order of our parameter; 1 for a dimension that the file lacks, along
-    which several tensors are concatenated"""
+    which several tensors are concatenated, and E where each expert has a tensor of its own"""
 
 
 Table = Mapping[str, tuple[Tensor, ...]]
@@ -130,19 +132,61 @@ GPT_NEOX: Table = {
     "head": LLAMA["head"],
 }
 
+ROUTER: Table = {"mlp/router": tensors(".mlp.gate.weight: E D -> D E")}
+EXPERTS: Table = {
+    **ROUTER,
+    "mlp/expert_gate_up": tensors(
+        ".mlp.experts.{e}.gate_proj.weight: M D -> E D 1 M",
+        ".mlp.experts.{e}.up_proj.weight: M D -> E D 1 M",
+    ),
+    "mlp/expert_down": tensors(".mlp.experts.{e}.down_proj.weight: D M -> E M D"),
+}
+MIXTRAL: Table = {
+    "mlp/router": tensors(".block_sparse_moe.gate.weight: E D -> D E"),
+    "mlp/expert_gate_up": tensors(
+        ".block_sparse_moe.experts.{e}.w1.weight: M D -> E D 1 M",
+        ".block_sparse_moe.experts.{e}.w3.weight: M D -> E D 1 M",
+    ),
+    "mlp/expert_down": tensors(".block_sparse_moe.experts.{e}.w2.weight: D M -> E M D"),
+}
+FUSED_EXPERTS: Table = {
+    **ROUTER,
+    "mlp/expert_gate_up": tensors(".mlp.experts.gate_up_proj: E 2M D -> E D 2 M"),
+    "mlp/expert_down": tensors(".mlp.experts.down_proj: E D M -> E M D"),
+}
+GPT_OSS: Table = {
+    "attention/sinks": tensors(".self_attn.sinks: KG -> K G"),
+    "mlp/router": tensors(".mlp.router.weight: E D -> D E"),
+    "mlp/router_bias": tensors(".mlp.router.bias: E -> E"),
+    "mlp/expert_gate_up": tensors(".mlp.experts.gate_up_proj: E D M2 -> E D 2 M"),
+    "mlp/expert_gate_up_bias": tensors(".mlp.experts.gate_up_proj_bias: E M2 -> E 2 M"),
+    "mlp/expert_down": tensors(".mlp.experts.down_proj: E M D -> E M D"),
+    "mlp/expert_down_bias": tensors(".mlp.experts.down_proj_bias: E D -> E D"),
+}
+
 HARMLESS = (
     r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",
     r"model\.(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)",
 )
 """Tensors of old files that are ignored: they follow from the config."""
 
-Layout = tuple[tuple[str, str], ...]
-"""Starts of the names in the tables, and what they are in a file; the first that fits counts."""
+
+class Layout(NamedTuple):
+    """How files differ from a family's table."""
+
+    starts: tuple[tuple[str, str], ...] = ()
+    """starts of the names in the table, and what they are in a file; the first that fits counts"""
+    tensors: Table = {}
+    """what replaces rows of the table"""
+
+    def pattern(self, name: str) -> str:
+        """A regular expression of the names in a file of a tensor of the table."""
+        return re.sub(r"\\{[ie]\\}", r"\\d+", re.escape(name_in_file(self, name)))
 
 
 def name_in_file(layout: Layout, name: str) -> str:
     """The name in a file of a tensor of the tables."""
-    for start, theirs in layout:
+    for start, theirs in layout.starts:
         if name.startswith(start):
             return theirs + name.removeprefix(start)
     return name
@@ -150,7 +194,7 @@ def name_in_file(layout: Layout, name: str) -> str:
 
 def name_in_tables(layout: Layout, name: str) -> str:
     """The inverse of `name_in_file`, the same for every other name."""
-    for start, theirs in layout:
+    for start, theirs in layout.starts:
         if name.startswith(theirs):
             return start + name.removeprefix(theirs)
     return name

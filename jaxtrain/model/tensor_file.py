@@ -23,6 +23,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+PACKED = ("_blocks", "_scales")
+"""Ends of names of tensors that may be bytes: mxfp4.py reads them."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -76,7 +78,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     faults = [
         Fault(str(path), f"{name} has dtype {show(entry['dtype'])}; use one of {', '.join(DTYPES)}")
         for name, entry in header.items()
-        if entry["dtype"] not in DTYPES
+        if entry["dtype"] not in DTYPES and not (entry["dtype"] == "U8" and name.endswith(PACKED))
     ]
     if faults:
         raise WeightError(faults)
@@ -85,7 +87,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
 
 def _view(data: np.ndarray, entry: Mapping[str, Any]) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], np.dtype(np.uint8))
     return StoredTensor(shape, lambda: data[begin:end].view(dtype).reshape(shape))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.gguf import read_gguf_tensors
+from jaxtrain.model.mxfp4 import unpack
 from jaxtrain.model.tables import HARMLESS, Layout, Tensor, name_in_file, name_in_tables
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
@@ -47,6 +48,12 @@ class Piece(NamedTuple):
         """The rows of the tensor, from their part of our parameter."""
         return ours.transpose(np.argsort(self.order)).reshape(self.shape)
 
+    def of_each(self, experts: int, dim: int) -> Iterator["Piece"]:
+        """The tensor of each expert, along this dimension of our parameter."""
+        for e in range(experts):
+            place = (*self.place[:dim], slice(e, e + 1), *self.place[dim + 1 :])
+            yield self._replace(name=self.name.replace("{e}", str(e)), place=place)
+
     def in_stack(self, at: int, layer: int) -> "Piece":
         """The tensor of `layer`, at index `at` of a stacked parameter."""
         return Piece(
@@ -59,9 +66,9 @@ class Piece(NamedTuple):
         )
 
 
-def pieces(config: DecoderConfig, path: str) -> list[Piece]:
+def pieces(config: DecoderConfig, path: str, layout: Layout) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`, rows of one in their order."""
-    table = BY_NAME[config.family].tensors
+    table = BY_NAME[config.family].table(layout)
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
         numbers = config.layer_numbers(int(match[1]), int(match[2]))
         parts = list(_pieces(config, table[match[3]]))
@@ -75,6 +82,8 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
         "P": config.max_positions, "1": 1, "2": 2, "3": 3,
     }  # fmt: skip
+    if config.experts is not None:
+        size |= {"E": config.experts.count, "M": config.experts.width}
     rows: dict[str, int] = {}
     last = tensors[-1].ours.split()
     join_dim, end = last.index("1") if "1" in last else None, 0
@@ -84,24 +93,31 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
         if join_dim is not None:
             begin, end = end, end + size[mine[join_dim]]
             place[join_dim] = slice(begin, end)
-        letters = tensor.dims.replace(" ", "") + "1" * ("1" in mine)
+        in_file = tensor.dims.replace(" ", "")
+        lacking = [letter for letter in mine if letter not in in_file]
+        letters = in_file + "".join(lacking)
         shape = tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split())
         first = rows.get(tensor.name, 0)
         rows[tensor.name] = first + shape[0]
-        yield Piece(
+        whole = Piece(
             name=tensor.name,
             rows=slice(first, first + shape[0]),
             shape=shape,
             place=tuple(place),
-            split=tuple(size[letter] for letter in letters),
+            split=(*(size[letter] for letter in in_file), *(1 for _ in lacking)),
             order=tuple(map(letters.index, mine)),
         )
+        yield from whole.of_each(size["E"], mine.index("E")) if "E" in lacking else (whole,)
 
 
-def tensor_shapes(config: DecoderConfig, shapes: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of a model, in the order of its parameters."""
+def tensor_shapes(
+    config: DecoderConfig, shapes: Any, layout: Layout | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name in the table and shape of every Hugging Face tensor of a model, in the order of its
+    parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    parts = (part for path, _ in leaves for part in pieces(config, path_name(path)))
+    layout = layout or BY_NAME[config.family].layouts[0]
+    parts = (part for path, _ in leaves for part in pieces(config, path_name(path), layout))
     # Of several rows of a tensor the last come last.
     return {part.name: (part.rows.stop, *part.shape[1:]) for part in parts}
 
@@ -120,14 +136,14 @@ def load_params(
     If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows;
     `open_tensors` says what is refused.
     """
-    stored = open_tensors(path, config, shapes, stored_tokens)
-    for name, shape in tensor_shapes(config, shapes).items():
+    stored, layout = open_tensors(path, config, shapes, stored_tokens)
+    for name, shape in tensor_shapes(config, shapes, layout).items():
         if shape != stored[name].shape:
             stored[name] = _grow(stored[name], shape)
     dtype = np.dtype(jax.numpy.dtype(param_dtype))
 
     def load(key_path, shape, sharding) -> jax.Array:
-        parts = pieces(config, path_name(key_path))
+        parts = pieces(config, path_name(key_path), layout)
 
         @cache  # devices may share a slice
         def read(*bounds: tuple[int, int]) -> np.ndarray:
@@ -143,18 +159,20 @@ def load_params(
 
 def open_tensors(
     path: Path, config: DecoderConfig, shapes: Any, stored_tokens: int | None = None
-) -> dict[str, StoredTensor]:
-    """The tensors of a folder or a GGUF file by their names in the tables, none read; WeightError
-    names every one that is missing, unknown or of another shape."""
+) -> tuple[dict[str, StoredTensor], Layout]:
+    """What `read_tensors` returns; WeightError names every tensor that is missing, unknown or of
+    another shape."""
     stored, layout = read_tensors(path, BY_NAME[config.family])
     in_file = replace(config, vocab_size=stored_tokens or config.vocab_size)
-    _check(path, stored, tensor_shapes(in_file, shapes), config, layout)
-    return stored
+    _check(path, stored, tensor_shapes(in_file, shapes, layout), config, layout)
+    return stored, layout
 
 
 def read_tensors(path: Path, family: Family) -> tuple[dict[str, StoredTensor], Layout]:
-    """The tensors by their names in the tables, none read, and how the file writes these."""
+    """The tensors of a folder or a GGUF file by their names in the tables, none read, and how the
+    file writes these."""
     stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    stored = unpack(stored) if "mxfp4" in family.quantizations else stored
     layout = family.layout_of(stored)
     return {name_in_tables(layout, name): tensor for name, tensor in stored.items()}, layout
 

@@ -56,9 +56,15 @@ LAYOUTS = {
     "qkv": Layout((1,), (2, 3, 4), joined=3),
     "qkv_bias": Layout((1, 2, 3), joined=2),
     "out": Layout((1, 2, 3), (4,)),
+    "sinks": Layout((1, 2)),
     "gate_up": Layout((1,), (3,)),
     "gate_up_bias": Layout((2,)),
     "down": Layout((1,), (2,)),
+    "router": Layout((1,), (2,)),
+    "expert_gate_up": Layout((2,), (4,)),
+    "expert_gate_up_bias": Layout((3,)),
+    "expert_down": Layout((2,), (3,)),
+    "expert_down_bias": Layout((2,)),
 }
 """Name of a parameter → its matrices; every other is a stack of vectors. model/decoder.py has the
 shapes."""

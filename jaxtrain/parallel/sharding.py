@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import Fault, RecipeError
 from jaxtrain.recipe.mesh import BATCH_AXES
 
 MESH_AXES = {
@@ -17,6 +17,7 @@ MESH_AXES = {
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
+    "experts": ("expert",),
     "layers": ("pipeline",),
 }
 """Logical axis → the mesh axes that split it."""
@@ -28,9 +29,14 @@ PARAMETERS = (
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
     (r"layers/.*/attention/out", ("layers", "kv_heads", None, None, "embed")),
+    (r"layers/.*/attention/sinks", ("layers", "kv_heads")),
     (r"layers/.*/mlp/gate_up", ("layers", "embed", None, "ffn")),
     (r"layers/.*/mlp/gate_up_bias", ("layers", None, "ffn")),
     (r"layers/.*/mlp/down", ("layers", "ffn", "embed")),
+    (r"layers/.*/mlp/router", ("layers", "embed", None)),
+    (r"layers/.*/mlp/expert_gate_up", ("layers", "experts", "embed", None, "ffn")),
+    (r"layers/.*/mlp/expert_gate_up_bias", ("layers", "experts", None, "ffn")),
+    (r"layers/.*/mlp/expert_down", ("layers", "experts", "ffn", "embed")),
     (r"layers/.*(norm|bias)", ("layers",)),
     (r"norm|norm_bias", ()),
 )
@@ -41,8 +47,9 @@ TITLES = {
     "vocab": "tokens of the vocabulary",
     "kv_heads": "key/value heads",
     "ffn": "feed-forward channels",
+    "experts": "experts",
 }
-"""Names in messages of the dimensions that `tensor` splits."""
+"""Names in messages of the dimensions that `tensor` and `expert` split."""
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -67,10 +74,10 @@ def path_name(path: tuple[Any, ...]) -> str:
 def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, *, over_data: bool = False) -> Any:
     """The sharding of every parameter; `over_data` splits over `data` what `fsdp` splits.
 
-    RecipeError if `tensor` does not divide what it splits, with the sizes that would; ValueError
-    for a parameter that no rule matches.
+    RecipeError if `tensor` or `expert` does not divide what it splits, with the sizes that would;
+    ValueError for a parameter that no rule matches.
     """
-    split_by_tensor: dict[str, int] = {}
+    split: dict[tuple[str, int], str] = {}
 
     def sharding_of(path, leaf) -> NamedSharding:
         name = path_name(path)
@@ -81,22 +88,25 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, *, over_data: bo
             )
         assert len(axes) <= len(leaf.shape), (name, axes, leaf.shape)
         axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
-        split_by_tensor.update(
-            (axis, size)
+        split.update(
+            ((axis, size), MESH_AXES[axis][0])
             for axis, size in zip(axes, leaf.shape, strict=True)
-            if axis and "tensor" in MESH_AXES[axis]
+            if axis in TITLES
         )
         return NamedSharding(mesh, P(*_mesh_axes(axes, leaf.shape, mesh, over_data)))
 
     shardings = jax.tree_util.tree_map_with_path(sharding_of, shapes)
-    tensor = mesh.shape["tensor"]
-    uneven = [f"{size} {TITLES[axis]}" for axis, size in split_by_tensor.items() if size % tensor]
-    if uneven:
-        common = math.gcd(*split_by_tensor.values())
-        legal = [n for n in range(1, common + 1) if common % n == 0]
-        raise RecipeError(
-            f"mesh.tensor: {tensor} does not divide {' and '.join(uneven)}; use one of {legal}"
-        )
+    faults = []
+    for mesh_axis in ("tensor", "expert"):
+        parts = mesh.shape[mesh_axis]
+        sizes = {named: named[1] for named, splits in split.items() if splits == mesh_axis}
+        if uneven := [f"{size} {TITLES[axis]}" for axis, size in sizes if size % parts]:
+            common = math.gcd(*sizes.values())
+            legal = [n for n in range(1, common + 1) if common % n == 0]
+            what = f"{parts} does not divide {' and '.join(uneven)}; use one of {legal}"
+            faults.append(Fault(f"mesh.{mesh_axis}", what))
+    if faults:
+        raise RecipeError(faults)
     return shardings
 
 

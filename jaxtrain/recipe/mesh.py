@@ -28,8 +28,9 @@ class MeshConfig(Section):
         int, not_supported("write 1, and lower data.max_length if memory is short", 1)
     ] = 1
     """Devices that share a sequence."""
-    expert: Annotated[int, not_supported("write 1", 1)] = 1
-    """Batch axis over which experts are split."""
+    expert: int = 1
+    """Batch axis over which experts are split; each device computes its own experts for the tokens
+    of all that share the axis."""
     tensor: int = 1
     """Devices that share heads, feed-forward width and vocabulary."""
 

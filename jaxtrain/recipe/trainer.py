@@ -117,6 +117,10 @@ class TrainerConfig(Section):
     objectives read it, `z_loss` and `loss_weighting`."""
     z_loss: Own[float] = Field(default=0.0, ge=0)
     """Coefficient of the squared log-partition term, which is logged apart from the loss."""
+    router_z_loss: Own[float] = Field(default=0.0, ge=0)
+    """Coefficient of the squared log-partition term of the routers of experts, logged apart from
+    the loss. The load-balancing loss is on where config.json, or `model.hf_config_kwargs`, says
+    `output_router_logits: true`, with its `router_aux_loss_coef`. Built-in objectives have both."""
     seed: int = Field(default=42, ge=0)
     """Seed of the weights and of every random number of the step."""
     ema: Own[EmaConfig | None] = None
@@ -134,18 +138,14 @@ class TrainerConfig(Section):
     tiled_mlp_compute: Annotated[bool, mapped("a scan over pieces of the sequence")] = False
     """Run feed-forward layers in pieces along the sequence, each as many tokens long as the model
     is wide."""
-    arctic_moe: Annotated[
-        bool | Literal["auto"],
-        _OUR_EXPERTS,
-        not_supported("remove it: there are no experts", False, "auto"),
-    ] = False
+    arctic_moe: Annotated[bool | Literal["auto"], _OUR_EXPERTS] = False
     enable_arctic_moe_custom_optimization: Annotated[bool, _OUR_EXPERTS] = False
     enable_routing_replay: Annotated[
         bool,
         mapped("router choices are kept across rematerialisation"),
-        not_supported("remove it: dense models have no router"),
     ] = False
-    """Keep the router's choices across rematerialisation."""
+    """Keep the router's choices across rematerialisation: what is recomputed takes the same
+    experts, however its scores are rounded."""
 
     # Evaluation.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxtrain import registry
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
-from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
@@ -22,9 +23,11 @@ def collect_facts(
     """Name → fact, in the order in which they are shown; a fact may have several lines."""
     config, model, mesh = run.config, run.model, run.mesh
     stage = config.deepspeed.zero_stage if mesh.shape["data"] > 1 else 0
+    experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
         f"{model.compute.compute_dtype}, {_remat(model.compute)}",
+        **({"experts": _experts(experts, config.router_z_loss, is_ours)} if experts else {}),
         "kernels": model.attention,
         "optimizer": _optimizer(run),
         "devices": describe_devices(mesh) + (f", ZeRO stage {stage}" if stage else ""),
@@ -50,6 +53,16 @@ def describe_devices(mesh: Mesh) -> str:
 def _remat(compute: ComputeConfig) -> str:
     every = f" of every {compute.remat_every} layers" if compute.remat_every > 1 else ""
     return f"remat {compute.remat}{every}" + (", tiled MLP" if compute.tiled_mlp else "")
+
+
+def _experts(experts: Experts, z_loss: float, is_ours: bool) -> str:
+    """How many, and what their routers are trained with, if the objective is ours."""
+    balance = "not in the loss; model.hf_config_kwargs.output_router_logits: true adds it"
+    if experts.balance_loss:
+        balance = f"in the loss with coefficient {experts.balance_loss:g}"
+    z = f", router z-loss with coefficient {z_loss:g}" if z_loss else ""
+    own = "" if is_ours else "; an objective of your own has only what it adds"
+    return f"{experts.per_token} of {experts.count} per token, load balance {balance}{z}{own}"
 
 
 def _optimizer(run: Run) -> str:

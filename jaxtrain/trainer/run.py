@@ -16,6 +16,7 @@ from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
+from jaxtrain.model.routing import refuse_idle_experts
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -146,7 +147,10 @@ def build(
     given = given or {}
     mesh, stage = layout.mesh, config.deepspeed.zero_stage
 
-    placement = Placement(layout, max(sequence_lengths), config.tiled_mlp_compute)
+    refuse_idle_experts(config, model.spec.config)
+    placement = Placement(
+        layout, max(sequence_lengths), config.tiled_mlp_compute, config.enable_routing_replay
+    )
     language_model = model.factory.create_model(replace(model.spec, placement=placement))
     shapes = language_model.shapes
 

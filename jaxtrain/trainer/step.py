@@ -32,6 +32,9 @@ class Objective(NamedTuple):
     """summed gradients of a microbatch → what the optimizer is to receive of them"""
     measure: Callable[[PyTree], Metrics]
     """mean gradients, before clipping → metrics of them"""
+    survey: Callable[[Any, Batch], PyTree] = lambda model, batch: None
+    """model, microbatch → what the loss of every microbatch depends on, summed over all of them;
+    called only where there are several"""
 
 
 class StepSpec(NamedTuple):
@@ -119,9 +122,14 @@ def grads(
     place that differentiates."""
     # Gathered here, if at all: once for all microbatches.
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
+    whole = None
+    if batch.tokens.shape[0] > 1 and not spec.whole_batch:
+        model = spec.objective.merge(params, frozen)
+        survey = lambda microbatch, key: spec.objective.survey(model, microbatch)
+        whole = _sum_over_microbatches(spec, batch, key, survey)
 
     def one(microbatch: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
-        microbatch = microbatch._replace(step=step, is_training=True)
+        microbatch = microbatch._replace(step=step, is_training=True, whole=whole)
 
         def total(trained: PyTree) -> tuple[jax.Array, Loss]:
             model = spec.objective.merge(spec.replace_trained(params, trained), frozen)

@@ -183,6 +183,11 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         """What an evaluation sums; the objective unless overridden."""
         return self.loss_fn(model, batch, key)
 
+    def survey(self, model: Any, batch: Batch) -> PyTree:
+        """What the loss of each microbatch depends on, as sums over all of a step: `batch.whole` of
+        `loss_fn`, None where there is only one. Pure; traced."""
+        return None
+
     def backward(self, gradients: PyTree) -> PyTree:
         """The summed gradients of a microbatch, as the optimizer is to receive them. Pure;
         traced."""
@@ -203,7 +208,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         functions."""
         measure = self._callbacks.measure
         return self.run.step_spec(
-            pure.Objective(self.merge, self.loss_fn, self.eval_fn, self.backward, measure)
+            pure.Objective(
+                self.merge, self.loss_fn, self.eval_fn, self.backward, measure, self.survey
+            )
         )
 
     # The run: a loop on the host.

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention, choose
+from jaxtrain.kernels.attention.mask import visible_keys
 from tests.runs import mesh_of
 
 IMPLEMENTATIONS = ["reference", "splash_interpret"]
@@ -104,6 +105,38 @@ def test_a_packed_row_equals_each_document_alone(implementation, rule):
         start += length
     for x in together:  # the padding at the end
         assert not np.any(x[:, start:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", [{}, {"window": 9}], ids=["all", "window"])
+def test_a_sink_is_a_key_without_a_value_that_every_query_sees(implementation, rule):
+    """Forward and backward, against one more score in each softmax; padding still gives 0."""
+    T = 210
+    positions = packed((70, 1, 129), (200,), tokens=T)
+    qkv = random_qkv(2, T)
+    sinks = jnp.array([-1.0, 0.5, 3.0, 20.0])  # of no weight to nearly all of it
+    d_out = jax.random.normal(jax.random.key(9), qkv[0].shape)
+
+    def definition(q, k, v, sinks):
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+        seen = visible_keys(positions, positions, rule.get("window"))[:, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        sinks = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1))[..., :-1]
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    def found(q, k, v, sinks):
+        scoring = Scoring(H**-0.5, **rule)
+        where = {"q_positions": positions, "kv_positions": positions, "scoring": scoring}
+        return attention(q, k, v, **where, sinks_N=sinks, implementation=implementation)
+
+    def outputs(function):
+        out, back = jax.vjp(jax.jit(function), *qkv, sinks)
+        return out, *back(d_out)
+
+    for one, other in zip(outputs(found), outputs(definition), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

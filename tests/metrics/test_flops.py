@@ -12,15 +12,22 @@ from tests.model.tiny_models import FAMILIES, describe_model, hf_model, save_mod
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
-    """Those of the torch model: all but an embedding that is only looked up."""
+    """Those of the torch model: all but an embedding that is only looked up, and of experts those
+    that a token takes."""
     theirs = hf_model(name)
-    matrices = {n: p.numel() for n, p in theirs.named_parameters() if p.ndim == 2}
-    looked_up = r".*wpe.*|.*(vision|multi_modal).*"
+    config = theirs.config
+    share = config.num_experts_per_tok / config.num_experts if hasattr(config, "num_experts") else 1
+    sizes = {
+        n: p.numel() * (share if ".experts." in n else 1) for n, p in theirs.named_parameters()
+    }
+    matrices = {n: sizes[n] for n, p in theirs.named_parameters() if p.ndim in (2, 3)}
+    looked_up = r".*wpe.*|.*(vision|multi_modal).*|.*_bias"
     if "lm_head.weight" in matrices:
         looked_up += r"|.*(embed_tokens|embed_in).*"
     matrices = {n: size for n, size in matrices.items() if not re.fullmatch(looked_up, n)}
     _, _, model = describe_model(save_model(name, tmp_path))
-    assert count_matmul_parameters(model.shapes) == sum(matrices.values())
+    found = count_matmul_parameters(model.shapes, share_of_experts=share)
+    assert found == pytest.approx(sum(matrices.values()))
 
 
 def test_pairs_are_what_the_rows_let_each_token_see():

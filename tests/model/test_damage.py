@@ -123,6 +123,8 @@ FORMS = [value for value in WRONG if value != "null"] + [
 def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
     config = LLAMA | {"architectures": [family.architecture], "model_type": family.name}
     config["num_hidden_layers"] = LAYERS
+    if "num_experts" in family.defaults:
+        config |= {"num_experts": 2, "num_experts_per_tok": 2}
     config = {k: v for k, v in config.items() if v in family.only.get(k, (v,))}
     fields = {*config, *family.defaults, *family.only, *REQUIRED, *FIELDS, *NO_EFFECT}
     model = ModelConfig(name_or_path=str(tmp_path), from_scratch=True)

@@ -80,9 +80,9 @@ def test_logits_and_gradients_equal_those_of_transformers(name, folders):
     torch.nn.functional.cross_entropy(
         expected[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
     ).backward()
-    found = to_hf_tensors(gradients, config, "float32", ())
     trained = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
     layout = BY_NAME[config.family].layout_of(trained)
+    found = to_hf_tensors(gradients, config, "float32", layout._replace(starts=()))
     by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
     assert found.keys() == by_name.keys()
     # Gradients that are 0, as that of a bias of keys without rope, are rounding alone.
@@ -103,6 +103,19 @@ def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
     logits, _ = outputs(batch_of(rows, segments))
     for packed, alone in ((logits[0, :17], logits[1, :17]), (logits[0, 17:36], logits[2, :19])):
         np.testing.assert_allclose(packed, alone, atol=PACKED_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe"])
+def test_experts_in_one_tensor_are_those_of_a_tensor_each_and_are_exported_so(
+    name, folders, tmp_path
+):
+    """The two ways in which files have them."""
+    fused = save_model(name, tmp_path / "in", save_original_format=False)
+    assert len(read_folder(fused)) < len(read_folder(folders[name]))
+    config, hf, _, params = load_model(fused)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded(folders[name])[2])
+    save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=fused)
+    assert_same_tensors(fused, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -87,6 +87,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 12, "attention_bias": True}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 12,
+            "attention_bias": True,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "head_dim": 12, "sliding_window": 7}),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "intermediate_size": 64,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.4,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {
@@ -245,8 +279,8 @@ def hf_model(name: str) -> Any:
     """A torch model in which no weight, bias or norm is trivial."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(hf_config(name)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model
 

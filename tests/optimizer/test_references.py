@@ -11,10 +11,18 @@ import optax
 import pytest
 
 from jaxtrain import registry
-from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, Norm, group_layers
+from jaxtrain.model.config import (
+    ComputeConfig,
+    DecoderConfig,
+    Experts,
+    LayerSpec,
+    Norm,
+    group_layers,
+)
 from jaxtrain.model.decoder import abstract, init_params, merge
 from jaxtrain.model.export import to_hf_tensors
 from jaxtrain.model.rope import Rope
+from jaxtrain.model.tables import Layout
 from jaxtrain.optimizer import Groups
 from jaxtrain.optimizer.matrices import LAYOUTS
 from jaxtrain.parallel.mesh import make_mesh
@@ -30,7 +38,7 @@ transformers = pytest.importorskip("transformers")
 UPDATES = 20
 TOLERANCE = 1e-3  # of the distance that a tensor has moved: float32, another order of summation
 CONFIG = DecoderConfig(
-    family="qwen3",
+    family="qwen3_moe",
     vocab_size=96,
     width=8,
     num_heads=4,
@@ -38,8 +46,9 @@ CONFIG = DecoderConfig(
     head_size=6,
     ffn_width=12,
     groups=group_layers(
-        (LayerSpec(rope=Rope(1e4)),) * 9 + (LayerSpec(window=5),)
+        (LayerSpec(rope=Rope(1e4)),) * 9 + (LayerSpec(window=5, has_experts=True),)
     ),  # more layers than rows
+    experts=Experts(count=3, per_token=2, width=10),
     norm=Norm(0.02),
     max_positions=64,
     qkv_bias=True,
@@ -158,7 +167,7 @@ CASES = {
 
 def to_hf(tree):
     """A tensor for each matrix, by its Hugging Face name."""
-    tensors = to_hf_tensors(jax.device_get(tree), CONFIG, "float32", ())
+    tensors = to_hf_tensors(jax.device_get(tree), CONFIG, "float32", Layout())
     return {name: tensor.make().copy() for name, tensor in tensors.items()}
 
 

@@ -96,6 +96,8 @@ ACCEPTED = {
         "scheduler": {"type": "wds", "num_warmup_steps": 10, "num_decay_steps": 90},
     },
     "sequence parallel of one": SMALL | {"sequence_parallel_size": 1, "expert_parallel_size": 1},
+    "expert parallel": SMALL
+    | {"expert_parallel_size": 8, "arctic_moe": True, "enable_routing_replay": True},
     "ranks": SMALL | {"logger": {"print_output_ranks": [0, 1, 2, 3, 4, 5, 6, 7]}},
     "memory profile": SMALL | {"mem_profiler": "step", "mem_profiler_dir": "profiles"},
     "a folder without a profile": SMALL | {"mem_profiler_dir": "profiles"},
@@ -158,7 +160,6 @@ REFUSED = {
         )
         for n in (2, 4, 8, 16, 32, 64)
     },
-    "expert parallel": (SMALL | {"expert_parallel_size": 8}, {"expert_parallel_size"}),
     "offload": (
         SMALL
         | {

@@ -229,7 +229,6 @@ EXAMPLES = {
     "data.sources.*.dataset_uri": ([SNOWFLAKE], "'snow://dataset/a/versions/b'"),
     "data.batch_tokens": (4096, "4096"),
     "mesh.context": (2, "2"),
-    "mesh.expert": (2, "2"),
     "pipeline.schedule": ("1f1b", "'1f1b'"),
     "pipeline.split": ([1, 2], "(1, 2)"),
     "replica_check_interval": (5, "5"),

@@ -26,7 +26,7 @@ MESHES = [
 
 
 def on_mesh(folder, mesh, config=None, **changes):
-    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    shards = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("expert", 1)
     devices = int(np.prod(list(mesh.values()) or [1]))
     written = recipe(
         folder, mesh=mesh, micro_batch_size=ROWS // shards, train_iters=STEPS, **changes
@@ -74,7 +74,8 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
     [
         "gemma", "gemma2", "gemma3", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
         "granite4",
-        "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2",
+        "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2", "qwen3-moe",
+        "mixtral", "olmoe", "gpt-oss",
     ],
 )  # fmt: skip
 def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
@@ -90,7 +91,8 @@ def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
 
     alone = train({})
     assert alone[-1] < alone[0]
-    for mesh in ({"fsdp": 8}, {"tensor": 2, "data": 2}, {"pipeline": 2, "fsdp": 2}):
+    last = "expert" if hasattr(tiny_models.hf_config(name), "num_experts_per_tok") else "pipeline"
+    for mesh in ({"fsdp": 8}, {"tensor": 2, "data": 2}, {last: 2, "fsdp": 2}):
         np.testing.assert_allclose(train(mesh), alone, atol=1e-5, err_msg=str(mesh))
 
 

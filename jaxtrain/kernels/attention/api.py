@@ -25,19 +25,21 @@ def attention(
     q_positions: TokenPositions,
     kv_positions: TokenPositions,
     scoring: Scoring,
+    sinks_N: Array | None = None,
     implementation: str = "reference",
 ) -> Array:
     """Causal attention inside each segment, [B, T, N, H] in the dtype of q; softmax in float32.
 
     A query sees a key of its own segment at the same or an earlier position, at most
-    `scoring.window - 1` back. Padding (segment 0) gives exactly 0 and gets no gradient. T == S is
+    `scoring.window - 1` back. `sinks_N` are scores of nothing, to which every query of a head
+    attends too. Padding (segment 0) gives exactly 0 and gets no gradient. T == S is
     self-attention, and positions must rise with the index inside a segment. With T != S the keys
     are a cache, in any order; an empty slot has segment 0 and finite contents. `implementation` is
     the name that `choose` returns, or 'splash_interpret' for a test on CPU; an implementation that
     does not support a shape raises NotImplementedError.
     """
     attend = IMPLEMENTATIONS[implementation]
-    return attend(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)
+    return attend(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N)
 
 
 class Choice(NamedTuple):

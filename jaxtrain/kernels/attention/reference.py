@@ -23,22 +23,26 @@ MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def reference_attention(
-    scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions
+    scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N
 ) -> Array:
-    return _attention_fwd(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions)[0]
+    return _attention_fwd(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N)[0]
 
 
-def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions):
+def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N):
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
     blocks = _query_rows(q_BTNH, K, C), _row_positions(q_positions, N // K, C)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    sinks_KR1 = None
+    if sinks_N is not None:
+        sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, N // K), C, 1)[..., None]
 
     outs, lses = [], []
     for band, keys in _bands(T, S, C, scoring.window):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
-        block = partial(_forward_block, scoring, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+        kv = k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band
+        block = partial(_forward_block, scoring, sinks_KR1, *kv)
         out, lse = lax.map(block, _slice_blocks(blocks, band))
         outs.append(out)
         lses.append(lse)
@@ -47,10 +51,13 @@ def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_pos
     # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
     out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
     lse_BTN = checkpoint_name(lse_BTN, "attention")
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN)
+    saved = q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N, out_BTNH, lse_BTN
+    return out_BTNH, saved
 
 
-def _forward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
+def _forward_block(
+    scoring: Scoring, sinks_KR1, k_BKSH, v_BKSH, kv_positions: TokenPositions, block
+):
     q_BKRH, row_positions = block
     visible_BRS = visible_keys(row_positions, kv_positions, scoring.window)
     scores_BKRS = _scores(scoring, _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH))
@@ -58,15 +65,17 @@ def _forward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPosition
     top_BKR1 = scores_BKRS.max(-1, keepdims=True)
     # The maximum of a row without visible keys is -inf, and -inf - -inf is NaN.
     top_BKR1 = jnp.where(top_BKR1 == -jnp.inf, 0.0, top_BKR1)
+    top_BKR1 = top_BKR1 if sinks_KR1 is None else jnp.maximum(top_BKR1, sinks_KR1)
     p_BKRS = jnp.exp(scores_BKRS - top_BKR1)
     total_BKR1 = p_BKRS.sum(-1, keepdims=True)
+    total_BKR1 += 0.0 if sinks_KR1 is None else jnp.exp(sinks_KR1 - top_BKR1)
     total_BKR1 = jnp.where(total_BKR1 == 0, 1.0, total_BKR1)
     out_BKRH = _dot("bkrs,bksh->bkrh", p_BKRS.astype(v_BKSH.dtype), v_BKSH) / total_BKR1
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
 def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, out_BTNH, lse_BTN = saved
+    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N, out_BTNH, lse_BTN = saved
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -100,7 +109,11 @@ def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
     d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(q_BTNH.dtype)
     d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(k_BSKH.dtype)
     d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(v_BSKH.dtype)
-    return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None
+    d_sinks_N = None
+    if sinks_N is not None:  # the value of a sink is 0
+        p_BTN = jnp.exp(sinks_N.astype(jnp.float32) - lse_BTN)
+        d_sinks_N = -(p_BTN * delta_BTN).sum((0, 1)).astype(sinks_N.dtype)
+    return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None, d_sinks_N
 
 
 reference_attention.defvjp(_attention_fwd, _attention_bwd)

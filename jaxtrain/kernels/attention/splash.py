@@ -35,6 +35,7 @@ def splash_attention(
     v_BTKH: Array,
     q_positions: TokenPositions,
     kv_positions: TokenPositions,
+    sinks_N: Array | None,
     *,
     interpret: bool,
 ) -> Array:
@@ -49,7 +50,7 @@ def splash_attention(
         raise NotImplementedError(fault)
     del kv_positions  # the same tokens as q_positions
     local = partial(_local_attention, scoring=scoring, interpret=interpret)
-    return _map_over_mesh(local, q_BTNH, k_BTKH, v_BTKH, q_positions.segments)
+    return _map_over_mesh(local, q_BTNH, k_BTKH, v_BTKH, q_positions.segments, sinks_N)
 
 
 def splash_fault(*, head_size: int) -> str | None:
@@ -59,7 +60,14 @@ def splash_fault(*, head_size: int) -> str | None:
     return None
 
 
-def _map_over_mesh(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
+def _map_over_mesh(
+    local,
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segments_BT: Array,
+    sinks_N: Array | None,
+) -> Array:
     """Runs the kernel on each device's part of batch and heads.
 
     The compiler cannot partition Mosaic kernels, so every axis becomes manual here. The mesh is
@@ -67,7 +75,7 @@ def _map_over_mesh(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_
     """
     sizes = free_axis_sizes()
     if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
-        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
 
     # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
     batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
@@ -77,14 +85,15 @@ def _map_over_mesh(local, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_
             f"batch {q_BTNH.shape[0]} does not split over the {shards} devices of axes {batch}; "
             f"use a multiple of {shards}"
         )
-    heads = PartitionSpec(batch, None, TENSOR_AXIS if TENSOR_AXIS in sizes else None, None)
+    tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
+    heads = PartitionSpec(batch, None, tensor, None)
     return jax.shard_map(
         local,
-        in_specs=(heads, heads, heads, PartitionSpec(batch, None)),
+        in_specs=(heads, heads, heads, PartitionSpec(batch, None), PartitionSpec(tensor)),
         out_specs=heads,
         axis_names=set(sizes),
         check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    )(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
 
 
 def _local_attention(
@@ -92,6 +101,7 @@ def _local_attention(
     k_BTKH: Array,
     v_BTKH: Array,
     segments_BT: Array,
+    sinks_N: Array | None,
     *,
     scoring: Scoring,
     interpret: bool,
@@ -107,11 +117,12 @@ def _local_attention(
     q_BTNH = (q_BTNH.astype(jnp.float32) * scoring.scale).astype(q_BTNH.dtype)
     # Padding forms a segment of its own, so that no row of scores is empty.
     filled_BT = jnp.pad(segments_BT, ((0, 0), (0, fill)))
-    out_BNTH = jax.vmap(kernel)(
+    out_BNTH = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
         pad(q_BTNH),
         pad(k_BTKH),
         pad(v_BTKH),
         SegmentIds(filled_BT, filled_BT),
+        sinks_N,
     )
     out_BTNH = out_BNTH.swapaxes(1, 2)[:, :T]
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)

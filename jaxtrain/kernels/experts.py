@@ -1,0 +1,124 @@
+"""Feed-forward experts: each token goes through those that its router chose, and none is dropped.
+
+The choices of all tokens are sorted by expert, so that the rows of an expert lie together, and one
+grouped product multiplies each group with the weights of its expert (`grouped_product.py`).
+
+B batch, T tokens, C choices of each token, R = B * T * C rows, D width, E experts, U 2 with a gate
+and else 1, M feed-forward of each expert.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.grouped_product import grouped_product
+
+EXPERT_AXIS = "expert"
+
+
+class ExpertWeights(NamedTuple):
+    gate_up_EDUM: Array
+    gate_up_bias_EUM: Array | None
+    down_EMD: Array
+
+
+def mix_experts(
+    weights: ExpertWeights,
+    x_BTD: Array,
+    choices_BTC: Array,
+    shares_BTC: Array,
+    *,
+    activate: Callable[[Array], Array],
+) -> Array:
+    """The sum of what the chosen experts make of each token, each times its share, [B, T, D] in the
+    dtype of x; `activate` maps [R, U, M] to [R, M].
+
+    On a mesh each device works on the tokens of its own part of the batch. Those that share the
+    `expert` axis gather the tokens of all of them, compute their own experts for these, and send
+    the sums back: a token crosses the axis twice, and a device has room for every choice of all of
+    these tokens, since all may fall on its experts.
+    """
+    sizes = free_axis_sizes()
+    if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
+        y_BTD = _mix(weights, x_BTD, choices_BTC, shares_BTC, activate)
+        return y_BTD.astype(x_BTD.dtype)
+    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
+    batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
+    tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
+    expert = EXPERT_AXIS if sizes.get(EXPERT_AXIS, 1) > 1 else None
+
+    def local(weights: ExpertWeights, x_BTD: Array, choices_BTC: Array, shares_BTC: Array) -> Array:
+        first = 0
+        if expert is not None:
+            first = lax.axis_index(expert) * weights.down_EMD.shape[0]
+            gather = lambda a: lax.all_gather(a, expert, tiled=True)
+            x_BTD, choices_BTC, shares_BTC = map(gather, (x_BTD, choices_BTC, shares_BTC))
+        y_BTD = _mix(weights, x_BTD, choices_BTC - first, shares_BTC, activate)
+        if tensor is not None:
+            y_BTD = lax.psum(y_BTD, tensor)
+        return y_BTD if expert is None else lax.psum_scatter(y_BTD, expert, tiled=True)
+
+    rows = P(batch, None, None)
+    specs: Any = (P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
+    mapped = jax.shard_map(
+        local,
+        in_specs=(ExpertWeights(*specs), rows, rows, rows),
+        out_specs=rows,
+        axis_names=set(sizes),
+        check_vma=False,
+    )
+    # A batch that does not split, as in generation, is filled up.
+    fill = -x_BTD.shape[0] % prod(sizes[a] for a in batch)
+    pad = lambda a: jnp.pad(a, ((0, fill), (0, 0), (0, 0)))
+    y_BTD = mapped(weights, pad(x_BTD), pad(choices_BTC), pad(shares_BTC))
+    return y_BTD[: x_BTD.shape[0]].astype(x_BTD.dtype)
+
+
+def _mix(
+    weights: ExpertWeights,
+    x_BTD: Array,
+    choices_BTC: Array,
+    shares_BTC: Array,
+    activate: Callable[[Array], Array],
+) -> Array:
+    """The same of the experts that are here, numbered from 0; float32."""
+    (B, T, D), C = x_BTD.shape, choices_BTC.shape[-1]
+    E, M, _ = weights.down_EMD.shape
+    expert_R = choices_BTC.reshape(-1)
+    is_here_R = (expert_R >= 0) & (expert_R < E)
+    expert_R = jnp.where(is_here_R, expert_R, E)  # the others come last, in no group
+    order_R = jnp.argsort(expert_R)
+    back_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=order_R.dtype))
+    sizes_E = jnp.zeros(E + 1, jnp.int32).at[expert_R].add(1)[:E]
+
+    x_RD = _permute(jnp.repeat(x_BTD.reshape(-1, D), C, axis=0), order_R, back_R)
+    grouped = lambda a, w: grouped_product(a, w.astype(a.dtype), sizes_E)
+    wide_R = grouped(x_RD, weights.gate_up_EDUM.reshape(E, D, -1))
+    if weights.gate_up_bias_EUM is not None:
+        # As a product, whose gradient is a sum over each group and no scatter.
+        ones_R1 = jnp.ones((x_RD.shape[0], 1), x_RD.dtype)
+        wide_R += grouped(ones_R1, weights.gate_up_bias_EUM.reshape(E, 1, -1))
+    y_RD = grouped(activate(wide_R.reshape(wide_R.shape[0], -1, M)), weights.down_EMD)
+    y_BTCD = _permute(y_RD, back_R, order_R).reshape(B, T, C, D)
+    return jnp.einsum(
+        "btcd,btc->btd", y_BTCD, shares_BTC.astype(y_BTCD.dtype), preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _permute(x_RD: Array, order_R: Array, back_R: Array) -> Array:
+    """x in another order; `back_R` is its inverse, so that the gradient is no scatter either."""
+    del back_R
+    return x_RD[order_R]
+
+
+_permute.defvjp(
+    lambda x_RD, order_R, back_R: (x_RD[order_R], back_R),
+    lambda back_R, dy_RD: (dy_RD[back_R], None, None),
+)
