@@ -195,7 +195,7 @@ def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
     is_run = (folder / "recipe.yaml").is_file() or (folder / "metadata.json").is_file()
     if is_run:
         trainer, state = restore_weights(find_checkpoint(folder))
-        params = trainer.run.average.eval_params(state)
+        params = trainer.run.eval_params(state)
     else:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = {"name_or_path": source, "param_dtype": dtype}

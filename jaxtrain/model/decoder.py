@@ -9,13 +9,16 @@ Outside this folder its parameters are a plain nested dict:
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
+Beside `qkv`, `out`, `gate_up` and `down` there may be adapters, by module of the family's files:
+
+    <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
 B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
 U 2 with a gate and 1 without, P positions, V vocabulary, L layers of one member of a group.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,13 +36,23 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, normalize
+from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
+from jaxtrain.model.layers import (
+    AttentionInputs,
+    Block,
+    Cache,
+    Initializer,
+    attach_adapters,
+    normalize,
+)
 from jaxtrain.model.rope import rotation
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
 Params = dict[str, Any]
+Adapters = Mapping[str, Sequence[AdapterSite]]
+"""Path of a parameter → the adapters that products with it have."""
+NO_ADAPTERS: Adapters = {}
 Caches = Mapping[str, Mapping[str, Cache]]
 """Group → member → its cache, stacked over L."""
 
@@ -57,7 +70,14 @@ REMAT: Mapping[str, Callable] = {
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, compute: ComputeConfig, key: Array, param_dtype: str):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        compute: ComputeConfig,
+        key: Array,
+        param_dtype: str,
+        adapters: Adapters = NO_ADAPTERS,
+    ):
         init = Initializer(config, key, param_dtype)
         self.config = config
         self.compute = compute
@@ -71,6 +91,9 @@ class Decoder(nnx.Module):
             })
             for g, group in enumerate(config.groups)
         })  # fmt: skip
+        for path, sites in adapters.items():
+            _, group, member, part, name = path.split("/")
+            attach_adapters(getattr(self.layers[group][member], part), name, sites)
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
@@ -266,10 +289,14 @@ class Model(NamedTuple):
 
 
 def abstract(
-    config: DecoderConfig, compute: ComputeConfig, *, param_dtype: str = "float32"
+    config: DecoderConfig,
+    compute: ComputeConfig,
+    *,
+    param_dtype: str = "float32",
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Model:
     """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
-    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype)
+    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters)
     return Model(*split(nnx.eval_shape(build)))
 
 

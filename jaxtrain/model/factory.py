@@ -21,6 +21,15 @@ from jaxtrain.model.hf_config import (
     read_generation_config,
     replace_text_fields,
 )
+from jaxtrain.model.lora import (
+    Lora,
+    find_adapters,
+    in_dtype,
+    init_adapters,
+    join,
+    split,
+    take_adapters,
+)
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
@@ -59,6 +68,8 @@ class ModelSpec:
     placement: Placement | None = None
     """what it is computed on, once that is known"""
     generation_config: dict[str, Any] | None = None
+    adapters: Lora | None = None
+    """what is trained of it, where that is not all"""
 
     def with_room(self, tokens: int, config: ModelConfig) -> "ModelSpec":
         """A model for so many tokens; RecipeError where it would have to grow and may not."""
@@ -85,13 +96,22 @@ class LanguageModel:
     """Which attention kernel, and why."""
     graph: nnx.GraphDef
     shapes: Params
-    """Shape and dtype of every parameter."""
-    param_dtype: str
+    """Shape and dtype of every parameter, but for those of a base."""
+    base_shapes: Params
+    """Those of the frozen base of adapters; empty without adapters."""
     from_scratch: bool
 
-    def merge(self, params: Params) -> Decoder:
+    @property
+    def adapters(self) -> Lora | None:
+        return self.spec.adapters
+
+    def merge(self, params: Params, base: Params | None = None) -> Decoder:
         """The module with these parameters: what a loss function is given."""
-        return decoder.merge(self.graph, params)
+        return decoder.merge(self.graph, join(params, base or {}))
+
+    def split(self, everything: Params) -> tuple[Params, Params]:
+        """The parameters of the whole decoder as those that may be trained, and their base."""
+        return (everything, {}) if self.adapters is None else split(self.adapters, everything)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -100,24 +120,30 @@ class LanguageModel:
         return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
 
     def load(self, shardings: Any, *, seed: int) -> Params:
-        """Parameters read from disk, or random ones, each made where it lives."""
-        config = self.spec.config
+        """Parameters of the whole decoder, with a base, read from disk or random, each made where
+        it lives."""
+        shapes, config = join(self.shapes, self.base_shapes), self.spec.config
+        (_, plain), (placed_adapters, placed) = take_adapters(shapes), take_adapters(shardings)
         if self.from_scratch:
-            make = partial(decoder.init_params, config, self.compute, param_dtype=self.param_dtype)
-            return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
-        return load_params(
-            self.spec.path,
-            config,
-            self.shapes,
-            shardings,
-            self.param_dtype,
-            stored_tokens=self.spec.stored_tokens,
-        )
+
+            def make(key: jax.Array) -> Params:
+                made = decoder.init_params(config, self.compute, key)
+                return jax.tree.map(lambda value, shape: value.astype(shape.dtype), made, plain)
+
+            params = jax.jit(make, out_shardings=placed)(jax.random.key(seed))
+        else:
+            path, stored_tokens = self.spec.path, self.spec.stored_tokens
+            params = load_params(path, config, plain, placed, stored_tokens=stored_tokens)
+        if self.adapters is None:
+            return params
+        init = partial(init_adapters, self.adapters, shapes)
+        return join(params, jax.jit(init, out_shardings=placed_adapters)(jax.random.key(seed)))
 
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
         _, params = decoder.split(module)
-        wanted, found = map(_shapes_by_name, (self.shapes, params))
+        shapes = join(self.shapes, self.base_shapes)
+        wanted, found = map(_shapes_by_name, (shapes, params))
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise WeightError(
@@ -194,7 +220,12 @@ class HFModelFactory(ModelFactory):
     def create_config(self) -> ModelSpec:
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
         config, hf = read_config(path, self.config)
-        return ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+        peft = self.config.peft_config
+        return ModelSpec(
+            config, hf, path,
+            generation_config=read_generation_config(path),
+            adapters=peft and find_adapters(peft, config),
+        )  # fmt: skip
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""
@@ -225,7 +256,16 @@ class HFModelFactory(ModelFactory):
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )
-        made = decoder.abstract(spec.config, compute, param_dtype=config.param_dtype)
+        graph, shapes = decoder.abstract(
+            spec.config,
+            compute,
+            param_dtype=config.param_dtype,
+            adapters=spec.adapters.sites if spec.adapters else decoder.NO_ADAPTERS,
+        )
+        base_shapes: Params = {}
+        if spec.adapters is not None:
+            shapes, base_shapes = split(spec.adapters, shapes)
+            base_shapes = in_dtype(base_shapes, compute.compute_dtype)
         return LanguageModel(
-            spec, compute, attention.reason, *made, config.param_dtype, config.from_scratch
+            spec, compute, attention.reason, graph, shapes, base_shapes, config.from_scratch
         )

@@ -46,6 +46,8 @@ class Family:
     tensors: Table = field(default_factory=lambda: tables.LLAMA)
     layouts: tuple[Layout, ...] = ((),)
     """ways in which files write the names of tensors; transformers writes the first"""
+    modules: Layout | None = None
+    """how transformers names the modules in memory, where not as the first"""
 
     text: str | None = None
     """field of config.json that holds the fields of the text model"""
@@ -317,6 +319,7 @@ FAMILIES: Sequence[Family] = (
             (("model.", "language_model.model."), ("", "language_model.")),
             (("model.", "model.language_model."),),
         ),
+        modules=(("model.", "model.language_model."),),
         text="text_config",
         carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
     ),

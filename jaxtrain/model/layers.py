@@ -7,7 +7,7 @@ B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = 
 a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,14 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
-from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, LayerSpec, Norm
+from jaxtrain.model.config import (
+    Activation,
+    AdapterSite,
+    ComputeConfig,
+    DecoderConfig,
+    LayerSpec,
+    Norm,
+)
 from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.parallel.sharding import constrain
 
@@ -40,13 +47,47 @@ class Cache(NamedTuple):
     v_BSKH: Array
 
 
-def dense(x: Array, w: Array, bias: nnx.Param | None = None, *, contract: int = 1) -> Array:
+def dense(
+    x: Array,
+    w: Array,
+    bias: nnx.Param | None = None,
+    adapters: nnx.Dict | None = None,
+    *,
+    contract: int = 1,
+) -> Array:
     """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
 
     Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
     y: Array = _product(contract, x, w.astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(y.dtype)
+    y = y if bias is None else y + bias[...].astype(y.dtype)
+    return y if adapters is None else sum((adapter(x) for adapter in adapters.values()), y)
+
+
+class Adapter(nnx.Module):
+    """The low-rank update s x A B of a product with a weight, or with a part of it (Hu et al. 2021,
+    arXiv:2106.09685). A B is never made, and the weight has no gradient."""
+
+    def __init__(self, site: AdapterSite, weight: Array, contract: int):
+        (L, *inputs), outputs = weight.shape[: contract + 1], list(weight.shape[contract + 1 :])
+        self.begin, self.joined = site.begin, None
+        if site.end > site.begin:
+            self.joined, outputs[-2] = outputs[-2], site.end - site.begin
+        rank = max(site.ranks)
+        self.a = nnx.Param(jnp.zeros((L, *inputs, rank), weight.dtype))
+        self.b = nnx.Param(jnp.zeros((L, rank, *outputs), weight.dtype))
+        self.scale = nnx.Param(jnp.zeros(L, jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        low = dense(x, self.a[...], contract=self.a.ndim - 1)
+        y = dense(low * self.scale[...].astype(x.dtype), self.b[...])
+        return y if self.joined is None else pad_joined(y, self.begin, self.joined)
+
+
+def pad_joined(y: Array, begin: int, size: int) -> Array:
+    """Puts y at index `begin` of `size` entries along the last dimension but one, among zeros."""
+    end = size - begin - y.shape[-2]
+    return jnp.pad(y, [(0, 0)] * (y.ndim - 2) + [(begin, end), (0, 0)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,6 +167,9 @@ class Initializer:
 
 
 class Attention(nnx.Module):
+    qkv_lora: nnx.Dict | None = None
+    out_lora: nnx.Dict | None = None
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -157,7 +201,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias)  # [B, T, K, G + 2, H]
+        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora)  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
         k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
@@ -182,12 +226,16 @@ class Attention(nnx.Module):
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
-        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], self.out_bias, contract=3)
+        mixed = mixed_BTNH.reshape(B, T, K, G, H)
+        y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, contract=3)
         return y_BTD, (None if cache is None else keys)
 
 
 class MLP(nnx.Module):
     """down(act(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202), or down(act(up x))."""
+
+    gate_up_lora: nnx.Dict | None = None
+    down_lora: nnx.Dict | None = None
 
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
         D, F, U = config.width, config.ffn_width, 2 if config.gated_mlp else 1
@@ -200,10 +248,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         def mlp(x_BtD: Array) -> Array:
-            wide = dense(x_BtD, self.gate_up[...], self.gate_up_bias)  # [B, t, U, F]
-            act = ACTIVATIONS[self.activation](wide[..., 0, :])
-            act = act if wide.shape[-2] == 1 else act * wide[..., 1, :]
-            return dense(act, self.down[...], self.down_bias)
+            wide_BtUF = dense(x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora)
+            act = ACTIVATIONS[self.activation](wide_BtUF[..., 0, :])
+            act = act if wide_BtUF.shape[-2] == 1 else act * wide_BtUF[..., 1, :]
+            return dense(act, self.down[...], self.down_bias, self.down_lora)
 
         if self.tile_tokens is None:
             return mlp(x_BTD)
@@ -223,6 +271,17 @@ def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int
     # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
     y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), x_tiles)
     return y_tiles.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
+
+
+CONTRACTED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""Parameter that may have adapters → how many of its first dimensions are its input."""
+
+
+def attach_adapters(module: nnx.Module, name: str, sites: Sequence[AdapterSite]) -> None:
+    """Gives adapters to a product with the parameter of this name."""
+    weight = getattr(module, name)[...]
+    adapters = {site.name: Adapter(site, weight, CONTRACTED[name]) for site in sites}
+    setattr(module, f"{name}_lora", nnx.Dict(adapters))
 
 
 class Block(nnx.Module):

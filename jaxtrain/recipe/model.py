@@ -111,11 +111,7 @@ class ModelConfig(TypedSection):
     """Start from random weights, by `seed` and the config alone; no weights are read."""
     hf_config_kwargs: dict[str, Any] = {}
     """Replaces fields of the model's config.json; a change of shapes needs `from_scratch`."""
-    peft_config: Annotated[
-        PeftConfig | None,
-        mapped("our own LoRA"),
-        not_supported("remove it to train all weights"),
-    ] = None
+    peft_config: Annotated[PeftConfig | None, mapped("our own LoRA")] = None
     """Train adapters instead of the weights."""
     resize_vocab: Own[bool] = False
     """Grow embedding and head to the tokenizer."""

@@ -21,7 +21,7 @@ from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import Run
 from jaxtrain.trainer.run_folder import RunFolder, versions
 from jaxtrain.trainer.run_state import RunState
-from jaxtrain.trainer.state import TrainState
+from jaxtrain.trainer.state import BASE, TrainState
 from jaxtrain.trainer.stop import StopRequests
 
 
@@ -135,7 +135,9 @@ class Interface:
     # Weights, checkpoints, metrics.
 
     params = property(lambda self: self.state.params)
-    model = property(lambda self: self.run.model.merge(self.state.params))
+    model = property(
+        lambda self: self.run.model.merge(self.state.params, self.state.frozen.get(BASE))
+    )
     model_unwrapped = model
     checkpoint_engines = property(lambda self: self.checkpoints.engines)
     full_state_engines = property(lambda self: self.checkpoints.full_state)

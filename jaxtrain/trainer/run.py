@@ -16,6 +16,7 @@ from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
+from jaxtrain.model.lora import join
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -28,6 +29,7 @@ from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
 from jaxtrain.trainer.state import (
+    BASE,
     PyTree,
     TrainState,
     optimizer_shardings,
@@ -67,26 +69,35 @@ class Run:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and shardings of the state: what a checkpoint is restored to."""
-        return with_shardings(jax.eval_shape(self._first_state, self.model.shapes), self.shardings)
+        everything = join(self.model.shapes, self.model.base_shapes)
+        return with_shardings(jax.eval_shape(self._first_state, everything), self.shardings)
 
     def first_state(self, params: PyTree) -> TrainState:
-        """The state before the first step of these parameters, which are donated."""
+        """The state before the first step of these parameters of the whole model, which are
+        donated."""
         build = jax.jit(self._first_state, donate_argnums=0, out_shardings=self.shardings)
         with jax.set_mesh(self.mesh):
             return build(params)
 
     def _first_state(self, params: PyTree) -> TrainState:
+        params, base = self.model.split(params)
         opt_state = self.optimizer.init(self.groups.trained(params))
         frozen, average = self.init_frozen(params), self.average.start(params)
+        frozen = frozen | ({BASE: base} if base else {})
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average)
 
     def first_params(self, given: Decoder | None) -> PyTree:
         """The weights to start from, copied from a model, read, or made at random, each where it
         lives."""
+        shardings = join(self.shardings.params, self.shardings.frozen.get(BASE, {}))
         with jax.set_mesh(self.mesh):
             if given is not None:
-                return self.model.copied(given, self.shardings.params)
-            return self.model.load(self.shardings.params, seed=self.config.seed)
+                return self.model.copied(given, shardings)
+            return self.model.load(shardings, seed=self.config.seed)
+
+    def eval_params(self, state: TrainState) -> PyTree:
+        """The parameters of the whole model that are evaluated, sampled from and exported."""
+        return join(self.average.eval_params(state), state.frozen.get(BASE, {}))
 
     def export(
         self, state: TrainState, folder: Path, config: HFCheckpointConfig, tokenizer: Any
@@ -95,7 +106,7 @@ class Run:
         back as something else."""
         self.model.save(
             folder,
-            self.average.eval_params(state),
+            self.eval_params(state),
             dtype=self.config.model.dtype or self.model.compute.compute_dtype,
             add_files=partial(save_tokenizer, tokenizer),
             stop_tokens=find_stop_tokens(tokenizer) if self.config.type != "causal" else (),
@@ -164,6 +175,8 @@ def build(
 
     place = partial(parameter_shardings, mesh)
     params, frozen = place(shapes, over_data=stage >= 1), jax.eval_shape(init_frozen, shapes)
+    if language_model.base_shapes:
+        frozen[BASE] = language_model.base_shapes
     trained = groups.trained(shapes), groups.trained(params)
     shardings = TrainState(
         step=NamedSharding(mesh, P()),  # type: ignore[arg-type]
