@@ -13,7 +13,7 @@ from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
-from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.generate import generate, stream
 from jaxtrain.model.hf_config import (
     add_stop_tokens,
@@ -27,16 +27,27 @@ from jaxtrain.model.lora import (
     in_dtype,
     init_adapters,
     join,
+    merge_weights,
     split,
     take_adapters,
+)
+from jaxtrain.model.peft_folder import (
+    open_adapter,
+    read_adapter,
+    read_peft_config,
+    refuse_other_base,
+    verify_adapter,
+    write_adapter,
 )
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import path_name
+from jaxtrain.recipe.checkpoint import AdapterExport
 from jaxtrain.recipe.errors import RecipeError, WeightError
 from jaxtrain.recipe.model import ModelConfig
+from jaxtrain.recipe.section import expand_user
 from jaxtrain.registry import Factory
 
 WANTED_ATTENTION: dict[str, Wanted] = {
@@ -120,8 +131,21 @@ class LanguageModel:
         return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
 
     def load(self, shardings: Any, *, seed: int) -> Params:
-        """Parameters of the whole decoder, with a base, read from disk or random, each made where
-        it lives."""
+        """Parameters of the whole decoder, read from disk or random, each made where it lives."""
+        everything = self._load(shardings, seed)
+        if self.adapters is None or not (name := self.adapters.config.path):
+            return everything
+        folder, (_, base) = expand_user(name), self.split(everything)
+        refuse_other_base(folder, base)
+        read = read_adapter(folder, self.adapters, self.shapes, self.spec.config)
+        return join(jax.device_put(read, self.split(shardings)[0]), base)
+
+    def load_base(self, shardings: Any, *, seed: int) -> Params:
+        """The base alone, which `load` joins with the adapters."""
+        return self.split(self._load(shardings, seed))[1]
+
+    def _load(self, shardings: Any, seed: int) -> Params:
+        """The model as it is read or drawn, with adapters as they begin."""
         shapes, config = join(self.shapes, self.base_shapes), self.spec.config
         (_, plain), (placed_adapters, placed) = take_adapters(shapes), take_adapters(shardings)
         if self.from_scratch:
@@ -136,8 +160,8 @@ class LanguageModel:
             params = load_params(path, config, plain, placed, stored_tokens=stored_tokens)
         if self.adapters is None:
             return params
-        init = partial(init_adapters, self.adapters, shapes)
-        return join(params, jax.jit(init, out_shardings=placed_adapters)(jax.random.key(seed)))
+        adapters = init_adapters(self.adapters, shapes, seed)
+        return join(params, jax.device_put(adapters, placed_adapters))
 
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
@@ -162,23 +186,47 @@ class LanguageModel:
         stop_tokens: Sequence[int] = (),
         max_shard_bytes: float = 4e9,
         verify: bool = True,
+        adapter: AdapterExport = "adapter",
+        base_name: str = "",
     ) -> None:
         """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it.
-        Generation from it stops at `stop_tokens` too, the ends of turns that were trained."""
-        save_pretrained(
-            folder,
-            params,
-            self.spec.config,
-            self.spec.hf_config,
+        Generation from it stops at `stop_tokens` too, the ends of turns that were trained.
+
+        With adapters, a folder of PEFT, which names its base `base_name`; or a model with the
+        adapters `merged` into its weights; or both: the latter in the folder `merged` of the
+        former, since transformers would add an adapter that lies beside the weights."""
+        generation_config = add_stop_tokens(
+            self.spec.generation_config, self.spec.hf_config, stop_tokens
+        )
+        save_model = partial(
+            save_pretrained,
+            config=self.spec.config,
+            hf_config=self.spec.hf_config,
             dtype=dtype,
-            generation_config=add_stop_tokens(
-                self.spec.generation_config, self.spec.hf_config, stop_tokens
-            ),
+            generation_config=generation_config,
             source=self.spec.path,
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,
         )
+        if self.adapters is None:
+            return save_model(folder, params)
+        if adapter == "merged":
+            return save_model(folder, self._merge_weights(params, dtype))
+        trained, base = self.split(params)
+        with replace_folder(folder) as unfinished:
+            parts = self.adapters, trained, base, self.spec.config
+            write_adapter(unfinished, *parts, base_name)
+            add_files(unfinished)
+            if verify:
+                verify_adapter(unfinished, self.adapters, trained, self.spec.config)
+            if adapter == "both":
+                save_model(unfinished / "merged", self._merge_weights(params, dtype))
+
+    def _merge_weights(self, params: Params, dtype: str) -> Params:
+        placed = take_adapters(jax.tree.map(lambda leaf: leaf.sharding, params))[1]
+        merge = partial(merge_weights, self.adapters, dtype=dtype)
+        return jax.jit(merge, out_shardings=placed)(params)
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""
@@ -220,12 +268,14 @@ class HFModelFactory(ModelFactory):
     def create_config(self) -> ModelSpec:
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
         config, hf = read_config(path, self.config)
-        peft = self.config.peft_config
-        return ModelSpec(
-            config, hf, path,
-            generation_config=read_generation_config(path),
-            adapters=peft and find_adapters(peft, config),
-        )  # fmt: skip
+        spec = ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+        if self.config.peft_config is None:
+            return spec
+        peft = read_peft_config(self.config.peft_config)
+        adapters = find_adapters(peft, config)
+        if peft.path:
+            open_adapter(expand_user(peft.path), adapters, config)
+        return replace(spec, adapters=adapters)
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""

@@ -17,12 +17,12 @@ from zlib import crc32
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from jaxtrain.model import decoder
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
-from jaxtrain.model.layers import pad_joined
+from jaxtrain.model.layers import CONTRACTED, pad_joined
 from jaxtrain.model.tables import name_in_file
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
@@ -69,6 +69,36 @@ class Module(NamedTuple):
     def local_name(self) -> str:
         return self.name.rsplit(".", 1)[-1]
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        split, num_inputs = self.pieces[0].split, self._num_inputs
+        inputs = prod(split[axis] for axis in self.pieces[0].order[1 : 1 + num_inputs])
+        return inputs, sum(
+            prod(p.split[axis] for axis in p.order[1 + num_inputs :]) for p in self.pieces
+        )
+
+    def output_order(self) -> np.ndarray:
+        """The index in our order of each of its outputs."""
+        first = 1 + self._num_inputs
+        shape = [part.stop for part in self.pieces[-1].place[first:]]
+        places = [list(piece.place[first:]) for piece in self.pieces]
+        if self.end > self.begin:
+            shape[-2] = self.end - self.begin
+            for place in places:
+                place[-2] = slice(place[-2].start - self.begin, place[-2].stop - self.begin)
+        ours = np.arange(prod(shape)).reshape(shape)
+        rows = [
+            ours[tuple(place)].transpose(np.argsort(piece.order[first:])).reshape(-1)
+            for piece, place in zip(self.pieces, places, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    @property
+    def _num_inputs(self) -> int:
+        """Leading dimensions of our parameter, after that of the stack, that are its inputs."""
+        return CONTRACTED[self.path.rsplit("/", 1)[-1]]
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -88,12 +118,7 @@ class Lora:
     @property
     def num_parameters(self) -> int:
         """Of all adapters, without padding."""
-        return sum(_count(module) for module in self.modules)
-
-
-def _count(module: Module) -> int:
-    rows, columns = sum(p.shape[0] for p in module.pieces), prod(module.pieces[0].shape[1:])
-    return module.rank * (rows + columns)
+        return sum(module.rank * sum(module.sizes) for module in self.modules)
 
 
 # Which modules get adapters.
@@ -155,10 +180,13 @@ def list_modules(config: DecoderConfig) -> Iterator[Module]:
                     yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))
 
 
+def runtime_name(family: Family, tensor: str) -> str:
+    """The name that a tensor of the tables has in a model of transformers."""
+    return name_in_file(family.modules or family.layouts[0], tensor)
+
+
 def module_name(family: Family, tensor: str) -> str:
-    """The name that transformers gives to the module of a tensor of the tables."""
-    layout = family.layouts[0] if family.modules is None else family.modules
-    return name_in_file(layout, tensor).rsplit(".", 1)[0]
+    return runtime_name(family, tensor).rsplit(".", 1)[0]
 
 
 def _targets(peft: PeftConfig, family: Family) -> tuple[str, ...] | str:
@@ -319,9 +347,10 @@ def in_dtype(base: Params, dtype: str) -> Params:
     return join(adapters, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), weights))
 
 
-def init_adapters(lora: Lora, shapes: Params, key: Array) -> Params:
-    """First factors and constant scales of the adapters, distributed as PEFT's; pure. `shapes` are
-    those of the whole decoder, whose other parameters are left out.
+def init_adapters(lora: Lora, shapes: Params, seed: int) -> Params:
+    """First factors and constant scales of the adapters, distributed as PEFT's, on the host: they
+    are small, and programs that draw on devices take long to compile. `shapes` are those of the
+    whole decoder, whose other parameters are left out.
 
     Each adapter draws by the name of its parameter, whatever else has one.
     """
@@ -330,39 +359,35 @@ def init_adapters(lora: Lora, shapes: Params, key: Array) -> Params:
         if "a" in tree:
             parameter, _, module = path.rpartition("_lora/")
             site = next(site for site in lora.sites[parameter] if site.name == module)
-            return _init_adapter(
-                lora.config, site, tree, jax.random.fold_in(key, crc32(path.encode()))
-            )
+            draw = np.random.Generator(np.random.Philox(key=[seed, crc32(path.encode())]))
+            return _init_adapter(lora.config, site, tree, draw)
         return {name: init(part, f"{path}/{name}".lstrip("/")) for name, part in tree.items()}
 
     return init(take_adapters(shapes)[0], "")
 
 
-def _init_adapter(config: PeftConfig, site: AdapterSite, shapes: Params, key: Array) -> Params:
-    key_a, key_b = jax.random.split(key)
-    a, b, ranks = shapes["a"], shapes["b"], jnp.array(site.ranks)
-    is_used = jnp.arange(max(site.ranks)) < ranks[:, None]  # [L, r]: the others are padding
-    used_a = is_used.reshape(len(ranks), *(1,) * (len(a.shape) - 2), -1)
-    used_b = is_used.reshape(*is_used.shape, *(1,) * (len(b.shape) - 2))
-
-    def uniform(key: Array, shape: tuple[int, ...], num_inputs: Any) -> Array:
-        return jax.random.uniform(key, shape, minval=-1.0) * num_inputs**-0.5
-
-    def divisor(shape: tuple[int, ...]) -> Array:
-        return jnp.maximum(ranks, 1).astype(jnp.float32).reshape(-1, *(1,) * (len(shape) - 1))
-
-    if config.init_lora_weights == "gaussian":
-        first_a = jax.random.normal(key_a, a.shape) / divisor(a.shape)
-    else:
-        first_a = uniform(key_a, a.shape, float(prod(a.shape[1:-1])))
-    first_b = jnp.zeros(b.shape)
-    if config.init_lora_weights is False:
-        first_b = uniform(key_b, b.shape, divisor(b.shape))
+def _init_adapter(
+    config: PeftConfig, site: AdapterSite, shapes: Params, draw: np.random.Generator
+) -> Params:
+    a, b = (np.zeros(shapes[name].shape, np.float32) for name in "ab")
+    for at, rank in enumerate(site.ranks):  # what is not drawn is padding
+        shape = (*a.shape[1:-1], rank)
+        if config.init_lora_weights == "gaussian":
+            a[at][..., :rank] = draw.standard_normal(shape, np.float32) / max(rank, 1)
+        else:
+            a[at][..., :rank] = _uniform(draw, shape) * prod(shape[:-1]) ** -0.5
+        if config.init_lora_weights is False and rank:
+            b[at, :rank] = _uniform(draw, (rank, *b.shape[2:])) * rank**-0.5
     return {
-        "a": (first_a * used_a).astype(a.dtype),
-        "b": (first_b * used_b).astype(b.dtype),
-        "scale": jnp.array(site.scales, jnp.float32),
+        "a": a.astype(shapes["a"].dtype),
+        "b": b.astype(shapes["b"].dtype),
+        "scale": np.array(site.scales, np.float32),
     }
+
+
+def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Between -1 and 1."""
+    return 2 * draw.random(shape, np.float32) - 1
 
 
 def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:

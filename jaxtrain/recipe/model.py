@@ -40,6 +40,9 @@ class PeftConfig(Section):
 
     peft_type: Annotated[str, BeforeValidator(_check_lora)]
     """`Lora`, in any case."""
+    path: Own[InputPath | None] = None
+    """Folder of an adapter to continue from, as PEFT writes it; its settings are those of the
+    folder."""
     r: int = Field(default=8, ge=1)
     """Rank."""
     lora_alpha: int = Field(default=8, ge=1)

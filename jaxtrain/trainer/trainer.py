@@ -486,7 +486,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         resets."""
         self._state = None  # its memory is needed
         with self.console.phase(f"restoring from {engine.directory}"):
-            self._state, saved, reset = self.checkpoints.restore(engine, self.run)
+            self._state, saved, reset = self.checkpoints.restore(
+                engine, self.run, self.given.get("model")
+            )
         data, schedule = self.data.train, (self.training_horizon, self.progress.schedule_start)
         self.progress.load_state_dict(saved, data, reset=reset)
         self.horizon = Horizon.of(self.config, data, self.progress.more_steps)
