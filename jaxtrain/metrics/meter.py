@@ -35,10 +35,12 @@ class Meter:
 
     @classmethod
     def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
-        """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
+        """Makes a meter of a language model, which has `all_shapes`, `base_shapes` and
+        `spec.config`, on devices."""
         config = model.spec.config
+        all_shapes, base = map(count_matmul_parameters, (model.all_shapes, model.base_shapes))
         return cls(
-            flops_per_token=6.0 * count_matmul_parameters(model.shapes),
+            flops_per_token=6.0 * all_shapes - 2.0 * base,  # a base has no gradient
             flops_per_pair=12.0 * config.num_heads * config.head_size,
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),

@@ -116,6 +116,11 @@ class LanguageModel:
     def adapters(self) -> Lora | None:
         return self.spec.adapters
 
+    @property
+    def all_shapes(self) -> Params:
+        """Those of the whole decoder."""
+        return join(self.shapes, self.base_shapes)
+
     def merge(self, params: Params, base: Params | None = None) -> Decoder:
         """The module with these parameters: what a loss function is given."""
         return decoder.merge(self.graph, join(params, base or {}))
@@ -146,7 +151,7 @@ class LanguageModel:
 
     def _load(self, shardings: Any, seed: int) -> Params:
         """The model as it is read or drawn, with adapters as they begin."""
-        shapes, config = join(self.shapes, self.base_shapes), self.spec.config
+        shapes, config = self.all_shapes, self.spec.config
         (_, plain), (placed_adapters, placed) = take_adapters(shapes), take_adapters(shardings)
         if self.from_scratch:
 
@@ -166,8 +171,7 @@ class LanguageModel:
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
         _, params = decoder.split(module)
-        shapes = join(self.shapes, self.base_shapes)
-        wanted, found = map(_shapes_by_name, (shapes, params))
+        wanted, found = map(_shapes_by_name, (self.all_shapes, params))
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise WeightError(

@@ -26,7 +26,7 @@ from jaxtrain.model.layers import CONTRACTED, pad_joined
 from jaxtrain.model.tables import name_in_file
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
-from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean
+from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import PeftConfig
 
 LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
@@ -127,36 +127,36 @@ class Lora:
 def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
     """The modules that PEFT would adapt; RecipeError names every key that selects nothing, or what
     is not supported here."""
-    family = BY_NAME[config.family]
-    linear = tuple(list_modules(config))
-    targets = _targets(peft, family)
-    faults = []
-    others = {
-        module_name(family, tensor.name): path
+    family, key = BY_NAME[config.family], f"{KEY}.target_modules"
+    linear, targets = tuple(list_modules(config)), _targets(peft, family)
+    embeddings = [
+        module_name(family, tensor.name)
         for path in EMBEDDINGS if path in family.tensors
         for tensor in family.tensors[path]
-    }  # fmt: skip
+    ]  # fmt: skip
     names = sorted({module.local_name for module in linear})
     there_is = f"there are {', '.join(names)}"
-    for name in others:
-        if _is_target(peft, targets, name):
-            what = f"{name} gets no adapter here; name it in modules_to_save to train it whole"
-            faults.append(Fault(f"{KEY}.target_modules", what))
-    chosen = [module for module in linear if _is_target(peft, targets, module.name)]
+    faults = [
+        Fault(key, f"{name} gets no adapter here; modules_to_save can train it whole")
+        for name in embeddings
+        if _is_target(peft, targets, name)
+    ]
+    known = [*(module.name for module in linear), *embeddings]
     for name in targets if isinstance(targets, tuple) else ():
-        alone = PeftConfig(peft_type="Lora", target_modules=(name,))
-        if not any(
-            _is_target(alone, (name,), found) for found in [*(m.name for m in linear), *others]
-        ):
-            what = f"{name!r} matches no module; {there_is}{did_you_mean(name, names)}"
-            faults.append(Fault(f"{KEY}.target_modules", what))
+        if not any(_matches((name,), one) for one in known):
+            near = did_you_mean(name, names)
+            faults.append(Fault(key, f"{show(name)} matches no module; {there_is}{near}"))
+    chosen = [module for module in linear if _is_target(peft, targets, module.name)]
     if not chosen and not faults:
-        faults.append(Fault(f"{KEY}.target_modules", f"no module is left; {there_is}"))
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(peft, key):
-            if not any(_fits(pattern, module.name) for module in chosen) and not faults:
-                what = f"matches no module with an adapter; {there_is}"
-                faults.append(Fault(f"{KEY}.{key}.{pattern}", what))
+        faults.append(Fault(key, f"{show(targets)} leaves no module; {there_is}"))
+    for name, patterns in (
+        ("rank_pattern", peft.rank_pattern),
+        ("alpha_pattern", peft.alpha_pattern),
+    ):
+        for pattern in patterns if chosen else ():
+            if not any(_fits(pattern, module.name) for module in chosen):
+                what = f"{show(pattern)} matches no module with an adapter; {there_is}"
+                faults.append(Fault(f"{KEY}.{name}", what))
     whole = _whole(peft, config, faults)
     if faults:
         raise RecipeError(faults)
@@ -280,22 +280,20 @@ def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> froz
         if not taken:
             continue
         if len(taken) < len(names):
-            rest = sorted(
-                {n.rsplit(".", 1)[-1] for n in names} - {n.rsplit(".", 1)[-1] for n in taken}
-            )
-            others = " and ".join(rest) or "all layers"
-            faults.append(
-                Fault(key, f"{taken[0]} is one parameter here with {others}; name all of it")
-            )
+            left = next(name for name in names if name not in taken)
+            what = f"{taken[0]} is one parameter here with {left}; name both or neither"
+            faults.append(Fault(key, what))
         elif config.tied and path == "embed/embedding":
-            faults.append(Fault(key, f"{taken[0]} is also the head of this model, which PEFT would "
-                                "train apart from it; remove it"))  # fmt: skip
+            what = (
+                f"{taken[0]} is also the head of this model, which PEFT would train apart from it"
+            )
+            faults.append(Fault(key, f"{what}; remove it"))
         else:
             whole.add(path)
     last = sorted({name.rsplit(".", 1)[-1] for names in everything.values() for name in names})
     for end in wanted:
         if end not in seen:
-            what = f"{end!r} matches no module; there are {', '.join(last)}"
+            what = f"{show(end)} matches no module; there are {', '.join(last)}"
             faults.append(Fault(key, what + did_you_mean(end, last)))
     return frozenset(whole)
 

@@ -71,8 +71,8 @@ class Run:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and shardings of the state: what a checkpoint is restored to."""
-        everything = join(self.model.shapes, self.model.base_shapes)
-        return with_shardings(jax.eval_shape(self._first_state, everything), self.shardings)
+        shapes = jax.eval_shape(self._first_state, self.model.all_shapes)
+        return with_shardings(shapes, self.shardings)
 
     def first_state(self, params: PyTree) -> TrainState:
         """The state before the first step of these parameters of the whole model, which are
