@@ -112,6 +112,19 @@ class LanguageModel:
     """Those of the frozen base of adapters; empty without adapters."""
     from_scratch: bool
 
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, compute: ComputeConfig, config: ModelConfig, *, attention: str = ""
+    ) -> "LanguageModel":
+        adapters = spec.adapters
+        sites = adapters.sites if adapters is not None else decoder.NO_ADAPTERS
+        dtype, base_shapes = config.param_dtype, {}
+        graph, shapes = decoder.abstract(spec.config, compute, param_dtype=dtype, adapters=sites)
+        if adapters is not None:
+            shapes, base_shapes = split(adapters, shapes)
+            base_shapes = in_dtype(base_shapes, compute.compute_dtype)
+        return cls(spec, compute, attention, graph, shapes, base_shapes, config.from_scratch)
+
     @property
     def adapters(self) -> Lora | None:
         return self.spec.adapters
@@ -310,16 +323,4 @@ class HFModelFactory(ModelFactory):
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )
-        graph, shapes = decoder.abstract(
-            spec.config,
-            compute,
-            param_dtype=config.param_dtype,
-            adapters=spec.adapters.sites if spec.adapters else decoder.NO_ADAPTERS,
-        )
-        base_shapes: Params = {}
-        if spec.adapters is not None:
-            shapes, base_shapes = split(spec.adapters, shapes)
-            base_shapes = in_dtype(base_shapes, compute.compute_dtype)
-        return LanguageModel(
-            spec, compute, attention.reason, graph, shapes, base_shapes, config.from_scratch
-        )
+        return LanguageModel.of(spec, compute, config, attention=attention.reason)

@@ -73,14 +73,13 @@ def config_to_export(lora: Lora, family: str, base_name: str) -> dict[str, Any]:
 
 
 def _targets_to_export(lora: Lora, family: str) -> list[str] | str:
+    if BY_NAME[family].text is not None:
+        # By their ends they would be modules of the other parts of the model too.
+        return sorted(module.name for module in lora.modules)
     written = lora.config.target_modules
-    if isinstance(written, tuple):
-        return list(written)
-    if isinstance(written, str) and written.lower() != "all-linear":
-        return written
-    # Without names of their own, those of a whole multimodal model would be the others' too.
-    is_part = BY_NAME[family].text is not None
-    return sorted({module.name if is_part else module.local_name for module in lora.modules})
+    if written is None or (isinstance(written, str) and written.lower() == "all-linear"):
+        return sorted({module.local_name for module in lora.modules})
+    return written if isinstance(written, str) else list(written)
 
 
 def read_peft_config(peft: PeftConfig) -> PeftConfig:

@@ -1,27 +1,25 @@
 """LoRA against the `peft` package: which modules get adapters, their first values, logits, folders
 in both directions."""
 
-import json
-from math import prod
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxtrain.batch import Batch
 from jaxtrain.model import HFModelFactory
 from jaxtrain.model.config import ComputeConfig
-from jaxtrain.model.decoder import abstract, init_params
 from jaxtrain.model.factory import LanguageModel
-from jaxtrain.model.lora import find_adapters, init_adapters, join, merge_weights, take_adapters
-from jaxtrain.model.peft_folder import checksum, list_parts
+from jaxtrain.model.lora import DEFAULT_TARGETS, find_adapters
+from jaxtrain.model.peft_folder import WEIGHTS, list_parts
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig, PeftConfig
+from tests.model import tiny_models
 from tests.model.tiny_models import describe_model, hf_config, hf_model, on_one_device, torch
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+PEFT_DEFAULTS = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -29,7 +27,8 @@ def lora(**fields):
     return PeftConfig.model_validate({"peft_type": "Lora", **fields})
 
 
-FAMILIES = ("llama31", "qwen2-windows", "gemma3", "gemma3-whole", "phi3", "gpt2", "gpt-neox")
+FAMILIES = sorted({kind: name for name, (kind, _) in tiny_models.FAMILIES.items()}.values())
+"""One of each class of transformers."""
 SPELLINGS = {
     "default": {},
     "all": {"target_modules": "all-linear"},
@@ -48,7 +47,6 @@ SPELLINGS = {
     },
     "saved": {"target_modules": "all-linear", "modules_to_save": ["mlp"]},
 }
-NO_DEFAULT = ("gemma3-whole", "phi3")
 
 
 def known_to(config, fields):
@@ -81,7 +79,8 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
     config, _, _ = describe_model(tmp_path)
     for name, fields in SPELLINGS.items():
         fields = known_to(config, fields)
-        if name == "default" and family in NO_DEFAULT:
+        if name == "default" and config.family not in DEFAULT_TARGETS:
+            assert config.family not in PEFT_DEFAULTS
             with pytest.raises(RecipeError, match="has no default for .*; write all-linear"):
                 find_adapters(lora(**fields), config)
             continue
@@ -98,3 +97,73 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
         state = peft.get_peft_model_state_dict(wrapped)
         shapes = {k: tuple(v.shape) for k, v in state.items() if "vision" not in k}
         assert {k: part.shape for k, part in list_parts(ours, config).items()} == shapes, name
+
+
+def language_model(folder, **fields):
+    """The model of a folder with adapters, and its parameters."""
+    config = ModelConfig(name_or_path=str(folder), peft_config=lora(**fields))
+    made = LanguageModel.of(HFModelFactory(config).create_config(), ComputeConfig(), config)
+    return made, made.load(on_one_device(made.all_shapes), seed=0)
+
+
+TOKENS = torch.arange(14)[None] * 7 % 90
+
+
+def logits(model, params):
+    tokens = jnp.asarray(TOKENS.numpy(), jnp.int32)
+    one, rows = jnp.ones_like(tokens), jnp.zeros(1, jnp.int32)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    batch = Batch(tokens, positions, one, one.astype(jnp.float32), rows)
+    return np.asarray(model.merge(params)(batch))
+
+
+@torch.no_grad()
+def torch_logits(model):
+    return model(TOKENS).logits.numpy()
+
+
+@pytest.mark.covers("model.peft_config.path", "checkpoint.adapter")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_path, family):
+    model = hf_model(family)
+    model.save_pretrained(tmp_path / "base")
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    targets = describe_model(tmp_path / "base")[0]
+    last = sorted(
+        {m.local_name for m in find_adapters(lora(target_modules="all-linear"), targets).modules}
+    )
+    fields = {
+        "target_modules": last,
+        "rank_pattern": {last[0]: 2},
+        "alpha_pattern": {last[-1]: 9},
+        "modules_to_save": None if is_tied or family == "gemma3-whole" else ["norm"],
+        "exclude_modules": r".*vision.*",
+    }
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=3, lora_alpha=5, init_lora_weights=False, **fields
+    )
+    theirs = peft.get_peft_model(model, config)
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    expected = torch_logits(theirs)
+
+    ours, params = language_model(tmp_path / "base", path=str(tmp_path / "adapter"))
+    np.testing.assert_allclose(logits(ours, params), expected, atol=2e-5)
+    ours.save(
+        tmp_path / "out", params, dtype="float32", add_files=lambda folder: None,
+        adapter="both", base_name=str(tmp_path / "base"),
+    )  # fmt: skip
+    written, read = (
+        safetensors.numpy.load_file(tmp_path / name / WEIGHTS) for name in ("out", "adapter")
+    )
+    assert {k: v.tobytes() for k, v in written.items()} == {k: v.tobytes() for k, v in read.items()}
+    kind = type(hf_model(family))
+    load = lambda folder: kind.from_pretrained(folder, attn_implementation="eager").eval()
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out").eval()
+    np.testing.assert_array_equal(torch_logits(again), expected)
+    np.testing.assert_allclose(torch_logits(load(tmp_path / "out" / "merged")), expected, atol=1e-5)
+    plain = torch_logits(load(tmp_path / "base"))
+    assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
