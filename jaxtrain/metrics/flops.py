@@ -43,7 +43,7 @@ def count_matmul_parameters(params: Any) -> int:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         is_head = name == "embed/embedding" and "head" not in params
         lookup_only = name.startswith("embed/") and not is_head
-        if not lookup_only and not name.endswith(("norm", "bias", "scale")):
+        if not lookup_only and not name.endswith(("norm", "bias", "scale", "salt")):
             count += leaf.size
     return count
 

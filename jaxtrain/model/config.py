@@ -126,6 +126,8 @@ class AdapterSite(NamedTuple):
     ranks: tuple[int, ...]
     """of each layer; 0 without an adapter"""
     scales: tuple[float, ...]
+    dropout: float
+    """probability that an input is 0 in training"""
 
 
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:

@@ -43,6 +43,7 @@ from jaxtrain.model.layers import (
     Cache,
     Initializer,
     attach_adapters,
+    mix_bits,
     normalize,
 )
 from jaxtrain.model.rope import rotation
@@ -91,6 +92,7 @@ class Decoder(nnx.Module):
             })
             for g, group in enumerate(config.groups)
         })  # fmt: skip
+        self.has_dropout = any(site.dropout for sites in adapters.values() for site in sites)
         for path, sites in adapters.items():
             _, group, member, part, name = path.split("/")
             attach_adapters(getattr(self.layers[group][member], part), name, sites)
@@ -106,6 +108,8 @@ class Decoder(nnx.Module):
         """Hidden states [B, T, D] after the final norm, in the compute dtype."""
         positions = TokenPositions(batch.segments, batch.positions)
         inputs = self.attention_inputs(positions, positions)
+        if self.has_dropout and batch.is_training:
+            inputs = inputs._replace(noise_BT=_noise(batch))
         x_BTD, _ = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
         return self.normalize(x_BTD)
 
@@ -320,6 +324,19 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def _next(x_BT: Array) -> Array:
     """Shifts x by one: t gets x[t + 1]; the last gets x[0], which is never predicted."""
     return jnp.roll(x_BT, -1, axis=1)
+
+
+def _noise(batch: Batch) -> Array:
+    """uint32 [B, T]: of the step, the document and the position, so that neither packing nor the
+    mesh changes what dropout draws from it."""
+    places_BT = batch.positions.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    parts_BT = mix_bits(batch.tokens.astype(jnp.uint32) + places_BT)
+    add_up = lambda parts_T, segments_T: jax.ops.segment_sum(
+        parts_T, segments_T, num_segments=len(segments_T) + 1
+    )[segments_T]
+    documents_BT = jax.vmap(add_up)(parts_BT, batch.segments)
+    step = jnp.asarray(0 if batch.step is None else batch.step, jnp.uint32)
+    return mix_bits(mix_bits(documents_BT ^ mix_bits(step + 1)) + places_BT)
 
 
 def _is_predicted(segments_BT: Array) -> Array:

@@ -38,6 +38,8 @@ class AttentionInputs(NamedTuple):
     """of each of `DecoderConfig.ropes`"""
     slot: Array | None = None
     """int32 []: index in the cache of the first of these tokens; None without a cache"""
+    noise_BT: Array | None = None
+    """uint32: what dropout draws from; None without it"""
 
 
 class Cache(NamedTuple):
@@ -52,16 +54,20 @@ def dense(
     w: Array,
     bias: nnx.Param | None = None,
     adapters: nnx.Dict | None = None,
+    noise_BT: Array | None = None,
     *,
     contract: int = 1,
 ) -> Array:
-    """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
+    """Product over the last `contract` dimensions of x and the first of w, in the dtype of x; with
+    what the adapters add to it, whose dropout draws from `noise_BT`.
 
     Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
     y: Array = _product(contract, x, w.astype(x.dtype))
     y = y if bias is None else y + bias[...].astype(y.dtype)
-    return y if adapters is None else sum((adapter(x) for adapter in adapters.values()), y)
+    return (
+        y if adapters is None else sum((adapter(x, noise_BT) for adapter in adapters.values()), y)
+    )
 
 
 class Adapter(nnx.Module):
@@ -77,11 +83,35 @@ class Adapter(nnx.Module):
         self.a = nnx.Param(jnp.zeros((L, *inputs, rank), weight.dtype))
         self.b = nnx.Param(jnp.zeros((L, rank, *outputs), weight.dtype))
         self.scale = nnx.Param(jnp.zeros(L, jnp.float32))
+        self.dropout = site.dropout
+        if site.dropout:
+            self.salt = nnx.Param(jnp.zeros(L, jnp.uint32))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, noise_BT: Array | None) -> Array:
+        if self.dropout and noise_BT is not None:
+            x = drop_out(x, noise_BT ^ self.salt[...], self.dropout)
         low = dense(x, self.a[...], contract=self.a.ndim - 1)
         y = dense(low * self.scale[...].astype(x.dtype), self.b[...])
         return y if self.joined is None else pad_joined(y, self.begin, self.joined)
+
+
+def drop_out(x: Array, noise_BT: Array, rate: float) -> Array:
+    """x [B, T, ...] with this fraction of entries 0 and the others larger, by a hash of the token's
+    noise and the entry's place: every device, stage and recomputation drops the same."""
+    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for dim in range(2, x.ndim):
+        place = place * x.shape[dim] + lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+    key = mix_bits(noise_BT).reshape(*noise_BT.shape, *(1,) * (x.ndim - 2))
+    is_kept = mix_bits(key + place * jnp.uint32(0x9E3779B1)) >= jnp.uint32(rate * 2**32)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def mix_bits(x: Array) -> Array:
+    """A uint32 in which every bit depends on every bit of x: the last step of MurmurHash3 (Appleby,
+    public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def pad_joined(y: Array, begin: int, size: int) -> Array:
@@ -201,7 +231,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora)  # [B, T, K, G + 2, H]
+        noise_BT = inputs.noise_BT
+        qkv = dense(
+            x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora, noise_BT
+        )  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
         k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
@@ -227,7 +260,7 @@ class Attention(nnx.Module):
             implementation=self.implementation if cache is None else "reference",
         )
         mixed = mixed_BTNH.reshape(B, T, K, G, H)
-        y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, contract=3)
+        y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, noise_BT, contract=3)
         return y_BTD, (None if cache is None else keys)
 
 
@@ -246,30 +279,38 @@ class MLP(nnx.Module):
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
-    def __call__(self, x_BTD: Array) -> Array:
-        def mlp(x_BtD: Array) -> Array:
-            wide_BtUF = dense(x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora)
+    def __call__(self, x_BTD: Array, noise_BT: Array | None = None) -> Array:
+        def mlp(x_BtD: Array, noise_Bt: Array | None) -> Array:
+            wide_BtUF = dense(
+                x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora, noise_Bt
+            )
             act = ACTIVATIONS[self.activation](wide_BtUF[..., 0, :])
             act = act if wide_BtUF.shape[-2] == 1 else act * wide_BtUF[..., 1, :]
-            return dense(act, self.down[...], self.down_bias, self.down_lora)
+            return dense(act, self.down[...], self.down_bias, self.down_lora, noise_Bt)
 
         if self.tile_tokens is None:
-            return mlp(x_BTD)
-        return run_in_tiles(mlp, x_BTD, self.tile_tokens)
+            return mlp(x_BTD, noise_BT)
+        return run_in_tiles(mlp, x_BTD, noise_BT, tile_tokens=self.tile_tokens)
 
 
-def run_in_tiles(layer: Callable[[Array], Array], x_BTD: Array, tile_tokens: int) -> Array:
+def run_in_tiles(
+    layer: Callable[..., Array], x_BTD: Array, *others_BT: Array | None, tile_tokens: int
+) -> Array:
     """Runs `layer` on one tile of the tokens at a time, and again in the backward pass: activations
     are in memory for one tile only."""
-    B, T, D = x_BTD.shape
+    B, T = x_BTD.shape[:2]
     tiles = -(-T // tile_tokens)
     if tiles == 1:
-        return layer(x_BTD)
+        return layer(x_BTD, *others_BT)
     tile_tokens = -(-T // tiles)  # equal tiles, so that the last has little padding
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
-    x_tiles = x_BTD.reshape(B, tiles, tile_tokens, D).swapaxes(0, 1)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, tiles * tile_tokens - T), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(B, tiles, tile_tokens, *x.shape[2:]).swapaxes(0, 1)
+
     # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
-    y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), x_tiles)
+    run = jax.checkpoint(layer, prevent_cse=False)
+    y_tiles = lax.map(lambda tile: run(*tile), jax.tree.map(cut, (x_BTD, *others_BT)))
     return y_tiles.swapaxes(0, 1).reshape(x_BTD.shape)[:, :T]
 
 
@@ -319,5 +360,7 @@ class Block(nnx.Module):
         if not config.shared_norm:
             read_BTD = x_BTD if config.parallel_block else y_BTD
             read_BTD = norm(read_BTD, self.mlp_norm, self.mlp_norm_bias)
-        y_BTD += config.residual_scale * norm(self.mlp(read_BTD), self.mlp_post_norm)
+        y_BTD += config.residual_scale * norm(
+            self.mlp(read_BTD, inputs.noise_BT), self.mlp_post_norm
+        )
         return constrain(y_BTD, "batch", None, None), cache

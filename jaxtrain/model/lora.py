@@ -161,7 +161,7 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
     if faults:
         raise RecipeError(faults)
     chosen = [_with_rank(peft, module) for module in chosen]
-    return Lora(peft, tuple(chosen), _sites(config, chosen), whole)
+    return Lora(peft, tuple(chosen), _sites(peft, config, chosen), whole)
 
 
 def list_modules(config: DecoderConfig) -> Iterator[Module]:
@@ -238,23 +238,27 @@ def _with_rank(peft: PeftConfig, module: Module) -> Module:
     return module._replace(rank=rank, scale=alpha / (rank**0.5 if peft.use_rslora else rank))
 
 
-def _sites(config: DecoderConfig, chosen: Sequence[Module]) -> dict[str, tuple[AdapterSite, ...]]:
+def _sites(
+    peft: PeftConfig, config: DecoderConfig, chosen: Sequence[Module]
+) -> dict[str, tuple[AdapterSite, ...]]:
     found: dict[str, dict[str, list[Module]]] = {}
     for module in chosen:
         found.setdefault(module.path, {}).setdefault(module.local_name, []).append(module)
     return {
-        path: tuple(_site(config, path, modules) for modules in by_name.values())
+        path: tuple(_site(peft, config, path, modules) for modules in by_name.values())
         for path, by_name in found.items()
     }
 
 
-def _site(config: DecoderConfig, path: str, modules: Sequence[Module]) -> AdapterSite:
+def _site(
+    peft: PeftConfig, config: DecoderConfig, path: str, modules: Sequence[Module]
+) -> AdapterSite:
     repeats = config.groups[int(path.split("/")[1])].repeats
     ranks, scales = [0] * repeats, [0.0] * repeats
     for module in modules:
         ranks[module.at], scales[module.at] = module.rank, module.scale
-    first = modules[0]
-    return AdapterSite(first.local_name, first.begin, first.end, tuple(ranks), tuple(scales))
+    name, begin, end = modules[0].local_name, modules[0].begin, modules[0].end
+    return AdapterSite(name, begin, end, tuple(ranks), tuple(scales), peft.lora_dropout)
 
 
 def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> frozenset[str]:
@@ -376,11 +380,13 @@ def _init_adapter(
             a[at][..., :rank] = _uniform(draw, shape) * prod(shape[:-1]) ** -0.5
         if config.init_lora_weights is False and rank:
             b[at, :rank] = _uniform(draw, (rank, *b.shape[2:])) * rank**-0.5
-    return {
+    made = {
         "a": a.astype(shapes["a"].dtype),
         "b": b.astype(shapes["b"].dtype),
         "scale": np.array(site.scales, np.float32),
+        "salt": draw.integers(2**32, size=len(site.ranks), dtype=np.uint32),
     }
+    return {name: made[name] for name in shapes}
 
 
 def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.families import BY_NAME
+from jaxtrain.model.layers import mix_bits
 from jaxtrain.model.lora import (
     KEY,
     Lora,
@@ -80,6 +81,16 @@ def _targets_to_export(lora: Lora, family: str) -> list[str] | str:
     if written is None or (isinstance(written, str) and written.lower() == "all-linear"):
         return sorted({module.local_name for module in lora.modules})
     return written if isinstance(written, str) else list(written)
+
+
+def read_base_name(folder: Path) -> str | None:
+    """The model that an adapter in this folder belongs to; None where there is no adapter."""
+    if not (folder / CONFIG).is_file():
+        return None
+    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise RecipeError([Fault(str(folder / CONFIG), "names no base_model_name_or_path")])
+    return name
 
 
 def read_peft_config(peft: PeftConfig) -> PeftConfig:
@@ -282,9 +293,8 @@ def _sum_bits(a: Array) -> Array:
     bits = lax.bitcast_convert_type(a.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     place = jnp.uint32(0)
     for dim in range(a.ndim):
-        place = (place + lax.broadcasted_iota(jnp.uint32, a.shape, dim)) * jnp.uint32(0x9E3779B1)
-    place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA77)
-    return jnp.sum((bits + 1) * (place ^ (place >> 13) | 1), dtype=jnp.uint32)
+        place = mix_bits(place + lax.broadcasted_iota(jnp.uint32, a.shape, dim) + 1)
+    return jnp.sum((bits + 1) * (place | 1), dtype=jnp.uint32)
 
 
 def _named(tree: Params) -> list[tuple[str, Any]]:

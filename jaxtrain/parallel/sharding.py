@@ -32,7 +32,7 @@ PARAMETERS = (
     (r"layers/.*/mlp/gate_up_lora/.*/b", ("layers", None, None, "ffn")),
     (r"layers/.*/mlp/down_lora/.*/a", ("layers", "ffn", None)),
     (r"layers/.*/(out|down)_lora/.*/b", ("layers", None, "embed")),
-    (r"layers/.*_lora/.*/scale", ("layers",)),
+    (r"layers/.*_lora/.*/(scale|salt)", ("layers",)),
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
     (r"layers/.*/attention/out", ("layers", "kv_heads", None, None, "embed")),

@@ -1,24 +1,31 @@
 """LoRA against the `peft` package: which modules get adapters, their first values, logits, folders
 in both directions."""
 
+import json
+import shutil
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.batch import Batch
 from jaxtrain.model import HFModelFactory
 from jaxtrain.model.config import ComputeConfig
+from jaxtrain.model.decoder import abstract
 from jaxtrain.model.factory import LanguageModel
-from jaxtrain.model.lora import DEFAULT_TARGETS, find_adapters
-from jaxtrain.model.peft_folder import WEIGHTS, list_parts
+from jaxtrain.model.lora import DEFAULT_TARGETS, find_adapters, init_adapters
+from jaxtrain.model.peft_folder import CONFIG, WEIGHTS, checksum, list_parts
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig, PeftConfig
 from tests.model import tiny_models
 from tests.model.tiny_models import describe_model, hf_config, hf_model, on_one_device, torch
+from tests.runs import mesh_of
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 PEFT_DEFAULTS = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,6 +36,7 @@ def lora(**fields):
 
 FAMILIES = sorted({kind: name for name, (kind, _) in tiny_models.FAMILIES.items()}.values())
 """One of each class of transformers."""
+QUICK = ("phi3", "gpt2", "gemma3-whole")
 SPELLINGS = {
     "default": {},
     "all": {"target_modules": "all-linear"},
@@ -123,7 +131,10 @@ def torch_logits(model):
 
 
 @pytest.mark.covers("model.peft_config.path", "checkpoint.adapter")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_path, family):
     model = hf_model(family)
     model.save_pretrained(tmp_path / "base")
@@ -167,3 +178,157 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
     np.testing.assert_allclose(torch_logits(load(tmp_path / "out" / "merged")), expected, atol=1e-5)
     plain = torch_logits(load(tmp_path / "base"))
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
+
+
+def test_adapters_begin_as_in_peft_and_the_same_whatever_else_has_one(tmp_path):
+    hf_config("llama3").save_pretrained(tmp_path)
+    config, _, _ = describe_model(tmp_path)
+
+    def first(**fields):
+        found = find_adapters(lora(**fields), config)
+        shapes = abstract(config, ComputeConfig(), adapters=found.sites).shapes
+        made = init_adapters(found, shapes, seed=1)
+        attention = made["layers"]["0"]["0"]["attention"]
+        return attention["qkv_lora"]["q_proj"], attention.get("out_lora", {}).get("o_proj")
+
+    q, o = first(r=16, target_modules="all-linear")
+    for factors, inputs in ((q, 32), (o, 32)):
+        assert not factors["b"].any() and factors["a"].dtype == np.float32
+        bound = inputs**-0.5  # Kaiming with a of the root of 5
+        assert 0.95 * bound < np.abs(factors["a"]).max() <= bound
+        np.testing.assert_allclose(factors["a"].std(), bound / 3**0.5, rtol=0.05)
+    assert len({a.tobytes() for a in q["a"]}) == 3, "layers begin differently"
+    np.testing.assert_array_equal(first(r=16, target_modules=["q_proj"])[0]["a"], q["a"])
+
+    gaussian, _ = first(r=16, target_modules=["q_proj"], init_lora_weights="gaussian")
+    np.testing.assert_allclose(gaussian["a"].std(), 1 / 16, rtol=0.05)
+    assert not gaussian["b"].any()
+    random, _ = first(r=16, target_modules=["q_proj"], init_lora_weights=False)
+    np.testing.assert_allclose(random["b"].std(), (1 / 48) ** 0.5, rtol=0.05)
+
+
+WRONG = {
+    "a name": (
+        {"target_modules": ["q_porj"]},
+        r"target_modules: 'q_porj' matches no module; there are down_proj, gate_proj, k_proj, "
+        r"o_proj, q_proj, up_proj, v_proj; did you mean `q_proj`",
+    ),
+    "one name of several": ({"target_modules": ["q_proj", "dense"]}, "'dense' matches no module"),
+    "a regex": ({"target_modules": "q_proj"}, "'q_proj' leaves no module; there are down_proj"),
+    "the head": (
+        {"target_modules": ["lm_head", "q_proj"]},
+        "lm_head gets no adapter here; modules_to_save can train it whole",
+    ),
+    "everything excluded": (
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leaves no module",
+    ),
+    "no layer": ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "leaves no module"),
+    "a pattern": (
+        {"rank_pattern": {"k_proj": 3}}, "rank_pattern: 'k_proj' matches no module with an adapter",
+    ),
+    "an alpha": ({"alpha_pattern": {"up": 3}}, "alpha_pattern: 'up' matches no module"),
+    "a saved name": ({"modules_to_save": ["heads"]}, "modules_to_save: 'heads' matches no module"),
+    "half a parameter": (
+        {"modules_to_save": ["k_proj"]},
+        r"modules_to_save: model.layers.0.self_attn.k_proj is one parameter here with "
+        r"model.layers.0.self_attn.q_proj; name both or neither",
+    ),
+    "a tied embedding": (
+        {"modules_to_save": ["embed_tokens"]}, "model.embed_tokens is also the head of this model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_names_that_select_nothing_are_refused_with_what_there_is(tmp_path, case):
+    fields, message = WRONG[case]
+    hf_config("smollm2").save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        find_adapters(lora(**fields), describe_model(tmp_path)[0])
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A base and an adapter of it that we have written."""
+    folder = tmp_path_factory.mktemp("adapter")
+    hf_model("smollm2").save_pretrained(folder / "base")
+    made, params = language_model(folder / "base", r=2, init_lora_weights=False)
+    made.save(
+        folder / "adapter", params, dtype="float32", add_files=lambda folder: None,
+        base_name=str(folder / "base"),
+    )  # fmt: skip
+    return folder
+
+
+def edited(folder, **fields):
+    """A copy of an adapter with other fields in its config."""
+    shutil.copytree(folder, folder.parent / "edited")
+    file = folder.parent / "edited" / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return file.parent
+
+
+NOT_CONTINUED = {
+    "DoRA": ({"use_dora": True}, {}, "use_dora: is not supported, found true"),
+    "a bias": ({"bias": "all"}, {}, "bias: "),
+    "another kind": ({"peft_type": "IA3"}, {}, "peft_type: "),
+    "tokens": (
+        {"trainable_token_indices": [3]}, {}, "trainable_token_indices: is not supported",
+    ),
+    "another rank": (
+        {}, {"r": 4}, "model.peft_config.r: is 4, the adapter in .* has 2; remove it",
+    ),
+    "other tensors": (
+        {"r": 3}, {}, r"tensor base_model\S+q_proj.lora_A.weight must be \[3, 32\] for this model",
+    ),
+    "missing tensors": (
+        {"target_modules": ["k_proj"]}, {},
+        r"k_proj.lora_A.weight \[2, 32\] is missing(.|\n)*q_proj\S+ belongs to no module",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_CONTINUED)
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(tmp_path, adapter, case):
+    theirs, ours, message = NOT_CONTINUED[case]
+    shutil.copytree(adapter / "adapter", tmp_path / "adapter")
+    path = str(edited(tmp_path / "adapter", **theirs))
+    config = ModelConfig(name_or_path=str(adapter / "base"), peft_config=lora(path=path, **ours))
+    with pytest.raises(RecipeError, match=message):
+        HFModelFactory(config).create_config()
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path, adapter):
+    config = ModelConfig(name_or_path=str(adapter / "base"), peft_config=lora(path=str(tmp_path)))
+    with pytest.raises(
+        RecipeError, match=r"peft_config.path: must be a folder with adapter_config"
+    ):
+        HFModelFactory(config).create_config()
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_checksum(tmp_path, adapter):
+    base = hf_model("smollm2")
+    path = str(adapter / "adapter")
+    language_model(adapter / "base", path=path)
+    base.model.layers[1].mlp.up_proj.weight.data[3, 4] += 0.5
+    base.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="was trained on another base .checksum"):
+        language_model(tmp_path, path=path)
+
+
+def test_the_checksum_sees_a_weight_its_place_and_neither_mesh_nor_dtype():
+    a = np.random.default_rng(0).normal(size=(4, 6)).astype(jnp.bfloat16)
+    sums = {
+        "itself": {"w": a},
+        "float32": {"w": a.astype(np.float32)},
+        "sharded": {"w": jax.device_put(a, NamedSharding(mesh_of(fsdp=2), P("fsdp")))},
+        "a name": {"v": a},
+        "a shape": {"w": a.reshape(6, 4)},
+        "rows": {"w": a[::-1]},
+        "columns": {"w": a[:, ::-1]},
+        "a bit": {"w": np.where(np.arange(24).reshape(4, 6) == 7, np.nextafter(a, a + 1), a)},
+        "a sign": {"w": np.where(np.arange(24).reshape(4, 6) == 7, -a, a)},
+    }
+    found = {name: checksum(base) for name, base in sums.items()}
+    assert found["itself"] == found["float32"] == found["sharded"]
+    assert len(set(found.values())) == len(sums) - 2
