@@ -241,6 +241,7 @@ class LanguageModel:
                 save_model(unfinished / "merged", self._merge_weights(params, dtype))
 
     def _merge_weights(self, params: Params, dtype: str) -> Params:
+        assert self.adapters is not None
         placed = take_adapters(jax.tree.map(lambda leaf: leaf.sharding, params))[1]
         merge = partial(merge_weights, self.adapters, dtype=dtype)
         return jax.jit(merge, out_shardings=placed)(params)

@@ -39,6 +39,7 @@ from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.model_folder import read_json
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, Fault, RecipeError, WeightError, show
+from jaxtrain.recipe.messages import explain
 from jaxtrain.recipe.model import PeftConfig
 from jaxtrain.recipe.section import expand_user, is_off
 
@@ -113,10 +114,8 @@ def read_peft_config(peft: PeftConfig) -> PeftConfig:
     try:
         read = PeftConfig.model_validate({"peft_type": "missing", **fields})
     except ValidationError as error:
-        faults += [
-            Fault(where, f"{'.'.join(map(str, one['loc']))}: {one['msg']}")
-            for one in error.errors()
-        ]
+        for loc, what in explain(error, PeftConfig):
+            faults.append(Fault(where, f"{'.'.join(map(str, loc))}: {what}"))
         raise RecipeError(faults) from None
     for name in sorted(peft.model_fields_set - MAY_DIFFER):
         ours, theirs = getattr(peft, name), getattr(read, name)
