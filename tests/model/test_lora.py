@@ -130,7 +130,7 @@ def torch_logits(model):
     return model(TOKENS).logits.numpy()
 
 
-@pytest.mark.covers("model.peft_config.path", "checkpoint.adapter")
+@pytest.mark.covers("model.peft_config.path", "checkpoint.*.adapter")
 @pytest.mark.parametrize(
     "family",
     [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
@@ -180,6 +180,7 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
 
 
+@pytest.mark.covers("model.peft_config.init_lora_weights")
 def test_adapters_begin_as_in_peft_and_the_same_whatever_else_has_one(tmp_path):
     hf_config("llama3").save_pretrained(tmp_path)
     config, _, _ = describe_model(tmp_path)
@@ -288,6 +289,7 @@ NOT_CONTINUED = {
 }  # fmt: skip
 
 
+@pytest.mark.covers("model.peft_config.bias")
 @pytest.mark.parametrize("case", NOT_CONTINUED)
 def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(tmp_path, adapter, case):
     theirs, ours, message = NOT_CONTINUED[case]

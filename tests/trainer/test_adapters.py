@@ -190,7 +190,7 @@ def test_a_checkpoint_is_refused_over_another_base_or_other_adapters(tmp_path):
         trainer(made).start()
 
 
-@pytest.mark.covers("checkpoint.adapter")
+@pytest.mark.covers("checkpoint.*.adapter")
 def test_a_run_is_exported_continued_evaluated_sampled_and_planned(tmp_path, capsys):
     """One run through all that reads its weights."""
     data = {"train_eval_split": [0.75, 0.25]}
