@@ -281,11 +281,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array, noise_BT: Array | None = None) -> Array:
         def mlp(x_BtD: Array, noise_Bt: Array | None) -> Array:
-            wide_BtUF = dense(
-                x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora, noise_Bt
-            )
-            act = ACTIVATIONS[self.activation](wide_BtUF[..., 0, :])
-            act = act if wide_BtUF.shape[-2] == 1 else act * wide_BtUF[..., 1, :]
+            wide = dense(x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora, noise_Bt)
+            act = ACTIVATIONS[self.activation](wide[..., 0, :])
+            act = act if wide.shape[-2] == 1 else act * wide[..., 1, :]
             return dense(act, self.down[...], self.down_bias, self.down_lora, noise_Bt)
 
         if self.tile_tokens is None:
