@@ -53,7 +53,7 @@ def restore_weights(checkpoint: Path) -> tuple[Any, TrainState]:
     engine = OrbaxEngine(entry)
     engine.identify = lambda: Identity(trainer.compatibility, to_dict(config), ())
     engine.say = lambda text: None  # what is another is the mesh, and nothing is trained
-    return trainer, engine.load(trainer.run.state_shapes)
+    return trainer, trainer.run.restore(engine)
 
 
 def find_checkpoint(source: Path) -> Path:

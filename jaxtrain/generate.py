@@ -15,6 +15,7 @@ from jaxtrain import registry
 from jaxtrain.data.render import encode_prompt, find_stop_tokens
 from jaxtrain.export import find_checkpoint, restore_weights
 from jaxtrain.model.generate import Sampling
+from jaxtrain.model.peft_folder import read_base_name
 from jaxtrain.recipe.errors import DataError, RecipeError, UserError, pluralize, show
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.run import Run
@@ -189,16 +190,19 @@ def _user_turn(text: str) -> dict[str, Any]:
 
 
 def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
-    """What `source` names: a checkpoint, a run, whose newest checkpoint it is, or any model that a
-    recipe may name. RecipeError or CheckpointError when it cannot be read."""
+    """What `source` names: a checkpoint, a run, whose newest checkpoint it is, a folder of PEFT,
+    with the base that it names, or any model that a recipe may name. RecipeError or CheckpointError
+    when it cannot be read."""
     folder = Path(source).absolute()
     is_run = (folder / "recipe.yaml").is_file() or (folder / "metadata.json").is_file()
     if is_run:
         trainer, state = restore_weights(find_checkpoint(folder))
-        params = trainer.run.average.eval_params(state)
+        params = trainer.run.eval_params(state)
     else:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = {"name_or_path": source, "param_dtype": dtype}
+        if (base := read_base_name(folder)) is not None:
+            model = {"name_or_path": base, "peft_config": {"peft_type": "Lora", "path": source}}
         recipe = {"model": model, "data": {"sources": ["none"]}, "mesh": {"data": 1, "fsdp": -1}}
         trainer = registry.find("trainer", "sft")(get_config(recipe, runs_here=False), "plan")
         params = trainer.run.first_params(None)

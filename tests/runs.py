@@ -126,9 +126,9 @@ def first_batch(run: Any) -> Batch:
 
 def loss_and_gradients(run: Any) -> tuple[Loss, Any]:
     """Of the first batch."""
-    differentiate = lambda p, b: pure.grads(run.step_spec, p, {}, b, jax.random.key(0))
+    differentiate = lambda s, b: pure.grads(run.step_spec, s.params, s.frozen, b, jax.random.key(0))
     with jax.set_mesh(run.mesh):
-        return jax.jit(differentiate)(run.state.params, first_batch(run))
+        return jax.jit(differentiate)(run.state, first_batch(run))
 
 
 def losses(trainer: Any, steps: int) -> list[float]:

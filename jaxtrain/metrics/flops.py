@@ -33,8 +33,8 @@ def find_peak_flops(device_kind: str) -> float | None:
 
 
 def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> float:
-    """Counts the parameters that a token is multiplied with: all but norms and biases, an embedding
-    only if it is also the head, of tokens, and of experts those that it takes.
+    """Counts the parameters that a token is multiplied with: all but norms, biases and scales, an
+    embedding only if it is also the head, of tokens, and of experts those that it takes.
 
     Each costs 2 FLOPs per token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361); a
     pair of query and key costs 4 and 8 times query heads times head size."""
@@ -43,7 +43,7 @@ def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> fl
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         is_head = name == "embed/embedding" and "head" not in params
         lookup_only = name.startswith("embed/") and not is_head
-        if not lookup_only and not name.endswith(("norm", "bias", "sinks")):
+        if not lookup_only and not name.endswith(("norm", "bias", "sinks", "scale", "salt")):
             count += leaf.size * (share_of_experts if "/expert_" in name else 1)
     return count
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,12 +36,14 @@ class Meter:
 
     @classmethod
     def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
-        """Makes a meter of a language model, which has `shapes` and `spec.config`, on devices."""
+        """Makes a meter of a language model, which has `all_shapes`, `base_shapes` and
+        `spec.config`, on devices."""
         config = model.spec.config
         share = config.experts.per_token / config.experts.count if config.experts else 1.0
-        matrices = count_matmul_parameters(model.shapes, share_of_experts=share)
+        count = partial(count_matmul_parameters, share_of_experts=share)
         return cls(
-            flops_per_token=6.0 * matrices,
+            # A base has no gradient.
+            flops_per_token=6.0 * count(model.all_shapes) - 2.0 * count(model.base_shapes),
             flops_per_pair=12.0 * config.num_heads * config.head_size,
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),

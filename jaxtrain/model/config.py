@@ -1,7 +1,7 @@
 """The architecture of a decoder and how it is computed: hashable, so static under jit."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtrain.model.rope import Rope
 
@@ -145,6 +145,23 @@ class ComputeConfig:
     """parts of the stack over the `pipeline` axis"""
     microbatches: int = 1
     """parts of a batch that pass through the stages"""
+
+
+class AdapterSite(NamedTuple):
+    """The low-rank adapters of one module in the layers of a stack, which is a parameter or joined
+    with others into one."""
+
+    name: str
+    """of the module, without its layer: `q_proj`"""
+    begin: int
+    end: int
+    """its entries of the last dimension but one of the parameter, where several are joined; equal
+    for the whole of a parameter"""
+    ranks: tuple[int, ...]
+    """of each layer; 0 without an adapter"""
+    scales: tuple[float, ...]
+    dropout: float
+    """probability that an input is 0 in training"""
 
 
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:

@@ -12,6 +12,9 @@ Outside this folder its parameters are a plain nested dict:
                    router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D]
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
+Beside `qkv`, `out`, `gate_up` and `down` there may be adapters, by module of the family's files:
+
+    <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
 B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
 U 2 with a gate and 1 without, E experts, M feed-forward of each, P positions, V vocabulary,
@@ -19,7 +22,7 @@ L layers of one member of a group.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,14 +40,26 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.layers import AttentionInputs, Block, Cache, Initializer, Output, normalize
+from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
+from jaxtrain.model.layers import (
+    AttentionInputs,
+    Block,
+    Cache,
+    Initializer,
+    Output,
+    attach_adapters,
+    mix_bits,
+    normalize,
+)
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
 Params = dict[str, Any]
+Adapters = Mapping[str, Sequence[AdapterSite]]
+"""Path of a parameter → the adapters that products with it have."""
+NO_ADAPTERS: Adapters = {}
 Caches = Mapping[str, Mapping[str, Cache]]
 """Group → member → its cache, stacked over L."""
 
@@ -63,7 +78,14 @@ def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, compute: ComputeConfig, key: Array, param_dtype: str):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        compute: ComputeConfig,
+        key: Array,
+        param_dtype: str,
+        adapters: Adapters = NO_ADAPTERS,
+    ):
         init = Initializer(config, key, param_dtype)
         self.config = config
         self.compute = compute
@@ -77,6 +99,10 @@ class Decoder(nnx.Module):
             })
             for g, group in enumerate(config.groups)
         })  # fmt: skip
+        self.has_dropout = any(site.dropout for sites in adapters.values() for site in sites)
+        for path, sites in adapters.items():
+            _, group, member, part, name = path.split("/")
+            attach_adapters(getattr(self.layers[group][member], part), name, sites)
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
@@ -93,6 +119,8 @@ class Decoder(nnx.Module):
         """Hidden states, and what the routers of all layers chose; None without experts."""
         positions = TokenPositions(batch.segments, batch.positions)
         inputs = self.attention_inputs(positions, positions)
+        if self.has_dropout and batch.is_training:
+            inputs = inputs._replace(noise_BT=_noise(batch))
         out = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
         return self.normalize(out.x_BTD), out.routing
 
@@ -289,10 +317,14 @@ class Model(NamedTuple):
 
 
 def abstract(
-    config: DecoderConfig, compute: ComputeConfig, *, param_dtype: str = "float32"
+    config: DecoderConfig,
+    compute: ComputeConfig,
+    *,
+    param_dtype: str = "float32",
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Model:
     """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
-    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype)
+    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters)
     return Model(*split(nnx.eval_shape(build)))
 
 
@@ -316,6 +348,19 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def _next(x_BT: Array) -> Array:
     """Shifts x by one: t gets x[t + 1]; the last gets x[0], which is never predicted."""
     return jnp.roll(x_BT, -1, axis=1)
+
+
+def _noise(batch: Batch) -> Array:
+    """uint32 [B, T]: of the step, the document and the position, so that neither packing nor the
+    mesh changes what dropout draws from it."""
+    places_BT = batch.positions.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+    parts_BT = mix_bits(batch.tokens.astype(jnp.uint32) + places_BT)
+    add_up = lambda parts_T, segments_T: jax.ops.segment_sum(
+        parts_T, segments_T, num_segments=len(segments_T) + 1
+    )[segments_T]
+    documents_BT = jax.vmap(add_up)(parts_BT, batch.segments)
+    step = jnp.asarray(0 if batch.step is None else batch.step, jnp.uint32)
+    return mix_bits(mix_bits(documents_BT ^ mix_bits(step + 1)) + places_BT)
 
 
 def _is_predicted(segments_BT: Array) -> Array:

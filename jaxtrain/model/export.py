@@ -55,7 +55,7 @@ def save_pretrained(
     appears only after everything is written and, with `verify`, read back and found equal.
     """
     assert decoder_config(hf_config) == config, "config.json describes another model"
-    with _replace_folder(folder) as unfinished:
+    with replace_folder(folder) as unfinished:
         carried, layout = _carried(source, BY_NAME[config.family])
         tensors = carried | to_hf_tensors(params, config, dtype, layout)
         write_folder(unfinished, dict(sorted(tensors.items())), max_shard_bytes)
@@ -122,7 +122,7 @@ def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]
 
 
 @contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` at the end; removed if writing fails."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
-from jaxtrain.model.export import save_pretrained
+from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.generate import generate, stream
 from jaxtrain.model.hf_config import (
     add_stop_tokens,
@@ -21,13 +21,33 @@ from jaxtrain.model.hf_config import (
     read_generation_config,
     replace_text_fields,
 )
+from jaxtrain.model.lora import (
+    Lora,
+    find_adapters,
+    in_dtype,
+    init_adapters,
+    join,
+    merge_weights,
+    split,
+    take_adapters,
+)
+from jaxtrain.model.peft_folder import (
+    open_adapter,
+    read_adapter,
+    read_peft_config,
+    refuse_other_base,
+    verify_adapter,
+    write_adapter,
+)
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import path_name
+from jaxtrain.recipe.checkpoint import AdapterExport
 from jaxtrain.recipe.errors import RecipeError, WeightError
 from jaxtrain.recipe.model import ModelConfig
+from jaxtrain.recipe.section import expand_user
 from jaxtrain.registry import Factory
 
 WANTED_ATTENTION: dict[str, Wanted] = {
@@ -60,6 +80,8 @@ class ModelSpec:
     placement: Placement | None = None
     """what it is computed on, once that is known"""
     generation_config: dict[str, Any] | None = None
+    adapters: Lora | None = None
+    """what is trained of it, where that is not all"""
 
     def with_room(self, tokens: int, config: ModelConfig) -> "ModelSpec":
         """A model for so many tokens; RecipeError where it would have to grow and may not."""
@@ -86,13 +108,40 @@ class LanguageModel:
     """Which attention kernel, and why."""
     graph: nnx.GraphDef
     shapes: Params
-    """Shape and dtype of every parameter."""
-    param_dtype: str
+    """Shape and dtype of every parameter, but for those of a base."""
+    base_shapes: Params
+    """Those of the frozen base of adapters; empty without adapters."""
     from_scratch: bool
 
-    def merge(self, params: Params) -> Decoder:
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, compute: ComputeConfig, config: ModelConfig, *, attention: str = ""
+    ) -> "LanguageModel":
+        adapters = spec.adapters
+        sites = adapters.sites if adapters is not None else decoder.NO_ADAPTERS
+        dtype, base_shapes = config.param_dtype, {}
+        graph, shapes = decoder.abstract(spec.config, compute, param_dtype=dtype, adapters=sites)
+        if adapters is not None:
+            shapes, base_shapes = split(adapters, shapes)
+            base_shapes = in_dtype(base_shapes, compute.compute_dtype)
+        return cls(spec, compute, attention, graph, shapes, base_shapes, config.from_scratch)
+
+    @property
+    def adapters(self) -> Lora | None:
+        return self.spec.adapters
+
+    @property
+    def all_shapes(self) -> Params:
+        """Those of the whole decoder."""
+        return join(self.shapes, self.base_shapes)
+
+    def merge(self, params: Params, base: Params | None = None) -> Decoder:
         """The module with these parameters: what a loss function is given."""
-        return decoder.merge(self.graph, params)
+        return decoder.merge(self.graph, join(params, base or {}))
+
+    def split(self, everything: Params) -> tuple[Params, Params]:
+        """The parameters of the whole decoder as those that may be trained, and their base."""
+        return (everything, {}) if self.adapters is None else split(self.adapters, everything)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -101,24 +150,42 @@ class LanguageModel:
         return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
 
     def load(self, shardings: Any, *, seed: int) -> Params:
-        """Parameters read from disk, or random ones, each made where it lives."""
-        config = self.spec.config
+        """Parameters of the whole decoder, read from disk or random, each made where it lives."""
+        everything = self._load(shardings, seed)
+        if self.adapters is None or not (name := self.adapters.config.path):
+            return everything
+        folder, (_, base) = expand_user(name), self.split(everything)
+        refuse_other_base(folder, base)
+        read = read_adapter(folder, self.adapters, self.shapes, self.spec.config)
+        return join(jax.device_put(read, self.split(shardings)[0]), base)
+
+    def load_base(self, shardings: Any, *, seed: int) -> Params:
+        """The base alone, which `load` joins with the adapters."""
+        return self.split(self._load(shardings, seed))[1]
+
+    def _load(self, shardings: Any, seed: int) -> Params:
+        """The model as it is read or drawn, with adapters as they begin."""
+        shapes, config = self.all_shapes, self.spec.config
+        (_, plain), (placed_adapters, placed) = take_adapters(shapes), take_adapters(shardings)
         if self.from_scratch:
-            make = partial(decoder.init_params, config, self.compute, param_dtype=self.param_dtype)
-            return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
-        return load_params(
-            self.spec.path,
-            config,
-            self.shapes,
-            shardings,
-            self.param_dtype,
-            stored_tokens=self.spec.stored_tokens,
-        )
+
+            def make(key: jax.Array) -> Params:
+                made = decoder.init_params(config, self.compute, key)
+                return jax.tree.map(lambda value, shape: value.astype(shape.dtype), made, plain)
+
+            params = jax.jit(make, out_shardings=placed)(jax.random.key(seed))
+        else:
+            path, stored_tokens = self.spec.path, self.spec.stored_tokens
+            params = load_params(path, config, plain, placed, stored_tokens=stored_tokens)
+        if self.adapters is None:
+            return params
+        adapters = init_adapters(self.adapters, shapes, seed)
+        return join(params, jax.device_put(adapters, placed_adapters))
 
     def copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
         _, params = decoder.split(module)
-        wanted, found = map(_shapes_by_name, (self.shapes, params))
+        wanted, found = map(_shapes_by_name, (self.all_shapes, params))
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise WeightError(
@@ -137,23 +204,48 @@ class LanguageModel:
         stop_tokens: Sequence[int] = (),
         max_shard_bytes: float = 4e9,
         verify: bool = True,
+        adapter: AdapterExport = "adapter",
+        base_name: str = "",
     ) -> None:
         """Write a folder that `transformers` loads; `add_files` puts the tokenizer into it.
-        Generation from it stops at `stop_tokens` too, the ends of turns that were trained."""
-        save_pretrained(
-            folder,
-            params,
-            self.spec.config,
-            self.spec.hf_config,
+        Generation from it stops at `stop_tokens` too, the ends of turns that were trained.
+
+        With adapters, a folder of PEFT, which names its base `base_name`; or a model with the
+        adapters `merged` into its weights; or both: the latter in the folder `merged` of the
+        former, since transformers would add an adapter that lies beside the weights."""
+        generation_config = add_stop_tokens(
+            self.spec.generation_config, self.spec.hf_config, stop_tokens
+        )
+        save_model = partial(
+            save_pretrained,
+            config=self.spec.config,
+            hf_config=self.spec.hf_config,
             dtype=dtype,
-            generation_config=add_stop_tokens(
-                self.spec.generation_config, self.spec.hf_config, stop_tokens
-            ),
+            generation_config=generation_config,
             source=self.spec.path,
             add_files=add_files,
             max_shard_bytes=max_shard_bytes,
             verify=verify,
         )
+        if self.adapters is None:
+            return save_model(folder, params)
+        if adapter == "merged":
+            return save_model(folder, self._merge_weights(params, dtype))
+        trained, base = self.split(params)
+        with replace_folder(folder) as unfinished:
+            parts = self.adapters, trained, base, self.spec.config
+            write_adapter(unfinished, *parts, base_name)
+            add_files(unfinished)
+            if verify:
+                verify_adapter(unfinished, self.adapters, trained, self.spec.config)
+            if adapter == "both":
+                save_model(unfinished / "merged", self._merge_weights(params, dtype))
+
+    def _merge_weights(self, params: Params, dtype: str) -> Params:
+        assert self.adapters is not None
+        placed = take_adapters(jax.tree.map(lambda leaf: leaf.sharding, params))[1]
+        merge = partial(merge_weights, self.adapters, dtype=dtype)
+        return jax.jit(merge, out_shardings=placed)(params)
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""
@@ -195,7 +287,14 @@ class HFModelFactory(ModelFactory):
     def create_config(self) -> ModelSpec:
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
         config, hf = read_config(path, self.config)
-        return ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+        spec = ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+        if self.config.peft_config is None:
+            return spec
+        peft = read_peft_config(self.config.peft_config)
+        adapters = find_adapters(peft, config)
+        if peft.path:
+            open_adapter(expand_user(peft.path), adapters, config)
+        return replace(spec, adapters=adapters)
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""
@@ -231,7 +330,4 @@ class HFModelFactory(ModelFactory):
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )
-        made = decoder.abstract(spec.config, compute, param_dtype=config.param_dtype)
-        return LanguageModel(
-            spec, compute, attention.reason, *made, config.param_dtype, config.from_scratch
-        )
+        return LanguageModel.of(spec, compute, config, attention=attention.reason)

@@ -47,6 +47,8 @@ class Family:
     tensors: Table = field(default_factory=lambda: tables.LLAMA)
     layouts: tuple[Layout, ...] = (Layout(),)
     """ways in which files write tensors; exports without a source have the first"""
+    modules: Layout | None = None
+    """how transformers names the modules in memory, where not as the first"""
 
     quantizations: tuple[str, ...] = ()
     """values of `quantization_config.quant_method` whose weights are read, as what they mean"""
@@ -452,6 +454,7 @@ FAMILIES: Sequence[Family] = (
             Layout((("model.", "language_model.model."), ("", "language_model."))),
             Layout((("model.", "model.language_model."),)),
         ),
+        modules=Layout((("model.", "model.language_model."),)),
         text="text_config",
         carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
     ),

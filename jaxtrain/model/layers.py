@@ -8,7 +8,7 @@ a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V voc
 E experts, M feed-forward of each, C experts of a token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,14 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
-from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, LayerSpec, Norm
+from jaxtrain.model.config import (
+    Activation,
+    AdapterSite,
+    ComputeConfig,
+    DecoderConfig,
+    LayerSpec,
+    Norm,
+)
 from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.model.routing import Routing, choose_experts
 from jaxtrain.parallel.sharding import constrain
@@ -34,6 +41,8 @@ class AttentionInputs(NamedTuple):
     """of each of `DecoderConfig.ropes`"""
     slot: Array | None = None
     """int32 []: index in the cache of the first of these tokens; None without a cache"""
+    noise_BT: Array | None = None
+    """uint32: what dropout draws from; None without it"""
 
 
 class Cache(NamedTuple):
@@ -53,13 +62,75 @@ class Output(NamedTuple):
     """None without experts"""
 
 
-def dense(x: Array, w: Array, bias: nnx.Param | None = None, *, contract: int = 1) -> Array:
-    """Product over the last `contract` dimensions of x and the first of w, in the dtype of x.
+def dense(
+    x: Array,
+    w: Array,
+    bias: nnx.Param | None = None,
+    adapters: nnx.Dict | None = None,
+    noise_BT: Array | None = None,
+    *,
+    contract: int = 1,
+) -> Array:
+    """Product over the last `contract` dimensions of x and the first of w, in the dtype of x; with
+    what the adapters add to it, whose dropout draws from `noise_BT`.
 
     Every product with a layer's weight goes through here. w keeps its layout: no transposed copy.
     """
     y: Array = _product(contract, x, w.astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(y.dtype)
+    y = y if bias is None else y + bias[...].astype(y.dtype)
+    return (
+        y if adapters is None else sum((adapter(x, noise_BT) for adapter in adapters.values()), y)
+    )
+
+
+class Adapter(nnx.Module):
+    """The low-rank update s x A B of a product with a weight, or with a part of it (Hu et al. 2021,
+    arXiv:2106.09685). A B is never made, and the weight has no gradient."""
+
+    def __init__(self, site: AdapterSite, weight: Array, contract: int):
+        (L, *inputs), outputs = weight.shape[: contract + 1], list(weight.shape[contract + 1 :])
+        self.begin, self.joined = site.begin, None
+        if site.end > site.begin:
+            self.joined, outputs[-2] = outputs[-2], site.end - site.begin
+        rank = max(site.ranks)
+        self.a = nnx.Param(jnp.zeros((L, *inputs, rank), weight.dtype))
+        self.b = nnx.Param(jnp.zeros((L, rank, *outputs), weight.dtype))
+        self.scale = nnx.Param(jnp.zeros(L, jnp.float32))
+        self.dropout = site.dropout
+        if site.dropout:
+            self.salt = nnx.Param(jnp.zeros(L, jnp.uint32))
+
+    def __call__(self, x: Array, noise_BT: Array | None) -> Array:
+        if self.dropout and noise_BT is not None:
+            x = drop_out(x, noise_BT ^ self.salt[...], self.dropout)
+        low = dense(x, self.a[...], contract=self.a.ndim - 1)
+        y = dense(low * self.scale[...].astype(x.dtype), self.b[...])
+        return y if self.joined is None else pad_joined(y, self.begin, self.joined)
+
+
+def drop_out(x: Array, noise_BT: Array, rate: float) -> Array:
+    """x [B, T, ...] with this fraction of entries 0 and the others larger, by a hash of the token's
+    noise and the entry's place: every device, stage and recomputation drops the same."""
+    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for dim in range(2, x.ndim):
+        place = place * x.shape[dim] + lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+    key = mix_bits(noise_BT).reshape(*noise_BT.shape, *(1,) * (x.ndim - 2))
+    is_kept = mix_bits(key + place * jnp.uint32(0x9E3779B1)) >= jnp.uint32(rate * 2**32)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def mix_bits(x: Array) -> Array:
+    """A uint32 in which every bit depends on every bit of x: the last step of MurmurHash3 (Appleby,
+    public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def pad_joined(y: Array, begin: int, size: int) -> Array:
+    """Puts y at index `begin` of `size` entries along the last dimension but one, among zeros."""
+    end = size - begin - y.shape[-2]
+    return jnp.pad(y, [(0, 0)] * (y.ndim - 2) + [(begin, end), (0, 0)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,6 +210,9 @@ class Initializer:
 
 
 class Attention(nnx.Module):
+    qkv_lora: nnx.Dict | None = None
+    out_lora: nnx.Dict | None = None
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -171,7 +245,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        qkv = dense(x_BTD, self.qkv[...], self.qkv_bias)  # [B, T, K, G + 2, H]
+        noise_BT = inputs.noise_BT
+        qkv = dense(
+            x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora, noise_BT
+        )  # [B, T, K, G + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
         k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
@@ -197,12 +274,16 @@ class Attention(nnx.Module):
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if cache is None else "reference",
         )
-        y_BTD = dense(mixed_BTNH.reshape(B, T, K, G, H), self.out[...], self.out_bias, contract=3)
+        mixed = mixed_BTNH.reshape(B, T, K, G, H)
+        y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, noise_BT, contract=3)
         return y_BTD, (None if cache is None else keys)
 
 
 class MLP(nnx.Module):
     """down(act(gate x) * up x) (Shazeer, 2020, arXiv:2002.05202), or down(act(up x))."""
+
+    gate_up_lora: nnx.Dict | None = None
+    down_lora: nnx.Dict | None = None
 
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
         D, F, U = config.width, config.ffn_width, 2 if config.gated_mlp else 1
@@ -213,16 +294,17 @@ class MLP(nnx.Module):
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
-    def __call__(self, x_BTD: Array) -> Array:
-        def mlp(x_BtD: Array) -> Array:
-            wide = dense(x_BtD, self.gate_up[...], self.gate_up_bias)  # [B, t, U, F]
+    def __call__(self, x_BTD: Array, noise_BT: Array | None = None) -> Array:
+        def mlp(inputs: tuple[Array, Array | None]) -> Array:
+            x_BtD, noise_Bt = inputs
+            wide = dense(x_BtD, self.gate_up[...], self.gate_up_bias, self.gate_up_lora, noise_Bt)
             act = ACTIVATIONS[self.activation](wide[..., 0, :])
             act = act if wide.shape[-2] == 1 else act * wide[..., 1, :]
-            return dense(act, self.down[...], self.down_bias)
+            return dense(act, self.down[...], self.down_bias, self.down_lora, noise_Bt)
 
         if self.tile_tokens is None:
-            return mlp(x_BTD)
-        return run_in_tiles(mlp, x_BTD, self.tile_tokens)
+            return mlp((x_BTD, noise_BT))
+        return run_in_tiles(mlp, (x_BTD, noise_BT), self.tile_tokens)
 
 
 def run_in_tiles(layer: Callable[[Any], Array], inputs: Any, tile_tokens: int) -> Array:
@@ -234,9 +316,9 @@ def run_in_tiles(layer: Callable[[Any], Array], inputs: Any, tile_tokens: int) -
         return layer(inputs)
     tile_tokens = -(-T // tiles)  # equal tiles, so that the last has little padding
 
-    def cut(a_BTX: Array) -> Array:
-        a_BTX = jnp.pad(a_BTX, ((0, 0), (0, tiles * tile_tokens - T), (0, 0)))
-        return a_BTX.reshape(B, tiles, tile_tokens, -1).swapaxes(0, 1)
+    def cut(a: Array) -> Array:
+        a = jnp.pad(a, [(0, 0), (0, tiles * tile_tokens - T), *[(0, 0)] * (a.ndim - 2)])
+        return a.reshape(B, tiles, tile_tokens, *a.shape[2:]).swapaxes(0, 1)
 
     # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
     y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), jax.tree.map(cut, inputs))
@@ -289,6 +371,17 @@ class ExpertMLP(nnx.Module):
         return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
+CONTRACTED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+"""Parameter that may have adapters → how many of its first dimensions are its input."""
+
+
+def attach_adapters(module: nnx.Module, name: str, sites: Sequence[AdapterSite]) -> None:
+    """Gives adapters to a product with the parameter of this name."""
+    weight = getattr(module, name)[...]
+    adapters = {site.name: Adapter(site, weight, CONTRACTED[name]) for site in sites}
+    setattr(module, f"{name}_lora", nnx.Dict(adapters))
+
+
 class Block(nnx.Module):
     """Attention and feed-forward, each reading the residual stream and added to it, with norms."""
 
@@ -325,6 +418,6 @@ class Block(nnx.Module):
         if isinstance(self.mlp, ExpertMLP):
             wide_BTD, routing = self.mlp(read_BTD, inputs.q_positions.segments)
         else:
-            wide_BTD = self.mlp(read_BTD)
+            wide_BTD = self.mlp(read_BTD, inputs.noise_BT)
         y_BTD += config.residual_scale * norm(wide_BTD, self.mlp_post_norm)
         return Output(constrain(y_BTD, "batch", None, None), cache, routing)

@@ -115,8 +115,16 @@ def write_folder(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors."""
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str] | None = None
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize

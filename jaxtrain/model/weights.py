@@ -127,11 +127,12 @@ def load_params(
     config: DecoderConfig,
     shapes: Any,
     shardings: Any,
-    param_dtype: str = "float32",
+    param_dtype: str | None = None,
     *,
     stored_tokens: int | None = None,
 ) -> Any:
-    """Parameters read from a folder or a GGUF file; each device reads only its own part.
+    """Parameters read from a folder or a GGUF file, in the dtypes of `shapes` or all in one; each
+    device reads only its own part.
 
     If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows;
     `open_tensors` says what is refused.
@@ -140,10 +141,10 @@ def load_params(
     for name, shape in tensor_shapes(config, shapes, layout).items():
         if shape != stored[name].shape:
             stored[name] = _grow(stored[name], shape)
-    dtype = np.dtype(jax.numpy.dtype(param_dtype))
 
     def load(key_path, shape, sharding) -> jax.Array:
         parts = pieces(config, path_name(key_path), layout)
+        dtype = np.dtype(jax.numpy.dtype(param_dtype or shape.dtype))
 
         @cache  # devices may share a slice
         def read(*bounds: tuple[int, int]) -> np.ndarray:

@@ -66,15 +66,16 @@ LAYOUTS = {
     "expert_down": Layout((2,), (3,)),
     "expert_down_bias": Layout((2,)),
 }
-"""Name of a parameter → its matrices; every other is a stack of vectors. model/decoder.py has the
-shapes."""
+"""Name of a parameter → its matrices; every other is a stack of vectors, but for the factors `a`
+and `b` of adapters. model/decoder.py has the shapes."""
 
 
 def map_matrices(function: Callable[..., Any], *trees: Any) -> Any:
     """The tree of `function(layout, *leaves)` of every parameter."""
 
     def apply(path: Any, *leaves: Any) -> Any:
-        vector = Layout(tuple(range(1, leaves[0].ndim)))
-        return function(LAYOUTS.get(path[-1].key, vector), *leaves)
+        name, dims = path[-1].key, tuple(range(1, leaves[0].ndim))
+        factors = {"a": Layout(dims[:-1], dims[-1:]), "b": Layout(dims[:1], dims[1:])}
+        return function({**LAYOUTS, **factors}.get(name, Layout(dims)), *leaves)
 
     return jax.tree_util.tree_map_with_path(apply, *trees)

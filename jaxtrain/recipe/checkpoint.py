@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from jaxtrain.recipe.errors import nearest_multiples
 from jaxtrain.recipe.guards import Direction, metric_direction
-from jaxtrain.recipe.section import InputPath, Own, TypedSection, expand_user, not_supported
+from jaxtrain.recipe.section import InputPath, Own, TypedSection, expand_user
 
 PREFIX = "global_step_"
 """The name of a checkpoint's folder, before the number of its optimizer step."""
@@ -36,6 +36,7 @@ def _check_size(value: Any) -> Any:
     return value
 
 
+AdapterExport = Literal["adapter", "merged", "both"]
 READ_AT_THE_START = ("type", "output_dir", "auto_resume", "resume_from", "reset", "on_corrupt")
 """Keys that a resume reads, also of an entry that saves nothing."""
 
@@ -151,10 +152,9 @@ class OrbaxConfig(CheckpointConfig):
 class HFCheckpointConfig(CheckpointConfig):
     """A folder that `transformers` loads."""
 
-    adapter: Annotated[
-        Own[Literal["adapter", "merged", "both"]], not_supported("remove it", "adapter")
-    ] = "adapter"
-    """What is written of a model with adapters."""
+    adapter: Own[AdapterExport] = "adapter"
+    """What is written of a model with adapters: `adapter`, a folder of PEFT beside which the base
+    stays needed; `merged`, a model as any other; `both`, the latter in `merged/` of the former."""
     verify_export: Own[bool] = True
     """Read the folder back and compare tensors, config and the logits of a small batch before it
     counts as saved."""

@@ -1,5 +1,6 @@
 """The `model` and `tokenizer` sections."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,9 @@ class PeftConfig(Section):
 
     peft_type: Annotated[str, BeforeValidator(_check_lora)]
     """`Lora`, in any case."""
+    path: Own[InputPath | None] = None
+    """Folder of an adapter to continue from, as PEFT writes it; its settings are those of the
+    folder."""
     r: int = Field(default=8, ge=1)
     """Rank."""
     lora_alpha: int = Field(default=8, ge=1)
@@ -60,10 +64,10 @@ class PeftConfig(Section):
     """How adapters start: true is a no-op, `gaussian` is random, false is uninitialised."""
     layers_to_transform: tuple[int, ...] | int | None = None
     """Numbers of the layers that get adapters; all when left out."""
-    rank_pattern: dict[str, int] = {}
-    """Layer name → its rank."""
-    alpha_pattern: dict[str, int] = {}
-    """Layer name → its `lora_alpha`."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """End of a module's name, or a regex of it → its rank; the first that fits counts."""
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """The same for its `lora_alpha`."""
     layers_pattern: _UNUSED = None
     fan_in_fan_out: _UNUSED = None
     task_type: _UNUSED = None
@@ -74,6 +78,28 @@ class PeftConfig(Section):
     use_dora: _REFUSED = None
     loftq_config: _REFUSED = None
     layer_replication: _REFUSED = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            why = "has no meaning beside one text in target_modules; name the layers there"
+            yield "layers_to_transform", why
+        patterns = {key: (getattr(self, key),) for key in ("target_modules", "exclude_modules")}
+        patterns |= {key: tuple(getattr(self, key) or ()) for key in _PATTERNS}
+        for key, found in patterns.items():
+            for pattern in found:
+                if isinstance(pattern, str) and (why := _why_no_regex(pattern)):
+                    yield key, f"is no regular expression ({why}), found {show(pattern)}"
+
+
+_PATTERNS = ("modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def _why_no_regex(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 _KERNELS = {
@@ -111,11 +137,7 @@ class ModelConfig(TypedSection):
     """Start from random weights, by `seed` and the config alone; no weights are read."""
     hf_config_kwargs: dict[str, Any] = {}
     """Replaces fields of the model's config.json; a change of shapes needs `from_scratch`."""
-    peft_config: Annotated[
-        PeftConfig | None,
-        mapped("our own LoRA"),
-        not_supported("remove it to train all weights"),
-    ] = None
+    peft_config: Annotated[PeftConfig | None, mapped("our own LoRA")] = None
     """Train adapters instead of the weights."""
     resize_vocab: Own[bool] = False
     """Grow embedding and head to the tokenizer."""

@@ -10,11 +10,13 @@ from jaxtrain import registry
 from jaxtrain.checkpoint import CheckpointEngine, HFCheckpointEngine, OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.orbax import OPTIMIZER
+from jaxtrain.model import Decoder
+from jaxtrain.model.lora import join
 from jaxtrain.recipe.checkpoint import CheckpointConfig, HFCheckpointConfig, OrbaxConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.run import Run
-from jaxtrain.trainer.state import TrainState
+from jaxtrain.trainer.state import BASE, TrainState
 
 
 class Restored(NamedTuple):
@@ -123,14 +125,19 @@ class Checkpoints:
             )
         )
 
-    def restore(self, engine: CheckpointEngine, run: Run) -> Restored:
+    def restore(self, engine: CheckpointEngine, run: Run, given: Decoder | None) -> Restored:
         """The checkpoint that the engine loads, but for the parts that the recipe resets."""
-        state = engine.load(run.state_shapes)
+        state = run.restore(engine, given)
         step = int(state.step)
         saved, reset = engine.restored or engine.metadata(step), engine.resets
         if "optimizer" in reset:
-            kept = {"step": state.step, "frozen": state.frozen, "average": state.average}
-            state = run.first_state(state.params)._replace(**kept)
+            kept, base = run.without_base(state), state.frozen.get(BASE, {})
+            fresh = run.first_state(join(state.params, base))
+            state = kept._replace(
+                params=fresh.params,
+                frozen={**fresh.frozen, **kept.frozen},
+                opt_state=fresh.opt_state,
+            )
         if run.config.ema is not None and not state.average:
             start = jax.jit(run.average.start, out_shardings=run.shardings.average)
             state = state._replace(average=start(state.params))

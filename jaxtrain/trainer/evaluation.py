@@ -51,5 +51,5 @@ def answer_prompts(
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, stop_tokens=stops)
     how = {"max_new_tokens": config.max_new_tokens, "sampling": sampling, "seed": seed}
     with jax.set_mesh(run.mesh):
-        answers = run.model.generate(run.average.eval_params(state), prompts, **how)
+        answers = run.model.generate(run.eval_params(state), prompts, **how)
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]

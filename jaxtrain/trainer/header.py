@@ -10,6 +10,7 @@ from jaxtrain import registry
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig, Experts
+from jaxtrain.model.lora import take_adapters
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
@@ -39,8 +40,16 @@ def collect_facts(
 
 
 def count_parameters(run: Run) -> str:
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.model.shapes))
-    return f"{count:,} parameters"
+    """Of the model; with adapters, how many of these and of the base."""
+    model, count = run.model, lambda t: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(t))
+    if model.adapters is None:
+        return f"{count(model.shapes):,} parameters"
+    _, weights = take_adapters(model.all_shapes)
+    trained, _ = model.split(weights)
+    return (
+        f"{count(weights):,} parameters, of which {count(weights) - count(trained):,} are frozen, "
+        f"LoRA of {model.adapters.num_parameters + count(trained):,} trained parameters"
+    )
 
 
 def describe_devices(mesh: Mesh) -> str:

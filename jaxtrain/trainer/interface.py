@@ -1,6 +1,7 @@
 """What ArcticTraining, Forgather and transformers promise of a trainer, and where it stands."""
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from jaxtrain import registry
 from jaxtrain.checkpoint.engine import SavePoint, Snapshot
 from jaxtrain.data import BatchShape, TrainingData
+from jaxtrain.model.peft_folder import checksum
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
 from jaxtrain.recipe.dump import compatibility, to_dict
@@ -21,7 +23,7 @@ from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import Run
 from jaxtrain.trainer.run_folder import RunFolder, versions
 from jaxtrain.trainer.run_state import RunState
-from jaxtrain.trainer.state import TrainState
+from jaxtrain.trainer.state import BASE, TrainState
 from jaxtrain.trainer.stop import StopRequests
 
 
@@ -135,7 +137,9 @@ class Interface:
     # Weights, checkpoints, metrics.
 
     params = property(lambda self: self.state.params)
-    model = property(lambda self: self.run.model.merge(self.state.params))
+    model = property(
+        lambda self: self.run.model.merge(self.state.params, self.state.frozen.get(BASE))
+    )
     model_unwrapped = model
     checkpoint_engines = property(lambda self: self.checkpoints.engines)
     full_state_engines = property(lambda self: self.checkpoints.full_state)
@@ -161,12 +165,19 @@ class Interface:
             "lineage": self.compatibility,
             "recipe": to_dict(self.config),
             "versions": versions(),
+            **({BASE: self.base_checksum} if self.run.model.adapters else {}),
         }
+
+    @cached_property
+    def base_checksum(self) -> str:
+        """Of the base of adapters, which nothing changes."""
+        return checksum(self.state.frozen[BASE])
 
     @property
     def snapshot(self) -> Snapshot:
         """What an engine saves now."""
-        return Snapshot(self.progress.step, self.state, self.metadata, self.save_model)
+        kept = self.run.without_base(self.state)
+        return Snapshot(self.progress.step, kept, self.metadata, self.save_model)
 
     def save_checkpoint(self, path: Path | str | None = None) -> Path:
         """Save full state now, whatever is due, and return its folder, `global_step_N`: in `path`,

@@ -12,16 +12,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
+from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
+from jaxtrain.model.lora import join
+from jaxtrain.model.peft_folder import checksum
 from jaxtrain.model.routing import refuse_idle_experts
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
-from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 from jaxtrain.tokenizer import save_tokenizer
@@ -29,6 +32,7 @@ from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
 from jaxtrain.trainer.state import (
+    BASE,
     PyTree,
     TrainState,
     optimizer_shardings,
@@ -68,26 +72,61 @@ class Run:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and shardings of the state: what a checkpoint is restored to."""
-        return with_shardings(jax.eval_shape(self._first_state, self.model.shapes), self.shardings)
+        shapes = jax.eval_shape(self._first_state, self.model.all_shapes)
+        return with_shardings(shapes, self.shardings)
 
     def first_state(self, params: PyTree) -> TrainState:
-        """The state before the first step of these parameters, which are donated."""
+        """The state before the first step of these parameters of the whole model, which are
+        donated."""
         build = jax.jit(self._first_state, donate_argnums=0, out_shardings=self.shardings)
         with jax.set_mesh(self.mesh):
             return build(params)
 
     def _first_state(self, params: PyTree) -> TrainState:
+        params, base = self.model.split(params)
         opt_state = self.optimizer.init(self.groups.trained(params))
         frozen, average = self.init_frozen(params), self.average.start(params)
+        frozen = frozen | ({BASE: base} if base else {})
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average)
 
-    def first_params(self, given: Decoder | None) -> PyTree:
-        """The weights to start from, copied from a model, read, or made at random, each where it
-        lives."""
+    def first_params(self, given: Decoder | None, *, base_only: bool = False) -> PyTree:
+        """The weights to start from, of the whole model or of the base of adapters: copied from a
+        model, read, or made at random, each where it lives."""
+        shardings = join(self.shardings.params, self.shardings.frozen.get(BASE, {}))
         with jax.set_mesh(self.mesh):
             if given is not None:
-                return self.model.copied(given, self.shardings.params)
-            return self.model.load(self.shardings.params, seed=self.config.seed)
+                everything = self.model.copied(given, shardings)
+                return self.model.split(everything)[1] if base_only else everything
+            load = self.model.load_base if base_only else self.model.load
+            return load(shardings, seed=self.config.seed)
+
+    def eval_params(self, state: TrainState) -> PyTree:
+        """The parameters of the whole model that are evaluated, sampled from and exported."""
+        return join(self.average.eval_params(state), state.frozen.get(BASE, {}))
+
+    def without_base(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds of a state.
+
+        All but the base of adapters: no step changes it, it is many times as large as the rest, and
+        it lies in the model's folder already. `restore` reads it there again, and its checksum says
+        whether it is still the same.
+        """
+        kept = {name: tree for name, tree in state.frozen.items() if name != BASE}
+        return state._replace(frozen=kept)
+
+    def restore(self, engine: CheckpointEngine, given: Decoder | None = None) -> TrainState:
+        """The state that the engine loads, with the base of its adapters, of a given model or read;
+        CheckpointError if that is another than the one they were trained on."""
+        state = engine.load(self.without_base(self.state_shapes))
+        if self.model.adapters is None:
+            return state
+        base = self.first_params(given, base_only=True)
+        if (found := checksum(base)) != (saved := engine.restored.get(BASE)):
+            raise CheckpointError(
+                f"the base has changed: {self.config.model.name_or_path} has the checksum {found}, "
+                f"and the adapters were trained on {saved}"
+            )
+        return state._replace(frozen={**state.frozen, BASE: base})
 
     def export(
         self, state: TrainState, folder: Path, config: HFCheckpointConfig, tokenizer: Any
@@ -96,12 +135,14 @@ class Run:
         back as something else."""
         self.model.save(
             folder,
-            self.average.eval_params(state),
+            self.eval_params(state),
             dtype=self.config.model.dtype or self.model.compute.compute_dtype,
             add_files=partial(save_tokenizer, tokenizer),
             stop_tokens=find_stop_tokens(tokenizer) if self.config.type != "causal" else (),
             max_shard_bytes=config.max_shard_bytes,
             verify=config.verify_export,
+            adapter=config.adapter,
+            base_name=self.config.model.name_or_path,
         )
 
     def restart_schedule(self, steps: int, start: int) -> "Run":
@@ -168,6 +209,8 @@ def build(
 
     place = partial(parameter_shardings, mesh)
     params, frozen = place(shapes, over_data=stage >= 1), jax.eval_shape(init_frozen, shapes)
+    if language_model.base_shapes:
+        frozen[BASE] = language_model.base_shapes
     trained = groups.trained(shapes), groups.trained(params)
     shardings = TrainState(
         step=NamedSharding(mesh, P()),  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.parallel.sharding import path_name
 
 PyTree = Any
+BASE = "base"
+"""Name in `TrainState.frozen` of the weights under the adapters that are trained."""
 
 
 class TrainState(NamedTuple):

@@ -52,7 +52,7 @@ from jaxtrain.trainer.progress import Horizon, Progress, TrainOutput
 from jaxtrain.trainer.report import Report
 from jaxtrain.trainer.run import build
 from jaxtrain.trainer.run_folder import RunFolder, fill_names
-from jaxtrain.trainer.state import PyTree, TrainState, is_finite
+from jaxtrain.trainer.state import BASE, PyTree, TrainState, is_finite
 from jaxtrain.trainer.stop import StopRequests, preemption_error
 
 MAX_ROLLBACKS = 3  # of a process
@@ -166,7 +166,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
     def merge(self, params: PyTree, frozen: Mapping[str, PyTree]) -> Any:
         """The model that `loss_fn` receives."""
-        return self.run.model.merge(params)
+        return self.run.model.merge(params, frozen.get(BASE))
 
     def loss_fn(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         """The objective, summed over a batch. Pure; traced; override it.
@@ -493,7 +493,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         resets."""
         self._state = None  # its memory is needed
         with self.console.phase(f"restoring from {engine.directory}"):
-            self._state, saved, reset = self.checkpoints.restore(engine, self.run)
+            self._state, saved, reset = self.checkpoints.restore(
+                engine, self.run, self.given.get("model")
+            )
         data, schedule = self.data.train, (self.training_horizon, self.progress.schedule_start)
         self.progress.load_state_dict(saved, data, reset=reset)
         self.horizon = Horizon.of(self.config, data, self.progress.more_steps)

@@ -121,6 +121,8 @@ ACCEPTED = {
             ]
         }
     },
+    "peft": SMALL
+    | {"model": {**CHAT, "peft_config": {"peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"}}},
 }
 """Name → a recipe that runs here."""
 
@@ -138,16 +140,6 @@ REFUSED = {
     "dpo with a deepspeed block": (
         DPO | {"reference_model_deepspeed": {"zero_optimization": {"stage": 3}}},
         {"type", "reference_model_deepspeed"},
-    ),
-    "peft": (
-        SMALL
-        | {
-            "model": {
-                **CHAT,
-                "peft_config": {"peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"},
-            }
-        },
-        {"model.peft_config"},
     ),
     "another adapter": (
         SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}},

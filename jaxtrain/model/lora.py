@@ -1,0 +1,427 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): which modules of a model get adapters, by the rules of
+the PEFT package, and the parameters of these adapters beside the frozen ones of their base.
+
+Of a decoder with adapters the *parameters* are what is trained: the factors of the adapters, and
+`modules_to_save`. All else is the *base*, a tree of the same nesting; both together are what the
+decoder's graph merges with. The layers of a stack may have adapters of different rank: each is
+padded with zeros to the largest, which have zero gradients and stay zeros.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.model import decoder
+from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
+from jaxtrain.model.families import BY_NAME, Family
+from jaxtrain.model.layers import CONTRACTED, pad_joined
+from jaxtrain.model.tables import name_in_file
+from jaxtrain.model.weights import Piece, pieces
+from jaxtrain.parallel.sharding import path_name
+from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
+from jaxtrain.recipe.model import PeftConfig
+
+LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+"""Parameters of a layer that get adapters."""
+JOINED = ("attention/qkv", "mlp/gate_up")
+"""Those of several modules, joined along the last dimension but one."""
+DEFAULT_TARGETS = {
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    **dict.fromkeys(
+        ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ("q_proj", "v_proj"),
+    ),
+}
+"""Family → the modules that PEFT adapts where a recipe names none; it has no more of them."""
+EMBEDDINGS = ("embed/embedding", "embed/positions", "head")
+WEIGHT = ".weight"
+KEY = "model.peft_config"
+Params = dict[str, Any]
+
+
+class Module(NamedTuple):
+    """A linear module of transformers, and the part of our parameter that is its weight."""
+
+    name: str
+    """`model.layers.3.self_attn.q_proj`"""
+    path: str
+    """of our parameter"""
+    at: int
+    """index of its layer in the stack"""
+    begin: int
+    end: int
+    """its entries of the joined dimension, if there is one"""
+    pieces: tuple[Piece, ...]
+    rank: int = 0
+    """0 without an adapter"""
+    scale: float = 0.0
+
+    @property
+    def local_name(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        split, num_inputs = self.pieces[0].split, self._num_inputs
+        inputs = prod(split[axis] for axis in self.pieces[0].order[1 : 1 + num_inputs])
+        return inputs, sum(
+            prod(p.split[axis] for axis in p.order[1 + num_inputs :]) for p in self.pieces
+        )
+
+    def output_order(self) -> np.ndarray:
+        """The index in our order of each of its outputs."""
+        first = 1 + self._num_inputs
+        shape = [part.stop for part in self.pieces[-1].place[first:]]
+        places = [list(piece.place[first:]) for piece in self.pieces]
+        if self.end > self.begin:
+            shape[-2] = self.end - self.begin
+            for place in places:
+                place[-2] = slice(place[-2].start - self.begin, place[-2].stop - self.begin)
+        ours = np.arange(prod(shape)).reshape(shape)
+        rows = [
+            ours[tuple(place)].transpose(np.argsort(piece.order[first:])).reshape(-1)
+            for piece, place in zip(self.pieces, places, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    @property
+    def _num_inputs(self) -> int:
+        """Leading dimensions of our parameter, after that of the stack, that are its inputs."""
+        return CONTRACTED[self.path.rsplit("/", 1)[-1]]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is trained of a model."""
+
+    config: PeftConfig
+    modules: tuple[Module, ...]
+    """that have adapters"""
+    sites: Mapping[str, tuple[AdapterSite, ...]] = field(default_factory=dict)
+    """path of a parameter → the adapters that its products have"""
+    whole: frozenset[str] = frozenset()
+    """paths of the parameters that are trained whole"""
+
+    def is_trained(self, path: str) -> bool:
+        return path in self.whole or path.endswith(("/a", "/b"))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all adapters, without padding."""
+        return sum(module.rank * sum(module.sizes) for module in self.modules)
+
+
+# Which modules get adapters.
+
+
+def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
+    """The modules that PEFT would adapt; RecipeError names every key that selects nothing, or what
+    is not supported here."""
+    family, key = BY_NAME[config.family], f"{KEY}.target_modules"
+    linear, targets = tuple(list_modules(config)), _targets(peft, family)
+    embeddings = [
+        module_name(family, tensor.name)
+        for path in EMBEDDINGS if path in family.tensors
+        for tensor in family.tensors[path]
+    ]  # fmt: skip
+    names = sorted({module.local_name for module in linear})
+    there_is = f"there are {', '.join(names)}"
+    faults = [
+        Fault(key, f"{name} gets no adapter here; modules_to_save can train it whole")
+        for name in embeddings
+        if _is_target(peft, targets, name)
+    ]
+    known = [*(module.name for module in linear), *embeddings]
+    for name in targets if isinstance(targets, tuple) else ():
+        if not any(_matches((name,), one) for one in known):
+            near = did_you_mean(name, names)
+            faults.append(Fault(key, f"{show(name)} matches no module; {there_is}{near}"))
+    chosen = [module for module in linear if _is_target(peft, targets, module.name)]
+    if not chosen and not faults:
+        faults.append(Fault(key, f"{show(targets)} leaves no module; {there_is}"))
+    for name, patterns in (
+        ("rank_pattern", peft.rank_pattern),
+        ("alpha_pattern", peft.alpha_pattern),
+    ):
+        for pattern in patterns if chosen else ():
+            if not any(_fits(pattern, module.name) for module in chosen):
+                what = f"{show(pattern)} matches no module with an adapter; {there_is}"
+                faults.append(Fault(f"{KEY}.{name}", what))
+    whole = _whole(peft, config, faults)
+    if faults:
+        raise RecipeError(faults)
+    chosen = [_with_rank(peft, module) for module in chosen]
+    return Lora(peft, tuple(chosen), _sites(peft, config, chosen), whole)
+
+
+def list_modules(config: DecoderConfig) -> Iterator[Module]:
+    """Every module that may have an adapter, by the tables of the tensors."""
+    family = BY_NAME[config.family]
+    for g, group in enumerate(config.groups):
+        for m, layer in enumerate(group.layers):
+            for name in LINEAR:
+                if layer.has_experts and name.startswith("mlp/"):
+                    continue
+                path = f"layers/{g}/{m}/{name}"
+                by_module: dict[str, list[Piece]] = {}
+                for piece in pieces(config, path, family.layouts[0]):
+                    by_module.setdefault(module_name(family, piece.name), []).append(piece)
+                for module, parts in by_module.items():
+                    joined = [part.place[-2] for part in parts] if name in JOINED else [slice(0, 0)]
+                    begin, end = joined[0].start, joined[-1].stop
+                    yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))
+
+
+def runtime_name(family: Family, tensor: str) -> str:
+    """The name that a tensor of the tables has in a model of transformers."""
+    return name_in_file(family.modules or family.layouts[0], tensor)
+
+
+def module_name(family: Family, tensor: str) -> str:
+    return runtime_name(family, tensor).rsplit(".", 1)[0]
+
+
+def _targets(peft: PeftConfig, family: Family) -> tuple[str, ...] | str:
+    if peft.target_modules is not None:
+        return peft.target_modules
+    if family.name not in DEFAULT_TARGETS:
+        what = f"has no default for {family.name}; write all-linear, or names of modules"
+        raise RecipeError([Fault(f"{KEY}.target_modules", what)])
+    return DEFAULT_TARGETS[family.name]
+
+
+def _is_target(peft: PeftConfig, targets: tuple[str, ...] | str, name: str) -> bool:
+    """Whether the module of this name gets an adapter."""
+    if _matches(peft.exclude_modules or (), name):
+        return False
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in peft.modules_to_save or ()):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return re.search(r"\.\d+\.", name) is not None  # in a layer: neither embedding nor head
+    if isinstance(targets, str) or name in targets:
+        return _matches(targets, name)
+    layers = peft.layers_to_transform
+    layers = (layers,) if isinstance(layers, int) else layers
+    if layers and not ((match := LAYER.match(name)) and int(match[1]) in layers):
+        return False
+    return _matches(targets, name)
+
+
+LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+def _matches(wanted: Iterable[str] | str, name: str) -> bool:
+    """By a regular expression of the whole name, or by names of its end."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _with_rank(peft: PeftConfig, module: Module) -> Module:
+    def look_up(patterns: Mapping[str, int], default: int) -> int:
+        return next((n for pattern, n in patterns.items() if _fits(pattern, module.name)), default)
+
+    rank = look_up(peft.rank_pattern, peft.r)
+    alpha = look_up(peft.alpha_pattern, peft.lora_alpha)
+    return module._replace(rank=rank, scale=alpha / (rank**0.5 if peft.use_rslora else rank))
+
+
+def _sites(
+    peft: PeftConfig, config: DecoderConfig, chosen: Sequence[Module]
+) -> dict[str, tuple[AdapterSite, ...]]:
+    found: dict[str, dict[str, list[Module]]] = {}
+    for module in chosen:
+        found.setdefault(module.path, {}).setdefault(module.local_name, []).append(module)
+    return {
+        path: tuple(_site(peft, config, path, modules) for modules in by_name.values())
+        for path, by_name in found.items()
+    }
+
+
+def _site(
+    peft: PeftConfig, config: DecoderConfig, path: str, modules: Sequence[Module]
+) -> AdapterSite:
+    repeats = config.groups[int(path.split("/")[1])].repeats
+    ranks, scales = [0] * repeats, [0.0] * repeats
+    for module in modules:
+        ranks[module.at], scales[module.at] = module.rank, module.scale
+    name, begin, end = modules[0].local_name, modules[0].begin, modules[0].end
+    return AdapterSite(name, begin, end, tuple(ranks), tuple(scales), peft.lora_dropout)
+
+
+def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> frozenset[str]:
+    """Parameters of `modules_to_save`."""
+    wanted, family = peft.modules_to_save or (), BY_NAME[config.family]
+    if not wanted:
+        return frozenset()
+    whole, seen = set(), set()
+    key = f"{KEY}.modules_to_save"
+
+    def selects(name: str) -> set[str]:
+        parts = name.split(".")
+        parents = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return {end for end in wanted if any(parent.endswith(end) for parent in parents)}
+
+    everything: dict[str, list[str]] = {}
+    for path in all_paths(config):
+        names = {piece.name for piece in pieces(config, path, family.layouts[0])}
+        everything[path] = sorted(module_name(family, name) for name in names)
+    for path, names in everything.items():
+        taken = [name for name in names if selects(name)]
+        seen |= {end for name in taken for end in selects(name)}
+        if not taken:
+            continue
+        if len(taken) < len(names):
+            left = next(name for name in names if name not in taken)
+            what = f"{taken[0]} is one parameter here with {left}; name both or neither"
+            faults.append(Fault(key, what))
+        elif "mlp/expert_" in path or "mlp/router" in path:
+            faults.append(Fault(key, f"{taken[0]} is of experts, which stay frozen; remove it"))
+        elif config.tied and path == "embed/embedding":
+            what = (
+                f"{taken[0]} is also the head of this model, which PEFT would train apart from it"
+            )
+            faults.append(Fault(key, f"{what}; remove it"))
+        else:
+            whole.add(path)
+    last = sorted({name.rsplit(".", 1)[-1] for names in everything.values() for name in names})
+    for end in wanted:
+        if end not in seen:
+            what = f"{show(end)} matches no module; there are {', '.join(last)}"
+            faults.append(Fault(key, what + did_you_mean(end, last)))
+    return frozenset(whole)
+
+
+def all_paths(config: DecoderConfig) -> list[str]:
+    shapes = decoder.abstract(config, ComputeConfig()).shapes
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+# The parameters.
+
+
+def partition(
+    tree: Params, chooses: Callable[[str], bool], path: str = ""
+) -> tuple[Params, Params]:
+    """The leaves whose paths are chosen, and the others."""
+    chosen, rest = {}, {}
+    for name, part in tree.items():
+        where = f"{path}/{name}" if path else name
+        if not isinstance(part, dict):
+            (chosen if chooses(where) else rest)[name] = part
+            continue
+        for kept, found in zip((chosen, rest), partition(part, chooses, where), strict=True):
+            if found:
+                kept[name] = found
+    return chosen, rest
+
+
+def split(lora: Lora, tree: Params) -> tuple[Params, Params]:
+    """What is trained of a tree like the whole decoder's, and its base."""
+    return partition(tree, lora.is_trained)
+
+
+def take_adapters(tree: Params) -> tuple[Params, Params]:
+    """The adapters with their constants, and the parameters of the model alone."""
+    return partition(tree, lambda path: "_lora/" in path)
+
+
+def join(params: Params, base: Params) -> Params:
+    """The inverse of `split`."""
+    both = params.keys() & base.keys()
+    return {**base, **params, **{name: join(params[name], base[name]) for name in both}}
+
+
+def in_dtype(base: Params, dtype: str) -> Params:
+    """Shapes of a base whose weights are in this dtype: nothing small is ever added to them. The
+    constants of adapters stay in float32."""
+    adapters, weights = take_adapters(base)
+    return join(adapters, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), weights))
+
+
+def init_adapters(lora: Lora, shapes: Params, seed: int) -> Params:
+    """First factors and constant scales of the adapters, distributed as PEFT's, on the host: they
+    are small, and programs that draw on devices take long to compile. `shapes` are those of the
+    whole decoder, whose other parameters are left out.
+
+    Each adapter draws by the name of its parameter, whatever else has one.
+    """
+
+    def init(tree: Params, path: str) -> Params:
+        if "a" in tree:
+            parameter, _, module = path.rpartition("_lora/")
+            site = next(site for site in lora.sites[parameter] if site.name == module)
+            draw = np.random.Generator(np.random.Philox(key=[seed, crc32(path.encode())]))
+            return _init_adapter(lora.config, site, tree, draw)
+        return {name: init(part, f"{path}/{name}".lstrip("/")) for name, part in tree.items()}
+
+    return init(take_adapters(shapes)[0], "")
+
+
+def _init_adapter(
+    config: PeftConfig, site: AdapterSite, shapes: Params, draw: np.random.Generator
+) -> Params:
+    a, b = (np.zeros(shapes[name].shape, np.float32) for name in "ab")
+    for at, rank in enumerate(site.ranks):  # what is not drawn is padding
+        shape = (*a.shape[1:-1], rank)
+        if config.init_lora_weights == "gaussian":
+            a[at][..., :rank] = draw.standard_normal(shape, np.float32) / max(rank, 1)
+        else:
+            a[at][..., :rank] = _uniform(draw, shape) * prod(shape[:-1]) ** -0.5
+        if config.init_lora_weights is False and rank:
+            b[at, :rank] = _uniform(draw, (rank, *b.shape[2:])) * rank**-0.5
+    made = {
+        "a": a.astype(shapes["a"].dtype),
+        "b": b.astype(shapes["b"].dtype),
+        "scale": np.array(site.scales, np.float32),
+        "salt": draw.integers(2**32, size=len(site.ranks), dtype=np.uint32),
+    }
+    return {name: made[name] for name in shapes}
+
+
+def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Between -1 and 1."""
+    return 2 * draw.random(shape, np.float32) - 1
+
+
+def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
+    """A plain decoder's parameters, of a whole tree with adapters: W + s A B, computed in float32
+    and then rounded to `dtype`. Pure."""
+
+    def merge(tree: Params, path: str) -> Params:
+        found = {}
+        for name, part in tree.items():
+            if name.endswith("_lora"):
+                continue
+            where = f"{path}/{name}" if path else name
+            if isinstance(part, dict):
+                found[name] = merge(part, where)
+                continue
+            weight = part.astype(jnp.float32)
+            for site in lora.sites.get(where, ()):
+                adapter = tree[f"{name}_lora"][site.name]
+                a, b = (adapter[factor].astype(jnp.float32) for factor in ("a", "b"))
+                scale = adapter["scale"].reshape(-1, *(1,) * (a.ndim - 1))
+                multiply = jax.vmap(partial(jnp.tensordot, axes=1))
+                update = multiply(scale * a, b)
+                joined = site.end > site.begin
+                size = weight.shape[-2]
+                weight += pad_joined(update, site.begin, size) if joined else update
+            found[name] = weight.astype(dtype)
+        return found
+
+    return merge(params, "")
