@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterator
 
 from jaxtrain.model.families import BY_NAME, FAMILIES, Family
+from jaxtrain.model.lora import LINEAR
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
 
-LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
-EVERY_FAMILY = "every family: packing; data, fsdp, tensor and pipeline meshes; generation; export"
+EVERY_FAMILY = """\
+All: packing; data, fsdp and tensor meshes; LoRA; generation; export.
+With experts: an expert mesh; no adapters on experts.
+Without: a pipeline, where the stack is one repeating pattern of layers."""
 
 
 def list_families() -> Iterator[str]:
@@ -25,16 +28,25 @@ def describe_family(name: str) -> Iterator[str]:
     family = BY_NAME[name]
     yield f"model_type    {name}"
     yield f"architecture  {family.architecture}{_note(family)}"
-    yield f"linear layers {', '.join(_linear_modules(family))}"
+    yield f"linear        {_linear_modules(family)}"
     for field, values in sorted(family.only.items()):
         yield f"only with     {field}: {' or '.join(map(json.dumps, values))}"
 
 
 def _note(family: Family) -> str:
-    return "  the text part; the rest is exported as it was" if family.carried else ""
+    notes = {
+        "experts": "mlp/router" in family.tensors,
+        "the text part; the rest is exported as it was": family.carried is not None,
+    }
+    return "".join(f"  {note}" for note, holds in notes.items() if holds)
 
 
-def _linear_modules(family: Family) -> list[str]:
+def _linear_modules(family: Family) -> str:
     """The last parts of their names in transformers, as `target_modules` takes them."""
-    weights = [tensor.name for path in LINEAR for tensor in family.tensors.get(path, ())]
-    return list(dict.fromkeys(name.split(".")[-2] for name in weights))
+
+    def names(part: str) -> str:
+        weights = [t.name for path in LINEAR if path.startswith(part) for t in family.tensors[path]]
+        return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
+
+    where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
+    return names("attention/") + where + names("mlp/")
