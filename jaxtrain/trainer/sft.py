@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import Batch
+from jaxtrain.model import Decoder
 from jaxtrain.trainer.loss import Loss, weigh_documents
 from jaxtrain.trainer.router_loss import add_router_losses, survey_routers
 from jaxtrain.trainer.trainer import Trainer
@@ -14,6 +15,8 @@ class SFTTrainer(Trainer):
     name = "sft"
 
     def survey(self, model, batch: Batch) -> Any:
+        if not isinstance(model, Decoder):  # what `merge` of a subclass made, for its own loss
+            return None
         return survey_routers(model, batch, self._weights(batch).sum())
 
     def loss_fn(self, model, batch: Batch, key: jax.Array) -> Loss:
