@@ -14,6 +14,7 @@ from jaxtrain.recipe.dump import to_dict
 from jaxtrain.recipe.errors import CheckpointError
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.resolve import get_config
+from jaxtrain.trainer.checkpoints import restore_state
 from jaxtrain.trainer.state import TrainState
 
 HERE = {
@@ -53,7 +54,7 @@ def restore_weights(checkpoint: Path) -> tuple[Any, TrainState]:
     engine = OrbaxEngine(entry)
     engine.identify = lambda: Identity(trainer.compatibility, to_dict(config), ())
     engine.say = lambda text: None  # what is another is the mesh, and nothing is trained
-    return trainer, trainer.run.restore(engine)
+    return trainer, restore_state(engine, trainer.run)
 
 
 def find_checkpoint(source: Path) -> Path:

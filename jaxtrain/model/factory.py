@@ -149,8 +149,11 @@ class LanguageModel:
         groups = self.spec.config.groups
         return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
 
-    def load(self, shardings: Any, *, seed: int) -> Params:
-        """Parameters of the whole decoder, read from disk or random, each made where it lives."""
+    def first_params(self, shardings: Any, *, seed: int, given: Decoder | None = None) -> Params:
+        """Parameters of the whole decoder, copied from a given one, read from disk or random, each
+        made where it lives."""
+        if given is not None:
+            return self._copied(given, shardings)
         everything = self._load(shardings, seed)
         if self.adapters is None or not (name := self.adapters.config.path):
             return everything
@@ -159,9 +162,10 @@ class LanguageModel:
         read = read_adapter(folder, self.adapters, self.shapes, self.spec.config)
         return join(jax.device_put(read, self.split(shardings)[0]), base)
 
-    def load_base(self, shardings: Any, *, seed: int) -> Params:
-        """The base alone, which `load` joins with the adapters."""
-        return self.split(self._load(shardings, seed))[1]
+    def first_base(self, shardings: Any, *, seed: int, given: Decoder | None = None) -> Params:
+        """The base alone, which `first_params` joins with the adapters."""
+        whole = self._load(shardings, seed) if given is None else self._copied(given, shardings)
+        return self.split(whole)[1]
 
     def _load(self, shardings: Any, seed: int) -> Params:
         """The model as it is read or drawn, with adapters as they begin."""
@@ -182,7 +186,7 @@ class LanguageModel:
         adapters = init_adapters(self.adapters, shapes, seed)
         return join(params, jax.device_put(adapters, placed_adapters))
 
-    def copied(self, module: Decoder, shardings: Any) -> Params:
+    def _copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
         _, params = decoder.split(module)
         wanted, found = map(_shapes_by_name, (self.all_shapes, params))

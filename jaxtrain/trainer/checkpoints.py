@@ -12,6 +12,7 @@ from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.orbax import OPTIMIZER
 from jaxtrain.model import Decoder
 from jaxtrain.model.lora import join
+from jaxtrain.model.peft_folder import checksum
 from jaxtrain.recipe.checkpoint import CheckpointConfig, HFCheckpointConfig, OrbaxConfig
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -127,11 +128,11 @@ class Checkpoints:
 
     def restore(self, engine: CheckpointEngine, run: Run, given: Decoder | None) -> Restored:
         """The checkpoint that the engine loads, but for the parts that the recipe resets."""
-        state = run.restore(engine, given)
+        state = restore_state(engine, run, given)
         step = int(state.step)
         saved, reset = engine.restored or engine.metadata(step), engine.resets
         if "optimizer" in reset:
-            kept, base = run.without_base(state), state.frozen.get(BASE, {})
+            kept, base = state.without_base(), state.frozen.get(BASE, {})
             fresh = run.first_state(join(state.params, base))
             state = kept._replace(
                 params=fresh.params,
@@ -157,3 +158,18 @@ class Checkpoints:
         exports = (e for e in self.engines if isinstance(e, HFCheckpointEngine))
         own = (engine.config for engine in exports if engine.directory == folder.parent)
         return next(own, HFCheckpointConfig(output_dir=str(folder.parent)))
+
+
+def restore_state(engine: CheckpointEngine, run: Run, given: Decoder | None = None) -> TrainState:
+    """The state that the engine loads, with the base of its adapters as it is given or read, as
+    first; CheckpointError if that is another than the one they were trained on."""
+    state = engine.load(run.state_shapes.without_base())
+    if run.model.adapters is None:
+        return state
+    base = run.first_params(given, base_only=True)
+    if (found := checksum(base)) != (saved := engine.restored.get(BASE)):
+        raise CheckpointError(
+            f"the base has changed: {run.config.model.name_or_path} has the checksum {found}, "
+            f"and the adapters were trained on {saved}"
+        )
+    return state._replace(frozen={**state.frozen, BASE: base})

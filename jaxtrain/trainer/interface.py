@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -176,7 +176,7 @@ class Interface:
     @property
     def snapshot(self) -> Snapshot:
         """What an engine saves now."""
-        kept = self.run.without_base(self.state)
+        kept = self.state.without_base()
         return Snapshot(self.progress.step, kept, self.metadata, self.save_model)
 
     def save_checkpoint(self, path: Path | str | None = None) -> Path:
@@ -204,6 +204,22 @@ class Interface:
     def model_exists(self, output_dir: Path | str) -> bool:
         """Is a whole exported model there?"""
         return is_complete(Path(output_dir), with_weights=True)
+
+    def close(self) -> None:
+        """Return when all that was saved is on disk and the files of the run are closed; `with`
+        does it too."""
+        if self.mode == "process-data":
+            return
+        try:
+            self.checkpoints.wait()
+        finally:
+            self.report.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Write a metrics row of one's own, and pass it to `on_log`."""

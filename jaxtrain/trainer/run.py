@@ -12,32 +12,24 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import registry
-from jaxtrain.checkpoint import CheckpointEngine
 from jaxtrain.data.render import find_stop_tokens
 from jaxtrain.metrics.flops import count_tokens
 from jaxtrain.model import Decoder, LanguageModel
 from jaxtrain.model.factory import Placement
 from jaxtrain.model.lora import join
-from jaxtrain.model.peft_folder import checksum
 from jaxtrain.model.routing import refuse_idle_experts
 from jaxtrain.optimizer import Groups, with_moments
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
-from jaxtrain.recipe.errors import CheckpointError, RecipeError
+from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.scheduler import Schedule
 from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
-from jaxtrain.trainer.state import (
-    BASE,
-    PyTree,
-    TrainState,
-    optimizer_shardings,
-    with_shardings,
-)
+from jaxtrain.trainer.state import BASE, PyTree, TrainState, optimizer_shardings, with_shardings
 from jaxtrain.trainer.step import Objective, StepSpec
 
 
@@ -92,41 +84,14 @@ class Run:
     def first_params(self, given: Decoder | None, *, base_only: bool = False) -> PyTree:
         """The weights to start from, of the whole model or of the base of adapters: copied from a
         model, read, or made at random, each where it lives."""
+        first_params = self.model.first_base if base_only else self.model.first_params
         shardings = join(self.shardings.params, self.shardings.frozen.get(BASE, {}))
         with jax.set_mesh(self.mesh):
-            if given is not None:
-                everything = self.model.copied(given, shardings)
-                return self.model.split(everything)[1] if base_only else everything
-            load = self.model.load_base if base_only else self.model.load
-            return load(shardings, seed=self.config.seed)
+            return first_params(shardings, seed=self.config.seed, given=given)
 
     def eval_params(self, state: TrainState) -> PyTree:
         """The parameters of the whole model that are evaluated, sampled from and exported."""
         return join(self.average.eval_params(state), state.frozen.get(BASE, {}))
-
-    def without_base(self, state: TrainState) -> TrainState:
-        """What a checkpoint holds of a state.
-
-        All but the base of adapters: no step changes it, it is many times as large as the rest, and
-        it lies in the model's folder already. `restore` reads it there again, and its checksum says
-        whether it is still the same.
-        """
-        kept = {name: tree for name, tree in state.frozen.items() if name != BASE}
-        return state._replace(frozen=kept)
-
-    def restore(self, engine: CheckpointEngine, given: Decoder | None = None) -> TrainState:
-        """The state that the engine loads, with the base of its adapters, of a given model or read;
-        CheckpointError if that is another than the one they were trained on."""
-        state = engine.load(self.without_base(self.state_shapes))
-        if self.model.adapters is None:
-            return state
-        base = self.first_params(given, base_only=True)
-        if (found := checksum(base)) != (saved := engine.restored.get(BASE)):
-            raise CheckpointError(
-                f"the base has changed: {self.config.model.name_or_path} has the checksum {found}, "
-                f"and the adapters were trained on {saved}"
-            )
-        return state._replace(frozen={**state.frozen, BASE: base})
 
     def export(
         self, state: TrainState, folder: Path, config: HFCheckpointConfig, tokenizer: Any

@@ -28,6 +28,12 @@ class TrainState(NamedTuple):
     average: PyTree = {}
     """of the parameters over the steps; empty without `ema`"""
 
+    def without_base(self) -> "TrainState":
+        """What a checkpoint holds of it: all but the base of adapters. No step changes that, it is
+        many times as large as the rest, and it lies in the model's folder already."""
+        kept = {name: tree for name, tree in self.frozen.items() if name != BASE}
+        return self._replace(frozen=kept)
+
 
 def apply_if(
     ok: jax.Array,

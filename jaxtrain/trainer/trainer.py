@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 
@@ -206,12 +206,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
     def step_spec(self) -> pure.StepSpec:
         """What the pure step knows; read while it is traced, so that hooks are around its
         functions."""
-        measure = self._callbacks.measure
-        return self.run.step_spec(
-            pure.Objective(
-                self.merge, self.loss_fn, self.eval_fn, self.backward, measure, self.survey
-            )
-        )
+        functions = self.merge, self.loss_fn, self.eval_fn, self.backward
+        return self.run.step_spec(pure.Objective(*functions, self._callbacks.measure, self.survey))
 
     # The run: a loop on the host.
 
@@ -412,22 +408,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self.tell("on_save", engine=engine.name, **where)
         self.control.should_save = False
 
-    def close(self) -> None:
-        """Return when all that was saved is on disk and the files of the run are closed; `with`
-        does it too."""
-        if self.mode == "process-data":
-            return
-        try:
-            self.checkpoints.wait()
-        finally:
-            self.report.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     # Data.
 
     def _prepare_data(self, max_positions: int, view: registry.TrainerView) -> tuple[int, ...]:
@@ -493,9 +473,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         resets."""
         self._state = None  # its memory is needed
         with self.console.phase(f"restoring from {engine.directory}"):
-            self._state, saved, reset = self.checkpoints.restore(
-                engine, self.run, self.given.get("model")
-            )
+            given = self.given.get("model")
+            self._state, saved, reset = self.checkpoints.restore(engine, self.run, given)
         data, schedule = self.data.train, (self.training_horizon, self.progress.schedule_start)
         self.progress.load_state_dict(saved, data, reset=reset)
         self.horizon = Horizon.of(self.config, data, self.progress.more_steps)
