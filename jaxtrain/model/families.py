@@ -264,7 +264,8 @@ def _layers_of_granite4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> lis
     """Equal layers; those of its hybrids are not supported."""
     depth, types = hf["num_hidden_layers"], hf["layer_types"]
     if types not in ([kind] * depth for kind in ("attention", "full_attention")):
-        raise ValueError(f"layer_types must be full_attention for each of the {depth} layers")
+        what = f"must be full_attention for each of the {depth} layers"
+        raise ValueError(f"layer_types {what}, found {types}")
     rope = ropes["*"] if hf["position_embedding_type"] == "rope" else None
     return [LayerSpec(rope=rope)] * depth
 

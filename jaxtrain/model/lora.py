@@ -37,7 +37,7 @@ DEFAULT_TARGETS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
     **dict.fromkeys(
-        ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
+        ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
         ("q_proj", "v_proj"),
     ),
 }
@@ -146,6 +146,9 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
         if not any(_matches((name,), one) for one in known):
             near = did_you_mean(name, names)
             faults.append(Fault(key, f"{show(name)} matches no module; {there_is}{near}"))
+    if config.experts is not None and _is_all_linear(targets):
+        what = "has experts and routers too, which get no adapters here; name some of"
+        faults.append(Fault(key, f"{show(targets)} {what} {', '.join(names)}"))
     chosen = [module for module in linear if _is_target(peft, targets, module.name)]
     if not chosen and not faults:
         faults.append(Fault(key, f"{show(targets)} leaves no module; {there_is}"))
@@ -165,12 +168,13 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
 
 
 def list_modules(config: DecoderConfig) -> Iterator[Module]:
-    """Every module that may have an adapter, by the tables of the tensors."""
+    """Every module that may have an adapter, by the tables of the tensors: of a model with experts
+    those of attention."""
     family = BY_NAME[config.family]
     for g, group in enumerate(config.groups):
-        for m, layer in enumerate(group.layers):
+        for m in range(len(group.layers)):
             for name in LINEAR:
-                if layer.has_experts and name.startswith("mlp/"):
+                if config.experts is not None and name.startswith("mlp/"):
                     continue
                 path = f"layers/{g}/{m}/{name}"
                 by_module: dict[str, list[Piece]] = {}
@@ -200,13 +204,17 @@ def _targets(peft: PeftConfig, family: Family) -> tuple[str, ...] | str:
     return DEFAULT_TARGETS[family.name]
 
 
+def _is_all_linear(targets: tuple[str, ...] | str) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
 def _is_target(peft: PeftConfig, targets: tuple[str, ...] | str, name: str) -> bool:
     """Whether the module of this name gets an adapter."""
     if _matches(peft.exclude_modules or (), name):
         return False
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in peft.modules_to_save or ()):
+    if _ends_of_parents(peft.modules_to_save or (), name):
         return False
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    if _is_all_linear(targets):
         return re.search(r"\.\d+\.", name) is not None  # in a layer: neither embedding nor head
     if isinstance(targets, str) or name in targets:
         return _matches(targets, name)
@@ -271,11 +279,7 @@ def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> froz
     whole, seen = set(), set()
     key = f"{KEY}.modules_to_save"
 
-    def selects(name: str) -> set[str]:
-        parts = name.split(".")
-        parents = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        return {end for end in wanted if any(parent.endswith(end) for parent in parents)}
-
+    selects = partial(_ends_of_parents, wanted)
     everything: dict[str, list[str]] = {}
     for path in all_paths(config):
         names = {piece.name for piece in pieces(config, path, family.layouts[0])}
@@ -304,6 +308,13 @@ def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> froz
             what = f"{show(end)} matches no module; there are {', '.join(last)}"
             faults.append(Fault(key, what + did_you_mean(end, last)))
     return frozenset(whole)
+
+
+def _ends_of_parents(ends: Iterable[str], name: str) -> set[str]:
+    """Those of `ends` in which this module, or one that holds it, ends."""
+    parts = name.split(".")
+    parents = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return {end for end in ends if any(parent.endswith(end) for parent in parents)}
 
 
 def all_paths(config: DecoderConfig) -> list[str]:

@@ -125,6 +125,11 @@ def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
     config["num_hidden_layers"] = LAYERS
     if "num_experts" in family.defaults:
         config |= {"num_experts": 2, "num_experts_per_tok": 2}
+    if family.name == "granitemoehybrid":
+        config |= {
+            "shared_intermediate_size": config["intermediate_size"], "num_local_experts": 0,
+            "layer_types": ["full_attention"] * LAYERS,
+        }  # fmt: skip
     config = {k: v for k, v in config.items() if v in family.only.get(k, (v,))}
     fields = {*config, *family.defaults, *family.only, *REQUIRED, *FIELDS, *NO_EFFECT}
     model = ModelConfig(name_or_path=str(tmp_path), from_scratch=True)

@@ -224,7 +224,8 @@ def test_an_optimizer_equals_its_reference_on_each_matrix(model, case):
 
 
 def test_every_matrix_that_has_a_place_has_a_layout(model):
-    places = {place.rpartition("/")[2] for place, axes in PARAMETERS if len(axes) > 1}
+    matrices = (place for place, axes in PARAMETERS if len(axes) > 1 and "_lora/" not in place)
+    places = {place.rpartition("/")[2] for place in matrices}
     assert places <= LAYOUTS.keys()
 
 
