@@ -47,7 +47,9 @@ def refuse_changes(
                 "micro_batch_size and gradient_accumulation_steps can keep it on other devices, "
                 f"--allow-change {key} continues at the same sequence with steps of another size"
             )
-        faults.append(Fault(key, f"is {show(now[key])}, {path} has {show(before[key])}; {help}"))
+        faults.append(
+            Fault(key, f"is {show(now.get(key))}, {path} has {show(before.get(key))}; {help}")
+        )
     for name in run.allowed_changes:
         if not any(_covers(name, key) for key in known):
             faults.append(Fault("--allow-change", f"{name!r} is none of {', '.join(known)}"))

@@ -43,7 +43,6 @@ DEFAULT_TARGETS = {
 }
 """Family → the modules that PEFT adapts where a recipe names none; it has no more of them."""
 EMBEDDINGS = ("embed/embedding", "embed/positions", "head")
-WEIGHT = ".weight"
 KEY = "model.peft_config"
 Params = dict[str, Any]
 

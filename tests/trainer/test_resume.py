@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from jaxtrain import Callback, SFTTrainer, get_config
+from jaxtrain.checkpoint.compatibility import Identity, refuse_changes
 from jaxtrain.cli import cli
 from jaxtrain.metrics.writer import read_rows
 from jaxtrain.model import export
@@ -160,6 +161,14 @@ def test_another_model_cannot_continue_a_run(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 80}))
     with pytest.raises(CheckpointError, match=r"does not fit the recipe's model: .* arrays differ"):
         trainer(changed).train()
+
+
+@pytest.mark.parametrize("key", ["model.peft_config", "data.a_newer_key"])
+def test_a_key_that_an_older_checkpoint_lacks_may_be_left_out_and_not_set(tmp_path, key):
+    saved = {"lineage": {"seed": 1}, "recipe": {}}
+    assert refuse_changes(Identity({"seed": 1, key: None}, {}, ()), saved, tmp_path, ()) == []
+    with pytest.raises(RecipeError, match=rf"{key}: is 8, .* has null; a run cannot be continued"):
+        refuse_changes(Identity({"seed": 1, key: 8}, {}, ()), saved, tmp_path, ())
 
 
 def test_a_damaged_checkpoint_is_an_error_and_no_fresh_start(tmp_path):
