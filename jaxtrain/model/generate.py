@@ -143,8 +143,8 @@ def stream(
 def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
     """The same decoder with the parameters of each layer in arrays of their own, which are copies.
 
-    On CPU a loop over stacked layers copies the weights and caches of each layer, which takes longer
-    than the products of a single token.
+    On CPU a loop over stacked layers copies the weights and caches of each layer, which takes
+    longer than the products of a single token.
     """
     decoder = merge(graph, params)
     config, blocks, specs = decoder.config, {}, {}
