@@ -17,7 +17,6 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge
-from jaxtrain.model.layers import Cache
 
 MIN_PROMPT_TOKENS = 32
 """Prompts are padded to this length or twice another, so that few lengths are compiled."""
@@ -228,10 +227,12 @@ def _generate_token(
 
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
-    empty = lambda repeats: Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
+    dtype = model.compute.compute_dtype
     return {
-        str(g): {str(m): empty(group.repeats) for m in range(len(group.layers))}
+        str(g): {
+            m: block.attention.empty_cache(group.repeats, B, S, dtype)
+            for m, block in model.layers[str(g)].items()
+        }
         for g, group in enumerate(model.config.groups)
     }
 
