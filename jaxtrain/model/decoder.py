@@ -41,8 +41,8 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model import latent as latent  # adds its mixer
+from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
     AttentionInputs,
     Block,

@@ -1,8 +1,8 @@
-"""Weights in FP8, read as the numbers that they are: a factor to each block of 128 x 128 (DeepSeek-AI,
-2024, arXiv:2412.19437, section 3.3).
+"""Weights in FP8, read as the numbers that they are: a factor to each block of 128 x 128
+(DeepSeek-AI, 2024, arXiv:2412.19437, section 3.3).
 
-Beside a tensor `….weight` [rows, columns] lies `….weight_scale_inv` [rows / 128, columns / 128], both
-rounded up.
+Beside a tensor `….weight` [rows, columns] lies `….weight_scale_inv` [rows / 128, columns / 128],
+both rounded up.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,13 @@
-"""Multi-head latent attention (DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1): the keys and values
-of all heads are products of one small vector of each token, which alone is cached.
+"""Multi-head latent attention (DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1): the keys and
+values of all heads are products of one small vector of each token, which alone is cached.
+
+Beside `out` and `out_bias` its parameters are q [L, D, N, H], or q_a [L, D, Q], q_a_bias, q_a_norm
+[L, Q] and q_b [L, Q, N, H]; kv_a [L, D, C + R], kv_a_bias [L, C + R], kv_a_norm [L, C], kv_b
+[L, C, N, P + X].
 
 B batch, T tokens, S key tokens, D width, N heads, Q numbers of which queries are made, C of which
-keys and values are, R rotated channels, P channels that are not, H = P + R channels of a query and a
-key, X of a value, L layers.
+keys and values are, R rotated channels, P channels that are not, H = P + R channels of a query and
+a key, X of a value, L layers.
 """
 
 from dataclasses import replace
@@ -81,10 +85,8 @@ class LatentAttention(nnx.Module):
         q_BTNR = turn(q_BTNR[:, :, None])[:, :, 0]
         kv_BTA = dense(x_BTD, self.kv_a[...], self.kv_a_bias, self.kv_a_lora, inputs.noise_BT)
         latent_BTC, k_BTR = jnp.split(kv_BTA, [self.sizes.kv_rank], -1)
-        keys = LatentCache(
-            normalize(self.norm, latent_BTC, self.kv_a_norm),
-            turn(k_BTR[:, :, None, None])[:, :, 0, 0],
-        )
+        latent_BTC = normalize(self.norm, latent_BTC, self.kv_a_norm)
+        keys = LatentCache(latent_BTC, turn(k_BTR[:, :, None, None])[:, :, 0, 0])
         if cache is not None:
             assert inputs.slot is not None
             put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=1)

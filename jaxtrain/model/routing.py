@@ -15,7 +15,6 @@ from jaxtrain.model.config import DecoderConfig, Experts
 from jaxtrain.recipe.errors import Fault, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
 
-
 TINY = 1e-20  # in a sum of scores that may all be 0
 
 

@@ -3,9 +3,9 @@ and exporting cannot disagree. The dimensions of a tensor are written in letters
 [K * G * H, D].
 
 D width, K key/value heads, G query heads to each, H head size, F feed-forward, E experts, M feed-
-forward of each, S of those shared, P positions, V vocabulary. Of latent attention: Q and C numbers of
-which queries and the rest are made, A these and the rotated channels, H channels of a query, X of a
-value, W of a key and a value together that are not rotated.
+forward of each, S of those shared, P positions, V vocabulary. Of latent attention: Q and C numbers
+of which queries and the rest are made, A these and the rotated channels, H channels of a query, X
+of a value, W of a key and a value together that are not rotated.
 """
 
 import re

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_models import describe_model, hf_model, load_model, save_model, torch
+from tiny_models import describe_model, load_model, save_model, torch
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from jaxtrain.model.export import save_pretrained
