@@ -18,6 +18,7 @@ from jaxtrain.recipe.strangers import COMMANDS
 from jaxtrain.signals import ended_by_signals, ignore_signals
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
+YAML = (".yaml", ".yml")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -215,23 +216,51 @@ def export(source: Path, to: Path) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the metrics here, as JSON.",
 )
+@click.option(
+    "--lm-eval", metavar="TASKS",
+    help="Run these tasks of lm-evaluation-harness instead, with commas between them. RECIPE may "
+    "be a run, checkpoint or model too; the results are also written beside a run or checkpoint.",
+)  # fmt: skip
+@click.option(
+    "--include-path", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with task files of your own, for --lm-eval.",
+)  # fmt: skip
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in a prompt of a task.")
+@click.option("--limit", type=click.IntRange(min=1), help="Examples of each task.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Of tasks; 8 by default.")
 @_on_devices
 def evaluate(
     recipe: Path,
     overrides: tuple[str, ...],
     checkpoint: Path | None,
     out: Path | None,
+    lm_eval: str | None,
     num_gpus: int | None,
+    **how: Any,
 ) -> None:
-    """Evaluate on the evaluation sets of RECIPE, and train nothing.
+    """Evaluate on the evaluation sets of RECIPE, or on tasks, and train nothing.
 
     Without --checkpoint, the weights are those that a run of RECIPE would start or resume from.
     """
     from jaxtrain.recipe.resolve import resolve
 
-    config = resolve(recipe, as_overrides(overrides)).require_config()
+    how = {name: value for name, value in how.items() if value is not None}
+    if how and lm_eval is None:
+        raise click.UsageError(f"--{next(iter(how)).replace('_', '-')} is for --lm-eval")
     if out and out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new file")
+    config = None
+    is_model = recipe.suffix == ".gguf" or not (recipe.is_file() or recipe.suffix in YAML)
+    if lm_eval is None or not is_model:
+        config = resolve(recipe, as_overrides(overrides)).require_config()
+    elif overrides or checkpoint:
+        raise click.UsageError(f"overrides and --checkpoint are for a recipe, found {recipe}")
+    if lm_eval is not None:
+        if num_gpus is not None:
+            raise click.UsageError("--num_gpus is for evaluation sets; tasks take all devices")
+        names = tuple(filter(None, (name.strip() for name in lm_eval.split(","))))
+        return run_tasks(config or recipe, checkpoint, out, names=names, **how)
+    assert config is not None
     with raise_user_errors(config):
         from jaxtrain.evaluate import evaluate
 
@@ -243,6 +272,19 @@ def evaluate(
 
 
 cli.add_command(evaluate, "eval")
+
+
+def run_tasks(
+    source: Any, checkpoint: Path | None, out: Path | None, *, names: tuple[str, ...], **how: Any
+) -> None:
+    if not names:
+        raise click.UsageError("--lm-eval names no task")
+    from jaxtrain.evaluate import evaluate_tasks
+
+    table, file = evaluate_tasks(source, checkpoint, out, names=names, **how)
+    click.echo(table)
+    if file is not None:
+        click.echo(f"written to {file}")
 
 
 def _of_speaker(command: Any) -> Any:

@@ -26,7 +26,7 @@ FLOORS = (
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
     {"checkpoint", "metrics"},
-    {"trainer", "plan", "export", "preflight", "generate", "evaluate"},
+    {"trainer", "plan", "export", "preflight", "generate", "evaluate", "harness"},
     {"cli", "explain", "trainers", "__main__", "__init__"},
 )
 MAY_KNOW_SIBLINGS = {0, 4, 5}
@@ -43,6 +43,7 @@ HOMES = {
         "plan",
         "preflight",
         "generate",
+        "harness",
     },
     "flax": {"model"},
     "orbax": {"checkpoint"},
@@ -51,6 +52,7 @@ HOMES = {
     "torch": set(),
     "tensorboardX": {"metrics"},
     "wandb": {"metrics"},
+    "lm_eval": {"harness"},
 }
 """Package → the folders that may import it."""
 

@@ -37,7 +37,7 @@ def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> fl
     embedding only if it is also the head, of tokens, and of experts those that it takes.
 
     Each costs 2 FLOPs per token forward and 4 backward (Kaplan et al. 2020, arXiv:2001.08361); a
-    pair of query and key costs 4 and 8 times query heads times head size."""
+    pair of query and key costs 2 and 4 times query heads times the sizes of a key and a value."""
     count = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

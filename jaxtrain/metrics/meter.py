@@ -44,7 +44,7 @@ class Meter:
         return cls(
             # A base has no gradient.
             flops_per_token=6.0 * count(model.all_shapes) - 2.0 * count(model.base_shapes),
-            flops_per_pair=12.0 * config.num_heads * config.head_size,
+            flops_per_pair=6.0 * config.num_heads * (config.query_size + config.value_size),
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),
             global_batch=global_batch,

@@ -36,6 +36,30 @@ class Experts:
     up below its negative too"""
     balance_loss: float = 0.0
     """coefficient of the load-balancing loss of training; 0 is off"""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """what a router makes of its logits"""
+    has_choice_bias: bool = False
+    """a number for each expert, which nothing trains, counts in the choice and not in the share"""
+    groups: int = 1
+    """neighbouring experts of which a token takes only those of some groups"""
+    groups_per_token: int = 1
+    share_scale: float = 1.0
+    """of all shares"""
+    shared_width: int = 0
+    """feed-forward channels that every token takes besides"""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Attention whose keys and values are made of a few numbers of each token (DeepSeek-AI, 2024,
+    arXiv:2405.04434, section 2.1); `DecoderConfig.head_size` counts the rotated channels."""
+
+    q_rank: int | None
+    """numbers of which the queries of a token are made; None: of the token itself"""
+    kv_rank: int
+    plain_size: int
+    """channels of a query and a key that are not rotated"""
+    value_size: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,8 @@ class LayerSpec:
     """how queries and keys are rotated; None: not at all"""
     has_experts: bool = False
     """the feed-forward layer is `DecoderConfig.experts`"""
+    mixer: Literal["attention", "latent"] = "attention"
+    """how tokens are mixed: a key of `MIXERS`"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,10 @@ class DecoderConfig:
     groups: tuple[LayerGroup, ...]
     norm: Norm
     max_positions: int
+    num_layers_behind: int = 0
+    """that files have after the last layer, to predict further tokens; they are not read"""
     experts: Experts | None = None
+    latent: Latent | None = None
     tied: bool = False
     """the head is the embedding"""
     qkv_bias: bool = False
@@ -102,6 +131,15 @@ class DecoderConfig:
     """caps the scaled logits"""
     initializer_range: float = 0.02
     """standard deviation of random weights"""
+
+    @property
+    def query_size(self) -> int:
+        """Channels of a query and a key of one head."""
+        return self.head_size + (self.latent.plain_size if self.latent else 0)
+
+    @property
+    def value_size(self) -> int:
+        return self.latent.value_size if self.latent else self.head_size
 
     @property
     def num_layers(self) -> int:

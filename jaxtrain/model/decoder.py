@@ -6,10 +6,11 @@ Outside this folder its parameters are a plain nested dict:
     layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
         attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
                    out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H],
-                   sinks [L, K, G]
+                   sinks [L, K, G]; of latent attention those of latent.py
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
                    or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D],
-                   router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D]
+                   router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D],
+                   choice_bias [L, E], shared/ gate_up, down
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
 Beside `qkv`, `out`, `gate_up` and `down` there may be adapters, by module of the family's files:
@@ -40,6 +41,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
+from jaxtrain.model import latent as latent  # adds its mixer
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
     AttentionInputs,

@@ -24,7 +24,7 @@ from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Params, abstract, merge
 from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.hf_config import decoder_config, family_of, read_hf_config
-from jaxtrain.model.tables import Layout, name_in_file
+from jaxtrain.model.tables import Layout, name_in_file, stored_dtype
 from jaxtrain.model.tensor_file import TensorToWrite, write_folder
 from jaxtrain.model.weights import Piece, load_params, pieces, read_tensors, tensor_shapes
 from jaxtrain.model_folder import is_complete
@@ -88,16 +88,17 @@ def to_hf_tensors(
 ) -> dict[str, TensorToWrite]:
     """Every tensor by its name in a file of this layout; computed lazily."""
     parts: dict[str, list[tuple[Piece, jax.Array]]] = {}
+    dtypes: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         for piece in pieces(config, path_name(path), layout):
             parts.setdefault(piece.name, []).append((piece, leaf))
+            dtypes[piece.name] = stored_dtype(path[-1].key, dtype)
     shapes = tensor_shapes(config, params, layout)
-    stored = np.dtype(jnp.dtype(dtype))
     return {
         name_in_file(layout, name): TensorToWrite(
-            stored, shapes[name], partial(_make_tensor, parts[name], dtype)
+            np.dtype(jnp.dtype(stored)), shapes[name], partial(_make_tensor, parts[name], stored)
         )
-        for name in parts
+        for name, stored in dtypes.items()
     }
 
 

@@ -312,7 +312,7 @@ class HFModelFactory(ModelFactory):
             attention = choose(
                 on,
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
-                head_size=spec.config.head_size,
+                head_size=spec.config.query_size,
                 tokens=placement.sequence_tokens,
             )
         except ValueError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtrain.model import rope, tables
-from jaxtrain.model.config import Experts, LayerSpec
+from jaxtrain.model.config import Experts, Latent, LayerSpec
 from jaxtrain.model.rope import Rope
 from jaxtrain.model.tables import Layout, Table
 
@@ -175,6 +175,17 @@ def _layers_of_qwen3_moe(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> li
     ]
 
 
+def _layers_after_dense(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """All layers have experts but the first few."""
+    dense = hf["first_k_dense_replace"]
+    return [LayerSpec(None, ropes["*"], i >= dense) for i in range(hf["num_hidden_layers"])]
+
+
+def _layers_of_deepseek(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    ropes = {"*": replace(ropes["*"], interleaved=hf["rope_interleave"])}
+    return [replace(layer, mixer="latent") for layer in _layers_after_dense(hf, ropes)]
+
+
 def _layers_of_gpt_oss(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
     """Every other layer, from the first, has a window."""
     layers = _typed_layers(hf, ropes, (i % 2 == 0 for i in range(hf["num_hidden_layers"])))
@@ -279,6 +290,33 @@ def _granite(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_scale": hf["attention_multiplier"],
         "logit_scale": 1 / hf["logits_scaling"],
     }
+
+
+_SHARED_EXPERTS = {
+    **_EXPERTS,
+    "moe_intermediate_size": None,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def _shared_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Chosen by scores with a bias, beside those that every token takes. Its config.json may ask
+    for the logits of routers, and no loss of them."""
+    width = "moe_intermediate_size"
+    experts = _experts(
+        {**hf, "output_router_logits": False}, width, is_normalized=hf["norm_topk_prob"],
+        scores="sigmoid", has_choice_bias=True, groups=hf["n_group"],
+        groups_per_token=hf["topk_group"], share_scale=float(hf["routed_scaling_factor"]),
+        shared_width=hf["n_shared_experts"] * hf[width],
+    )  # fmt: skip
+    return {**experts, "num_layers_behind": hf["num_nextn_predict_layers"]}
+
+
+def _deepseek(hf: Mapping[str, Any]) -> dict[str, Any]:
+    latent = Latent(hf["q_lora_rank"], hf["kv_lora_rank"], hf["qk_nope_head_dim"], hf["v_head_dim"])
+    return {**_biases(hf), **_shared_experts(hf), "latent": latent}
 
 
 def _gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,6 +454,60 @@ FAMILIES: Sequence[Family] = (
         aliases={"num_local_experts": "num_experts"},
         ignored=("sliding_window",),
         tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
+        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    ),
+    Family(
+        name="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        defaults={
+            **_DEFAULTS, **_SHARED_EXPERTS, "head_dim": 64, "max_position_embeddings": 4096,
+            "attention_bias": False, "num_experts": 256, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048, "routed_scaling_factor": 2.5, "n_group": 8,
+            "topk_group": 4, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "rope_interleave": True,
+        },
+        layers=_layers_of_deepseek,
+        only={
+            **_ONLY, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
+            "moe_layer_freq": (1,),
+        },
+        traits=_deepseek,
+        aliases={
+            "n_routed_experts": "num_experts", "num_local_experts": "num_experts",
+            "num_mtp_layers": "num_nextn_predict_layers", "qk_rope_head_dim": "head_dim",
+        },
+        ignored=("head_dim", "num_key_value_heads", "num_experts", "sliding_window"),
+        ropes={"*": {"rope_theta": 10_000.0, "mscale_all_dim": 0}},
+        tensors={
+            **{k: v for k, v in tables.LLAMA.items() if "/qkv" not in k}, **tables.LATENT,
+            **tables.SHARED_EXPERTS,
+        },
+        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        quantizations=("fp8",),
+    ),
+    Family(
+        name="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        defaults={
+            **_DEFAULTS, **_SHARED_EXPERTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072, "attention_bias": False, "use_qk_norm": False,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
+            "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        layers=_layers_after_dense,
+        only=_PARTIAL_ONLY,
+        traits=lambda hf: {
+            **_shared_experts(hf), "qkv_bias": hf["attention_bias"],
+            "qk_norm": "head" if hf["use_qk_norm"] else None,
+        },
+        aliases={
+            "n_routed_experts": "num_experts", "num_local_experts": "num_experts",
+            "num_mtp_layers": "num_nextn_predict_layers",
+        },
+        ignored=("num_experts", "sliding_window"),
+        ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+        tensors={**tables.LLAMA, **tables.SHARED_EXPERTS},
         layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
     ),
     Family(

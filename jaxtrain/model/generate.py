@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.config import LayerGroup
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge, split
-from jaxtrain.model.layers import Cache
+from jaxtrain.model.layers import Block
 
 MIN_PROMPT_TOKENS = 32
 """Prompts are padded to this length or twice another, so that few lengths are compiled."""
@@ -255,11 +255,12 @@ def _generate_token(
 
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
-    stack = lambda repeats: (repeats,) if repeats > 1 else ()
-    empty = lambda group: Cache(*jnp.zeros((2, *stack(group.repeats), B, K, S, H), dtype))
+    def empty(block: Block, repeats: int) -> Any:
+        cache = block.attention.empty_cache(repeats, B, S, model.compute.compute_dtype)
+        return cache if repeats > 1 else jax.tree.map(partial(jnp.squeeze, axis=0), cache)
+
     return {
-        str(g): {str(m): empty(group) for m in range(len(group.layers))}
+        str(g): {m: empty(block, group.repeats) for m, block in model.layers[str(g)].items()}
         for g, group in enumerate(model.config.groups)
     }
 

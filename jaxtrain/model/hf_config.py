@@ -8,6 +8,7 @@ from jaxtrain.model import rope
 from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, Norm, group_layers
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
+from jaxtrain.model.fp8 import BLOCK
 from jaxtrain.model.gguf import read_gguf_config
 from jaxtrain.model.weights import has_own_head, tensor_shapes
 from jaxtrain.model_folder import is_complete, read_json
@@ -37,14 +38,20 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             *SIZES, "sliding_window_pattern", "no_rope_layer_interval", "num_experts",
             "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+            "n_shared_experts", "n_group", "topk_group", "kv_lora_rank", "qk_nope_head_dim",
+            "v_head_dim",
         ),
     ),
     (
         lambda value: value is None or _is_size(value),
         "a positive whole number or null",
-        ("num_key_value_heads", "head_dim", "sliding_window"),
+        ("num_key_value_heads", "head_dim", "sliding_window", "q_lora_rank"),
     ),
-    (_is_count, "a whole number of at least 0", ("max_window_layers",)),
+    (
+        _is_count,
+        "a whole number of at least 0",
+        ("max_window_layers", "first_k_dense_replace", "num_nextn_predict_layers"),
+    ),
     (
         lambda value: value is None or (isinstance(value, list) and all(map(_is_count, value))),
         "a list of numbers of layers or null",
@@ -61,7 +68,7 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
             "attention_multiplier", "logits_scaling", "logit_scale", "swiglu_alpha",
-            "swiglu_limit",
+            "swiglu_limit", "routed_scaling_factor",
         ),
     ),
     (
@@ -75,7 +82,7 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
             "use_parallel_residual", "scale_attn_weights", "norm_topk_prob",
-            "output_router_logits",
+            "output_router_logits", "rope_interleave", "use_qk_norm",
         ),
     ),
     (
@@ -289,6 +296,8 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
         if field in hf and hf[field] not in values and not _is_read(field, hf[field], family):
             allowed = " or ".join(show(value) for value in values)
             faults[field] = f"must be {allowed}, found {show(hf[field])}, which is not supported"
+            if field == "quantization_config":
+                faults[field] += "; save its weights in bfloat16 first"
             if "drop" in field:
                 faults[field] += f"; write model.hf_config_kwargs.{field}: 0 to train without"
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
@@ -298,6 +307,8 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
         faults["num_experts_per_tok"] = (
             f"must be at most the {hf['num_experts']} experts, found {hf['num_experts_per_tok']}"
         )
+    if "n_group" in hf and (what := _group_fault(hf)):
+        faults["n_group"] = what
     if hf["head_dim"] is None and hf["hidden_size"] % heads:
         faults["hidden_size"] = (
             f"must be a multiple of the {heads} attention heads without a head_dim, "
@@ -308,10 +319,23 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     return faults
 
 
+def _group_fault(hf: Mapping[str, Any]) -> str | None:
+    """What is wrong with the groups of experts of which a token takes some."""
+    experts, groups, taken = hf["num_experts"], hf["n_group"], hf["topk_group"]
+    size, rest = divmod(experts, groups)
+    if not rest and size > 1 and taken <= groups and hf["num_experts_per_tok"] <= taken * size:
+        return None
+    return (
+        f"must cut the {experts} experts into groups of at least 2, of which topk_group have the "
+        f"{hf['num_experts_per_tok']} of a token, found {groups} with topk_group {taken}"
+    )
+
+
 def _is_read(field: str, value: Any, family: Family) -> bool:
     """Whether this says how weights are quantised, in a way that is read."""
     is_map = field == "quantization_config" and isinstance(value, Mapping)
-    return is_map and value.get("quant_method") in family.quantizations
+    is_known = is_map and value.get("quant_method") in family.quantizations
+    return is_known and value.get("weight_block_size") in (None, [BLOCK, BLOCK])
 
 
 def _override_config(

@@ -9,6 +9,7 @@ E experts, M feed-forward of each, C experts of a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -241,6 +242,7 @@ class Attention(nnx.Module):
             spec.window,
         )
         self.implementation = compute.attention
+        self.kv_shape = K, H
 
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
@@ -277,6 +279,11 @@ class Attention(nnx.Module):
         mixed = mixed_BTNH.reshape(B, T, K, G, H)
         y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, noise_BT, contract=3)
         return y_BTD, (None if cache is None else keys)
+
+    def empty_cache(self, L: int, B: int, S: int, dtype: str) -> Cache:
+        """Of a stack of these layers."""
+        K, H = self.kv_shape
+        return Cache(*jnp.zeros((2, L, B, K, S, H), dtype))
 
 
 class MLP(nnx.Module):
@@ -339,6 +346,11 @@ class ExpertMLP(nnx.Module):
         self.expert_gate_up_bias = init.zeros(L, E, 2, M) if has_bias else None
         self.expert_down = init.normal(L, E, M, D)
         self.expert_down_bias = init.zeros(L, E, D) if has_bias else None
+        has_choice_bias, shared = config.experts.has_choice_bias, config.experts.shared_width
+        # In float32 whatever the recipe says: experts may differ by less than bfloat16 can tell.
+        self.choice_bias = nnx.Param(jnp.zeros((L, E), jnp.float32)) if has_choice_bias else None
+        wide = replace(config, ffn_width=shared)
+        self.shared = MLP(wide, compute, init, L) if shared else None
         self.experts = config.experts
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
@@ -346,7 +358,8 @@ class ExpertMLP(nnx.Module):
     def __call__(self, x_BTD: Array, segments_BT: Array) -> tuple[Array, Routing]:
         # In float32, since a rounded score may choose another expert.
         logits_BTE = dense(x_BTD.astype(jnp.float32), self.router[...], self.router_bias)
-        chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT)
+        choice_bias_E = None if self.choice_bias is None else self.choice_bias[...]
+        chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT, choice_bias_E)
         bias = self.expert_gate_up_bias
         weights = ExpertWeights(
             self.expert_gate_up[...], None if bias is None else bias[...], self.expert_down[...]
@@ -361,7 +374,7 @@ class ExpertMLP(nnx.Module):
             y_BTD += dense(chosen.shares(self.experts.count), self.expert_down_bias[...]).astype(
                 y_BTD.dtype
             )
-        return y_BTD, routing
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
 
     def _activate(self, wide_RUM: Array) -> Array:
         gate_RM, up_RM = wide_RUM[:, 0], wide_RUM[:, 1]
@@ -371,7 +384,12 @@ class ExpertMLP(nnx.Module):
         return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
-CONTRACTED = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+MIXERS: dict[str, Any] = {"attention": Attention}
+"""`LayerSpec.mixer` → the class; those of other files add themselves."""
+
+CONTRACTED = {
+    "qkv": 1, "out": 3, "gate_up": 1, "down": 1, "q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1,
+}  # fmt: skip
 """Parameter that may have adapters → how many of its first dimensions are its input."""
 
 
@@ -398,7 +416,7 @@ class Block(nnx.Module):
         has_bias = config.norm.has_bias
         self.attention_norm = init.norm(L, D) if place != "after" else None
         self.attention_norm_bias = init.zeros(L, D) if has_bias else None
-        self.attention = Attention(config, spec, compute, init, L)
+        self.attention = MIXERS[spec.mixer](config, spec, compute, init, L)
         self.attention_post_norm = init.norm(L, D) if place != "before" else None
         self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
         self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None

@@ -23,13 +23,14 @@ from jaxtrain.model import decoder
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.layers import CONTRACTED, pad_joined
-from jaxtrain.model.tables import name_in_file
+from jaxtrain.model.tables import name_in_file, stored_dtype
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import PeftConfig
 
-LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+LATENT = ("attention/q", "attention/q_a", "attention/q_b", "attention/kv_a", "attention/kv_b")
+LINEAR = ("attention/qkv", *LATENT, "attention/out", "mlp/gate_up", "mlp/down")
 """Parameters of a layer that get adapters."""
 JOINED = ("attention/qkv", "mlp/gate_up")
 """Those of several modules, joined along the last dimension but one."""
@@ -169,13 +170,14 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
 def list_modules(config: DecoderConfig) -> Iterator[Module]:
     """Every module that may have an adapter, by the tables of the tensors: of a model with experts
     those of attention."""
-    family = BY_NAME[config.family]
+    family, known = BY_NAME[config.family], set(all_paths(config))
     for g, group in enumerate(config.groups):
         for m in range(len(group.layers)):
             for name in LINEAR:
-                if config.experts is not None and name.startswith("mlp/"):
-                    continue
                 path = f"layers/{g}/{m}/{name}"
+                is_frozen = config.experts is not None and name.startswith("mlp/")
+                if is_frozen or path not in known:
+                    continue
                 by_module: dict[str, list[Piece]] = {}
                 for piece in pieces(config, path, family.layouts[0]):
                     by_module.setdefault(module_name(family, piece.name), []).append(piece)
@@ -360,7 +362,8 @@ def in_dtype(base: Params, dtype: str) -> Params:
     """Shapes of a base whose weights are in this dtype: nothing small is ever added to them. The
     constants of adapters stay in float32."""
     adapters, weights = take_adapters(base)
-    return join(adapters, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), weights))
+    convert = lambda path, a: jax.ShapeDtypeStruct(a.shape, stored_dtype(path[-1].key, dtype))
+    return join(adapters, jax.tree_util.tree_map_with_path(convert, weights))
 
 
 def init_adapters(lora: Lora, shapes: Params, seed: int) -> Params:
@@ -431,7 +434,7 @@ def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
                 joined = site.end > site.begin
                 size = weight.shape[-2]
                 weight += pad_joined(update, site.begin, size) if joined else update
-            found[name] = weight.astype(dtype)
+            found[name] = weight.astype(stored_dtype(name, dtype))
         return found
 
     return merge(params, "")

@@ -96,6 +96,8 @@ class Rope:
     attention_factor: float = 1.0
     """multiplies rotated queries and keys"""
     query_scale: QueryScale | None = None
+    score_scale: float = 1.0
+    """multiplies the scores of latent attention"""
 
 
 class Rotation(NamedTuple):
@@ -112,8 +114,9 @@ def read_ropes(
 ) -> dict[str, Rope]:
     """Reads the ropes of a config.json of either style: type of layer → rope, or `*` → that of all.
 
-    `defaults` are the family's fields, by type of layer or under `*`; `partial_rotary_factor` and
-    `llama_4_scaling_beta` count only if they are among them. ValueError for an unsupported rope.
+    `defaults` are the family's fields, by type of layer or under `*`; `partial_rotary_factor`,
+    `llama_4_scaling_beta` and a `mscale_all_dim` of scores count only if they are among them.
+    ValueError for an unsupported rope.
     """
     given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     by_type = "*" not in defaults
@@ -169,6 +172,9 @@ def _build_rope(fields: Mapping[str, Any], default: Mapping[str, Any]) -> Rope:
     if "llama_4_scaling_beta" in default and fields["llama_4_scaling_beta"]:
         scale = QueryScale(number("llama_4_scaling_beta"), _whole(number, ORIGINAL))
         rope = replace(rope, query_scale=scale)
+    if "mscale_all_dim" in default and fields["mscale_all_dim"] and kind != "default":
+        grown = _grown(number("factor"), number("mscale_all_dim"))
+        rope = replace(rope, score_scale=grown**2)
     build = SCALINGS.get(kind) if isinstance(kind, str) else None
     if build is None:
         kinds = ", ".join(SCALINGS)
@@ -206,10 +212,10 @@ def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
     if rope.theta <= 1:
         raise ValueError(f"rope type yarn needs a rope_theta above 1, found {rope.theta}")
     factor = number("factor", number(LONGEST) / original)
-    grown = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    attention_factor = grown(1)
+    attention_factor = _grown(factor, 1.0)
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        attention_factor = grown(number("mscale")) / grown(number("mscale_all_dim"))
+        scales = number("mscale"), number("mscale_all_dim")
+        attention_factor = _grown(factor, scales[0]) / _grown(factor, scales[1])
     return replace(
         rope,
         scaling=Yarn(
@@ -221,6 +227,10 @@ def _yarn(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:
         ),
         attention_factor=number("attention_factor", attention_factor),
     )
+
+
+def _grown(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(rope: Rope, fields: Mapping[str, Any], number: Number) -> Rope:

@@ -1,6 +1,6 @@
 """Routers: which experts a token takes, with what shares, and what their losses need to know.
 
-B batch, T tokens, E experts, C experts of a token.
+B batch, T tokens, E experts, C experts of a token, G groups of experts, g those of a token.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.model.config import DecoderConfig, Experts
 from jaxtrain.recipe.errors import Fault, RecipeError
 from jaxtrain.recipe.trainer import TrainerConfig
+
+TINY = 1e-20  # in a sum of scores that may all be 0
 
 
 class Routing(NamedTuple):
@@ -41,18 +43,31 @@ class Chosen(NamedTuple):
 
 
 def choose_experts(
-    experts: Experts, logits_BTE: Array, segments_BT: Array
+    experts: Experts, logits_BTE: Array, segments_BT: Array, bias_E: Array | None = None
 ) -> tuple[Chosen, Routing]:
-    """The experts with the largest logits, float32 [B, T, E]."""
-    _, choices_BTC = lax.top_k(lax.stop_gradient(logits_BTE), experts.per_token)
+    """The experts with the largest logits, float32 [B, T, E], or scores with a bias for the choice
+    (Wang et al., 2024, arXiv:2408.15664)."""
+    scores_BTE, order_BTE = logits_BTE, lax.stop_gradient(logits_BTE)
+    if experts.scores == "sigmoid":
+        scores_BTE = jax.nn.sigmoid(logits_BTE)
+        order_BTE = lax.stop_gradient(scores_BTE)
+    if bias_E is not None:
+        order_BTE += lax.stop_gradient(bias_E)
+    order_BTE = _in_best_groups(experts, order_BTE)
+    _, choices_BTC = lax.top_k(order_BTE, experts.per_token)
     # Named, so that a rematerialisation policy can save it: recomputed logits may be rounded
     # otherwise and choose others.
     choices_BTC = checkpoint_name(choices_BTC, "routing")
     probs_BTE = jax.nn.softmax(logits_BTE)
-    if experts.is_normalized:  # equal to the chosen probabilities divided by their sum
-        shares_BTC = jax.nn.softmax(jnp.take_along_axis(logits_BTE, choices_BTC, axis=-1))
+    chosen_BTC = jnp.take_along_axis(scores_BTE, choices_BTC, axis=-1)
+    if experts.scores == "sigmoid":
+        total_BT1 = chosen_BTC.sum(-1, keepdims=True) + TINY if experts.is_normalized else 1.0
+        shares_BTC = chosen_BTC / total_BT1
+    elif experts.is_normalized:  # equal to the chosen probabilities divided by their sum
+        shares_BTC = jax.nn.softmax(chosen_BTC)
     else:
         shares_BTC = jnp.take_along_axis(probs_BTE, choices_BTC, axis=-1)
+    shares_BTC *= experts.share_scale
 
     is_token_BT1 = (segments_BT != 0)[..., None]
     total = lambda a_BTX: jnp.where(is_token_BT1, a_BTX, 0).sum((0, 1))
@@ -63,6 +78,17 @@ def choose_experts(
         is_token_BT1.sum(dtype=jnp.float32),
     )
     return Chosen(choices_BTC, shares_BTC), routing
+
+
+def _in_best_groups(experts: Experts, order_BTE: Array) -> Array:
+    """-inf outside the groups of experts whose two largest numbers have the largest sums."""
+    if experts.groups_per_token == experts.groups:
+        return order_BTE
+    order_BTGE = order_BTE.reshape(*order_BTE.shape[:-1], experts.groups, -1)
+    sums_BTG = lax.top_k(order_BTGE, 2)[0].sum(-1)
+    _, best_BTg = lax.top_k(sums_BTG, experts.groups_per_token)
+    is_best_BTG = jax.nn.one_hot(best_BTg, experts.groups, dtype=bool).any(-2)
+    return jnp.where(is_best_BTG[..., None], order_BTGE, -jnp.inf).reshape(order_BTE.shape)
 
 
 def refuse_idle_experts(config: TrainerConfig, decoder: DecoderConfig) -> None:

@@ -3,7 +3,9 @@ and exporting cannot disagree. The dimensions of a tensor are written in letters
 [K * G * H, D].
 
 D width, K key/value heads, G query heads to each, H head size, F feed-forward, E experts, M feed-
-forward of each, P positions, V vocabulary.
+forward of each, S of those shared, P positions, V vocabulary. Of latent attention: Q and C numbers
+of which queries and the rest are made, A these and the rotated channels, H channels of a query, X
+of a value, W of a key and a value together that are not rotated.
 """
 
 import re
@@ -141,6 +143,15 @@ EXPERTS: Table = {
     ),
     "mlp/expert_down": tensors(".mlp.experts.{e}.down_proj.weight: D M -> E M D"),
 }
+SHARED_EXPERTS: Table = {
+    **EXPERTS,
+    "mlp/choice_bias": tensors(".mlp.gate.e_score_correction_bias: E -> E"),
+    "mlp/shared/gate_up": tensors(
+        ".mlp.shared_experts.gate_proj.weight: S D -> D 1 S",
+        ".mlp.shared_experts.up_proj.weight: S D -> D 1 S",
+    ),
+    "mlp/shared/down": tensors(".mlp.shared_experts.down_proj.weight: D S -> S D"),
+}
 MIXTRAL: Table = {
     "mlp/router": tensors(".block_sparse_moe.gate.weight: E D -> D E"),
     "mlp/expert_gate_up": tensors(
@@ -163,6 +174,28 @@ GPT_OSS: Table = {
     "mlp/expert_down": tensors(".mlp.experts.down_proj: E M D -> E M D"),
     "mlp/expert_down_bias": tensors(".mlp.experts.down_proj_bias: E D -> E D"),
 }
+
+LATENT: Table = {
+    "attention/q": tensors(".self_attn.q_proj.weight: KH D -> D K H"),
+    "attention/q_a": tensors(".self_attn.q_a_proj.weight: Q D -> D Q"),
+    "attention/q_a_bias": tensors(".self_attn.q_a_proj.bias: Q -> Q"),
+    "attention/q_a_norm": tensors(".self_attn.q_a_layernorm.weight: Q -> Q"),
+    "attention/q_b": tensors(".self_attn.q_b_proj.weight: KH Q -> Q K H"),
+    "attention/kv_a": tensors(".self_attn.kv_a_proj_with_mqa.weight: A D -> D A"),
+    "attention/kv_a_bias": tensors(".self_attn.kv_a_proj_with_mqa.bias: A -> A"),
+    "attention/kv_a_norm": tensors(".self_attn.kv_a_layernorm.weight: C -> C"),
+    "attention/kv_b": tensors(".self_attn.kv_b_proj.weight: KW C -> C K W"),
+    "attention/out": tensors(".self_attn.o_proj.weight: D KGX -> K G X D"),
+}
+
+FLOAT32 = ("choice_bias",)
+"""Last parts of the paths of parameters that are float32 here and in every file."""
+
+
+def stored_dtype(name: str, dtype: str) -> str:
+    """The dtype of a parameter, by the last part of its path, where that of others is `dtype`."""
+    return "float32" if name in FLOAT32 else dtype
+
 
 HARMLESS = (
     r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",

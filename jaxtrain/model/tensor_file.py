@@ -22,6 +22,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 PACKED = ("_blocks", "_scales")
 """Ends of names of tensors that may be bytes: mxfp4.py reads them."""

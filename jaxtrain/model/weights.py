@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
+from jaxtrain.model.fp8 import unpack_blocks
 from jaxtrain.model.gguf import read_gguf_tensors
 from jaxtrain.model.mxfp4 import unpack
 from jaxtrain.model.tables import HARMLESS, Layout, Tensor, name_in_file, name_in_tables
@@ -78,12 +79,17 @@ def pieces(config: DecoderConfig, path: str, layout: Layout) -> list[Piece]:
 
 def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piece]:
     size = {
-        "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
+        "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.query_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
         "P": config.max_positions, "1": 1, "2": 2, "3": 3,
     }  # fmt: skip
-    if config.experts is not None:
-        size |= {"E": config.experts.count, "M": config.experts.width}
+    if experts := config.experts:
+        size |= {"E": experts.count, "M": experts.width, "S": experts.shared_width}
+    if latent := config.latent:
+        size |= {
+            "Q": latent.q_rank or 0, "C": latent.kv_rank, "A": latent.kv_rank + config.head_size,
+            "X": latent.value_size, "W": latent.plain_size + latent.value_size,
+        }  # fmt: skip
     rows: dict[str, int] = {}
     last = tensors[-1].ours.split()
     join_dim, end = last.index("1") if "1" in last else None, 0
@@ -174,6 +180,7 @@ def read_tensors(path: Path, family: Family) -> tuple[dict[str, StoredTensor], L
     file writes these."""
     stored = read_gguf_tensors(path) if path.suffix == ".gguf" else read_folder(path)
     stored = unpack(stored) if "mxfp4" in family.quantizations else stored
+    stored = unpack_blocks(stored) if "fp8" in family.quantizations else stored
     layout = family.layout_of(stored)
     return {name_in_tables(layout, name): tensor for name, tensor in stored.items()}, layout
 
@@ -231,6 +238,8 @@ def _check(
 ) -> None:
     carried = BY_NAME[config.family].carried
     harmless = [*HARMLESS, *([r"lm_head\.weight"] if config.tied else []), *filter(None, [carried])]
+    behind = range(config.num_layers, config.num_layers + config.num_layers_behind)
+    harmless += [rf"model\.layers\.{layer}\..*" for layer in behind]
     in_file = partial(name_in_file, layout)
     missing, reshaped = [], []
     for name, shape in wanted.items():

@@ -69,6 +69,8 @@ def _experts(experts: Experts, z_loss: float, is_ours: bool) -> str:
     balance = "not in the loss; model.hf_config_kwargs.output_router_logits: true adds it"
     if experts.balance_loss:
         balance = f"in the loss with coefficient {experts.balance_loss:g}"
+    elif experts.has_choice_bias:
+        balance = "left to a bias of the choice, which stays as it is"
     z = f", router z-loss with coefficient {z_loss:g}" if z_loss else ""
     own = "" if is_ours else "; an objective of your own has only what it adds"
     return f"{experts.per_token} of {experts.count} per token, load balance {balance}{z}{own}"

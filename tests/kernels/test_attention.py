@@ -76,7 +76,8 @@ def pull(implementation, rule, positions, kv_positions, q, k, v, d_out):
 
 def check(implementation, positions, qkv, *, kv_positions=None, rule=(), atol=1e-5):
     """Output and gradients agree with the naive definition; returns them."""
-    d_out = jax.random.normal(jax.random.key(9), qkv[0].shape, qkv[0].dtype)
+    shape = (*qkv[0].shape[:-1], qkv[2].shape[-1])
+    d_out = jax.random.normal(jax.random.key(9), shape, qkv[0].dtype)
     kv_positions = positions if kv_positions is None else kv_positions
     found = pull(implementation, rule, positions, kv_positions, *qkv, d_out)
     exact = [x.astype(jnp.float32) for x in (*qkv, d_out)]
@@ -105,6 +106,14 @@ def test_a_packed_row_equals_each_document_alone(implementation, rule):
         start += length
     for x in together:  # the padding at the end
         assert not np.any(x[:, start:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [40, 96])
+def test_values_may_be_smaller_or_larger_than_keys(implementation, size):
+    q, k, _ = random_qkv(2, 140)
+    v = jax.random.normal(jax.random.key(3), (2, 140, K, size))
+    check(implementation, packed((70, 1, 60), (130,), tokens=140), (q, k, v))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

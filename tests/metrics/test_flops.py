@@ -16,7 +16,8 @@ def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
     that a token takes."""
     theirs = hf_model(name)
     config = theirs.config
-    share = config.num_experts_per_tok / config.num_experts if hasattr(config, "num_experts") else 1
+    experts = getattr(config, "num_experts", getattr(config, "n_routed_experts", None))
+    share = config.num_experts_per_tok / experts if experts else 1
     sizes = {
         n: p.numel() * (share if ".experts." in n else 1) for n, p in theirs.named_parameters()
     }

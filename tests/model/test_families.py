@@ -81,6 +81,7 @@ def test_logits_and_gradients_equal_those_of_transformers(name, folders):
         expected[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
     ).backward()
     trained = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    trained |= {n: np.zeros(b.shape) for n, b in theirs.named_buffers() if n.endswith("bias")}
     layout = BY_NAME[config.family].layout_of(trained)
     found = to_hf_tensors(gradients, config, "float32", layout._replace(starts=()))
     by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
@@ -105,7 +106,7 @@ def test_a_document_in_a_packed_row_equals_the_document_alone(name, folders):
         np.testing.assert_allclose(packed, alone, atol=PACKED_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe", "deepseek-v3"])
 def test_experts_in_one_tensor_are_those_of_a_tensor_each_and_are_exported_so(
     name, folders, tmp_path
 ):

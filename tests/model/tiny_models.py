@@ -107,6 +107,60 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmoe",
         {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False},
     ),
+    "deepseek-v3-plain": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 20,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 10,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 20,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+        },
+    ),
+    "glm4-moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 20,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
     "gpt-oss": (
         "GptOss",
         {
@@ -252,7 +306,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LIKE_OTHERS = {
     "llama2", "llama3", "linear", "biased", "mistral", "qwen2", "qwen2-windows", "gemma", "olmo3",
-    "phi3", "granite", "gpt-neox-serial",
+    "phi3", "granite", "gpt-neox-serial", "deepseek-v3-plain", "glm4-moe",
 }  # fmt: skip
 """Rows whose every option another row has too; tried with the slow tests."""
 ROWS = [
@@ -282,6 +336,9 @@ def hf_model(name: str, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += 0.2 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer += 0.2 * torch.randn_like(buffer)
     return model
 
 

@@ -15,12 +15,18 @@ from jaxtrain.preflight import find_faults
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.trainer import step as pure
 from jaxtrain.trainer.loss import compute_means
-from tests.runs import LLAMA, first_batch, host, loss_and_gradients, recipe, trainer
+from tests.runs import LLAMA, first_batch, host, loss_and_gradients, losses, recipe, trainer
 
 EXPERTS = {
     **LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
     "num_hidden_layers": 2, "mlp_only_layers": [0], "num_experts": 8, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "norm_topk_prob": False, "decoder_sparse_step": 1,
+}  # fmt: skip
+SIGMOID = {
+    **{k: v for k, v in EXPERTS.items() if k not in ("num_experts", "mlp_only_layers")},
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_routed_experts": 8,
+    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": None,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
@@ -136,6 +142,26 @@ def test_a_mesh_changes_no_number_of_a_model_with_experts(tmp_path, alone, mesh)
     for name, leaf in host_leaves((run.state.params, run.state.opt_state)):
         if "expert_" in name:
             assert leaf.addressable_shards[0].data.size * prod(mesh.values()) == leaf.size, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_the_bias_of_a_choice_has_no_gradient_and_no_decay_and_keeps_its_bits(tmp_path, optimizer):
+    how = {"type": optimizer, "lr": 0.1, "weight_decay": 0.5}
+    model = {"param_dtype": "bfloat16"}
+    run = run_of(tmp_path, config=SIGMOID, train_iters=2, optimizer=how, model=model)
+    bias = np.random.default_rng(0).normal(0, 1e-3, (1, 8)).astype(np.float32)
+    params = run.state.params
+    mlp = params["layers"]["1"]["0"]["mlp"]
+    assert mlp["choice_bias"].dtype == np.float32 != mlp["router"].dtype
+    before = np.asarray(mlp["router"].astype("float32"))
+    mlp["choice_bias"] = jax.device_put(bias, mlp["choice_bias"].sharding)
+    run.state = run.state._replace(params=params)
+    _, gradients = loss_and_gradients(run)
+    assert not np.any(gradients["layers"]["1"]["0"]["mlp"]["choice_bias"])
+    losses(run, 2)
+    mlp = run.state.params["layers"]["1"]["0"]["mlp"]
+    assert np.asarray(mlp["choice_bias"]).tobytes() == bias.tobytes()
+    assert np.abs(np.asarray(mlp["router"].astype("float32")) - before).max() > 1e-3
 
 
 @pytest.mark.slow

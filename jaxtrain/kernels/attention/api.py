@@ -29,6 +29,7 @@ def attention(
     implementation: str = "reference",
 ) -> Array:
     """Causal attention inside each segment, [B, T, N, H] in the dtype of q; softmax in float32.
+    Values, and so the result, may have another size than keys.
 
     A query sees a key of its own segment at the same or an earlier position, at most
     `scoring.window - 1` back. `sinks_N` are scores of nothing, to which every query of a head
