@@ -1,4 +1,4 @@
-"""Generates continuations of prompts with a cache of keys and values.
+"""Generates continuations of prompts with a cache: keys and values, or states.
 
 B prompts, P tokens of the longest, padded, N new tokens at most, S = P + N slots of the cache, C
 tokens of a chunk, D width, V vocabulary.
@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge
-from jaxtrain.model.layers import Cache
+from jaxtrain.model.layers import Block
 
 MIN_PROMPT_TOKENS = 32
 """Prompts are padded to this length or twice another, so that few lengths are compiled."""
@@ -204,7 +204,7 @@ def _generate_token(
     if sampling.repetition_penalty != 1:
         is_seen_BV = is_seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
-    # follows the positions, not the order of the slots.
+    # follows the positions, not the order of the slots, and states are those of the last token.
     slot = progress.slot
     positions = TokenPositions(
         progress.positions.segments.at[:, slot].set(1),
@@ -228,10 +228,11 @@ def _generate_token(
 
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    K, H, dtype = model.config.num_kv_heads, model.config.head_size, model.compute.compute_dtype
-    empty = lambda repeats: Cache(*jnp.zeros((2, repeats, B, S, K, H), dtype))
+    def empty(block: Block, repeats: int) -> Any:
+        return block.token_mixer.empty_cache(repeats, B, S, model.compute.compute_dtype)
+
     return {
-        str(g): {str(m): empty(group.repeats) for m in range(len(group.layers))}
+        str(g): {m: empty(block, group.repeats) for m, block in model.layers[str(g)].items()}
         for g, group in enumerate(model.config.groups)
     }
 

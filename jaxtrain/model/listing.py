@@ -45,8 +45,10 @@ def _linear_modules(family: Family) -> str:
     """The last parts of their names in transformers, as `target_modules` takes them."""
 
     def names(part: str) -> str:
-        weights = [t.name for path in LINEAR if path.startswith(part) for t in family.tensors[path]]
+        paths = [path for path in LINEAR if path.startswith(part) and path in family.tensors]
+        weights = [tensor.name for path in paths for tensor in family.tensors[path]]
         return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
 
     where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    return names("attention/") + where + names("mlp/")
+    mixers = filter(None, (names("attention/"), names("mixer/")))
+    return ", ".join(mixers) + where + names("mlp/")

@@ -29,7 +29,10 @@ from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import PeftConfig
 
-LINEAR = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+LINEAR = (
+    "attention/qkv", "attention/out", "mixer/in_qkv", "mixer/in_gate", "mixer/in_strength",
+    "mixer/in_decay", "mixer/out", "mixer/in_bcx", "mixer/conv_out", "mlp/gate_up", "mlp/down",
+)  # fmt: skip
 """Parameters of a layer that get adapters."""
 JOINED = ("attention/qkv", "mlp/gate_up")
 """Those of several modules, joined along the last dimension but one."""
@@ -171,8 +174,11 @@ def list_modules(config: DecoderConfig) -> Iterator[Module]:
     those of attention."""
     family = BY_NAME[config.family]
     for g, group in enumerate(config.groups):
-        for m in range(len(group.layers)):
+        for m, spec in enumerate(group.layers):
+            absent = "attention/" if spec.is_recurrent else "mixer/"
             for name in LINEAR:
+                if name not in family.tensors or name.startswith(absent):
+                    continue
                 if config.experts is not None and name.startswith("mlp/"):
                     continue
                 path = f"layers/{g}/{m}/{name}"

@@ -80,20 +80,23 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.head_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
-        "P": config.max_positions, "1": 1, "2": 2, "3": 3,
+        "P": config.max_positions, "1": 1, "2": 2, "3": 3, "Y": config.width, "S": config.conv_taps,
     }  # fmt: skip
+    size["Q"] = 2 * size["G"] if config.gated_attention else size["G"]
     if config.experts is not None:
         size |= {"E": config.experts.count, "M": config.experts.width}
+    if config.delta is not None:
+        size |= dict(zip("JWAC", config.delta.sizes, strict=True))
+        size |= {"X": size["W"] * size["C"], "S": config.delta.conv_taps}
     rows: dict[str, int] = {}
     last = tensors[-1].ours.split()
-    join_dim, end = last.index("1") if "1" in last else None, 0
+    join_dim, end = last.index("1") if "1" in last else len(last) - 1, 0
     for tensor in tensors:
         mine = tensor.ours.split()
         place = [slice(0, size[letter]) for letter in mine]
-        if join_dim is not None:
-            begin, end = end, end + size[mine[join_dim]]
-            place[join_dim] = slice(begin, end)
-        in_file = tensor.dims.replace(" ", "")
+        begin, end = end, end + size[mine[join_dim]]
+        place[join_dim] = slice(begin, end)
+        in_file = tensor.dims.replace(" ", "").replace("1", "")
         lacking = [letter for letter in mine if letter not in in_file]
         letters = in_file + "".join(lacking)
         shape = tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split())
