@@ -85,7 +85,7 @@ def test_the_recipe_of_qwen3_5_trains_a_small_one_and_exports_the_whole_model(tm
         model_folder(tmp_path / "model"),
         tiny_models.transformers.AutoModelForImageTextToText,
     )
-    kind.from_config(tiny_models.hf_config("qwen3-5-whole", vocab_size=384)).save_pretrained(folder)
+    kind.from_config(tiny_models.hf_config("qwen3-5-whole", vocab_size=392)).save_pretrained(folder)
     vision = {
         name: tensor.read() for name, tensor in read_folder(folder).items() if "visual" in name
     }

@@ -302,8 +302,7 @@ def _lfm2(hf: Mapping[str, Any]) -> dict[str, Any]:
     width = hf["intermediate_size"]
     if hf["block_auto_adjust_ff_dim"]:
         width, unit = int(2 * width / 3), hf["block_multiple_of"]
-        if hf["block_ffn_dim_multiplier"] is not None:
-            width = -(-int(hf["block_ffn_dim_multiplier"] * width) // unit) * unit
+        width = -(-int(hf["block_ffn_dim_multiplier"] * width) // unit) * unit
     return {
         "ffn_width": width, "qk_norm": "head", "conv_taps": hf["conv_L_cache"],
         "conv_bias": hf["conv_bias"],

@@ -64,13 +64,13 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
             "attention_multiplier", "logits_scaling", "logit_scale", "swiglu_alpha",
-            "swiglu_limit",
+            "swiglu_limit", "block_ffn_dim_multiplier",
         ),
     ),
     (
         lambda value: value is None or _is_positive(value),
         "a positive number or null",
-        ("final_logit_softcapping", "attn_logit_softcapping", "block_ffn_dim_multiplier"),
+        ("final_logit_softcapping", "attn_logit_softcapping"),
     ),
     (
         _is_bool,

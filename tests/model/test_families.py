@@ -179,7 +179,7 @@ def test_an_export_reloads_in_transformers_with_the_same_logits(name, kind, fold
 
 def test_layers_that_predict_several_tokens_are_carried(folders, tmp_path):
     """As published folders of Qwen 3.5 have them; transformers leaves them out."""
-    whole, extra = folders["qwen3-5-whole"], np.random.default_rng(0).normal(size=(3, 4))
+    whole, extra = folders["qwen3-5-whole"], np.ones((3, 4), np.float32)
     tensors = {name: tensor.read() for name, tensor in read_folder(whole).items()}
     (tmp_path / "in").mkdir()
     save_file(tensors | {"mtp.fc.weight": extra}, tmp_path / "in" / "model.safetensors")
@@ -258,7 +258,6 @@ def test_windows_of_upper_layers_are_those_of_transformers(kind, first):
         ("Lfm2", {"full_attn_idxs": [0, 3, 9]}),
         ("Lfm2", {"block_auto_adjust_ff_dim": False}),
         ("Lfm2", {"block_multiple_of": 7, "block_ffn_dim_multiplier": 0.7}),
-        ("Lfm2", {"block_ffn_dim_multiplier": None}),
         ("Lfm2", {"block_ff_dim": 100, "tie_embedding": False}),
     ],
 )

@@ -8,39 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_rows import batch_of, random_tokens
-from tiny_models import hf_model, load_model, save_model, torch
+from tiny_models import FAMILIES, hf_config, hf_model, load_model, save_model, torch
 
 from jaxtrain.model.config import ComputeConfig
-from jaxtrain.model.decoder import abstract, merge
+from jaxtrain.model.decoder import abstract, init_params, merge
 from jaxtrain.model.generate import generate
+from jaxtrain.model.hf_config import decoder_config
 
-NAMES = ["qwen3-5", "lfm2"]
 T = 40
 PACKED_TOLERANCE = 1e-5  # of the largest number
 
 
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @cache
-    def model_of(name):
-        config, _, model, params = load_model(save_model(name, tmp_path_factory.mktemp("hf") / "m"))
-        graph = abstract(config, ComputeConfig(remat="none")).graph  # compiles faster
+@cache
+def differentiated(name, kind):
+    """The gradients of random parameters of a model with one layer of this kind, and its logits, for
+    a batch and the gradients of these."""
+    fields = hf_config(name, num_hidden_layers=1, layer_types=[kind]).to_dict()
+    config = decoder_config(fields | {"architectures": [f"{FAMILIES[name][0]}ForCausalLM"]})
+    compute = ComputeConfig(remat="none")  # compiles faster
+    graph, params = abstract(config, compute).graph, init_params(config, compute, jax.random.key(0))
 
-        def loss(params, batch, d_logits):
+    @jax.jit
+    def differentiate(batch, d_logits):
+        def loss(params):
             logits = merge(graph, params)(batch)
             return jnp.vdot(logits, d_logits), logits
 
-        return model, params, jax.jit(jax.grad(loss, has_aux=True))
+        return jax.grad(loss, has_aux=True)(params)
 
-    return model_of
+    return differentiate
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", NAMES)
-def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(name, seed, model_of):
+@pytest.mark.parametrize(("name", "kind"), [("qwen3-5", "linear_attention"), ("lfm2", "conv")])
+def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(name, kind, seed):
     """Two rows of three documents, one of a single token, padding after them and rows of it; then a
     row for each document."""
-    _, params, differentiate = model_of(name)
+    differentiate = differentiated(name, kind)
     rng, tokens = np.random.default_rng(seed), random_tokens(6, T, seed)
     segments, lengths = np.zeros((6, T), int), []
     for row in range(2):
@@ -57,8 +61,8 @@ def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(na
     d_apart = np.zeros_like(d_logits)
     d_apart[is_alone] = d_logits[:2][segments[:2] > 0]
 
-    packed_grads, packed = differentiate(params, batch_of(tokens, segments), d_logits)
-    grads, alone = differentiate(params, batch_of(apart, 1 * is_alone), d_apart)
+    packed_grads, packed = differentiate(batch_of(tokens, segments), d_logits)
+    grads, alone = differentiate(batch_of(apart, 1 * is_alone), d_apart)
     np.testing.assert_allclose(
         np.asarray(packed)[segments > 0], np.asarray(alone)[is_alone], atol=PACKED_TOLERANCE
     )
@@ -69,11 +73,11 @@ def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(na
         np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_prompts_of_any_length_generate_what_transformers_does(name, model_of):
-    """Together, each alone, and there: padding behind a prompt is in no state. One is shorter than
-    a convolution."""
-    model, params, _ = model_of(name)
+@pytest.mark.parametrize("name", ["qwen3-5", pytest.param("lfm2", marks=pytest.mark.slow)])
+def test_prompts_of_any_length_generate_what_transformers_does(name, tmp_path):
+    """Together, one alone, and there: padding after a prompt is in no state. Two are shorter than a
+    convolution. The cache of layers with a state does not grow with the tokens."""
+    _, _, model, params = load_model(save_model(name, tmp_path))
     prompts = [random_tokens(1, n, seed=n)[0].tolist() for n in (1, 2, 5, 31)]
     ours = generate(model.graph, params, prompts, max_new_tokens=8)
     reference = hf_model(name)
@@ -83,11 +87,6 @@ def test_prompts_of_any_length_generate_what_transformers_does(name, model_of):
         )
         assert tokens == theirs[0, len(prompt) :].tolist()
     assert generate(model.graph, params, prompts[2:3], max_new_tokens=8) == ours[2:3]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_cache_of_a_layer_with_a_state_does_not_grow(name, model_of):
-    model, params, _ = model_of(name)
     layer = merge(model.graph, params).layers["0"]["0"].token_mixer
     sizes = [
         [x.shape for x in jax.tree.leaves(layer.empty_cache(2, 3, S, "float32"))]
