@@ -42,7 +42,9 @@ SPELLINGS = {
     "all": {"target_modules": "all-linear"},
     "ALL": {"target_modules": "All-Linear"},
     "names": {"target_modules": ["o_proj", "dense", "c_fc", "down_proj", "qkv_proj", "w2"]},
-    "regex": {"target_modules": r".*\.(0|2)\.(self_attn|attn|attention)\..*(proj|attn|dense)"},
+    "regex": {
+        "target_modules": r".*\.(0|2)\.(self_attn|linear_attn|attn|attention|conv)\..*(proj|attn|dense)"
+    },
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "c_fc", "dense"]},
     "excluded regex": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
     "layers": {
@@ -162,8 +164,8 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
         "target_modules": last,
         "rank_pattern": {last[0]: 2},
         "alpha_pattern": {last[-1]: 9},
-        "modules_to_save": None if is_tied or family == "gemma3-whole" else ["norm"],
-        "exclude_modules": r".*vision.*",
+        "modules_to_save": None if is_tied or family.endswith("whole") else ["norm"],
+        "exclude_modules": r".*vis(ion|ual).*",
     }
     torch.manual_seed(1)
     config = peft.LoraConfig(
