@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxtrain import get_config, registry
+from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.recipe.errors import RecipeError
 from tests.runs import conversations, losses, model_folder, recipe, trainer
 
@@ -76,3 +77,29 @@ def test_an_example_of_user_code_trains(tmp_path, name):
     config = get_config(ROOT / "recipes" / f"{name}.yaml", overrides)
     run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
     assert run.train().global_step == 2
+
+
+def test_the_recipe_of_qwen3_5_trains_a_small_one_and_exports_the_whole_model(tmp_path):
+    tiny_models = pytest.importorskip("tests.model.tiny_models")
+    folder, kind = (
+        model_folder(tmp_path / "model"),
+        tiny_models.transformers.AutoModelForImageTextToText,
+    )
+    kind.from_config(tiny_models.hf_config("qwen3-5-whole", vocab_size=392)).save_pretrained(folder)
+    vision = {
+        name: tensor.read() for name, tensor in read_folder(folder).items() if "visual" in name
+    }
+    overrides = [
+        f"model.name_or_path={folder}", f"run_dir={tmp_path / 'run'}", "train_iters=2",
+        f"data.sources.0={conversations(tmp_path / 'rows.jsonl', 40)}", "data.max_length=64",
+        "epochs=null", "micro_batch_size=1", "gradient_accumulation_steps=1", "eval_interval=0",
+        f"checkpoint.0.output_dir={tmp_path / 'state'}",
+        f"checkpoint.1.output_dir={tmp_path / 'export'}",
+    ]  # fmt: skip
+    config = get_config(ROOT / "recipes" / "qwen3.5-0.8b-sft.yaml", overrides)
+    run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
+    assert run.train().global_step == 2
+    whole = kind.from_pretrained(next((tmp_path / "export").rglob("config.json")).parent)
+    for name, parameter in whole.named_parameters():
+        assert name not in vision or (parameter.detach().numpy() == vision[name]).all()
+    assert vision

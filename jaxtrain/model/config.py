@@ -47,6 +47,8 @@ class Experts:
     """of all shares"""
     shared_width: int = 0
     """feed-forward channels that every token takes besides"""
+    has_shared_gate: bool = False
+    """what these add is multiplied by a gate of each token"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,30 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """Sizes of layers of the gated delta rule."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_size: int
+    value_size: int
+    conv_taps: int
+    """tokens that the convolution before it spans"""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Key heads, value heads to each, key size, value size."""
+        groups = self.num_value_heads // self.num_key_heads
+        return self.num_key_heads, groups, self.key_size, self.value_size
+
+    @property
+    def channels(self) -> int:
+        """Of the query, the key and the values of a key head."""
+        _, groups, key_size, value_size = self.sizes
+        return 2 * key_size + groups * value_size
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """The settings that may differ between layers."""
 
@@ -72,8 +98,14 @@ class LayerSpec:
     """how queries and keys are rotated; None: not at all"""
     has_experts: bool = False
     """the feed-forward layer is `DecoderConfig.experts`"""
-    mixer: Literal["attention", "latent"] = "attention"
+    mixer: Literal["attention", "latent", "delta", "conv"] = "attention"
     """how tokens are mixed: a key of `MIXERS`"""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether tokens are mixed through a state of fixed size; its parameters stand under
+        `mixer`, others under `attention`."""
+        return self.mixer in ("delta", "conv")
 
 
 @dataclass(frozen=True)
@@ -100,11 +132,17 @@ class DecoderConfig:
     """that files have after the last layer, to predict further tokens; they are not read"""
     experts: Experts | None = None
     latent: Latent | None = None
+    delta: Delta | None = None
+    conv_taps: int = 0
+    """tokens that a layer of convolution spans"""
+    conv_bias: bool = False
     tied: bool = False
     """the head is the embedding"""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    gated_attention: bool = False
+    """what each head makes of the values is multiplied by a gate, which is made as a query is"""
     attention_sinks: bool = False
     """queries attend to a learned score of nothing too, one of each head"""
     qk_norm: Literal["head", "all_heads"] | None = None

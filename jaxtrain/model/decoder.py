@@ -4,22 +4,27 @@ Outside this folder its parameters are a plain nested dict:
 
     embed/embedding [V, D], positions [P, D]   head [D, V], absent when tied   norm, norm_bias [D]
     layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
-        attention/ qkv [L, D, K, G + 2, H], qkv_bias [L, K, G + 2, H], out [L, K, G, H, D],
+        attention/ qkv [L, D, K, Q + 2, H], qkv_bias [L, K, Q + 2, H], out [L, K, G, H, D],
                    out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H],
                    sinks [L, K, G]; of latent attention those of latent.py
+        mixer/     in the place of attention, in_qkv [L, D, J, R], in_gate [L, D, J, W, C],
+                   in_strength, in_decay [L, D, J, W], decay_bias, log_decay_scale [L, J, W],
+                   qkv_conv [L, S, J, R], out_norm [L, C], out [L, J, W, C, D]
+                   or in_bcx [L, D, 3, D], conv [L, S, D], conv_out [L, D, D], each may have a _bias
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
                    or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D],
                    router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D],
                    choice_bias [L, E], shared/ gate_up, down
 
 A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
-Beside `qkv`, `out`, `gate_up` and `down` there may be adapters, by module of the family's files:
+Beside those of `layers.CONTRACTED` there may be adapters, by module of the family's files:
 
     <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
-B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
-U 2 with a gate and 1 without, E experts, M feed-forward of each, P positions, V vocabulary,
-L layers of one member of a group.
+B batch, T tokens, D width, K key/value heads, G query heads to each, Q = G, or 2 G with gates, H
+head size, J key heads of the delta rule, W value heads to each, C value size, R = W C and twice the
+key size, S taps of a convolution, F feed-forward, U 2 with a gate and 1 without, E experts, M feed-
+forward of each, P positions, V vocabulary, L layers of one member of a group.
 """
 
 import math
@@ -53,6 +58,7 @@ from jaxtrain.model.layers import (
     mix_bits,
     normalize,
 )
+from jaxtrain.model.recurrent import State  # adds its layers to MIXERS
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
@@ -62,7 +68,7 @@ Params = dict[str, Any]
 Adapters = Mapping[str, Sequence[AdapterSite]]
 """Path of a parameter → the adapters that products with it have."""
 NO_ADAPTERS: Adapters = {}
-Caches = Mapping[str, Mapping[str, Cache]]
+Caches = Mapping[str, Mapping[str, Any]]
 """Group → member → its cache, stacked over L where the group repeats."""
 
 
@@ -257,7 +263,7 @@ def run_group(
     inputs: AttentionInputs,
     compute: ComputeConfig,
     *,
-    caches: Mapping[str, Cache] | None = None,
+    caches: Mapping[str, Cache | State] | None = None,
     first: Array | int = 0,
     end: int | None = None,
 ) -> Output:

@@ -145,9 +145,10 @@ class LanguageModel:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Attention window of each layer."""
+        """Attention window of each layer that has attention."""
         groups = self.spec.config.groups
-        return tuple(layer.window for g in groups for _ in range(g.repeats) for layer in g.layers)
+        layers = (layer for g in groups for _ in range(g.repeats) for layer in g.layers)
+        return tuple(layer.window for layer in layers if not layer.is_recurrent)
 
     def first_params(self, shardings: Any, *, seed: int, given: Decoder | None = None) -> Params:
         """Parameters of the whole decoder, copied from a given one, read from disk or random, each

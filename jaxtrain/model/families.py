@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtrain.model import rope, tables
-from jaxtrain.model.config import Experts, Latent, LayerSpec
+from jaxtrain.model.config import Delta, Experts, Latent, LayerSpec
 from jaxtrain.model.rope import Rope
 from jaxtrain.model.tables import Layout, Table
 
@@ -114,6 +114,14 @@ def _typed_layers(
     types = hf["layer_types"]
     if types is None:
         types = [kinds[has_window] for has_window in default]
+    _check_types(types, kinds, depth)
+    return [
+        LayerSpec(hf["sliding_window"] if kind == kinds[1] else None, ropes.get("*") or ropes[kind])
+        for kind in types
+    ]
+
+
+def _check_types(types: Any, kinds: Sequence[str], depth: int) -> None:
     if not isinstance(types, list) or len(types) != depth or not all(t in kinds for t in types):
         found = sorted(set(map(str, types if isinstance(types, list) else [types])))
         number = f"{len(types)}: " if isinstance(types, list) else ""
@@ -121,10 +129,6 @@ def _typed_layers(
             f"layer_types must name one of {', '.join(kinds)} for each of the {depth} layers, "
             f"found {number}{', '.join(found)}"
         )
-    return [
-        LayerSpec(hf["sliding_window"] if kind == kinds[1] else None, ropes.get("*") or ropes[kind])
-        for kind in types
-    ]
 
 
 def _layers_of_qwen(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
@@ -271,6 +275,51 @@ _GRANITE = {
 }
 
 
+def _layers_with_states(
+    hf: Mapping[str, Any], ropes: Mapping[str, Rope], kind: str, mixer: Any, default: Iterable[bool]
+) -> list[LayerSpec]:
+    """Layers of attention and those of another mixer, whose name is `kind`, by `layer_types` if
+    present, else by whether each is of attention."""
+    types, depth = hf["layer_types"], hf["num_hidden_layers"]
+    if types is None:
+        types = ["full_attention" if is_full else kind for is_full in default]
+    _check_types(types, (kind, "full_attention"), depth)
+    full, other = LayerSpec(rope=ropes["*"]), LayerSpec(mixer=mixer)
+    return [full if one == "full_attention" else other for one in types]
+
+
+def _layers_of_qwen3_5(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    every, depth = hf["full_attention_interval"], hf["num_hidden_layers"]
+    is_full = ((i + 1) % every == 0 for i in range(depth))
+    return _layers_with_states(hf, ropes, "linear_attention", "delta", is_full)
+
+
+def _qwen3_5(hf: Mapping[str, Any]) -> dict[str, Any]:
+    names = (
+        "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+        "linear_value_head_dim", "linear_conv_kernel_dim",
+    )  # fmt: skip
+    delta = Delta(*(hf[name] for name in names))
+    return {**_biases(hf), "qk_norm": "head", "gated_attention": True, "delta": delta}
+
+
+def _layers_of_lfm2(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    depth, full = hf["num_hidden_layers"], hf["full_attn_idxs"]
+    is_full = (full is None or i in full for i in range(depth))
+    return _layers_with_states(hf, ropes, "conv", "conv", is_full)
+
+
+def _lfm2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    width = hf["intermediate_size"]
+    if hf["block_auto_adjust_ff_dim"]:
+        width, unit = int(2 * width / 3), hf["block_multiple_of"]
+        width = -(-int(hf["block_ffn_dim_multiplier"] * width) // unit) * unit
+    return {
+        "ffn_width": width, "qk_norm": "head", "conv_taps": hf["conv_L_cache"],
+        "conv_bias": hf["conv_bias"],
+    }  # fmt: skip
+
+
 def _layers_of_granite4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
     """Equal layers; those of its hybrids are not supported."""
     depth, types = hf["num_hidden_layers"], hf["layer_types"]
@@ -375,6 +424,62 @@ GEMMA3 = Family(
     norm={"zero_centered": True},
     tensors={**tables.LLAMA, **tables.POST_NORMS},
 )  # fmt: skip
+QWEN3_5 = Family(
+    name="qwen3_5_text",
+    architecture="Qwen3_5ForCausalLM",
+    defaults={
+        **_DEFAULTS, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False,
+        "layer_types": None, "full_attention_interval": 4, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+    layers=_layers_of_qwen3_5,
+    only={**_PARTIAL_ONLY, "attn_output_gate": (True,)},
+    traits=_qwen3_5,
+    ignored=("sliding_window",),
+    ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}},
+    norm={"zero_centered": True},
+    tensors={**tables.LLAMA, **tables.GATED_QKV, **tables.DELTA},
+)  # fmt: skip
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    name="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    defaults={
+        **QWEN3_5.defaults, **_EXPERTS, "num_key_value_heads": 2, "moe_intermediate_size": 512,
+    },
+    layers=lambda hf, ropes: [
+        replace(layer, has_experts=True) for layer in _layers_of_qwen3_5(hf, ropes)
+    ],
+    traits=lambda hf: {
+        **_qwen3_5(hf),
+        **_experts(
+            hf, "moe_intermediate_size", is_normalized=True, has_shared_gate=True,
+            shared_width=hf["intermediate_size"],
+        ),
+    },
+    aliases={
+        "shared_expert_intermediate_size": "intermediate_size", "num_local_experts": "num_experts",
+    },
+    ignored=("sliding_window", "intermediate_size"),
+    tensors={**QWEN3_5.tensors, **tables.EXPERTS, **tables.SHARED_EXPERT},
+    layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+)  # fmt: skip
+
+
+def _whole_qwen3_5(text: Family, name: str, architecture: str) -> Family:
+    """The multimodal family of a text model."""
+    starts = (("model.", "model.language_model."),)
+    return replace(
+        text,
+        name=name,
+        architecture=architecture,
+        only={**text.only, "model_type": (text.name, None)},
+        layouts=tuple(layout._replace(starts=starts) for layout in text.layouts),
+        text="text_config",
+        carried=r"(mtp|model\.visual)\..*",
+    )
+
 
 FAMILIES: Sequence[Family] = (
     LLAMA_FAMILY,
@@ -550,6 +655,31 @@ FAMILIES: Sequence[Family] = (
         modules=Layout((("model.", "model.language_model."),)),
         text="text_config",
         carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+    ),
+    QWEN3_5,
+    _whole_qwen3_5(QWEN3_5, "qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    QWEN3_5_MOE,
+    _whole_qwen3_5(QWEN3_5_MOE, "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+    Family(
+        name="lfm2",
+        architecture="Lfm2ForCausalLM",
+        defaults={
+            **_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 128_000,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "layer_types": None,
+            "full_attn_idxs": None, "conv_L_cache": 3, "conv_bias": False,
+            "block_auto_adjust_ff_dim": True, "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+        },
+        layers=_layers_of_lfm2,
+        only=_ONLY,
+        traits=_lfm2,
+        aliases={
+            "norm_eps": "rms_norm_eps", "block_ff_dim": "intermediate_size",
+            "tie_embedding": "tie_word_embeddings",
+        },
+        ignored=("rms_norm_eps", "hidden_act", "sliding_window"),
+        ropes={"*": {"rope_theta": 1_000_000.0}},
+        tensors={**tables.LLAMA, **tables.LFM2},
     ),
     Family(
         name="gemma",

@@ -1,4 +1,4 @@
-"""Generates continuations of prompts with a cache of keys and values.
+"""Generates continuations of prompts with a cache: keys and values, or states.
 
 B prompts, P tokens of the longest, padded, N new tokens at most, S = P + N slots of the cache, C
 tokens of a chunk, D width, V vocabulary.
@@ -231,7 +231,7 @@ def _generate_token(
     if sampling.repetition_penalty != 1:
         is_seen_BV = is_seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     # Prompts are padded at their end, and every row puts its next token in the same slot: attention
-    # follows the positions, not the order of the slots.
+    # follows the positions, not the order of the slots, and states are those of the last token.
     slot = progress.slot
     positions = TokenPositions(
         progress.positions.segments.at[:, slot].set(1),
@@ -256,7 +256,7 @@ def _generate_token(
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
     def empty(block: Block, repeats: int) -> Any:
-        cache = block.attention.empty_cache(repeats, B, S, model.compute.compute_dtype)
+        cache = block.token_mixer.empty_cache(repeats, B, S, model.compute.compute_dtype)
         return cache if repeats > 1 else jax.tree.map(partial(jnp.squeeze, axis=0), cache)
 
     return {

@@ -40,6 +40,9 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
             "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
             "n_shared_experts", "n_group", "topk_group", "kv_lora_rank", "qk_nope_head_dim",
             "v_head_dim",
+            "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads",
+            "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+            "conv_L_cache", "block_multiple_of",
         ),
     ),
     (
@@ -55,7 +58,7 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (
         lambda value: value is None or (isinstance(value, list) and all(map(_is_count, value))),
         "a list of numbers of layers or null",
-        ("mlp_only_layers",),
+        ("mlp_only_layers", "full_attn_idxs"),
     ),
     (
         lambda value: _is_number(value) and 0 <= value <= rope.MAX_FLOAT,
@@ -68,7 +71,7 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
             "attention_multiplier", "logits_scaling", "logit_scale", "swiglu_alpha",
-            "swiglu_limit", "routed_scaling_factor",
+            "swiglu_limit", "routed_scaling_factor", "block_ffn_dim_multiplier",
         ),
     ),
     (
@@ -82,7 +85,8 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
         (
             "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
             "use_parallel_residual", "scale_attn_weights", "norm_topk_prob",
-            "output_router_logits", "rope_interleave", "use_qk_norm",
+            "output_router_logits", "rope_interleave", "use_qk_norm", "conv_bias",
+            "block_auto_adjust_ff_dim",
         ),
     ),
     (
@@ -206,7 +210,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         raise RecipeError([
             Fault(place + theirs.get(field, field), what) for field, what in faults.items()
         ])  # fmt: skip
-    traits = {"activation": ACTIVATIONS[hf["hidden_act"]], **family.traits(hf)}
+    given = {"activation": ACTIVATIONS[hf["hidden_act"]], "ffn_width": hf["intermediate_size"]}
     return DecoderConfig(
         family=family.name,
         vocab_size=hf["vocab_size"],
@@ -214,13 +218,12 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
         head_size=_head_size(hf),
-        ffn_width=hf["intermediate_size"],
         groups=group_layers(tuple(layers)),
         norm=Norm(float(hf["rms_norm_eps"]), **family.norm),
         max_positions=hf["max_position_embeddings"],
         tied=hf["tie_word_embeddings"],
         initializer_range=float(hf["initializer_range"]),
-        **traits,
+        **(given | family.traits(hf)),
     )
 
 
@@ -303,6 +306,9 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"
+    values = "linear_num_value_heads"
+    if values in family.defaults and hf[values] % (keys := hf["linear_num_key_heads"]):
+        faults[values] = f"must be a multiple of the {keys} key heads, found {hf[values]}"
     if "num_experts" in hf and hf["num_experts_per_tok"] > hf["num_experts"]:
         faults["num_experts_per_tok"] = (
             f"must be at most the {hf['num_experts']} experts, found {hf['num_experts_per_tok']}"

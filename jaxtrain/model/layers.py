@@ -4,8 +4,8 @@ A module is built with a leading dimension L on every parameter and called with 
 layer, as `lax.scan` passes it: the graph of a module does not know shapes, so it merges with both.
 
 B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
-a key/value head, H head size, F feed-forward, U 2 with a gate and else 1, V vocabulary, L layers,
-E experts, M feed-forward of each, C experts of a token.
+a key/value head, Q = G, or 2 G with gates, H head size, F feed-forward, U 2 with a gate and else 1,
+V vocabulary, L layers, E experts, M feed-forward of each, C experts of a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -209,6 +209,11 @@ class Initializer:
     def zeros(self, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.zeros(shape, self._dtype))
 
+    def logs(self, low: float, high: float, *shape: int) -> nnx.Param:
+        """Logarithms of numbers between these."""
+        value = jax.random.uniform(self._rngs.params(), shape, jnp.float32, low, high)
+        return nnx.Param(jnp.log(value).astype(self._dtype))
+
 
 class Attention(nnx.Module):
     qkv_lora: nnx.Dict | None = None
@@ -224,9 +229,10 @@ class Attention(nnx.Module):
     ):
         D, K, H = config.width, config.num_kv_heads, config.head_size
         G = config.num_heads // K
+        Q = 2 * G if config.gated_attention else G
         # The queries, the key and the value of each key/value head: one product, split over K.
-        self.qkv = init.normal(L, D, K, G + 2, H)
-        self.qkv_bias = init.zeros(L, K, G + 2, H) if config.qkv_bias else None
+        self.qkv = init.normal(L, D, K, Q + 2, H)
+        self.qkv_bias = init.zeros(L, K, Q + 2, H) if config.qkv_bias else None
         self.out = init.normal(L, K, G, H, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
         self.sinks = init.normal(L, K, G) if config.attention_sinks else None
@@ -234,6 +240,7 @@ class Attention(nnx.Module):
         self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
         self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm else None
         self.norm = config.norm
+        self.is_gated = config.gated_attention
         self.rope = spec.rope
         self.rotation = None if spec.rope is None else config.ropes.index(spec.rope)
         self.scoring = Scoring(
@@ -250,8 +257,11 @@ class Attention(nnx.Module):
         noise_BT = inputs.noise_BT
         qkv = dense(
             x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora, noise_BT
-        )  # [B, T, K, G + 2, H]
+        )  # [B, T, K, Q + 2, H]
         q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
+        gate_BTKGH = None
+        if self.is_gated:  # each query is followed by its gate
+            q_BTKGH, gate_BTKGH = q_BTKGH[..., ::2, :], q_BTKGH[..., 1::2, :]
         q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
         k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
         if self.rope is not None and self.rotation is not None:
@@ -277,6 +287,8 @@ class Attention(nnx.Module):
             implementation=self.implementation if cache is None else "reference",
         )
         mixed = mixed_BTNH.reshape(B, T, K, G, H)
+        if gate_BTKGH is not None:
+            mixed *= jax.nn.sigmoid(gate_BTKGH)
         y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, noise_BT, contract=3)
         return y_BTD, (None if cache is None else keys)
 
@@ -351,6 +363,7 @@ class ExpertMLP(nnx.Module):
         self.choice_bias = nnx.Param(jnp.zeros((L, E), jnp.float32)) if has_choice_bias else None
         wide = replace(config, ffn_width=shared)
         self.shared = MLP(wide, compute, init, L) if shared else None
+        self.shared_gate = init.normal(L, D, 1) if config.experts.has_shared_gate else None
         self.experts = config.experts
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
@@ -374,7 +387,14 @@ class ExpertMLP(nnx.Module):
             y_BTD += dense(chosen.shares(self.experts.count), self.expert_down_bias[...]).astype(
                 y_BTD.dtype
             )
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
+        return y_BTD if self.shared is None else y_BTD + self._share(x_BTD), routing
+
+    def _share(self, x_BTD: Array) -> Array:
+        assert self.shared is not None
+        y_BTD = self.shared(x_BTD)
+        if self.shared_gate is None:
+            return y_BTD
+        return y_BTD * jax.nn.sigmoid(dense(x_BTD, self.shared_gate[...]))
 
     def _activate(self, wide_RUM: Array) -> Array:
         gate_RM, up_RM = wide_RUM[:, 0], wide_RUM[:, 1]
@@ -389,6 +409,7 @@ MIXERS: dict[str, Any] = {"attention": Attention}
 
 CONTRACTED = {
     "qkv": 1, "out": 3, "gate_up": 1, "down": 1, "q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1,
+    "in_qkv": 1, "in_gate": 1, "in_strength": 1, "in_decay": 1, "in_bcx": 1, "conv_out": 1,
 }  # fmt: skip
 """Parameter that may have adapters → how many of its first dimensions are its input."""
 
@@ -401,7 +422,11 @@ def attach_adapters(module: nnx.Module, name: str, sites: Sequence[AdapterSite])
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each reading the residual stream and added to it, with norms."""
+    """A mixer of tokens, mostly attention, and feed-forward, each reading the residual stream and
+    added to it, with norms."""
+
+    attention: Any = None
+    mixer: Any = None
 
     def __init__(
         self,
@@ -416,7 +441,11 @@ class Block(nnx.Module):
         has_bias = config.norm.has_bias
         self.attention_norm = init.norm(L, D) if place != "after" else None
         self.attention_norm_bias = init.zeros(L, D) if has_bias else None
-        self.attention = MIXERS[spec.mixer](config, spec, compute, init, L)
+        mixer = MIXERS[spec.mixer](config, spec, compute, init, L)
+        if spec.is_recurrent:
+            self.mixer = mixer
+        else:
+            self.attention = mixer
         self.attention_post_norm = init.norm(L, D) if place != "before" else None
         self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
         self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None
@@ -424,11 +453,15 @@ class Block(nnx.Module):
         self.mlp_post_norm = init.norm(L, D) if place != "before" else None
         self.config = config
 
-    def __call__(self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None = None) -> Output:
+    @property
+    def token_mixer(self) -> Any:
+        return self.attention if self.mixer is None else self.mixer
+
+    def __call__(self, x_BTD: Array, inputs: AttentionInputs, cache: Any = None) -> Output:
         config, routing = self.config, None
         norm = partial(normalize, config.norm)
         read_BTD = norm(x_BTD, self.attention_norm, self.attention_norm_bias)
-        mixed_BTD, cache = self.attention(read_BTD, inputs, cache)
+        mixed_BTD, cache = self.token_mixer(read_BTD, inputs, cache)
         y_BTD = x_BTD + config.residual_scale * norm(mixed_BTD, self.attention_post_norm)
         if not config.shared_norm:
             read_BTD = x_BTD if config.parallel_block else y_BTD

@@ -50,4 +50,5 @@ def _linear_modules(family: Family) -> str:
         return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
 
     where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    return names("attention/") + where + names("mlp/")
+    mixers = filter(None, (names("attention/"), names("mixer/")))
+    return ", ".join(mixers) + where + names("mlp/")

@@ -29,8 +29,11 @@ from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import PeftConfig
 
-LATENT = ("attention/q", "attention/q_a", "attention/q_b", "attention/kv_a", "attention/kv_b")
-LINEAR = ("attention/qkv", *LATENT, "attention/out", "mlp/gate_up", "mlp/down")
+LINEAR = (
+    "attention/qkv", "attention/q", "attention/q_a", "attention/q_b", "attention/kv_a",
+    "attention/kv_b", "attention/out", "mixer/in_qkv", "mixer/in_gate", "mixer/in_strength",
+    "mixer/in_decay", "mixer/out", "mixer/in_bcx", "mixer/conv_out", "mlp/gate_up", "mlp/down",
+)  # fmt: skip
 """Parameters of a layer that get adapters."""
 JOINED = ("attention/qkv", "mlp/gate_up")
 """Those of several modules, joined along the last dimension but one."""

@@ -2,10 +2,13 @@
 and exporting cannot disagree. The dimensions of a tensor are written in letters: `KGH D` is
 [K * G * H, D].
 
-D width, K key/value heads, G query heads to each, H head size, F feed-forward, E experts, M feed-
-forward of each, S of those shared, P positions, V vocabulary. Of latent attention: Q and C numbers
-of which queries and the rest are made, A these and the rotated channels, H channels of a query, X
-of a value, W of a key and a value together that are not rotated.
+D width, K key/value heads, G query heads to each, Q = G, or 2 G with gates, H head size, F feed-
+forward, E experts, M feed-forward of each, S of those shared, P positions, V vocabulary.
+
+Of latent attention: Q and C numbers of which queries and the rest are made, A these and the rotated
+channels, H channels of a query, X of a value, W of a key and a value together that are not rotated.
+Of the delta rule and of convolutions: J key heads, W value heads to each, A key size, C value size,
+X = W C, S taps, Y channels of a convolution.
 """
 
 import re
@@ -23,7 +26,8 @@ class Tensor(NamedTuple):
     """dimensions in the file"""
     ours: str
     """the same letters in the order of our parameter; 1 for a dimension that the file lacks, along
-    which several tensors are concatenated, and E where each expert has a tensor of its own"""
+    which several tensors are concatenated, else along the last; E where each expert has a tensor of
+    its own; a dimension of length 1 in the file may lack"""
 
 
 Table = Mapping[str, tuple[Tensor, ...]]
@@ -76,6 +80,55 @@ OLMO: Table = {
     "attention/k_norm": tensors(".self_attn.k_norm.weight: KH -> K 1 H"),
 }
 FUSED_GATE: Table = {"mlp/gate_up": tensors(".mlp.gate_up_proj.weight: 2F D -> D 2 F")}
+GATED_QKV: Table = {
+    "attention/qkv": tensors(
+        ".self_attn.q_proj.weight: KQH D -> D K Q H",
+        ".self_attn.k_proj.weight: KH D -> D K 1 H",
+        ".self_attn.v_proj.weight: KH D -> D K 1 H",
+    ),
+    "attention/qkv_bias": tensors(
+        ".self_attn.q_proj.bias: KQH -> K Q H",
+        ".self_attn.k_proj.bias: KH -> K 1 H",
+        ".self_attn.v_proj.bias: KH -> K 1 H",
+    ),
+}
+DELTA: Table = {
+    "mixer/in_qkv": tensors(
+        ".linear_attn.in_proj_qkv.weight: JA D -> D J A",
+        ".linear_attn.in_proj_qkv.weight: JA D -> D J A",
+        ".linear_attn.in_proj_qkv.weight: JX D -> D J X",
+    ),
+    "mixer/in_gate": tensors(".linear_attn.in_proj_z.weight: JWC D -> D J W C"),
+    "mixer/in_strength": tensors(".linear_attn.in_proj_b.weight: JW D -> D J W"),
+    "mixer/in_decay": tensors(".linear_attn.in_proj_a.weight: JW D -> D J W"),
+    "mixer/decay_bias": tensors(".linear_attn.dt_bias: JW -> J W"),
+    "mixer/log_decay_scale": tensors(".linear_attn.A_log: JW -> J W"),
+    "mixer/qkv_conv": tensors(
+        ".linear_attn.conv1d.weight: JA 1 S -> S J A",
+        ".linear_attn.conv1d.weight: JA 1 S -> S J A",
+        ".linear_attn.conv1d.weight: JX 1 S -> S J X",
+    ),
+    "mixer/out_norm": tensors(".linear_attn.norm.weight: C -> C"),
+    "mixer/out": tensors(".linear_attn.out_proj.weight: D JWC -> J W C D"),
+}
+LFM2: Table = {
+    "attention_norm": tensors(".operator_norm.weight: D -> D"),
+    "attention/q_norm": tensors(".self_attn.q_layernorm.weight: H -> H"),
+    "attention/k_norm": tensors(".self_attn.k_layernorm.weight: H -> H"),
+    "attention/out": tensors(".self_attn.out_proj.weight: D KGH -> K G H D"),
+    "mixer/in_bcx": tensors(".conv.in_proj.weight: 3Y D -> D 3 Y"),
+    "mixer/in_bcx_bias": tensors(".conv.in_proj.bias: 3Y -> 3 Y"),
+    "mixer/conv": tensors(".conv.conv.weight: Y 1 S -> S Y"),
+    "mixer/conv_bias": tensors(".conv.conv.bias: Y -> Y"),
+    "mixer/conv_out": tensors(".conv.out_proj.weight: D Y -> Y D"),
+    "mixer/conv_out_bias": tensors(".conv.out_proj.bias: D -> D"),
+    "mlp_norm": tensors(".ffn_norm.weight: D -> D"),
+    "mlp/gate_up": tensors(
+        ".feed_forward.w1.weight: F D -> D 1 F", ".feed_forward.w3.weight: F D -> D 1 F"
+    ),
+    "mlp/down": tensors(".feed_forward.w2.weight: D F -> F D"),
+    "norm": tensors("model.embedding_norm.weight: D -> D"),
+}
 SHARED_MLP: Table = {
     "mlp/gate_up": tensors(".shared_mlp.input_linear.weight: 2F D -> D 2 F"),
     "mlp/down": tensors(".shared_mlp.output_linear.weight: D F -> F D"),
@@ -151,6 +204,14 @@ SHARED_EXPERTS: Table = {
         ".mlp.shared_experts.up_proj.weight: S D -> D 1 S",
     ),
     "mlp/shared/down": tensors(".mlp.shared_experts.down_proj.weight: D S -> S D"),
+}
+SHARED_EXPERT: Table = {
+    "mlp/shared/gate_up": tensors(
+        ".mlp.shared_expert.gate_proj.weight: F D -> D 1 F",
+        ".mlp.shared_expert.up_proj.weight: F D -> D 1 F",
+    ),
+    "mlp/shared/down": tensors(".mlp.shared_expert.down_proj.weight: D F -> F D"),
+    "mlp/shared_gate": tensors(".mlp.shared_expert_gate.weight: 1 D -> D 1"),
 }
 MIXTRAL: Table = {
     "mlp/router": tensors(".block_sparse_moe.gate.weight: E D -> D E"),

@@ -81,8 +81,9 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.query_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
-        "P": config.max_positions, "1": 1, "2": 2, "3": 3,
+        "P": config.max_positions, "1": 1, "2": 2, "3": 3, "Y": config.width, "S": config.conv_taps,
     }  # fmt: skip
+    size["Q"] = 2 * size["G"] if config.gated_attention else size["G"]
     if experts := config.experts:
         size |= {"E": experts.count, "M": experts.width, "S": experts.shared_width}
     if latent := config.latent:
@@ -90,16 +91,18 @@ def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piec
             "Q": latent.q_rank or 0, "C": latent.kv_rank, "A": latent.kv_rank + config.head_size,
             "X": latent.value_size, "W": latent.plain_size + latent.value_size,
         }  # fmt: skip
+    if delta := config.delta:
+        size |= dict(zip("JWAC", delta.sizes, strict=True))
+        size |= {"X": size["W"] * size["C"], "S": delta.conv_taps}
     rows: dict[str, int] = {}
     last = tensors[-1].ours.split()
-    join_dim, end = last.index("1") if "1" in last else None, 0
+    join_dim, end = last.index("1") if "1" in last else len(last) - 1, 0
     for tensor in tensors:
         mine = tensor.ours.split()
         place = [slice(0, size[letter]) for letter in mine]
-        if join_dim is not None:
-            begin, end = end, end + size[mine[join_dim]]
-            place[join_dim] = slice(begin, end)
-        in_file = tensor.dims.replace(" ", "")
+        begin, end = end, end + size[mine[join_dim]]
+        place[join_dim] = slice(begin, end)
+        in_file = tensor.dims.replace(" ", "").replace("1", "")
         lacking = [letter for letter in mine if letter not in in_file]
         letters = in_file + "".join(lacking)
         shape = tuple(prod(size[letter] for letter in dim) for dim in tensor.dims.split())

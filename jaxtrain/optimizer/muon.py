@@ -18,7 +18,10 @@ from jaxtrain.optimizer.matrices import Layout, map_matrices
 from jaxtrain.optimizer.optimizers import OptimizerFactory, descend
 from jaxtrain.recipe.optimizer import MuonConfig
 
-HIDDEN = {"qkv", "out", "gate_up", "down", "expert_gate_up", "expert_down"}
+HIDDEN = {
+    "qkv", "out", "gate_up", "down", "expert_gate_up", "expert_down", "in_qkv", "in_gate", "in_bcx",
+    "conv_out",
+}  # fmt: skip
 """Names of the parameters that hold matrices of layers."""
 RMS = 0.2  # of an update, about that of adamw
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

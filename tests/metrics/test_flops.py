@@ -22,7 +22,7 @@ def test_a_token_is_multiplied_with_the_matrices_of_its_family(tmp_path, name):
         n: p.numel() * (share if ".experts." in n else 1) for n, p in theirs.named_parameters()
     }
     matrices = {n: sizes[n] for n, p in theirs.named_parameters() if p.ndim in (2, 3)}
-    looked_up = r".*wpe.*|.*(vision|multi_modal).*|.*_bias"
+    looked_up = r".*wpe.*|.*(vision|visual|multi_modal).*|.*_bias"
     if "lm_head.weight" in matrices:
         looked_up += r"|.*(embed_tokens|embed_in).*"
     matrices = {n: size for n, size in matrices.items() if not re.fullmatch(looked_up, n)}

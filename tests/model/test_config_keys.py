@@ -24,7 +24,7 @@ BASES = ("llama31", "mistral", "qwen2-windows", "qwen3")
 MORE = (
     "gemma3", "gemma", "gemma2", "smollm3", "olmo2", "olmo3", "phi3", "granite", "granite4",
     "ministral3", "glm4", "cohere2", "gpt-neox", "gpt2", "qwen3-moe", "mixtral", "olmoe",
-    "gpt-oss", "deepseek-v3", "glm4-moe",
+    "gpt-oss", "deepseek-v3", "glm4-moe", "qwen3-5", "qwen3-5-moe", "lfm2",
 )  # fmt: skip
 """Families whose keys are tried with the slow tests."""
 OLD_KEYS = {

@@ -158,17 +158,38 @@ def assert_same_tensors(a: Path, b: Path) -> None:
         assert x.shape == y.shape and x.tobytes() == y.tobytes(), name
 
 
-@pytest.mark.parametrize("name", ["llama31", "mistral", "qwen2-windows", "gemma3-whole"])
-def test_an_export_reloads_in_transformers_with_the_same_logits(name, folders, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "CausalLM") for name in ("llama31", "mistral", "qwen2-windows", "gemma3-whole")),
+        ("qwen3-5-whole", "CausalLM"),  # the text part
+        ("qwen3-5-whole", "ImageTextToText"),
+    ],
+)
+def test_an_export_reloads_in_transformers_with_the_same_logits(name, kind, folders, tmp_path):
     config, hf, params, _ = loaded(folders[name])
     save_pretrained(tmp_path / "out", params, config, hf, dtype="float32", source=folders[name])
     tokens = random_tokens(1, 40)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     )
     np.testing.assert_array_equal(hf_logits(model, tokens), hf_logits(hf_model(name), tokens))
     text, theirs = (m.config.get_text_config() for m in (model, hf_model(name)))
     assert text.rope_parameters == theirs.rope_parameters
+
+
+def test_layers_that_predict_several_tokens_are_carried(folders, tmp_path):
+    """As published folders of Qwen 3.5 have them; transformers leaves them out."""
+    whole, extra = folders["qwen3-5-whole"], np.ones((3, 4), np.float32)
+    tensors = {name: tensor.read() for name, tensor in read_folder(whole).items()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors | {"mtp.fc.weight": extra}, tmp_path / "in" / "model.safetensors")
+    shutil.copy(whole / "config.json", tmp_path / "in")
+    config, hf, _, params = load_model(tmp_path / "in")
+    save_pretrained(
+        tmp_path / "out", params, config, hf, dtype="float32", source=tmp_path / "in", verify=False
+    )
+    assert_same_tensors(tmp_path / "in", tmp_path / "out")
 
 
 def test_bfloat16_in_several_files_goes_through_bit_for_bit(tmp_path):
@@ -227,3 +248,36 @@ def test_windows_of_upper_layers_are_those_of_transformers(kind, first):
     groups = decoder_config({"architectures": [f"{kind}ForCausalLM"], **fields}).groups
     found = [layer.window for g in groups for _ in range(g.repeats) for layer in g.layers]
     assert found == [5 if kind == "sliding_attention" else None for kind in types]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Qwen3_5", {}),
+        ("Qwen3_5", {"full_attention_interval": 3}),
+        ("Lfm2", {}),
+        ("Lfm2", {"full_attn_idxs": [0, 3, 9]}),
+        ("Lfm2", {"block_auto_adjust_ff_dim": False}),
+        ("Lfm2", {"block_multiple_of": 7, "block_ffn_dim_multiplier": 0.7}),
+        ("Lfm2", {"block_ff_dim": 100, "tie_embedding": False}),
+    ],
+)
+def test_layers_and_widths_follow_from_what_files_say_of_them(kind, fields):
+    """Of files without `layer_types`, in the fields that publishers write."""
+    sizes = {
+        k: v for k, v in SIZES.items() if k != "intermediate_size" or "block_ff_dim" not in fields
+    }
+    fields = {**sizes, "num_hidden_layers": 10, **fields}
+    class_name = {"Qwen3_5": "Qwen3_5TextConfig", "Lfm2": "Lfm2Config"}[kind]
+    theirs = getattr(transformers, class_name)(**fields)
+    ours = decoder_config({"architectures": [f"{kind}ForCausalLM"], **fields})
+    layers = [layer for g in ours.groups for _ in range(g.repeats) for layer in g.layers]
+    mixers = {"full_attention": "attention", "linear_attention": "delta", "conv": "conv"}
+    assert [layer.mixer for layer in layers] == [mixers[kind] for kind in theirs.layer_types]
+    assert ours.tied == theirs.tie_word_embeddings
+    with torch.device("meta"):
+        mlp = transformers.AutoModelForCausalLM.from_config(theirs).model.layers[0]
+    widths = [
+        p.shape[0] for n, p in mlp.named_parameters() if n.endswith(("w1.weight", "up_proj.weight"))
+    ]
+    assert widths == [ours.ffn_width]

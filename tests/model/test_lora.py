@@ -41,15 +41,20 @@ SPELLINGS = {
     "default": {},
     "all": {"target_modules": "all-linear"},
     "ALL": {"target_modules": "All-Linear"},
-    "names": {"target_modules": ["o_proj", "dense", "c_fc", "down_proj", "qkv_proj"]},
-    "regex": {"target_modules": r".*\.(0|2)\.(self_attn|attn|attention)\..*(proj|attn|dense)"},
+    "names": {"target_modules": ["o_proj", "dense", "c_fc", "down_proj", "qkv_proj", "w2"]},
+    "regex": {
+        "target_modules": r".*\.(0|2)\.(self_attn|linear_attn|attn|attention|conv)\..*(proj|attn|dense)"
+    },
     "latent": {
         "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"],
         "rank_pattern": {"kv_b_proj": 2},
     },
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["down_proj", "c_fc", "dense"]},
     "excluded regex": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
-    "layers": {"target_modules": ["o_proj", "c_proj", "dense"], "layers_to_transform": [0, 2]},
+    "layers": {
+        "target_modules": ["o_proj", "c_proj", "dense", "out_proj"],
+        "layers_to_transform": [0, 2],
+    },
     "layer": {
         "target_modules": ["down_proj", "dense_h_to_4h", "c_fc", "output_linear", "v_proj"],
         "layers_to_transform": 1,
@@ -95,6 +100,8 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
         fields = known_to(config, fields)
         if name == "saved" and config.family == "granitemoehybrid":
             fields |= {"modules_to_save": ["shared_mlp"]}
+        if name == "saved" and config.family == "lfm2":
+            fields |= {"modules_to_save": ["feed_forward"]}
         if name == "default" and config.family not in DEFAULT_TARGETS:
             assert config.family not in PEFT_DEFAULTS
             with pytest.raises(RecipeError, match="has no default for .*; write all-linear"):
@@ -114,12 +121,12 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
         expected = {
             path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
             for path, module in wrapped.named_modules()
-            if isinstance(module, peft.tuners.lora.LoraLayer) and "vision" not in path
+            if isinstance(module, peft.tuners.lora.LoraLayer) and "vis" not in path
         }
         found = {module.name: (module.rank, module.scale) for module in ours.modules}
         assert found == expected, (name, fields)
         state = peft.get_peft_model_state_dict(wrapped)
-        shapes = {k: tuple(v.shape) for k, v in state.items() if "vision" not in k}
+        shapes = {k: tuple(v.shape) for k, v in state.items() if "vis" not in k}
         assert {k: part.shape for k, part in list_parts(ours, config).items()} == shapes, name
 
 
@@ -161,8 +168,8 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
         "target_modules": last,
         "rank_pattern": {last[0]: 2},
         "alpha_pattern": {last[-1]: 9},
-        "modules_to_save": None if is_tied or family == "gemma3-whole" else ["norm"],
-        "exclude_modules": r".*vision.*",
+        "modules_to_save": None if is_tied or family.endswith("whole") else ["norm"],
+        "exclude_modules": r".*vis(ion|ual).*",
     }
     torch.manual_seed(1)
     config = peft.LoraConfig(

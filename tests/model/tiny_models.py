@@ -61,6 +61,30 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+DELTA = {
+    "head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e3,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [1, 1, 1],
+    },
+}
+DELTA_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
@@ -193,6 +217,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3-whole": ("Gemma3Whole", {"head_dim": 12, "sliding_window": 5}),
+    "qwen3-5": (
+        "Qwen3_5",
+        {
+            **DELTA,
+            "num_hidden_layers": 4,
+            "attention_bias": True,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "qwen3-5-moe": (
+        "Qwen3_5Moe",
+        {
+            **DELTA,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+        },
+    ),
+    "qwen3-5-whole": (
+        "Qwen3_5Whole",
+        {**DELTA, "layer_types": ["linear_attention"] * 2 + ["full_attention"]},
+    ),
+    "lfm2": (
+        "Lfm2",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "norm_eps": 0.02,
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.3,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gemma": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
     "gemma2": (
         "Gemma2",
@@ -306,13 +367,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LIKE_OTHERS = {
     "llama2", "llama3", "linear", "biased", "mistral", "qwen2", "qwen2-windows", "gemma", "olmo3",
-    "phi3", "granite", "gpt-neox-serial", "deepseek-v3-plain", "glm4-moe",
+    "phi3", "granite", "gpt-neox-serial", "deepseek-v3-plain", "glm4-moe", "qwen3-5-whole",
+    "qwen3-5-moe",
 }  # fmt: skip
-"""Rows whose every option another row has too; tried with the slow tests."""
+"""Rows whose every option, or nearly, another row has too; tried with the slow tests."""
 ROWS = [
     pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES
 ]
-CONFIGS = {"Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3"}
+CONFIGS = {
+    "Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3", "Qwen3_5": "Qwen3_5Text",
+    "Qwen3_5Whole": "Qwen3_5", "Qwen3_5Moe": "Qwen3_5MoeText",
+}  # fmt: skip
 """Start of a class of models → that of its config, where it is another."""
 
 
@@ -324,6 +389,8 @@ def hf_config(name: str, **changes: Any) -> Any:
             "text_config": fields, "vision_config": VISION, "mm_tokens_per_image": 4,
             "image_token_index": 95, "eoi_token_index": 94, "boi_token_index": 93,
         }  # fmt: skip
+    if kind == "Qwen3_5Whole":
+        fields = {"text_config": fields, "vision_config": DELTA_VISION}
     config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**fields)
     config._attn_implementation = "eager"  # the one with soft caps
     return config
@@ -332,10 +399,16 @@ def hf_config(name: str, **changes: Any) -> Any:
 def hf_model(name: str, **changes: Any) -> Any:
     """A torch model in which no weight, bias or norm is trivial."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(name, **changes)).eval()
+    is_whole = FAMILIES[name][0].endswith("Whole")
+    kind = (
+        transformers.AutoModelForImageTextToText if is_whole else transformers.AutoModelForCausalLM
+    )
+    model = kind.from_config(hf_config(name, **changes)).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += 0.2 * torch.randn_like(parameter)
+        if name.endswith("A_log"):  # slow decays, whose sums transformers rounds less
+            parameter.data -= 2
     for name, buffer in model.named_buffers():
         if name.endswith("bias"):
             buffer += 0.2 * torch.randn_like(buffer)

@@ -75,7 +75,7 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
         "gemma", "gemma2", "gemma3", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
         "granite4",
         "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2", "qwen3-moe",
-        "mixtral", "olmoe", "gpt-oss", "deepseek-v3",
+        "mixtral", "olmoe", "gpt-oss", "deepseek-v3", "qwen3-5", "qwen3-5-moe", "lfm2",
     ],
 )  # fmt: skip
 def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
