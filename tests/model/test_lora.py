@@ -36,7 +36,7 @@ def lora(**fields):
 
 FAMILIES = sorted({kind: name for name, (kind, _) in tiny_models.FAMILIES.items()}.values())
 """One of each class of transformers."""
-QUICK = ("phi3", "gpt2", "gemma3-whole")
+QUICK = ("phi3", "gpt2", "gemma3-whole", "gemma4-small")
 SPELLINGS = {
     "default": {},
     "all": {"target_modules": "all-linear"},
