@@ -199,16 +199,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4-small": (
         "Gemma4",
         {
-            "num_hidden_layers": 7,
+            "num_hidden_layers": 6,
             "head_dim": 12,
             "global_head_dim": 16,
             "sliding_window": 5,
             "hidden_size_per_layer_input": 10,
-            "num_kv_shared_layers": 3,
-            "layer_types": [
-                *["sliding_attention", "full_attention"] * 2,
-                *["sliding_attention", "sliding_attention", "full_attention"],
-            ],
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
         },
     ),
     "gemma4-whole": (
