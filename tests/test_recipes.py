@@ -1,12 +1,16 @@
 """Every recipe that ships parses; every recipe that the README shows does too."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
+from safetensors.numpy import load_file
 
 from jaxtrain import get_config, registry
+from jaxtrain.metrics.writer import read_rows
+from jaxtrain.model.hf_config import decoder_config, read_hf_config
 from jaxtrain.model.tensor_file import read_folder
 from jaxtrain.recipe.errors import RecipeError
 from tests.runs import conversations, losses, model_folder, recipe, trainer
@@ -103,3 +107,47 @@ def test_the_recipe_of_qwen3_5_trains_a_small_one_and_exports_the_whole_model(tm
     for name, parameter in whole.named_parameters():
         assert name not in vision or (parameter.detach().numpy() == vision[name]).all()
     assert vision
+
+
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 16,
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+SMALL = {
+    "lora-gemma-3": (GEMMA3, "gradient_accumulation_steps=2"),
+    "pretrain": ({}, "micro_batch_size=1"),
+}
+"""Recipe that people start from → the config of a small model of its family, and what else has to
+be smaller."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_to_start_from_trains_a_small_model_of_its_family(tmp_path, monkeypatch, name):
+    fields, smaller = SMALL[name]
+    model_folder(tmp_path / "model", **fields)
+    rows = conversations(tmp_path / "rows.jsonl", 400)
+    if name == "pretrain":
+        texts = (json.loads(line)["messages"][0]["content"] for line in rows.open())
+        rows = tmp_path / "texts.jsonl"
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    overrides = [
+        "model.name_or_path=model", "model.from_scratch=true", f"data.sources=[{rows}]",
+        "data.max_length=128", "train_iters=4", "eval_interval=4", "max_eval_batches=1", smaller,
+    ]  # fmt: skip
+    if name == "pretrain":
+        overrides.append(f"data.eval_sources=[{rows}]")
+    monkeypatch.chdir(tmp_path)
+    config = get_config(ROOT / "recipes" / f"{name}.yaml", overrides)
+    devices = 8 if name == "pretrain" else 1
+    run = registry.find("trainer", config.type)(config, devices=jax.devices()[:devices])
+    assert run.train().global_step == 4
+    (exported,) = (tmp_path / "out" / name / "export").glob("global_step_*")
+    if name == "pretrain":
+        rows = read_rows(tmp_path / config.run_dir / "train-log-metrics.jsonl")
+        found = [row["loss"] for row in rows if "loss" in row]
+        assert found[-1] < found[0] and decoder_config(read_hf_config(exported)).num_layers == 15
+    else:
+        factors = load_file(exported / "adapter_model.safetensors")
+        assert len(factors) == 2 * 7 * 4 and all(f.any() for f in factors.values())

@@ -48,17 +48,17 @@ def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> fl
     return count
 
 
-def count_tokens(batch: Batch, windows: Sequence[int | None]) -> dict[str, jax.Array]:
+def count_tokens(batch: Batch, windows: Sequence[tuple[int | None, float]]) -> dict[str, jax.Array]:
     """Counts sequences that have a token, their padded length, tokens, trained tokens, and pairs of
     a query and a key that it sees, summed over the layers.
 
-    `windows` has one entry per layer. A document of n tokens has n * (n + 1) / 2 pairs, fewer with
-    a window."""
+    `windows` has one entry per layer, with the weight of its pairs. A document of n tokens has
+    n * (n + 1) / 2 pairs, fewer with a window."""
     visible = jnp.where(batch.segments > 0, batch.positions + 1, 0)
     pairs = jnp.float32(0)
-    for window, layers in Counter(windows).items():
+    for (window, weight), layers in Counter(windows).items():
         seen = visible if window is None else jnp.minimum(visible, window)
-        pairs += layers * jnp.sum(seen, dtype=jnp.float32)
+        pairs += weight * layers * jnp.sum(seen, dtype=jnp.float32)
     return {
         "rows": jnp.sum(batch.segments[..., 0] > 0, dtype=jnp.int32),
         "seqlen": jnp.int32(batch.tokens.shape[-1]),

@@ -1,6 +1,6 @@
 """The architecture of a decoder and how it is computed: hashable, so static under jit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from jaxtrain.model.rope import Rope
@@ -34,6 +34,9 @@ class Experts:
     swiglu_limit: float | None = None
     """with a limit, gate and up make (up + 1) * gate * sigmoid(alpha * gate), both cut above it and
     up below its negative too"""
+    is_beside_mlp: bool = False
+    """they are added to a feed-forward layer that every token takes, each with norms of its own;
+    the router reads the residual stream, normalised, and learns a scale of each expert's share"""
     balance_loss: float = 0.0
     """coefficient of the load-balancing loss of training; 0 is off"""
     scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -100,12 +103,26 @@ class LayerSpec:
     """the feed-forward layer is `DecoderConfig.experts`"""
     mixer: Literal["attention", "latent", "delta", "conv"] = "attention"
     """how tokens are mixed: a key of `MIXERS`"""
+    head_size: int | None = None
+    num_kv_heads: int | None = None
+    ffn_width: int | None = None
+    """these three: None is that of the decoder"""
+    values_are_keys: bool = False
+    """values are the keys before their norm and rotation; there is no projection of their own"""
+    writes_keys: str | None = None
+    """later layers may read its keys and values under this name, those of the last writer"""
+    reads_keys: str | None = None
+    """the name of keys and values that an earlier layer writes and this one takes for its own"""
 
     @property
     def is_recurrent(self) -> bool:
         """Whether tokens are mixed through a state of fixed size; its parameters stand under
         `mixer`, others under `attention`."""
         return self.mixer in ("delta", "conv")
+
+    @property
+    def num_kv_projections(self) -> int:
+        return 0 if self.reads_keys else 1 if self.values_are_keys else 2
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,8 @@ class DecoderConfig:
     """queries attend to a learned score of nothing too, one of each head"""
     qk_norm: Literal["head", "all_heads"] | None = None
     """a norm over each head of queries and keys, or over all at once, before their rotation"""
+    v_norm: bool = False
+    """a norm over each head of the values, without a scale"""
     norm_place: Literal["before", "after", "around"] = "before"
     """where attention and feed-forward are normalised: what they read, what they add, or both"""
     parallel_block: bool = False
@@ -157,6 +176,10 @@ class DecoderConfig:
     activation: Activation = "silu"
     learned_positions: bool = False
     """an embedding of positions is added to that of tokens"""
+    per_layer_width: int = 0
+    """channels of the input that each layer has of its own, made of the token; 0 without"""
+    has_layer_scale: bool = False
+    """each layer multiplies what it returns by a number, which is not trained"""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     """of what attention and feed-forward add"""
@@ -189,11 +212,27 @@ class DecoderConfig:
             spec.has_experts * group.repeats for group in self.groups for spec in group.layers
         )
 
+    def of_layer(self, spec: LayerSpec) -> "DecoderConfig":
+        """With the sizes of one layer in place of those of most."""
+        sizes = {
+            "head_size": spec.head_size,
+            "num_kv_heads": spec.num_kv_heads,
+            "ffn_width": spec.ffn_width,
+        }
+        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
+
     @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The different rotations of the layers."""
-        found = (layer.rope for group in self.groups for layer in group.layers)
-        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+    def layer_kinds(self) -> tuple[LayerSpec, ...]:
+        """The different layers."""
+        return tuple(dict.fromkeys(spec for group in self.groups for spec in group.layers))
+
+    @property
+    def ropes(self) -> tuple[tuple[Rope, int], ...]:
+        """The different rotations of the layers, and the size of the heads that they rotate."""
+        return tuple(dict.fromkeys(
+            (spec.rope, spec.head_size or self.head_size)
+            for spec in self.layer_kinds if spec.rope is not None
+        ))  # fmt: skip
 
     def layer_numbers(self, group: int, layer: int) -> range:
         """Numbers in the whole stack of the layers that one stacked member holds."""

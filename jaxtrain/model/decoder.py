@@ -2,8 +2,11 @@
 
 Outside this folder its parameters are a plain nested dict:
 
-    embed/embedding [V, D], positions [P, D]   head [D, V], absent when tied   norm, norm_bias [D]
-    layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D]
+    embed/embedding [V, D], positions [P, D], layer_inputs [V, X, I]
+    head [D, V], absent when tied   norm, norm_bias [D]
+    layer_inputs/ project [1, D, X, I], project_norm [1, I]
+    layers/<group>/<member>/ attention_norm, attention_post_norm, mlp_norm, mlp_post_norm [L, D],
+                   layer_scale [L, 1]
         attention/ qkv [L, D, K, Q + 2, H], qkv_bias [L, K, Q + 2, H], out [L, K, G, H, D],
                    out_bias [L, D], q_norm, k_norm [L, H] or [L, K, G, H] and [L, K, 1, H],
                    sinks [L, K, G]; of latent attention those of latent.py
@@ -14,22 +17,25 @@ Outside this folder its parameters are a plain nested dict:
         mlp/       gate_up [L, D, U, F], gate_up_bias [L, U, F], down [L, F, D], down_bias [L, D]
                    or router [L, D, E], expert_gate_up [L, E, D, U, M], expert_down [L, E, M, D],
                    router_bias [L, E], expert_gate_up_bias [L, E, U, M], expert_down_bias [L, E, D],
-                   choice_bias [L, E], shared/ gate_up, down
+                   choice_bias [L, E], shared/ gate_up, down, shared_gate [L, D, 1]
+        layer_input/ narrow [L, D, I], widen [L, I, D], post_norm [L, D]
 
-A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`.
-Beside those of `layers.CONTRACTED` there may be adapters, by module of the family's files:
+A family has those that its options ask for; `attention_norm` and `mlp_norm` may have a `_bias`. K,
+H and F may differ between members, and `qkv` may lack values, or keys too (`LayerSpec`). Beside
+those of `layers.CONTRACTED` there may be adapters, by module of the family's files:
 
     <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
 B batch, T tokens, D width, K key/value heads, G query heads to each, Q = G, or 2 G with gates, H
 head size, J key heads of the delta rule, W value heads to each, C value size, R = W C and twice the
 key size, S taps of a convolution, F feed-forward, U 2 with a gate and 1 without, E experts, M feed-
-forward of each, P positions, V vocabulary, L layers of one member of a group.
+forward of each, P positions, V vocabulary, L layers of one member of a group, X all layers, I
+channels of a layer's own input.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +59,12 @@ from jaxtrain.model.layers import (
     Block,
     Cache,
     Initializer,
+    LayerInputs,
     Output,
     attach_adapters,
     mix_bits,
     normalize,
 )
-from jaxtrain.model.recurrent import State  # adds its layers to MIXERS
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
@@ -70,6 +76,8 @@ Adapters = Mapping[str, Sequence[AdapterSite]]
 NO_ADAPTERS: Adapters = {}
 Caches = Mapping[str, Mapping[str, Any]]
 """Group → member → its cache, stacked over L where the group repeats."""
+Carry = tuple[Array, dict[str, Cache]]
+"""What a layer passes on: x, and keys and values that later layers read."""
 
 
 def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
@@ -100,6 +108,11 @@ class Decoder(nnx.Module):
         self.embed = nnx.Dict(embedding=init.normal(config.vocab_size, config.width))
         if config.learned_positions:
             self.embed.positions = init.normal(config.max_positions, config.width)
+        has_inputs = config.per_layer_width > 0
+        if has_inputs:
+            sizes = config.vocab_size, config.num_layers, config.per_layer_width
+            self.embed.layer_inputs = init.normal(*sizes)
+        self.layer_inputs = LayerInputs(config, init, 1) if has_inputs else None
         self.layers = nnx.Dict({
             str(g): nnx.Dict({
                 str(m): Block(config, spec, compute, init, group.repeats)
@@ -109,8 +122,8 @@ class Decoder(nnx.Module):
         })  # fmt: skip
         self.has_dropout = any(site.dropout for sites in adapters.values() for site in sites)
         for path, sites in adapters.items():
-            _, group, member, part, name = path.split("/")
-            attach_adapters(getattr(self.layers[group][member], part), name, sites)
+            *parents, name = path.split("/")
+            attach_adapters(reduce(getattr, parents, self), name, sites)
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
@@ -129,7 +142,7 @@ class Decoder(nnx.Module):
         inputs = self.attention_inputs(positions, positions)
         if self.has_dropout and batch.is_training:
             inputs = inputs._replace(noise_BT=_noise(batch))
-        out = self.stack(self.embed_tokens(batch.tokens, batch.positions), inputs)
+        out = self.run_layers(batch.tokens, inputs)
         return self.normalize(out.x_BTD), out.routing
 
     def logits_of_targets(self, batch: Batch) -> Array:
@@ -189,32 +202,63 @@ class Decoder(nnx.Module):
     def attention_inputs(
         self, q_positions: TokenPositions, kv_positions: TokenPositions, slot: Array | None = None
     ) -> AttentionInputs:
-        size = self.config.head_size
-        rotations = tuple(rotation(rope, size, q_positions) for rope in self.config.ropes)
+        rotations = tuple(rotation(rope, size, q_positions) for rope, size in self.config.ropes)
         return AttentionInputs(q_positions, kv_positions, rotations, slot)
 
     def embed_tokens(self, tokens_BT: Array, positions_BT: Array) -> Array:
-        look_up = lambda table, index_BT: jnp.take(table[...], index_BT, axis=0, mode="clip")
         x_BTD = look_up(self.embed.embedding, tokens_BT)
         if self.config.learned_positions:
             x_BTD += look_up(self.embed.positions, positions_BT)
         x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
         return constrain(x_BTD, "batch", None, None)
 
-    def stack(self, x_BTD: Array, inputs: AttentionInputs, caches: Caches | None = None) -> Output:
-        """Runs all layers; with caches, also returns them with these tokens added."""
+    def run_layers(
+        self, tokens_BT: Array, inputs: AttentionInputs, caches: Caches | None = None
+    ) -> Output:
+        """Embeds tokens and runs all layers; with caches, also returns them with these added."""
+        x_BTD = self.embed_tokens(tokens_BT, inputs.q_positions.positions)
+        own_XBTI = self._make_layer_inputs(tokens_BT, x_BTD, inputs.noise_BT)
+        return self.stack(x_BTD, inputs, caches, own_XBTI)
+
+    def _make_layer_inputs(
+        self, tokens_BT: Array, x_BTD: Array, noise_BT: Array | None
+    ) -> Array | None:
+        if self.layer_inputs is None:
+            return None
+        graph, params = split(self.layer_inputs)
+        # The tokens go to the parts of the table on their devices, not the table to the tokens.
+        table_BTXI = constrain(
+            look_up(self.embed.layer_inputs, tokens_BT), "rows", None, None, "embed"
+        )
+        table_BTXI = constrain(table_BTXI.astype(x_BTD.dtype), "batch", None, None, None)
+
+        def make(params: Params, x_BTD: Array, table_BTXI: Array) -> Array:
+            module = nnx.merge(graph, jax.tree.map(lambda a: a[0], params))
+            return module(x_BTD, table_BTXI, noise_BT)
+
+        return rematerialize(make, self.compute)(params, x_BTD, table_BTXI).transpose(2, 0, 1, 3)
+
+    def stack(
+        self,
+        x_BTD: Array,
+        inputs: AttentionInputs,
+        caches: Caches | None = None,
+        own_XBTI: Array | None = None,
+    ) -> Output:
+        """Runs all layers on hidden states, with the own inputs of each."""
         if self.compute.stages > 1 and caches is None:
             return Output(self._run_stages(x_BTD, inputs))
-        new_caches, routings = {}, []
-        for name in by_number(self.layers):
-            x_BTD, new_caches[name], routing = run_group(
-                *split(self.layers[name]),
-                x_BTD,
-                inputs,
-                self.compute,
+        new_caches, routings, begin = {}, [], 0
+        for name, layers in zip(by_number(self.layers), self.config.groups, strict=True):
+            end = begin + len(layers.layers) * layers.repeats
+            out = run_group(
+                *split(self.layers[name]), x_BTD, inputs, self.compute,
                 caches=caches[name] if caches else None,
-            )
-            routings.append(routing)
+                own_XBTI=None if own_XBTI is None else own_XBTI[begin:end],
+            )  # fmt: skip
+            begin, x_BTD, new_caches[name] = end, out.x_BTD, out.cache
+            inputs = inputs._replace(shared={**(inputs.shared or {}), **out.written})
+            routings.append(out.routing)
         return Output(x_BTD, caches and new_caches, add_routings(routings))
 
     def _run_stages(self, x_BTD: Array, inputs: AttentionInputs) -> Array:
@@ -263,11 +307,13 @@ def run_group(
     inputs: AttentionInputs,
     compute: ComputeConfig,
     *,
-    caches: Mapping[str, Cache | State] | None = None,
+    caches: Mapping[str, Any] | None = None,
+    own_XBTI: Array | None = None,
     first: Array | int = 0,
     end: int | None = None,
 ) -> Output:
-    """Runs the layers of a group, all or any slice, on x; `params` are their stacked parameters.
+    """Runs the layers of a group, all or any slice, on x; `params` are their stacked parameters,
+    and `own_XBTI` the own inputs of each.
 
     `first` is the number of the first repeat; those from number `end` on are padding, which leaves
     x unchanged.
@@ -275,54 +321,77 @@ def run_group(
 
     every, num_members = compute.remat_every, len(params)
 
-    def repeat(x_BTD: Array, scanned, before: int = 0):
+    def repeat(carry: Carry, scanned, before: int = 0):
         i, scanned = scanned
         run = partial(run_members, before=before)
         if end is None:
-            return run(x_BTD, scanned)
-        return lax.cond(i < end, run, lambda x, _: (x, (None, None)), x_BTD, scanned)
+            return run(carry, scanned)
+        return lax.cond(i < end, run, lambda carry, _: (carry, (None, None)), carry, scanned)
 
-    def run_members(x_BTD: Array, scanned, *, before: int):
-        params, caches = scanned
+    def run_members(carry: Carry, scanned, *, before: int):
+        (x_BTD, written), (params, caches, own) = carry, scanned
         members = nnx.merge(graph, params)
         new_caches, routings = {}, []
-        for number, name in enumerate(by_number(members), before):
+        for m, name in enumerate(by_number(members)):
             block_graph, block_params = split(members[name])
+            seen = inputs._replace(
+                shared={**(inputs.shared or {}), **written}, own_BTI=None if own is None else own[m]
+            )
 
-            def block(x_BTD, params, cache, graph=block_graph):
+            def block(x_BTD, params, cache, graph=block_graph, inputs=seen):
                 return nnx.merge(graph, params)(x_BTD, inputs, cache)
 
-            block = rematerialize(block, compute) if number % every == 0 else block
+            block = rematerialize(block, compute) if (before + m) % every == 0 else block
             out = block(x_BTD, block_params, caches and caches[name])
             x_BTD, new_caches[name] = out.x_BTD, out.cache
+            if key := members[name].spec.writes_keys:
+                written = {**written, key: out.cache}
             routings.append(out.routing)
-        return x_BTD, (caches and new_caches, add_routings(routings))
+        return (x_BTD, written), (caches and new_caches, add_routings(routings))
 
-    def run_period(x_BTD: Array, scanned):
+    def run_period(carry: Carry, scanned):
         """Runs the repeats after which the pattern of rematerialised layers starts again."""
         routings = []
         for j in range(jax.tree.leaves(scanned)[0].shape[0]):
             one = jax.tree.map(lambda a, j=j: a[j], scanned)
-            x_BTD, (_, routing) = repeat(x_BTD, one, before=j * num_members)
+            carry, (_, routing) = repeat(carry, one, before=j * num_members)
             routings.append(routing)
-        return x_BTD, add_routings(routings)
+        return carry, add_routings(routings)
 
     num_repeats = jax.tree.leaves(params)[0].shape[0]
+    own = own_XBTI
+    if own is not None:
+        own = own.reshape(num_repeats, num_members, *own.shape[1:])
+    carry = x_BTD, _first_written(nnx.merge(graph, params), x_BTD, inputs)
     if num_repeats == 1:  # without a loop, which would copy what it slices
-        one = jax.tree.map(partial(jnp.squeeze, axis=0), params)
-        x_BTD, (new_caches, routing) = repeat(x_BTD, (first, (one, caches)))
-        return Output(x_BTD, new_caches, routing)
-    scanned = (first + jnp.arange(num_repeats), (params, caches))
+        one, one_own = jax.tree.map(partial(jnp.squeeze, axis=0), (params, own))
+        (x_BTD, written), (new_caches, routing) = repeat(carry, (first, (one, caches, one_own)))
+        return Output(x_BTD, new_caches, routing, written)
+    scanned = (first + jnp.arange(num_repeats), (params, caches, own))
     at_once = every // math.gcd(every, num_members)
     sum_layers = partial(jax.tree.map, lambda a: a.sum(0))
     if at_once == 1 or caches is not None:
-        x_BTD, (new_caches, routings) = lax.scan(repeat, x_BTD, scanned)
-        return Output(x_BTD, new_caches, sum_layers(routings))
+        (x_BTD, written), (new_caches, routings) = lax.scan(repeat, carry, scanned)
+        return Output(x_BTD, new_caches, sum_layers(routings), written)
     loops, rest = divmod(num_repeats, at_once)
     cut = lambda a: a[: loops * at_once].reshape(loops, at_once, *a.shape[1:])
-    x_BTD, routings = lax.scan(run_period, x_BTD, jax.tree.map(cut, scanned))
-    x_BTD, routing = run_period(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
-    return Output(x_BTD, None, add_routings([sum_layers(routings), routing]))
+    carry, routings = lax.scan(run_period, carry, jax.tree.map(cut, scanned))
+    carry, routing = run_period(carry, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
+    return Output(carry[0], None, add_routings([sum_layers(routings), routing]), carry[1])
+
+
+def _first_written(
+    members: Mapping[str, Block], x_BTD: Array, inputs: AttentionInputs
+) -> dict[str, Cache]:
+    """Before these layers write keys and values: those that earlier ones wrote, or their shape."""
+    found = {}
+    for block in members.values():
+        if key := block.spec.writes_keys:
+            sizes = block.config.of_layer(block.spec)
+            B, S = inputs.kv_positions.segments.shape
+            shape = B, sizes.num_kv_heads, S, sizes.head_size
+            found[key] = Cache(*jnp.zeros((2, *shape), x_BTD.dtype))
+    return {**found, **{key: kept for key, kept in (inputs.shared or {}).items() if key in found}}
 
 
 def by_number(names: Iterable[str]) -> list[str]:
@@ -358,6 +427,10 @@ def init_params(
 
 def merge(graph: nnx.GraphDef, params: Params) -> Decoder:
     return nnx.merge(graph, params)
+
+
+def look_up(table: nnx.Param, index_BT: Array) -> Array:
+    return jnp.take(table[...], index_BT, axis=0, mode="clip")
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

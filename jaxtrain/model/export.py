@@ -22,16 +22,25 @@ from flax import nnx
 from jaxtrain.batch import Batch
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Params, abstract, merge
-from jaxtrain.model.families import BY_NAME, Family
+from jaxtrain.model.families import BY_NAME
 from jaxtrain.model.hf_config import decoder_config, family_of, read_hf_config
 from jaxtrain.model.tables import Layout, name_in_file, stored_dtype
 from jaxtrain.model.tensor_file import TensorToWrite, write_folder
-from jaxtrain.model.weights import Piece, load_params, pieces, read_tensors, tensor_shapes
+from jaxtrain.model.weights import (
+    Piece,
+    load_params,
+    pieces,
+    read_tensors,
+    tensor_shapes,
+    unread_names,
+)
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, WeightError
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 TOKENS = 16  # of the sequence whose logits are compared
 
 
@@ -50,13 +59,13 @@ def save_pretrained(
 ) -> None:
     """Replaces `folder` with one that transformers can load: weights, config, generation config.
 
-    What the family carries comes from `source`, where the model was read, in the names that it has
+    What the model does not read comes from `source`, where it was read, in the names that it has
     there. `add_files` receives the unfinished folder, to add the tokenizer. The name `folder`
     appears only after everything is written and, with `verify`, read back and found equal.
     """
     assert decoder_config(hf_config) == config, "config.json describes another model"
     with replace_folder(folder) as unfinished:
-        carried, layout = _carried(source, BY_NAME[config.family])
+        carried, layout = _carried(source, config)
         tensors = carried | to_hf_tensors(params, config, dtype, layout)
         write_folder(unfinished, dict(sorted(tensors.items())), max_shard_bytes)
         if carried and source is not None:
@@ -70,16 +79,20 @@ def save_pretrained(
             verify_folder(unfinished, params, config, dtype)
 
 
-def _carried(source: Path | None, family: Family) -> tuple[dict[str, TensorToWrite], Layout]:
-    """The tensors of `source` that are no part of the text model, as they are there, and how the
-    names of the others are written."""
+def _carried(source: Path | None, config: DecoderConfig) -> tuple[dict[str, TensorToWrite], Layout]:
+    """The tensors of `source` that are no part of the text model, or are not read of it, as they
+    are there; and how the names of the others are written."""
+    family = BY_NAME[config.family]
     if source is None or not source.is_dir() or not is_complete(source, with_weights=True):
         return {}, family.layouts[0]
     stored, layout = read_tensors(source, family)
+    unread = unread_names(config, layout)
     return {
-        name: TensorToWrite(tensor.read().dtype, tensor.shape, tensor.read)
+        name_in_file(layout, name) if name in unread else name: TensorToWrite(
+            tensor.read().dtype, tensor.shape, tensor.read
+        )
         for name, tensor in stored.items()
-        if family.carried and re.fullmatch(family.carried, name)
+        if name in unread or (family.carried and re.fullmatch(family.carried, name))
     }, layout
 
 

@@ -1,5 +1,6 @@
 """The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import replace_folder, save_pretrained
+from jaxtrain.model.families import BY_NAME
 from jaxtrain.model.generate import generate, stream
 from jaxtrain.model.hf_config import (
     add_stop_tokens,
@@ -94,7 +96,8 @@ class ModelSpec:
                 f"{room}; write model.resize_vocab: true to add {tokens - room} rows"
             )
         grown = replace(self.config, vocab_size=tokens)
-        hf_config = replace_text_fields(self.hf_config, {"vocab_size": tokens})
+        fields = dict.fromkeys(BY_NAME[self.config.family].vocabulary, tokens)
+        hf_config = replace_text_fields(self.hf_config, fields)
         return replace(self, config=grown, hf_config=hf_config, stored_tokens=room)
 
 
@@ -144,11 +147,13 @@ class LanguageModel:
         return (everything, {}) if self.adapters is None else split(self.adapters, everything)
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Attention window of each layer that has attention."""
-        groups = self.spec.config.groups
-        layers = (layer for g in groups for _ in range(g.repeats) for layer in g.layers)
-        return tuple(layer.window for layer in layers if not layer.is_recurrent)
+    def windows(self) -> tuple[tuple[int | None, float], ...]:
+        """Attention window of each layer that has attention, and its head size as a share of the
+        decoder's."""
+        config = self.spec.config
+        one = lambda layer: (layer.window, (layer.head_size or config.head_size) / config.head_size)
+        layers = (layer for g in config.groups for _ in range(g.repeats) for layer in g.layers)
+        return tuple(one(layer) for layer in layers if not layer.is_recurrent)
 
     def first_params(self, shardings: Any, *, seed: int, given: Decoder | None = None) -> Params:
         """Parameters of the whole decoder, copied from a given one, read from disk or random, each
@@ -308,12 +313,14 @@ class HFModelFactory(ModelFactory):
         config, spec, placement = self.config, model_config, model_config.placement
         assert placement is not None
         layout = placement.layout
-        on, num_kinds = platform(layout.mesh), len(spec.config.groups)
+        on, kinds, num_kinds = (
+            platform(layout.mesh), spec.config.layer_kinds, len(spec.config.groups)
+        )  # fmt: skip
         try:
             attention = choose(
                 on,
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
-                head_size=spec.config.query_size,
+                head_size=math.gcd(*(spec.config.of_layer(s).query_size for s in kinds)),
                 tokens=placement.sequence_tokens,
             )
         except ValueError as error:
@@ -326,6 +333,11 @@ class HFModelFactory(ModelFactory):
             raise RecipeError(
                 f"mesh.pipeline: {layout.stages} needs a stack of equal layers, found "
                 f"{num_kinds} kinds of layers in the model"
+            )
+        if layout.stages > 1 and spec.config.per_layer_width:
+            raise RecipeError(
+                f"mesh.pipeline: {layout.stages} cannot split a model whose layers have inputs of "
+                "their own (hidden_size_per_layer_input); use mesh.fsdp"
             )
         compute = ComputeConfig(
             compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),

@@ -42,6 +42,8 @@ class Family:
     interleaved_rope: bool = False
     norm: Mapping[str, Any] = field(default_factory=dict)
     """options of `Norm`"""
+    vocabulary: tuple[str, ...] = ("vocab_size",)
+    """fields that count its tokens, which are equal"""
     default_ffn_ratio: int = 0
     """`intermediate_size` / `hidden_size` where a file has none; 0: it has to"""
     tensors: Table = field(default_factory=lambda: tables.LLAMA)
@@ -70,6 +72,14 @@ class Family:
     def table(self, layout: Layout) -> Table:
         """The tensors of a file of this layout."""
         return {**self.tensors, **layout.tensors}
+
+
+class FieldError(ValueError):
+    """What is wrong with a field of config.json that takes several to see."""
+
+    def __init__(self, field: str, what: str):
+        super().__init__(what)
+        self.field = field
 
 
 REQUIRED = (
@@ -232,6 +242,103 @@ def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_softcap": hf["attn_logit_softcapping"],
         "logit_softcap": hf["final_logit_softcapping"],
     }
+
+
+def _layers_of_gemma4(hf: Mapping[str, Any], ropes: Mapping[str, Rope]) -> list[LayerSpec]:
+    """Every sixth layer and the last have no window; the last ones read keys and values of the last
+    one of their type before them, and may have feed-forward layers of twice the width."""
+    depth, num_reading, types = (
+        hf[name] for name in ("num_hidden_layers", "num_kv_shared_layers", "layer_types")
+    )
+    if types is None:
+        types = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(depth)]
+    if isinstance(types, list):
+        types = [*types[:-1], "full_attention"]  # whatever a file says, as in transformers
+    layers = _typed_layers({**hf, "layer_types": types}, ropes, ())
+    first = depth - num_reading
+    if first <= 0 or {*types[first:]} - {*types[:first]}:
+        what = f"must leave a layer of each type of the last ones before them, found {num_reading}"
+        raise FieldError("num_kv_shared_layers", what)
+    if hf["hidden_size_per_layer_input"] and hf[PER_LAYER_TOKENS] != hf["vocab_size"]:
+        what = f"must be vocab_size, {hf['vocab_size']}, found {hf[PER_LAYER_TOKENS]}"
+        raise FieldError(PER_LAYER_TOKENS, what)
+    if hf["enable_moe_block"]:
+        for field, name in EXPERTS_OF_GEMMA4.items():
+            if hf[name] is None:
+                raise FieldError(field, "must be a positive whole number, found null")
+        if (taken := hf["moe_experts_per_token"]) > (count := hf["moe_experts"]):
+            raise FieldError("top_k_experts", f"must be at most {count}, found {taken}")
+    sizes = _sizes_of_gemma4(hf, types)
+    wide = 2 * hf["intermediate_size"] if hf["use_double_wide_mlp"] else None
+    return [
+        replace(
+            layer,
+            head_size=sizes[kind][0],
+            num_kv_heads=sizes[kind][1],
+            ffn_width=wide if i >= first else None,
+            values_are_keys=hf["attention_k_eq_v"] and kind == "full_attention",
+            has_experts=hf["enable_moe_block"],
+            writes_keys=kind if i < first and kind in types[first:] else None,
+            reads_keys=kind if i >= first else None,
+        )
+        for i, (kind, layer) in enumerate(zip(types, layers, strict=True))
+    ]
+
+
+def _sizes_of_gemma4(
+    hf: Mapping[str, Any], types: Sequence[str]
+) -> dict[str, tuple[int | None, int | None]]:
+    """Type of layer → head size and number of key/value heads, None where as in the others."""
+    by_layer = hf["per_layer_config"]
+    if by_layer is None:
+        full = {"head_dim": hf["global_head_dim"]}
+        if hf["attention_k_eq_v"] and hf["num_global_key_value_heads"] is not None:
+            full["num_key_value_heads"] = hf["num_global_key_value_heads"]
+        by_layer = {str(i): full for i, kind in enumerate(types) if kind == "full_attention"}
+    by_layer = {int(i): fields for i, fields in by_layer.items()}
+    found: dict[str, set[tuple[int | None, int | None]]] = {}
+    for i, kind in enumerate(types):
+        size, heads = (by_layer.get(i, {}).get(name) for name in SIZES_OF_LAYER)
+        size = None if size == hf["head_dim"] else size
+        found.setdefault(kind, set()).add((size, None if heads == hf[SIZES_OF_LAYER[1]] else heads))
+    if any(len(sizes) > 1 for sizes in found.values()) or set(by_layer) - {*range(len(types))}:
+        what = f"must have the same for all layers of a type, and only for the {len(types)} layers"
+        raise FieldError("per_layer_config", what)
+    all_heads = hf["num_attention_heads"]
+    for ((size, heads),) in found.values():
+        if (size or 2) % 2 or all_heads % (heads or 1):
+            what = f"must be even head sizes, and divisors of the {all_heads} attention heads"
+            raise FieldError("per_layer_config", f"{what}, found {size} and {heads}")
+    return {kind: next(iter(sizes)) for kind, sizes in found.items()}
+
+
+def _gemma4(hf: Mapping[str, Any]) -> dict[str, Any]:
+    experts = None
+    if hf["enable_moe_block"]:
+        sizes = (hf[name] for name in EXPERTS_OF_GEMMA4.values())
+        experts = Experts(*sizes, is_beside_mlp=True)
+    return {
+        **_gemma(hf),
+        "experts": experts,
+        "qk_norm": "head",
+        "v_norm": True,
+        "norm_place": "around",
+        "attention_scale": 1.0,
+        "logit_softcap": hf["final_logit_softcapping"],
+        "per_layer_width": hf["hidden_size_per_layer_input"] or 0,
+        "has_layer_scale": True,
+    }
+
+
+EXPERTS_OF_GEMMA4 = {
+    "num_experts": "moe_experts",
+    "top_k_experts": "moe_experts_per_token",
+    "moe_intermediate_size": "moe_width",
+}
+"""Its names → ours, since they may be null in models without experts."""
+PER_LAYER_TOKENS = "vocab_size_per_layer_input"
+SIZES_OF_LAYER = ("head_dim", "num_key_value_heads")
+"""Fields of `per_layer_config` that are read."""
 
 
 def _olmo(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,17 +574,58 @@ QWEN3_5_MOE = replace(
 )  # fmt: skip
 
 
-def _whole_qwen3_5(text: Family, name: str, architecture: str) -> Family:
-    """The multimodal family of a text model."""
+GEMMA4 = Family(
+    name="gemma4_text",
+    architecture="Gemma4ForCausalLM",
+    defaults={
+        **_GEMMA, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+        "sliding_window": 512, "layer_types": None, "final_logit_softcapping": None,
+        "per_layer_config": None, "global_head_dim": 512, "num_global_key_value_heads": None,
+        "attention_k_eq_v": False, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
+        "enable_moe_block": False, **dict.fromkeys(EXPERTS_OF_GEMMA4.values()),
+        "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional", "rope_theta": 1_000_000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "sliding_attention": {"rope_theta": 10_000.0},
+        },
+    },
+    layers=_layers_of_gemma4,
+    only={
+        **{k: v for k, v in _ONLY.items() if k != "per_layer_config"},
+        "use_bidirectional_attention": (None, "vision"),
+    },
+    traits=_gemma4,
+    aliases={"hidden_activation": "hidden_act", **EXPERTS_OF_GEMMA4},
+    ignored=(
+        "hidden_act", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor",
+        "original_max_position_embeddings",
+    ),
+    ropes={
+        "full_attention": {"rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_theta": 10_000.0},
+    },
+    vocabulary=("vocab_size", PER_LAYER_TOKENS),
+    tensors={**tables.LLAMA, **tables.GEMMA4},
+)  # fmt: skip
+
+
+def _multimodal(text: Family, name: str, carried: str, layouts: tuple[Layout, ...] = ()) -> Family:
+    """Folders that hold a text model under `model.language_model`, or as `layouts` say, and other
+    parts, whose tensors match `carried`."""
     starts = (("model.", "model.language_model."),)
+    inner = tuple(layout._replace(starts=starts) for layout in text.layouts)
     return replace(
         text,
         name=name,
-        architecture=architecture,
+        architecture=text.architecture.replace("CausalLM", "ConditionalGeneration"),
         only={**text.only, "model_type": (text.name, None)},
-        layouts=tuple(layout._replace(starts=starts) for layout in text.layouts),
+        layouts=(*layouts, *inner),
+        modules=inner[0],
         text="text_config",
-        carried=r"(mtp|model\.visual)\..*",
+        carried=carried,
     )
 
 
@@ -643,23 +791,16 @@ FAMILIES: Sequence[Family] = (
         quantizations=("mxfp4",),
     ),
     GEMMA3,
-    replace(
+    _multimodal(
         GEMMA3,
-        name="gemma3",
-        architecture="Gemma3ForConditionalGeneration",
-        only={**_GEMMA_ONLY, "model_type": (GEMMA3.name, None)},
-        layouts=(
-            Layout((("model.", "language_model.model."), ("", "language_model."))),
-            Layout((("model.", "model.language_model."),)),
-        ),
-        modules=Layout((("model.", "model.language_model."),)),
-        text="text_config",
-        carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+        "gemma3",
+        r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+        (Layout((("model.", "language_model.model."), ("", "language_model."))),),
     ),
     QWEN3_5,
-    _whole_qwen3_5(QWEN3_5, "qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    _multimodal(QWEN3_5, "qwen3_5", r"(mtp|model\.visual)\..*"),
     QWEN3_5_MOE,
-    _whole_qwen3_5(QWEN3_5_MOE, "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+    _multimodal(QWEN3_5_MOE, "qwen3_5_moe", r"(mtp|model\.visual)\..*"),
     Family(
         name="lfm2",
         architecture="Lfm2ForCausalLM",
@@ -681,6 +822,8 @@ FAMILIES: Sequence[Family] = (
         ropes={"*": {"rope_theta": 1_000_000.0}},
         tensors={**tables.LLAMA, **tables.LFM2},
     ),
+    GEMMA4,
+    _multimodal(GEMMA4, "gemma4", r"model\.(vision_tower|audio_tower|embed_(vision|audio))\..*"),
     Family(
         name="gemma",
         architecture="GemmaForCausalLM",

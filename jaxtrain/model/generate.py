@@ -178,10 +178,8 @@ def _prefill(
     prompt_positions = TokenPositions(*(x[:, :P] for x in positions))
     inputs = model.attention_inputs(prompt_positions, positions, jnp.int32(0))
     caches = _empty_caches(model, B, len(slots_S))
-    x_BPD, caches, _ = model.stack(
-        model.embed_tokens(tokens_BP, prompt_positions.positions), inputs, caches
-    )
-    last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
+    out = model.run_layers(tokens_BP, inputs, caches)
+    last_B1D = jnp.take_along_axis(out.x_BTD, lengths_B[:, None, None] - 1, axis=1)
     logits_BV = model.logits(model.normalize(last_B1D))[:, 0]
     is_seen_BV = jnp.zeros((B, 0), bool)
     if sampling.repetition_penalty != 1:
@@ -189,7 +187,7 @@ def _prefill(
         is_seen_BV = is_seen_BV.at[jnp.arange(B)[:, None], tokens_BP].max(segments_BS[:, :P] > 0)
     is_done_B = jnp.zeros(B, bool)
     return Progress(
-        jnp.int32(P), lengths_B, is_done_B, logits_BV, is_seen_BV, caches, positions, key
+        jnp.int32(P), lengths_B, is_done_B, logits_BV, is_seen_BV, out.cache, positions, key
     )
 
 
@@ -239,16 +237,14 @@ def _generate_token(
     )
     q_positions = TokenPositions(*(x[:, slot, None] for x in positions))
     inputs = model.attention_inputs(q_positions, positions, slot)
-    x_B1D, caches, _ = model.stack(
-        model.embed_tokens(token_B[:, None], q_positions.positions), inputs, progress.caches
-    )
+    out = model.run_layers(token_B[:, None], inputs, progress.caches)
     return token_B, Progress(
         slot=slot + 1,
         lengths_B=progress.lengths_B + 1,
         is_done_B=progress.is_done_B | is_stop_B,
-        logits_BV=model.logits(model.normalize(x_B1D))[:, 0],
+        logits_BV=model.logits(model.normalize(out.x_BTD))[:, 0],
         is_seen_BV=is_seen_BV,
-        caches=caches,
+        caches=out.cache,
         positions=positions,
         key=key,
     )

@@ -7,7 +7,14 @@ from typing import Any
 from jaxtrain.model import rope
 from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, Norm, group_layers
 from jaxtrain.model.decoder import abstract
-from jaxtrain.model.families import FAMILIES, NO_EFFECT, REQUIRED, Family
+from jaxtrain.model.families import (
+    FAMILIES,
+    NO_EFFECT,
+    REQUIRED,
+    SIZES_OF_LAYER,
+    Family,
+    FieldError,
+)
 from jaxtrain.model.fp8 import BLOCK
 from jaxtrain.model.gguf import read_gguf_config
 from jaxtrain.model.weights import has_own_head, tensor_shapes
@@ -30,6 +37,16 @@ _is_count = lambda value: isinstance(value, int) and not _is_bool(value) and 0 <
 _is_size = lambda value: _is_count(value) and value > 0
 _is_positive = lambda value: _is_number(value) and 0 < value <= rope.MAX_FLOAT
 
+
+def _are_sizes_of_layers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        str(layer).isdecimal()
+        and isinstance(fields, Mapping)
+        and all(name in SIZES_OF_LAYER and _is_size(size) for name, size in fields.items())
+        for layer, fields in value.items()
+    )
+
+
 SIZES = (*REQUIRED, "max_position_embeddings")
 RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
     (
@@ -43,17 +60,34 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
             "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads",
             "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
             "conv_L_cache", "block_multiple_of",
+            "global_head_dim", "vocab_size_per_layer_input",
         ),
     ),
     (
         lambda value: value is None or _is_size(value),
         "a positive whole number or null",
-        ("num_key_value_heads", "head_dim", "sliding_window", "q_lora_rank"),
+        (
+            "num_key_value_heads", "head_dim", "sliding_window", "q_lora_rank",
+            "num_global_key_value_heads", "moe_experts", "moe_experts_per_token", "moe_width",
+        ),
     ),
     (
         _is_count,
         "a whole number of at least 0",
-        ("max_window_layers", "first_k_dense_replace", "num_nextn_predict_layers"),
+        (
+            "max_window_layers", "first_k_dense_replace", "num_nextn_predict_layers",
+            "num_kv_shared_layers",
+        ),
+    ),
+    (
+        lambda value: value is None or _is_count(value),
+        "a whole number of at least 0 or null",
+        ("hidden_size_per_layer_input",),
+    ),
+    (
+        lambda value: value is None or _are_sizes_of_layers(value),
+        f"a map from numbers of layers to {' and '.join(SIZES_OF_LAYER)}, or null",
+        ("per_layer_config",),
     ),
     (
         lambda value: value is None or (isinstance(value, list) and all(map(_is_count, value))),
@@ -87,6 +121,7 @@ RULES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
             "use_parallel_residual", "scale_attn_weights", "norm_topk_prob",
             "output_router_logits", "rope_interleave", "use_qk_norm", "conv_bias",
             "block_auto_adjust_ff_dim",
+            "enable_moe_block", "attention_k_eq_v", "use_double_wide_mlp",
         ),
     ),
     (
@@ -194,16 +229,21 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     hf = _in_names_of_llama(written, family)
     faults = _number_faults(hf) or _field_faults(hf, family)
     layers, ropes = [], {}
+    rope_field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     try:
         ropes = rope.read_ropes(hf, family.ropes, interleaved=family.interleaved_rope)
-        if not faults:
-            rope.check_sizes(ropes, _head_size(hf))
     except ValueError as error:
-        faults["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = str(error)
+        faults[rope_field] = str(error)
     try:
         layers = family.layers(hf, ropes) if not faults else []
+    except FieldError as error:
+        faults[error.field] = str(error)
     except (ValueError, TypeError, LookupError) as error:  # a list or number is something else
         faults["layer_types"] = f"{error}; see max_window_layers and sliding_window too"
+    try:
+        rope.check_sizes((layer.rope, layer.head_size or _head_size(hf)) for layer in layers)
+    except ValueError as error:
+        faults[rope_field] = str(error)
     if faults:
         theirs = {ours: name for name, ours in family.aliases.items() if name in written}
         place = f"{where}: {family.text}." if family.text else f"{where}: "

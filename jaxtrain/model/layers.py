@@ -5,7 +5,8 @@ layer, as `lax.scan` passes it: the graph of a module does not know shapes, so i
 
 B batch, T tokens, S key tokens, D width, N query heads, K key/value heads, G = N / K query heads to
 a key/value head, Q = G, or 2 G with gates, H head size, F feed-forward, U 2 with a gate and else 1,
-V vocabulary, L layers, E experts, M feed-forward of each, C experts of a token.
+V vocabulary, L layers, E experts, M feed-forward of each, C experts of a token, I channels of a
+layer's own input, X layers of the decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,10 @@ class AttentionInputs(NamedTuple):
     """int32 []: index in the cache of the first of these tokens; None without a cache"""
     noise_BT: Array | None = None
     """uint32: what dropout draws from; None without it"""
+    shared: "Mapping[str, Cache] | None" = None
+    """of this layer: keys and values of earlier layers, by the names that these write"""
+    own_BTI: Array | None = None
+    """of this layer: its own input, where layers have one"""
 
 
 class Cache(NamedTuple):
@@ -58,9 +63,11 @@ class Output(NamedTuple):
 
     x_BTD: Array
     cache: Any = None
-    """with these tokens added; None without one"""
+    """with these tokens added; None without one, but for a layer whose keys others read"""
     routing: Routing | None = None
     """None without experts"""
+    written: dict[str, Cache] = {}
+    """by a stack: keys and values that later layers read"""
 
 
 def dense(
@@ -183,13 +190,17 @@ def normalize(
     dimensions that `scale` has; x itself without one."""
     if scale is None:
         return x
-    dims = _last(x, scale.ndim)
-    x32, scale32 = x.astype(jnp.float32), scale[...].astype(jnp.float32)
-    if norm.kind == "layer":
-        x32 = x32 - jnp.mean(x32, dims, keepdims=True)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), dims, keepdims=True) + norm.eps)
+    x32, scale32 = standardize(norm, x, scale.ndim), scale[...].astype(jnp.float32)
     x32 = x32 * (1 + scale32 if norm.zero_centered else scale32)
     return (x32 if bias is None else x32 + bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def standardize(norm: Norm, x: Array, num_dims: int = 1) -> Array:
+    """The norm over the last dimensions before any scale, in float32."""
+    dims, x32 = _last(x, num_dims), x.astype(jnp.float32)
+    if norm.kind == "layer":
+        x32 = x32 - jnp.mean(x32, dims, keepdims=True)
+    return x32 * lax.rsqrt(jnp.mean(jnp.square(x32), dims, keepdims=True) + norm.eps)
 
 
 class Initializer:
@@ -216,6 +227,8 @@ class Initializer:
 
 
 class Attention(nnx.Module):
+    """Softmax attention over keys and values that are its own, or those of an earlier layer."""
+
     qkv_lora: nnx.Dict | None = None
     out_lora: nnx.Dict | None = None
 
@@ -227,22 +240,28 @@ class Attention(nnx.Module):
         init: Initializer,
         L: int,
     ):
+        ropes, config = config.ropes, config.of_layer(spec)
         D, K, H = config.width, config.num_kv_heads, config.head_size
         G = config.num_heads // K
         Q = 2 * G if config.gated_attention else G
         # The queries, the key and the value of each key/value head: one product, split over K.
-        self.qkv = init.normal(L, D, K, Q + 2, H)
-        self.qkv_bias = init.zeros(L, K, Q + 2, H) if config.qkv_bias else None
+        rows = Q + spec.num_kv_projections
+        self.qkv = init.normal(L, D, K, rows, H)
+        self.qkv_bias = init.zeros(L, K, rows, H) if config.qkv_bias else None
         self.out = init.normal(L, K, G, H, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
         self.sinks = init.normal(L, K, G) if config.attention_sinks else None
         q_heads, k_heads = ((K, G), (K, 1)) if config.qk_norm == "all_heads" else ((), ())
         self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
-        self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm else None
+        has_keys = spec.reads_keys is None
+        self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm and has_keys else None
+        self.v_norm = config.v_norm
         self.norm = config.norm
-        self.is_gated = config.gated_attention
+        self.is_gated, self.num_query_rows = config.gated_attention, Q
+        self.kv_shape = (K, H)
+        self.reads_keys, self.writes_keys = spec.reads_keys, spec.writes_keys
         self.rope = spec.rope
-        self.rotation = None if spec.rope is None else config.ropes.index(spec.rope)
+        self.rotation = None if spec.rope is None else ropes.index((spec.rope, H))
         self.scoring = Scoring(
             H**-0.5 if config.attention_scale is None else config.attention_scale,
             config.attention_softcap,
@@ -257,20 +276,17 @@ class Attention(nnx.Module):
         noise_BT = inputs.noise_BT
         qkv = dense(
             x_BTD, self.qkv[...], self.qkv_bias, self.qkv_lora, noise_BT
-        )  # [B, T, K, Q + 2, H]
-        q_BTKGH, k_BTK1H, v_BTK1H = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
+        )  # [B, T, K, Q + 2, H], or without keys and values
+        q_BTKGH, kv = jnp.split(qkv, [self.num_query_rows], axis=-2)
         gate_BTKGH = None
         if self.is_gated:  # each query is followed by its gate
             q_BTKGH, gate_BTKGH = q_BTKGH[..., ::2, :], q_BTKGH[..., 1::2, :]
-        q_BTKGH = normalize(self.norm, q_BTKGH, self.q_norm)
-        k_BTK1H = normalize(self.norm, k_BTK1H, self.k_norm)
-        if self.rope is not None and self.rotation is not None:
-            rotation = inputs.rotations[self.rotation]
-            q_BTKGH = rotate(q_BTKGH, rotation, interleaved=self.rope.interleaved)
-            k_BTK1H = rotate(k_BTK1H, rotation, interleaved=self.rope.interleaved)
-            if rotation.query_scale is not None:
-                q_BTKGH = (q_BTKGH * rotation.query_scale).astype(q_BTKGH.dtype)
-        keys = Cache(*(x[:, :, :, 0].swapaxes(1, 2) for x in (k_BTK1H, v_BTK1H)))
+        q_BTKGH = self._rotate(normalize(self.norm, q_BTKGH, self.q_norm), inputs, is_query=True)
+        if self.reads_keys is None:
+            keys = self._keys(kv, inputs)
+        else:
+            assert inputs.shared is not None
+            keys = inputs.shared[self.reads_keys]
         if cache is not None:
             assert inputs.slot is not None
             put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=2)
@@ -284,16 +300,35 @@ class Attention(nnx.Module):
             scoring=self.scoring,
             sinks_N=None if self.sinks is None else self.sinks[...].reshape(-1),
             # A cache is in any order and often read by one query; flash kernels support neither.
-            implementation=self.implementation if cache is None else "reference",
+            implementation=self.implementation if inputs.slot is None else "reference",
         )
         mixed = mixed_BTNH.reshape(B, T, K, G, H)
         if gate_BTKGH is not None:
             mixed *= jax.nn.sigmoid(gate_BTKGH)
         y_BTD = dense(mixed, self.out[...], self.out_bias, self.out_lora, noise_BT, contract=3)
-        return y_BTD, (None if cache is None else keys)
+        return y_BTD, (None if cache is None and self.writes_keys is None else keys)
 
-    def empty_cache(self, L: int, B: int, S: int, dtype: str) -> Cache:
-        """Of a stack of these layers."""
+    def _keys(self, kv: Array, inputs: AttentionInputs) -> Cache:
+        """The keys and values of these tokens, from their products [B, T, K, 1 or 2, H]."""
+        k_BTK1H, v_BTK1H = kv[..., :1, :], kv[..., -1:, :]
+        k_BTK1H = self._rotate(normalize(self.norm, k_BTK1H, self.k_norm), inputs)
+        if self.v_norm:
+            v_BTK1H = standardize(self.norm, v_BTK1H).astype(v_BTK1H.dtype)
+        return Cache(*(x[:, :, :, 0].swapaxes(1, 2) for x in (k_BTK1H, v_BTK1H)))
+
+    def _rotate(self, x: Array, inputs: AttentionInputs, *, is_query: bool = False) -> Array:
+        if self.rope is None or self.rotation is None:
+            return x
+        rotation = inputs.rotations[self.rotation]
+        x = rotate(x, rotation, interleaved=self.rope.interleaved)
+        if is_query and rotation.query_scale is not None:
+            x = (x * rotation.query_scale).astype(x.dtype)
+        return x
+
+    def empty_cache(self, L: int, B: int, S: int, dtype: str) -> Cache | None:
+        """That of a stack of these layers; None where they read the keys of others."""
+        if self.reads_keys is not None:
+            return None
         K, H = self.kv_shape
         return Cache(*jnp.zeros((2, L, B, K, S, H), dtype))
 
@@ -354,6 +389,9 @@ class ExpertMLP(nnx.Module):
         has_bias = config.experts.has_bias
         self.router = init.normal(L, D, E)
         self.router_bias = init.zeros(L, E) if has_bias else None
+        is_beside = config.experts.is_beside_mlp
+        self.router_scale = init.ones(L, D) if is_beside else None
+        self.share_scale = init.ones(L, E) if is_beside else None
         self.expert_gate_up = init.normal(L, E, D, 2, M)
         self.expert_gate_up_bias = init.zeros(L, E, 2, M) if has_bias else None
         self.expert_down = init.normal(L, E, M, D)
@@ -364,15 +402,25 @@ class ExpertMLP(nnx.Module):
         wide = replace(config, ffn_width=shared)
         self.shared = MLP(wide, compute, init, L) if shared else None
         self.shared_gate = init.normal(L, D, 1) if config.experts.has_shared_gate else None
-        self.experts = config.experts
+        self.experts, self.norm = config.experts, config.norm
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
-    def __call__(self, x_BTD: Array, segments_BT: Array) -> tuple[Array, Routing]:
+    def __call__(
+        self, x_BTD: Array, segments_BT: Array, routed_BTD: Array | None = None
+    ) -> tuple[Array, Routing]:
+        """`routed_BTD` is what the router reads, where it is not x."""
         # In float32, since a rounded score may choose another expert.
-        logits_BTE = dense(x_BTD.astype(jnp.float32), self.router[...], self.router_bias)
+        routed_BTD = (x_BTD if routed_BTD is None else routed_BTD).astype(jnp.float32)
+        if self.router_scale is not None:
+            scale_D = self.router_scale[...].astype(jnp.float32) * x_BTD.shape[-1] ** -0.5
+            routed_BTD = standardize(self.norm, routed_BTD) * scale_D
+        logits_BTE = dense(routed_BTD, self.router[...], self.router_bias)
         choice_bias_E = None if self.choice_bias is None else self.choice_bias[...]
         chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT, choice_bias_E)
+        if self.share_scale is not None:
+            scale_BTC = self.share_scale[...].astype(jnp.float32)[chosen.choices_BTC]
+            chosen = chosen._replace(shares_BTC=chosen.shares_BTC * scale_BTC)
         bias = self.expert_gate_up_bias
         weights = ExpertWeights(
             self.expert_gate_up[...], None if bias is None else bias[...], self.expert_down[...]
@@ -410,6 +458,7 @@ MIXERS: dict[str, Any] = {"attention": Attention}
 CONTRACTED = {
     "qkv": 1, "out": 3, "gate_up": 1, "down": 1, "q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1,
     "in_qkv": 1, "in_gate": 1, "in_strength": 1, "in_decay": 1, "in_bcx": 1, "conv_out": 1,
+    "narrow": 1, "widen": 1, "project": 1,
 }  # fmt: skip
 """Parameter that may have adapters → how many of its first dimensions are its input."""
 
@@ -419,6 +468,45 @@ def attach_adapters(module: nnx.Module, name: str, sites: Sequence[AdapterSite])
     weight = getattr(module, name)[...]
     adapters = {site.name: Adapter(site, weight, CONTRACTED[name]) for site in sites}
     setattr(module, f"{name}_lora", nnx.Dict(adapters))
+
+
+class LayerInput(nnx.Module):
+    """Adds the own input of a layer: gated by the residual stream, widened, normalised."""
+
+    narrow_lora: nnx.Dict | None = None
+    widen_lora: nnx.Dict | None = None
+
+    def __init__(self, config: DecoderConfig, init: Initializer, L: int):
+        D, I = config.width, config.per_layer_width
+        self.narrow = init.normal(L, D, I)
+        self.widen = init.normal(L, I, D)
+        self.post_norm = init.norm(L, D)
+        self.norm = config.norm
+        self.activation: Activation = config.activation
+
+    def __call__(self, x_BTD: Array, own_BTI: Array, noise_BT: Array | None) -> Array:
+        gate_BTI = dense(x_BTD, self.narrow[...], None, self.narrow_lora, noise_BT)
+        own_BTI = ACTIVATIONS[self.activation](gate_BTI) * own_BTI
+        y_BTD = dense(own_BTI, self.widen[...], None, self.widen_lora, noise_BT)
+        return normalize(self.norm, y_BTD, self.post_norm)
+
+
+class LayerInputs(nnx.Module):
+    """Makes the own inputs of all layers, from a token's embedding and its row of their table."""
+
+    project_lora: nnx.Dict | None = None
+
+    def __init__(self, config: DecoderConfig, init: Initializer, L: int):
+        D, I = config.width, config.per_layer_width
+        self.project = init.normal(L, D, config.num_layers, I)
+        self.project_norm = init.norm(L, I)
+        self.norm = config.norm
+
+    def __call__(self, x_BTD: Array, table_BTXI: Array, noise_BT: Array | None) -> Array:
+        """Float [B, T, X, I] for the X layers of the decoder."""
+        made = dense(x_BTD, self.project[...], None, self.project_lora, noise_BT)
+        made = normalize(self.norm, made * x_BTD.shape[-1] ** -0.5, self.project_norm)
+        return (made + table_BTXI * table_BTXI.shape[-1] ** 0.5) * 2**-0.5
 
 
 class Block(nnx.Module):
@@ -449,9 +537,17 @@ class Block(nnx.Module):
         self.attention_post_norm = init.norm(L, D) if place != "before" else None
         self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
         self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None
-        self.mlp = (ExpertMLP if spec.has_experts else MLP)(config, compute, init, L)
+        is_beside = spec.has_experts and config.experts is not None and config.experts.is_beside_mlp
+        kind = ExpertMLP if spec.has_experts and not is_beside else MLP
+        self.mlp = kind(config.of_layer(spec), compute, init, L)
+        self.experts = ExpertMLP(config, compute, init, L) if is_beside else None
+        self.mlp_own_norm = init.norm(L, D) if is_beside else None
+        self.experts_norm = init.norm(L, D) if is_beside else None
+        self.experts_post_norm = init.norm(L, D) if is_beside else None
         self.mlp_post_norm = init.norm(L, D) if place != "before" else None
-        self.config = config
+        self.layer_input = LayerInput(config, init, L) if config.per_layer_width else None
+        self.layer_scale = init.ones(L, 1) if config.has_layer_scale else None
+        self.config, self.spec = config, spec
 
     @property
     def token_mixer(self) -> Any:
@@ -470,5 +566,15 @@ class Block(nnx.Module):
             wide_BTD, routing = self.mlp(read_BTD, inputs.q_positions.segments)
         else:
             wide_BTD = self.mlp(read_BTD, inputs.noise_BT)
+        if self.experts is not None:
+            segments_BT, read_BTD = inputs.q_positions.segments, norm(y_BTD, self.experts_norm)
+            mixed_BTD, routing = self.experts(read_BTD, segments_BT, y_BTD)
+            wide_BTD = norm(wide_BTD, self.mlp_own_norm) + norm(mixed_BTD, self.experts_post_norm)
         y_BTD += config.residual_scale * norm(wide_BTD, self.mlp_post_norm)
+        if self.layer_input is not None:
+            assert inputs.own_BTI is not None
+            y_BTD += self.layer_input(y_BTD, inputs.own_BTI, inputs.noise_BT)
+        if self.layer_scale is not None:
+            # Part of the weights, which training leaves as it is, as in transformers.
+            y_BTD *= lax.stop_gradient(self.layer_scale[...]).astype(y_BTD.dtype)
         return Output(constrain(y_BTD, "batch", None, None), cache, routing)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from jaxtrain.model.families import BY_NAME, FAMILIES, Family
-from jaxtrain.model.lora import LINEAR
+from jaxtrain.model.lora import BEFORE, LINEAR
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
 
 EVERY_FAMILY = """\
@@ -35,20 +35,24 @@ def describe_family(name: str) -> Iterator[str]:
 
 def _note(family: Family) -> str:
     notes = {
-        "experts": "mlp/router" in family.tensors,
+        "experts": _has_experts(family),
         "the text part; the rest is exported as it was": family.carried is not None,
     }
     return "".join(f"  {note}" for note, holds in notes.items() if holds)
+
+
+def _has_experts(family: Family) -> bool:
+    return any(path.endswith("/router") for path in family.tensors)
 
 
 def _linear_modules(family: Family) -> str:
     """The last parts of their names in transformers, as `target_modules` takes them."""
 
     def names(part: str) -> str:
-        paths = [path for path in LINEAR if path.startswith(part) and path in family.tensors]
-        weights = [tensor.name for path in paths for tensor in family.tensors[path]]
+        paths = [path for path in (*LINEAR, BEFORE) if path.startswith(part)]
+        weights = [t.name for path in paths for t in family.tensors.get(path, ())]
         return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
 
     where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    mixers = filter(None, (names("attention/"), names("mixer/")))
-    return ", ".join(mixers) + where + names("mlp/")
+    mixers, rest = filter(None, (names("attention/"), names("mixer/"))), names("layer_input")
+    return ", ".join(mixers) + where + names("mlp/") + (f", {rest}" if rest else "")

@@ -33,20 +33,24 @@ LINEAR = (
     "attention/qkv", "attention/q", "attention/q_a", "attention/q_b", "attention/kv_a",
     "attention/kv_b", "attention/out", "mixer/in_qkv", "mixer/in_gate", "mixer/in_strength",
     "mixer/in_decay", "mixer/out", "mixer/in_bcx", "mixer/conv_out", "mlp/gate_up", "mlp/down",
+    "layer_input/narrow", "layer_input/widen",
 )  # fmt: skip
-"""Parameters of a layer that get adapters."""
+"""Parameters of a layer that get adapters, in models that have them."""
+BEFORE = "layer_inputs/project"
+"""One before the layers, a stack of one."""
 JOINED = ("attention/qkv", "mlp/gate_up")
 """Those of several modules, joined along the last dimension but one."""
 DEFAULT_TARGETS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
         ("q_proj", "v_proj"),
     ),
 }
 """Family → the modules that PEFT adapts where a recipe names none; it has no more of them."""
-EMBEDDINGS = ("embed/embedding", "embed/positions", "head")
+EMBEDDINGS = ("embed/embedding", "embed/positions", "embed/layer_inputs", "head")
 KEY = "model.peft_config"
 Params = dict[str, Any]
 
@@ -142,7 +146,7 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
     faults = [
         Fault(key, f"{name} gets no adapter here; modules_to_save can train it whole")
         for name in embeddings
-        if _is_target(peft, targets, name)
+        if not _is_all_linear(targets) and _is_target(peft, targets, name)
     ]
     known = [*(module.name for module in linear), *embeddings]
     for name in targets if isinstance(targets, tuple) else ():
@@ -174,20 +178,25 @@ def list_modules(config: DecoderConfig) -> Iterator[Module]:
     """Every module that may have an adapter, by the tables of the tensors: of a model with experts
     those of attention."""
     family, known = BY_NAME[config.family], set(all_paths(config))
-    for g, group in enumerate(config.groups):
-        for m in range(len(group.layers)):
-            for name in LINEAR:
-                path = f"layers/{g}/{m}/{name}"
-                is_frozen = config.experts is not None and name.startswith("mlp/")
-                if is_frozen or path not in known:
-                    continue
-                by_module: dict[str, list[Piece]] = {}
-                for piece in pieces(config, path, family.layouts[0]):
-                    by_module.setdefault(module_name(family, piece.name), []).append(piece)
-                for module, parts in by_module.items():
-                    joined = [part.place[-2] for part in parts] if name in JOINED else [slice(0, 0)]
-                    begin, end = joined[0].start, joined[-1].stop
-                    yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))
+    has_experts_alone = config.experts is not None and not config.experts.is_beside_mlp
+    paths = [
+        f"layers/{g}/{m}/{name}"
+        for g, group in enumerate(config.groups)
+        for m in range(len(group.layers))
+        for name in LINEAR
+        if not (has_experts_alone and name.startswith("mlp/"))
+    ]
+    for path in [*paths, BEFORE]:
+        if path not in known:
+            continue
+        by_module: dict[str, list[Piece]] = {}
+        for piece in pieces(config, path, family.layouts[0]):
+            by_module.setdefault(module_name(family, piece.name), []).append(piece)
+        for module, parts in by_module.items():
+            is_joined = path.endswith(JOINED)
+            joined = [part.place[-2] for part in parts] if is_joined else [slice(0, 0)]
+            begin, end = joined[0].start, joined[-1].stop
+            yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))
 
 
 def runtime_name(family: Family, tensor: str) -> str:
@@ -219,7 +228,7 @@ def _is_target(peft: PeftConfig, targets: tuple[str, ...] | str, name: str) -> b
     if _ends_of_parents(peft.modules_to_save or (), name):
         return False
     if _is_all_linear(targets):
-        return re.search(r"\.\d+\.", name) is not None  # in a layer: neither embedding nor head
+        return True
     if isinstance(targets, str) or name in targets:
         return _matches(targets, name)
     layers = peft.layers_to_transform
@@ -267,7 +276,7 @@ def _sites(
 def _site(
     peft: PeftConfig, config: DecoderConfig, path: str, modules: Sequence[Module]
 ) -> AdapterSite:
-    repeats = config.groups[int(path.split("/")[1])].repeats
+    repeats = 1 if path == BEFORE else config.groups[int(path.split("/")[1])].repeats
     ranks, scales = [0] * repeats, [0.0] * repeats
     for module in modules:
         ranks[module.at], scales[module.at] = module.rank, module.scale
@@ -297,7 +306,7 @@ def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> froz
             left = next(name for name in names if name not in taken)
             what = f"{taken[0]} is one parameter here with {left}; name both or neither"
             faults.append(Fault(key, what))
-        elif "mlp/expert_" in path or "mlp/router" in path:
+        elif "/expert_" in path or "/router" in path:
             faults.append(Fault(key, f"{taken[0]} is of experts, which stay frozen; remove it"))
         elif config.tied and path == "embed/embedding":
             what = (

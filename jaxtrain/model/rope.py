@@ -4,7 +4,7 @@ B batch, T tokens, H head size, R rotated pairs, H / 2 unless only a part of a h
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,10 +146,10 @@ def read_ropes(
     return ropes
 
 
-def check_sizes(ropes: Mapping[str, Rope], head_size: int) -> None:
-    """ValueError for a list of divisors that does not fit the pairs of a head."""
-    for rope in ropes.values():
-        if isinstance(rope.scaling, LongRope):
+def check_sizes(ropes: Iterable[tuple[Rope | None, int]]) -> None:
+    """ValueError for a list of divisors that does not fit the pairs of a head, of this size."""
+    for rope, head_size in ropes:
+        if rope is not None and isinstance(rope.scaling, LongRope):
             pairs = len(range(0, int(head_size * rope.fraction), 2))
             found = [len(rope.scaling.short_factors), len(rope.scaling.long_factors)]
             if found != [pairs, pairs]:

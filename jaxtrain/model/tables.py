@@ -3,7 +3,8 @@ and exporting cannot disagree. The dimensions of a tensor are written in letters
 [K * G * H, D].
 
 D width, K key/value heads, G query heads to each, Q = G, or 2 G with gates, H head size, F feed-
-forward, E experts, M feed-forward of each, S of those shared, P positions, V vocabulary.
+forward, E experts, M feed-forward of each, S of those shared, P positions, V vocabulary,
+X layers, I channels of a layer's own input.
 
 Of latent attention: Q and C numbers of which queries and the rest are made, A these and the rotated
 channels, H channels of a query, X of a value, W of a key and a value together that are not rotated.
@@ -75,6 +76,24 @@ POST_NORMS: Table = {
     "mlp_post_norm": tensors(".post_feedforward_layernorm.weight: D -> D"),
 }
 
+GEMMA4: Table = {
+    **POST_NORMS,
+    "embed/layer_inputs": tensors("model.embed_tokens_per_layer.weight: V XI -> V X I"),
+    "layer_inputs/project": tensors("model.per_layer_model_projection.weight: XI D -> 1 D X I"),
+    "layer_inputs/project_norm": tensors("model.per_layer_projection_norm.weight: I -> 1 I"),
+    "layer_input/narrow": tensors(".per_layer_input_gate.weight: I D -> D I"),
+    "layer_input/widen": tensors(".per_layer_projection.weight: D I -> I D"),
+    "layer_input/post_norm": tensors(".post_per_layer_input_norm.weight: D -> D"),
+    "mlp_own_norm": tensors(".post_feedforward_layernorm_1.weight: D -> D"),
+    "experts_norm": tensors(".pre_feedforward_layernorm_2.weight: D -> D"),
+    "experts_post_norm": tensors(".post_feedforward_layernorm_2.weight: D -> D"),
+    "experts/router": tensors(".router.proj.weight: E D -> D E"),
+    "experts/router_scale": tensors(".router.scale: D -> D"),
+    "experts/share_scale": tensors(".router.per_expert_scale: E -> E"),
+    "experts/expert_gate_up": tensors(".experts.gate_up_proj: E 2M D -> E D 2 M"),
+    "experts/expert_down": tensors(".experts.down_proj: E D M -> E M D"),
+    "layer_scale": tensors(".layer_scalar: 1 -> 1"),
+}
 OLMO: Table = {
     "attention/q_norm": tensors(".self_attn.q_norm.weight: KGH -> K G H"),
     "attention/k_norm": tensors(".self_attn.k_norm.weight: KH -> K 1 H"),

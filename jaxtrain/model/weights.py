@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtrain.model.config import DecoderConfig
+from jaxtrain.model.config import DecoderConfig, LayerSpec
 from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.fp8 import unpack_blocks
 from jaxtrain.model.gguf import read_gguf_tensors
 from jaxtrain.model.mxfp4 import unpack
-from jaxtrain.model.tables import HARMLESS, Layout, Tensor, name_in_file, name_in_tables
+from jaxtrain.model.tables import HARMLESS, Layout, Table, Tensor, name_in_file, name_in_tables
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, WeightError
 
+QKV = ("attention/qkv", "attention/qkv_bias")
 MAX_FAULTS = 20  # of one kind in a message
 
 
@@ -71,17 +73,41 @@ def pieces(config: DecoderConfig, path: str, layout: Layout) -> list[Piece]:
     """Every tensor that makes up the parameter at `path`, rows of one in their order."""
     table = BY_NAME[config.family].table(layout)
     if match := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", path):
-        numbers = config.layer_numbers(int(match[1]), int(match[2]))
-        parts = list(_pieces(config, table[match[3]]))
+        group, member, name = int(match[1]), int(match[2]), match[3]
+        numbers, spec = config.layer_numbers(group, member), config.groups[group].layers[member]
+        parts = list(_pieces(config.of_layer(spec), _tensors_of_layer(spec, name, table)))
         return [part.in_stack(at, i) for at, i in enumerate(numbers) for part in parts]
     return list(_pieces(config, table[path]))
+
+
+def _tensors_of_layer(spec: LayerSpec, name: str, table: Table) -> tuple[Tensor, ...]:
+    """Those of a parameter; the last of `qkv` are the keys and values, which a layer may lack."""
+    lacking = 2 - spec.num_kv_projections if name in QKV else 0
+    return table[name][: len(table[name]) - lacking]
+
+
+def unread_names(config: DecoderConfig, layout: Layout) -> set[str]:
+    """Tensors that files may have beside those of the model: for the keys and values of layers
+    that read those of others."""
+    table = BY_NAME[config.family].table(layout)
+    kept = (table[path][1:] for path in QKV if path in table)
+    unread = [*chain(*kept), *table.get("attention/k_norm", ())]
+    return {
+        tensor.name.format(i=i)
+        for g, group in enumerate(config.groups)
+        for m, spec in enumerate(group.layers)
+        if spec.reads_keys
+        for i in config.layer_numbers(g, m)
+        for tensor in unread
+    }
 
 
 def _pieces(config: DecoderConfig, tensors: tuple[Tensor, ...]) -> Iterator[Piece]:
     size = {
         "V": config.vocab_size, "D": config.width, "F": config.ffn_width, "H": config.query_size,
         "K": config.num_kv_heads, "G": config.num_heads // config.num_kv_heads,
-        "P": config.max_positions, "1": 1, "2": 2, "3": 3, "Y": config.width, "S": config.conv_taps,
+        "P": config.max_positions, "Y": config.width, "S": config.conv_taps,
+        "I": config.per_layer_width, "X": config.num_layers, "1": 1, "2": 2, "3": 3,
     }  # fmt: skip
     size["Q"] = 2 * size["G"] if config.gated_attention else size["G"]
     if experts := config.experts:
@@ -239,7 +265,7 @@ def _check(
     config: DecoderConfig,
     layout: Layout,
 ) -> None:
-    carried = BY_NAME[config.family].carried
+    carried, unread = BY_NAME[config.family].carried, unread_names(config, layout)
     harmless = [*HARMLESS, *([r"lm_head\.weight"] if config.tied else []), *filter(None, [carried])]
     behind = range(config.num_layers, config.num_layers + config.num_layers_behind)
     harmless += [rf"model\.layers\.{layer}\..*" for layer in behind]
@@ -257,7 +283,7 @@ def _check(
         f"tensor {in_file(name)} {list(found.shape)} is unknown in a {config.family} model of this "
         "config"
         for name, found in stored.items()
-        if name not in wanted and not re.fullmatch("|".join(harmless), name)
+        if name not in {*wanted, *unread} and not re.fullmatch("|".join(harmless), name)
     ]
     lines: list[str] = []
     for kind in (missing, reshaped, unknown):

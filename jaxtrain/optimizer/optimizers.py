@@ -31,8 +31,8 @@ class OptimizerFactory(Factory, kind="optimizer"):
 
 
 def decay_mask(params: Any) -> Any:
-    """True for each parameter that weight decay applies to: all but norms and biases."""
-    is_decayed = lambda path, _: not str(path[-1].key).endswith(("norm", "bias"))
+    """True for each parameter that weight decay applies to: all but norms, biases and scales."""
+    is_decayed = lambda path, _: not str(path[-1].key).endswith(("norm", "bias", "scale"))
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 

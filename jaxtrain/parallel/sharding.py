@@ -13,6 +13,7 @@ from jaxtrain.recipe.mesh import BATCH_AXES
 
 MESH_AXES = {
     "batch": BATCH_AXES,
+    "rows": tuple(axis for axis in BATCH_AXES if axis != "fsdp"),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
@@ -27,6 +28,7 @@ MESH_AXES = {
 PARAMETERS = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"embed/positions", (None, "embed")),
+    (r"embed/layer_inputs", ("vocab", None, "embed")),
     (r"head", ("embed", "vocab")),
     (r"layers/.*/attention/(qkv|q|q_a|q_b|kv_a|kv_b)_lora/.*/a", ("layers", "embed", None)),
     (r"layers/.*/attention/(q|q_b|kv_b)_lora/.*/b", ("layers", None, "kv_heads", None)),
@@ -41,7 +43,12 @@ PARAMETERS = (
     (r"layers/.*/mlp/gate_up_lora/.*/a", ("layers", "embed", None)),
     (r"layers/.*/mlp/gate_up_lora/.*/b", ("layers", None, None, "ffn")),
     (r"layers/.*/mlp/down_lora/.*/a", ("layers", "ffn", None)),
-    (r"layers/.*/(out|down)_lora/.*/b", ("layers", None, "embed")),
+    (r"layers/.*/(out|down|widen)_lora/.*/b", ("layers", None, "embed")),
+    (r"layers/.*/layer_input/narrow(_lora/.*/a)?", ("layers", "embed", None)),
+    (r"layers/.*/layer_input/widen", ("layers", None, "embed")),
+    (r"layers/.*/layer_input/(narrow_lora/.*/b|widen_lora/.*/a)", ("layers",)),
+    (r"layer_inputs/project(_lora/.*/a)?", (None, "embed")),
+    (r"layer_inputs/.*", ()),
     (r"layers/.*_lora/.*/(scale|salt)", ("layers",)),
     (r"layers/.*/attention/qkv", ("layers", "embed", "kv_heads", None, None)),
     (r"layers/.*/attention/qkv_bias", ("layers", "kv_heads", None, None)),
@@ -60,11 +67,12 @@ PARAMETERS = (
     (r"layers/.*/mlp/(shared/)?gate_up", ("layers", "embed", None, "ffn")),
     (r"layers/.*/mlp/gate_up_bias", ("layers", None, "ffn")),
     (r"layers/.*/mlp/(shared/)?down", ("layers", "ffn", "embed")),
-    (r"layers/.*/mlp/(router|shared_gate)", ("layers", "embed", None)),
-    (r"layers/.*/mlp/expert_gate_up", ("layers", "experts", "embed", None, "ffn")),
-    (r"layers/.*/mlp/expert_gate_up_bias", ("layers", "experts", None, "ffn")),
-    (r"layers/.*/mlp/expert_down", ("layers", "experts", "ffn", "embed")),
-    (r"layers/.*(norm|bias)", ("layers",)),
+    (r"layers/.*/mlp/shared_gate", ("layers", "embed", None)),
+    (r"layers/.*/(mlp|experts)/router", ("layers", "embed", None)),
+    (r"layers/.*/(mlp|experts)/expert_gate_up", ("layers", "experts", "embed", None, "ffn")),
+    (r"layers/.*/(mlp|experts)/expert_gate_up_bias", ("layers", "experts", None, "ffn")),
+    (r"layers/.*/(mlp|experts)/expert_down", ("layers", "experts", "ffn", "embed")),
+    (r"layers/.*(norm|bias|scale)", ("layers",)),
     (r"norm|norm_bias", ()),
 )
 """Parameter path → logical axis of each dimension, none where it ends; the first full match counts.

@@ -12,6 +12,7 @@ from model_rows import batch_of, random_tokens
 from safetensors.numpy import save_file
 from tiny_models import (
     FAMILIES,
+    NOT_TRAINED,
     ROWS,
     SIZES,
     describe_model,
@@ -81,7 +82,8 @@ def test_logits_and_gradients_equal_those_of_transformers(name, folders):
         expected[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
     ).backward()
     trained = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
-    trained |= {n: np.zeros(b.shape) for n, b in theirs.named_buffers() if n.endswith("bias")}
+    scales = [pair for pair in theirs.named_buffers() if pair[0].endswith(NOT_TRAINED)]
+    trained |= {n: np.zeros(scale.shape) for n, scale in scales}
     layout = BY_NAME[config.family].layout_of(trained)
     found = to_hf_tensors(gradients, config, "float32", layout._replace(starts=()))
     by_name = {name_in_tables(layout, name): gradient for name, gradient in trained.items()}
@@ -126,12 +128,13 @@ def test_export_equals_what_was_loaded_bit_for_bit(name, folders, tmp_path):
     assert_same_tensors(folders[name], tmp_path / "out")
 
 
-def test_a_multimodal_folder_takes_fields_of_its_text_model_and_keeps_its_weights(folders):
+@pytest.mark.parametrize("name", ["gemma3-whole", "gemma4-whole"])
+def test_a_multimodal_folder_takes_fields_of_its_text_model_and_keeps_its_weights(name, folders):
     changed = {"rms_norm_eps": 0.5}
-    config, hf, _ = describe_model(folders["gemma3-whole"], hf_config_kwargs=changed)
+    config, hf, _ = describe_model(folders[name], hf_config_kwargs=changed)
     assert config.norm.eps == 0.5 == hf["text_config"]["rms_norm_eps"]
     with pytest.raises(RecipeError, match="parts beside the text model, which keep their weights"):
-        describe_model(folders["gemma3-whole"], from_scratch=True)
+        describe_model(folders[name], from_scratch=True)
 
 
 def test_a_multimodal_folder_is_exported_in_the_names_that_it_had(folders, tmp_path):
@@ -161,7 +164,10 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((name, "CausalLM") for name in ("llama31", "mistral", "qwen2-windows", "gemma3-whole")),
+        *(
+            (name, "CausalLM")
+            for name in ("llama31", "mistral", "qwen2-windows", "gemma3-whole", "gemma4-whole")
+        ),
         ("qwen3-5-whole", "CausalLM"),  # the text part
         ("qwen3-5-whole", "ImageTextToText"),
     ],

@@ -319,7 +319,7 @@ def test_llama3_frequencies_keep_the_fast_and_divide_the_slow():
 @pytest.mark.covers("model.hf_config_kwargs")
 def test_replaced_fields_of_the_config_are_used_and_exported(good):
     config, hf, _ = describe_model(good, hf_config_kwargs={"rms_norm_eps": 0.5, "rope_theta": 7.0})
-    assert config.norm.eps == 0.5 and config.ropes[0].theta == 7.0
+    assert config.norm.eps == 0.5 and config.ropes[0][0].theta == 7.0
     assert decoder_config(hf) == config
 
 

@@ -85,6 +85,20 @@ DELTA_VISION = {
     "out_hidden_size": 32,
     "num_position_embeddings": 16,
 }
+WHOLE: dict[str, dict[str, Any]] = {
+    "Gemma3Whole": {
+        "vision_config": VISION, "mm_tokens_per_image": 4,
+        "image_token_index": 95, "eoi_token_index": 94, "boi_token_index": 93,
+    },
+    "Gemma4Whole": {
+        "vision_config": {
+            **VISION, "model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8,
+            "patch_size": 2, "position_embedding_size": 16,
+        },
+    },
+    "Qwen3_5Whole": {"vision_config": DELTA_VISION},
+}  # fmt: skip
+"""Of multimodal models: the fields beside those of the text model."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
@@ -254,6 +268,72 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "num_global_key_value_heads": 2,
+            "global_head_dim": 16,
+            "attention_k_eq_v": True,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-3,
+            "sliding_window": 5,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 10,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 20,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e3,
+                    "partial_rotary_factor": 0.5,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            },
+        },
+    ),
+    "gemma4-equal": (
+        "Gemma4",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "global_head_dim": 12,
+            "sliding_window": 5,
+            "hidden_size_per_layer_input": 0,
+            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma4-small": (
+        "Gemma4",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 12,
+            "global_head_dim": 16,
+            "sliding_window": 5,
+            "hidden_size_per_layer_input": 10,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    ),
+    "gemma4-whole": (
+        "Gemma4Whole",
+        {
+            "head_dim": 12,
+            "global_head_dim": 16,
+            "sliding_window": 5,
+            "num_hidden_layers": 6,
+            "hidden_size_per_layer_input": 6,
+        },
+    ),
     "gemma": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
     "gemma2": (
         "Gemma2",
@@ -368,7 +448,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 LIKE_OTHERS = {
     "llama2", "llama3", "linear", "biased", "mistral", "qwen2", "qwen2-windows", "gemma", "olmo3",
     "phi3", "granite", "gpt-neox-serial", "deepseek-v3-plain", "glm4-moe", "qwen3-5-whole",
-    "qwen3-5-moe",
+    "qwen3-5-moe", "gemma4-equal", "gemma4-small", "gemma4-whole",
 }  # fmt: skip
 """Rows whose every option, or nearly, another row has too; tried with the slow tests."""
 ROWS = [
@@ -377,20 +457,21 @@ ROWS = [
 CONFIGS = {
     "Gemma3": "Gemma3Text", "Gemma3Whole": "Gemma3", "Qwen3_5": "Qwen3_5Text",
     "Qwen3_5Whole": "Qwen3_5", "Qwen3_5Moe": "Qwen3_5MoeText",
+    "Gemma4": "Gemma4Text", "Gemma4Whole": "Gemma4",
 }  # fmt: skip
 """Start of a class of models → that of its config, where it is another."""
+
+NOT_TRAINED = ("layer_scalar", "e_score_correction_bias")
+"""End of the names of weights that are no parameters."""
 
 
 def hf_config(name: str, **changes: Any) -> Any:
     kind, fields = FAMILIES[name]
     fields = {**SIZES, **fields, **changes}
-    if kind == "Gemma3Whole":
-        fields = {
-            "text_config": fields, "vision_config": VISION, "mm_tokens_per_image": 4,
-            "image_token_index": 95, "eoi_token_index": 94, "boi_token_index": 93,
-        }  # fmt: skip
-    if kind == "Qwen3_5Whole":
-        fields = {"text_config": fields, "vision_config": DELTA_VISION}
+    if "Gemma4" in kind:
+        fields["vocab_size_per_layer_input"] = fields["vocab_size"]
+    if kind in WHOLE:
+        fields = {"text_config": fields, **WHOLE[kind]}
     config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**fields)
     config._attn_implementation = "eager"  # the one with soft caps
     return config
@@ -404,14 +485,12 @@ def hf_model(name: str, **changes: Any) -> Any:
         transformers.AutoModelForImageTextToText if is_whole else transformers.AutoModelForCausalLM
     )
     model = kind.from_config(hf_config(name, **changes)).eval()
-    for name, parameter in model.named_parameters():
+    scales = [pair for pair in model.named_buffers() if pair[0].endswith(NOT_TRAINED)]
+    for name, parameter in [*model.named_parameters(), *scales]:
         if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += 0.2 * torch.randn_like(parameter)
         if name.endswith("A_log"):  # slow decays, whose sums transformers rounds less
             parameter.data -= 2
-    for name, buffer in model.named_buffers():
-        if name.endswith("bias"):
-            buffer += 0.2 * torch.randn_like(buffer)
     return model
 
 

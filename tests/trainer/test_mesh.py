@@ -72,7 +72,7 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
 @pytest.mark.parametrize(
     "name",
     [
-        "gemma", "gemma2", "gemma3", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
+        "gemma", "gemma2", "gemma3", "gemma4", "gemma4-equal", "gemma4-small", "smollm3", "olmo2", "olmo3", "phi3", "phi4", "granite",
         "granite4",
         "ministral3", "glm4", "cohere2", "gpt-neox", "gpt-neox-serial", "gpt2", "qwen3-moe",
         "mixtral", "olmoe", "gpt-oss", "deepseek-v3", "qwen3-5", "qwen3-5-moe", "lfm2",
@@ -91,8 +91,16 @@ def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
 
     alone = train({})
     assert alone[-1] < alone[0]
-    last = "expert" if hasattr(tiny_models.hf_config(name), "num_experts_per_tok") else "pipeline"
-    for mesh in ({"fsdp": 8}, {"tensor": 2, "data": 2}, {last: 2, "fsdp": 2}):
+    has_experts = {"num_experts_per_tok", "moe_intermediate_size"} & {
+        key for key, value in config.items() if value
+    }
+    meshes = [{"fsdp": 8}, {"tensor": 2, "data": 2}]
+    if name == "gemma4-small":
+        with pytest.raises(RecipeError, match="mesh.pipeline: 2 needs a stack of equal layers"):
+            train({"pipeline": 2})
+    else:
+        meshes.append({"expert" if has_experts else "pipeline": 2, "fsdp": 2})
+    for mesh in meshes:
         np.testing.assert_allclose(train(mesh), alone, atol=1e-5, err_msg=str(mesh))
 
 
