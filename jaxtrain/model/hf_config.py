@@ -250,7 +250,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         raise RecipeError([
             Fault(place + theirs.get(field, field), what) for field, what in faults.items()
         ])  # fmt: skip
-    given = {"activation": ACTIVATIONS[hf["hidden_act"]], "ffn_width": hf["intermediate_size"]}
+    traits = {"activation": ACTIVATIONS[hf["hidden_act"]], "ffn_width": hf["intermediate_size"]}
     return DecoderConfig(
         family=family.name,
         vocab_size=hf["vocab_size"],
@@ -263,7 +263,7 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
         max_positions=hf["max_position_embeddings"],
         tied=hf["tie_word_embeddings"],
         initializer_range=float(hf["initializer_range"]),
-        **(given | family.traits(hf)),
+        **{**traits, **family.traits(hf)},
     )
 
 

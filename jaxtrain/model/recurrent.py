@@ -100,6 +100,7 @@ class DeltaRule(nnx.Module):
         if cache is None:
             y_BTKGC, _ = delta_rule(*tokens, segments_BT=segments_BT)
         else:
+            assert past is not None and cache.memory_BKGAC is not None
             step = delta_step if T == 1 else delta_rule
             y_BTKGC, memory = step(*tokens, state_BKGAC=cache.memory_BKGAC)
             cache = State(past, memory)
