@@ -19,6 +19,7 @@ from jaxtrain.optimizer.optimizers import OptimizerFactory, descend
 from jaxtrain.recipe.optimizer import MuonConfig
 
 HIDDEN = {"qkv", "out", "gate_up", "down", "expert_gate_up", "expert_down"}
+HIDDEN |= {"q", "q_a", "q_b", "kv_a", "kv_b"}  # of latent attention
 """Names of the parameters that hold matrices of layers."""
 RMS = 0.2  # of an update, about that of adamw
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
