@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from jaxtrain.batch import Batch
@@ -57,7 +57,8 @@ def run_tasks(speaker: Speaker, tasks: Tasks) -> tuple[str, dict[str, Any]]:
     names = _find_names(tasks.names, manager.all_tasks)
     # Its processes would be forks of this one, whose threads of jax they would lack.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    found = simple_evaluate(
+    evaluate: Any = simple_evaluate  # whose decorators hide its parameters
+    found = evaluate(
         model=HarnessModel(speaker, tasks.batch_size),
         tasks=names,
         task_manager=manager,
@@ -66,7 +67,6 @@ def run_tasks(speaker: Speaker, tasks: Tasks) -> tuple[str, dict[str, Any]]:
         bootstrap_iters=RESAMPLED,
         log_samples=False,
     )
-    assert found is not None
     parts = [column for column in ("results", "groups") if found.get(column)]
     table = "\n".join(make_table(found, column) for column in parts)
     return table, {name: found[name] for name in KEPT if name in found}

@@ -20,7 +20,7 @@ from jaxtrain.recipe.optimizer import MuonConfig
 
 HIDDEN = {
     "qkv", "out", "gate_up", "down", "expert_gate_up", "expert_down", "in_qkv", "in_gate", "in_bcx",
-    "conv_out",
+    "conv_out", "q", "q_a", "q_b", "kv_a", "kv_b", "project", "narrow", "widen",
 }  # fmt: skip
 """Names of the parameters that hold matrices of layers."""
 RMS = 0.2  # of an update, about that of adamw

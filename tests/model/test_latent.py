@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, describe_model, hf_config, load_model, save_mo
 from jaxtrain.model.config import Experts
 from jaxtrain.model.decoder import merge
 from jaxtrain.model.export import save_pretrained
-from jaxtrain.model.generate import generate
+from jaxtrain.model.generate import GREEDY, _generate_token, _prefill
 from jaxtrain.model.hf_config import decoder_config
 from jaxtrain.model.routing import choose_experts
 from jaxtrain.model.tensor_file import read_folder
@@ -25,22 +25,28 @@ def folder(tmp_path_factory):
     return save_model("deepseek-v3", tmp_path_factory.mktemp("hf") / "m")
 
 
-def test_latents_alone_are_cached_and_generate_what_keys_and_values_do(folder):
+def test_latents_alone_are_cached_and_give_the_logits_that_keys_and_values_do(folder):
+    """The next token's, after each of some tokens that come one at a time."""
     _, _, model, params = load_model(folder)
-    prompts = [[5, 17, 40], [33, 9, 81, 12, 60]]
-    found = generate(model.graph, params, prompts, max_new_tokens=8)
+    prompts, new = [[5, 17, 40], [33, 9, 81, 12, 60]], 5
+    tokens = np.zeros((2, 8), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts])
+    key = jax.random.key(0)
+    progress = _prefill(model.graph, GREEDY, new, params, tokens, lengths, key)
+    sizes = {leaf.shape[2:] for leaf in jax.tree.leaves(progress.caches)}
+    assert sizes == {(13, FIELDS["kv_lora_rank"]), (13, FIELDS["qk_rope_head_dim"])}
+    step = jax.jit(lambda params, now: _generate_token(merge(model.graph, params), GREEDY, now))
     forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
-    for prompt, tokens in zip(prompts, found, strict=True):
-        row = np.array([prompt + tokens])
-        logits = np.asarray(forward(params, batch_of(np.pad(row, ((0, 0), (0, 16 - row.size))))))
-        assert logits[0, len(prompt) - 1 : row.size - 1].argmax(-1).tolist() == tokens
-    cache = jax.eval_shape(
-        lambda: (
-            merge(model.graph, params).layers["0"]["0"].attention.empty_cache(2, 3, 9, "float32")
-        )
-    )
-    sizes = [leaf.shape for leaf in jax.tree.leaves(cache)]
-    assert sizes == [(2, 3, 9, FIELDS["kv_lora_rank"]), (2, 3, 9, FIELDS["qk_rope_head_dim"])]
+    for _ in range(new):
+        token, progress = step(params, progress)
+        prompts = [[*prompt, int(t)] for prompt, t in zip(prompts, token, strict=True)]
+    rows = np.stack([np.pad(prompt, (0, 16 - len(prompt))) for prompt in prompts])
+    logits = np.asarray(forward(params, batch_of(rows)))
+    for b, prompt in enumerate(prompts):
+        found = np.asarray(progress.logits_BV[b])
+        np.testing.assert_allclose(found, logits[b, len(prompt) - 1], atol=2e-5)
 
 
 def test_the_bias_of_the_choice_stays_float32_in_a_file_of_bfloat16(folder, tmp_path):

@@ -3,7 +3,8 @@
 The reference sees the tensors of a Hugging Face model: one for each layer, q, k, v, gate and up.
 """
 
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtrain.model.config import (
     ComputeConfig,
     DecoderConfig,
     Experts,
+    Latent,
     LayerSpec,
     Norm,
     group_layers,
@@ -55,6 +57,21 @@ CONFIG = DecoderConfig(
     out_bias=True,
     qk_norm="head",
     initializer_range=0.1,
+)
+
+
+ROPE = Rope(1e4)
+LATENT = replace(
+    CONFIG,
+    family="deepseek_v3",
+    num_kv_heads=4,
+    latent=Latent(q_rank=7, kv_rank=5, plain_size=3, value_size=9),
+    qk_norm=None,
+    experts=replace(CONFIG.experts, scores="sigmoid", has_choice_bias=True, shared_width=14),
+    groups=group_layers(
+        (LayerSpec(rope=ROPE, mixer="latent"),) * 9
+        + (LayerSpec(rope=ROPE, mixer="latent", has_experts=True),)
+    ),
 )
 
 
@@ -107,7 +124,7 @@ def is_decayed(name):
 
 
 def is_hidden(name):
-    return name.endswith("proj.weight")
+    return "_proj" in name and name.endswith("weight")
 
 
 LR, DECAY, KEEP = 0.01, 0.1, 1 - 0.01 * 0.1
@@ -165,17 +182,17 @@ CASES = {
 }
 
 
-def to_hf(tree):
+def to_hf(config, tree):
     """A tensor for each matrix, by its Hugging Face name."""
-    tensors = to_hf_tensors(jax.device_get(tree), CONFIG, "float32", Layout())
+    tensors = to_hf_tensors(jax.device_get(tree), config, "float32", Layout())
     return {name: tensor.make().copy() for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def model():
+@cache
+def model_of(config):
     """First parameters, and the jitted gradient of a step; in one step, one layer has a spike."""
-    graph, _ = abstract(CONFIG, ComputeConfig())
-    params = jax.jit(partial(init_params, CONFIG, ComputeConfig()))(jax.random.key(0))
+    graph, _ = abstract(config, ComputeConfig())
+    params = jax.jit(partial(init_params, config, ComputeConfig()))(jax.random.key(0))
 
     @jax.jit
     def gradient(params, tokens, spike):
@@ -189,30 +206,39 @@ def model():
     return params, gradient
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_optimizer_equals_its_reference_on_each_matrix(model, case):
+@pytest.mark.parametrize(
+    ("config", "case"),
+    [
+        *(pytest.param(CONFIG, case, id=case) for case in CASES),
+        *(
+            pytest.param(LATENT, case, id=f"latent-{case}", marks=pytest.mark.slow)
+            for case in ("adafactor", "muon")
+        ),
+    ],
+)
+def test_an_optimizer_equals_its_reference_on_each_matrix(config, case):
     kind, keys, reference = CASES[case]
-    (first, gradient) = model
+    (first, gradient), to_tensors = model_of(config), partial(to_hf, config)
     recipe = {"model": {"name_or_path": "m"}, "data": {"sources": ["a/b"]}}
     settings = {"type": kind, "lr": LR, "weight_decay": DECAY, **keys}
-    config = get_config(recipe | {"optimizer": settings}).optimizer
-    factory = registry.find("optimizer", kind)(config)
-    optimizer = Groups.of(config, jax.eval_shape(lambda: first)).optimizer(factory)
+    wanted = get_config(recipe | {"optimizer": settings}).optimizer
+    factory = registry.find("optimizer", kind)(wanted)
+    optimizer = Groups.of(wanted, jax.eval_shape(lambda: first)).optimizer(factory)
 
     @jax.jit
     def step(grads, state, params):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state, before = first, optimizer.init(first), to_hf(first)
+    params, state, before = first, optimizer.init(first), to_tensors(first)
     references = reference(before)
     for number in range(UPDATES):
         grads = gradient(params, random_tokens(2, 16, seed=number), 100.0 if number == 4 else 1.0)
-        hf_grads = to_hf(grads)
+        hf_grads = to_tensors(grads)
         params, state = step(grads, state, params)
         for one in references:
             one.step(hf_grads)
-    found = to_hf(params)
+    found = to_tensors(params)
     expected = {name: np.asarray(a) for one in references for name, a in one.arrays().items()}
     assert found.keys() == expected.keys()
     far = {}
@@ -223,7 +249,7 @@ def test_an_optimizer_equals_its_reference_on_each_matrix(model, case):
     assert not far
 
 
-def test_every_matrix_that_has_a_place_has_a_layout(model):
+def test_every_matrix_that_has_a_place_has_a_layout():
     matrices = (place for place, axes in PARAMETERS if len(axes) > 1 and "_lora/" not in place)
     places = {place.rpartition("/")[2] for place in matrices}
     assert places <= LAYOUTS.keys()
