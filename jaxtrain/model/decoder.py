@@ -16,6 +16,8 @@ Beside `qkv`, `out`, `gate_up` and `down` there may be adapters, by module of th
 
     <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
+Frozen weights of layers may be kept in fewer bits, as the arrays of quantized.py: `qkv/codes`.
+
 B batch, T tokens, D width, K key/value heads, G query heads to each, H head size, F feed-forward,
 U 2 with a gate and 1 without, E experts, M feed-forward of each, P positions, V vocabulary,
 L layers of one member of a group.
@@ -51,6 +53,7 @@ from jaxtrain.model.layers import (
     mix_bits,
     normalize,
 )
+from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
@@ -85,7 +88,9 @@ class Decoder(nnx.Module):
         key: Array,
         param_dtype: str,
         adapters: Adapters = NO_ADAPTERS,
+        quantized: Mapping[str, Kind] = {},
     ):
+        """`quantized` has the paths of weights that are kept in fewer bits."""
         init = Initializer(config, key, param_dtype)
         self.config = config
         self.compute = compute
@@ -103,6 +108,11 @@ class Decoder(nnx.Module):
         for path, sites in adapters.items():
             _, group, member, part, name = path.split("/")
             attach_adapters(getattr(self.layers[group][member], part), name, sites)
+        for path, kind in quantized.items():
+            _, group, member, part, name = path.split("/")
+            module = getattr(self.layers[group][member], part)
+            shape = getattr(module, name)[...].shape
+            setattr(module, name, QuantizedWeight(*form_of(kind, path, shape)))
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
@@ -322,9 +332,10 @@ def abstract(
     *,
     param_dtype: str = "float32",
     adapters: Adapters = NO_ADAPTERS,
+    quantized: Mapping[str, Kind] = {},
 ) -> Model:
     """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
-    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters)
+    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters, quantized)
     return Model(*split(nnx.eval_shape(build)))
 
 

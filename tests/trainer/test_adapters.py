@@ -97,6 +97,25 @@ def test_adapters_train_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accu
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
+DORA = {**PEFT, "use_dora": True, "layers_to_transform": [0, 1, 3, 4, 5]}
+
+
+def test_dora_trains_its_magnitudes_the_same_on_a_mesh(tmp_path):
+    run = trainer(written(tmp_path / "alone", DORA, micro_batch_size=8))
+    before, expected, after = host(run.state), losses(run, STEPS), host(run.state)
+    cut = {"mesh": {"fsdp": 2, "tensor": 2}, "micro_batch_size": 4, "model": {"remat": "none"}}
+    other = trainer(written(tmp_path / "mesh", DORA, **cut), devices=4)
+    np.testing.assert_allclose(losses(other, STEPS), expected, atol=1e-5)
+    magnitudes = [name for name in after if re.search(r"params.*'magnitude'\]$", name)]
+    assert len(magnitudes) == 5
+    for name, array in host(other.state).items():
+        np.testing.assert_allclose(array, after[name], atol=2e-5, err_msg=name)
+    for name in magnitudes:
+        assert not after[name][2].any(), "layer 2 has no adapter"
+        moved = np.abs(after[name] - before[name])[[0, 1, 3, 4, 5]]
+        assert (moved > 0).mean() > 0.99, name
+
+
 def test_packing_changes_neither_the_loss_nor_what_is_dropped(tmp_path):
     changes = {"rows": 8, "micro_batch_size": 8}
     packed = trainer(written(tmp_path / "packed", **changes))
