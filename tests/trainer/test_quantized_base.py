@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import get_config
+from jaxtrain import SFTTrainer, get_config
 from jaxtrain.export import restore_weights
 from jaxtrain.generate import load_speaker
 from jaxtrain.plan import device_bytes, plan
@@ -16,7 +16,7 @@ from tests.runs import assert_same, first_batch, host, losses, model_folder, rec
 
 STEPS = 3
 SIZES = {
-    "hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_attention_heads": 8,
+    "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 8,
     "num_hidden_layers": 3, "max_position_embeddings": 128,
 }  # fmt: skip
 PEFT = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
@@ -59,7 +59,7 @@ def test_linear_weights_of_layers_take_four_or_eight_bits_and_nothing_else_does(
     assert len(codes) == 4 and {a.dtype.name for a in codes.values()} == {
         {"nf4": "uint8", "int8": "int8"}[kind]
     }
-    weights = 3 * (128 * 512 + 256 * 128 + 3 * 128 * 192)
+    weights = 3 * (128 * 512 + 256 * 128 + 3 * 128 * 256)
     in_blocks = [a for name, a in frozen.items() if name.startswith(tuple(n[:-9] for n in codes))]
     bits = 8 * sum(a.nbytes for a in in_blocks) / weights
     assert bits == pytest.approx({"nf4": 4.2, "int8": 8.5}[kind], abs=0.1)
@@ -94,27 +94,28 @@ def test_every_mesh_has_the_same_base_and_trains_the_same(
         np.testing.assert_allclose(array, after[f".params{name}"], atol=2e-5, err_msg=name)
 
 
-def test_a_mesh_that_would_cut_a_block_is_refused(tmp_path, base):
-    with pytest.raises(
-        RecipeError, match="mesh.tensor: 4 does not divide .*3 blocks of feed-forward channels"
-    ):
+def test_a_mesh_that_would_cut_a_block_is_refused(tmp_path):
+    base = model_folder(tmp_path / "base", **(SIZES | {"intermediate_size": 192}))
+    message = "mesh.tensor: 4 does not divide 3 blocks of feed-forward channels; use one of .1.$"
+    with pytest.raises(RecipeError, match=message):
         trainer(written(tmp_path, base, mesh={"tensor": 4}), devices=4)
 
 
-def test_the_step_holds_one_layer_whole_at_most(tmp_path, base):
-    """Temporaries do not grow with the layers as whole weights would."""
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_the_step_holds_one_layer_whole_at_most(tmp_path, remat):
+    """With more layers its temporaries grow by what these keep for the backward pass, and by far less
+    than whole weights or a copy of those in four bits would take."""
     temporaries = {}
-    for remat in ("full", "none"):
-        for layers in (2, 6):
-            folder = tmp_path / f"{remat}-{layers}"
-            source = base_folder(folder, num_hidden_layers=layers, intermediate_size=2048)
-            run = trainer(written(folder, source, model={"remat": remat}, data={"max_length": 16}))
-            shapes, batch = run.run.state_shapes, first_batch(run)
-            memory = run.step.lower(shapes, batch).compile().memory_analysis()
-            temporaries[remat, layers] = memory.temp_size_in_bytes
-    layer_bytes = 4 * 3 * 128 * 2048
-    for remat in ("full", "none"):
-        assert temporaries[remat, 6] - temporaries[remat, 2] < 4 * layer_bytes / 2, remat
+    for layers in (2, 6):
+        sizes = SIZES | {"num_hidden_layers": layers, "hidden_size": 1024}
+        base = model_folder(tmp_path / f"base-{layers}", **sizes)
+        made = written(tmp_path, base, model={"remat": remat}, micro_batch_size=1)
+        run = SFTTrainer(get_config(made), "plan", devices=jax.devices()[:1])
+        shapes, batch = run.run.state_shapes, run.layout.batch_shapes(16)
+        memory = run.step.lower(shapes, batch).compile().memory_analysis()
+        temporaries[layers] = memory.temp_size_in_bytes
+    weights = 1024 * (512 + 256 + 3 * 256)
+    assert temporaries[6] - temporaries[2] < 4 * weights * 4.2 / 8
 
 
 def test_a_resumed_run_reads_the_same_base_again(tmp_path, base):
@@ -138,7 +139,8 @@ def test_a_resumed_run_reads_the_same_base_again(tmp_path, base):
 @pytest.mark.covers("checkpoint.*.adapter")
 def test_adapters_are_merged_into_the_weights_as_they_were_read(tmp_path, base):
     export = {"type": "huggingface", "output_dir": str(tmp_path / "out"), "adapter": "both"}
-    entries = [{"output_dir": str(tmp_path / "state")}, export | {"save_end_of_training": True}]
+    entries = [{"output_dir": str(tmp_path / "state")}, export]
+    entries = [entry | {"save_end_of_training": True} for entry in entries]
     run = trainer(written(tmp_path, base, checkpoint=entries))
     run.train()
     out = tmp_path / "out" / "global_step_4"
@@ -166,13 +168,13 @@ def test_adapters_are_merged_into_the_weights_as_they_were_read(tmp_path, base):
 
 def test_plan_shows_the_smaller_state(tmp_path, base):
     def state(kind):
-        made = get_config(written(tmp_path, base, kind))
-        return dict(plan(made, jax.devices()[:1])), trainer(made).run.state_shapes
+        made = written(tmp_path, base, kind)
+        return dict(plan(get_config(made), jax.devices()[:1])), trainer(made).run.state_shapes
 
     (facts, shapes), (whole_facts, whole) = state("nf4"), state(None)
     assert "are frozen in nf4" in facts["model"] and "nf4" not in whole_facts["model"]
     assert facts["model"].replace(" in nf4", "") == whole_facts["model"]
-    weights = 3 * (128 * 512 + 256 * 128 + 3 * 128 * 192)
+    weights = 3 * (128 * 512 + 256 * 128 + 3 * 128 * 256)
     saved = device_bytes(whole) - device_bytes(shapes)
     assert saved == pytest.approx(weights * (4 - 4.2 / 8), rel=0.02)
     assert facts["state"] != whole_facts["state"]
