@@ -44,6 +44,7 @@ from jaxtrain.kernels.cross_entropy import (
 )
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
+    PRODUCT,
     AttentionInputs,
     Block,
     Cache,
@@ -74,9 +75,7 @@ def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
     policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
     policy = policies.save_only_these_names(*kept)
     if compute.remat == "dots":
-        dots = policies.dots_with_no_batch_dims_saveable
-        names = policies.save_only_these_names("attention", *kept)
-        policy = policies.save_from_both_policies(dots, names)
+        policy = policies.save_only_these_names("attention", PRODUCT, *kept)
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtrain import SFTTrainer, get_config
 from jaxtrain.export import export, restore_weights
 from jaxtrain.model.layers import drop_out
 from jaxtrain.plan import plan
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
-from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer import step as pure
 from tests.runs import (
     assert_same,
@@ -174,6 +174,22 @@ def test_the_program_has_no_gradient_of_a_base_weight(tmp_path):
     weights = {(40, 128), (64, 40), (40, 144), (72, 40), (392, 40), (40, 392)}
     assert len(products[False] & weights) == 5
     assert not products[True] & weights
+
+
+def test_what_adapters_add_is_not_kept_for_the_backward_pass(tmp_path):
+    """With `remat: dots` a layer keeps its products, and of an adapter the r numbers of each token."""
+    temporaries = {}
+    for layers in (2, 6):
+        made = written(tmp_path, model={"remat": "dots"})
+        model_folder(tmp_path / "model", num_hidden_layers=layers)
+        run = SFTTrainer(get_config(made), "plan", devices=jax.devices()[:1])
+        lowered = run.step.lower(run.run.state_shapes, run.layout.batch_shapes(1024))
+        temporaries[layers] = lowered.compile().memory_analysis().temp_size_in_bytes
+    products = 4 * 4 * 8 + 32 + 2 * 64 + 32
+    attention, inputs, low = 64 + 8, 32, 5 * 4
+    kept = 4 * 1024 * (products + attention + inputs + low)
+    added = 4 * 1024 * (64 + 32 + 32 + 64 + 32)
+    assert temporaries[6] - temporaries[2] < 4 * (kept + added / 2)
 
 
 def resumable(folder, **changes):
