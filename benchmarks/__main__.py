@@ -8,7 +8,8 @@ import jax
 
 here = Path(__file__).parent
 has_gpu = any(device.platform == "gpu" for device in jax.devices())
-commands = [["cpu_step.py", "--preset", "llama-1.2b" if has_gpu else "smollm2-135m"]]
+preset = "llama-1.2b" if has_gpu else "smollm2-135m"
+commands = [[name, "--preset", preset] for name in ("cpu_step.py", "lora.py")]
 for command in commands:
     print(f"== {' '.join(command)}", flush=True)
     subprocess.run([sys.executable, str(here / command[0]), *command[1:]], check=True)

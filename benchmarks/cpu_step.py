@@ -47,8 +47,9 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endf
 WARMUP_STEPS = 2
 
 
-def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
-    """Writes a model folder without weights, conversations, and the recipe; returns the recipe."""
+def write_inputs(folder: Path, preset: dict, steps: int, peft: dict | None = None) -> Path:
+    """Writes a model folder without weights, conversations, and the recipe, with `peft` one of
+    adapters; returns the recipe."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [f"w{i}" for i in range(2000)]
@@ -77,7 +78,7 @@ def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
     recipe = {
         "model": {
             "name_or_path": str(folder), "from_scratch": True, "dtype": preset["dtype"],
-            "remat": preset["remat"],
+            "remat": preset["remat"], "peft_config": peft and {"peft_type": "Lora", **peft},
         },
         "data": {
             "sources": [str(folder / "rows.jsonl")], "max_length": preset["tokens"],
@@ -91,7 +92,7 @@ def write_inputs(folder: Path, preset: dict, steps: int) -> Path:
     return file
 
 
-def torch_steps(preset: dict, steps: int) -> list[float]:
+def torch_steps(preset: dict, steps: int, peft: dict | None) -> list[float]:
     """Seconds per step of the plain torch loop."""
     import time
 
@@ -102,8 +103,13 @@ def torch_steps(preset: dict, steps: int) -> list[float]:
     model = LlamaForCausalLM(LlamaConfig(**(COMMON | preset["config"]))).to(device)
     if preset["remat"] == "full":
         model.gradient_checkpointing_enable()
+    if peft is not None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **peft))
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.1)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=preset["dtype"] == "bfloat16")
     shape = (preset["rows"], preset["tokens"])
     seconds = []
@@ -113,7 +119,7 @@ def torch_steps(preset: dict, steps: int) -> list[float]:
         with autocast:
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
@@ -121,10 +127,10 @@ def torch_steps(preset: dict, steps: int) -> list[float]:
     return seconds
 
 
-def run_jaxtrain(preset_name: str, steps: int) -> tuple[list[float], float]:
+def run_jaxtrain(preset_name: str, steps: int, peft: dict | None) -> tuple[list[float], float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = write_inputs(folder, PRESETS[preset_name], steps)
+        recipe = write_inputs(folder, PRESETS[preset_name], steps, peft)
         command = [sys.executable, "-m", "jaxtrain", str(recipe), f"run_dir={folder / 'run'}"]
         on_cpu = PRESETS[preset_name]["device"] == "cpu"
         peak = run(command, {"JAX_PLATFORMS": "cpu"} if on_cpu else {})
@@ -132,9 +138,10 @@ def run_jaxtrain(preset_name: str, steps: int) -> tuple[list[float], float]:
         return [row["step_time"] for row in rows if "step_time" in row], peak
 
 
-def run_torch(preset_name: str, steps: int) -> tuple[list[float], float]:
+def run_torch(preset_name: str, steps: int, peft: dict | None) -> tuple[list[float], float]:
     with tempfile.NamedTemporaryFile() as file:
         options = ["--torch", file.name, "--preset", preset_name, "--steps", str(steps)]
+        options += ["--peft", json.dumps(peft)]
         peak = run([sys.executable, __file__, *options], {})
         return json.loads(Path(file.name).read_text()), peak
 
@@ -152,19 +159,21 @@ def run(command: list[str], environment: dict[str, str]) -> float:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def main() -> None:
+def main(description: str | None = __doc__, peft: dict | None = None) -> None:
+    """Compares full steps, or with `peft` those of adapters."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--peft", type=json.loads, default=peft, help=argparse.SUPPRESS)
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     if args.torch:
-        args.torch.write_text(json.dumps(torch_steps(preset, args.steps)))
+        args.torch.write_text(json.dumps(torch_steps(preset, args.steps, args.peft)))
         return
     tokens = preset["rows"] * preset["tokens"]
     sides = {"jaxtrain": run_jaxtrain, "torch": run_torch}
@@ -172,7 +181,7 @@ def main() -> None:
     peaks: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(args.rounds):
         for name, side in sides.items():
-            seconds, peak = side(args.preset, args.steps)
+            seconds, peak = side(args.preset, args.steps, args.peft)
             rates[name].append(tokens / statistics.median(seconds[WARMUP_STEPS:]))
             peaks[name].append(peak)
             rate = f"{rates[name][-1]:10,.1f} tokens/s"

@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jax.experimental import topologies
 
@@ -23,23 +24,38 @@ H200 = """gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
+L4 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
+  core_count: 58 fpus_per_core: 128 shared_memory_per_block: 49152
+  shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 300000000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04
+  device_memory_size: 24000000000 cuda_compute_capability { major: 8 minor: 9 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA L4"
+"""
+GPUS = {"h200": H200, "l4": L4}
 TOKENS = 512
 
 
+def topology(target: str, tpu: str) -> Any:
+    if target not in GPUS:
+        return topologies.get_topology_desc(platform="tpu", topology_name=tpu)
+    return topologies.get_topology_desc(
+        platform="cuda", topology="1x1x8", target_config=GPUS[target]
+    )
+
+
 def main(target: str, mesh: dict[str, int]) -> None:
-    if target == "v5e":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    else:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x8", target_config=H200
-        )
     folder = Path(tempfile.mkdtemp())
     written = recipe(folder, mesh=mesh, micro_batch_size=4, gradient_accumulation_steps=2)
     model_folder(
         folder / "model", hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=2048,
         max_position_embeddings=TOKENS,
     )  # fmt: skip
-    run = SFTTrainer(get_config(written), "plan", devices=topology.devices)
+    run = SFTTrainer(get_config(written), "plan", devices=topology(target, "v5e:2x4").devices)
     lowered = run.step.lower(run.run.state_shapes, run.layout.batch_shapes(TOKENS))
     memory = lowered.compile().memory_analysis()
     print(

@@ -45,22 +45,41 @@ def target(request):
 )
 def test_the_step_compiles(target, mesh):
     name, site = target
+    found = compile_with("compile_ahead.py", site, name, mesh, chips=8)
+    assert found["has_splash"] == (name == "v5e")
+    assert found["alias_bytes"] > 0.9 * found["output_bytes"], "the state must be donated"
+    assert 0 < found["peak_bytes"] < 16 * 2**30
+
+
+def compile_with(program, site, name, argument, *, chips):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
         "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{site}",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_ACCELERATOR_TYPE": f"v5litepod-{chips}",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }
-    program = str(Path(__file__).with_name("compile_ahead.py"))
+    file = str(Path(__file__).with_name(program))
     done = subprocess.run(
-        [sys.executable, program, name, json.dumps(mesh)],
+        [sys.executable, file, name, json.dumps(argument)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["has_splash"] == (name == "v5e")
-    assert found["alias_bytes"] > 0.9 * found["output_bytes"], "the state must be donated"
-    assert 0 < found["peak_bytes"] < 16 * 2**30
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CHIP_BYTES = {"h200": 141e9, "l4": 24e9, "v5e": 16 * 2**30}
+
+
+def test_adapters_of_an_8b_model_fit(target):
+    """Packed rows of 4096 tokens; prints a table of the bytes that a device takes."""
+    name, site = target
+    for chip in ("v5e",) if name == "v5e" else ("h200", "l4"):
+        for quantization in (None, "int8", "nf4"):
+            found = compile_with("compile_adapters.py", site, chip, quantization, chips=4)
+            parts = "  ".join(f"{part} {size / 2**30:6.2f} GiB" for part, size in found.items())
+            print(f"{chip:5} {quantization or 'bfloat16':9} {parts}")
+            if quantization == "nf4" or chip != "l4":
+                assert found["peak"] < 0.95 * CHIP_BYTES[chip]

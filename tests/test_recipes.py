@@ -66,6 +66,25 @@ def test_the_trainer_in_the_readme_trains(tmp_path):
     assert found[-1] < found[0]
 
 
+def test_the_qlora_recipe_trains_a_small_model_of_its_family(tmp_path):
+    tokens = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
+    written = recipe(tmp_path, rows=8)
+    model_folder(tmp_path / "model", **tokens)
+    base = trainer(written).save_model(tmp_path / "base")
+    rows = conversations(tmp_path / "chats.jsonl", 400)
+    overrides = [
+        f"model.name_or_path={base}", f"run_dir={tmp_path / 'run'}", "train_iters=3",
+        f"data.sources=[{rows}]", "data.max_length=256", "checkpoint.0.save_every_n_steps=3",
+        f"checkpoint.0.output_dir={tmp_path / 'state'}", f"checkpoint.1.output_dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    config = get_config(ROOT / "recipes" / "qlora-llama-3.1-8b.yaml", overrides)
+    run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
+    assert run.train().global_step == 3
+    codes = run.state.frozen["base"]["layers"]["0"]["0"]["mlp"]["down"]["codes"]
+    assert codes.dtype == "uint8"
+    assert (tmp_path / "out" / "global_step_3" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["focal", "sums"])
 def test_an_example_of_user_code_trains(tmp_path, name):
     files = [ROOT / "recipes" / f"{name}{suffix}" for suffix in (".py", ".yaml")]

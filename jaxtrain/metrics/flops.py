@@ -43,7 +43,8 @@ def count_matmul_parameters(params: Any, *, share_of_experts: float = 1.0) -> fl
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         is_head = name == "embed/embedding" and "head" not in params
         lookup_only = name.startswith("embed/") and not is_head
-        if not lookup_only and not name.endswith(("norm", "bias", "sinks", "scale", "salt")):
+        vectors = ("norm", "bias", "sinks", "scale", "salt", "magnitude")
+        if not lookup_only and not name.endswith(vectors):
             count += leaf.size * (share_of_experts if "/expert_" in name else 1)
     return count
 

@@ -36,14 +36,14 @@ class Meter:
 
     @classmethod
     def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
-        """Makes a meter of a language model, which has `all_shapes`, `base_shapes` and
+        """Makes a meter of a language model, which has `plain_shapes`, `split` and
         `spec.config`, on devices."""
-        config = model.spec.config
+        config, shapes = model.spec.config, model.plain_shapes
         share = config.experts.per_token / config.experts.count if config.experts else 1.0
         count = partial(count_matmul_parameters, share_of_experts=share)
         return cls(
-            # A base has no gradient.
-            flops_per_token=6.0 * count(model.all_shapes) - 2.0 * count(model.base_shapes),
+            # What is frozen has no gradient.
+            flops_per_token=6.0 * count(shapes) - 2.0 * count(model.split(shapes)[1]),
             flops_per_pair=6.0 * config.num_heads * (config.query_size + config.value_size),
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),

@@ -277,6 +277,8 @@ class AdapterSite(NamedTuple):
     scales: tuple[float, ...]
     dropout: float
     """probability that an input is 0 in training"""
+    is_dora: bool = False
+    """the columns of the adapted weight have lengths of their own"""
 
 
 def group_layers(layers: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:

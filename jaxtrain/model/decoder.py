@@ -26,6 +26,8 @@ those of `layers.CONTRACTED` there may be adapters, by module of the family's fi
 
     <parameter>_lora/<module>/ a [L, inputs, r], b [L, r, outputs], scale [L]
 
+Frozen weights of layers may be kept in fewer bits, as the arrays of quantized.py: `qkv/codes`.
+
 B batch, T tokens, D width, K key/value heads, G query heads to each, Q = G, or 2 G with gates, H
 head size, J key heads of the delta rule, W value heads to each, C value size, R = W C and twice the
 key size, S taps of a convolution, F feed-forward, U 2 with a gate and 1 without, E experts, M feed-
@@ -55,6 +57,7 @@ from jaxtrain.kernels.cross_entropy import (
 from jaxtrain.model import latent as latent  # adds its mixer
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
+    PRODUCT,
     AttentionInputs,
     Block,
     Cache,
@@ -65,6 +68,7 @@ from jaxtrain.model.layers import (
     mix_bits,
     normalize,
 )
+from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
@@ -87,9 +91,7 @@ def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
     policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
     policy = policies.save_only_these_names(*kept)
     if compute.remat == "dots":
-        dots = policies.dots_with_no_batch_dims_saveable
-        names = policies.save_only_these_names("attention", *kept)
-        policy = policies.save_from_both_policies(dots, names)
+        policy = policies.save_only_these_names("attention", PRODUCT, *kept)
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
@@ -101,7 +103,9 @@ class Decoder(nnx.Module):
         key: Array,
         param_dtype: str,
         adapters: Adapters = NO_ADAPTERS,
+        quantized: Mapping[str, Kind] = {},
     ):
+        """`quantized` has the paths of weights that are kept in fewer bits."""
         init = Initializer(config, key, param_dtype)
         self.config = config
         self.compute = compute
@@ -124,6 +128,11 @@ class Decoder(nnx.Module):
         for path, sites in adapters.items():
             *parents, name = path.split("/")
             attach_adapters(reduce(getattr, parents, self), name, sites)
+        for path, kind in quantized.items():
+            *parents, name = path.split("/")
+            module = reduce(getattr, parents, self)
+            shape = getattr(module, name)[...].shape
+            setattr(module, name, QuantizedWeight(*form_of(kind, path, shape)))
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
@@ -412,9 +421,10 @@ def abstract(
     *,
     param_dtype: str = "float32",
     adapters: Adapters = NO_ADAPTERS,
+    quantized: Mapping[str, Kind] = {},
 ) -> Model:
     """The model whose parameters `init_params` or `load_params` makes; allocates nothing."""
-    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters)
+    build = lambda: Decoder(config, compute, jax.random.key(0), param_dtype, adapters, quantized)
     return Model(*split(nnx.eval_shape(build)))
 
 

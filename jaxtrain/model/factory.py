@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
@@ -24,13 +25,16 @@ from jaxtrain.model.hf_config import (
     replace_text_fields,
 )
 from jaxtrain.model.lora import (
+    MAGNITUDE,
     Lora,
     find_adapters,
     in_dtype,
     init_adapters,
     join,
     merge_weights,
+    partition,
     split,
+    start_magnitudes,
     take_adapters,
 )
 from jaxtrain.model.peft_folder import (
@@ -41,6 +45,7 @@ from jaxtrain.model.peft_folder import (
     verify_adapter,
     write_adapter,
 )
+from jaxtrain.model.quantized import Kind, may_be_quantized
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
@@ -114,20 +119,32 @@ class LanguageModel:
     """Shape and dtype of every parameter, but for those of a base."""
     base_shapes: Params
     """Those of the frozen base of adapters; empty without adapters."""
+    plain_shapes: Params
+    """Those of the whole decoder with no weight quantised, as weights are read."""
     from_scratch: bool
+    quantization: Kind | None = None
 
     @classmethod
     def of(
         cls, spec: ModelSpec, compute: ComputeConfig, config: ModelConfig, *, attention: str = ""
     ) -> "LanguageModel":
-        adapters = spec.adapters
+        adapters, kind = spec.adapters, config.quantization
         sites = adapters.sites if adapters is not None else decoder.NO_ADAPTERS
-        dtype, base_shapes = config.param_dtype, {}
-        graph, shapes = decoder.abstract(spec.config, compute, param_dtype=dtype, adapters=sites)
+        build = partial(
+            decoder.abstract, spec.config, compute, param_dtype=config.param_dtype, adapters=sites
+        )
+        graph, shapes = build()
+        plain, base = shapes, {}
         if adapters is not None:
-            shapes, base_shapes = split(adapters, shapes)
-            base_shapes = in_dtype(base_shapes, compute.compute_dtype)
-        return cls(spec, compute, attention, graph, shapes, base_shapes, config.from_scratch)
+            shapes, base = split(adapters, shapes)
+            base = in_dtype(base, compute.compute_dtype)
+            plain = join(shapes, base)
+        if adapters is not None and kind is not None:
+            leaves = jax.tree_util.tree_leaves_with_path(base)
+            paths = filter(may_be_quantized, (path_name(path) for path, _ in leaves))
+            graph, quantized = build(quantized=dict.fromkeys(paths, kind))
+            base = in_dtype(split(adapters, quantized)[1], compute.compute_dtype)
+        return cls(spec, compute, attention, graph, shapes, base, plain, config.from_scratch, kind)
 
     @property
     def adapters(self) -> Lora | None:
@@ -175,7 +192,7 @@ class LanguageModel:
 
     def _load(self, shardings: Any, seed: int) -> Params:
         """The model as it is read or drawn, with adapters as they begin."""
-        shapes, config = self.all_shapes, self.spec.config
+        shapes, config = self.plain_shapes, self.spec.config
         (_, plain), (placed_adapters, placed) = take_adapters(shapes), take_adapters(shardings)
         if self.from_scratch:
 
@@ -185,12 +202,29 @@ class LanguageModel:
 
             params = jax.jit(make, out_shardings=placed)(jax.random.key(seed))
         else:
-            path, stored_tokens = self.spec.path, self.spec.stored_tokens
-            params = load_params(path, config, plain, placed, stored_tokens=stored_tokens)
+            params = self._read(plain, placed, self.quantization)
         if self.adapters is None:
             return params
         adapters = init_adapters(self.adapters, shapes, seed)
-        return join(params, jax.device_put(adapters, placed_adapters))
+        params = join(params, jax.device_put(adapters, placed_adapters))
+        if not self.adapters.config.use_dora:
+            return params
+        chooses = lambda path: path.endswith(MAGNITUDE)
+        start = jax.jit(
+            partial(start_magnitudes, self.adapters, self.graph),
+            out_shardings=partition(shardings, chooses)[0],
+        )
+        return join(start(params), partition(params, chooses)[1])
+
+    def _read(self, shapes: Params, shardings: Any, quantization: Kind | None = None) -> Params:
+        return load_params(
+            self.spec.path,
+            self.spec.config,
+            shapes,
+            shardings,
+            stored_tokens=self.spec.stored_tokens,
+            quantization=quantization,
+        )
 
     def _copied(self, module: Decoder, shardings: Any) -> Params:
         """The parameters of a module of this shape; WeightError for one of another."""
@@ -222,7 +256,8 @@ class LanguageModel:
 
         With adapters, a folder of PEFT, which names its base `base_name`; or a model with the
         adapters `merged` into its weights; or both: the latter in the folder `merged` of the
-        former, since transformers would add an adapter that lies beside the weights."""
+        former, since transformers would add an adapter that lies beside the weights. Adapters of a
+        quantised base are merged into the weights that it was made of."""
         generation_config = add_stop_tokens(
             self.spec.generation_config, self.spec.hf_config, stop_tokens
         )
@@ -253,9 +288,20 @@ class LanguageModel:
 
     def _merge_weights(self, params: Params, dtype: str) -> Params:
         assert self.adapters is not None
+        if self.quantization is not None:
+            params = self._with_weights_as_read(params, self.adapters)
         placed = take_adapters(jax.tree.map(lambda leaf: leaf.sharding, params))[1]
         merge = partial(merge_weights, self.adapters, dtype=dtype)
         return jax.jit(merge, out_shardings=placed)(params)
+
+    def _with_weights_as_read(self, params: Params, adapters: Lora) -> Params:
+        """The parameters over a base that nothing has rounded, in the host's memory: whole, it may
+        be larger than that of a device."""
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        chooses = lambda path: "_lora/" in path or adapters.is_trained(path)
+        _, shapes = partition(self.plain_shapes, chooses)
+        base = self._read(shapes, jax.tree.map(lambda _: host, shapes))
+        return join(jax.device_put(partition(params, chooses)[0], host), base)
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""

@@ -8,7 +8,7 @@ from jaxtrain.model.lora import BEFORE, LINEAR
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
 
 EVERY_FAMILY = """\
-All: packing; data, fsdp and tensor meshes; LoRA; generation; export.
+All: packing; data, fsdp and tensor meshes; LoRA, DoRA and QLoRA; generation; export.
 With experts: an expert mesh; no adapters on experts.
 Without: a pipeline, where the stack is one repeating pattern of layers."""
 

@@ -18,11 +18,14 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
 
 from jaxtrain.model import decoder
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
-from jaxtrain.model.layers import CONTRACTED, pad_joined
+from jaxtrain.model.layers import CONTRACTED
+from jaxtrain.model.quantized import is_part
 from jaxtrain.model.tables import name_in_file, stored_dtype
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.parallel.sharding import path_name
@@ -52,6 +55,7 @@ DEFAULT_TARGETS = {
 """Family → the modules that PEFT adapts where a recipe names none; it has no more of them."""
 EMBEDDINGS = ("embed/embedding", "embed/positions", "embed/layer_inputs", "head")
 KEY = "model.peft_config"
+MAGNITUDE = "/magnitude"
 Params = dict[str, Any]
 
 
@@ -120,12 +124,13 @@ class Lora:
     """paths of the parameters that are trained whole"""
 
     def is_trained(self, path: str) -> bool:
-        return path in self.whole or path.endswith(("/a", "/b"))
+        return path in self.whole or path.endswith(("/a", "/b", MAGNITUDE))
 
     @property
     def num_parameters(self) -> int:
         """Of all adapters, without padding."""
-        return sum(module.rank * sum(module.sizes) for module in self.modules)
+        magnitudes = sum(module.sizes[1] for module in self.modules) if self.config.use_dora else 0
+        return magnitudes + sum(module.rank * sum(module.sizes) for module in self.modules)
 
 
 # Which modules get adapters.
@@ -281,7 +286,8 @@ def _site(
     for module in modules:
         ranks[module.at], scales[module.at] = module.rank, module.scale
     name, begin, end = modules[0].local_name, modules[0].begin, modules[0].end
-    return AdapterSite(name, begin, end, tuple(ranks), tuple(scales), peft.lora_dropout)
+    kind = peft.lora_dropout, peft.use_dora
+    return AdapterSite(name, begin, end, tuple(ranks), tuple(scales), *kind)
 
 
 def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> frozenset[str]:
@@ -372,10 +378,10 @@ def join(params: Params, base: Params) -> Params:
 
 def in_dtype(base: Params, dtype: str) -> Params:
     """Shapes of a base whose weights are in this dtype: nothing small is ever added to them. The
-    constants of adapters stay in float32."""
-    adapters, weights = take_adapters(base)
+    constants of adapters stay in float32, and quantised weights as they are."""
+    kept, weights = partition(base, lambda path: "_lora/" in path or is_part(path))
     convert = lambda path, a: jax.ShapeDtypeStruct(a.shape, stored_dtype(path[-1].key, dtype))
-    return join(adapters, jax.tree_util.tree_map_with_path(convert, weights))
+    return join(kept, jax.tree_util.tree_map_with_path(convert, weights))
 
 
 def init_adapters(lora: Lora, shapes: Params, seed: int) -> Params:
@@ -415,7 +421,9 @@ def _init_adapter(
         "scale": np.array(site.scales, np.float32),
         "salt": draw.integers(2**32, size=len(site.ranks), dtype=np.uint32),
     }
-    return {name: made[name] for name in shapes}
+    # The magnitudes follow from the weights: `start_magnitudes`.
+    zeros = lambda shape: np.zeros(shape.shape, shape.dtype)
+    return {name: made[name] if name in made else zeros(shape) for name, shape in shapes.items()}
 
 
 def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -423,9 +431,28 @@ def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return 2 * draw.random(shape, np.float32) - 1
 
 
+def start_magnitudes(lora: Lora, graph: nnx.GraphDef, params: Params) -> Params:
+    """The magnitudes of all adapters where they begin: the lengths of the columns that each then
+    has, found one layer at a time. Pure."""
+    model, found = decoder.merge(graph, params), {}
+    for path in lora.sites:
+        _, group, member, part, name = path.split("/")
+        stack, weights = decoder.split(getattr(model.layers[group][member], part))
+
+        def of_layer(weights: Params, stack: nnx.GraphDef = stack, name: str = name) -> Params:
+            layer = nnx.merge(stack, weights)
+            weight, adapters = getattr(layer, name), getattr(layer, f"{name}_lora")
+            lengths = lambda a: jnp.where(a.scale[...] > 0, a.column_lengths(weight), 0)
+            return {module: {"magnitude": lengths(a)} for module, a in adapters.items()}
+
+        parts = found.setdefault("layers", {}).setdefault(group, {}).setdefault(member, {})
+        parts.setdefault(part, {})[f"{name}_lora"] = lax.map(of_layer, weights)
+    return found
+
+
 def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
-    """A plain decoder's parameters, of a whole tree with adapters: W + s A B, computed in float32
-    and then rounded to `dtype`. Pure."""
+    """A plain decoder's parameters, of a whole tree with adapters: W + s A B, of DoRA stretched to
+    the magnitudes, computed in float32 and then rounded to `dtype`. Pure."""
 
     def merge(tree: Params, path: str) -> Params:
         found = {}
@@ -442,10 +469,17 @@ def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
                 a, b = (adapter[factor].astype(jnp.float32) for factor in ("a", "b"))
                 scale = adapter["scale"].reshape(-1, *(1,) * (a.ndim - 1))
                 multiply = jax.vmap(partial(jnp.tensordot, axes=1))
-                update = multiply(scale * a, b)
-                joined = site.end > site.begin
-                size = weight.shape[-2]
-                weight += pad_joined(update, site.begin, size) if joined else update
+                own = slice(site.begin, site.end) if site.end > site.begin else slice(None)
+                place = (..., own, slice(None))
+                whole = weight[place] + multiply(scale * a, b)
+                if site.is_dora:
+                    is_adapted = adapter["scale"].reshape(-1, *(1,) * (whole.ndim - 1)) > 0
+                    inputs = tuple(range(1, a.ndim - 1))
+                    lengths = jnp.sqrt(jnp.square(whole).sum(inputs, keepdims=True))
+                    magnitude = adapter["magnitude"].astype(jnp.float32)
+                    stretch = jnp.expand_dims(magnitude, inputs) / jnp.where(is_adapted, lengths, 1)
+                    whole *= jnp.where(is_adapted, stretch, 1)
+                weight = weight.at[place].set(whole)
             found[name] = weight.astype(stored_dtype(name, dtype))
         return found
 

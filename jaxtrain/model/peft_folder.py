@@ -28,6 +28,7 @@ from jaxtrain.model.lora import (
     runtime_name,
     take_adapters,
 )
+from jaxtrain.model.quantized import kind_of
 from jaxtrain.model.tensor_file import (
     StoredTensor,
     TensorToWrite,
@@ -47,7 +48,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Begins the name of every tensor; PEFT's two wrappers around a model."""
 BASE_SUM = "base"
-"""Entry of the metadata of the weights: the checksum of the base they were trained on."""
+"""Entry of the metadata of the weights: the checksum of the base they were trained on. That of a
+quantised one has its kind in its name, so that an adapter is not held against whole weights."""
 DESCRIBES = frozenset({
     "auto_mapping", "base_model_name_or_path", "peft_version", "qalora_group_size", "revision",
 })  # fmt: skip
@@ -131,22 +133,25 @@ def read_peft_config(peft: PeftConfig) -> PeftConfig:
 # The tensors.
 
 
+FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
 class Factor(NamedTuple):
-    """A factor of one module's adapter, as a tensor of a PEFT file."""
+    """A tensor of one module's adapter in a PEFT file."""
 
     module: Module
-    is_first: bool
-    """A, not B"""
+    name: str
+    """of `FACTORS`"""
 
     @property
     def path(self) -> str:
         """Of the leaf of our parameters that holds it."""
-        return f"{self.module.path}_lora/{self.module.local_name}/{'ba'[self.is_first]}"
+        return f"{self.module.path}_lora/{self.module.local_name}/{self.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
         rank, (inputs, outputs) = self.module.rank, self.module.sizes
-        return (rank, inputs) if self.is_first else (outputs, rank)
+        return {"a": (rank, inputs), "b": (outputs, rank), "magnitude": (outputs,)}[self.name]
 
     def take(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape(-1)[self._index(leaf.shape)]
@@ -158,7 +163,9 @@ class Factor(NamedTuple):
         """Where in the flat leaf each entry of the tensor is."""
         size, rank = prod(shape[1:]), self.module.rank
         layer = self.module.at * size + np.arange(size)
-        if self.is_first:
+        if self.name == "magnitude":
+            return layer[self.module.output_order()]
+        if self.name == "a":
             return layer.reshape(-1, shape[-1])[:, :rank].T
         return layer.reshape(shape[1], -1)[:rank, self.module.output_order()].T
 
@@ -186,9 +193,10 @@ def list_parts(lora: Lora, config: DecoderConfig) -> dict[str, Factor | Whole]:
     """Every tensor of the file by its name."""
     family = BY_NAME[config.family]
     found: dict[str, Factor | Whole] = {
-        f"{PREFIX}{module.name}.lora_{'BA'[is_first]}.weight": Factor(module, is_first)
+        f"{PREFIX}{module.name}.{theirs}": Factor(module, name)
         for module in lora.modules
-        for is_first in (True, False)
+        for name, theirs in FACTORS.items()
+        if name != "magnitude" or lora.config.use_dora
     }
     for path in sorted(lora.whole):
         rows: dict[str, list[Piece]] = {}
@@ -211,7 +219,7 @@ def write_adapter(
         )
         for name, part in sorted(list_parts(lora, config).items())
     }
-    write_file(folder / WEIGHTS, tensors, {BASE_SUM: checksum(base)})
+    write_file(folder / WEIGHTS, tensors, {_sum_name(base): checksum(base)})
     described = config_to_export(lora, config.family, base_name)
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
@@ -262,13 +270,18 @@ def read_adapter(folder: Path, lora: Lora, shapes: Params, config: DecoderConfig
 
 def refuse_other_base(folder: Path, base: Params) -> None:
     """WeightError if the adapter was trained on other weights, as far as its file says."""
-    found = read_metadata(folder / WEIGHTS).get(BASE_SUM)
+    found = read_metadata(folder / WEIGHTS).get(_sum_name(base))
     if found is not None and found != (here := checksum(base)):
         raise WeightError([Fault(
             f"{KEY}.path",
             f"the adapter in {folder} was trained on another base (checksum {found}) than "
             f"model.name_or_path has ({here})",
         )])  # fmt: skip
+
+
+def _sum_name(base: Params) -> str:
+    kind = kind_of(base)
+    return BASE_SUM if kind is None else f"{BASE_SUM}.{kind}"
 
 
 def checksum(base: Params) -> str:

@@ -4,7 +4,7 @@ L layers of one stacked parameter; the other letters are those of tables.py.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain
@@ -20,6 +20,7 @@ from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.fp8 import unpack_blocks
 from jaxtrain.model.gguf import read_gguf_tensors
 from jaxtrain.model.mxfp4 import unpack
+from jaxtrain.model.quantized import Kind, form_of, part_shapes, quantize
 from jaxtrain.model.tables import HARMLESS, Layout, Table, Tensor, name_in_file, name_in_tables
 from jaxtrain.model.tensor_file import StoredTensor, read_folder
 from jaxtrain.parallel.sharding import path_name
@@ -165,9 +166,12 @@ def load_params(
     param_dtype: str | None = None,
     *,
     stored_tokens: int | None = None,
+    quantization: Kind | None = None,
 ) -> Any:
     """Parameters read from a folder or a GGUF file, in the dtypes of `shapes` or all in one; each
     device reads only its own part.
+
+    A parameter with a sharding of each of its parts is quantised, one layer at a time.
 
     If the file has only `stored_tokens` of the vocabulary, the others get the mean of its rows;
     `open_tensors` says what is refused.
@@ -177,8 +181,13 @@ def load_params(
         if shape != stored[name].shape:
             stored[name] = _grow(stored[name], shape)
 
-    def load(key_path, shape, sharding) -> jax.Array:
-        parts = pieces(config, path_name(key_path), layout)
+    def load(key_path, shape, sharding) -> Any:
+        path = path_name(key_path)
+        parts = pieces(config, path, layout)
+        if isinstance(sharding, dict):
+            assert quantization is not None
+            read_float = lambda *bounds: _assemble(parts, stored, bounds, np.dtype(np.float32))
+            return _load_quantized(quantization, path, shape.shape, sharding, read_float)
         dtype = np.dtype(jax.numpy.dtype(param_dtype or shape.dtype))
 
         @cache  # devices may share a slice
@@ -191,6 +200,26 @@ def load_params(
         return jax.make_array_from_callback(shape.shape, sharding, read_slice)
 
     return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def _load_quantized(
+    kind: Kind,
+    path: str,
+    shape: tuple[int, ...],
+    shardings: Mapping[str, Any],
+    read: Callable[..., np.ndarray],
+) -> dict[str, jax.Array]:
+    """The arrays of a quantised parameter. On the host and nowhere else is a layer of it whole."""
+    form, lead = form_of(kind, path, shape)
+    found = {k: np.empty(part.shape, part.dtype) for k, part in part_shapes(form, lead).items()}
+    for layer in range(shape[0]):
+        weight = read((layer, layer + 1), *((0, size) for size in shape[1:]))
+        for name, part in quantize(form, weight).items():
+            found[name][layer] = part[0]
+    return {
+        name: jax.make_array_from_callback(part.shape, shardings[name], part.__getitem__)
+        for name, part in found.items()
+    }
 
 
 def open_tensors(

@@ -32,7 +32,7 @@ def compatibility(config: TrainerConfig, *, global_batch: int) -> dict[str, Any]
     """What a checkpoint and a run that resumes from it must agree in: model, batches, optimizer."""
     tree = to_dict(config)
     keys = ["type", "model.name_or_path", "model.hf_config_kwargs", "model.param_dtype"]
-    keys += ["model.peft_config"]
+    keys += ["model.peft_config", "model.quantization"]
     keys += ["tokenizer", "optimizer.type", "seed", "min_iterations", "overfit_first_batch"]
     keys += [f"data.{key}" for key in tree["data"] if key not in config.data.CHANGES_NO_BATCH]
     return {key: get_value(tree, key) for key in keys} | {"global_batch": global_batch}

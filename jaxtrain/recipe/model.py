@@ -56,6 +56,8 @@ class PeftConfig(Section):
     """Layers that get none: names or a regex."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` instead."""
+    use_dora: bool = False
+    """Train the lengths of the columns of the adapted weights too (DoRA)."""
     bias: Literal["none"] = "none"
     """Biases are not trained."""
     modules_to_save: tuple[str, ...] | None = None
@@ -75,7 +77,6 @@ class PeftConfig(Section):
     megatron_config: _UNUSED = None
     megatron_core: _UNUSED = None
     runtime_config: _UNUSED = None
-    use_dora: _REFUSED = None
     loftq_config: _REFUSED = None
     layer_replication: _REFUSED = None
 
@@ -139,6 +140,9 @@ class ModelConfig(TypedSection):
     """Replaces fields of the model's config.json; a change of shapes needs `from_scratch`."""
     peft_config: Annotated[PeftConfig | None, mapped("our own LoRA")] = None
     """Train adapters instead of the weights."""
+    quantization: Own[Literal["nf4", "int8"] | None] = None
+    """Keeps the frozen weights of the layers, but for norms, biases and routers, in blocks of 64
+    numbers with one scale: `nf4` in four bits (QLoRA), `int8` in eight. With `peft_config` only."""
     resize_vocab: Own[bool] = False
     """Grow embedding and head to the tokenizer."""
     disable_activation_checkpoint: bool = False
@@ -150,6 +154,10 @@ class ModelConfig(TypedSection):
     """Rematerialise only every n-th layer; the others keep everything."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.quantization and self.peft_config is None:
+            yield "quantization", "keeps weights that nothing trains; add peft_config"
+        if self.quantization and self.from_scratch:
+            yield "quantization", "rounds weights that are read, and from_scratch reads none"
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):
             yield (
                 "remat",

@@ -44,10 +44,12 @@ def count_parameters(run: Run) -> str:
     model, count = run.model, lambda t: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(t))
     if model.adapters is None:
         return f"{count(model.shapes):,} parameters"
-    _, weights = take_adapters(model.all_shapes)
+    _, weights = take_adapters(model.plain_shapes)
     trained, _ = model.split(weights)
+    kept = f" in {model.quantization}" if model.quantization else ""
     return (
-        f"{count(weights):,} parameters, of which {count(weights) - count(trained):,} are frozen, "
+        f"{count(weights):,} parameters, of which {count(weights) - count(trained):,} are frozen"
+        f"{kept}, "
         f"LoRA of {model.adapters.num_parameters + count(trained):,} trained parameters"
     )
 

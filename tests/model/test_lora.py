@@ -17,8 +17,14 @@ from jaxtrain.model import HFModelFactory
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.factory import LanguageModel
-from jaxtrain.model.lora import DEFAULT_TARGETS, find_adapters, init_adapters, list_modules
-from jaxtrain.model.peft_folder import CONFIG, WEIGHTS, checksum, list_parts
+from jaxtrain.model.lora import (
+    DEFAULT_TARGETS,
+    find_adapters,
+    init_adapters,
+    list_modules,
+    start_magnitudes,
+)
+from jaxtrain.model.peft_folder import CONFIG, WEIGHTS, _named, checksum, list_parts
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig, PeftConfig
 from tests.model import tiny_models
@@ -164,11 +170,14 @@ def torch_logits(model):
 
 
 @pytest.mark.covers("model.peft_config.path", "checkpoint.*.adapter")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize(
     "family",
     [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
 )
-def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_path, family):
+def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
+    tmp_path, family, use_dora
+):
     model = hf_model(family)
     model.save_pretrained(tmp_path / "base")
     is_tied = getattr(model.config, "tie_word_embeddings", False)
@@ -183,11 +192,12 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
     }
     torch.manual_seed(1)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=3, lora_alpha=5, init_lora_weights=False, **fields
-    )
+        task_type="CAUSAL_LM", r=3, lora_alpha=5, init_lora_weights=False, use_dora=use_dora,
+        **fields,
+    )  # fmt: skip
     theirs = peft.get_peft_model(model, config)
     for name, parameter in theirs.named_parameters():
-        if "modules_to_save" in name:
+        if "modules_to_save" in name or "magnitude" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.eval().save_pretrained(tmp_path / "adapter")
     expected = torch_logits(theirs)
@@ -209,6 +219,34 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(tmp_pa
     np.testing.assert_allclose(torch_logits(load(tmp_path / "out" / "merged")), expected, atol=1e-5)
     plain = torch_logits(load(tmp_path / "base"))
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
+
+
+@pytest.mark.covers("model.peft_config.use_dora")
+@pytest.mark.parametrize("init", [True, False])
+def test_the_magnitudes_of_dora_begin_as_those_of_peft(tmp_path, init):
+    model = hf_model("llama3")
+    model.save_pretrained(tmp_path / "base")
+    fields = {"r": 3, "target_modules": ["v_proj", "o_proj"], "layers_to_transform": [0, 2]}
+    config = peft.LoraConfig(use_dora=True, init_lora_weights=init, **fields)
+    theirs = peft.get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = safetensors.numpy.load_file(tmp_path / "adapter" / WEIGHTS)
+    made, params = language_model(
+        tmp_path / "base", use_dora=True, init_lora_weights=init, **fields
+    )
+    ours = dict(_named(made.split(params)[0]))
+    if not init:  # their lengths are those with their own random factors
+        made, params = language_model(tmp_path / "base", path=str(tmp_path / "adapter"))
+        graph = made.graph
+        starts = dict(_named(start_magnitudes(made.adapters, graph, params)))
+        ours = {name: starts.get(name, leaf) for name, leaf in _named(made.split(params)[0])}
+    parts = list_parts(made.adapters, made.spec.config)
+    vectors = [name for name in parts if name.endswith("magnitude_vector")]
+    assert len(vectors) == 4
+    for name in vectors:
+        found = parts[name].take(np.asarray(ours[parts[name].path]))
+        np.testing.assert_allclose(found, expected[name], rtol=1e-5)
+    assert not np.asarray(ours[parts[vectors[0]].path])[1].any(), "layer 1 has no adapter"
 
 
 @pytest.mark.covers("model.peft_config.init_lora_weights")
@@ -301,7 +339,8 @@ def edited(folder, **fields):
 
 
 NOT_CONTINUED = {
-    "DoRA": ({"use_dora": True}, {}, "use_dora: is not supported, found true"),
+    "LoftQ": ({"loftq_config": {"bits": 4}}, {}, "loftq_config: is not supported, found "),
+    "DoRA": ({"use_dora": True}, {}, r"q_proj.lora_magnitude_vector \[32\] is missing"),
     "a bias": ({"bias": "all"}, {}, "bias: "),
     "another kind": ({"peft_type": "IA3"}, {}, "peft_type: "),
     "tokens": (

@@ -14,9 +14,13 @@ STEPS = 30
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.covers("model.peft_config.lora_alpha", "model.peft_config.use_rslora")
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["LoRA", "rsLoRA"])
-def test_thirty_steps_are_those_of_peft(tmp_path, monkeypatch, use_rslora):
+@pytest.mark.covers(
+    "model.peft_config.lora_alpha",
+    "model.peft_config.use_rslora",
+    "model.peft_config.use_dora",
+)
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_thirty_steps_are_those_of_peft(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(SIZES, "vocab_size", 384)
     monkeypatch.setitem(SIZES, "max_position_embeddings", 128)
     made = recipe(tmp_path, micro_batch_size=2, data={"pack_samples": False})
@@ -24,9 +28,8 @@ def test_thirty_steps_are_those_of_peft(tmp_path, monkeypatch, use_rslora):
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear",
-        use_rslora=use_rslora,
-    )  # fmt: skip
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", **kind
+    )
     theirs = peft.get_peft_model(base, config)
     theirs.save_pretrained(tmp_path / "adapter")
     settings = {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}

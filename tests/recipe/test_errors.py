@@ -581,8 +581,8 @@ SECTIONS = {
         "model.peft_config.bias: must be 'none', found 'all'",
     ),
     "dora": (
-        model(peft_config={"peft_type": "Lora", "use_dora": True}),
-        "model.peft_config.use_dora: is not supported, found true",
+        model(peft_config={"peft_type": "Lora", "loftq_config": {"loftq_bits": 4}}),
+        "model.peft_config.loftq_config: is not supported, found {'loftq_bits': 4}",
     ),
     "special tokens": (
         {"tokenizer": {"tokenize_kwargs": {"add_special_tokens": True}}},

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtrain import SFTTrainer, get_config
 from jaxtrain.export import export, restore_weights
 from jaxtrain.model.layers import drop_out
 from jaxtrain.plan import plan
 from jaxtrain.recipe.errors import CheckpointError, RecipeError
-from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer import step as pure
 from tests.runs import (
     assert_same,
@@ -97,6 +97,25 @@ def test_adapters_train_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accu
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
+DORA = {**PEFT, "use_dora": True, "layers_to_transform": [0, 1, 3, 4, 5]}
+
+
+def test_dora_trains_its_magnitudes_the_same_on_a_mesh(tmp_path):
+    run = trainer(written(tmp_path / "alone", DORA, micro_batch_size=8))
+    before, expected, after = host(run.state), losses(run, STEPS), host(run.state)
+    cut = {"mesh": {"fsdp": 2, "tensor": 2}, "micro_batch_size": 4, "model": {"remat": "none"}}
+    other = trainer(written(tmp_path / "mesh", DORA, **cut), devices=4)
+    np.testing.assert_allclose(losses(other, STEPS), expected, atol=1e-5)
+    magnitudes = [name for name in after if re.search(r"params.*'magnitude'\]$", name)]
+    assert len(magnitudes) == 5
+    for name, array in host(other.state).items():
+        np.testing.assert_allclose(array, after[name], atol=2e-5, err_msg=name)
+    for name in magnitudes:
+        assert not after[name][2].any(), "layer 2 has no adapter"
+        moved = np.abs(after[name] - before[name])[[0, 1, 3, 4, 5]]
+        assert (moved > 0).mean() > 0.99, name
+
+
 def test_packing_changes_neither_the_loss_nor_what_is_dropped(tmp_path):
     changes = {"rows": 8, "micro_batch_size": 8}
     packed = trainer(written(tmp_path / "packed", **changes))
@@ -155,6 +174,22 @@ def test_the_program_has_no_gradient_of_a_base_weight(tmp_path):
     weights = {(40, 128), (64, 40), (40, 144), (72, 40), (392, 40), (40, 392)}
     assert len(products[False] & weights) == 5
     assert not products[True] & weights
+
+
+def test_what_adapters_add_is_not_kept_for_the_backward_pass(tmp_path):
+    """With `remat: dots` a layer keeps what its products and adapters give together, not apart."""
+    grown = {}
+    for peft in (None, {**PEFT, "lora_dropout": 0}):
+        temporaries = []
+        for layers in (2, 6):
+            made = written(tmp_path, peft, model={"remat": "dots"})
+            model_folder(tmp_path / "model", num_hidden_layers=layers)
+            run = SFTTrainer(get_config(made), "plan", devices=jax.devices()[:1])
+            lowered = run.step.lower(run.run.state_shapes, run.layout.batch_shapes(1024))
+            temporaries.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+        grown[peft is not None] = (temporaries[1] - temporaries[0]) / 4 / 4 / 1024
+    added, low = 64 + 32 + 32 + 64 + 32, 5 * 4
+    assert grown[True] < grown[False] + low + added / 2, "numbers of a token and layer"
 
 
 def resumable(folder, **changes):
