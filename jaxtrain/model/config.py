@@ -102,7 +102,7 @@ class LayerSpec:
     has_experts: bool = False
     """the feed-forward layer is `DecoderConfig.experts`"""
     mixer: Literal["attention", "latent", "delta", "conv"] = "attention"
-    """how tokens are mixed: a key of `MIXERS`"""
+    """how tokens are mixed: a key of `block.MIXERS`"""
     head_size: int | None = None
     num_kv_heads: int | None = None
     ffn_width: int | None = None

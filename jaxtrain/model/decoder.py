@@ -54,12 +54,11 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.model import latent as latent  # adds its mixer
+from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
     PRODUCT,
     AttentionInputs,
-    Block,
     Cache,
     Initializer,
     LayerInputs,

@@ -17,9 +17,9 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.kernels.attention import TokenPositions
+from jaxtrain.model.block import Block
 from jaxtrain.model.config import LayerGroup
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge, split
-from jaxtrain.model.layers import Block
 
 MIN_PROMPT_TOKENS = 32
 """Prompts are padded to this length or twice another, so that few lengths are compiled."""

@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import Scoring, attention
 from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec
-from jaxtrain.model.layers import MIXERS, AttentionInputs, Initializer, dense, normalize
+from jaxtrain.model.layers import AttentionInputs, Initializer, dense, normalize
 from jaxtrain.model.rope import rotate
 
 NORM_EPS = 1e-6  # of the norms of latents, whatever the other norms have
@@ -71,7 +71,7 @@ class LatentAttention(nnx.Module):
         self.norm = replace(config.norm, eps=NORM_EPS)
         self.sizes, self.has_q_rank = latent, Q is not None
         self.cached = C, R
-        self.rotation = config.ropes.index(spec.rope)
+        self.rotation = config.ropes.index((spec.rope, config.head_size))
         self.is_interleaved = spec.rope.interleaved
         self.scoring = Scoring(config.query_size**-0.5 * spec.rope.score_scale)
         self.implementation = compute.attention
@@ -155,6 +155,3 @@ class LatentAttention(nnx.Module):
     def empty_cache(self, L: int, B: int, S: int, dtype: str) -> LatentCache:
         """Of a stack of these layers."""
         return LatentCache(*(jnp.zeros((L, B, S, size), dtype) for size in self.cached))
-
-
-MIXERS["latent"] = LatentAttention

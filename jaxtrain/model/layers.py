@@ -35,7 +35,6 @@ from jaxtrain.model.config import (
 from jaxtrain.model.quantized import Form, QuantizedWeight, dequantize
 from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.model.routing import Routing, choose_experts
-from jaxtrain.parallel.sharding import constrain
 
 Weight = nnx.Param | QuantizedWeight
 MAX_THIN = 64  # outputs of a product whose gradient is computed turned
@@ -532,9 +531,6 @@ class ExpertMLP(nnx.Module):
         return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
-MIXERS: dict[str, Any] = {"attention": Attention}
-"""`LayerSpec.mixer` → the class; those of other files add themselves."""
-
 CONTRACTED = {
     "qkv": 1, "out": 3, "gate_up": 1, "down": 1, "q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1,
     "in_qkv": 1, "in_gate": 1, "in_strength": 1, "in_decay": 1, "in_bcx": 1, "conv_out": 1,
@@ -587,74 +583,3 @@ class LayerInputs(nnx.Module):
         made = dense(x_BTD, self.project[...], None, self.project_lora, noise_BT)
         made = normalize(self.norm, made * x_BTD.shape[-1] ** -0.5, self.project_norm)
         return (made + table_BTXI * table_BTXI.shape[-1] ** 0.5) * 2**-0.5
-
-
-class Block(nnx.Module):
-    """A mixer of tokens, mostly attention, and feed-forward, each reading the residual stream and
-    added to it, with norms."""
-
-    attention: Any = None
-    mixer: Any = None
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        spec: LayerSpec,
-        compute: ComputeConfig,
-        init: Initializer,
-        L: int,
-    ):
-        D, place = config.width, config.norm_place
-        has_mlp_norm = place != "after" and not config.shared_norm
-        has_bias = config.norm.has_bias
-        self.attention_norm = init.norm(L, D) if place != "after" else None
-        self.attention_norm_bias = init.zeros(L, D) if has_bias else None
-        mixer = MIXERS[spec.mixer](config, spec, compute, init, L)
-        if spec.is_recurrent:
-            self.mixer = mixer
-        else:
-            self.attention = mixer
-        self.attention_post_norm = init.norm(L, D) if place != "before" else None
-        self.mlp_norm = init.norm(L, D) if has_mlp_norm else None
-        self.mlp_norm_bias = init.zeros(L, D) if has_bias and has_mlp_norm else None
-        is_beside = spec.has_experts and config.experts is not None and config.experts.is_beside_mlp
-        kind = ExpertMLP if spec.has_experts and not is_beside else MLP
-        self.mlp = kind(config.of_layer(spec), compute, init, L)
-        self.experts = ExpertMLP(config, compute, init, L) if is_beside else None
-        self.mlp_own_norm = init.norm(L, D) if is_beside else None
-        self.experts_norm = init.norm(L, D) if is_beside else None
-        self.experts_post_norm = init.norm(L, D) if is_beside else None
-        self.mlp_post_norm = init.norm(L, D) if place != "before" else None
-        self.layer_input = LayerInput(config, init, L) if config.per_layer_width else None
-        self.layer_scale = init.ones(L, 1) if config.has_layer_scale else None
-        self.config, self.spec = config, spec
-
-    @property
-    def token_mixer(self) -> Any:
-        return self.attention if self.mixer is None else self.mixer
-
-    def __call__(self, x_BTD: Array, inputs: AttentionInputs, cache: Any = None) -> Output:
-        config, routing = self.config, None
-        norm = partial(normalize, config.norm)
-        read_BTD = norm(x_BTD, self.attention_norm, self.attention_norm_bias)
-        mixed_BTD, cache = self.token_mixer(read_BTD, inputs, cache)
-        y_BTD = x_BTD + config.residual_scale * norm(mixed_BTD, self.attention_post_norm)
-        if not config.shared_norm:
-            read_BTD = x_BTD if config.parallel_block else y_BTD
-            read_BTD = norm(read_BTD, self.mlp_norm, self.mlp_norm_bias)
-        if isinstance(self.mlp, ExpertMLP):
-            wide_BTD, routing = self.mlp(read_BTD, inputs.q_positions.segments)
-        else:
-            wide_BTD = self.mlp(read_BTD, inputs.noise_BT)
-        if self.experts is not None:
-            segments_BT, read_BTD = inputs.q_positions.segments, norm(y_BTD, self.experts_norm)
-            mixed_BTD, routing = self.experts(read_BTD, segments_BT, y_BTD)
-            wide_BTD = norm(wide_BTD, self.mlp_own_norm) + norm(mixed_BTD, self.experts_post_norm)
-        y_BTD += config.residual_scale * norm(wide_BTD, self.mlp_post_norm)
-        if self.layer_input is not None:
-            assert inputs.own_BTI is not None
-            y_BTD += self.layer_input(y_BTD, inputs.own_BTI, inputs.noise_BT)
-        if self.layer_scale is not None:
-            # Part of the weights, which training leaves as it is, as in transformers.
-            y_BTD *= lax.stop_gradient(self.layer_scale[...]).astype(y_BTD.dtype)
-        return Output(constrain(y_BTD, "batch", None, None), cache, routing)

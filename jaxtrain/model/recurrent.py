@@ -1,6 +1,6 @@
 """Layers that mix tokens through a state of fixed size: the gated delta rule, short convolutions.
 
-A module is called as those of layers.py are. Importing this file adds its classes to `MIXERS`.
+A module is called as those of layers.py are.
 
 B batch, T tokens, D width, K key heads, G value heads to each, A key size, C value size, R = 2 A +
 G C channels of a key head's query, key and values, S taps of a convolution, X channels, L layers.
@@ -19,7 +19,6 @@ from jaxtrain.kernels.delta_rule import delta_rule, delta_step, last_tokens, sho
 from jaxtrain.model.config import Activation, ComputeConfig, DecoderConfig, LayerSpec
 from jaxtrain.model.layers import (
     ACTIVATIONS,
-    MIXERS,
     AttentionInputs,
     Initializer,
     dense,
@@ -174,6 +173,3 @@ def unit(x: Array) -> Array:
     """Vectors of length 1, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + L2_EPS)
-
-
-MIXERS |= {"delta": DeltaRule, "conv": ShortConvolution}
