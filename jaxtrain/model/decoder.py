@@ -66,8 +66,8 @@ Params = dict[str, Any]
 Adapters = Mapping[str, Sequence[AdapterSite]]
 """Path of a parameter → the adapters that products with it have."""
 NO_ADAPTERS: Adapters = {}
-Caches = Mapping[str, Mapping[str, Cache]]
-"""Group → member → its cache, stacked over L."""
+Caches = Mapping[str, Mapping[str, Cache | None]]
+"""Group → member → its cache, stacked over L; None where it reads the keys of others."""
 Carry = tuple[Array, dict[str, Cache]]
 """What a layer passes on: x, and keys and values that later layers read."""
 
@@ -299,7 +299,7 @@ def run_group(
     inputs: AttentionInputs,
     compute: ComputeConfig,
     *,
-    caches: Mapping[str, Cache] | None = None,
+    caches: Mapping[str, Cache | None] | None = None,
     own_XBTI: Array | None = None,
     first: Array | int = 0,
     end: int | None = None,

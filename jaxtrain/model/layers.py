@@ -391,11 +391,11 @@ class ExpertMLP(nnx.Module):
     ) -> tuple[Array, Routing]:
         """`routed_BTD` is what the router reads, where it is not x."""
         # In float32, since a rounded score may choose another expert.
-        routed_BTD = (x_BTD if routed_BTD is None else routed_BTD).astype(jnp.float32)
+        read_BTD = (x_BTD if routed_BTD is None else routed_BTD).astype(jnp.float32)
         if self.router_scale is not None:
             scale_D = self.router_scale[...].astype(jnp.float32) * x_BTD.shape[-1] ** -0.5
-            routed_BTD = standardize(self.norm, routed_BTD) * scale_D
-        logits_BTE = dense(routed_BTD, self.router[...], self.router_bias)
+            read_BTD = standardize(self.norm, read_BTD) * scale_D
+        logits_BTE = dense(read_BTD, self.router[...], self.router_bias)
         chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT)
         if self.share_scale is not None:
             scale_BTC = self.share_scale[...].astype(jnp.float32)[chosen.choices_BTC]
