@@ -75,8 +75,8 @@ def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(na
 
 @pytest.mark.parametrize("name", ["qwen3-5", pytest.param("lfm2", marks=pytest.mark.slow)])
 def test_prompts_of_any_length_generate_what_transformers_does(name, tmp_path):
-    """Together, one alone, and there: padding after a prompt is in no state. Two are shorter than a
-    convolution. The cache of layers with a state does not grow with the tokens."""
+    """Here together, there each alone: padding after a prompt is in no state. Two are shorter than
+    a convolution. The cache of layers with a state does not grow with the tokens."""
     _, _, model, params = load_model(save_model(name, tmp_path))
     prompts = [random_tokens(1, n, seed=n)[0].tolist() for n in (1, 2, 5, 31)]
     ours = generate(model.graph, params, prompts, max_new_tokens=8)
@@ -86,7 +86,6 @@ def test_prompts_of_any_length_generate_what_transformers_does(name, tmp_path):
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None
         )
         assert tokens == theirs[0, len(prompt) :].tolist()
-    assert generate(model.graph, params, prompts[2:3], max_new_tokens=8) == ours[2:3]
     layer = merge(model.graph, params).layers["0"]["0"].token_mixer
     sizes = [
         [x.shape for x in jax.tree.leaves(layer.empty_cache(2, 3, S, "float32"))]
