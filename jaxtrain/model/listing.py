@@ -44,11 +44,10 @@ def _note(family: Family) -> str:
 def _linear_modules(family: Family) -> str:
     """The last parts of their names in transformers, as `target_modules` takes them."""
 
-    def names(part: str) -> str:
-        paths = [path for path in LINEAR if path.startswith(part) and path in family.tensors]
+    def names(*parts: str) -> str:
+        paths = [path for path in LINEAR if path.startswith(parts) and path in family.tensors]
         weights = [tensor.name for path in paths for tensor in family.tensors[path]]
         return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
 
     where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    mixers = filter(None, (names("attention/"), names("mixer/")))
-    return ", ".join(mixers) + where + names("mlp/")
+    return names("attention/", "mixer/") + where + names("mlp/")

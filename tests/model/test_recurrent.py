@@ -27,6 +27,10 @@ def differentiated(name, kind):
     config = decoder_config(fields | {"architectures": [f"{FAMILIES[name][0]}ForCausalLM"]})
     compute = ComputeConfig(remat="none")  # compiles faster
     graph, params = abstract(config, compute).graph, init_params(config, compute, jax.random.key(0))
+    mixer = params["layers"]["0"]["0"]["mixer"]
+    # Slow decays and large values, so that what leaks is seen.
+    mixer |= {name: 20 * a for name, a in mixer.items() if name.endswith("conv")}
+    mixer |= {name: a - 5 for name, a in mixer.items() if name == "log_decay_scale"}
 
     @jax.jit
     def differentiate(batch, d_logits):
