@@ -78,8 +78,8 @@ Adapters = Mapping[str, Sequence[AdapterSite]]
 """Path of a parameter → the adapters that products with it have."""
 NO_ADAPTERS: Adapters = {}
 Caches = Mapping[str, Mapping[str, Any]]
-"""Group → member → its cache, stacked over L where the group repeats; None where it reads the keys of
-others."""
+"""Group → member → its cache, stacked over L where the group repeats; None for a layer that reads
+the keys of others."""
 Carry = tuple[Array, dict[str, Cache]]
 """What a layer passes on: x, and keys and values that later layers read."""
 

@@ -48,11 +48,11 @@ def _has_experts(family: Family) -> bool:
 def _linear_modules(family: Family) -> str:
     """The last parts of their names in transformers, as `target_modules` takes them."""
 
-    def names(part: str) -> str:
-        paths = [path for path in (*LINEAR, BEFORE) if path.startswith(part)]
-        weights = [t.name for path in paths for t in family.tensors.get(path, ())]
+    def names(*parts: str) -> str:
+        paths = [path for path in (*LINEAR, BEFORE) if path.startswith(parts)]
+        weights = [tensor.name for path in paths for tensor in family.tensors.get(path, ())]
         return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
 
     where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    mixers, rest = filter(None, (names("attention/"), names("mixer/"))), names("layer_input")
-    return ", ".join(mixers) + where + names("mlp/") + (f", {rest}" if rest else "")
+    rest = names("layer_input")
+    return names("attention/", "mixer/") + where + names("mlp/") + (f", {rest}" if rest else "")

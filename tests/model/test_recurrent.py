@@ -12,21 +12,35 @@ from tiny_models import FAMILIES, hf_config, hf_model, load_model, save_model, t
 
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract, init_params, merge
-from jaxtrain.model.generate import generate
+from jaxtrain.model.generate import GREEDY, _prefill, generate
 from jaxtrain.model.hf_config import decoder_config
 
 T = 40
 PACKED_TOLERANCE = 1e-5  # of the largest number
 
 
+KINDS = [("qwen3-5", "linear_attention"), ("lfm2", "conv")]
+
+
 @cache
-def differentiated(name, kind):
-    """The gradients of random parameters of a model with one layer of this kind, and its logits, for
-    a batch and the gradients of these."""
+def one_layer(name, kind):
+    """The graph and random parameters of a model with one layer of this kind."""
     fields = hf_config(name, num_hidden_layers=1, layer_types=[kind]).to_dict()
     config = decoder_config(fields | {"architectures": [f"{FAMILIES[name][0]}ForCausalLM"]})
     compute = ComputeConfig(remat="none")  # compiles faster
     graph, params = abstract(config, compute).graph, init_params(config, compute, jax.random.key(0))
+    mixer = params["layers"]["0"]["0"]["mixer"]
+    # Slow decays and large values, so that what leaks is seen.
+    mixer |= {name: 20 * a for name, a in mixer.items() if name.endswith("conv")}
+    mixer |= {name: a - 5 for name, a in mixer.items() if name == "log_decay_scale"}
+    return graph, params
+
+
+@cache
+def differentiated(name, kind):
+    """The gradients of the parameters of such a model, and its logits, for a batch and the gradients
+    of these."""
+    graph, params = one_layer(name, kind)
 
     @jax.jit
     def differentiate(batch, d_logits):
@@ -40,7 +54,7 @@ def differentiated(name, kind):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("name", "kind"), [("qwen3-5", "linear_attention"), ("lfm2", "conv")])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(name, kind, seed):
     """Two rows of three documents, one of a single token, padding after them and rows of it; then a
     row for each document."""
@@ -73,10 +87,29 @@ def test_documents_cut_anywhere_are_packed_as_each_alone_with_their_gradients(na
         np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
 
 
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_the_state_after_a_prompt_is_that_of_its_last_token(name, kind):
+    """Whatever pads it, and the same as without padding; two are shorter than a convolution."""
+    graph, params = one_layer(name, kind)
+    lengths, tokens = np.array([1, 2, 5, 31], np.int32), random_tokens(4, 32)
+
+    def states(tokens, lengths):
+        key = jax.random.key(0)
+        return jax.tree.leaves(_prefill(graph, GREEDY, 1, params, tokens, lengths, key).caches)
+
+    is_token = np.arange(32) < lengths[:, None]
+    padded = states(tokens, lengths)
+    otherwise = states(np.where(is_token, tokens, random_tokens(4, 32, 1)), lengths)
+    alone = states(tokens[2:3, :5], lengths[2:3])
+    for x, y, z in zip(padded, otherwise, alone, strict=True):
+        assert all(np.any(row) for row in x)
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_allclose(x[2], z[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen3-5", pytest.param("lfm2", marks=pytest.mark.slow)])
 def test_prompts_of_any_length_generate_what_transformers_does(name, tmp_path):
-    """Together, one alone, and there: padding after a prompt is in no state. Two are shorter than a
-    convolution. The cache of layers with a state does not grow with the tokens."""
+    """Here together, there each alone. The cache of a layer with a state does not grow."""
     _, _, model, params = load_model(save_model(name, tmp_path))
     prompts = [random_tokens(1, n, seed=n)[0].tolist() for n in (1, 2, 5, 31)]
     ours = generate(model.graph, params, prompts, max_new_tokens=8)
@@ -86,7 +119,6 @@ def test_prompts_of_any_length_generate_what_transformers_does(name, tmp_path):
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None
         )
         assert tokens == theirs[0, len(prompt) :].tolist()
-    assert generate(model.graph, params, prompts[2:3], max_new_tokens=8) == ours[2:3]
     layer = merge(model.graph, params).layers["0"]["0"].token_mixer
     sizes = [
         [x.shape for x in jax.tree.leaves(layer.empty_cache(2, 3, S, "float32"))]
