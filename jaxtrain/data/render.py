@@ -42,7 +42,7 @@ MAX_RENDER_S = 10.0
 MAX_CHARACTERS = 100_000_000
 
 _rendering = Lock()
-_watched: Any = SimpleNamespace(pid=None, lock=Lock(), thread=None, began=(0.0, 0.0))
+_watched: Any = SimpleNamespace(pid=None, lock=Lock(), thread=None, began=0.0)
 """The thread that renders, and since when."""
 
 
@@ -189,7 +189,7 @@ def _limit_time() -> Iterator[None]:
         _watched.pid = os.getpid()
         Thread(target=_watch, daemon=True, name="template watchdog").start()
     with _watched.lock:
-        _watched.thread, _watched.began = get_ident(), (time.monotonic(), time.process_time())
+        _watched.thread, _watched.began = get_ident(), time.monotonic()
     try:
         yield
     finally:
@@ -198,12 +198,14 @@ def _limit_time() -> Iterator[None]:
 
 
 def _watch() -> None:
+    seen, cpu_began = 0.0, 0.0
     while True:
         time.sleep(1)
         with _watched.lock:
-            wall, cpu = _watched.began
+            if _watched.began != seen:
+                seen, cpu_began = _watched.began, time.process_time()
             # Time of the processor too: a machine that stands still is no fault of the template.
-            spent = min(time.monotonic() - wall, time.process_time() - cpu)
+            spent = min(time.monotonic() - seen, time.process_time() - cpu_began)
             if _watched.thread is not None and spent > MAX_RENDER_S:
                 thread, _watched.thread = c_ulong(_watched.thread), None
                 pythonapi.PyThreadState_SetAsyncExc(thread, py_object(_EndlessTemplate))

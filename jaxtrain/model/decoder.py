@@ -23,7 +23,7 @@ L layers of one member of a group.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ Adapters = Mapping[str, Sequence[AdapterSite]]
 """Path of a parameter → the adapters that products with it have."""
 NO_ADAPTERS: Adapters = {}
 Caches = Mapping[str, Mapping[str, Cache]]
-"""Group → member → its cache, stacked over L."""
+"""Group → member → its cache, stacked over L where the group repeats."""
 
 
 def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
@@ -200,9 +200,13 @@ class Decoder(nnx.Module):
         if self.compute.stages > 1 and caches is None:
             return Output(self._run_stages(x_BTD, inputs))
         new_caches, routings = {}, []
-        for name, group in self.layers.items():
+        for name in by_number(self.layers):
             x_BTD, new_caches[name], routing = run_group(
-                *split(group), x_BTD, inputs, self.compute, caches=caches[name] if caches else None
+                *split(self.layers[name]),
+                x_BTD,
+                inputs,
+                self.compute,
+                caches=caches[name] if caches else None,
             )
             routings.append(routing)
         return Output(x_BTD, caches and new_caches, add_routings(routings))
@@ -276,7 +280,7 @@ def run_group(
         params, caches = scanned
         members = nnx.merge(graph, params)
         new_caches, routings = {}, []
-        for number, name in enumerate(members, before):
+        for number, name in enumerate(by_number(members), before):
             block_graph, block_params = split(members[name])
 
             def block(x_BTD, params, cache, graph=block_graph):
@@ -298,6 +302,10 @@ def run_group(
         return x_BTD, add_routings(routings)
 
     num_repeats = jax.tree.leaves(params)[0].shape[0]
+    if num_repeats == 1:  # without a loop, which would copy what it slices
+        one = jax.tree.map(partial(jnp.squeeze, axis=0), params)
+        x_BTD, (new_caches, routing) = repeat(x_BTD, (first, (one, caches)))
+        return Output(x_BTD, new_caches, routing)
     scanned = (first + jnp.arange(num_repeats), (params, caches))
     at_once = every // math.gcd(every, num_members)
     sum_layers = partial(jax.tree.map, lambda a: a.sum(0))
@@ -309,6 +317,11 @@ def run_group(
     x_BTD, routings = lax.scan(run_period, x_BTD, jax.tree.map(cut, scanned))
     x_BTD, routing = run_period(x_BTD, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
     return Output(x_BTD, None, add_routings([sum_layers(routings), routing]))
+
+
+def by_number(names: Iterable[str]) -> list[str]:
+    """Names of groups or of members in their order: nnx sorts them as text, 10 before 2."""
+    return sorted(names, key=int)
 
 
 class Model(NamedTuple):

@@ -253,13 +253,15 @@ class LanguageModel:
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""
-        return generate(self.graph, params, prompts, **how)
+        is_unrolled = jax.default_backend() == "cpu"
+        return generate(self.graph, params, prompts, is_unrolled=is_unrolled, **how)
 
     def stream(
         self, params: Params, prompts: Sequence[Sequence[int]], **how: Any
     ) -> Iterator[list[list[int]]]:
         """New tokens of each prompt as they come; see `jaxtrain.model.generate.stream`."""
-        return stream(self.graph, params, prompts, **how)
+        is_unrolled = jax.default_backend() == "cpu"
+        return stream(self.graph, params, prompts, is_unrolled=is_unrolled, **how)
 
 
 def _shapes_by_name(params: Params) -> dict[str, str]:

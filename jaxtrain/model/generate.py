@@ -6,6 +6,7 @@ tokens of a chunk, D width, V vocabulary.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.kernels.attention import TokenPositions
-from jaxtrain.model.decoder import Caches, Decoder, Params, merge
+from jaxtrain.model.config import LayerGroup
+from jaxtrain.model.decoder import Caches, Decoder, Params, merge, split
+from jaxtrain.model.layers import Block
 
 MIN_PROMPT_TOKENS = 32
 """Prompts are padded to this length or twice another, so that few lengths are compiled."""
@@ -103,9 +106,11 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     chunk_tokens: int = 1,
+    is_unrolled: bool = False,
 ) -> Iterator[list[list[int]]]:
     """Yields the new tokens of each prompt as they come, at most `chunk_tokens` at a time; none of
-    a prompt that has ended. ValueError for an empty prompt or a setting that means nothing."""
+    a prompt that has ended; `is_unrolled` computes with `unroll`, for the same tokens. ValueError
+    for an empty prompt or a setting that means nothing."""
     sampling.check()
     if not prompts or not all(prompts) or min(max_new_tokens, chunk_tokens) < 1:
         raise ValueError(
@@ -118,6 +123,8 @@ def stream(
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     key = jax.random.key(seed)
+    if is_unrolled:
+        graph, params = unroll(graph, params)
     progress = _prefill(graph, sampling, max_new_tokens, params, tokens_BP, lengths_B, key)
     has_ended = [False] * len(prompts)
     for begin in range(0, max_new_tokens, chunk_tokens):
@@ -131,6 +138,27 @@ def stream(
         yield chunk
         if all(has_ended):
             return
+
+
+def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
+    """The same decoder with the parameters of each layer in arrays of their own, which are copies.
+
+    On CPU a loop over stacked layers copies the weights and caches of each layer, which takes
+    longer than the products of a single token.
+    """
+    decoder = merge(graph, params)
+    config, blocks, specs = decoder.config, {}, {}
+    cut = jax.jit(lambda a, at: lax.dynamic_slice_in_dim(a, at, 1))
+    for g, group in enumerate(config.groups):
+        for m, spec in enumerate(group.layers):
+            block_graph, stacked = split(decoder.layers[str(g)][str(m)])
+            for at, number in enumerate(config.layer_numbers(g, m)):
+                one = jax.tree.map(lambda a, at=at: cut(a, at), stacked)
+                blocks[str(number)], specs[number] = nnx.merge(block_graph, one), spec
+    layers = tuple(spec for _, spec in sorted(specs.items()))
+    decoder.config = replace(config, groups=(LayerGroup(layers, 1),))
+    decoder.layers = nnx.Dict({"0": nnx.Dict(blocks)})
+    return split(decoder)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -227,12 +255,12 @@ def _generate_token(
 
 
 def _empty_caches(model: Decoder, B: int, S: int) -> Caches:
-    dtype = model.compute.compute_dtype
+    def empty(block: Block, repeats: int) -> Any:
+        cache = block.attention.empty_cache(repeats, B, S, model.compute.compute_dtype)
+        return cache if repeats > 1 else jax.tree.map(partial(jnp.squeeze, axis=0), cache)
+
     return {
-        str(g): {
-            m: block.attention.empty_cache(group.repeats, B, S, dtype)
-            for m, block in model.layers[str(g)].items()
-        }
+        str(g): {m: empty(block, group.repeats) for m, block in model.layers[str(g)].items()}
         for g, group in enumerate(model.config.groups)
     }
 

@@ -49,8 +49,8 @@ class AttentionInputs(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, of one layer or, with a leading L, of a stack."""
 
-    k_BSKH: Array
-    v_BSKH: Array
+    k_BKSH: Array
+    v_BKSH: Array
 
 
 class Output(NamedTuple):
@@ -242,7 +242,7 @@ class Attention(nnx.Module):
             spec.window,
         )
         self.implementation = compute.attention
-        self.cached = K, H
+        self.kv_shape = (K, H)
 
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: Cache | None
@@ -260,15 +260,15 @@ class Attention(nnx.Module):
             k_BTK1H = rotate(k_BTK1H, rotation, interleaved=self.rope.interleaved)
             if rotation.query_scale is not None:
                 q_BTKGH = (q_BTKGH * rotation.query_scale).astype(q_BTKGH.dtype)
-        keys = Cache(k_BTK1H[:, :, :, 0], v_BTK1H[:, :, :, 0])
+        keys = Cache(*(x[:, :, :, 0].swapaxes(1, 2) for x in (k_BTK1H, v_BTK1H)))
         if cache is not None:
             assert inputs.slot is not None
-            put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=1)
+            put = partial(lax.dynamic_update_slice_in_dim, start_index=inputs.slot, axis=2)
             keys = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype)), cache, keys)
         B, T, K, G, H = q_BTKGH.shape
         mixed_BTNH = attention(
             q_BTKGH.reshape(B, T, K * G, H),
-            *keys,
+            *(x_BKSH.swapaxes(1, 2) for x_BKSH in keys),
             q_positions=inputs.q_positions,
             kv_positions=inputs.kv_positions,
             scoring=self.scoring,
@@ -282,7 +282,8 @@ class Attention(nnx.Module):
 
     def empty_cache(self, L: int, B: int, S: int, dtype: str) -> Cache:
         """Of a stack of these layers."""
-        return Cache(*jnp.zeros((2, L, B, S, *self.cached), dtype))
+        K, H = self.kv_shape
+        return Cache(*jnp.zeros((2, L, B, K, S, H), dtype))
 
 
 class MLP(nnx.Module):

@@ -50,6 +50,20 @@ def test_a_prompt_generates_the_same_alone_and_among_others(qwen):
     assert [generate(*qwen, [prompt], max_new_tokens=14)[0] for prompt in PROMPTS] == together
 
 
+def test_unrolled_layers_generate_the_same_and_each_in_its_turn(tmp_path):
+    """Twelve members in a group: nnx sorts their names as text."""
+    kinds = ["full_attention", "sliding_attention"] * 5 + ["full_attention"] * 2
+    changes = {"num_hidden_layers": 12, "layer_types": kinds}
+    hf_model("qwen2-alternating", **changes).save_pretrained(tmp_path)
+    config, _, model, params = load_model(tmp_path)
+    assert len(config.groups) > 1
+    looped, unrolled = (
+        generate(model.graph, params, PROMPTS, max_new_tokens=14, is_unrolled=is_unrolled)
+        for is_unrolled in (False, True)
+    )
+    assert unrolled == looped
+
+
 def test_generation_ends_with_the_end_token(qwen):
     (tokens,) = generate(*qwen, PROMPTS[:1], max_new_tokens=14)
     end = tokens[4]

@@ -329,10 +329,10 @@ def hf_config(name: str, **changes: Any) -> Any:
     return config
 
 
-def hf_model(name: str) -> Any:
+def hf_model(name: str, **changes: Any) -> Any:
     """A torch model in which no weight, bias or norm is trivial."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(name)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(name, **changes)).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or name.endswith("bias"):
             parameter.data += 0.2 * torch.randn_like(parameter)
