@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from jaxtrain.cli import cli
 from jaxtrain.generate import load_speaker
@@ -104,7 +105,9 @@ def trained(tmp_path_factory):
         {"type": "huggingface", "output_dir": str(folder / "out"), "save_every_n_steps": 4},
     ]
     model = {"hf_config_kwargs": {"initializer_range": 0.4}}
-    trainer(recipe(folder, train_iters=4, model=model, checkpoint=entries), devices=1).train()
+    written = recipe(folder, train_iters=4, model=model, checkpoint=entries)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(written))
+    trainer(written, devices=1).train()
     return folder
 
 
@@ -143,7 +146,9 @@ def test_results_are_those_of_the_harness_with_transformers(tasks, trained, tmp_
     assert ours == [one["resps"][0][0] for one in asked] and len(set(ours)) > 2, ours
 
 
-def test_a_run_and_its_checkpoint_have_the_results_of_the_export_beside_them(tasks, trained):
+def test_a_run_its_checkpoint_and_its_recipe_have_the_same_results_in_a_file_beside_them(
+    tasks, trained, tmp_path
+):
     words = ("--lm-eval", "tiny_choice", "--include-path", tasks, "--limit", 4)
     run, checkpoint = trained / "run", trained / "state" / "global_step_4"
     found = {}
@@ -151,7 +156,12 @@ def test_a_run_and_its_checkpoint_have_the_results_of_the_export_beside_them(tas
         run_cli("eval", source, *words)
         (file,) = folder.glob("lm-eval-*.json")
         found[source] = json.loads(file.read_text())["results"]
-    assert found[run] == found[checkpoint]
+    file = trained / "recipe.yaml"
+    for source, more in {"trained": ("--checkpoint", run), "first": ()}.items():
+        out = tmp_path / f"{source}.json"
+        run_cli("eval", file, *words, *more, "--out", out)
+        found[source] = json.loads(out.read_text())["results"]
+    assert found[run] == found[checkpoint] == found["trained"] and found["first"]
     assert found[run]["tiny_choice"]["sample_len"] == 4
 
 

@@ -35,7 +35,7 @@ def test_latents_alone_are_cached_and_give_the_logits_that_keys_and_values_do(fo
     lengths = np.array([len(prompt) for prompt in prompts])
     key = jax.random.key(0)
     progress = _prefill(model.graph, GREEDY, new, params, tokens, lengths, key)
-    sizes = {leaf.shape[2:] for leaf in jax.tree.leaves(progress.caches)}
+    sizes = {leaf.shape[-2:] for leaf in jax.tree.leaves(progress.caches)}
     assert sizes == {(13, FIELDS["kv_lora_rank"]), (13, FIELDS["qk_rope_head_dim"])}
     step = jax.jit(lambda params, now: _generate_token(merge(model.graph, params), GREEDY, now))
     forward = jax.jit(lambda params, batch: merge(model.graph, params)(batch))
