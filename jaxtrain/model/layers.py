@@ -328,8 +328,7 @@ class Attention(nnx.Module):
         self.q_norm = init.norm(L, *q_heads, H) if config.qk_norm else None
         has_keys = spec.reads_keys is None
         self.k_norm = init.norm(L, *k_heads, H) if config.qk_norm and has_keys else None
-        self.v_norm = config.v_norm
-        self.norm = config.norm
+        self.v_norm, self.norm = config.v_norm, config.norm
         self.is_gated, self.num_query_rows = config.gated_attention, Q
         self.kv_shape = (K, H)
         self.reads_keys, self.writes_keys = spec.reads_keys, spec.writes_keys

@@ -72,7 +72,8 @@ def test_the_real_chats_with_the_real_tokenizer(chitchat):
     data = SFTDataFactory(config, tokenizer, 2048).prepare([source], {}, BatchShape(2, 4))
     counts = data.ledger.sources[0]
     assert (counts.rows, counts.documents, counts.truncated) == (2963, 2963, 433)
-    assert (counts.tokens, counts.trained_tokens) == (2_698_317, 1_069_554)
+    # Of the end of turn of four empty replies nothing is trained.
+    assert (counts.tokens, counts.trained_tokens) == (2_698_317, 1_069_550)
     assert data.ledger.sets[0].fill > 0.99
 
 

@@ -251,7 +251,8 @@ def test_an_optimizer_equals_its_reference_on_each_matrix(config, case):
 
 def test_every_matrix_that_has_a_place_has_a_layout():
     matrices = (place for place, axes in PARAMETERS if len(axes) > 1 and "_lora/" not in place)
-    places = {place.rpartition("/")[2] for place in matrices}
+    quantized = {"codes", "scales"}  # which stay frozen
+    places = {place.rpartition("/")[2] for place in matrices} - quantized
     assert places <= LAYOUTS.keys()
 
 
