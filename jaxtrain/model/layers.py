@@ -134,7 +134,7 @@ class Adapter(nnx.Module):
                 base = jax.checkpoint(again)(x)
         low = dense(x, self.a[...], contract=num_inputs)
         b = self.b[...].astype(x.dtype)
-        update = _product(1, low * self.scale[...].astype(x.dtype), b)
+        update: Array = _product(1, low * self.scale[...].astype(x.dtype), b)
         if self.magnitude is not None and base is not None:
             lengths = jnp.where(self.scale[...] > 0, self.column_lengths(w), 1)
             stretch = jnp.where(self.scale[...] > 0, self.magnitude[...] / lengths, 1)
