@@ -229,6 +229,9 @@ def test_the_header_says_whether_load_is_balanced(tmp_path):
         "2 of 8 per token, load balance in the loss with coefficient 0.5, router z-loss with "
         "coefficient 0.01"
     )
+    assert fact("sigmoid", config=SIGMOID) == (
+        "2 of 8 per token, load balance left to a bias of the choice, which stays as it is"
+    )
 
     class Own(SFTTrainer):
         name = "objective-of-test-experts"
