@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from jaxtrain.assets import cache_folder
@@ -52,3 +54,17 @@ _use_an_empty_data_cache()
 settings.register_profile("quick", deadline=None)
 settings.load_profile("quick")
 settings.register_profile("full", deadline=None)  # tests/fuzz.py
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Of a test marked `each_value_once`, the cases with a value that none before them has are
+    quick; further combinations of the same values are slow."""
+    seen = defaultdict(set)
+    for item in items:
+        if item.get_closest_marker("each_value_once"):
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            before = seen[item.path, item.originalname]
+            if values <= before:
+                item.add_marker(pytest.mark.slow)
+            before |= values

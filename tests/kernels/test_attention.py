@@ -87,6 +87,7 @@ def check(implementation, positions, qkv, *, kv_positions=None, rule=(), atol=1e
     return found
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_packed_row_equals_each_document_alone(implementation, rule):
@@ -108,6 +109,7 @@ def test_a_packed_row_equals_each_document_alone(implementation, rule):
         assert not np.any(x[:, start:])
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [40, 96])
 def test_values_may_be_smaller_or_larger_than_keys(implementation, size):
@@ -116,6 +118,7 @@ def test_values_may_be_smaller_or_larger_than_keys(implementation, size):
     check(implementation, packed((70, 1, 60), (130,), tokens=140), (q, k, v))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", [{}, {"window": 9}], ids=["all", "window"])
 def test_a_sink_is_a_key_without_a_value_that_every_query_sees(implementation, rule):
@@ -148,6 +151,7 @@ def test_a_sink_is_a_key_without_a_value_that_every_query_sees(implementation, r
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(6, 2), (4, 1)])
 def test_heads_share_keys_in_groups(implementation, heads):
@@ -187,6 +191,7 @@ def test_reference_takes_any_length(tokens):
     check("reference", positions, random_qkv(1, tokens))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", [(), (("window", 200),)])
@@ -243,6 +248,7 @@ def shard(mesh, positions, qkv):
     return jax.device_put(positions, rows), jax.device_put(qkv, heads)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "pipeline": 2}], ids=str)
 def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
@@ -260,6 +266,7 @@ def test_the_mesh_changes_nothing_and_gathers_nothing(implementation, sizes):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_attention_nests_in_a_pipeline_stage(implementation, tensor):

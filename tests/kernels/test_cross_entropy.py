@@ -92,6 +92,7 @@ def near(found, expected, tolerance):
         assert np.abs(x - y).max() <= tolerance * max(np.abs(y).max(), 1e-3)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("form", "options"),
     [
@@ -105,6 +106,7 @@ def test_value_and_gradients_equal_the_definition(form, options, layout):
     check(form, options, problem(layout=layout), head_layout=layout, chunk_tokens=4)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, None), (1, 1), (7, 7), (9, 2), (9, None)])
 def test_any_number_of_tokens_and_chunks(form, tokens, chunk):
@@ -122,6 +124,7 @@ def test_bfloat16_rounds_the_inputs_of_products_only(form):
     near(found, with_float32, 1e-2)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["DV", "VD"])
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -233,6 +236,7 @@ def loop_text(compiled) -> str:
     return "\n".join(found.values())
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["DV", "VD"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
