@@ -78,8 +78,10 @@ def test_what_pads_a_smaller_rank_stays_zero(alone):
 @pytest.mark.parametrize(
     ("mesh", "rows", "accumulation", "model"),
     [
-        ({}, 2, 4, {"remat": "dots", "remat_every_nth_layer": 2}),
-        ({"data": 2, "fsdp": 2}, 1, 2, {"remat": "none"}),
+        pytest.param(
+            {}, 2, 4, {"remat": "dots", "remat_every_nth_layer": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param({"data": 2, "fsdp": 2}, 1, 2, {"remat": "none"}, marks=pytest.mark.slow),
         ({"fsdp": 2, "tensor": 4}, 2, 2, {}),
         ({"data": 2, "pipeline": 2}, 2, 2, {}),
     ],

@@ -16,9 +16,10 @@ ROWS = 8  # an update, on every mesh
 STEPS = 20
 FOCAL = Path(__file__).parents[2] / "recipes" / "focal.py"
 MESHES = [
-    {"data": 8},
-    {"fsdp": 8},
-    {"tensor": 4, "data": 2},
+    *(
+        pytest.param(mesh, marks=pytest.mark.slow)
+        for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2})
+    ),
     {"fsdp": 2, "tensor": 4},
     {"pipeline": 2, "data": 2, "tensor": 2},
     {"pipeline": 4, "fsdp": 2},  # six layers on four stages
