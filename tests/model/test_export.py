@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import ROWS, describe_model, load_model, save_model
+from tiny_models import FAMILIES, describe_model, load_model, save_model
 
 from jaxtrain.model.export import save_pretrained, verify_folder
 from jaxtrain.model.tensor_file import read_folder
@@ -110,7 +110,13 @@ def test_an_export_that_reads_back_as_something_else_is_not_there(
     assert (tmp_path / "out").is_dir()
 
 
-@pytest.mark.parametrize("family", ROWS)
+QUICK = ("llama31", "qwen2-alternating", "gemma3-whole", "gpt-oss", "lfm2", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES],
+)
 def test_an_export_of_every_family_passes_its_check(tmp_path, family):
     config, hf, _, params = load_model(save_model(family, tmp_path / "m"))
     params["norm"] = params["norm"].at[0].set(jnp.nan)

@@ -12,7 +12,9 @@ from jaxtrain.model.families import BY_NAME
 from jaxtrain.trainer.loss import Loss
 from jaxtrain.trainer.router_loss import add_router_losses
 
-FAMILIES = ("qwen3-moe", "mixtral", "olmoe", "gpt-oss")
+FAMILIES = (
+    "qwen3-moe", "mixtral", "olmoe", pytest.param("gpt-oss", marks=pytest.mark.slow),
+)  # fmt: skip
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 
 
