@@ -66,6 +66,7 @@ def test_the_trainer_in_the_readme_trains(tmp_path):
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_the_qlora_recipe_trains_a_small_model_of_its_family(tmp_path):
     tokens = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
     written = recipe(tmp_path, rows=8)
@@ -102,6 +103,7 @@ def test_an_example_of_user_code_trains(tmp_path, name):
     assert run.train().global_step == 2
 
 
+@pytest.mark.slow
 def test_the_recipe_of_qwen3_5_trains_a_small_one_and_exports_the_whole_model(tmp_path):
     tiny_models = pytest.importorskip("tests.model.tiny_models")
     folder, kind = (

@@ -185,8 +185,8 @@ def params():
 @pytest.mark.parametrize(
     "compute",
     [
-        ComputeConfig(remat="full", remat_every=3),
-        pytest.param(ComputeConfig(remat="full"), marks=pytest.mark.slow),
+        pytest.param(ComputeConfig(remat="full", remat_every=3), marks=pytest.mark.slow),
+        ComputeConfig(remat="full"),
         pytest.param(ComputeConfig(remat="dots"), marks=pytest.mark.slow),
     ],
 )

@@ -448,7 +448,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 LIKE_OTHERS = {
     "llama2", "llama3", "linear", "biased", "mistral", "qwen2", "qwen2-windows", "gemma", "olmo3",
     "phi3", "granite", "gpt-neox-serial", "deepseek-v3-plain", "glm4-moe", "qwen3-5-whole",
-    "qwen3-5-moe", "gemma4-equal", "gemma4-small", "gemma4-whole",
+    "qwen3-5-moe", "gemma4", "gemma4-equal", "gemma4-whole",
 }  # fmt: skip
 """Rows whose every option, or nearly, another row has too; tried with the slow tests."""
 ROWS = [

@@ -102,6 +102,7 @@ def test_adapters_train_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accu
 DORA = {**PEFT, "use_dora": True, "layers_to_transform": [0, 1, 3, 4, 5]}
 
 
+@pytest.mark.slow
 def test_dora_trains_its_magnitudes_the_same_on_a_mesh(tmp_path):
     run = trainer(written(tmp_path / "alone", DORA, micro_batch_size=8))
     before, expected, after = host(run.state), losses(run, STEPS), host(run.state)
