@@ -10,7 +10,7 @@ padded with zeros to the largest, which have zero gradients and stay zeros.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -434,10 +434,11 @@ def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def start_magnitudes(lora: Lora, graph: nnx.GraphDef, params: Params) -> Params:
     """The magnitudes of all adapters where they begin: the lengths of the columns that each then
     has, found one layer at a time. Pure."""
-    model, found = decoder.merge(graph, params), {}
+    model: Any = decoder.merge(graph, params)
+    found: Params = {}
     for path in lora.sites:
-        _, group, member, part, name = path.split("/")
-        stack, weights = decoder.split(getattr(model.layers[group][member], part))
+        *parents, name = path.split("/")
+        stack, weights = decoder.split(reduce(getattr, parents, model))
 
         def of_layer(weights: Params, stack: nnx.GraphDef = stack, name: str = name) -> Params:
             layer = nnx.merge(stack, weights)
@@ -445,8 +446,8 @@ def start_magnitudes(lora: Lora, graph: nnx.GraphDef, params: Params) -> Params:
             lengths = lambda a: jnp.where(a.scale[...] > 0, a.column_lengths(weight), 0)
             return {module: {"magnitude": lengths(a)} for module, a in adapters.items()}
 
-        parts = found.setdefault("layers", {}).setdefault(group, {}).setdefault(member, {})
-        parts.setdefault(part, {})[f"{name}_lora"] = lax.map(of_layer, weights)
+        place: Params = reduce(lambda tree, key: tree.setdefault(key, {}), parents, found)
+        place[f"{name}_lora"] = lax.map(of_layer, weights)
     return found
 
 

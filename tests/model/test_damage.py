@@ -134,6 +134,10 @@ def test_every_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, family):
         config |= {"num_experts": 2, "num_experts_per_tok": 2}
     if "n_group" in family.defaults:
         config |= {"n_group": 1, "topk_group": 1}
+    if "vocab_size_per_layer_input" in family.defaults:
+        config |= {"vocab_size_per_layer_input": config["vocab_size"]}
+    if family.name.startswith("qwen3_5_moe"):
+        config |= {"shared_expert_intermediate_size": config["intermediate_size"]}
     if family.name == "granitemoehybrid":
         config |= {
             "shared_intermediate_size": config["intermediate_size"], "num_local_experts": 0,

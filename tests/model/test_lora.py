@@ -203,7 +203,8 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     expected = torch_logits(theirs)
 
     ours, params = language_model(tmp_path / "base", path=str(tmp_path / "adapter"))
-    np.testing.assert_allclose(logits(ours, params), expected, atol=2e-5)
+    largest = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(logits(ours, params), expected, atol=2e-5 * largest)
     ours.save(
         tmp_path / "out", params, dtype="float32", add_files=lambda folder: None,
         adapter="both", base_name=str(tmp_path / "base"),
@@ -216,7 +217,8 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     load = lambda folder: kind.from_pretrained(folder, attn_implementation="eager").eval()
     again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out").eval()
     np.testing.assert_array_equal(torch_logits(again), expected)
-    np.testing.assert_allclose(torch_logits(load(tmp_path / "out" / "merged")), expected, atol=1e-5)
+    merged = torch_logits(load(tmp_path / "out" / "merged"))
+    np.testing.assert_allclose(merged, expected, atol=1e-5 * largest)
     plain = torch_logits(load(tmp_path / "base"))
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
 
