@@ -145,6 +145,8 @@ def main() -> int:
         if not given.only
         or any(int(w) == number if w.isdigit() else w in str(mutation) for w in given.only)
     }
+    if not chosen:
+        parser.error(f"--only {' '.join(given.only)}: no mutation has it")
     return run(chosen, ROOT, given.n)
 
 
