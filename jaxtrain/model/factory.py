@@ -305,15 +305,17 @@ class LanguageModel:
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""
-        is_unrolled = jax.default_backend() == "cpu"
-        return generate(self.graph, params, prompts, is_unrolled=is_unrolled, **how)
+        return generate(self.graph, params, prompts, is_unrolled=_is_on_cpu(), **how)
 
     def stream(
         self, params: Params, prompts: Sequence[Sequence[int]], **how: Any
     ) -> Iterator[list[list[int]]]:
         """New tokens of each prompt as they come; see `jaxtrain.model.generate.stream`."""
-        is_unrolled = jax.default_backend() == "cpu"
-        return stream(self.graph, params, prompts, is_unrolled=is_unrolled, **how)
+        return stream(self.graph, params, prompts, is_unrolled=_is_on_cpu(), **how)
+
+
+def _is_on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _shapes_by_name(params: Params) -> dict[str, str]:

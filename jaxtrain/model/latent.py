@@ -21,7 +21,14 @@ from jax import Array, lax
 
 from jaxtrain.kernels.attention import Scoring, attention
 from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec
-from jaxtrain.model.layers import AttentionInputs, Initializer, dense, normalize
+from jaxtrain.model.layers import (
+    AttentionInputs,
+    Initializer,
+    Weight,
+    dense,
+    normalize,
+    read_weight,
+)
 from jaxtrain.model.rope import rotate
 
 NORM_EPS = 1e-6  # of the norms of latents, whatever the other norms have
@@ -65,8 +72,8 @@ class LatentAttention(nnx.Module):
         self.kv_a = init.normal(L, D, C + R)
         self.kv_a_bias = init.zeros(L, C + R) if config.qkv_bias else None
         self.kv_a_norm = init.norm(L, C)
-        self.kv_b = init.normal(L, C, N, P + X)
-        self.out = init.normal(L, N, 1, X, D)
+        self.kv_b: Weight = init.normal(L, C, N, P + X)
+        self.out: Weight = init.normal(L, N, 1, X, D)
         self.out_bias = init.zeros(L, D) if config.out_bias else None
         self.norm = replace(config.norm, eps=NORM_EPS)
         self.sizes, self.has_q_rank = latent, Q is not None
@@ -83,7 +90,7 @@ class LatentAttention(nnx.Module):
         turn = partial(rotate, rotation=rotation, interleaved=self.is_interleaved)
         plain_BTNP, q_BTNR = jnp.split(self._queries(x_BTD, inputs), [self.sizes.plain_size], -1)
         q_BTNR = turn(q_BTNR[:, :, None])[:, :, 0]
-        kv_BTA = dense(x_BTD, self.kv_a[...], self.kv_a_bias, self.kv_a_lora, inputs.noise_BT)
+        kv_BTA = dense(x_BTD, self.kv_a, self.kv_a_bias, self.kv_a_lora, inputs.noise_BT)
         latent_BTC, k_BTR = jnp.split(kv_BTA, [self.sizes.kv_rank], -1)
         latent_BTC = normalize(self.norm, latent_BTC, self.kv_a_norm)
         keys = LatentCache(latent_BTC, turn(k_BTR[:, :, None, None])[:, :, 0, 0])
@@ -96,7 +103,7 @@ class LatentAttention(nnx.Module):
         mix = self._attend_to_latents if few else self._attend_to_keys
         mixed_BTNX = mix(plain_BTNP, q_BTNR, keys, inputs)
         y_BTD = dense(
-            mixed_BTNX[..., None, :], self.out[...], self.out_bias, self.out_lora, inputs.noise_BT,
+            mixed_BTNX[..., None, :], self.out, self.out_bias, self.out_lora, inputs.noise_BT,
             contract=3,
         )  # fmt: skip
         return y_BTD, (None if cache is None else keys)
@@ -105,17 +112,17 @@ class LatentAttention(nnx.Module):
         """[B, T, N, H]"""
         noise_BT = inputs.noise_BT
         if not self.has_q_rank:
-            return dense(x_BTD, self.q[...], None, self.q_lora, noise_BT)
-        q_BTQ = dense(x_BTD, self.q_a[...], self.q_a_bias, self.q_a_lora, noise_BT)
+            return dense(x_BTD, self.q, None, self.q_lora, noise_BT)
+        q_BTQ = dense(x_BTD, self.q_a, self.q_a_bias, self.q_a_lora, noise_BT)
         q_BTQ = normalize(self.norm, q_BTQ, self.q_a_norm)
-        return dense(q_BTQ, self.q_b[...], None, self.q_b_lora, noise_BT)
+        return dense(q_BTQ, self.q_b, None, self.q_b_lora, noise_BT)
 
     def _attend_to_keys(
         self, plain_BTNP: Array, q_BTNR: Array, keys: LatentCache, inputs: AttentionInputs
     ) -> Array:
         """[B, T, N, X]"""
         latent_BSC, rotated_BSR = keys
-        kv = dense(latent_BSC, self.kv_b[...], None, self.kv_b_lora, inputs.noise_BT)
+        kv = dense(latent_BSC, self.kv_b, None, self.kv_b_lora, inputs.noise_BT)
         k_BSNP, v_BSNX = jnp.split(kv, [self.sizes.plain_size], -1)
         k_BSNR = jnp.broadcast_to(
             rotated_BSR[:, :, None], (*k_BSNP.shape[:-1], rotated_BSR.shape[-1])
@@ -134,7 +141,7 @@ class LatentAttention(nnx.Module):
     ) -> Array:
         """The same, with the matrices of keys and values applied to queries and what they take."""
         latent_BSC, rotated_BSR = keys
-        kv_b = self.kv_b[...].astype(plain_BTNP.dtype)
+        kv_b = read_weight(self.kv_b, plain_BTNP.dtype)
         k_CNP, v_CNX = jnp.split(kv_b, [self.sizes.plain_size], -1)
         q_BTNC = jnp.einsum("btnp,cnp->btnc", plain_BTNP, k_CNP)
         mixed_BTNC = self._attend(

@@ -560,9 +560,9 @@ class LayerInput(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x_BTD: Array, own_BTI: Array, noise_BT: Array | None) -> Array:
-        gate_BTI = dense(x_BTD, self.narrow[...], None, self.narrow_lora, noise_BT)
+        gate_BTI = dense(x_BTD, self.narrow, None, self.narrow_lora, noise_BT)
         own_BTI = ACTIVATIONS[self.activation](gate_BTI) * own_BTI
-        y_BTD = dense(own_BTI, self.widen[...], None, self.widen_lora, noise_BT)
+        y_BTD = dense(own_BTI, self.widen, None, self.widen_lora, noise_BT)
         return normalize(self.norm, y_BTD, self.post_norm)
 
 
@@ -579,6 +579,6 @@ class LayerInputs(nnx.Module):
 
     def __call__(self, x_BTD: Array, table_BTXI: Array, noise_BT: Array | None) -> Array:
         """Float [B, T, X, I] for the X layers of the decoder."""
-        made = dense(x_BTD, self.project[...], None, self.project_lora, noise_BT)
+        made = dense(x_BTD, self.project, None, self.project_lora, noise_BT)
         made = normalize(self.norm, made * x_BTD.shape[-1] ** -0.5, self.project_norm)
         return (made + table_BTXI * table_BTXI.shape[-1] ** 0.5) * 2**-0.5

@@ -77,7 +77,7 @@ class DeltaRule(nnx.Module):
     ) -> tuple[Array, State | None]:
         noise_BT, segments_BT = inputs.noise_BT, inputs.q_positions.segments
         project = partial(dense, x_BTD, noise_BT=noise_BT)
-        before_BTKR = project(self.in_qkv[...], adapters=self.in_qkv_lora)
+        before_BTKR = project(self.in_qkv, adapters=self.in_qkv_lora)
         mixed_BTKR, past = mix_nearby(before_BTKR, self.qkv_conv[...], segments_BT, cache)
         A, (B, T, K, _) = self.sizes.key_size, mixed_BTKR.shape
         mixed_BTKR = ACTIVATIONS[self.activation](mixed_BTKR)
@@ -85,8 +85,8 @@ class DeltaRule(nnx.Module):
         v_BTKGC = v.reshape(B, T, K, -1, self.sizes.value_size)
         # Padding neither decays nor writes: the state after a prompt is that of its last token.
         is_token_BT11 = (segments_BT != 0)[..., None, None]
-        strength = project(self.in_strength[...], adapters=self.in_strength_lora)
-        time = project(self.in_decay[...], adapters=self.in_decay_lora).astype(jnp.float32)
+        strength = project(self.in_strength, adapters=self.in_strength_lora)
+        time = project(self.in_decay, adapters=self.in_decay_lora).astype(jnp.float32)
         time = jax.nn.softplus(time + self.decay_bias[...].astype(jnp.float32))
         rate = jnp.exp(self.log_decay_scale[...].astype(jnp.float32))
         tokens = (
@@ -103,10 +103,10 @@ class DeltaRule(nnx.Module):
             step = delta_step if T == 1 else delta_rule
             y_BTKGC, memory = step(*tokens, state_BKGAC=cache.memory_BKGAC)
             cache = State(past, memory)
-        gate_BTKGC = project(self.in_gate[...], adapters=self.in_gate_lora).astype(jnp.float32)
+        gate_BTKGC = project(self.in_gate, adapters=self.in_gate_lora).astype(jnp.float32)
         y_BTKGC = normalize(self.norm, y_BTKGC, self.out_norm) * jax.nn.silu(gate_BTKGC)
         y_BTKGC = y_BTKGC.astype(x_BTD.dtype)
-        return dense(y_BTKGC, self.out[...], None, self.out_lora, noise_BT, contract=3), cache
+        return dense(y_BTKGC, self.out, None, self.out_lora, noise_BT, contract=3), cache
 
     def empty_cache(self, L: int, B: int, S: int, dtype: str) -> State:
         """Of a stack of these layers; S slots for tokens change nothing."""
@@ -142,13 +142,13 @@ class ShortConvolution(nnx.Module):
         self, x_BTD: Array, inputs: AttentionInputs, cache: State | None
     ) -> tuple[Array, State | None]:
         noise_BT, segments_BT = inputs.noise_BT, inputs.q_positions.segments
-        bcx = dense(x_BTD, self.in_bcx[...], self.in_bcx_bias, self.in_bcx_lora, noise_BT)
+        bcx = dense(x_BTD, self.in_bcx, self.in_bcx_bias, self.in_bcx_lora, noise_BT)
         in_gate_BTD, out_gate_BTD, x_BTD = bcx[..., 0, :], bcx[..., 1, :], bcx[..., 2, :]
         y_BTD, past = mix_nearby(in_gate_BTD * x_BTD, self.conv[...], segments_BT, cache)
         if self.conv_bias is not None:
             y_BTD += self.conv_bias[...].astype(y_BTD.dtype)
         y_BTD = out_gate_BTD * y_BTD
-        out = self.conv_out[...], self.conv_out_bias, self.conv_out_lora
+        out = self.conv_out, self.conv_out_bias, self.conv_out_lora
         y_BTD = dense(y_BTD, *out, noise_BT)
         return y_BTD, None if past is None else State(past)
 

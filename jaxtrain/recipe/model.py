@@ -141,8 +141,9 @@ class ModelConfig(TypedSection):
     peft_config: Annotated[PeftConfig | None, mapped("our own LoRA")] = None
     """Train adapters instead of the weights."""
     quantization: Own[Literal["nf4", "int8"] | None] = None
-    """Keeps the frozen weights of the layers, but for norms, biases and routers, in blocks of 64
-    numbers with one scale: `nf4` in four bits (QLoRA), `int8` in eight. With `peft_config` only."""
+    """Keeps frozen weights of attention, feed-forward layers and experts in blocks of 64 numbers
+    with one scale: `nf4` in four bits (QLoRA), `int8` in eight; those of latent and linear
+    attention and of shared experts stay whole. With `peft_config` only."""
     resize_vocab: Own[bool] = False
     """Grow embedding and head to the tokenizer."""
     disable_activation_checkpoint: bool = False

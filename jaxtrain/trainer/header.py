@@ -10,7 +10,8 @@ from jaxtrain import registry
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig, Experts
-from jaxtrain.model.lora import take_adapters
+from jaxtrain.model.lora import partition, take_adapters
+from jaxtrain.model.quantized import may_be_quantized
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
@@ -46,7 +47,10 @@ def count_parameters(run: Run) -> str:
         return f"{count(model.shapes):,} parameters"
     _, weights = take_adapters(model.plain_shapes)
     trained, _ = model.split(weights)
-    kept = f" in {model.quantization}" if model.quantization else ""
+    kept = ""
+    if model.quantization:
+        few = partition(model.split(weights)[1], may_be_quantized)[0]
+        kept = f", {count(few):,} of them in {model.quantization}"
     return (
         f"{count(weights):,} parameters, of which {count(weights) - count(trained):,} are frozen"
         f"{kept}, "

@@ -25,6 +25,7 @@ from jaxtrain.model.lora import (
     start_magnitudes,
 )
 from jaxtrain.model.peft_folder import CONFIG, WEIGHTS, _named, checksum, list_parts
+from jaxtrain.model.quantized import dequantize, form_of
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig, PeftConfig
 from tests.model import tiny_models
@@ -221,6 +222,34 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     np.testing.assert_allclose(merged, expected, atol=1e-5 * largest)
     plain = torch_logits(load(tmp_path / "base"))
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-5", "gemma4-small", "lfm2", "gpt-oss"])
+def test_a_model_of_any_kind_of_layers_computes_with_quantised_weights(tmp_path, family):
+    """As with the weights that they stand for, and generates."""
+    hf_model(family).save_pretrained(tmp_path)
+    adapters = lora(target_modules=["w2" if family == "lfm2" else "o_proj"])
+    fields, made = {"name_or_path": str(tmp_path), "peft_config": adapters}, {}
+    for kind in ("int8", None):
+        config = ModelConfig(**fields, quantization=kind)
+        spec = HFModelFactory(config).create_config()
+        made[kind] = LanguageModel.of(spec, ComputeConfig(), config)
+    quantized, plain = made["int8"], made[None]
+    params = quantized.first_params(on_one_device(quantized.all_shapes), seed=0)
+
+    def dequantized(tree, shapes, path=""):
+        if not isinstance(tree, dict):
+            return tree
+        if not isinstance(shapes, dict):
+            return dequantize(form_of("int8", path, shapes.shape)[0], tree, jnp.float32)
+        return {k: dequantized(tree[k], v, f"{path}/{k}".lstrip("/")) for k, v in shapes.items()}
+
+    whole = dequantized(params, plain.all_shapes)
+    expected = logits(plain, whole)
+    np.testing.assert_allclose(logits(quantized, params), expected, atol=1e-4)
+    prompts = [[5, 17, 40], [7]]
+    tokens = quantized.generate(params, prompts, max_new_tokens=4)
+    assert tokens == plain.generate(whole, prompts, max_new_tokens=4)
 
 
 @pytest.mark.covers("model.peft_config.use_dora")

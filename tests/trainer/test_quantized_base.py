@@ -172,9 +172,10 @@ def test_plan_shows_the_smaller_state(tmp_path, base):
         return dict(plan(get_config(made), jax.devices()[:1])), trainer(made).run.state_shapes
 
     (facts, shapes), (whole_facts, whole) = state("nf4"), state(None)
-    assert "are frozen in nf4" in facts["model"] and "nf4" not in whole_facts["model"]
-    assert facts["model"].replace(" in nf4", "") == whole_facts["model"]
     weights = 3 * (128 * 512 + 256 * 128 + 3 * 128 * 256)
+    kept = f", {weights:,} of them in nf4"
+    assert kept in facts["model"]
+    assert facts["model"].replace(kept, "") == whole_facts["model"]
     saved = device_bytes(whole) - device_bytes(shapes)
     assert saved == pytest.approx(weights * (4 - 4.2 / 8), rel=0.02)
     assert facts["state"] != whole_facts["state"]
