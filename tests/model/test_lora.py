@@ -224,7 +224,13 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     assert np.abs(plain - expected).max() > 0.1, "the adapter changes nothing"
 
 
-@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-5", "gemma4-small", "lfm2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deepseek-v3", "gpt-oss",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3-5", "gemma4-small", "lfm2")),
+    ],
+)  # fmt: skip
 def test_a_model_of_any_kind_of_layers_computes_with_quantised_weights(tmp_path, family):
     """As with the weights that they stand for, and generates."""
     hf_model(family).save_pretrained(tmp_path)
