@@ -15,6 +15,7 @@ from jaxtrain.assets import cache_folder, find_cached, is_asset
 from jaxtrain.recipe.check import find_batch_sizes, list_files
 from jaxtrain.recipe.data import FORMATS, HFDataSourceConfig, LocalDataSourceConfig, file_format
 from jaxtrain.recipe.errors import Fault, RecipeError, show
+from jaxtrain.recipe.mesh import refuse_uneven
 from jaxtrain.recipe.section import expand_user, is_path, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -43,6 +44,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.data.render import Renderer
     from jaxtrain.model import HFModelFactory, decoder
     from jaxtrain.model.config import ComputeConfig
+    from jaxtrain.model.context import refuse_recurrent
     from jaxtrain.model.routing import refuse_idle_experts
     from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
@@ -76,11 +78,16 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             if made is not None and spec is not None:
                 spec = spec.with_room(1 + max(made.get_vocab().values()), model)
     if spec is not None:
+        length = 0
         with collecting():
-            sequence_limit(config.data, spec.config.max_positions)
+            length = sequence_limit(config.data, spec.config.max_positions)
         shapes = decoder.abstract(spec.config, ComputeConfig()).shapes
         with collecting():
             sizes = config.mesh.sizes(next(iter(find_batch_sizes(config, devices))))
+            with collecting():
+                refuse_uneven(length, sizes["context"])
+            with collecting():
+                refuse_recurrent(spec.config, sizes["context"])
             parameter_shardings(AbstractMesh((*sizes.values(),), (*sizes,)), shapes)
         with collecting():
             refuse_idle_experts(config, spec.config)

@@ -74,6 +74,21 @@ def samples_without_a_template(folder, base):
     base["eval_samples"] = {"prompts": ["hello"]}
 
 
+def positions_that_do_not_divide(folder, base):
+    model_folder(folder / "model", max_position_embeddings=252)
+    del base["data"]["max_length"]
+    base["mesh"] = {"context": 4}
+
+
+def convolutions_over_context(folder, base):
+    model_folder(
+        folder / "model", architectures=["Lfm2ForCausalLM"], model_type="lfm2", norm_eps=1e-5,
+        conv_bias=False, conv_L_cache=3, block_multiple_of=8, block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 3,
+    )  # fmt: skip
+    base["mesh"] = {"context": 2}
+
+
 REFUSED = {
     "architecture": (other_architecture, "unsupported architecture, found 'BertModel'"),
     "config.json": (wrong_type, "num_hidden_layers: must be a positive whole number"),
@@ -90,6 +105,15 @@ REFUSED = {
     "max_length": (change("data", {"max_length": 999}), "999 is longer than the 256 positions"),
     "vocabulary": (change("tokenizer", {"extra_tokens": ["<x>"]}), "model.resize_vocab: true"),
     "heads": (change("mesh", {"tensor": 3}), "mesh.tensor: 3 does not divide 4 key/value heads"),
+    "context": (
+        positions_that_do_not_divide,
+        "data.max_length: 252 does not divide into the 8 pieces of mesh.context 4; use 248 or 256",
+    ),
+    "convolutions": (
+        convolutions_over_context,
+        "mesh.context: 2 cannot cut sequences for layers of short convolutions, which lfm2 has; "
+        "write 1, and use mesh.fsdp or mesh.tensor",
+    ),
     "data": (change("data", {"sources": ["gone.jsonl"]}), "no file or folder 'gone.jsonl'"),
     "pattern": (change("data", {"sources": ["gone/*.csv"]}), "no file matches 'gone/*.csv'"),
     "data folder": (change("data", {"sources": ["./gone"]}), "no folder './gone'"),

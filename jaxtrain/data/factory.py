@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from itertools import accumulate
+from math import lcm
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -188,7 +189,7 @@ class DataFactory(registry.Factory, kind="data"):
         return choose_lengths(
             sequence_lengths,
             step_sequences=shape.step_sequences,
-            multiple=self.length_multiple,
+            multiple=lcm(self.length_multiple, shape.length_multiple),
             max_length=self.max_length,
             count=self.config.max_length_buckets,
         )

@@ -32,6 +32,8 @@ class BatchShape(NamedTuple):
     """Sequences of one microbatch over all shards."""
     process_sequences: np.ndarray | Sequence[int] | slice = slice(None)
     """Those of them that this process feeds, ascending; by default all."""
+    length_multiple: int = 1
+    """What the lengths of sequences must be multiples of, so that devices can share them."""
 
     @property
     def step_sequences(self) -> int:

@@ -5,6 +5,7 @@ from jax.sharding import AxisType
 
 BATCH_AXES = ("data", "fsdp", "expert")
 TENSOR_AXIS = "tensor"
+CONTEXT_AXIS = "context"
 
 
 def free_axis_sizes() -> dict[str, int]:
@@ -12,3 +13,10 @@ def free_axis_sizes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {a: mesh.shape[a] for a, kind in kinds if kind is not AxisType.Manual}
+
+
+def context_parts(tokens: int) -> int:
+    """Parts over the devices into which the current mesh cuts sequences of so many tokens; 1 where
+    they do not divide, as tokens that are generated do not."""
+    parts = free_axis_sizes().get(CONTEXT_AXIS, 1)
+    return 1 if tokens % (2 * parts) else parts

@@ -4,7 +4,8 @@ On a mesh the batch gets a leading dimension of shards, and so does the gradient
 device then sums its own part over all chunks, and one sum over the shards follows the loop; the
 compiler would otherwise reduce the whole head gradient once per chunk.
 
-I shards of the batch, B batch (b per shard), T tokens, C tokens per chunk, D width, V vocabulary.
+I shards of batch and tokens, B batch (b per shard), T tokens, C tokens per chunk, D width, V
+vocabulary.
 """
 
 from functools import partial
@@ -16,7 +17,13 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.axes import (
+    BATCH_AXES,
+    CONTEXT_AXIS,
+    TENSOR_AXIS,
+    context_parts,
+    free_axis_sizes,
+)
 
 HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
@@ -37,7 +44,7 @@ class NLL(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Hashable and static. `shards` is the number of parts of the batch over `batch_axes`."""
+    """Hashable and static. `shards` is the number of parts of batch and tokens over `axes`."""
 
     head_layout: HeadLayout
     scale: float
@@ -45,14 +52,17 @@ class Plan(NamedTuple):
     z_loss: float
     label_smoothing: float
     chunk_tokens: int
-    """of each sequence"""
-    batch_axes: tuple[str, ...]
+    part_tokens: int
+    """of each part of a sequence"""
+    axes: tuple[str, ...]
     shards: int
+    parts: int
+    """of each sequence, among these"""
     vocabulary_axis: str | None
 
     def place(self, x: Array, *spec) -> Array:
         """Constrains the sharding of x, if anything is split."""
-        is_split = self.batch_axes or self.vocabulary_axis
+        is_split = self.axes or self.vocabulary_axis
         return lax.with_sharding_constraint(x, P(*spec)) if is_split else x
 
 
@@ -118,7 +128,7 @@ def _weighted_nll_fwd(
     sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, head)
     (nll, d_head), d_hidden = lax.scan(step, sums, xs)
     like = jnp.zeros((), head.dtype)
-    saved = _join_chunks(d_hidden, hidden_BTD), _head_gradient(plan, d_head), like
+    saved = _join_chunks(plan, d_hidden), _head_gradient(plan, d_head), like
     return NLL(*(x.sum() for x in nll)), saved
 
 
@@ -184,8 +194,8 @@ def _log_probs_fwd(plan: Plan, hidden_BTD, head, targets_BT):
         return (), (scores.target_IbC - scores.lse_IbC, scores.lse_IbC)
 
     _, (log_probs, lse) = lax.scan(step, (), _split_chunks(plan, hidden_BTD, targets_BT))
-    lse_BT = _join_chunks(lse, targets_BT)
-    return _join_chunks(log_probs, targets_BT), (hidden_BTD, head, targets_BT, lse_BT)
+    lse_BT = _join_chunks(plan, lse)
+    return _join_chunks(plan, log_probs), (hidden_BTD, head, targets_BT, lse_BT)
 
 
 def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
@@ -205,7 +215,7 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
     xs = _split_chunks(plan, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
     d_head, d_hidden = lax.scan(step, _head_sums(plan, head), xs)
     d_head = _head_gradient(plan, d_head).astype(head.dtype)
-    return _join_chunks(d_hidden, hidden_BTD), d_head, None
+    return _join_chunks(plan, d_hidden), d_head, None
 
 
 _log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
@@ -228,28 +238,31 @@ def _make_plan(
             f"head of shape {head.shape} does not fit a hidden width of {D} in layout "
             f"{head_layout!r}; the other layout is {'VD' if head_layout == 'DV' else 'DV'!r}"
         )
-    sizes = free_axis_sizes()
-    batch_axes, shards = (), 1
+    sizes, parts = free_axis_sizes(), context_parts(T)
+    axes, shards = (), 1
     for axis in BATCH_AXES:
         size = sizes.get(axis, 1)
         if size > 1 and B % (shards * size) == 0:
-            batch_axes, shards = (*batch_axes, axis), shards * size
+            axes, shards = (*axes, axis), shards * size
     splits = sizes.get(TENSOR_AXIS, 1)
     splits = splits if V % splits == 0 else 1
     if chunk_tokens is None:
         # With D tokens the logits take as much memory as the float32 gradient of the head.
         tokens = min(MAX_TOKENS, max(D, MIN_BYTES // (4 * V // splits)))
         chunk_tokens = max(1, tokens // (B // shards))
-    chunks = -(-T // chunk_tokens)
+    part_tokens = T // parts
+    chunks = -(-part_tokens // chunk_tokens)
     return Plan(
         head_layout=head_layout,
         scale=scale,
         softcap=softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
-        chunk_tokens=-(-T // chunks),  # equal chunks, so that little padding fills the last
-        batch_axes=batch_axes,
-        shards=shards,
+        chunk_tokens=-(-part_tokens // chunks),  # equal ones, so that little padding fills the last
+        part_tokens=part_tokens,
+        axes=(*axes, CONTEXT_AXIS) if parts > 1 else axes,
+        shards=shards * parts,
+        parts=parts,
         vocabulary_axis=TENSOR_AXIS if splits > 1 else None,
     )
 
@@ -299,14 +312,14 @@ def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_IbCV: Array):
     d_IbCV = d_IbCV.astype(x_IbCD.dtype)
     d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_IbCV, head)
     d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_IbCV)
-    d_head_IDV = plan.place(d_head_IDV, plan.batch_axes, None, plan.vocabulary_axis)
+    d_head_IDV = plan.place(d_head_IDV, plan.axes, None, plan.vocabulary_axis)
     return d_x_IbCD.astype(x_IbCD.dtype), d_head_IDV
 
 
 def _head_sums(plan: Plan, head: Array) -> Array:
     D, V = head.shape if plan.head_layout == "DV" else head.shape[::-1]
     sums_IDV = jnp.zeros((plan.shards, D, V), jnp.float32)
-    return plan.place(sums_IDV, plan.batch_axes, None, plan.vocabulary_axis)
+    return plan.place(sums_IDV, plan.axes, None, plan.vocabulary_axis)
 
 
 def _head_gradient(plan: Plan, sums_IDV: Array) -> Array:
@@ -330,20 +343,25 @@ def _prepare_head(plan: Plan, head: Array, dtype: DTypeLike) -> Array:
 def _split_chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
     """Splits each into [chunks, I, b, C, ...]; the last is filled with 0, which has no effect."""
 
+    t, C = plan.part_tokens, plan.chunk_tokens
+    chunks = -(-t // C)
+
     def split(x: Array) -> Array:
-        B, T, *rest = x.shape
-        chunks = -(-T // plan.chunk_tokens)
-        fill = chunks * plan.chunk_tokens - T
-        x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0) for _ in rest)))
-        shape = (plan.shards, B // plan.shards, chunks, plan.chunk_tokens, *rest)
-        x = jnp.moveaxis(x.reshape(shape), 2, 0)
-        return plan.place(x, None, plan.batch_axes, *((None,) * (x.ndim - 2)))
+        rest = x.shape[2:]
+        # Parts of tokens go with the parts of the batch, [I, b, t, ...].
+        x = x.reshape(plan.shards // plan.parts, -1, plan.parts, t, *rest).swapaxes(1, 2)
+        x = x.reshape(plan.shards, -1, t, *rest)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * C - t), *((0, 0) for _ in rest)))
+        x = jnp.moveaxis(x.reshape(*x.shape[:2], chunks, C, *rest), 2, 0)
+        return plan.place(x, None, plan.axes, *((None,) * (x.ndim - 2)))
 
     return tuple(split(x) for x in xs_BT)
 
 
-def _join_chunks(x: Array, like: Array) -> Array:
-    """The inverse of `_split_chunks`, in the shape of `like`."""
+def _join_chunks(plan: Plan, x: Array) -> Array:
+    """The inverse of `_split_chunks`."""
     chunks, shards, batch, tokens, *rest = x.shape
-    x = jnp.moveaxis(x, 0, 2).reshape(shards * batch, chunks * tokens, *rest)
-    return x[:, : like.shape[1]]
+    x = jnp.moveaxis(x, 0, 2).reshape(shards, batch, chunks * tokens, *rest)
+    x = x[:, :, : plan.part_tokens]
+    x = x.reshape(shards // plan.parts, plan.parts, batch, plan.part_tokens, *rest).swapaxes(1, 2)
+    return x.reshape(-1, plan.parts * plan.part_tokens, *rest)

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.axes import (
+    BATCH_AXES,
+    CONTEXT_AXIS,
+    TENSOR_AXIS,
+    context_parts,
+    free_axis_sizes,
+)
 from jaxtrain.kernels.grouped_product import grouped_product
 
 EXPERT_AXIS = "expert"
@@ -39,10 +45,10 @@ def mix_experts(
     """The sum of what the chosen experts make of each token, each times its share, [B, T, D] in the
     dtype of x; `activate` maps [R, U, M] to [R, M].
 
-    On a mesh each device works on the tokens of its own part of the batch. Those that share the
-    `expert` axis gather the tokens of all of them, compute their own experts for these, and send
-    the sums back: a token crosses the axis twice, and a device has room for every choice of all of
-    these tokens, since all may fall on its experts.
+    On a mesh each device works on the tokens of its own part of batch and sequences. Those that
+    share the `expert` axis gather the tokens of all of them, compute their own experts for these,
+    and send the sums back: a token crosses the axis twice, and a device has room for every choice
+    of all of these tokens, since all may fall on its experts.
     """
     sizes = free_axis_sizes()
     if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
@@ -64,7 +70,7 @@ def mix_experts(
             y_BTD = lax.psum(y_BTD, tensor)
         return y_BTD if expert is None else lax.psum_scatter(y_BTD, expert, tiled=True)
 
-    rows = P(batch, None, None)
+    rows = P(batch, CONTEXT_AXIS if context_parts(x_BTD.shape[1]) > 1 else None, None)
     specs: Any = (P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
     mapped = jax.shard_map(
         local,

@@ -102,4 +102,4 @@ class Block(nnx.Module):
         if self.layer_scale is not None:
             # Part of the weights, which training leaves as it is, as in transformers.
             y_BTD *= lax.stop_gradient(self.layer_scale[...]).astype(y_BTD.dtype)
-        return Output(constrain(y_BTD, "batch", None, None), cache, routing)
+        return Output(constrain(y_BTD, "batch", "tokens", None), cache, routing)

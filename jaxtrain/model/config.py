@@ -248,6 +248,8 @@ class ComputeConfig:
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str = "reference"
     """implementation of the attention kernel"""
+    exchange: Literal["all_to_all", "ring"] | None = None
+    """how attention goes over the `context` axis; None where nothing cuts sequences"""
     remat: Literal["full", "dots", "none"] = "full"
     """what is recomputed in the backward pass: layers, all but their matrix products, nothing"""
     remat_every: int = 1

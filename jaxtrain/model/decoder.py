@@ -46,7 +46,8 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxtrain.batch import Batch
-from jaxtrain.kernels.attention import TokenPositions
+from jaxtrain.kernels.attention import TokenPositions, to_ring_order, to_row_order
+from jaxtrain.kernels.axes import context_parts
 from jaxtrain.kernels.cross_entropy import (
     NLL,
     HeadLayout,
@@ -147,12 +148,19 @@ class Decoder(nnx.Module):
 
     def hidden_and_routing(self, batch: Batch) -> tuple[Array, Routing | None]:
         """Hidden states, and what the routers of all layers chose; None without experts."""
+        parts = context_parts(batch.tokens.shape[1])
+        is_ring = self.compute.exchange == "ring" and parts > 1
+        if is_ring:
+            tokens = batch.tokens, batch.positions, batch.segments
+            tokens, positions, segments = to_ring_order(tokens, parts=parts)
+            batch = batch._replace(tokens=tokens, positions=positions, segments=segments)
         positions = TokenPositions(batch.segments, batch.positions)
         inputs = self.attention_inputs(positions, positions)
         if self.has_dropout and batch.is_training:
             inputs = inputs._replace(noise_BT=_noise(batch))
         out = self.run_layers(batch.tokens, inputs)
-        return self.normalize(out.x_BTD), out.routing
+        x_BTD = to_row_order(out.x_BTD, parts=parts) if is_ring else out.x_BTD
+        return self.normalize(x_BTD), out.routing
 
     def logits_of_targets(self, batch: Batch) -> Array:
         """Logits that predict each token given those before it, float32 [B, T, V]: those at t
@@ -219,7 +227,7 @@ class Decoder(nnx.Module):
         if self.config.learned_positions:
             x_BTD += look_up(self.embed.positions, positions_BT)
         x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, "batch", "tokens", None)
 
     def run_layers(
         self, tokens_BT: Array, inputs: AttentionInputs, caches: Caches | None = None
@@ -237,9 +245,9 @@ class Decoder(nnx.Module):
         graph, params = split(self.layer_inputs)
         # The tokens go to the parts of the table on their devices, not the table to the tokens.
         table_BTXI = constrain(
-            look_up(self.embed.layer_inputs, tokens_BT), "rows", None, None, "embed"
+            look_up(self.embed.layer_inputs, tokens_BT), "rows", "tokens", None, "embed"
         )
-        table_BTXI = constrain(table_BTXI.astype(x_BTD.dtype), "batch", None, None, None)
+        table_BTXI = constrain(table_BTXI.astype(x_BTD.dtype), "batch", "tokens", None, None)
 
         def make(params: Params, x_BTD: Array, table_BTXI: Array) -> Array:
             module = nnx.merge(graph, jax.tree.map(lambda a: a[0], params))
@@ -285,11 +293,11 @@ class Decoder(nnx.Module):
         y_MBTD = gpipe(
             stage,
             pad_stack(params, stages=stages),
-            constrain(split_batch(x_BTD), None, "batch", None, None),
+            constrain(split_batch(x_BTD), None, "batch", "tokens", None),
             jax.tree.map(split_batch, inputs),
             stages=stages,
         )
-        return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", None, None)
+        return constrain(y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), "batch", "tokens", None)
 
     def normalize(self, x_BTD: Array) -> Array:
         return normalize(self.config.norm, x_BTD, self.norm, self.norm_bias)

@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtrain.kernels.attention import Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
+from jaxtrain.model.context import find_exchange, refuse_recurrent
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.families import BY_NAME
@@ -373,6 +374,13 @@ class HFModelFactory(ModelFactory):
             )
         except ValueError as error:
             raise RecipeError(f"model.attn_implementation: {error}") from None
+        kernel, how = attention
+        context, tensor = (layout.mesh.shape[axis] for axis in ("context", "tensor"))
+        refuse_recurrent(spec.config, context)
+        exchange = None
+        if context > 1:
+            exchange, way = find_exchange(spec.config, context=context, tensor=tensor)
+            how = f"attention: {way}" if exchange == "ring" else f"{how}, {way}"
         if layout.stages > 1 and spec.config.num_expert_layers:
             raise RecipeError(
                 f"mesh.pipeline: {layout.stages} cannot split a model with experts; use mesh.expert"
@@ -389,7 +397,8 @@ class HFModelFactory(ModelFactory):
             )
         compute = ComputeConfig(
             compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
-            attention=attention.name,
+            attention=kernel,
+            exchange=exchange,
             remat=config.remat_policy,
             remat_every=config.remat_every_nth_layer,
             tiled_mlp=placement.tiled_mlp,
@@ -397,4 +406,4 @@ class HFModelFactory(ModelFactory):
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )
-        return LanguageModel.of(spec, compute, config, attention=attention.reason)
+        return LanguageModel.of(spec, compute, config, attention=how)

@@ -81,7 +81,7 @@ class LatentAttention(nnx.Module):
         self.rotation = config.ropes.index((spec.rope, config.head_size))
         self.is_interleaved = spec.rope.interleaved
         self.scoring = Scoring(config.query_size**-0.5 * spec.rope.score_scale)
-        self.implementation = compute.attention
+        self.implementation, self.exchange = compute.attention, compute.exchange
 
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: LatentCache | None
@@ -157,6 +157,7 @@ class LatentAttention(nnx.Module):
         return attention(
             q, k, v, q_positions=inputs.q_positions, kv_positions=inputs.kv_positions,
             scoring=self.scoring, implementation=how,
+            exchange=self.exchange if inputs.slot is None else None,
         )  # fmt: skip
 
     def empty_cache(self, L: int, B: int, S: int, dtype: str) -> LatentCache:

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
+from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.model.config import (
     Activation,
@@ -198,6 +199,10 @@ def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[
     """
     x, w = saved
     dx, outputs = _product_dx(contract, w, dy), w.ndim - contract
+    lead = tuple(range(x.ndim - contract))
+    if free_axis_sizes().get(CONTEXT_AXIS, 1) > 1:
+        # B and T, both cut, make no dimension that is.
+        return dx, lax.dot_general(x, dy, ((lead, lead), ((), ())))
     x = x.reshape(-1, *x.shape[x.ndim - contract :])
     dy = dy.reshape(-1, *dy.shape[dy.ndim - outputs :])
     sum_tokens = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
@@ -339,7 +344,7 @@ class Attention(nnx.Module):
             config.attention_softcap,
             spec.window,
         )
-        self.implementation = compute.attention
+        self.implementation, self.exchange = compute.attention, compute.exchange
         self.kv_shape = K, H
 
     def __call__(
@@ -372,6 +377,7 @@ class Attention(nnx.Module):
             sinks_N=None if self.sinks is None else self.sinks[...].reshape(-1),
             # A cache is in any order and often read by one query; flash kernels support neither.
             implementation=self.implementation if inputs.slot is None else "reference",
+            exchange=self.exchange if inputs.slot is None else None,
         )
         mixed = mixed_BTNH.reshape(B, T, K, G, H)
         if gate_BTKGH is not None:
@@ -434,20 +440,27 @@ class MLP(nnx.Module):
 
 def run_in_tiles(layer: Callable[[Any], Array], inputs: Any, tile_tokens: int) -> Array:
     """Runs `layer` on one tile of the tokens of its inputs [B, T, ...] at a time, and again in the
-    backward pass: activations are in memory for one tile only."""
+    backward pass: activations are in memory for one tile only. Where a mesh cuts the tokens, a tile
+    has some of every part."""
     B, T = jax.tree.leaves(inputs)[0].shape[:2]
+    parts = context_parts(T)
+    T //= parts
     tiles = -(-T // tile_tokens)
     if tiles == 1:
         return layer(inputs)
     tile_tokens = -(-T // tiles)  # equal tiles, so that the last has little padding
+    tile_tokens += tile_tokens % 2 if parts > 1 else 0  # which a mesh cuts too
 
     def cut(a: Array) -> Array:
-        a = jnp.pad(a, [(0, 0), (0, tiles * tile_tokens - T), *[(0, 0)] * (a.ndim - 2)])
-        return a.reshape(B, tiles, tile_tokens, *a.shape[2:]).swapaxes(0, 1)
+        a = a.reshape(B, parts, T, *a.shape[2:])
+        a = jnp.pad(a, [(0, 0)] * 2 + [(0, tiles * tile_tokens - T)] + [(0, 0)] * (a.ndim - 3))
+        a = jnp.moveaxis(a.reshape(B, parts, tiles, tile_tokens, *a.shape[3:]), 2, 0)
+        return a.reshape(tiles, B, parts * tile_tokens, *a.shape[4:])
 
     # XLA does not merge a loop's body with that of the forward pass, so no barrier is needed.
-    y_tiles = lax.map(jax.checkpoint(layer, prevent_cse=False), jax.tree.map(cut, inputs))
-    return y_tiles.swapaxes(0, 1).reshape(B, tiles * tile_tokens, -1)[:, :T]
+    y = lax.map(jax.checkpoint(layer, prevent_cse=False), jax.tree.map(cut, inputs))
+    y = jnp.moveaxis(y.reshape(tiles, B, parts, tile_tokens, -1), 0, 2)
+    return y.reshape(B, parts, tiles * tile_tokens, -1)[:, :, :T].reshape(B, parts * T, -1)
 
 
 class ExpertMLP(nnx.Module):

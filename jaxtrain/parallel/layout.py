@@ -1,8 +1,8 @@
 """How the sequences of a step are cut: into microbatches, over devices and over processes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.parallel.mesh import num_batch_shards
 from jaxtrain.parallel.sharding import MESH_AXES
 from jaxtrain.recipe.errors import DataError, RecipeError
+from jaxtrain.recipe.mesh import length_multiple, refuse_uneven
 from jaxtrain.recipe.trainer import TrainerConfig
 
 Extras = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -63,8 +64,20 @@ class BatchLayout:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of leaves [M, B, ...]: sequences are split, microbatches and tokens are not."""
+        """Of leaves [M, B, ...]: sequences are split, microbatches are not."""
         return NamedSharding(self.mesh, P(None, MESH_AXES["batch"]))
+
+    @property
+    def batch_shardings(self) -> Batch:
+        """Of all leaves: those [M, B, T] are split over `context` too, in the order of the row."""
+        rows = self.sharding
+        tokens = NamedSharding(self.mesh, P(None, MESH_AXES["batch"], MESH_AXES["tokens"]))
+        return Batch(tokens, tokens, tokens, tokens, rows, extras=rows)  # type: ignore[arg-type]
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of sequences is a multiple of, so that devices may share them."""
+        return length_multiple(self.mesh.shape["context"])
 
     @cached_property
     def process_sequences(self) -> np.ndarray:
@@ -86,29 +99,36 @@ class BatchLayout:
                 "write min_iterations to repeat them, or a smaller mesh.data and mesh.fsdp"
             )
 
+    def refuse_uneven(self, lengths: Iterable[int]) -> None:
+        """RecipeError when the devices of `context` cannot share sequences of such a length."""
+        for length in lengths:
+            refuse_uneven(length, self.mesh.shape["context"])
+
     def on_devices(self, batch: Batch) -> Batch:
         """Global arrays of a host batch, whose sequences are `process_sequences`."""
 
-        def place(a: Any) -> jax.Array:
+        def place(sharding: NamedSharding, a: Any) -> jax.Array:
             a = np.asarray(a)
 
             def shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[1].indices(self.microbatch_sequences)
                 first = np.searchsorted(self.process_sequences, start)
-                return a[:, first : first + stop - start]
+                return a[:, first : first + stop - start, *index[2:]]
 
             shape = (a.shape[0], self.microbatch_sequences, *a.shape[2:])
-            return jax.make_array_from_callback(shape, self.sharding, shard)
+            return jax.make_array_from_callback(shape, sharding, shard)
 
-        return jax.tree.map(place, batch)
+        place_all = lambda sharding, part: jax.tree.map(partial(place, sharding), part)
+        return jax.tree.map(place_all, self.batch_shardings, batch)
 
     def batch_shapes(self, sequence_tokens: int, extras: Extras = MappingProxyType({})) -> Batch:
         """Shapes and shardings of a batch, to compile without data."""
-        lead = (self.num_microbatches, self.microbatch_sequences)
+        lead, placed = (self.num_microbatches, self.microbatch_sequences), self.batch_shardings
 
-        def shape(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=self.sharding)
+        def shape(dtype: Any, *tail: int, sharding: Any = placed.rows) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=sharding)
 
-        tokens, weights = shape("int32", sequence_tokens), shape("float32", sequence_tokens)
+        per_token = partial(shape, sharding=placed.tokens)
+        tokens, weights = (per_token(dtype, sequence_tokens) for dtype in ("int32", "float32"))
         more = {name: shape(dtype, *tail) for name, (dtype, tail) in extras.items()}
         return Batch(tokens, tokens, tokens, weights, shape("int32"), more)

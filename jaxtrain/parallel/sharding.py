@@ -13,6 +13,7 @@ from jaxtrain.recipe.mesh import BATCH_AXES
 
 MESH_AXES = {
     "batch": BATCH_AXES,
+    "tokens": ("context",),
     "rows": tuple(axis for axis in BATCH_AXES if axis != "fsdp"),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -124,15 +125,22 @@ TITLES = {
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Constrains the sharding of `x` to these logical axes; no effect outside a mesh.
 
-    Skips mesh axes that an enclosing `shard_map` has made manual.
+    Skips mesh axes that an enclosing `shard_map` has made manual, and leaves tokens whole that do
+    not divide, as those are that generation adds.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name for name, kind in kinds if kind == AxisType.Auto}
-    axes = (tuple(a for a in MESH_AXES[name] if a in free) if name else () for name in logical_axes)
-    return jax.lax.with_sharding_constraint(x, P(*(a or None for a in axes)))
+
+    def place(name: str | None, size: int) -> tuple[str, ...] | None:
+        axes = tuple(axis for axis in MESH_AXES[name] if axis in free) if name else ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        return None if name == "tokens" and size % parts else axes or None
+
+    placed = map(place, logical_axes, x.shape)
+    return jax.lax.with_sharding_constraint(x, P(*placed))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -11,6 +11,7 @@ from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, show
 from jaxtrain.recipe.guards import EVAL_METRICS, metric_direction
 from jaxtrain.recipe.logger import LEVELS
+from jaxtrain.recipe.mesh import describe_uneven
 from jaxtrain.recipe.scheduler import WSDSchedulerConfig
 from jaxtrain.recipe.section import expand_user, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -243,10 +244,9 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
 
 @_needs("mesh", "data")
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
-    parts, length = config.mesh.context, config.data.max_length
-    if parts > 1 and length and length % parts:
-        what = f"{length} does not divide over mesh.context {parts}"
-        yield Fault("data.max_length", f"{what}; use {nearest_multiples(length, parts)}")
+    length = config.data.max_length
+    if length and (what := describe_uneven(length, config.mesh.context)):
+        yield Fault("data.max_length", what)
 
 
 @_needs("scheduler", "train_iters", "epochs")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jaxtrain.recipe.errors import RecipeError, pluralize
+from jaxtrain.recipe.errors import RecipeError, nearest_multiples, pluralize
 from jaxtrain.recipe.section import Section, not_supported
 
 AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
@@ -24,10 +24,8 @@ class MeshConfig(Section):
     """Batch axis over which parameters, gradients and optimizer state are sharded."""
     pipeline: int = 1
     """Pipeline stages; layers are split over them."""
-    context: Annotated[
-        int, not_supported("write 1, and lower data.max_length if memory is short", 1)
-    ] = 1
-    """Devices that share a sequence."""
+    context: int = 1
+    """Devices that share a sequence; its length must be a multiple of twice as many."""
     expert: int = 1
     """Batch axis over which experts are split; each device computes its own experts for the tokens
     of all that share the axis."""
@@ -66,6 +64,29 @@ class MeshConfig(Section):
         """Batch shards on `num_devices`."""
         sizes = self.sizes(num_devices)
         return math.prod(sizes[axis] for axis in BATCH_AXES)
+
+
+def length_multiple(context: int) -> int:
+    """What the lengths of sequences that so many devices share must be multiples of: each of these
+    may hold an early and a late piece."""
+    return 2 * context if context > 1 else 1
+
+
+def describe_uneven(length: int, context: int) -> str | None:
+    """Why so many devices cannot share sequences of this length; None where they can."""
+    multiple = length_multiple(context)
+    if length % multiple == 0:
+        return None
+    use = nearest_multiples(length, multiple)
+    return (
+        f"{length} does not divide into the {multiple} pieces of mesh.context {context}; use {use}"
+    )
+
+
+def refuse_uneven(length: int, context: int) -> None:
+    """RecipeError where so many devices cannot share sequences of this length."""
+    if what := describe_uneven(length, context):
+        raise RecipeError(f"data.max_length: {what}")
 
 
 class PipelineConfig(Section):

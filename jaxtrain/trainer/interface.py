@@ -78,8 +78,9 @@ class Interface:
         """How the data cuts the sequences of a step."""
         layout = self.layout
         return BatchShape(
-            layout.num_microbatches, layout.microbatch_sequences, layout.process_sequences
-        )
+            layout.num_microbatches, layout.microbatch_sequences, layout.process_sequences,
+            layout.length_multiple,
+        )  # fmt: skip
 
     @property
     def data_extras(self) -> Extras:

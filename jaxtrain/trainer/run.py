@@ -154,6 +154,7 @@ def build(
     mesh, stage = layout.mesh, config.deepspeed.zero_stage
 
     refuse_idle_experts(config, model.spec.config)
+    layout.refuse_uneven(sequence_lengths)
     placement = Placement(
         layout, max(sequence_lengths), config.tiled_mlp_compute, config.enable_routing_replay
     )

@@ -147,7 +147,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             last_step=self.last_step,
             tell=self.tell,
         )
-        placed, batch = self.run.shardings, self.layout.sharding
+        placed, batch = self.run.shardings, self.layout.batch_shardings
         compiled = partial(Compiled, current_run=lambda: self.run, phase=self.report.phase)
         self.step = compiled(  # type: ignore[method-assign]
             "train step", self.step,

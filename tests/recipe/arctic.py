@@ -95,7 +95,10 @@ ACCEPTED = {
         "train_iters": 1000,
         "scheduler": {"type": "wds", "num_warmup_steps": 10, "num_decay_steps": 90},
     },
-    "sequence parallel of one": SMALL | {"sequence_parallel_size": 1, "expert_parallel_size": 1},
+    **{
+        f"sequence parallel {n}": SMALL | {"sequence_parallel_size": n}
+        for n in (1, 2, 4, 8, 16, 32, 64)
+    },
     "expert parallel": SMALL
     | {"expert_parallel_size": 8, "arctic_moe": True, "enable_routing_replay": True},
     "ranks": SMALL | {"logger": {"print_output_ranks": [0, 1, 2, 3, 4, 5, 6, 7]}},
@@ -145,13 +148,6 @@ REFUSED = {
         SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}},
         {"model.peft_config.peft_type"},
     ),
-    **{
-        f"sequence parallel {n}": (
-            SMALL | {"sequence_parallel_size": n},
-            {"sequence_parallel_size"},
-        )
-        for n in (2, 4, 8, 16, 32, 64)
-    },
     "offload": (
         SMALL
         | {

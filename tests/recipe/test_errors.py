@@ -326,7 +326,8 @@ ACROSS = {
     ),
     "rows over context": (
         data(max_length=1001) | {"sequence_parallel_size": 4},
-        "data.max_length: 1001 does not divide over mesh.context 4; use 1000 or 1004",
+        "data.max_length: 1001 does not divide into the 8 pieces of mesh.context 4; "
+        "use 1000 or 1008",
     ),
     "context twice": (
         {"sequence_parallel_size": 2, "mesh": {"context": 4}},

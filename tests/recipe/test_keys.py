@@ -226,7 +226,6 @@ EXAMPLES = {
     "model.dtype": ("half", "'float16'"),
     "data.sources.*.dataset_uri": ([SNOWFLAKE], "'snow://dataset/a/versions/b'"),
     "data.batch_tokens": (4096, "4096"),
-    "mesh.context": (2, "2"),
     "pipeline.schedule": ("1f1b", "'1f1b'"),
     "pipeline.split": ([1, 2], "(1, 2)"),
     "replica_check_interval": (5, "5"),
@@ -273,11 +272,6 @@ BOOKS = {"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}
             {"data": {"sources": ["a/b"], "eval_sources": {"x": [SNOWFLAKE]}}, "eval_interval": 1},
             "data.eval_sources.x.0.dataset_uri",
             "not supported yet, found ",
-        ),
-        (
-            {"sequence_parallel_size": 64},
-            "sequence_parallel_size",
-            "not supported yet, found 64; write 1, and lower data.max_length if memory is short",
         ),
     ],
 )

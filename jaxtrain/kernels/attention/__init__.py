@@ -1,5 +1,9 @@
 from jaxtrain.kernels.attention.api import Wanted as Wanted
 from jaxtrain.kernels.attention.api import attention as attention
 from jaxtrain.kernels.attention.api import choose as choose
+from jaxtrain.kernels.attention.context import Exchange as Exchange
+from jaxtrain.kernels.attention.context import choose_exchange as choose_exchange
+from jaxtrain.kernels.attention.context import to_ring_order as to_ring_order
+from jaxtrain.kernels.attention.context import to_row_order as to_row_order
 from jaxtrain.kernels.attention.mask import Scoring as Scoring
 from jaxtrain.kernels.attention.mask import TokenPositions as TokenPositions

@@ -5,9 +5,11 @@ from typing import Literal, NamedTuple
 
 from jax import Array
 
+from jaxtrain.kernels.attention.context import Exchange, attend_over_context
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
 from jaxtrain.kernels.attention.splash import LANES, splash_attention, splash_fault
+from jaxtrain.kernels.axes import context_parts
 
 IMPLEMENTATIONS = {
     "reference": reference_attention,
@@ -27,6 +29,7 @@ def attention(
     scoring: Scoring,
     sinks_N: Array | None = None,
     implementation: str = "reference",
+    exchange: Exchange | None = None,
 ) -> Array:
     """Causal attention inside each segment, [B, T, N, H] in the dtype of q; softmax in float32.
     Values, and so the result, may have another size than keys.
@@ -38,8 +41,15 @@ def attention(
     are a cache, in any order; an empty slot has segment 0 and finite contents. `implementation` is
     the name that `choose` returns, or 'splash_interpret' for a test on CPU; an implementation that
     does not support a shape raises NotImplementedError.
+
+    With an `exchange`, self-attention of sequences that a mesh cuts goes over its devices that way:
+    as 'ring' in the order of `to_ring_order`.
     """
     attend = IMPLEMENTATIONS[implementation]
+    if exchange is not None and context_parts(q_BTNH.shape[1]) > 1:
+        return attend_over_context(
+            attend, exchange, scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, sinks_N
+        )
     return attend(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N)
 
 

@@ -29,6 +29,29 @@ def reference_attention(
 
 
 def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N):
+    inputs = q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N
+    same_order = q_BTNH.shape[1] == k_BSKH.shape[1]
+    out_BTNH, lse_BTN = attend(scoring, *inputs, same_order=same_order)
+    # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
+    out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
+    lse_BTN = checkpoint_name(lse_BTN, "attention")
+    return out_BTNH, (*inputs, out_BTNH, lse_BTN)
+
+
+def attend(
+    scoring: Scoring,
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    q_positions,
+    kv_positions,
+    sinks_N,
+    *,
+    same_order: bool,
+) -> tuple[Array, Array]:
+    """The result and the log-sum-exp of each row of scores, float32; 0 and -inf for a query that
+    sees nothing. With `same_order` queries and keys are the same tokens, in the order of their
+    sequence; else keys come in any order."""
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -39,7 +62,7 @@ def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_pos
         sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, N // K), C, 1)[..., None]
 
     outs, lses = [], []
-    for band, keys in _bands(T, S, C, scoring.window):
+    for band, keys in _bands(T, S, C, scoring.window, same_order):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
         kv = k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band
         block = partial(_forward_block, scoring, sinks_KR1, *kv)
@@ -47,12 +70,7 @@ def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_pos
         outs.append(out)
         lses.append(lse)
     out_BTNH = _from_query_rows(jnp.concatenate(outs), T, N)
-    lse_BTN = _from_query_rows(jnp.concatenate(lses), T, N)[..., 0]
-    # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
-    out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
-    lse_BTN = checkpoint_name(lse_BTN, "attention")
-    saved = q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N, out_BTNH, lse_BTN
-    return out_BTNH, saved
+    return out_BTNH, _from_query_rows(jnp.concatenate(lses), T, N)[..., 0]
 
 
 def _forward_block(
@@ -69,13 +87,37 @@ def _forward_block(
     p_BKRS = jnp.exp(scores_BKRS - top_BKR1)
     total_BKR1 = p_BKRS.sum(-1, keepdims=True)
     total_BKR1 += 0.0 if sinks_KR1 is None else jnp.exp(sinks_KR1 - top_BKR1)
-    total_BKR1 = jnp.where(total_BKR1 == 0, 1.0, total_BKR1)
-    out_BKRH = _dot("bkrs,bksh->bkrh", p_BKRS.astype(v_BKSH.dtype), v_BKSH) / total_BKR1
+    out_BKRH = _dot("bkrs,bksh->bkrh", p_BKRS.astype(v_BKSH.dtype), v_BKSH)
+    out_BKRH /= jnp.where(total_BKR1 == 0, 1.0, total_BKR1)
     return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
 
 
 def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N, out_BTNH, lse_BTN = saved
+    same_order = saved[0].shape[1] == saved[1].shape[1]
+    d_qkv = attend_backward(scoring, saved, d_out_BTNH, same_order=same_order)
+    d_q, d_k, d_v = (d.astype(x.dtype) for d, x in zip(d_qkv, saved, strict=False))
+    return d_q, d_k, d_v, None, None, d_sinks(saved, d_out_BTNH)
+
+
+reference_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def d_sinks(saved, d_out_BTNH) -> Array | None:
+    """The gradient of sinks, whose value is 0."""
+    sinks_N, out_BTNH, lse_BTN = saved[-3:]
+    if sinks_N is None:
+        return None
+    p_BTN = jnp.exp(sinks_N.astype(jnp.float32) - lse_BTN)
+    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, out_BTNH)
+    return -(p_BTN * delta_BTN).sum((0, 1)).astype(sinks_N.dtype)
+
+
+def attend_backward(
+    scoring: Scoring, saved, d_out_BTNH, *, same_order: bool
+) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v, float32. The saved result and log-sum-exp may be over more keys
+    than these."""
+    q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, _, out_BTNH, lse_BTN = saved
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
@@ -93,7 +135,7 @@ def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
     d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
 
     d_qs = []
-    for band, keys in _bands(T, S, C, scoring.window):
+    for band, keys in _bands(T, S, C, scoring.window, same_order):
         kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
         block = partial(_backward_block, scoring, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
 
@@ -106,17 +148,8 @@ def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
         d_k_BKSH = d_k_BKSH.at[:, :, keys].set(d_k)
         d_v_BKSH = d_v_BKSH.at[:, :, keys].set(d_v)
         d_qs.append(d_q)
-    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N).astype(q_BTNH.dtype)
-    d_k_BSKH = d_k_BKSH.swapaxes(1, 2).astype(k_BSKH.dtype)
-    d_v_BSKH = d_v_BKSH.swapaxes(1, 2).astype(v_BSKH.dtype)
-    d_sinks_N = None
-    if sinks_N is not None:  # the value of a sink is 0
-        p_BTN = jnp.exp(sinks_N.astype(jnp.float32) - lse_BTN)
-        d_sinks_N = -(p_BTN * delta_BTN).sum((0, 1)).astype(sinks_N.dtype)
-    return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None, d_sinks_N
-
-
-reference_attention.defvjp(_attention_fwd, _attention_bwd)
+    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N)
+    return d_q_BTNH, d_k_BKSH.swapaxes(1, 2), d_v_BKSH.swapaxes(1, 2)
 
 
 def _backward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
@@ -151,15 +184,17 @@ def _block_tokens(T: int) -> int:
     return -(-T // -(-T // BLOCK))
 
 
-def _bands(T: int, S: int, C: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _bands(
+    T: int, S: int, C: int, window: int | None, same_order: bool
+) -> Iterator[tuple[slice, slice]]:
     """Bands of neighbouring blocks, each with the range of keys that its queries can see.
 
-    In self-attention (T == S) a key of higher index is never visible, and positions rise by at
-    least one per token, so a key `window` indices back is not visible either. Otherwise the keys
-    are a cache, in any order, and every block reads all of it.
+    In self-attention a key of higher index is never visible, and positions rise by at least one per
+    token, so a key `window` indices back is not visible either. Otherwise the keys are in any
+    order, as those of a cache, and every block reads all of them.
     """
     blocks = -(-T // C)
-    if T != S:
+    if not same_order:
         yield slice(0, blocks), slice(0, S)
         return
     per_band = -(-blocks // MAX_BANDS)

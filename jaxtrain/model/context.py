@@ -1,0 +1,30 @@
+"""What a mesh that cuts sequences over its `context` axis asks of a decoder."""
+
+from jaxtrain.kernels.attention import Exchange, choose_exchange
+from jaxtrain.model.config import DecoderConfig
+from jaxtrain.recipe.errors import RecipeError
+
+RECURRENT = {"delta": "linear attention", "conv": "short convolutions"}
+"""Mixer that passes a state from token to token → what its layers are called."""
+
+
+def find_exchange(config: DecoderConfig, *, context: int, tensor: int) -> tuple[Exchange, str]:
+    """How attention goes over `context`, and a sentence for the log; one way for all layers, which
+    have the same order of tokens."""
+    heads = []
+    for spec in config.layer_kinds:
+        sizes = config.of_layer(spec)
+        is_latent = spec.mixer == "latent"
+        heads.append((sizes.num_heads, sizes.num_heads if is_latent else sizes.num_kv_heads))
+    return choose_exchange(heads, parts=context, tensor=tensor)
+
+
+def refuse_recurrent(config: DecoderConfig, context: int) -> None:
+    """RecipeError for layers whose tokens wait for a state of those before them."""
+    found = {RECURRENT[spec.mixer] for spec in config.layer_kinds if spec.is_recurrent}
+    if context > 1 and found:
+        raise RecipeError(
+            f"mesh.context: {context} cannot cut sequences for layers of "
+            f"{' and '.join(sorted(found))}, which {config.family} has; write 1, and use mesh.fsdp "
+            "or mesh.tensor"
+        )
