@@ -16,7 +16,10 @@ def find_exchange(config: DecoderConfig, *, context: int, tensor: int) -> tuple[
         sizes = config.of_layer(spec)
         is_latent = spec.mixer == "latent"
         heads.append((sizes.num_heads, sizes.num_heads if is_latent else sizes.num_kv_heads))
-    return choose_exchange(heads, parts=context, tensor=tensor)
+    exchange, why = choose_exchange(heads, parts=context, tensor=tensor)
+    if exchange == "ring" and any(spec.window for spec in config.layer_kinds):
+        why += "; layers with a window are plain jnp there"
+    return exchange, why
 
 
 def refuse_recurrent(config: DecoderConfig, context: int) -> None:

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jaxtrain.kernels.attention import Wanted, choose
+from jaxtrain.kernels.attention import RING_BLOCKS, Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.context import find_exchange, refuse_recurrent
@@ -380,7 +380,8 @@ class HFModelFactory(ModelFactory):
         exchange = None
         if context > 1:
             exchange, way = find_exchange(spec.config, context=context, tensor=tensor)
-            how = f"attention: {way}" if exchange == "ring" else f"{how}, {way}"
+            is_slow = exchange == "ring" and kernel not in RING_BLOCKS
+            how = f"attention: plain jnp {way}" if is_slow else f"{how}; {way}"
         if layout.stages > 1 and spec.config.num_expert_layers:
             raise RecipeError(
                 f"mesh.pipeline: {layout.stages} cannot split a model with experts; use mesh.expert"

@@ -47,9 +47,11 @@ def pull(scoring, exchange, kernel, positions, qkv, sinks, d_out):
     return out, *back(d_out)
 
 
-def check(exchange, sizes, *, rule=(), heads=(8, 4), sinks=None, kernel="reference", rows=ROWS):
-    scoring = Scoring(H**-0.5, **dict(rule))
-    positions, qkv = packed(*rows, tokens=T), random_qkv(len(rows), T, heads=heads)
+def check(exchange, sizes, *, rule=(), heads=(8, 4), sinks=None, kernel="reference", tokens=T):
+    scoring, rows = Scoring(H**-0.5, **dict(rule)), ROWS
+    if tokens != T:
+        rows = [(tokens // 3, tokens // 2), (tokens,)]
+    positions, qkv = packed(*rows, tokens=tokens), random_qkv(len(rows), tokens, heads=heads)
     d_out = jax.random.normal(jax.random.key(9), qkv[0].shape)
     wanted = pull(scoring, None, "reference", positions, qkv, sinks, d_out)
     mesh = mesh_of(**sizes)
@@ -82,6 +84,26 @@ def test_devices_that_share_sequences_change_nothing(exchange, rule):
 def test_sinks_are_those_of_the_heads_of_a_device(exchange, sizes):
     sinks = jnp.linspace(-2.0, 4.0, 8)
     check(exchange, sizes, sinks=sinks, rule=(("window", 9),))
+
+
+@pytest.mark.parametrize(
+    ("exchange", "rule"),
+    [
+        ("all_to_all", {"window": 5}),
+        ("ring", {"softcap": 0.7}),
+        pytest.param("ring", {"window": 5}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_splash_attends_on_each_device(exchange, rule):
+    """In interpret mode; pieces are shorter than its blocks, and are filled up."""
+    rule, sinks = tuple(rule.items()), jnp.linspace(-2.0, 4.0, 4)
+    check(exchange, {"context": 2}, rule=rule, heads=(4, 2), sinks=sinks, kernel="splash_interpret")
+
+
+@pytest.mark.slow
+def test_splash_attends_to_pieces_of_several_blocks():
+    check("ring", {"context": 2}, heads=(2, 1), kernel="splash_interpret", tokens=1280)
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from typing import Literal, NamedTuple
 
 from jax import Array
 
-from jaxtrain.kernels.attention.context import Exchange, attend_over_context
+from jaxtrain.kernels.attention.context import REFERENCE, Blocks, Exchange, attend_over_context
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
 from jaxtrain.kernels.attention.splash import LANES, splash_attention, splash_fault
+from jaxtrain.kernels.attention.splash_blocks import splash_block, splash_block_backward
 from jaxtrain.kernels.axes import context_parts
 
 IMPLEMENTATIONS = {
@@ -16,6 +17,11 @@ IMPLEMENTATIONS = {
     "splash": partial(splash_attention, interpret=False),
     "splash_interpret": partial(splash_attention, interpret=True),
 }
+RING_BLOCKS = {
+    name: Blocks(partial(splash_block, interpret=i), partial(splash_block_backward, interpret=i))
+    for name, i in (("splash", False), ("splash_interpret", True))
+}
+"""Implementation → what a ring attends with; windows, and the others, have those of `reference`."""
 Wanted = Literal["auto", "pallas", "reference"]
 
 
@@ -47,8 +53,9 @@ def attention(
     """
     attend = IMPLEMENTATIONS[implementation]
     if exchange is not None and context_parts(q_BTNH.shape[1]) > 1:
+        blocks = REFERENCE if scoring.window else RING_BLOCKS.get(implementation, REFERENCE)
         return attend_over_context(
-            attend, exchange, scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, sinks_N
+            attend, blocks, exchange, scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, sinks_N
         )
     return attend(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N)
 

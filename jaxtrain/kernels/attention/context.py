@@ -15,7 +15,7 @@ C devices of the axis.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,16 @@ Exchange = Literal["all_to_all", "ring"]
 PyTree = Any
 
 
+class Blocks(NamedTuple):
+    """What attends to a part of the keys, and its gradients: as those of reference.py."""
+
+    attend: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
+
+
+REFERENCE = Blocks(attend, attend_backward)
+
+
 def choose_exchange(
     heads: Iterable[tuple[int, int]], *, parts: int, tensor: int
 ) -> tuple[Exchange, str]:
@@ -40,11 +50,12 @@ def choose_exchange(
         return "all_to_all", f"all-to-all of heads and tokens over context {parts}"
     cut = f"context {parts}" + (f" x tensor {tensor}" if tensor > 1 else "")
     why = f"since {cut} does not divide {min(uneven)} heads"
-    return "ring", f"plain jnp in a ring over context {parts}, {why}"
+    return "ring", f"in a ring over context {parts}, {why}"
 
 
 def attend_over_context(
     kernel: Callable[..., Array],
+    blocks: Blocks,
     exchange: Exchange,
     scoring: Scoring,
     q_BTNH: Array,
@@ -53,7 +64,7 @@ def attend_over_context(
     positions: TokenPositions,
     sinks_N: Array | None,
 ) -> Array:
-    """Self-attention; `kernel` is what attends among the tokens of one device."""
+    """Self-attention; `kernel` attends among all tokens, `blocks` to those of another device."""
     sizes = free_axis_sizes()
     # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
     own = (TENSOR_AXIS, CONTEXT_AXIS)
@@ -61,7 +72,7 @@ def attend_over_context(
     tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
     heads = PartitionSpec(batch, CONTEXT_AXIS, tensor, None)
     tokens = PartitionSpec(batch, CONTEXT_AXIS)
-    local = _ring if exchange == "ring" else partial(_all_to_all, kernel)
+    local = partial(_ring, blocks) if exchange == "ring" else partial(_all_to_all, kernel)
     return jax.shard_map(
         partial(local, scoring),
         in_specs=(heads, heads, heads, tokens, PartitionSpec(tensor)),
@@ -89,23 +100,24 @@ def _all_to_all(
     return exchange(out, split_axis=1, concat_axis=2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(blocks: Blocks, scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N) -> Array:
     """Of an early and a late piece of each sequence, in this order."""
-    return _ring_fwd(scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N)[0]
+    return _ring_fwd(blocks, scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N)[0]
 
 
-def _ring_fwd(scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N):
+def _ring_fwd(blocks: Blocks, scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N):
     own = k_BTKH, v_BTKH, positions
     queries = q_BTNH, positions
     # Sent on before this device works with them, so that the two overlap.
     received = _pass_on(own)
-    merged = attend(scoring, q_BTNH, *own[:2], positions, positions, sinks_N, same_order=True)
+    whole = q_BTNH, *own[:2], positions, positions, sinks_N
+    merged = blocks.attend(scoring, *whole, same_order=True)
 
     def merge_turn(turn: Array | int, keys, merged):
         is_past = _is_past(turn)
         (q, q_positions), (k, v, kv_positions) = _pair(is_past, queries, keys)
-        found = attend(scoring, q, k, v, q_positions, kv_positions, None, same_order=False)
+        found = blocks.attend(scoring, q, k, v, q_positions, kv_positions, None, same_order=False)
         for parts in _unpair_queries(is_past, found, nothing=(0.0, -jnp.inf)):
             merged = _merge(merged, parts)
         return merged
@@ -122,20 +134,20 @@ def _ring_fwd(scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N):
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, positions, sinks_N, out_BTNH, lse_BTN)
 
 
-def _ring_bwd(scoring: Scoring, saved, d_out_BTNH):
+def _ring_bwd(blocks: Blocks, scoring: Scoring, saved, d_out_BTNH):
     q_BTNH, k_BTKH, v_BTKH, positions, sinks_N, out_BTNH, lse_BTN = saved
     own = k_BTKH, v_BTKH, positions
     results = out_BTNH, lse_BTN, d_out_BTNH
     queries = (q_BTNH, positions), results
     whole = q_BTNH, *own[:2], positions, positions, sinks_N, out_BTNH, lse_BTN
-    d_q, *d_keys = attend_backward(scoring, whole, d_out_BTNH, same_order=True)
+    d_q, *d_keys = blocks.backward(scoring, whole, d_out_BTNH, same_order=True)
 
     def step(carry, turn: Array):
         keys, d_keys, d_q = carry
         is_past = _is_past(turn)
         ((q, q_positions), (out, lse, d_out)), (k, v, kv_positions) = _pair(is_past, queries, keys)
         block = q, k, v, q_positions, kv_positions, None, out, lse
-        found = attend_backward(scoring, block, d_out, same_order=False)
+        found = blocks.backward(scoring, block, d_out, same_order=False)
         for part in _unpair_queries(is_past, found[:1], nothing=(0.0,)):
             d_q += part[0]
         added = [d + _unpair_keys(is_past, part) for d, part in zip(d_keys, found[1:], strict=True)]
