@@ -109,6 +109,9 @@ PARAMETERS = (
 """Parameter path → logical axis of each dimension, none where it ends; the first full match counts.
 """
 
+ZERO_AXES = ("data", "context")
+"""Mesh axes whose devices hold the same parameters, unless a ZeRO stage splits what they store."""
+
 TITLES = {
     "vocab": "tokens of the vocabulary",
     "kv_heads": "key/value heads",
@@ -149,7 +152,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh, shapes: Any, *, over_data: bool = False) -> Any:
-    """The sharding of every parameter; `over_data` splits over `data` what `fsdp` splits.
+    """The sharding of every parameter; `over_data` splits over ZERO_AXES what `fsdp` splits.
 
     RecipeError if `tensor` or `expert` does not divide what it splits, with the sizes that would;
     ValueError for a parameter that no rule matches.
@@ -216,5 +219,6 @@ def _mesh_axes(
             moved, placed[dimension] = placed[dimension], []
             place_axes(dimension, *moved)
     if over_data and "embed" in axes:
-        place_axes(axes.index("embed"), "data")
+        for axis in ZERO_AXES:
+            place_axes(axes.index("embed"), axis)
     return [tuple(dimension) or None for dimension in placed]

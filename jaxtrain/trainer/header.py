@@ -12,6 +12,7 @@ from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.model.lora import partition, take_adapters
 from jaxtrain.model.quantized import may_be_quantized
+from jaxtrain.parallel.sharding import ZERO_AXES
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
@@ -24,7 +25,8 @@ def collect_facts(
 ) -> dict[str, str]:
     """Name → fact, in the order in which they are shown; a fact may have several lines."""
     config, model, mesh = run.config, run.model, run.mesh
-    stage = config.deepspeed.zero_stage if mesh.shape["data"] > 1 else 0
+    is_split = any(mesh.shape[axis] > 1 for axis in ZERO_AXES)
+    stage = config.deepspeed.zero_stage if is_split else 0
     experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "

@@ -1,14 +1,21 @@
 """Devices that share sequences compute what one device does that has them whole."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxtrain import registry
+from jaxtrain.plan import plan
+from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.errors import RecipeError
+from jaxtrain.recipe.resolve import get_config
 from tests.runs import LLAMA, host, loss_and_gradients, losses, metrics_of, recipe, trainer
 
 ROWS, STEPS = 8, 10
+FOCAL = Path(__file__).parents[2] / "recipes" / "focal.py"
 SMALL = {"num_hidden_layers": 2}
 ONE_KEY = SMALL | {"num_key_value_heads": 1}
 ALL_KEYS = SMALL | {"num_key_value_heads": 8}
@@ -58,7 +65,8 @@ TABLE = {
         {"context": 4, "fsdp": 2}, SMALL, {"gradient_accumulation_steps": 4}, "all-to-all",
     ),
     "accumulation in a ring": (
-        {"context": 8}, SMALL, {"gradient_accumulation_steps": 2, **EVALUATION}, "ring",
+        {"context": 8}, SMALL,
+        {"gradient_accumulation_steps": 2, "model": {"remat": "dots"}, **EVALUATION}, "ring",
     ),
     "tiles and padding": (
         {"context": 4, "data": 2}, SMALL,
@@ -69,6 +77,7 @@ TABLE = {
         {"context": 2, "data": 4}, SMALL,
         {"deepspeed": {"zero_optimization": {"stage": 3}}}, "all-to-all",
     ),
+    "a loss of one's own": ({"context": 4}, ONE_KEY, {"type": "focal"}, "ring"),
     "a pipeline": ({"pipeline": 2, "context": 2, "data": 2}, SMALL, {}, "all-to-all"),
 }  # fmt: skip
 QUICK = ("two", "ring", "adapters")
@@ -82,7 +91,10 @@ def run_of(folder, mesh, config, changes):
         folder, train_iters=STEPS, mesh=mesh, **{**changes, "micro_batch_size": ROWS // cut}
     )
     (folder / "model" / "config.json").write_text(json.dumps(LLAMA | config))
-    return trainer(written, devices=devices)
+    run_user_code(FOCAL)
+    return trainer(
+        written, devices=devices, cls=registry.find("trainer", changes.get("type", "sft"))
+    )
 
 
 def assert_same(run, alone):
@@ -160,3 +172,16 @@ def test_prompts_are_answered_and_the_header_says_how_attention_goes(tmp_path, c
     assert answers[0] == answers[1] and len(answers[0]) == 2
     assert "all-to-all of heads and tokens over context 2" in headers[1]
     assert "context" not in headers[0]
+
+
+def test_a_plan_says_what_a_part_of_each_sequence_takes(tmp_path):
+    """The more devices share a sequence, the less of its activations each holds."""
+    peaks = []
+    for context in (1, 4):
+        written = recipe(tmp_path, mesh={"context": context}, micro_batch_size=4)
+        (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA | SMALL))
+        facts = dict(plan(get_config(written), jax.devices()[:context]))
+        peaks.append(float(facts["step"].split()[0]))
+    assert facts["devices"] == "4 x cpu, mesh context 4"
+    assert facts["batch"] == "4 sequences of 128 tokens per step"
+    assert peaks[1] < 0.6 * peaks[0]

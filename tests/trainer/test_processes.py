@@ -16,10 +16,16 @@ PROGRAM = (
     ("mesh", "devices", "rows"),
     [
         ({"tensor": 2}, 1, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        pytest.param({"context": 2}, 1, [[0, 1, 2, 3]] * 2, marks=pytest.mark.slow),
         pytest.param({"data": 2}, 1, [[0, 1], [2, 3]], marks=pytest.mark.slow),
         pytest.param({"data": 2, "tensor": 2}, 2, [[0, 1], [2, 3]], marks=pytest.mark.slow),
     ],
-    ids=["one batch shard on both", "a shard each", "a shard of two devices each"],
+    ids=[
+        "one batch shard on both",
+        "half of each sequence",
+        "a shard each",
+        "a shard of two devices each",
+    ],
 )
 def test_two_processes_train_as_one_does(tmp_path, mesh, devices, rows):
     shards = mesh.get("data", 1)

@@ -1,4 +1,4 @@
-"""A ZeRO stage changes what each device of `data` holds and nothing else."""
+"""A ZeRO stage changes what each device of `data` and `context` holds and nothing else."""
 
 import re
 
@@ -16,7 +16,15 @@ RUNS = [
         pytest.param(
             stage, {"data": DATA, axis: 2} if axis else {"data": DATA}, marks=pytest.mark.slow
         )
-        for stage, axis in ((0, ""), (1, ""), (1, "fsdp"), (2, "tensor"), (3, "fsdp"))
+        for stage, axis in (
+            (0, ""),
+            (1, ""),
+            (1, "fsdp"),
+            (2, "tensor"),
+            (3, "fsdp"),
+            (2, "context"),
+            (3, "context"),
+        )
     ),
 ]
 
@@ -71,7 +79,7 @@ def test_a_stage_changes_no_loss_and_holds_what_it_says(tmp_path, alone, mesh, s
     found = losses(run, STEPS)
     assert np.abs(np.array(found) - alone).max() < 1e-5
     always = 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
-    sharded = always / DATA
+    sharded = always / DATA / mesh.get("context", 1)
     kept, computed, summed = (
         (always, always, always),
         (sharded, always, always),
