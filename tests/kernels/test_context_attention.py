@@ -90,8 +90,10 @@ def test_sinks_are_those_of_the_heads_of_a_device(exchange, sizes):
     ("exchange", "rule"),
     [
         ("all_to_all", {"window": 5}),
-        ("ring", {"softcap": 0.7}),
-        pytest.param("ring", {"window": 5}, marks=pytest.mark.slow),
+        *(
+            pytest.param("ring", rule, marks=pytest.mark.slow)
+            for rule in ({"softcap": 0.7}, {"window": 5})
+        ),
     ],
     ids=str,
 )

@@ -207,12 +207,13 @@ MESHES = [
     {"fsdp": 8},
     {"data": 2, "tensor": 4},
     {"pipeline": 2, "data": 2, "tensor": 2},
+    {"context": 4, "data": 2},
 ]
 
 
 def compiled_on(mesh, form, settings, inputs, layout):
     """The compiled function with the gradients sharded as the inputs are, and its inputs."""
-    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    rows = NamedSharding(mesh, P(("data", "fsdp"), "context"))
     head_axes = ("fsdp", "tensor") if layout == "DV" else ("tensor", "fsdp")
     head = NamedSharding(mesh, P(*head_axes))
     inputs = jax.device_put(inputs, (rows, head, rows, rows))
@@ -241,7 +242,7 @@ def loop_text(compiled) -> str:
 @pytest.mark.parametrize("layout", ["DV", "VD"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_mesh_changes_nothing_and_the_head_moves_once(form, layout, sizes):
-    inputs = problem(layout=layout)
+    inputs = problem(layout=layout, tokens=24 if "context" in sizes else T)
     settings = {"head_layout": layout, "chunk_tokens": 4}
     if form == "sum":
         settings |= OPTIONS["both"]
