@@ -44,7 +44,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.data.render import Renderer
     from jaxtrain.model import HFModelFactory, decoder
     from jaxtrain.model.config import ComputeConfig
-    from jaxtrain.model.context import refuse_recurrent
+    from jaxtrain.model.context import refuse_context
     from jaxtrain.model.routing import refuse_idle_experts
     from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
@@ -87,7 +87,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             with collecting():
                 refuse_uneven(length, sizes["context"])
             with collecting():
-                refuse_recurrent(spec.config, sizes["context"])
+                refuse_context(spec.config, sizes)
             parameter_shardings(AbstractMesh((*sizes.values(),), (*sizes,)), shapes)
         with collecting():
             refuse_idle_experts(config, spec.config)

@@ -114,6 +114,11 @@ REFUSED = {
         "mesh.context: 2 cannot cut sequences for layers of short convolutions, which lfm2 has; "
         "write 1, and use mesh.fsdp or mesh.tensor",
     ),
+    "ring in a pipeline": (
+        change("mesh", {"context": 8, "pipeline": 2}),
+        "mesh.pipeline: 2 excludes attention in a ring over context 8, since context 8 does not "
+        "divide 4 heads; use mesh.fsdp, or a mesh.context that divides the heads",
+    ),
     "data": (change("data", {"sources": ["gone.jsonl"]}), "no file or folder 'gone.jsonl'"),
     "pattern": (change("data", {"sources": ["gone/*.csv"]}), "no file matches 'gone/*.csv'"),
     "data folder": (change("data", {"sources": ["./gone"]}), "no folder './gone'"),

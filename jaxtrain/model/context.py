@@ -1,5 +1,7 @@
 """What a mesh that cuts sequences over its `context` axis asks of a decoder."""
 
+from collections.abc import Mapping
+
 from jaxtrain.kernels.attention import Exchange, choose_exchange
 from jaxtrain.model.config import DecoderConfig
 from jaxtrain.recipe.errors import RecipeError
@@ -18,16 +20,24 @@ def find_exchange(config: DecoderConfig, *, context: int, tensor: int) -> tuple[
         heads.append((sizes.num_heads, sizes.num_heads if is_latent else sizes.num_kv_heads))
     exchange, why = choose_exchange(heads, parts=context, tensor=tensor)
     if exchange == "ring" and any(spec.window for spec in config.layer_kinds):
-        why += "; layers with a window are plain jnp there"
+        why += " (layers with a window in plain jnp)"
     return exchange, why
 
 
-def refuse_recurrent(config: DecoderConfig, context: int) -> None:
-    """RecipeError for layers whose tokens wait for a state of those before them."""
-    found = {RECURRENT[spec.mixer] for spec in config.layer_kinds if spec.is_recurrent}
-    if context > 1 and found:
+def refuse_context(config: DecoderConfig, sizes: Mapping[str, int]) -> None:
+    """RecipeError for layers whose tokens wait for a state of those before them, and for a ring in
+    the stages of a pipeline, of which some are idle: a step of it waits for all devices."""
+    if (context := sizes["context"]) == 1:
+        return
+    if found := {RECURRENT[spec.mixer] for spec in config.layer_kinds if spec.is_recurrent}:
         raise RecipeError(
             f"mesh.context: {context} cannot cut sequences for layers of "
             f"{' and '.join(sorted(found))}, which {config.family} has; write 1, and use mesh.fsdp "
             "or mesh.tensor"
+        )
+    exchange, why = find_exchange(config, context=context, tensor=sizes["tensor"])
+    if exchange == "ring" and sizes["pipeline"] > 1:
+        raise RecipeError(
+            f"mesh.pipeline: {sizes['pipeline']} excludes attention {why}; use mesh.fsdp, or a "
+            "mesh.context that divides the heads"
         )

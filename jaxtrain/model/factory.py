@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtrain.kernels.attention import RING_BLOCKS, Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.context import find_exchange, refuse_recurrent
+from jaxtrain.model.context import find_exchange, refuse_context
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.families import BY_NAME
@@ -376,7 +376,7 @@ class HFModelFactory(ModelFactory):
             raise RecipeError(f"model.attn_implementation: {error}") from None
         kernel, how = attention
         context, tensor = (layout.mesh.shape[axis] for axis in ("context", "tensor"))
-        refuse_recurrent(spec.config, context)
+        refuse_context(spec.config, layout.mesh.shape)
         exchange = None
         if context > 1:
             exchange, way = find_exchange(spec.config, context=context, tensor=tensor)
