@@ -223,11 +223,19 @@ class Decoder(nnx.Module):
         return AttentionInputs(q_positions, kv_positions, rotations, slot)
 
     def embed_tokens(self, tokens_BT: Array, positions_BT: Array) -> Array:
-        x_BTD = look_up(self.embed.embedding, tokens_BT)
+        x_BTD = self._look_up(self.embed.embedding, tokens_BT, "vocab")
         if self.config.learned_positions:
-            x_BTD += look_up(self.embed.positions, positions_BT)
+            x_BTD += self._look_up(self.embed.positions, positions_BT, None)
         x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
         return constrain(x_BTD, "batch", "tokens", None)
+
+    def _look_up(self, table: nnx.Param, index_BT: Array, rows: str | None) -> Array:
+        rows_XD = table[...]
+        if context_parts(index_BT.shape[1]) > 1:
+            # Its gradient is summed before a ZeRO stage cuts it, which would else gather what all
+            # tokens give to it.
+            rows_XD = constrain(rows_XD, rows, "embed")
+        return look_up(rows_XD, index_BT)
 
     def run_layers(
         self, tokens_BT: Array, inputs: AttentionInputs, caches: Caches | None = None
@@ -245,7 +253,7 @@ class Decoder(nnx.Module):
         graph, params = split(self.layer_inputs)
         # The tokens go to the parts of the table on their devices, not the table to the tokens.
         table_BTXI = constrain(
-            look_up(self.embed.layer_inputs, tokens_BT), "rows", "tokens", None, "embed"
+            look_up(self.embed.layer_inputs[...], tokens_BT), "rows", "tokens", None, "embed"
         )
         table_BTXI = constrain(table_BTXI.astype(x_BTD.dtype), "batch", "tokens", None, None)
 
@@ -447,8 +455,8 @@ def merge(graph: nnx.GraphDef, params: Params) -> Decoder:
     return nnx.merge(graph, params)
 
 
-def look_up(table: nnx.Param, index_BT: Array) -> Array:
-    return jnp.take(table[...], index_BT, axis=0, mode="clip")
+def look_up(table: Array, index_BT: Array) -> Array:
+    return jnp.take(table, index_BT, axis=0, mode="clip")
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
