@@ -1,3 +1,4 @@
+from jaxtrain.kernels.attention.api import Device as Device
 from jaxtrain.kernels.attention.api import Wanted as Wanted
 from jaxtrain.kernels.attention.api import attention as attention
 from jaxtrain.kernels.attention.api import choose as choose
