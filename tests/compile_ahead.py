@@ -36,7 +36,20 @@ L4 = """gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA L4"
 """
-GPUS = {"h200": H200, "l4": L4}
+A100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: 108 fpus_per_core: 64 shared_memory_per_block: 49152
+  shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
+  device_memory_size: 85000000000 cuda_compute_capability { major: 8 minor: 0 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA A100-SXM4-80GB"
+"""
+GPUS = {"a100": A100, "l4": L4, "h200": H200}
+KERNELS = {"splash": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
 TOKENS = 512
 
 
@@ -61,7 +74,7 @@ def main(target: str, mesh: dict[str, int]) -> None:
     print(
         json.dumps(
             {
-                "has_splash": "tpu_custom_call" in lowered.as_text(),
+                "kernels": [name for name in KERNELS if KERNELS[name] in lowered.as_text()],
                 "alias_bytes": memory.alias_size_in_bytes,
                 "output_bytes": memory.output_size_in_bytes,
                 "peak_bytes": memory.peak_memory_in_bytes,

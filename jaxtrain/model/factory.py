@@ -1,6 +1,5 @@
 """The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jaxtrain.kernels.attention import RING_BLOCKS, Wanted, choose
+from jaxtrain.kernels.attention import RING_BLOCKS, Device, Wanted, choose
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.context import find_exchange, refuse_context
@@ -50,7 +49,7 @@ from jaxtrain.model.quantized import Kind, may_be_quantized
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.layout import BatchLayout
-from jaxtrain.parallel.mesh import platform
+from jaxtrain.parallel.mesh import compute_capability, platform
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.checkpoint import AdapterExport
 from jaxtrain.recipe.errors import RecipeError, WeightError
@@ -367,9 +366,9 @@ class HFModelFactory(ModelFactory):
         )  # fmt: skip
         try:
             attention = choose(
-                on,
+                Device(on, compute_capability(layout.mesh)),
                 wanted=WANTED_ATTENTION.get(config.attn_implementation, "auto"),
-                head_size=math.gcd(*(spec.config.of_layer(s).query_size for s in kinds)),
+                head_sizes=[spec.config.of_layer(s).query_size for s in kinds],
                 tokens=placement.sequence_tokens,
             )
         except ValueError as error:

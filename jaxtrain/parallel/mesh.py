@@ -35,3 +35,8 @@ def num_batch_shards(mesh: Mesh) -> int:
 def platform(mesh: Mesh) -> str:
     """`cpu`, `gpu` or `tpu`, also of devices that are only simulated; kernels are chosen by it."""
     return mesh.devices.flat[0].platform
+
+
+def compute_capability(mesh: Mesh) -> str | None:
+    """Of GPUs, as '9.0'; None of other devices, which have no such attribute."""
+    return getattr(mesh.devices.flat[0], "compute_capability", None)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.kernels.attention import Scoring, TokenPositions, attention, choose
+from jaxtrain.kernels.attention import Device, Scoring, TokenPositions, attention, choose
 from jaxtrain.kernels.attention.mask import visible_keys
+from jaxtrain.kernels.attention.triton import block_ranges
 from tests.runs import mesh_of
 
-IMPLEMENTATIONS = ["reference", "splash_interpret"]
+IMPLEMENTATIONS = ["reference", "splash_interpret", "triton_interpret"]
 N, K, H = 4, 2, 64
 RULES = {"plain": {}, "window": {"window": 9}, "capped": {"softcap": 0.7, "scale": 0.3}}
 
@@ -185,10 +186,12 @@ def test_no_gradient_from_later_tokens_or_other_documents(implementation):
         assert np.any(grad[:, t])
 
 
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_reference_takes_any_length(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "rule"), [(1, ()), (300, ()), (389, (("window", 30),))], ids=["1", "300", "window"]
+)
+def test_reference_takes_any_length(tokens, rule):
     positions = packed((tokens // 3, tokens - tokens // 3), tokens=tokens)
-    check("reference", positions, random_qkv(1, tokens))
+    check("reference", positions, random_qkv(1, tokens), rule=rule)
 
 
 @pytest.mark.each_value_once
@@ -201,8 +204,10 @@ def test_long_rows_agree_where_blocks_are_looped_over(implementation, rule):
     check(implementation, positions, random_qkv(1, tokens, heads=(2, 1)), rule=rule)
 
 
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
 @pytest.mark.parametrize("queries", [1, 140])
-def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
+def test_a_cache_may_be_in_any_order_with_empty_slots(implementation, queries):
     """Slots of a cache are shuffled, some are empty; the queries are the last tokens."""
     slots, filled = 190, 170
     order = np.random.default_rng(0).permutation(slots)
@@ -212,7 +217,30 @@ def test_reference_reads_a_cache_in_any_order_with_empty_slots(queries):
     q_positions = TokenPositions(jnp.ones((1, queries), jnp.int32), jnp.asarray(positions)[None])
     qkv = random_qkv(1, queries, slots)
     for rule in ((), (("window", 20),)):
-        check("reference", q_positions, qkv, kv_positions=kv_positions, rule=rule)
+        check(implementation, q_positions, qkv, kv_positions=kv_positions, rule=rule)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 13])
+def test_blocks_that_are_skipped_have_no_visible_pair(window):
+    """Nor are others read, where segments and positions rise; with shuffled keys more are."""
+    rng, R, C = np.random.default_rng(0), 8, 4
+    for _ in range(10):
+        cuts = [tuple(rng.integers(1, 20, rng.integers(0, 5))) for _ in range(3)]
+        q = packed(*cuts, tokens=96)
+        order = rng.permutation(96)
+        shuffled = TokenPositions(*(x[:, order] for x in q))
+        for kv, is_exact in ((q, True), (shuffled, False)):
+            seen = np.asarray(visible_keys(q, kv, window)).reshape(3, 96 // R, R, 96 // C, C)
+            seen = seen.any((2, 4))
+            found = block_ranges(q, kv, window, R, C)
+            for (first, end), axis in ((found.of_queries, 2), (found.of_keys, 1)):
+                index = np.arange(seen.shape[axis]).reshape((-1, 1) if axis == 1 else -1)
+                inside = (index >= np.expand_dims(first, axis)) & (
+                    index < np.expand_dims(end, axis)
+                )
+                assert not np.any(seen & ~inside)
+                if is_exact:
+                    np.testing.assert_array_equal(inside, seen)
 
 
 def test_splash_refuses_a_cache():
@@ -300,27 +328,69 @@ def test_attention_nests_in_a_pipeline_stage(implementation, tensor):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
-def test_splash_lowers_to_a_tpu_kernel_forward_and_backward():
-    positions = packed((100, 28), tokens=130)
-    qkv = random_qkv(1, 130)
-    d_out = jnp.ones_like(qkv[0])
-    traced = pull.trace("splash", (), positions, positions, *qkv, d_out)
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") >= 3  # forward, gradient of q, gradient of k and v
+def lowered(implementation, device, kind, platform):
+    """The text of output and gradients for hardware that is not here."""
+    positions, qkv = packed((100, 28), tokens=130), random_qkv(1, 130, dtype=jnp.bfloat16)
+    chip = AbstractDevice(device_kind=kind, num_cores=None, platform=device)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+        traced = pull.trace(implementation, (), positions, positions, *qkv, jnp.ones_like(qkv[0]))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "cuda", "tpu"])
-def test_choice_is_pinned_per_platform(platform):
-    shape = {"head_size": 64, "tokens": 512}
-    expected = "splash" if platform == "tpu" else "reference"
-    assert choose(platform, wanted="auto", **shape).name == expected
-    assert choose(platform, wanted="reference", **shape).name == "reference"
+def test_kernels_are_in_the_lowered_text_forward_and_backward():
+    """One for the output, one for the gradient of queries, one for those of keys and values."""
+    assert lowered("splash", "tpu", "TPU v5 lite", "tpu").count("tpu_custom_call") >= 3
+    gpu = lowered("triton", "gpu", "NVIDIA H200", "cuda")
+    assert gpu.count("__gpu$xla.gpu.triton") == 3
 
 
-def test_a_forced_kernel_that_cannot_run_is_an_error():
-    assert choose("tpu", wanted="pallas", head_size=128, tokens=512).name == "splash"
-    for platform, head_size in (("cpu", 64), ("gpu", 64), ("tpu", 80)):
-        with pytest.raises(ValueError, match="'pallas' cannot run"):
-            choose(platform, wanted="pallas", head_size=head_size, tokens=512)
-    assert choose("tpu", wanted="auto", head_size=64, tokens=32).name == "reference"
-    assert "80" in choose("tpu", wanted="auto", head_size=80, tokens=512).reason
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    {
+        Device("cpu"): "reference",
+        Device("tpu"): "splash",
+        Device("gpu"): "triton",
+        Device("cuda", "8.9"): "triton",
+        Device("gpu", "10.0"): "triton",
+        Device("gpu", "7.5"): "reference",
+        Device("gpu", "gfx942"): "reference",
+    }.items(),
+    ids=str,
+)
+def test_choice_is_pinned_per_device(device, expected):
+    shape = {"head_sizes": (64, 128), "tokens": 512}
+    assert choose(device, wanted="auto", **shape).name == expected
+    assert choose(device, wanted="reference", **shape).name == "reference"
+    if expected != "reference":
+        assert choose(device, wanted="pallas", **shape).name == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "head_size", "why"),
+    [
+        (Device("cpu"), 64, "no Pallas kernel for platform 'cpu'"),
+        (Device("tpu"), 80, "multiple of 64, found 80"),
+        (Device("gpu"), 512, "at most 256, found 512"),
+        (Device("gpu", "7.5"), 64, "8.0 or newer, found '7.5'"),
+        (Device("gpu", "gfx942"), 64, "NVIDIA"),
+    ],
+    ids=str,
+)
+def test_a_forced_kernel_that_cannot_run_is_an_error(device, head_size, why):
+    shape = {"head_sizes": (64, head_size), "tokens": 512}
+    with pytest.raises(ValueError, match=f"'pallas' cannot run: .*{why}"):
+        choose(device, wanted="pallas", **shape)
+    choice = choose(device, wanted="auto", **shape)
+    assert choice.name == "reference" and why in choice.reason
+
+
+def test_short_rows_are_left_to_the_reference_on_tpu_alone():
+    shape = {"wanted": "auto", "head_sizes": (64,), "tokens": 32}
+    assert choose(Device("tpu"), **shape).name == "reference"
+    assert choose(Device("gpu"), **shape).name == "triton"
+
+
+def test_heads_that_are_too_large_are_refused_where_they_are_computed():
+    positions, q = packed((3,), tokens=3), jnp.zeros((1, 3, 1, 320))
+    with pytest.raises(NotImplementedError, match="at most 256, found 320"):
+        attend("triton", positions)(q, q, q)

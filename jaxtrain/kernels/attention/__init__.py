@@ -1,4 +1,5 @@
 from jaxtrain.kernels.attention.api import RING_BLOCKS as RING_BLOCKS
+from jaxtrain.kernels.attention.api import Device as Device
 from jaxtrain.kernels.attention.api import Wanted as Wanted
 from jaxtrain.kernels.attention.api import attention as attention
 from jaxtrain.kernels.attention.api import choose as choose

@@ -1,5 +1,6 @@
 """The public attention function, and the choice of its implementation for a platform."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -10,12 +11,15 @@ from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
 from jaxtrain.kernels.attention.splash import LANES, splash_attention, splash_fault
 from jaxtrain.kernels.attention.splash_blocks import splash_block, splash_block_backward
+from jaxtrain.kernels.attention.triton import triton_attention, triton_fault
 from jaxtrain.kernels.axes import context_parts
 
 IMPLEMENTATIONS = {
     "reference": reference_attention,
     "splash": partial(splash_attention, interpret=False),
     "splash_interpret": partial(splash_attention, interpret=True),
+    "triton": partial(triton_attention, interpret=False),
+    "triton_interpret": partial(triton_attention, interpret=True),
 }
 RING_BLOCKS = {
     name: Blocks(partial(splash_block, interpret=i), partial(splash_block_backward, interpret=i))
@@ -45,8 +49,8 @@ def attention(
     attends too. Padding (segment 0) gives exactly 0 and gets no gradient. T == S is
     self-attention, and positions must rise with the index inside a segment. With T != S the keys
     are a cache, in any order; an empty slot has segment 0 and finite contents. `implementation` is
-    the name that `choose` returns, or 'splash_interpret' for a test on CPU; an implementation that
-    does not support a shape raises NotImplementedError.
+    the name that `choose` returns, or one that ends in '_interpret' for a test on CPU; an
+    implementation that does not support a shape raises NotImplementedError.
 
     With an `exchange`, self-attention of sequences that a mesh cuts goes over its devices that way:
     as 'ring' in the order of `to_ring_order`.
@@ -60,6 +64,41 @@ def attention(
     return attend(scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, sinks_N)
 
 
+class Device(NamedTuple):
+    """One that attention is computed on."""
+
+    platform: str
+    """as jax calls it"""
+    capability: str | None = None
+    """compute capability of a GPU; None where it is not known"""
+
+
+class Kernel(NamedTuple):
+    name: str
+    """the `implementation`"""
+    platforms: Sequence[str]
+    label: str
+    """for the log"""
+    shortest: int
+    """number of tokens below which the reference is chosen, unless the kernel is asked for"""
+    fault: Callable[[Device, Sequence[int]], str | None]
+    """why it does not support a device or sizes of heads, if so"""
+
+
+# The first that supports a device and the heads is chosen.
+KERNELS = (
+    Kernel(
+        "splash", ["tpu"], "splash, the Pallas kernel for TPU", LANES,
+        lambda device, head_sizes: splash_fault(head_sizes),
+    ),
+    Kernel(
+        "triton", ["gpu", "cuda", "rocm"],
+        "the Pallas kernel for NVIDIA, through Triton, not measured on a GPU yet", 1,
+        lambda device, head_sizes: triton_fault(head_sizes, device.capability),
+    ),
+)  # fmt: skip
+
+
 class Choice(NamedTuple):
     name: str
     """the `implementation` to pass to `attention`"""
@@ -67,23 +106,23 @@ class Choice(NamedTuple):
     """one sentence for the log"""
 
 
-def choose(platform: str, *, wanted: Wanted, head_size: int, tokens: int) -> Choice:
-    """Chooses for sequences of `tokens`; ValueError if the wanted implementation cannot run."""
+def choose(device: Device, *, wanted: Wanted, head_sizes: Sequence[int], tokens: int) -> Choice:
+    """Chooses for sequences of `tokens` and all sizes that queries and values have; ValueError if
+    the wanted implementation cannot run."""
     if wanted == "reference":
         return Choice("reference", "attention: plain jnp, as set in the recipe")
-    fault = _pallas_fault(platform, head_size)
-    if wanted == "auto" and fault is None and tokens < LANES:
-        fault = f"sequences of {tokens} tokens are shorter than the {LANES} that splash needs"
-    if fault is None:
-        return Choice("splash", "attention: splash, the Pallas kernel for TPU")
+    faults = []
+    for kernel in (kernel for kernel in KERNELS if device.platform in kernel.platforms):
+        fault = kernel.fault(device, head_sizes)
+        if fault is None and wanted == "auto" and tokens < kernel.shortest:
+            fault = (
+                f"sequences of {tokens} tokens are shorter than the {kernel.shortest} that "
+                f"{kernel.name} needs"
+            )
+        if fault is None:
+            return Choice(kernel.name, f"attention: {kernel.label}")
+        faults.append(fault)
+    why = "; ".join(faults) or f"there is no Pallas kernel for platform {device.platform!r}"
     if wanted == "pallas":
-        raise ValueError(f"attention 'pallas' cannot run: {fault}; use 'auto' or 'reference'")
-    return Choice("reference", f"attention: plain jnp in blocks of queries, since {fault}")
-
-
-def _pallas_fault(platform: str, head_size: int) -> str | None:
-    if platform == "tpu":
-        return splash_fault(head_size=head_size)
-    if platform in ("gpu", "cuda", "rocm"):
-        return "there is no kernel for packed sequences on GPU yet"
-    return f"there is no Pallas kernel for platform {platform!r}"
+        raise ValueError(f"attention 'pallas' cannot run: {why}; use 'auto' or 'reference'")
+    return Choice("reference", f"attention: plain jnp in blocks of queries, since {why}")

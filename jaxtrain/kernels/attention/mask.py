@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -28,7 +29,15 @@ class Scoring:
 
 def visible_keys(q: TokenPositions, kv: TokenPositions, window: int | None) -> Array:
     """Bool [B, T, S]: which keys each query attends to; none for a padding query."""
-    q_segments, kv_segments = q.segments[:, :, None], kv.segments[:, None, :]
-    distance = q.positions[:, :, None] - kv.positions[:, None, :]
-    visible = (q_segments == kv_segments) & (q_segments != 0) & (distance >= 0)
+    return is_visible(expand(q, -1), expand(kv, -2), window)
+
+
+def is_visible(q: TokenPositions, kv: TokenPositions, window: int | None) -> Array:
+    """Of arrays that broadcast: whether the query attends to the key."""
+    distance = q.positions - kv.positions
+    visible = (q.segments == kv.segments) & (q.segments != 0) & (distance >= 0)
     return visible if window is None else visible & (distance < window)
+
+
+def expand(positions: TokenPositions, axis: int) -> TokenPositions:
+    return TokenPositions(*(jnp.expand_dims(x, axis) for x in positions))

@@ -9,9 +9,11 @@ key/value head, H head size, C tokens per block of queries, R = G * C rows per b
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -56,30 +58,32 @@ def attend(
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
     blocks = _query_rows(q_BTNH, K, C), _row_positions(q_positions, N // K, C)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    keys = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), kv_positions
     sinks_KR1 = None
     if sinks_N is not None:
         sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, N // K), C, 1)[..., None]
 
     outs, lses = [], []
-    for band, keys in _bands(T, S, C, scoring.window, same_order):
-        kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
-        kv = k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band
-        block = partial(_forward_block, scoring, sinks_KR1, *kv)
-        out, lse = lax.map(block, _slice_blocks(blocks, band))
+    for band in _bands(T, S, C, scoring.window, same_order):
+
+        def forward(block, num_keys=band.num_keys):
+            first_key, queries = block
+            return _forward_block(scoring, sinks_KR1, _read(keys, first_key, num_keys), queries)
+
+        out, lse = lax.map(forward, (band.first_keys, _slice_blocks(blocks, band.blocks)))
         outs.append(out)
         lses.append(lse)
     out_BTNH = _from_query_rows(jnp.concatenate(outs), T, N)
     return out_BTNH, _from_query_rows(jnp.concatenate(lses), T, N)[..., 0]
 
 
-def _forward_block(
-    scoring: Scoring, sinks_KR1, k_BKSH, v_BKSH, kv_positions: TokenPositions, block
-):
-    q_BKRH, row_positions = block
+def _forward_block(scoring: Scoring, sinks_KR1, keys, queries):
+    k_BKSH, v_BKSH, kv_positions = keys
+    queries, kv_positions, lowest = _tie(queries, kv_positions, -jnp.inf)
+    q_BKRH, row_positions = queries
     visible_BRS = visible_keys(row_positions, kv_positions, scoring.window)
     scores_BKRS = _scores(scoring, _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH))
-    scores_BKRS = jnp.where(visible_BRS[:, None], scores_BKRS, -jnp.inf)
+    scores_BKRS = jnp.where(visible_BRS[:, None], scores_BKRS, lowest)
     top_BKR1 = scores_BKRS.max(-1, keepdims=True)
     # The maximum of a row without visible keys is -inf, and -inf - -inf is NaN.
     top_BKR1 = jnp.where(top_BKR1 == -jnp.inf, 0.0, top_BKR1)
@@ -130,35 +134,35 @@ def attend_backward(
         _query_rows(lse_BTN[..., None], K, C),
         _query_rows(delta_BTN[..., None], K, C),
     )
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    d_k_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
-    d_v_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
+    keys = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), kv_positions
+    d_kv = [jnp.zeros(x.shape, jnp.float32) for x in keys[:2]]
 
     d_qs = []
-    for band, keys in _bands(T, S, C, scoring.window, same_order):
-        kv_band = TokenPositions(*(x[:, keys] for x in kv_positions))
-        block = partial(_backward_block, scoring, k_BKSH[:, :, keys], v_BKSH[:, :, keys], kv_band)
+    for band in _bands(T, S, C, scoring.window, same_order):
 
-        def add(sums, queries, block=block):
-            d_q, *d_kv = block(queries)
-            return [total + part for total, part in zip(sums, d_kv, strict=True)], d_q
+        def add(d_kv, block, num_keys=band.num_keys):
+            first_key, queries = block
+            d_q, *parts = _backward_block(scoring, _read(keys, first_key, num_keys), queries)
+            sums = zip(_read(d_kv, first_key, num_keys), parts, strict=True)
+            put = partial(lax.dynamic_update_slice_in_dim, start_index=first_key, axis=2)
+            return [put(x, old + new) for x, (old, new) in zip(d_kv, sums, strict=True)], d_q
 
-        sums = [d_k_BKSH[:, :, keys], d_v_BKSH[:, :, keys]]
-        (d_k, d_v), d_q = lax.scan(add, sums, _slice_blocks(blocks, band))
-        d_k_BKSH = d_k_BKSH.at[:, :, keys].set(d_k)
-        d_v_BKSH = d_v_BKSH.at[:, :, keys].set(d_v)
+        d_kv, d_q = lax.scan(add, d_kv, (band.first_keys, _slice_blocks(blocks, band.blocks)))
         d_qs.append(d_q)
+    d_k_BKSH, d_v_BKSH = d_kv
     d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N)
     return d_q_BTNH, d_k_BKSH.swapaxes(1, 2), d_v_BKSH.swapaxes(1, 2)
 
 
-def _backward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositions, block):
+def _backward_block(scoring: Scoring, keys, queries):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
-    q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = block
+    k_BKSH, v_BKSH, kv_positions = keys
+    queries, kv_positions, zero = _tie(queries, kv_positions, 0.0)
+    q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = queries
     visible_BSR = visible_keys(row_positions, kv_positions, scoring.window).swapaxes(1, 2)
     scores_BKSR = _scores(scoring, _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH))
     p_BKSR = jnp.exp(scores_BKSR - lse_BKR1.swapaxes(2, 3))
-    p_BKSR = jnp.where(visible_BSR[:, None], p_BKSR, 0.0)
+    p_BKSR = jnp.where(visible_BSR[:, None], p_BKSR, zero)
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR.astype(d_out_BKRH.dtype), d_out_BKRH)
     d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
     d_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scoring.scale
@@ -168,6 +172,12 @@ def _backward_block(scoring: Scoring, k_BKSH, v_BKSH, kv_positions: TokenPositio
     d_q_BKRH = _dot("bksr,bksh->bkrh", d_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
     return d_q_BKRH, d_k_BKSH, d_v_BKSH
+
+
+def _tie(queries, kv_positions: TokenPositions, constant: float):
+    """The same values. A scan moves what depends on segments or on constants alone out of its loop,
+    and keeps it for all blocks and layers: dense masks. What is tied to queries stays."""
+    return lax.optimization_barrier((queries, kv_positions, jnp.float32(constant)))
 
 
 def _scores(scoring: Scoring, products: Array) -> Array:
@@ -184,10 +194,17 @@ def _block_tokens(T: int) -> int:
     return -(-T // -(-T // BLOCK))
 
 
-def _bands(
-    T: int, S: int, C: int, window: int | None, same_order: bool
-) -> Iterator[tuple[slice, slice]]:
-    """Bands of neighbouring blocks, each with the range of keys that its queries can see.
+class Band(NamedTuple):
+    """Neighbouring blocks of queries that read equally many keys."""
+
+    blocks: slice
+    num_keys: int
+    first_keys: np.ndarray
+    """int32, of each block"""
+
+
+def _bands(T: int, S: int, C: int, window: int | None, same_order: bool) -> Iterator[Band]:
+    """Bands with the keys that their queries can see.
 
     In self-attention a key of higher index is never visible, and positions rise by at least one per
     token, so a key `window` indices back is not visible either. Otherwise the keys are in any
@@ -195,13 +212,23 @@ def _bands(
     """
     blocks = -(-T // C)
     if not same_order:
-        yield slice(0, blocks), slice(0, S)
+        yield Band(slice(0, blocks), S, np.zeros(blocks, np.int32))
         return
-    per_band = -(-blocks // MAX_BANDS)
-    for first in range(0, blocks, per_band):
-        end = min(first + per_band, blocks)
-        keys_start = 0 if window is None else max(0, first * C - window + 1)
-        yield slice(first, end), slice(keys_start, min(end * C, S))
+    reach = S if window is None else min(S, window - 1 + C)  # of the keys of one block
+    growing = blocks if reach == S else reach // C
+    per_band = -(-growing // MAX_BANDS)
+    for first in range(0, growing, per_band):
+        end = min(first + per_band, growing)
+        yield Band(slice(first, end), min(end * C, S), np.zeros(end - first, np.int32))
+    if growing < blocks:
+        ends = np.minimum(np.arange(growing + 1, blocks + 1, dtype=np.int32) * C, S)
+        yield Band(slice(growing, blocks), reach, ends - reach)
+
+
+def _read(arrays, first_key: Array, num_keys: int):
+    """Of k and v [B, K, S, H] and positions [B, S]: these keys."""
+    cut = lambda x: lax.dynamic_slice_in_dim(x, first_key, num_keys, axis=1 if x.ndim == 2 else 2)
+    return jax.tree.map(cut, arrays)
 
 
 def _slice_blocks(blocks, band: slice):

@@ -3,9 +3,8 @@
 B batch, T tokens, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import cast
 
 import jax
@@ -19,10 +18,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jax.sharding import PartitionSpec
 
+from jaxtrain.kernels.attention.each_device import map_over_devices
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
-from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
 
 LANES = 128  # block sizes of the kernel are multiples of this
 LARGEST_BLOCK = 512
@@ -46,67 +44,32 @@ def splash_attention(
             f"splash attention supports only self-attention, found {T} queries and {S} keys; "
             "use implementation 'reference' with a cache"
         )
-    if not interpret and (fault := splash_fault(head_size=q_BTNH.shape[-1])):
+    if not interpret and (fault := splash_fault(q_BTNH.shape[-1:])):
         raise NotImplementedError(fault)
-    del kv_positions  # the same tokens as q_positions
     local = partial(_local_attention, scoring=scoring, interpret=interpret)
-    return _map_over_mesh(local, q_BTNH, k_BTKH, v_BTKH, q_positions.segments, sinks_N)
+    return map_over_devices(local, q_BTNH, k_BTKH, v_BTKH, q_positions, kv_positions, sinks_N)
 
 
-def splash_fault(*, head_size: int) -> str | None:
-    """Why the kernel does not support this shape, if so."""
-    if head_size % 64:
-        return f"splash attention needs a head size that is a multiple of 64, found {head_size}"
+def splash_fault(head_sizes: Sequence[int]) -> str | None:
+    """Why the kernel does not support these sizes of queries, if so."""
+    if odd := [size for size in head_sizes if size % 64]:
+        return f"splash attention needs a head size that is a multiple of 64, found {odd[0]}"
     return None
-
-
-def _map_over_mesh(
-    local,
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segments_BT: Array,
-    sinks_N: Array | None,
-) -> Array:
-    """Runs the kernel on each device's part of batch and heads.
-
-    The compiler cannot partition Mosaic kernels, so every axis becomes manual here. The mesh is
-    that of the context, since inside a pipeline stage one axis is manual already.
-    """
-    sizes = free_axis_sizes()
-    if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
-        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
-
-    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
-    batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
-    shards = prod(sizes[a] for a in batch)
-    if q_BTNH.shape[0] % shards:
-        raise NotImplementedError(
-            f"batch {q_BTNH.shape[0]} does not split over the {shards} devices of axes {batch}; "
-            f"use a multiple of {shards}"
-        )
-    tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
-    heads = PartitionSpec(batch, None, tensor, None)
-    return jax.shard_map(
-        local,
-        in_specs=(heads, heads, heads, PartitionSpec(batch, None), PartitionSpec(tensor)),
-        out_specs=heads,
-        axis_names=set(sizes),
-        check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
 
 
 def _local_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
-    segments_BT: Array,
+    positions: TokenPositions,
+    kv_positions: TokenPositions,
     sinks_N: Array | None,
     *,
     scoring: Scoring,
     interpret: bool,
 ) -> Array:
-    T, N = q_BTNH.shape[1:3]
+    del kv_positions  # the same tokens
+    (T, N), segments_BT = q_BTNH.shape[1:3], positions.segments
     fill = -T % LANES
     kernel = _kernel(T + fill, N, scoring, interpret)
 
