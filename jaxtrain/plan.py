@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxtrain import registry
+from jaxtrain.parallel.host_memory import is_moved_to_host
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.header import count_parameters, describe_devices
 
@@ -28,6 +29,8 @@ def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tu
     batch = layout.batch_shapes(sequence_tokens, trainer.data_extras)
     memory = trainer.step.lower(shapes, batch).compile().memory_analysis()
     yield "step", f"{format_bytes(memory.temp_size_in_bytes)} of temporaries per device"
+    if on_host := host_bytes(shapes) + memory.host_temp_size_in_bytes:
+        yield "host", f"{format_bytes(on_host)} in the host's memory for each device"
     # Not the compiler's own peak, which on CPU leaves the temporaries out.
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     yield "peak", f"at most {format_bytes(kept + memory.temp_size_in_bytes)} per device"
@@ -35,9 +38,19 @@ def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tu
 
 def device_bytes(shapes: Any) -> int:
     """What one device holds of arrays with these shapes and shardings."""
+    return _count_bytes(shapes, is_on_host=False)
+
+
+def host_bytes(shapes: Any) -> int:
+    """What the host holds of them for one device."""
+    return _count_bytes(shapes, is_on_host=True)
+
+
+def _count_bytes(shapes: Any, *, is_on_host: bool) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(shapes)
+        if is_moved_to_host(leaf.sharding) == is_on_host
     )
 
 

@@ -94,3 +94,24 @@ def test_adapters_of_an_8b_model_fit(target):
             print(f"{chip:5} {quantization or 'bfloat16':9} {parts}")
             if quantization == "nf4" or chip != "l4":
                 assert found["peak"] < 0.95 * CHIP_BYTES[chip]
+
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+LAYER_INPUTS = 16 * 2048 * 1024 * 2  # bytes: layers, tokens, width, bfloat16
+"""Of the model that compile_host_memory.py calls small, with one row on each of 8 devices."""
+
+
+@pytest.mark.parametrize("what", ["moments", "layer inputs"])
+def test_what_moves_to_the_host_leaves_the_devices(target, what):
+    name, site = target
+    changes = {
+        "moments": {"deepspeed": OFFLOAD},
+        "layer inputs": {"activation_checkpoint_cpu_offload": True},
+    }
+    compiled = lambda **written: compile_with(
+        "compile_host_memory.py", site, name, {"size": "small", **written}, chips=8
+    )
+    before, after = compiled(), compiled(**changes[what])
+    moved = before["moments"] if what == "moments" else LAYER_INPUTS
+    assert before["host"] < 0.1 * moved and after["host"] > 0.99 * moved
+    assert before["peak"] - after["peak"] >= 0.9 * moved

@@ -27,7 +27,9 @@ from jaxtrain.recipe.errors import CheckpointError
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The two parts, each a folder of its own; without the second a checkpoint is weights only."""
-AVERAGE = f"['{WEIGHTS}']['average']"
+BEGUN_ANEW = {WEIGHTS: "average", OPTIMIZER: "loss_scale"}
+"""Part → what of it a run begins itself where its checkpoint lacks it, and leaves where it wants
+none."""
 
 
 class OrbaxEngine(CheckpointEngine):
@@ -165,11 +167,12 @@ class OrbaxEngine(CheckpointEngine):
             raise DamagedCheckpoint(f"{path} is damaged: {METADATA} is missing")
         reset = set(self.config.reset) - set(saved["reset"])
         wanted = {WEIGHTS: _weights(model)}
-        if not any(key.startswith(AVERAGE) for key in saved["shapes"]):
-            wanted[WEIGHTS].pop("average", None)  # it begins with the weights that are restored
         if OPTIMIZER not in reset:
             self._refuse_weights_only(path)
             wanted[OPTIMIZER] = _optimizer(model)
+        for part, name in BEGUN_ANEW.items():
+            if not any(key.startswith(_prefix(part, name)) for key in saved["shapes"]):
+                wanted.get(part, {}).pop(name, None)
         check_files(path, ())
         if changed := refuse_changes(self.identify(), saved, path, reset):
             self.say(f"changed since {path.name}: {', '.join(changed)}")
@@ -177,7 +180,7 @@ class OrbaxEngine(CheckpointEngine):
         check_files(path, wanted)
         try:
             context = ocp.Context()
-            context.pytree.loading.partial_load = True  # without an average that is not wanted
+            context.pytree.loading.partial_load = True  # without what is not wanted
             with context:
                 found = ocp.load_checkpointables(str(path), wanted)
         except (ValueError, OSError, KeyError) as error:
@@ -221,7 +224,8 @@ def _weights(state: Any) -> dict[str, Any]:
 
 def _optimizer(state: Any) -> dict[str, Any]:
     # With the step, since Orbax writes no tree without an array, and sgd's state is one.
-    return {"step": state.step, "opt_state": state.opt_state}
+    kept = {"step": state.step, "opt_state": state.opt_state}
+    return kept | ({"loss_scale": state.loss_scale} if state.loss_scale else {})
 
 
 def _origin(path: Path) -> str | None:
@@ -235,10 +239,11 @@ def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> Non
     """Orbax says nothing that a person could act on, and casts another dtype in silence."""
     asked = _described(wanted)
     parts = tuple(f"['{part}']" for part in wanted)
+    optional = tuple(_prefix(*item) for item in BEGUN_ANEW.items())
     saved = {
         key: shape
         for key, shape in shapes.items()
-        if key.startswith(parts) and (key in asked or not key.startswith(AVERAGE))
+        if key.startswith(parts) and (key in asked or not key.startswith(optional))
     }
     differing = sorted(k for k in asked.keys() | saved.keys() if asked.get(k) != saved.get(k))
     if differing:
@@ -247,6 +252,10 @@ def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> Non
             f"{path} does not fit the recipe's model: {len(differing)} arrays differ, first {key}: "
             f"saved {saved.get(key, 'nothing')}, wanted {asked.get(key, 'nothing')}"
         )
+
+
+def _prefix(part: str, name: str) -> str:
+    return f"['{part}']['{name}']"
 
 
 def _described(state: Any) -> dict[str, str]:

@@ -30,6 +30,8 @@ HeadLayout = Literal["DV", "VD"]
 
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
 MAX_TOKENS = 1024  # of a chunk on one device; more are no faster
+HALF_LIFT = 2.0**10
+"""Factor on gradients of logits in float16, where a share of a large vocabulary would be 0."""
 
 
 class NLL(NamedTuple):
@@ -59,6 +61,8 @@ class Plan(NamedTuple):
     parts: int
     """of each sequence, among these"""
     vocabulary_axis: str | None
+    lift: float = 1.0
+    """factor on what is saved for the backward pass, which takes it out again"""
 
     def place(self, x: Array, *spec) -> Array:
         """Constrains the sharding of x, if anything is split."""
@@ -98,6 +102,7 @@ def weighted_nll(
     plan = _make_plan(
         hidden_BTD, head, head_layout, chunk_tokens, scale, softcap, z_loss, label_smoothing
     )
+    plan = plan._replace(lift=HALF_LIFT if hidden_BTD.dtype == jnp.float16 else 1.0)
     return _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
 
 
@@ -133,10 +138,10 @@ def _weighted_nll_fwd(
 
 
 def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
-    del plan
     d_hidden_BTD, d_head, like = saved
-    d_hidden_BTD = (d_hidden_BTD * d_nll.total).astype(d_hidden_BTD.dtype)
-    return d_hidden_BTD, (d_head * d_nll.total).astype(like.dtype), None, None
+    factor = d_nll.total / plan.lift
+    d_hidden_BTD = (d_hidden_BTD * factor).astype(d_hidden_BTD.dtype)
+    return d_hidden_BTD, (d_head * factor).astype(like.dtype), None, None
 
 
 _weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
@@ -304,7 +309,7 @@ def _d_products(plan: Plan, logits_IbCV: Array, d_IbCV: Array) -> Array:
     """Gradient of a chunk's products of hidden states and head, from that of its logits."""
     if plan.softcap is not None:
         d_IbCV = d_IbCV * (1 - jnp.square(logits_IbCV / plan.softcap))
-    return d_IbCV * plan.scale
+    return d_IbCV * (plan.scale * plan.lift)
 
 
 def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_IbCV: Array):

@@ -256,6 +256,8 @@ class ComputeConfig:
     """applies `remat` to every n-th layer of a stack; the others save everything"""
     routing_replay: bool = False
     """what is recomputed keeps the choices of the routers"""
+    offload_inputs: bool = False
+    """inputs of recomputed layers are in the host's memory until then"""
     tiled_mlp: bool = False
     """feed-forward layers process as many tokens at a time as the model is wide"""
     stages: int = 1

@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions, to_ring_order, to_row_order
@@ -71,6 +72,7 @@ from jaxtrain.model.layers import (
 from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
+from jaxtrain.parallel.host_memory import KIND
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -78,6 +80,8 @@ Params = dict[str, Any]
 Adapters = Mapping[str, Sequence[AdapterSite]]
 """Path of a parameter → the adapters that products with it have."""
 NO_ADAPTERS: Adapters = {}
+LAYER_INPUT = "layer_input"
+"""Name for a rematerialisation policy of what a layer reads."""
 Caches = Mapping[str, Mapping[str, Any]]
 """Group → member → its cache, stacked over L where the group repeats; None for a layer that reads
 the keys of others."""
@@ -90,9 +94,16 @@ def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
     if compute.remat == "none":
         return block
     policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
-    policy = policies.save_only_these_names(*kept)
     if compute.remat == "dots":
-        policy = policies.save_only_these_names("attention", PRODUCT, *kept)
+        kept += ["attention", PRODUCT]
+    policy = policies.save_only_these_names(*kept)
+    if compute.offload_inputs:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=kept,
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst=KIND,
+        )
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
@@ -364,6 +375,7 @@ def run_group(
             )
 
             def block(x_BTD, params, cache, graph=block_graph, inputs=seen):
+                x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
                 return nnx.merge(graph, params)(x_BTD, inputs, cache)
 
             block = rematerialize(block, compute) if (before + m) % every == 0 else block

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -48,6 +48,7 @@ from jaxtrain.model.peft_folder import (
 from jaxtrain.model.quantized import Kind, may_be_quantized
 from jaxtrain.model.weights import load_params
 from jaxtrain.model_folder import locate
+from jaxtrain.parallel.host_memory import has_host_memory
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import compute_capability, platform
 from jaxtrain.parallel.sharding import path_name
@@ -73,6 +74,10 @@ class Placement(NamedTuple):
     """T of the longest batches"""
     tiled_mlp: bool
     routing_replay: bool = False
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """in place of the one of the model's section"""
+    offload_inputs: bool = False
+    """layer inputs wait for the backward pass in the host's memory"""
 
 
 @dataclass(frozen=True)
@@ -395,14 +400,20 @@ class HFModelFactory(ModelFactory):
                 f"mesh.pipeline: {layout.stages} cannot split a model whose layers have inputs of "
                 "their own (hidden_size_per_layer_input); use mesh.fsdp"
             )
+        offload_inputs = placement.offload_inputs and has_host_memory(
+            layout.mesh, ["activation_checkpoint_cpu_offload"]
+        )
         compute = ComputeConfig(
-            compute_dtype=config.dtype or ("float32" if on == "cpu" else "bfloat16"),
+            compute_dtype=placement.compute_dtype
+            or config.dtype
+            or ("float32" if on == "cpu" else "bfloat16"),
             attention=kernel,
             exchange=exchange,
             remat=config.remat_policy,
             remat_every=config.remat_every_nth_layer,
             tiled_mlp=placement.tiled_mlp,
             routing_replay=placement.routing_replay,
+            offload_inputs=offload_inputs,
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )

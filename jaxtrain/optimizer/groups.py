@@ -69,7 +69,14 @@ class Groups:
         if labels == {REST}:
             return build(self.config)
         parts = {label: build(self._config_of(label)) for label in sorted(labels - {FROZEN})}
-        return optax.partition(parts, self.trained(self.labels))
+        # By a function, since an update may be of a part of the parameters.
+        return optax.partition(parts, lambda params: _select(self.labels, params))
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the optimizer treats every layer as if it were alone."""
+        is_ours = registry.is_built_in("optimizer", self.config.type)
+        return is_ours and self.config.state_dtype == "float32"  # bfloat16 is rounded by one draw
 
     def trained(self, tree: Any) -> Any:
         """A tree like the parameters', without what belongs to frozen ones."""
@@ -102,6 +109,13 @@ class Groups:
         decay = self.config.weight_decay if group.weight_decay is None else group.weight_decay
         rate = self.config.learning_rate * group.lr_scale
         return self.config.model_copy(update={"learning_rate": rate, "weight_decay": decay})
+
+
+def _select(labels: Any, params: Any) -> Any:
+    """The labels of these parameters."""
+    if not isinstance(params, dict):
+        return labels
+    return {name: _select(labels[name], part) for name, part in params.items()}
 
 
 def _without_frozen(tree: Any, labels: Any) -> Any:

@@ -280,6 +280,9 @@ def _dtypes_agree(config: TrainerConfig) -> Iterator[Fault]:
         if section.enabled != ((dtype or "bfloat16") == wanted) and (dtype or section.enabled):
             what = f"disagrees with model.dtype {dtype or 'bfloat16 (its default)'}"
             yield Fault(f"deepspeed.{key}.enabled", f"{what}; write model.dtype and remove it")
+    if (autocast := block.autocast_dtype) and dtype not in (None, "float32", autocast):
+        what = f"{autocast} contradicts model.dtype {dtype}; remove one"
+        yield Fault("deepspeed.torch_autocast.dtype", what)
 
 
 @_needs("kill_switch_path", checks=MACHINE_CHECKS)

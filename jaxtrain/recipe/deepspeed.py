@@ -1,10 +1,12 @@
 """The `deepspeed` section: every key of DeepSpeed, and what it becomes here."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
 from jaxtrain.recipe.section import (
+    HalfDType,
     Section,
     equals,
     mapped,
@@ -35,7 +37,7 @@ KEYS: dict[str, dict[Any, str]] = {
         _CHANGES_RESULT: """
             autotuning elasticity compression_training curriculum_learning data_efficiency
             progressive_layer_drop eigenvalue sparse_attention hybrid_engine quantize_training""",
-        refused_when_on("use `model.dtype`"): "amp torch_autocast",
+        refused_when_on("use `model.dtype`"): "amp",
         refused_when_on("write it under `optimizer:`"): "optimizer",
         refused_when_on("write it under `scheduler:`"): "scheduler",
     },
@@ -78,9 +80,11 @@ KEYS: dict[str, dict[Any, str]] = {
             bf16_master_weights_and_grads bf16_optimizer_states""",
     },
     "fp16": {
-        no_effect("only fp16 has a loss scaler"): """
-            loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-            min_loss_scale auto_cast fused_mode fp16_master_weights_and_grads"""
+        no_effect("see `model.dtype` and `model.param_dtype`"): """
+            auto_cast fused_mode fp16_master_weights_and_grads"""
+    },
+    "torch_autocast": {
+        no_effect("norms, softmax and losses are always in fp32"): "lower_precision_safe_modules"
     },
     "tensorboard": {no_effect("see `tensorboard`"): "output_path job_name"},
 }
@@ -112,12 +116,23 @@ _STAGE_3 = "use zero_optimization.stage: 3 on more devices"
 _SHARDS_IN_A_GROUP = "use `mesh.fsdp` to shard inside a group"
 
 
+OFFLOAD_OPTIMIZER = "deepspeed.zero_optimization.offload_optimizer.device"
+Device = Literal["none", "cpu", "nvme"]
+
+
 class OffloadConfig(_keys("zero_optimization.offload_param")):
     """Where a part of the state is stored."""
 
-    device: Annotated[Literal["none", "cpu", "nvme"] | None, not_supported(_STAGE_3, "none")] = None
+    device: Annotated[Device | None, not_supported("use `device: cpu`", "none", "cpu")] = None
     """Where it is: with the device's other arrays (`none`), in host memory, or on a disk."""
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
+
+
+class ParamOffloadConfig(OffloadConfig):
+    """Where parameters are stored."""
+
+    device: Annotated[Device | None, not_supported(_STAGE_3, "none")] = None
+    """Where it is: with the device's other arrays (`none`), in host memory, or on a disk."""
 
 
 _STAGES = {
@@ -133,18 +148,22 @@ class ZeroConfig(_keys("zero_optimization")):
 
     stage: Annotated[int, mapped("", _STAGES)] = Field(default=0, ge=0, le=3)
     """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Annotated[OffloadConfig | None, mapped("placement of optimizer state")] = (
-        None
-    )
-    offload_param: Annotated[OffloadConfig | None, mapped("placement of parameters")] = None
-    cpu_offload: Annotated[
-        bool | None, mapped("offload_optimizer.device: cpu"), not_supported(_STAGE_3)
+    offload_optimizer: Annotated[
+        OffloadConfig | None, mapped("placement of the moments; without effect on CPU")
     ] = None
+    offload_param: Annotated[ParamOffloadConfig | None, mapped("placement of parameters")] = None
+    cpu_offload: Annotated[bool | None, mapped("offload_optimizer.device: cpu")] = None
     cpu_offload_param: Annotated[
         bool | None, mapped("offload_param.device: cpu"), not_supported(_STAGE_3)
     ] = None
     zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
     mics_shard_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, -1)] = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        device = self.offload_optimizer and self.offload_optimizer.device
+        if self.cpu_offload is not None and device and self.cpu_offload != (device == "cpu"):
+            found = str(self.cpu_offload).lower()
+            yield "cpu_offload", f"{found} contradicts offload_optimizer.device {device!r}"
 
 
 class EnabledConfig(_keys("bf16")):
@@ -152,18 +171,57 @@ class EnabledConfig(_keys("bf16")):
     """Compared with `model.dtype`."""
 
 
+_LOSS_SCALER = mapped("our own loss scaler")
+_MOVING = (
+    "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+    "min_loss_scale",
+)  # fmt: skip
+SCALER_KEYS = ("loss_scale", *_MOVING)
+
+
 class FP16Config(_keys("fp16")):
+    """How the loss is scaled where products are in float16. A step whose scaled gradients overflow
+    is none: it changes the scale alone."""
+
     enabled: bool | None = None
     """Compared with `model.dtype`."""
-    loss_scale: float = Field(default=0, ge=0)
-    initial_scale_power: int = Field(default=16, ge=0)
-    loss_scale_window: int = Field(default=1000, ge=1)
-    hysteresis: int = Field(default=2, ge=1)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(default=1, gt=0)
-    auto_cast: bool | None = None
-    fused_mode: bool | None = None
-    fp16_master_weights_and_grads: bool | None = None
+    loss_scale: Annotated[float, _LOSS_SCALER] = Field(default=0, ge=0)
+    """A fixed scale, with which `on_nonfinite` decides on an overflow; 0 is one that moves."""
+    initial_scale_power: Annotated[int, _LOSS_SCALER] = Field(default=16, ge=0, le=64)
+    """The first scale is 2 to this power."""
+    loss_scale_window: Annotated[int, _LOSS_SCALER] = Field(default=1000, ge=1)
+    """Steps without an overflow after which the scale doubles."""
+    hysteresis: Annotated[int, _LOSS_SCALER] = Field(default=2, ge=1)
+    """The overflow at which the scale is first halved, as at each that follows until it has
+    grown."""
+    consecutive_hysteresis: Annotated[bool, _LOSS_SCALER] = False
+    """Any step without an overflow starts the count of `hysteresis` anew."""
+    min_loss_scale: Annotated[float, _LOSS_SCALER] = Field(default=1, gt=0)
+    """The scale falls no lower: an overflow that would ask for it ends the run."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not self.loss_scale and self.min_loss_scale > 2.0**self.initial_scale_power:
+            first = f"the first scale, 2^{self.initial_scale_power}"
+            yield "min_loss_scale", f"{self.min_loss_scale:g} is above {first}; raise its power"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.loss_scale:
+            yield from ((key, "`loss_scale` is fixed") for key in _MOVING)
+
+
+class AutocastConfig(_keys("torch_autocast")):
+    """Products in a dtype of their own."""
+
+    enabled: bool = False
+    """Whether the section counts."""
+    dtype: Annotated[HalfDType, mapped("the compute dtype; exports keep `model.dtype`")] = (
+        "bfloat16"
+    )
+    """Compute dtype, beside which `model.dtype` may be fp32."""
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if not self.enabled:
+            yield "dtype", "`enabled` is not true"
 
 
 class ActivationConfig(_keys("activation_checkpointing")):
@@ -205,6 +263,7 @@ class DeepSpeedConfig(_keys("")):
     bf16: Annotated[EnabledConfig | None, _COMPARED] = None
     bfloat16: Annotated[EnabledConfig | None, _COMPARED] = None
     fp16: Annotated[FP16Config | None, _COMPARED] = None
+    torch_autocast: Annotated[AutocastConfig | None, mapped("the compute dtype")] = None
     data_types: Annotated[DataTypesConfig | None, mapped("dtype of the summed gradient")] = None
     tensor_parallel: Annotated[TensorParallelConfig | None, mapped("mesh.tensor")] = None
     activation_checkpointing: ActivationConfig | None = None
@@ -215,3 +274,16 @@ class DeepSpeedConfig(_keys("")):
     def zero_stage(self) -> int:
         """`zero_optimization.stage`; 2 without that section, as upstream."""
         return 2 if self.zero_optimization is None else self.zero_optimization.stage
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether moments are in the host's memory."""
+        zero = self.zero_optimization or ZeroConfig()
+        offload = zero.offload_optimizer
+        return bool(zero.cpu_offload) or (offload is not None and offload.device == "cpu")
+
+    @property
+    def autocast_dtype(self) -> Literal["bfloat16", "float16"] | None:
+        """The compute dtype that the section asks for."""
+        autocast = self.torch_autocast
+        return autocast.dtype if autocast is not None and autocast.enabled else None

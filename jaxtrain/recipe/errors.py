@@ -77,6 +77,10 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
+class ReplicaError(UserError):
+    """Devices hold different copies of what is one array."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or trusted."""
 

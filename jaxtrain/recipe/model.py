@@ -13,9 +13,9 @@ from jaxtrain.recipe.section import (
     Own,
     Section,
     TypedSection,
+    WideDType,
     mapped,
     no_effect,
-    not_supported,
     refused_when_on,
 )
 
@@ -121,11 +121,10 @@ class ModelConfig(TypedSection):
     dtype: Annotated[
         DType | None,
         mapped("compute and export dtype; the trained weights have model.param_dtype"),
-        not_supported("use bf16 or fp32", "bfloat16", "float32"),
     ] = None
     """Compute dtype; bfloat16 on accelerators and float32 on CPU when left out. Exports use it
-    too."""
-    param_dtype: Own[DType] = "float32"
+    too. With float16 the loss is scaled (`deepspeed.fp16`)."""
+    param_dtype: Own[WideDType] = "float32"
     """Dtype of the trained weights."""
     save_name: Annotated[str | None, no_effect("nothing reads it, upstream neither")] = None
     attn_implementation: Annotated[

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from jaxtrain import registry
 from jaxtrain.recipe.data import DataSourceConfig
-from jaxtrain.recipe.deepspeed import DeepSpeedConfig, ZeroConfig
+from jaxtrain.recipe.deepspeed import DeepSpeedConfig, OffloadConfig, ZeroConfig
 from jaxtrain.recipe.errors import Fault, show
 from jaxtrain.recipe.load import Key, Recipe, join_key
 from jaxtrain.recipe.messages import find_full_name
@@ -215,9 +215,12 @@ def carry_over(config: TrainerConfig, faulty: Collection[str] = ()) -> Carried:
 
 def drop_carried(config: TrainerConfig) -> TrainerConfig:
     """`config` with each setting in one place, so that its dump can be changed and run again."""
+    offload = OffloadConfig(device="cpu") if config.deepspeed.offloads_optimizer else None
     block = DeepSpeedConfig(
         train_batch_size=config.deepspeed.train_batch_size,
-        zero_optimization=ZeroConfig(stage=config.deepspeed.zero_stage),
+        zero_optimization=ZeroConfig(stage=config.deepspeed.zero_stage, offload_optimizer=offload),
+        fp16=config.loss_scaling,
+        torch_autocast=config.deepspeed.torch_autocast if config.deepspeed.autocast_dtype else None,
     )
     # `base` has been applied, and `name` is the type.
     consumed = ("sequence_parallel_size", "expert_parallel_size", "name", "base")

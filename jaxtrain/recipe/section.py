@@ -245,7 +245,9 @@ DType = Annotated[
     Literal["bfloat16", "float16", "float32"], *_accept_aliases("bfloat16", "float16", "float32")
 ]
 WideDType = Annotated[Literal["bfloat16", "float32"], *_accept_aliases("bfloat16", "float32")]
-"""For squares of gradients, which are 0 in float16."""
+"""For squares of gradients, which are 0 in float16, and for weights that are trained, which small
+updates would leave as they are."""
+HalfDType = Annotated[Literal["bfloat16", "float16"], *_accept_aliases("bfloat16", "float16")]
 
 
 # What becomes of a key: markers on its field.

@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, SerializeAsAny, SkipValidation
 from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import CheckpointConfig
 from jaxtrain.recipe.data import DataConfig
-from jaxtrain.recipe.deepspeed import DeepSpeedConfig
+from jaxtrain.recipe.deepspeed import SCALER_KEYS, DeepSpeedConfig, FP16Config
 from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, EmaConfig, SamplesConfig
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.logger import (
@@ -30,7 +30,6 @@ from jaxtrain.recipe.section import (
     expand_user,
     mapped,
     no_effect,
-    not_supported,
     sets,
 )
 
@@ -129,12 +128,13 @@ class TrainerConfig(Section):
     """What happens when the loss or the gradient norm is not finite."""
     divergence: Own[DivergenceConfig | None] = None
     """What happens when the loss rises."""
-    replica_check_interval: Annotated[Own[int], not_supported("remove it")] = Field(default=0, ge=0)
-    """Optimizer steps between comparisons of replicated parameters across devices."""
+    replica_check_interval: Own[int] = Field(default=0, ge=0)
+    """Optimizer steps between comparisons of the copies that devices hold of the same arrays; a
+    difference ends the run. 0 is none."""
     activation_checkpoint_cpu_offload: Annotated[
-        bool, mapped("rematerialisation to host memory"), not_supported("use model.remat: full")
+        bool, mapped("layer inputs in host memory; without effect on CPU")
     ] = False
-    """Keep what the backward pass needs in host memory."""
+    """Keep the inputs of layers in host memory until the backward pass recomputes these."""
     tiled_mlp_compute: Annotated[bool, mapped("a scan over pieces of the sequence")] = False
     """Run feed-forward layers in pieces along the sequence, each as many tokens long as the model
     is wide."""
@@ -209,9 +209,21 @@ class TrainerConfig(Section):
             yield "eval_after_step", "no evaluation is periodic"
         if self.type != "causal" and registry.is_built_in("trainer", self.type):
             yield "tokenizer.tokenize_kwargs", "only causal honours it, as upstream"
+        if self.model.remat_policy == "none":
+            yield "activation_checkpoint_cpu_offload", "no layer is recomputed"
+        if self.deepspeed.fp16 is not None and self.loss_scaling is None:
+            for key in SCALER_KEYS:
+                yield f"deepspeed.fp16.{key}", "only fp16 has a loss scaler"
         if self.mesh.pipeline == 1:
             for key in ("schedule", "stages_per_device"):
                 yield f"pipeline.{key}", "only `mesh.pipeline` > 1 has stages"
+
+    @property
+    def loss_scaling(self) -> FP16Config | None:
+        """How the loss is scaled; None where products are not in float16."""
+        if (self.deepspeed.autocast_dtype or self.model.dtype) != "float16":
+            return None
+        return (self.deepspeed.fp16 or FP16Config()).model_copy(update={"enabled": None})
 
     @property
     def secrets(self) -> Secrets:

@@ -138,10 +138,14 @@ class Checkpoints:
                 params=fresh.params,
                 frozen={**fresh.frozen, **kept.frozen},
                 opt_state=fresh.opt_state,
+                loss_scale=fresh.loss_scale,
             )
         if run.config.ema is not None and not state.average:
             start = jax.jit(run.average.start, out_shardings=run.shardings.average)
             state = state._replace(average=start(state.params))
+        if not state.loss_scale:
+            start = jax.device_put(run.scaling.start(), run.shardings.loss_scale)
+            state = state._replace(loss_scale=start)
         return Restored(state, saved | {"step": step}, reset)
 
     def export_path(self, step: int) -> Path:

@@ -10,6 +10,7 @@ from jaxtrain.recipe.errors import NonFiniteError, RecipeError
 from jaxtrain.recipe.guards import DivergenceConfig, EarlyStoppingConfig, metric_direction
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.callbacks import Callback, Control
+from jaxtrain.trainer.replicas import ReplicaCheck
 
 MAX_SKIPPED = 10  # in a row
 
@@ -26,6 +27,8 @@ def build_guards(config: TrainerConfig, early_stopper: Any) -> list[Callback]:
         guards.append(GivenStopper(early_stopper, metric))
     if config.divergence is not None:
         guards.append(Divergence(config.divergence))
+    if config.replica_check_interval:
+        guards.append(ReplicaCheck(config.replica_check_interval))
     return guards
 
 
@@ -149,11 +152,14 @@ class NonFinite(Callback):
         self.in_a_row = 0
 
     def accepts(self, metrics: dict[str, jax.Array], control: Control) -> bool:
-        """Does this count as a step? All but `stop` wait for the device to know; NonFiniteError
-        when ten in a row do not."""
-        if self.policy == "stop":
+        """Does this count as a step? All but `stop` wait for the device to know, as does a loss
+        scale that moves; NonFiniteError when ten in a row do not, or when that can fall no more."""
+        is_exhausted = metrics.pop("scale_is_exhausted", None)
+        if self.policy == "stop" and is_exhausted is None:
             return True
         is_finite = bool(metrics["finite"])
+        if is_exhausted is not None:
+            return self._count_overflow(metrics, is_finite, is_exhausted)
         if not is_finite:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             log.warning("not finite, %s: loss %s, grad norm %s", self.policy, loss, norm)
@@ -166,6 +172,21 @@ class NonFinite(Callback):
             raise NonFiniteError(
                 f"{MAX_SKIPPED} steps in a row are not finite: on_nonfinite: skip gives up"
             )
+        metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
+        return is_finite
+
+    def _count_overflow(
+        self, metrics: dict[str, jax.Array], is_finite: bool, is_exhausted: jax.Array
+    ) -> bool:
+        """What is not finite under a scale that moves is an overflow, and no step."""
+        if is_exhausted:
+            scale, loss = float(metrics["loss_scale"]), float(metrics["loss"])
+            raise NonFiniteError(
+                f"gradients overflow float16 at a loss scale of {scale:g}, the least that "
+                f"deepspeed.fp16.min_loss_scale allows (loss {loss:g}); write model.dtype: bf16, "
+                "or a lower learning rate"
+            )
+        self.skipped += not is_finite
         metrics["skipped_updates"] = jax.numpy.int32(self.skipped)
         return is_finite
 

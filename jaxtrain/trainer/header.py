@@ -12,6 +12,7 @@ from jaxtrain.data.ledger import format_range
 from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.model.lora import partition, take_adapters
 from jaxtrain.model.quantized import may_be_quantized
+from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import ZERO_AXES
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
@@ -30,11 +31,12 @@ def collect_facts(
     experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
-        f"{model.compute.compute_dtype}, {_remat(model.compute)}",
+        f"{model.compute.compute_dtype}{_loss_scale(run)}, {_remat(model.compute)}",
         **({"experts": _experts(experts, config.router_z_loss, is_ours)} if experts else {}),
         "kernels": model.attention,
         "optimizer": _optimizer(run),
         "devices": describe_devices(mesh) + (f", ZeRO stage {stage}" if stage else ""),
+        **({"host memory": host} if (host := _host_memory(run)) else {}),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
         "steps": _steps(run, data, progress, horizon),
@@ -65,6 +67,27 @@ def describe_devices(mesh: Mesh) -> str:
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind}" + (f", mesh {axes}" if axes else "")
+
+
+def _loss_scale(run: Run) -> str:
+    config = run.scaling.config
+    if config is None:
+        return ""
+    fixed, first = config.loss_scale, 2.0**config.initial_scale_power
+    return f" with a loss scale {f'of {fixed:g}' if fixed else f'from {first:g} on'}"
+
+
+def _host_memory(run: Run) -> str:
+    """What the recipe asks to keep there; empty for nothing."""
+    config, remat = run.config, run.model.compute.remat
+    moments = "moments" + ("" if run.is_separable else ", copied to the devices all at once")
+    wanted = {
+        moments: config.deepspeed.offloads_optimizer,
+        "layer inputs": config.activation_checkpoint_cpu_offload and remat != "none",
+    }
+    named = " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
+    is_same = named and platform(run.mesh) == "cpu"
+    return f"{named}: without effect, on CPU it is that of the devices" if is_same else named
 
 
 def _remat(compute: ComputeConfig) -> str:

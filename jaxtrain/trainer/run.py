@@ -8,8 +8,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxtrain import registry
 from jaxtrain.data.render import find_stop_tokens
@@ -29,7 +28,10 @@ from jaxtrain.tokenizer import save_tokenizer
 from jaxtrain.trainer.average import Average
 from jaxtrain.trainer.found_model import FoundModel
 from jaxtrain.trainer.given import Given
-from jaxtrain.trainer.state import BASE, PyTree, TrainState, optimizer_shardings, with_shardings
+from jaxtrain.trainer.loss_scale import Scaling
+from jaxtrain.trainer.pieces import choose_apply_if
+from jaxtrain.trainer.placement import place_state
+from jaxtrain.trainer.state import BASE, PyTree, TrainState, with_shardings
 from jaxtrain.trainer.step import Objective, StepSpec
 
 
@@ -49,11 +51,14 @@ class Run:
     schedule: Schedule
     """step → fraction of the peak learning rate"""
     average: Average
+    scaling: Scaling
     init_frozen: Callable[[PyTree], PyTree]
     shardings: TrainState
     """where each array of the state lives"""
     given_scheduler: Schedule | None
     is_optimizer_given: bool
+    is_separable: bool
+    """every layer is updated as if it were alone"""
     view: Any
     """the trainer as factories of the user see it"""
 
@@ -79,7 +84,8 @@ class Run:
         opt_state = self.optimizer.init(self.groups.trained(params))
         frozen, average = self.init_frozen(params), self.average.start(params)
         frozen = frozen | ({BASE: base} if base else {})
-        return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average)
+        scale = self.scaling.start()
+        return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average, scale)
 
     def first_params(self, given: Decoder | None, *, base_only: bool = False) -> PyTree:
         """The weights to start from, of the whole model or of the base of adapters: copied from a
@@ -133,6 +139,8 @@ class Run:
             compute_shardings=place(over_data=stage == 3),
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
+            scaling=self.scaling,
+            apply_if=choose_apply_if(self.shardings.opt_state, self.optimizer, self.is_separable),
             sequences_per_sample=self.layout.sequences_per_sample,
         )
 
@@ -151,13 +159,12 @@ def build(
     """The run of a recipe, of so many steps on sequences of these lengths. RecipeError for what the
     mesh, the model or the schedule cannot do."""
     given = given or {}
-    mesh, stage = layout.mesh, config.deepspeed.zero_stage
-
     refuse_idle_experts(config, model.spec.config)
     layout.refuse_uneven(sequence_lengths)
     placement = Placement(
-        layout, max(sequence_lengths), config.tiled_mlp_compute, config.enable_routing_replay
-    )
+        layout, max(sequence_lengths), config.tiled_mlp_compute, config.enable_routing_replay,
+        config.deepspeed.autocast_dtype, config.activation_checkpoint_cpu_offload,
+    )  # fmt: skip
     language_model = model.factory.create_model(replace(model.spec, placement=placement))
     shapes = language_model.shapes
 
@@ -173,21 +180,14 @@ def build(
         optimizer, peak_lr = with_moments(optimizer, None), 1.0
     schedule = build_schedule(config, steps, 0, given=scheduler, view=view)
 
-    place = partial(parameter_shardings, mesh)
-    params, frozen = place(shapes, over_data=stage >= 1), jax.eval_shape(init_frozen, shapes)
-    if language_model.base_shapes:
-        frozen[BASE] = language_model.base_shapes
-    trained = groups.trained(shapes), groups.trained(params)
-    shardings = TrainState(
-        step=NamedSharding(mesh, P()),  # type: ignore[arg-type]
-        params=params,
-        frozen={name: place(tree, over_data=stage == 3) for name, tree in frozen.items()},
-        opt_state=optimizer_shardings(mesh, optimizer, *trained),
-        average=params if config.ema is not None else {},
-    )
+    shardings = place_state(
+        config, layout.mesh, model=language_model, groups=groups, optimizer=optimizer,
+        init_frozen=init_frozen,
+    )  # fmt: skip
     return Run(
         config, layout, language_model, groups, optimizer, peak_lr, schedule, Average(config.ema),
-        init_frozen, shardings, scheduler, is_optimizer_given, view,
+        Scaling(config.loss_scaling), init_frozen, shardings, scheduler, is_optimizer_given,
+        groups.is_separable and not is_optimizer_given, view,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.parallel.sharding import path_name
 
 PyTree = Any
@@ -27,6 +28,8 @@ class TrainState(NamedTuple):
     """of the parameters that are trained"""
     average: PyTree = {}
     """of the parameters over the steps; empty without `ema`"""
+    loss_scale: PyTree = {}
+    """a `LossScale`; empty where no scale of the loss moves"""
 
     def without_base(self) -> "TrainState":
         """What a checkpoint holds of it: all but the base of adapters. No step changes that, it is
@@ -35,19 +38,28 @@ class TrainState(NamedTuple):
         return self._replace(frozen=kept)
 
 
-def apply_if(
-    ok: jax.Array,
-    update: Callable[[TrainState, PyTree], TrainState],
-    state: TrainState,
-    gradients: PyTree,
-) -> TrainState:
-    """`update(state, gradients)` where `ok`, else `state` bit for bit; either way in its memory."""
+class Moving(NamedTuple):
+    """What an update replaces."""
+
+    trained: PyTree
+    """the parameters that are trained"""
+    opt_state: PyTree
+    average: PyTree
+    """of what is trained; empty without `ema`"""
+
+
+Update = Callable[[Moving, PyTree], Moving]
+"""(what moves, gradients) → the same after the update"""
+
+
+def apply_if(ok: jax.Array, update: Update, moving: Moving, gradients: PyTree) -> Moving:
+    """`update(moving, gradients)` where `ok`, else `moving` bit for bit; either way in its
+    memory."""
     # A loop of one turn or none, since XLA updates what a loop carries in place. It copies the
     # whole state out of a `cond` on GPU, and on CPU a `where` keeps the old and the new one alive.
     # The barrier keeps products of the gradients alone, two more trees of them, inside the loop.
-    body = lambda _, state: update(*jax.lax.optimization_barrier((state, gradients)))
-    moving = jax.lax.fori_loop(0, ok.astype(jnp.int32), body, state._replace(frozen={}))
-    return moving._replace(frozen=state.frozen)
+    body = lambda _, moving: update(*jax.lax.optimization_barrier((moving, gradients)))
+    return jax.lax.fori_loop(0, ok.astype(jnp.int32), body, moving)
 
 
 def is_finite(state: TrainState) -> bool:
@@ -57,7 +69,7 @@ def is_finite(state: TrainState) -> bool:
 
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
-    floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
+    floats = [a for a in jax.tree.leaves(fetch(tree)) if jnp.issubdtype(a.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.isfinite(a).all() for a in floats]))
 
 

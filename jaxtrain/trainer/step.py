@@ -5,7 +5,6 @@ weight and the gradient of the loss are summed over the microbatches and divided
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,9 @@ import optax
 
 from jaxtrain.batch import Batch
 from jaxtrain.trainer.loss import Loss, check_loss, compute_means
-from jaxtrain.trainer.state import PyTree, TrainState, apply_if
+from jaxtrain.trainer.loss_scale import Scaling, lift_factor
+from jaxtrain.trainer.microbatches import sum_over_microbatches
+from jaxtrain.trainer.state import Moving, PyTree, TrainState, Update
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], Loss]
@@ -46,7 +47,7 @@ class StepSpec(NamedTuple):
     schedule: Callable[[jax.Array], jax.Array]
     """step → fraction of the peak learning rate"""
     average: Callable[[PyTree, PyTree, jax.Array], PyTree]
-    """average so far, new parameters, step → their average"""
+    """average so far, new parameters, step → their average; of any of them"""
     select_trained: Callable[[PyTree], PyTree]
     """parameters → those that are trained"""
     replace_trained: Callable[[PyTree, PyTree], PyTree]
@@ -62,8 +63,18 @@ class StepSpec(NamedTuple):
     """where the gradients of what is trained are summed"""
     whole_batch: bool
     """call `loss_fn` once on all microbatches; a pipeline cuts them up itself"""
+    scaling: Scaling
+    apply_if: Callable[[jax.Array, Update, Moving, PyTree], Moving]
+    """whether, how, what, gradients → what it has become: the update, where it is to be made"""
     sequences_per_sample: int = 1
     """neighbouring sequences that stay neighbours, such as those of a pair"""
+
+    def sum_over_microbatches(
+        self, batch: Batch, key: jax.Array, one: Callable[[Batch, jax.Array], Any]
+    ) -> Any:
+        """The sum of `one(microbatch, key)` over the microbatches of a batch."""
+        how = {"whole_batch": self.whole_batch, "sequences_per_sample": self.sequences_per_sample}
+        return sum_over_microbatches(batch, key, one, **how)
 
 
 def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -74,28 +85,36 @@ def step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, M
     `metrics["finite"]` is 0 then.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    loss, gradients = grads(spec, state.params, state.frozen, batch, key, state.step)
+    scale = spec.scaling.of(state.loss_scale)
+    loss, gradients = grads(spec, state.params, state.frozen, batch, key, state.step, scale)
 
     per_weight = 1 / jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     norm = optax.tree.norm(gradients) * per_weight
     clip = jnp.minimum(1.0, spec.max_grad_norm / norm) if spec.max_grad_norm else 1.0
     lr_scale = spec.schedule(state.step)
 
-    def update(state: TrainState, gradients: PyTree) -> TrainState:
+    def update(moving: Moving, gradients: PyTree) -> Moving:
         gradients = jax.tree.map(lambda g: (g * (per_weight * clip)).astype(g.dtype), gradients)
-        trained = spec.select_trained(state.params)
-        updates, opt_state = spec.optimizer.update(gradients, state.opt_state, trained)
-        trained = jax.tree.map(lambda p, u: p + (lr_scale * u).astype(p.dtype), trained, updates)
-        params = spec.replace_trained(state.params, trained)
-        average = spec.average(state.average, params, state.step)
-        return state._replace(params=params, opt_state=opt_state, average=average)
+        updates, opt_state = spec.optimizer.update(gradients, moving.opt_state, moving.trained)
+        change = lambda p, u: p + (lr_scale * u).astype(p.dtype)
+        trained = jax.tree.map(change, moving.trained, updates)
+        return Moving(trained, opt_state, spec.average(moving.average, trained, state.step))
 
     finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-    state = apply_if(finite & (loss.weight > 0), update, state, gradients)
+    trained, average = (spec.select_trained(t) if t else t for t in (state.params, state.average))
+    moving = Moving(trained, state.opt_state, average)
+    moved = spec.apply_if(finite & (loss.weight > 0), update, moving, gradients)
+    state = state._replace(
+        params=spec.replace_trained(state.params, moved.trained),
+        opt_state=moved.opt_state,
+        average=spec.replace_trained(state.average, moved.average) if average else average,
+    )
     metrics = spec.count(batch) | compute_means(loss)
     metrics |= spec.objective.measure(jax.tree.map(lambda g: g * per_weight, gradients))
     metrics |= {"grad_norm": norm, "lr_scale": lr_scale, "finite": finite.astype(jnp.float32)}
-    return state._replace(step=state.step + finite.astype(jnp.int32)), metrics
+    metrics |= spec.scaling.metrics(state.loss_scale, finite)
+    loss_scale = spec.scaling.update(state.loss_scale, finite)
+    return state._replace(step=state.step + finite, loss_scale=loss_scale), metrics
 
 
 def loss(spec: StepSpec, params: PyTree, state: TrainState, batch: Batch, key: jax.Array) -> Loss:
@@ -107,7 +126,7 @@ def loss(spec: StepSpec, params: PyTree, state: TrainState, batch: Batch, key: j
         model = spec.objective.merge(params, state.frozen)
         return check_loss(spec.objective.eval_fn(model, microbatch, key), spec.objective.eval_fn)
 
-    return _sum_over_microbatches(spec, batch, key, one)
+    return spec.sum_over_microbatches(batch, key, one)
 
 
 def grads(
@@ -117,56 +136,33 @@ def grads(
     batch: Batch,
     key: jax.Array,
     step: jax.Array | int = 0,
+    scale: jax.Array | None = None,
 ) -> tuple[Loss, PyTree]:
     """The summed loss of a batch, and the float32 gradient of its total by what is trained; the one
-    place that differentiates."""
+    place that differentiates. On the way the loss is multiplied as `scale` says."""
     # Gathered here, if at all: once for all microbatches.
     params = jax.lax.with_sharding_constraint(params, spec.compute_shardings)
     whole = None
     if batch.tokens.shape[0] > 1 and not spec.whole_batch:
         model = spec.objective.merge(params, frozen)
         survey = lambda microbatch, key: spec.objective.survey(model, microbatch)
-        whole = _sum_over_microbatches(spec, batch, key, survey)
+        whole = spec.sum_over_microbatches(batch, key, survey)
 
     def one(microbatch: Batch, key: jax.Array) -> tuple[Loss, PyTree]:
         microbatch = microbatch._replace(step=step, is_training=True, whole=whole)
 
-        def total(trained: PyTree) -> tuple[jax.Array, Loss]:
+        def total(trained: PyTree) -> tuple[jax.Array, Any]:
             model = spec.objective.merge(spec.replace_trained(params, trained), frozen)
             loss_fn = spec.objective.loss_fn
             loss = check_loss(loss_fn(model, microbatch, key), loss_fn)
-            return loss.total, loss
+            factor = lift_factor(scale, loss.weight)
+            return loss.total * factor, (loss, factor)
 
         differentiate = jax.value_and_grad(total, has_aux=True)
-        (_, loss), gradients = differentiate(spec.select_trained(params))
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        (_, (loss, factor)), gradients = differentiate(spec.select_trained(params))
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / factor, gradients)
         # Said here, since the compiler may else gather the gradients of all shards on every device.
         gradients = jax.lax.with_sharding_constraint(gradients, spec.grad_shardings)
         return loss, spec.objective.on_gradients(gradients)
 
-    return _sum_over_microbatches(spec, batch, key, one)
-
-
-def _sum_over_microbatches(
-    spec: StepSpec, batch: Batch, key: jax.Array, one: Callable[[Batch, jax.Array], Any]
-) -> Any:
-    """The sum of `one(microbatch, key)` over the microbatches of a batch."""
-    num_microbatches = batch.tokens.shape[0]
-    if spec.whole_batch:
-        return one(jax.tree.map(partial(_samples_first, spec.sequences_per_sample), batch), key)
-    first = jax.tree.map(lambda a: a[0], batch)
-    if num_microbatches == 1:
-        return one(first, key)
-
-    def body(total: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(*x)), None
-
-    keys = jax.random.split(key, num_microbatches)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first, keys[0]))
-    return jax.lax.scan(body, zeros, (batch, keys))[0]
-
-
-def _samples_first(sequences_per_sample: int, a: jax.Array) -> jax.Array:
-    """[M, B, ...] → [B * M, ...]. Samples lead, so that each device keeps its own."""
-    samples = a.reshape(a.shape[0], -1, sequences_per_sample, *a.shape[2:])
-    return samples.swapaxes(0, 1).reshape(-1, *a.shape[2:])
+    return spec.sum_over_microbatches(batch, key, one)

@@ -281,3 +281,21 @@ def test_the_loss_nests_in_a_pipeline_stage():
     with jax.set_mesh(mesh_of(pipeline=2, data=2, tensor=2)):
         total, *grads = jax.jit(stages)(*inputs)
     near((total, *grads), (expected[0][0], *expected[1:]), 1e-6)
+
+
+def test_float16_keeps_gradients_that_are_small_before_they_are_scaled():
+    """As in training, where the loss is multiplied by what makes up for its weight."""
+    hidden, head, targets, weights = (
+        jax.random.normal(jax.random.key(0), (2, 16, 32)),
+        0.1 * jax.random.normal(jax.random.key(1), (32, 4096)),
+        jax.random.randint(jax.random.key(2), (2, 16), 0, 4096),
+        jnp.full((2, 16), 1e-3),
+    )
+
+    def gradients(dtype):
+        total = lambda x, w: 65536 * weighted_nll(x.astype(dtype), w, targets, weights).total
+        return jax.grad(total, (0, 1))(hidden.astype(dtype).astype(jnp.float32), head)
+
+    for half, full in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
+        error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
+        assert error < 2e-3

@@ -89,6 +89,65 @@ ACCEPTED = {
             }
         }
     },
+    "half precision": SMALL | {"model": {**CHAT, "dtype": "fp16"}},
+    "half precision with its scaler": SMALL
+    | {
+        "model": {**CHAT, "dtype": "half"},
+        "deepspeed": {
+            "fp16": {
+                "enabled": True,
+                "auto_cast": True,
+                "loss_scale": 0,
+                "initial_scale_power": 12,
+                "loss_scale_window": 500,
+                "hysteresis": 3,
+                "consecutive_hysteresis": True,
+                "min_loss_scale": 0.5,
+            }
+        },
+    },
+    "half precision with a fixed scale": SMALL
+    | {
+        "model": {**CHAT, "dtype": "fp16"},
+        "deepspeed": {"fp16": {"loss_scale": 128, "hysteresis": 4}},
+    },
+    "a scaler without half precision": SMALL
+    | {"deepspeed": {"fp16": {"enabled": False, "loss_scale_window": 100}}},
+    "autocast": SMALL
+    | {
+        "model": {**CHAT, "dtype": "fp32"},
+        "deepspeed": {
+            "torch_autocast": {
+                "enabled": True,
+                "dtype": "torch.bfloat16",
+                "lower_precision_safe_modules": ["torch.nn.Linear"],
+            }
+        },
+    },
+    "autocast off": SMALL | {"deepspeed": {"torch_autocast": {"enabled": False, "dtype": "fp16"}}},
+    "offload": SMALL
+    | {
+        "activation_checkpoint_cpu_offload": True,
+        "deepspeed": {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 1.0},
+            }
+        },
+        "optimizer": {"type": "cpu_adam", "learning_rate": 1e-5},
+    },
+    "offload by its older name": SMALL
+    | {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2, "cpu_offload": True},
+            "activation_checkpointing": {"cpu_checkpointing": True},
+        }
+    },
+    "inputs of layers that nothing recomputes": SMALL
+    | {
+        "model": {**CHAT, "disable_activation_checkpoint": True},
+        "activation_checkpoint_cpu_offload": True,
+    },
     "cpu adam": SMALL | {"optimizer": {"type": "cpu_adam", "learning_rate": 1e-5}},
     "wds": SMALL
     | {
@@ -148,7 +207,7 @@ REFUSED = {
         SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}},
         {"model.peft_config.peft_type"},
     ),
-    "offload": (
+    "offload of parameters": (
         SMALL
         | {
             "deepspeed": {
@@ -159,19 +218,27 @@ REFUSED = {
                 }
             }
         },
-        {
-            "deepspeed.zero_optimization.offload_param.device",
-            "deepspeed.zero_optimization.offload_optimizer.device",
-        },
+        {"deepspeed.zero_optimization.offload_param.device"},
     ),
     "offload to disk": (
         SMALL | {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}},
         {"deepspeed.zero_optimization.offload_optimizer.device"},
     ),
-    "half precision": (SMALL | {"model": {**CHAT, "dtype": "fp16"}}, {"model.dtype"}),
-    "half precision in the block": (
+    "half precision in the block alone": (
         SMALL | {"deepspeed": {"fp16": {"enabled": True, "loss_scale": 0}}},
         {"deepspeed.fp16.enabled"},
+    ),
+    "weights in half precision": (
+        SMALL | {"model": {**CHAT, "dtype": "fp16", "param_dtype": "fp16"}},
+        {"model.param_dtype"},
+    ),
+    "autocast against the dtype": (
+        SMALL
+        | {
+            "model": {**CHAT, "dtype": "bf16"},
+            "deepspeed": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        },
+        {"deepspeed.torch_autocast.dtype"},
     ),
     "texts to distil": (
         SMALL | {"data": {"sources": [{"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}]}},

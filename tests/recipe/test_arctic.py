@@ -7,7 +7,7 @@ import yaml
 from jaxtrain.recipe.check import describe
 from jaxtrain.recipe.dump import to_yaml
 from jaxtrain.recipe.resolve import get_config, resolve
-from tests.recipe.arctic import ACCEPTED, REFUSED, SMALL
+from tests.recipe.arctic import ACCEPTED, CHAT, REFUSED, SMALL
 
 
 def leaves(value, key=""):
@@ -65,6 +65,38 @@ def test_a_refused_recipe_says_why_by_key(name):
         ({"deepspeed": {"gradient_clipping": 2}}, "max_grad_norm", 2),
         ({"deepspeed": {"gradient_clipping": "auto"}}, "max_grad_norm", 1),
         ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}}, "mesh.tensor", 2),
+        ({"deepspeed": {"torch_autocast": {"enabled": True}}}, "loss_scaling", None),
+        (
+            {"deepspeed": {"torch_autocast": {"enabled": True}}},
+            "deepspeed.autocast_dtype",
+            "bfloat16",
+        ),
+        ({"deepspeed": {"torch_autocast": {"dtype": "fp16"}}}, "deepspeed.autocast_dtype", None),
+        (
+            {"deepspeed": {"torch_autocast": {"enabled": True, "dtype": "fp16"}}},
+            "loss_scaling.hysteresis",
+            2,
+        ),
+        (
+            {"model": {**CHAT, "dtype": "fp16"}, "deepspeed": {"fp16": {"hysteresis": 5}}},
+            "loss_scaling.hysteresis",
+            5,
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"cpu_offload": True}}},
+            "deepspeed.offloads_optimizer",
+            True,
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"cpu_offload": False}}},
+            "deepspeed.offloads_optimizer",
+            False,
+        ),
+        (
+            {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}},
+            "activation_checkpoint_cpu_offload",
+            True,
+        ),
         ({"name": "sft"}, "type", "sft"),
     ],
 )

@@ -72,13 +72,13 @@ def test_a_clean_recipe_is_told_quickly_without_jax(tmp_path):
 
 def test_faults_come_with_exit_code_two(tmp_path):
     code, _, said, imports, _ = check(
-        tmp_path, RECIPE | {"epoch": 1}, "seed=x", "replica_check_interval=5"
+        tmp_path, RECIPE | {"epoch": 1}, "seed=x", "replica_check_interval=-5"
     )
     assert code == 2 and "jax" not in imports and "Traceback" not in said
     lines = said.splitlines()
     assert lines[0].endswith("epoch: unknown key (found 1); did you mean `epochs`?")
     assert "command line: seed: must be a number, found 'x'" in lines
-    assert "command line: replica_check_interval: not supported yet, found 5; remove it" in lines
+    assert "command line: replica_check_interval: must be >= 0, found -5" in lines
     assert lines[-1] == "3 errors in recipe.yaml; nothing was started"
 
 

@@ -353,6 +353,16 @@ ACROSS = {
         "model.dtype "
         "and remove it",
     ),
+    "a floor above the first scale": (
+        model(dtype="fp16")
+        | {"deepspeed": {"fp16": {"initial_scale_power": 3, "min_loss_scale": 9}}},
+        "deepspeed.fp16.min_loss_scale: 9 is above the first scale, 2^3; raise its power",
+    ),
+    "trained weights in half precision": (
+        model(param_dtype="fp16"),
+        "model.param_dtype: must be one of 'bfloat16' or 'float32', found 'float16'; did you mean "
+        "`bfloat16` or `float32`?",
+    ),
     "remat of none": (
         model(remat="none", remat_every_nth_layer=2),
         "model.remat_every_nth_layer: 2 has no effect when no layer is rematerialised; remove it",
@@ -593,7 +603,11 @@ SECTIONS = {
     "disk": (
         zero(offload_optimizer={"device": "nvme"}),
         "deepspeed.zero_optimization.offload_optimizer.device: not supported yet, found "
-        "'nvme'; use zero_optimization.stage: 3 on more devices",
+        "'nvme'; use `device: cpu`",
+    ),
+    "offload and none": (
+        zero(offload_optimizer={"device": "none"}, cpu_offload=True),
+        "deepspeed.zero_optimization.cpu_offload: true contradicts offload_optimizer.device 'none'",
     ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),
@@ -723,7 +737,7 @@ def test_a46_a_hundred_faults_come_at_once(tmp_path):
 def test_a_fault_hides_no_other_fault_of_its_section():
     """Of a section, of the checks across keys, and of what is not built; but not what only the
     first one brings about."""
-    block = {"torch_autocast": {"enabled": True}, "train_micro_batch_size_per_gpu": 8}
+    block = {"amp": {"enabled": True}, "train_micro_batch_size_per_gpu": 8}
     offload = {"stage": 9, "zero_hpz_partition_size": 8, "offload_param": {"device": "cpu"}}
     data = {"sources": ["a/b"], "max_lenght": 9, "train_eval_split": [2, 3], "pack_samples": "ja"}
     recipe = BASE | {
@@ -735,7 +749,7 @@ def test_a_fault_hides_no_other_fault_of_its_section():
         "data.max_lenght",
         "data.pack_samples",
         "data.train_eval_split",
-        "deepspeed.torch_autocast",
+        "deepspeed.amp",
         "deepspeed.train_micro_batch_size_per_gpu",
         "deepspeed.zero_optimization.offload_param.device",
         "deepspeed.zero_optimization.stage",

@@ -1,0 +1,48 @@
+"""Compile a Llama's step for hardware that is not here, with changes to its recipe; prints the bytes
+that it takes of a device and of the host as JSON."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxtrain import SFTTrainer, get_config
+from jaxtrain.plan import device_bytes, host_bytes
+from tests.compile_adapters import LLAMA_8B
+from tests.compile_ahead import topology
+from tests.runs import model_folder, recipe
+
+SMALL = {
+    "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "num_hidden_layers": 16, "vocab_size": 2048,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+MODELS = {"small": (SMALL, 2048), "8b": (LLAMA_8B, 4096)}
+
+
+def main(target: str, written: dict[str, Any]) -> None:
+    folder = Path(tempfile.mkdtemp())
+    config, tokens = MODELS[written.pop("size")]
+    written = recipe(folder, data={"max_length": tokens}, mesh={"fsdp": 8}, **written)
+    model_folder(folder / "model", **config)
+    run = SFTTrainer(get_config(written), "plan", devices=topology(target, "v5e:2x4").devices)
+    shapes, batch = run.run.state_shapes, run.layout.batch_shapes(tokens)
+    compiled = run.step.lower(shapes, batch).compile()
+    memory = compiled.memory_analysis()
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    sizes = {part: getattr(memory, f"host_{part}_size_in_bytes") for part in
+             ("argument", "output", "alias", "temp")}  # fmt: skip
+    print(json.dumps({
+        "state": device_bytes(shapes),
+        "moments": device_bytes(shapes.opt_state) + host_bytes(shapes.opt_state),
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": max(memory.peak_memory_in_bytes, live + memory.temp_size_in_bytes),
+        "peak_by_compiler": memory.peak_memory_in_bytes,
+        "host": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
+        "host_parts": sizes,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
