@@ -22,6 +22,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.sharding import path_name
 
 Kind = Literal["nf4", "int8"]
@@ -47,11 +48,8 @@ def _dynamic_numbers() -> np.ndarray:
 
 
 SCALES = _dynamic_numbers()
-QUANTIZED = {
-    "attention/qkv": (1, 1), "attention/out": (1, 3), "mlp/gate_up": (1, 1), "mlp/down": (1, 1),
-    "mlp/expert_gate_up": (2, 1), "mlp/expert_down": (2, 1),
-}  # fmt: skip
-"""Parameter of a layer → how many of its dimensions number matrices, and how many are inputs."""
+WHOLE = ("mlp/router", "experts/router")
+"""Matrices that are never quantised: a rounded score may choose another expert."""
 
 
 class Form(NamedTuple):
@@ -80,8 +78,8 @@ class QuantizedWeight(nnx.Module):
 
 
 def may_be_quantized(path: str) -> bool:
-    """Whether this is the path of a weight of a layer."""
-    return "/".join(path.split("/")[3:]) in QUANTIZED
+    """Whether this is the path of a matrix of a layer, or of one before the layers."""
+    return (place := place_of(path)) in MATRICES and place not in WHOLE
 
 
 def is_part(path: str) -> bool:
@@ -99,8 +97,8 @@ def kind_of(params: Mapping[str, Any]) -> Kind | None:
 
 def form_of(kind: Kind, path: str, shape: tuple[int, ...]) -> tuple[Form, tuple[int, ...]]:
     """How a parameter of this shape is kept, and the dimensions that number its matrices."""
-    num_lead, num_inputs = QUANTIZED["/".join(path.split("/")[3:])]
-    ends = num_lead + num_inputs
+    matrix = MATRICES[place_of(path)]
+    num_lead, ends = len(matrix.lead), len(matrix.lead) + len(matrix.inputs)
     return Form(kind, shape[num_lead:ends], shape[ends:]), shape[:num_lead]
 
 
