@@ -303,8 +303,9 @@ def list_modules(config: DecoderConfig) -> Iterator[Module]:
         by_module: dict[str, list[Piece]] = {}
         for piece in pieces(config, path, family.in_memory):
             by_module.setdefault(name_of(family, piece.name), []).append(piece)
+        # Several modules of a layer are joined along the last dimension but one.
+        is_joined = len({name.rsplit(".", 1)[-1] for name in by_module}) > 1
         for module, parts in by_module.items():
-            is_joined = len(by_module) > 1  # along the last dimension but one
             joined = [part.place[-2] for part in parts] if is_joined else [slice(0, 0)]
             begin, end = joined[0].start, joined[-1].stop
             yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))

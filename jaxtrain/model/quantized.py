@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.parallel.matrices import MATRICES, place_of
@@ -174,10 +174,14 @@ def dequantize(form: Form, parts: Mapping[str, Array], dtype: DTypeLike) -> Arra
 
 
 def _look_up_nf4(codes: Array) -> Array:
-    """By choices between two, four to a number: a gather is slow on TPU and CPU."""
-    numbers: list[Any] = [jnp.float32(number) for number in NF4]
+    """By choices between two, four to a number: a gather is slow on TPU and CPU.
+
+    The choices are made with bits, since `where` between two numbers makes arrays of them, which
+    JAX takes out of the loop over the layers: all sixteen would be in memory, in float32.
+    """
+    numbers: list[Any] = [int(bits) for bits in NF4.view(np.int32)]
     for bit in range(4):
-        is_set = (codes >> bit & 1).astype(bool)
+        mask = -(codes >> bit & 1).astype(jnp.int32)  # all bits, or none
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        numbers = [jnp.where(is_set, upper, lower) for lower, upper in pairs]
-    return numbers[0]
+        numbers = [lower ^ (mask & (lower ^ upper)) for lower, upper in pairs]
+    return lax.bitcast_convert_type(numbers[0], jnp.float32)
