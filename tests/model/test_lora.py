@@ -55,6 +55,7 @@ FAMILIES = sorted(
 )
 """One of each class of transformers, and one with experts beside a feed-forward layer."""
 QUICK = ("phi3", "gpt2", "gemma3-whole", "gemma4-small", "qwen3-moe", "gpt-oss")
+OF_EACH_KIND = ("gpt2", "deepseek-v3", "qwen3-5-moe", "lfm2", "gemma4")
 EVERYWHERE = r".*\.(self_attn|linear_attn|attn|attention|conv)\..*(proj|attn|dense)"
 SPELLINGS = {
     "default": {},
@@ -328,7 +329,10 @@ def test_the_magnitudes_of_dora_begin_as_those_of_peft(tmp_path, init):
     assert not np.asarray(ours[parts[vectors[0]].path])[1].any(), "layer 1 has no adapter"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [f if f in OF_EACH_KIND else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_every_linear_module_but_head_and_routers_is_quantised_and_every_array_has_a_place(
     tmp_path, family
 ):

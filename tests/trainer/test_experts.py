@@ -149,7 +149,7 @@ WIDE = {"moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 16}
 
 
 @pytest.mark.covers("model.peft_config.target_parameters")
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=pytest.mark.slow)])
 def test_adapters_on_experts_train_the_same_on_a_mesh_beside_a_frozen_base(tmp_path, quantization):
     base = run_of(tmp_path / "base", config=WIDE).save_model(tmp_path / "weights")
     how = {"name_or_path": str(base), "from_scratch": False, "peft_config": LORA}
