@@ -135,18 +135,24 @@ GEMMA3 = {
     "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 16,
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True,
+}  # fmt: skip
 SMALL = {
-    "lora-gemma-3": (GEMMA3, "gradient_accumulation_steps=2"),
-    "pretrain": ({}, "micro_batch_size=1"),
+    "lora-gemma-3": (GEMMA3, "gradient_accumulation_steps=2", 7),
+    "lora-gpt-oss": (GPT_OSS, "gradient_accumulation_steps=2", 6),
+    "pretrain": ({}, "micro_batch_size=1", 0),
 }
-"""Recipe that people start from → the config of a small model of its family, and what else has to
-be smaller."""
+"""Recipe that people start from → the config of a small model of its family, what else has to be
+smaller, and its adapters in a layer."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipe_to_start_from_trains_a_small_model_of_its_family(tmp_path, monkeypatch, name):
-    fields, smaller = SMALL[name]
+    fields, smaller, adapters = SMALL[name]
     model_folder(tmp_path / "model", **fields)
     rows = conversations(tmp_path / "rows.jsonl", 400)
     if name == "pretrain":
@@ -171,4 +177,4 @@ def test_a_recipe_to_start_from_trains_a_small_model_of_its_family(tmp_path, mon
         assert found[-1] < found[0] and decoder_config(read_hf_config(exported)).num_layers == 15
     else:
         factors = load_file(exported / "adapter_model.safetensors")
-        assert len(factors) == 2 * 7 * 4 and all(f.any() for f in factors.values())
+        assert len(factors) == 2 * adapters * 4 and all(f.any() for f in factors.values())

@@ -32,6 +32,12 @@ class ExpertWeights(NamedTuple):
     gate_up_EDUM: Array
     gate_up_bias_EUM: Array | None
     down_EMD: Array
+    gate_up_a_EDr: Array | None = None
+    """with `gate_up_b` the factors of a matrix of low rank that is added to `gate_up`"""
+    gate_up_b_ErUM: Array | None = None
+    down_a_EMr: Array | None = None
+    """the same of `down`"""
+    down_b_ErD: Array | None = None
 
 
 def mix_experts(
@@ -71,10 +77,14 @@ def mix_experts(
         return y_BTD if expert is None else lax.psum_scatter(y_BTD, expert, tiled=True)
 
     rows = P(batch, CONTEXT_AXIS if context_parts(x_BTD.shape[1]) > 1 else None, None)
-    specs: Any = (P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
+    # The spec of one that is None is of no tree, and fits it.
+    specs: Any = ExpertWeights(
+        P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None),
+        P(expert, None, None), P(expert, None, None, tensor), P(expert, tensor, None), P(expert),
+    )  # fmt: skip
     mapped = jax.shard_map(
         local,
-        in_specs=(ExpertWeights(*specs), rows, rows, rows),
+        in_specs=(specs, rows, rows, rows),
         out_specs=rows,
         axis_names=set(sizes),
         check_vma=False,
@@ -104,13 +114,18 @@ def _mix(
     sizes_E = jnp.zeros(E + 1, jnp.int32).at[expert_R].add(1)[:E]
 
     x_RD = _permute(jnp.repeat(x_BTD.reshape(-1, D), C, axis=0), order_R, back_R)
-    grouped = lambda a, w: grouped_product(a, w.astype(a.dtype), sizes_E)
-    wide_R = grouped(x_RD, weights.gate_up_EDUM.reshape(E, D, -1))
+
+    def grouped(x: Array, w: Array, a: Array | None = None, b: Array | None = None) -> Array:
+        y = grouped_product(x, w.reshape(*w.shape[:2], -1).astype(x.dtype), sizes_E)
+        return y if a is None or b is None else y + grouped(grouped(x, a), b)
+
+    wide_R = grouped(x_RD, weights.gate_up_EDUM, weights.gate_up_a_EDr, weights.gate_up_b_ErUM)
     if weights.gate_up_bias_EUM is not None:
         # As a product, whose gradient is a sum over each group and no scatter.
         ones_R1 = jnp.ones((x_RD.shape[0], 1), x_RD.dtype)
-        wide_R += grouped(ones_R1, weights.gate_up_bias_EUM.reshape(E, 1, -1))
-    y_RD = grouped(activate(wide_R.reshape(wide_R.shape[0], -1, M)), weights.down_EMD)
+        wide_R += grouped(ones_R1, weights.gate_up_bias_EUM[:, None])
+    mid_RM = activate(wide_R.reshape(wide_R.shape[0], -1, M))
+    y_RD = grouped(mid_RM, weights.down_EMD, weights.down_a_EMr, weights.down_b_ErD)
     y_BTCD = _permute(y_RD, back_R, order_R).reshape(B, T, C, D)
     return jnp.einsum(
         "btcd,btc->btd", y_BTCD, shares_BTC.astype(y_BTCD.dtype), preferred_element_type=jnp.float32

@@ -88,12 +88,11 @@ class Block(nnx.Module):
             read_BTD = x_BTD if config.parallel_block else y_BTD
             read_BTD = norm(read_BTD, self.mlp_norm, self.mlp_norm_bias)
         if isinstance(self.mlp, ExpertMLP):
-            wide_BTD, routing = self.mlp(read_BTD, inputs.q_positions.segments)
+            wide_BTD, routing = self.mlp(read_BTD, inputs)
         else:
             wide_BTD = self.mlp(read_BTD, inputs.noise_BT)
         if self.experts is not None:
-            segments_BT, read_BTD = inputs.q_positions.segments, norm(y_BTD, self.experts_norm)
-            mixed_BTD, routing = self.experts(read_BTD, segments_BT, y_BTD)
+            mixed_BTD, routing = self.experts(norm(y_BTD, self.experts_norm), inputs, y_BTD)
             wide_BTD = norm(wide_BTD, self.mlp_own_norm) + norm(mixed_BTD, self.experts_post_norm)
         y_BTD += config.residual_scale * norm(wide_BTD, self.mlp_post_norm)
         if self.layer_input is not None:

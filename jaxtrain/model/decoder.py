@@ -138,8 +138,7 @@ class Decoder(nnx.Module):
         })  # fmt: skip
         self.has_dropout = any(site.dropout for sites in adapters.values() for site in sites)
         for path, sites in adapters.items():
-            *parents, name = path.split("/")
-            attach_adapters(reduce(getattr, parents, self), name, sites)
+            attach_adapters(reduce(getattr, path.split("/")[:-1], self), path, sites)
         for path, kind in quantized.items():
             *parents, name = path.split("/")
             module = reduce(getattr, parents, self)

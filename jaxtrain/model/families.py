@@ -50,7 +50,7 @@ class Family:
     layouts: tuple[Layout, ...] = (Layout(),)
     """ways in which files write tensors; exports without a source have the first"""
     modules: Layout | None = None
-    """how transformers names the modules in memory, where not as the first"""
+    """those of `in_memory`, where not as the first"""
 
     quantizations: tuple[str, ...] = ()
     """values of `quantization_config.quant_method` whose weights are read, as what they mean"""
@@ -58,6 +58,11 @@ class Family:
     """field of config.json that holds the fields of the text model"""
     carried: str | None = None
     """regular expression of tensors that are no part of the text model, exported as they are"""
+
+    @property
+    def in_memory(self) -> Layout:
+        """How transformers names modules and parameters in memory."""
+        return self.modules or self.layouts[0]
 
     def layout_of(self, names: Iterable[str]) -> Layout:
         """That of a file with these names of tensors."""
@@ -158,6 +163,11 @@ def _windows_but_every(field: str) -> Callable[..., list[LayerSpec]]:
     return layers
 
 
+_IN_ONE: Any = {
+    "layouts": (Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    "modules": Layout(tensors=tables.FUSED_EXPERTS),
+}
+"""Options of a family whose experts have tensors of their own in files, and one in memory."""
 _EXPERTS = {
     "num_experts": None,
     "num_experts_per_tok": None,
@@ -570,7 +580,7 @@ QWEN3_5_MOE = replace(
     },
     ignored=("sliding_window", "intermediate_size"),
     tensors={**QWEN3_5.tensors, **tables.EXPERTS, **tables.SHARED_EXPERT},
-    layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+    **_IN_ONE,
 )  # fmt: skip
 
 
@@ -623,7 +633,7 @@ def _multimodal(text: Family, name: str, carried: str, layouts: tuple[Layout, ..
         architecture=text.architecture.replace("CausalLM", "ConditionalGeneration"),
         only={**text.only, "model_type": (text.name, None)},
         layouts=(*layouts, *inner),
-        modules=inner[0],
+        modules=(text.modules or inner[0])._replace(starts=starts),
         text="text_config",
         carried=carried,
     )
@@ -674,7 +684,7 @@ FAMILIES: Sequence[Family] = (
         },
         aliases={"num_local_experts": "num_experts"},
         tensors={**tables.LLAMA, **tables.EXPERTS},
-        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        **_IN_ONE,
     ),
     Family(
         name="mixtral",
@@ -689,7 +699,7 @@ FAMILIES: Sequence[Family] = (
         aliases={"num_local_experts": "num_experts"},
         ropes={"*": {"rope_theta": 1_000_000.0}},
         tensors={**tables.LLAMA, **tables.MIXTRAL},
-        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        **_IN_ONE,
     ),
     Family(
         name="olmoe",
@@ -707,7 +717,7 @@ FAMILIES: Sequence[Family] = (
         aliases={"num_local_experts": "num_experts"},
         ignored=("sliding_window",),
         tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
-        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        **_IN_ONE,
     ),
     Family(
         name="deepseek_v3",
@@ -735,7 +745,7 @@ FAMILIES: Sequence[Family] = (
             **{k: v for k, v in tables.LLAMA.items() if "/qkv" not in k}, **tables.LATENT,
             **tables.SHARED_EXPERTS,
         },
-        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        **_IN_ONE,
         quantizations=("fp8",),
     ),
     Family(
@@ -761,7 +771,7 @@ FAMILIES: Sequence[Family] = (
         ignored=("num_experts", "sliding_window"),
         ropes={"*": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
         tensors={**tables.LLAMA, **tables.SHARED_EXPERTS},
-        layouts=(Layout(), Layout(tensors=tables.FUSED_EXPERTS)),
+        **_IN_ONE,
     ),
     Family(
         name="gpt_oss",

@@ -36,6 +36,7 @@ from jaxtrain.model.config import (
 from jaxtrain.model.quantized import Form, QuantizedWeight, dequantize
 from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.model.routing import Routing, choose_experts
+from jaxtrain.parallel.matrices import MATRICES, Matrix, place_of
 
 Weight = nnx.Param | QuantizedWeight
 MAX_THIN = 64  # outputs of a product whose gradient is computed turned
@@ -110,16 +111,18 @@ class Adapter(nnx.Module):
     With DoRA (Liu et al. 2024, arXiv:2402.09353) the columns of W + s A B have trained lengths. A B
     is made then, to find those that they have, through which no gradient goes."""
 
-    def __init__(self, site: AdapterSite, weight: Array, contract: int):
-        (L, *inputs), outputs = weight.shape[: contract + 1], list(weight.shape[contract + 1 :])
+    def __init__(self, site: AdapterSite, weight: Array, matrix: Matrix):
+        first = len(matrix.lead) + len(matrix.inputs)  # of its outputs
+        lead, outputs = weight.shape[: len(matrix.lead)], list(weight.shape[first:])
         self.begin, self.joined = site.begin, None
         if site.end > site.begin:
             self.joined, outputs[-2] = outputs[-2], site.end - site.begin
-        rank = max(site.ranks)
-        self.a = nnx.Param(jnp.zeros((L, *inputs, rank), weight.dtype))
-        self.b = nnx.Param(jnp.zeros((L, rank, *outputs), weight.dtype))
+        L, rank = lead[0], max(site.ranks)
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape, weight.dtype))
+        self.a = zeros(*weight.shape[:first], rank)
+        self.b = zeros(*lead, rank, *outputs)
         self.scale = nnx.Param(jnp.zeros(L, jnp.float32))
-        self.magnitude = nnx.Param(jnp.zeros((L, *outputs), weight.dtype)) if site.is_dora else None
+        self.magnitude = zeros(*lead, *outputs) if site.is_dora else None
         self.dropout = site.dropout
         if site.dropout:
             self.salt = nnx.Param(jnp.zeros(L, jnp.uint32))
@@ -467,6 +470,11 @@ class ExpertMLP(nnx.Module):
     """A feed-forward layer of which each token takes the experts that a router chooses (Shazeer et
     al., 2017, arXiv:1701.06538), none dropped."""
 
+    router_lora: nnx.Dict | None = None
+    expert_gate_up_lora: nnx.Dict | None = None
+    expert_down_lora: nnx.Dict | None = None
+    shared_gate_lora: nnx.Dict | None = None
+
     def __init__(self, config: DecoderConfig, compute: ComputeConfig, init: Initializer, L: int):
         assert config.experts is not None
         D, E, M = config.width, config.experts.count, config.experts.width
@@ -485,21 +493,23 @@ class ExpertMLP(nnx.Module):
         self.choice_bias = nnx.Param(jnp.zeros((L, E), jnp.float32)) if has_choice_bias else None
         wide = replace(config, ffn_width=shared)
         self.shared = MLP(wide, compute, init, L) if shared else None
-        self.shared_gate = init.normal(L, D, 1) if config.experts.has_shared_gate else None
+        has_gate = config.experts.has_shared_gate
+        self.shared_gate: Weight | None = init.normal(L, D, 1) if has_gate else None
         self.experts, self.norm = config.experts, config.norm
         self.activation: Activation = config.activation
         self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(
-        self, x_BTD: Array, segments_BT: Array, routed_BTD: Array | None = None
+        self, x_BTD: Array, inputs: AttentionInputs, routed_BTD: Array | None = None
     ) -> tuple[Array, Routing]:
         """`routed_BTD` is what the router reads, where it is not x."""
+        segments_BT, noise_BT = inputs.q_positions.segments, inputs.noise_BT
         # In float32, since a rounded score may choose another expert.
         read_BTD: Array = (x_BTD if routed_BTD is None else routed_BTD).astype(jnp.float32)
         if self.router_scale is not None:
             scale_D = self.router_scale[...].astype(jnp.float32) * x_BTD.shape[-1] ** -0.5
             read_BTD = standardize(self.norm, read_BTD) * scale_D
-        logits_BTE = dense(read_BTD, self.router[...], self.router_bias)
+        logits_BTE = dense(read_BTD, self.router, self.router_bias, self.router_lora, noise_BT)
         choice_bias_E = None if self.choice_bias is None else self.choice_bias[...]
         chosen, routing = choose_experts(self.experts, logits_BTE, segments_BT, choice_bias_E)
         if self.share_scale is not None:
@@ -512,28 +522,31 @@ class ExpertMLP(nnx.Module):
                 read_weight(self.expert_gate_up, x_BTD.dtype),
                 None if bias is None else bias[...],
                 read_weight(self.expert_down, x_BTD.dtype),
+                *_factors(self.expert_gate_up_lora),
+                *_factors(self.expert_down_lora),
             )
             return mix_experts(weights, *inputs, activate=self._activate)
 
         if isinstance(self.expert_down, QuantizedWeight):
             mix = jax.checkpoint(mix)  # does not keep the whole weights
-        inputs = (x_BTD, *chosen)
+        tokens = (x_BTD, *chosen)
         if self.tile_tokens is None:
-            y_BTD = mix(inputs)
+            y_BTD = mix(tokens)
         else:
-            y_BTD = run_in_tiles(mix, inputs, self.tile_tokens)
+            y_BTD = run_in_tiles(mix, tokens, self.tile_tokens)
         if self.expert_down_bias is not None:
             y_BTD += dense(chosen.shares(self.experts.count), self.expert_down_bias[...]).astype(
                 y_BTD.dtype
             )
-        return y_BTD if self.shared is None else y_BTD + self._share(x_BTD), routing
+        return y_BTD if self.shared is None else y_BTD + self._share(x_BTD, noise_BT), routing
 
-    def _share(self, x_BTD: Array) -> Array:
+    def _share(self, x_BTD: Array, noise_BT: Array | None) -> Array:
         assert self.shared is not None
-        y_BTD = self.shared(x_BTD)
+        y_BTD = self.shared(x_BTD, noise_BT)
         if self.shared_gate is None:
             return y_BTD
-        return y_BTD * jax.nn.sigmoid(dense(x_BTD, self.shared_gate[...]))
+        gate_BT1 = dense(x_BTD, self.shared_gate, None, self.shared_gate_lora, noise_BT)
+        return y_BTD * jax.nn.sigmoid(gate_BT1)
 
     def _activate(self, wide_RUM: Array) -> Array:
         gate_RM, up_RM = wide_RUM[:, 0], wide_RUM[:, 1]
@@ -543,18 +556,19 @@ class ExpertMLP(nnx.Module):
         return (up_RM + 1) * gate_RM * jax.nn.sigmoid(self.experts.swiglu_alpha * gate_RM)
 
 
-CONTRACTED = {
-    "qkv": 1, "out": 3, "gate_up": 1, "down": 1, "q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1,
-    "in_qkv": 1, "in_gate": 1, "in_strength": 1, "in_decay": 1, "in_bcx": 1, "conv_out": 1,
-    "narrow": 1, "widen": 1, "project": 1,
-}  # fmt: skip
-"""Parameter that may have adapters → how many of its first dimensions are its input."""
+def _factors(adapters: nnx.Dict | None) -> tuple[Array | None, Array | None]:
+    """Those of the adapter of all experts, with its scale in the second."""
+    if adapters is None:
+        return None, None
+    (adapter,) = adapters.values()
+    return adapter.a[...], adapter.b[...] * adapter.scale[...]
 
 
-def attach_adapters(module: nnx.Module, name: str, sites: Sequence[AdapterSite]) -> None:
-    """Gives adapters to a product with the parameter of this name."""
-    weight = getattr(module, name)[...]
-    adapters = {site.name: Adapter(site, weight, CONTRACTED[name]) for site in sites}
+def attach_adapters(module: nnx.Module, path: str, sites: Sequence[AdapterSite]) -> None:
+    """Gives adapters to a product with the parameter at this path, which is in this module."""
+    name = path.rsplit("/", 1)[-1]
+    weight, matrix = getattr(module, name)[...], MATRICES[place_of(path)]
+    adapters = {site.name: Adapter(site, weight, matrix) for site in sites}
     setattr(module, f"{name}_lora", nnx.Dict(adapters))
 
 

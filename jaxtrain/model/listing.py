@@ -1,15 +1,15 @@
 """`jaxtrain models`: the families that train here, read from their tables."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxtrain.model.families import BY_NAME, FAMILIES, Family
-from jaxtrain.model.lora import BEFORE, LINEAR
+from jaxtrain.model.lora import FORMER_MODULES, LINEAR, PARAMETERS
 from jaxtrain.recipe.errors import RecipeError, did_you_mean, show
 
 EVERY_FAMILY = """\
 All: packing; data, fsdp and tensor meshes; LoRA, DoRA and QLoRA; generation; export.
-With experts: an expert mesh; no adapters on experts.
+With experts: an expert mesh.
 Without: a pipeline, where the stack is one repeating pattern of layers."""
 
 
@@ -28,7 +28,7 @@ def describe_family(name: str) -> Iterator[str]:
     family = BY_NAME[name]
     yield f"model_type    {name}"
     yield f"architecture  {family.architecture}{_note(family)}"
-    yield f"linear        {_linear_modules(family)}"
+    yield from _modules(family)
     for field, values in sorted(family.only.items()):
         yield f"only with     {field}: {' or '.join(map(json.dumps, values))}"
 
@@ -45,14 +45,16 @@ def _has_experts(family: Family) -> bool:
     return any(path.endswith("/router") for path in family.tensors)
 
 
-def _linear_modules(family: Family) -> str:
-    """The last parts of their names in transformers, as `target_modules` takes them."""
+def _modules(family: Family) -> Iterator[str]:
+    """The last parts of the names in transformers, as keys of `peft_config` take them."""
+    table, former = family.table(family.in_memory), FORMER_MODULES.get(family.name, {})
 
-    def names(*parts: str) -> str:
-        paths = [path for path in (*LINEAR, BEFORE) if path.startswith(parts)]
-        weights = [tensor.name for path in paths for tensor in family.tensors.get(path, ())]
-        return ", ".join(dict.fromkeys(name.split(".")[-2] for name in weights))
+    def names(places: Iterable[str], begin: int, end: int | None) -> dict[str, None]:
+        found = [tensor.name for place in places for tensor in table.get(place, ())]
+        return dict.fromkeys(".".join(name.split(".")[begin:end]) for name in found)
 
-    where = "; where a layer has no experts " if "mlp/router" in family.tensors else ", "
-    rest = names("layer_input")
-    return names("attention/", "mixer/") + where + names("mlp/") + (f", {rest}" if rest else "")
+    linear = ", ".join(name for name in names(LINEAR, -2, -1) if name not in former)
+    yield f"linear        {linear}"
+    if parameters := names(PARAMETERS, -2, None):
+        also = f", or as target_modules {', '.join(former)}" if former else ""
+        yield f"experts       {', '.join(parameters)}, as target_parameters{also}"

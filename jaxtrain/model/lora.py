@@ -24,25 +24,21 @@ from jax import lax
 from jaxtrain.model import decoder
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.families import BY_NAME, Family
-from jaxtrain.model.layers import CONTRACTED
 from jaxtrain.model.quantized import is_part
 from jaxtrain.model.tables import name_in_file, stored_dtype
 from jaxtrain.model.weights import Piece, pieces
+from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
 from jaxtrain.recipe.model import PeftConfig
 
-LINEAR = (
-    "attention/qkv", "attention/q", "attention/q_a", "attention/q_b", "attention/kv_a",
-    "attention/kv_b", "attention/out", "mixer/in_qkv", "mixer/in_gate", "mixer/in_strength",
-    "mixer/in_decay", "mixer/out", "mixer/in_bcx", "mixer/conv_out", "mlp/gate_up", "mlp/down",
-    "layer_input/narrow", "layer_input/widen",
-)  # fmt: skip
-"""Parameters of a layer that get adapters, in models that have them."""
+PARAMETERS = ("mlp/router", "mlp/expert_gate_up", "mlp/expert_down",
+              "experts/expert_gate_up", "experts/expert_down")  # fmt: skip
+"""Matrices that are no linear modules in transformers, but parameters of other modules: PEFT adapts
+them by `target_parameters`."""
+LINEAR = tuple(place for place in MATRICES if place not in PARAMETERS)
 BEFORE = "layer_inputs/project"
 """One before the layers, a stack of one."""
-JOINED = ("attention/qkv", "mlp/gate_up")
-"""Those of several modules, joined along the last dimension but one."""
 DEFAULT_TARGETS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
@@ -53,6 +49,18 @@ DEFAULT_TARGETS = {
     ),
 }
 """Family → the modules that PEFT adapts where a recipe names none; it has no more of them."""
+_EXPERTS = {
+    "gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+}  # fmt: skip
+FORMER_MODULES = {
+    **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe"), _EXPERTS),
+    "mixtral": {
+        "gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj",
+    },
+}  # fmt: skip
+"""Family → its modules of older versions of transformers, and the parameters that they are now. By
+these names PEFT adapts the parameters, and no module of such a name that there still is."""
 EMBEDDINGS = ("embed/embedding", "embed/positions", "embed/layer_inputs", "head")
 KEY = "model.peft_config"
 MAGNITUDE = "/magnitude"
@@ -60,10 +68,11 @@ Params = dict[str, Any]
 
 
 class Module(NamedTuple):
-    """A linear module of transformers, and the part of our parameter that is its weight."""
+    """A linear module of transformers, or a parameter of another module, and the part of our
+    parameter that is its weight."""
 
     name: str
-    """`model.layers.3.self_attn.q_proj`"""
+    """`model.layers.3.self_attn.q_proj`, or `model.layers.3.mlp.experts.down_proj`"""
     path: str
     """of our parameter"""
     at: int
@@ -81,17 +90,25 @@ class Module(NamedTuple):
         return self.name.rsplit(".", 1)[-1]
 
     @property
+    def is_parameter(self) -> bool:
+        return place_of(self.path) in PARAMETERS
+
+    @property
+    def experts(self) -> int:
+        """Matrices of its layer."""
+        (num_lead, _), piece = self._dims, self.pieces[0]
+        return prod(piece.split[axis] for axis in piece.order[1:num_lead])
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Inputs and outputs."""
-        split, num_inputs = self.pieces[0].split, self._num_inputs
-        inputs = prod(split[axis] for axis in self.pieces[0].order[1 : 1 + num_inputs])
-        return inputs, sum(
-            prod(p.split[axis] for axis in p.order[1 + num_inputs :]) for p in self.pieces
-        )
+        (num_lead, first), piece = self._dims, self.pieces[0]
+        inputs = prod(piece.split[axis] for axis in piece.order[num_lead:first])
+        return inputs, sum(prod(p.split[axis] for axis in p.order[first:]) for p in self.pieces)
 
     def output_order(self) -> np.ndarray:
         """The index in our order of each of its outputs."""
-        first = 1 + self._num_inputs
+        _, first = self._dims
         shape = [part.stop for part in self.pieces[-1].place[first:]]
         places = [list(piece.place[first:]) for piece in self.pieces]
         if self.end > self.begin:
@@ -106,9 +123,10 @@ class Module(NamedTuple):
         return np.concatenate(rows)
 
     @property
-    def _num_inputs(self) -> int:
-        """Leading dimensions of our parameter, after that of the stack, that are its inputs."""
-        return CONTRACTED[self.path.rsplit("/", 1)[-1]]
+    def _dims(self) -> tuple[int, int]:
+        """How many dimensions of our parameter number matrices, and the first of its outputs."""
+        matrix = MATRICES[place_of(self.path)]
+        return len(matrix.lead), len(matrix.lead) + len(matrix.inputs)
 
 
 @dataclass(frozen=True)
@@ -130,25 +148,30 @@ class Lora:
     def num_parameters(self) -> int:
         """Of all adapters, without padding."""
         magnitudes = sum(module.sizes[1] for module in self.modules) if self.config.use_dora else 0
-        return magnitudes + sum(module.rank * sum(module.sizes) for module in self.modules)
+        return magnitudes + sum(m.experts * m.rank * sum(m.sizes) for m in self.modules)
 
 
 # Which modules get adapters.
 
 
 def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
-    """The modules that PEFT would adapt; RecipeError names every key that selects nothing, or what
-    is not supported here."""
+    """The modules and parameters that PEFT would adapt; RecipeError names every key that selects
+    nothing, or what is not supported here."""
     family, key = BY_NAME[config.family], f"{KEY}.target_modules"
-    linear, targets = tuple(list_modules(config)), _targets(peft, family)
+    every, faults = tuple(list_modules(config)), []
+    former = FORMER_MODULES.get(family.name, {})
+    if former:
+        peft = _with_parameters(peft, every, former, faults)
+    linear = [module for module in every if not module.is_parameter]
+    targets = _targets(peft, family)
     embeddings = [
         module_name(family, tensor.name)
         for path in EMBEDDINGS if path in family.tensors
         for tensor in family.tensors[path]
     ]  # fmt: skip
-    names = sorted({module.local_name for module in linear})
+    names = sorted({module.local_name for module in linear} | former.keys())
     there_is = f"there are {', '.join(names)}"
-    faults = [
+    faults += [
         Fault(key, f"{name} gets no adapter here; modules_to_save can train it whole")
         for name in embeddings
         if not _is_all_linear(targets) and _is_target(peft, targets, name)
@@ -158,10 +181,16 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
         if not any(_matches((name,), one) for one in known):
             near = did_you_mean(name, names)
             faults.append(Fault(key, f"{show(name)} matches no module; {there_is}{near}"))
-    if config.experts is not None and _is_all_linear(targets):
-        what = "has experts and routers too, which get no adapters here; name some of"
-        faults.append(Fault(key, f"{show(targets)} {what} {', '.join(names)}"))
-    chosen = [module for module in linear if _is_target(peft, targets, module.name)]
+    parameters = _target_parameters(peft, every, faults)
+    chosen = [
+        module
+        for module in every
+        if (
+            module.name in parameters
+            if module.is_parameter
+            else _is_target(peft, targets, module.name)
+        )
+    ]
     if not chosen and not faults:
         faults.append(Fault(key, f"{show(targets)} leaves no module; {there_is}"))
     for name, patterns in (
@@ -179,26 +208,104 @@ def find_adapters(peft: PeftConfig, config: DecoderConfig) -> Lora:
     return Lora(peft, tuple(chosen), _sites(peft, config, chosen), whole)
 
 
+def _target_parameters(peft: PeftConfig, every: Sequence[Module], faults: list[Fault]) -> set[str]:
+    """The names of those that get adapters, in whatever layers they are."""
+    there = [module.name for module in every if module.is_parameter]
+    names = sorted({".".join(full.split(".")[-2:]) for full in there})
+    for name in peft.target_parameters or ():
+        if not any(_matches((name,), full) for full in there):
+            what = f"{show(name)} matches no parameter that gets an adapter; "
+            near = did_you_mean(name, names)
+            what += f"there are {', '.join(names)}{near}" if names else "there is none"
+            faults.append(Fault(f"{KEY}.target_parameters", what))
+    found = [full for full in there if _matches(peft.target_parameters or (), full)]
+    for key, is_on in (("lora_dropout", peft.lora_dropout), ("use_dora", peft.use_dora)):
+        if found and is_on:
+            what = f"is not possible on {found[0]}, a parameter and no module in PEFT"
+            faults.append(Fault(f"{KEY}.{key}", f"{what}; remove it, or adapt linear modules only"))
+    return set(found)
+
+
+def _with_parameters(
+    peft: PeftConfig, every: Sequence[Module], former: Mapping[str, str], faults: list[Fault]
+) -> PeftConfig:
+    """The settings that PEFT makes of these where modules have become parameters."""
+    targets, key = peft.target_modules, f"{KEY}.target_modules"
+    if targets is None:
+        return peft
+    if _is_all_linear(targets):
+        linear = {module.local_name for module in every if not module.is_parameter}
+        targets = (*sorted(linear - former.keys()), *former)
+    elif isinstance(targets, str):
+        targets = _names_of_text(peft, targets, every, former, faults)
+    left, taken = [], set()
+    for target in targets:
+        name = next((name for name in former if _matches((name,), target)), None)
+        left.append(target) if name is None else taken.add(name)
+    named = peft.target_parameters or ()
+    parameters = dict.fromkeys([*named, *(former[name] for name in sorted(taken))])
+    fused = [name for name, parameter in former.items() if parameter == "gate_up_proj"]
+    there = taken.intersection(fused)
+    if len(there) == 1:
+        what = f"names one of {' and '.join(fused)}, which PEFT adapts as one; name both or neither"
+        faults.append(Fault(key, what))
+    # Each would have an adapter, of which PEFT makes one.
+    doubled = {r".*\.gate_up_proj": len(fused)} if there else {}
+    ranks = {pattern: n * peft.r for pattern, n in doubled.items()}
+    alphas = {pattern: n * peft.lora_alpha for pattern, n in doubled.items()}
+    return peft.model_copy(update={
+        "target_modules": tuple(left), "target_parameters": tuple(parameters) or None,
+        "rank_pattern": {**peft.rank_pattern, **ranks},
+        "alpha_pattern": {**peft.alpha_pattern, **alphas},
+    })  # fmt: skip
+
+
+def _names_of_text(
+    peft: PeftConfig,
+    text: str,
+    every: Sequence[Module],
+    former: Mapping[str, str],
+    faults: list[Fault],
+) -> tuple[str, ...]:
+    """The names of modules that PEFT makes of a regular expression there. It adapts all modules of
+    these names, so one that fits only some of them is refused."""
+    linear = {m.name: m.local_name for m in every if not m.is_parameter}
+    past = {
+        m.name.removesuffix(parameter) + name: name
+        for m in every if m.is_parameter
+        for name, parameter in former.items() if _matches((parameter,), m.name)
+    }  # fmt: skip
+    names = {name for full, name in {**linear, **past}.items() if _is_target(peft, text, full)}
+    adapted = [full for full, name in past.items() if name in names]
+    adapted += [
+        full for full, name in linear.items()
+        if name not in former and _is_target(peft, tuple(names), full)
+    ]  # fmt: skip
+    if beside := next((full for full in adapted if not _is_target(peft, text, full)), None):
+        what = f"{show(text)} does not fit {beside}, to which PEFT extends it here; list names"
+        faults.append(Fault(f"{KEY}.target_modules", what))
+    return tuple(sorted(names))
+
+
 def list_modules(config: DecoderConfig) -> Iterator[Module]:
-    """Every module that may have an adapter, by the tables of the tensors: of a model with experts
-    those of attention."""
+    """Every module and parameter that may have an adapter, by the tables of the tensors."""
     family, known = BY_NAME[config.family], set(all_paths(config))
-    has_experts_alone = config.experts is not None and not config.experts.is_beside_mlp
     paths = [
-        f"layers/{g}/{m}/{name}"
+        f"layers/{g}/{m}/{place}"
         for g, group in enumerate(config.groups)
         for m in range(len(group.layers))
-        for name in LINEAR
-        if not (has_experts_alone and name.startswith("mlp/"))
+        for place in MATRICES
     ]
     for path in [*paths, BEFORE]:
         if path not in known:
             continue
+        name_of = runtime_name if place_of(path) in PARAMETERS else module_name
         by_module: dict[str, list[Piece]] = {}
-        for piece in pieces(config, path, family.layouts[0]):
-            by_module.setdefault(module_name(family, piece.name), []).append(piece)
+        for piece in pieces(config, path, family.in_memory):
+            by_module.setdefault(name_of(family, piece.name), []).append(piece)
+        # Several modules of a layer are joined along the last dimension but one.
+        is_joined = len({name.rsplit(".", 1)[-1] for name in by_module}) > 1
         for module, parts in by_module.items():
-            is_joined = path.endswith(JOINED)
             joined = [part.place[-2] for part in parts] if is_joined else [slice(0, 0)]
             begin, end = joined[0].start, joined[-1].stop
             yield Module(module, path, parts[0].place[0].start, begin, end, tuple(parts))
@@ -206,7 +313,7 @@ def list_modules(config: DecoderConfig) -> Iterator[Module]:
 
 def runtime_name(family: Family, tensor: str) -> str:
     """The name that a tensor of the tables has in a model of transformers."""
-    return name_in_file(family.modules or family.layouts[0], tensor)
+    return name_in_file(family.in_memory, tensor)
 
 
 def module_name(family: Family, tensor: str) -> str:
@@ -216,6 +323,8 @@ def module_name(family: Family, tensor: str) -> str:
 def _targets(peft: PeftConfig, family: Family) -> tuple[str, ...] | str:
     if peft.target_modules is not None:
         return peft.target_modules
+    if peft.target_parameters and family.name not in DEFAULT_TARGETS.keys() - FORMER_MODULES:
+        return ()
     if family.name not in DEFAULT_TARGETS:
         what = f"has no default for {family.name}; write all-linear, or names of modules"
         raise RecipeError([Fault(f"{KEY}.target_modules", what)])
@@ -301,7 +410,7 @@ def _whole(peft: PeftConfig, config: DecoderConfig, faults: list[Fault]) -> froz
     selects = partial(_ends_of_parents, wanted)
     everything: dict[str, list[str]] = {}
     for path in all_paths(config):
-        names = {piece.name for piece in pieces(config, path, family.layouts[0])}
+        names = {piece.name for piece in pieces(config, path, family.in_memory)}
         everything[path] = sorted(module_name(family, name) for name in names)
     for path, names in everything.items():
         taken = [name for name in names if selects(name)]
@@ -397,24 +506,28 @@ def init_adapters(lora: Lora, shapes: Params, seed: int) -> Params:
             parameter, _, module = path.rpartition("_lora/")
             site = next(site for site in lora.sites[parameter] if site.name == module)
             draw = np.random.Generator(np.random.Philox(key=[seed, crc32(path.encode())]))
-            return _init_adapter(lora.config, site, tree, draw)
+            lead = len(MATRICES[place_of(parameter)].lead)
+            return _init_adapter(lora.config, site, tree, draw, lead)
         return {name: init(part, f"{path}/{name}".lstrip("/")) for name, part in tree.items()}
 
     return init(take_adapters(shapes)[0], "")
 
 
 def _init_adapter(
-    config: PeftConfig, site: AdapterSite, shapes: Params, draw: np.random.Generator
+    config: PeftConfig, site: AdapterSite, shapes: Params, draw: np.random.Generator, lead: int
 ) -> Params:
+    """`lead` dimensions number matrices."""
     a, b = (np.zeros(shapes[name].shape, np.float32) for name in "ab")
+    E, inputs = a.shape[1:lead], a.shape[lead:-1]  # experts, if there are any
     for at, rank in enumerate(site.ranks):  # what is not drawn is padding
-        shape = (*a.shape[1:-1], rank)
+        shape = (*E, *inputs, rank)
         if config.init_lora_weights == "gaussian":
             a[at][..., :rank] = draw.standard_normal(shape, np.float32) / max(rank, 1)
         else:
-            a[at][..., :rank] = _uniform(draw, shape) * prod(shape[:-1]) ** -0.5
+            a[at][..., :rank] = _uniform(draw, shape) * prod(inputs) ** -0.5
         if config.init_lora_weights is False and rank:
-            b[at, :rank] = _uniform(draw, (rank, *b.shape[2:])) * rank**-0.5
+            drawn = _uniform(draw, (*E, rank, *b.shape[lead + 1 :]))
+            b[(at, *(slice(None),) * len(E), slice(rank))] = drawn * (prod(E) * rank) ** -0.5
     made = {
         "a": a.astype(shapes["a"].dtype),
         "b": b.astype(shapes["b"].dtype),
@@ -469,7 +582,9 @@ def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
                 adapter = tree[f"{name}_lora"][site.name]
                 a, b = (adapter[factor].astype(jnp.float32) for factor in ("a", "b"))
                 scale = adapter["scale"].reshape(-1, *(1,) * (a.ndim - 1))
-                multiply = jax.vmap(partial(jnp.tensordot, axes=1))
+                multiply: Any = partial(jnp.tensordot, axes=1)
+                for _ in MATRICES[place_of(where)].lead:
+                    multiply = jax.vmap(multiply)
                 own = slice(site.begin, site.end) if site.end > site.begin else slice(None)
                 place = (..., own, slice(None))
                 whole = weight[place] + multiply(scale * a, b)

@@ -6,6 +6,7 @@ L layers of a stack, r the largest rank of them.
 
 import hashlib
 import json
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,10 +80,10 @@ def config_to_export(lora: Lora, family: str, base_name: str) -> dict[str, Any]:
 def _targets_to_export(lora: Lora, family: str) -> list[str] | str:
     if BY_NAME[family].text is not None:
         # By their ends they would be modules of the other parts of the model too.
-        return sorted(module.name for module in lora.modules)
+        return sorted(module.name for module in lora.modules if not module.is_parameter)
     written = lora.config.target_modules
     if written is None or (isinstance(written, str) and written.lower() == "all-linear"):
-        return sorted({module.local_name for module in lora.modules})
+        return sorted({m.local_name for m in lora.modules if not m.is_parameter})
     return written if isinstance(written, str) else list(written)
 
 
@@ -150,8 +151,8 @@ class Factor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rank, (inputs, outputs) = self.module.rank, self.module.sizes
-        return {"a": (rank, inputs), "b": (outputs, rank), "magnitude": (outputs,)}[self.name]
+        ranks, (inputs, outputs) = self.module.experts * self.module.rank, self.module.sizes
+        return {"a": (ranks, inputs), "b": (outputs, ranks), "magnitude": (outputs,)}[self.name]
 
     def take(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape(-1)[self._index(leaf.shape)]
@@ -161,13 +162,16 @@ class Factor(NamedTuple):
 
     def _index(self, shape: tuple[int, ...]) -> np.ndarray:
         """Where in the flat leaf each entry of the tensor is."""
-        size, rank = prod(shape[1:]), self.module.rank
+        size, (rank, experts) = prod(shape[1:]), (self.module.rank, self.module.experts)
         layer = self.module.at * size + np.arange(size)
         if self.name == "magnitude":
             return layer[self.module.output_order()]
-        if self.name == "a":
-            return layer.reshape(-1, shape[-1])[:, :rank].T
-        return layer.reshape(shape[1], -1)[:rank, self.module.output_order()].T
+        if self.name == "a":  # rows of an expert are neighbours
+            by_expert = layer.reshape(experts, -1, shape[-1])[..., :rank]
+            return by_expert.swapaxes(1, 2).reshape(experts * rank, -1)
+        by_expert = layer.reshape(experts, -1, self.module.sizes[1])[:, :rank]
+        ordered = by_expert[..., self.module.output_order()]
+        return ordered.transpose(2, 1, 0).reshape(-1, rank * experts)  # columns of a rank are
 
 
 class Whole(NamedTuple):
@@ -191,18 +195,32 @@ class Whole(NamedTuple):
 
 def list_parts(lora: Lora, config: DecoderConfig) -> dict[str, Factor | Whole]:
     """Every tensor of the file by its name."""
-    family = BY_NAME[config.family]
+    family, holders = BY_NAME[config.family], _holders(lora)
     found: dict[str, Factor | Whole] = {
-        f"{PREFIX}{module.name}.{theirs}": Factor(module, name)
+        f"{PREFIX}{holders[module.name]}.{theirs}": Factor(module, name)
         for module in lora.modules
         for name, theirs in FACTORS.items()
         if name != "magnitude" or lora.config.use_dora
     }
     for path in sorted(lora.whole):
         rows: dict[str, list[Piece]] = {}
-        for piece in pieces(config, path, family.layouts[0]):
+        for piece in pieces(config, path, family.in_memory):
             rows.setdefault(PREFIX + runtime_name(family, piece.name), []).append(piece)
         found |= {name: Whole(path, tuple(parts)) for name, parts in rows.items()}
+    return found
+
+
+def _holders(lora: Lora) -> dict[str, str]:
+    """Name of a module or parameter → the module that holds its adapter. PEFT wraps the module of a
+    parameter, and again for the next of its parameters, around which stands the last."""
+    found, wrappers = {}, Counter()
+    for module in reversed(lora.modules):
+        holder = module.name
+        if module.is_parameter:
+            owner = holder.rpartition(".")[0]
+            holder = owner + ".base_layer" * wrappers[owner]
+            wrappers[owner] += 1
+        found[module.name] = holder
     return found
 
 

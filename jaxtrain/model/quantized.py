@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.sharding import path_name
 
 Kind = Literal["nf4", "int8"]
@@ -47,11 +48,8 @@ def _dynamic_numbers() -> np.ndarray:
 
 
 SCALES = _dynamic_numbers()
-QUANTIZED = {
-    "attention/qkv": (1, 1), "attention/out": (1, 3), "mlp/gate_up": (1, 1), "mlp/down": (1, 1),
-    "mlp/expert_gate_up": (2, 1), "mlp/expert_down": (2, 1),
-}  # fmt: skip
-"""Parameter of a layer → how many of its dimensions number matrices, and how many are inputs."""
+WHOLE = ("mlp/router", "experts/router")
+"""Matrices that are never quantised: a rounded score may choose another expert."""
 
 
 class Form(NamedTuple):
@@ -80,8 +78,8 @@ class QuantizedWeight(nnx.Module):
 
 
 def may_be_quantized(path: str) -> bool:
-    """Whether this is the path of a weight of a layer."""
-    return "/".join(path.split("/")[3:]) in QUANTIZED
+    """Whether this is the path of a matrix of a layer, or of one before the layers."""
+    return (place := place_of(path)) in MATRICES and place not in WHOLE
 
 
 def is_part(path: str) -> bool:
@@ -99,8 +97,8 @@ def kind_of(params: Mapping[str, Any]) -> Kind | None:
 
 def form_of(kind: Kind, path: str, shape: tuple[int, ...]) -> tuple[Form, tuple[int, ...]]:
     """How a parameter of this shape is kept, and the dimensions that number its matrices."""
-    num_lead, num_inputs = QUANTIZED["/".join(path.split("/")[3:])]
-    ends = num_lead + num_inputs
+    matrix = MATRICES[place_of(path)]
+    num_lead, ends = len(matrix.lead), len(matrix.lead) + len(matrix.inputs)
     return Form(kind, shape[num_lead:ends], shape[ends:]), shape[:num_lead]
 
 
@@ -176,10 +174,14 @@ def dequantize(form: Form, parts: Mapping[str, Array], dtype: DTypeLike) -> Arra
 
 
 def _look_up_nf4(codes: Array) -> Array:
-    """By choices between two, four to a number: a gather is slow on TPU and CPU."""
-    numbers: list[Any] = [jnp.float32(number) for number in NF4]
+    """By choices between two, four to a number: a gather is slow on TPU and CPU.
+
+    The choices are made with bits, since `where` between two numbers makes arrays of them, which
+    JAX takes out of the loop over the layers: all sixteen would be in memory, in float32.
+    """
+    numbers: list[Any] = [int(bits) for bits in NF4.view(np.int32)]
     for bit in range(4):
-        is_set = (codes >> bit & 1).astype(bool)
+        mask = -(codes >> bit & 1).astype(jnp.int32)  # all bits, or none
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        numbers = [jnp.where(is_set, upper, lower) for lower, upper in pairs]
-    return numbers[0]
+        numbers = [lower ^ (mask & (lower ^ upper)) for lower, upper in pairs]
+    return lax.bitcast_convert_type(numbers[0], jnp.float32)

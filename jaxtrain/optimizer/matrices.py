@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxtrain.parallel.matrices import MATRICES, place_of
+from jaxtrain.parallel.sharding import path_name
+
 
 class Layout(NamedTuple):
     """Dimensions of one matrix, or vector, in its parameter; the others number separate ones."""
@@ -95,7 +98,9 @@ def map_matrices(function: Callable[..., Any], *trees: Any) -> Any:
     """The tree of `function(layout, *leaves)` of every parameter."""
 
     def apply(path: Any, *leaves: Any) -> Any:
-        name, dims = path[-1].key, tuple(range(1, leaves[0].ndim))
+        name, adapted = path[-1].key, path_name(path).rpartition("_lora/")[0]
+        matrix = MATRICES.get(place_of(adapted))
+        dims = tuple(range(len(matrix.lead) if matrix else 1, leaves[0].ndim))
         factors = {"a": Layout(dims[:-1], dims[-1:]), "b": Layout(dims[:1], dims[1:])}
         return function({**LAYOUTS, **factors}.get(name, Layout(dims)), *leaves)
 

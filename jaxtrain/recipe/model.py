@@ -52,6 +52,9 @@ class PeftConfig(Section):
     """Dropout on the adapter's input."""
     target_modules: tuple[str, ...] | str | None = None
     """Layers that get adapters: names, a regex, or `all-linear`; by family when left out."""
+    target_parameters: tuple[str, ...] | None = None
+    """Parameters of experts and routers that get adapters, by the ends of their names, in any
+    layer: `experts.gate_up_proj`, `gate.weight`; needs `lora_dropout` 0."""
     exclude_modules: tuple[str, ...] | str | None = None
     """Layers that get none: names or a regex."""
     use_rslora: bool = False
@@ -140,9 +143,8 @@ class ModelConfig(TypedSection):
     peft_config: Annotated[PeftConfig | None, mapped("our own LoRA")] = None
     """Train adapters instead of the weights."""
     quantization: Own[Literal["nf4", "int8"] | None] = None
-    """Keeps frozen weights of attention, feed-forward layers and experts in blocks of 64 numbers
-    with one scale: `nf4` in four bits (QLoRA), `int8` in eight; those of latent and linear
-    attention and of shared experts stay whole. With `peft_config` only."""
+    """Keeps the frozen matrices of all layers but those of routers in blocks of 64 numbers with one
+    scale: `nf4` in four bits (QLoRA), `int8` in eight. With `peft_config` only."""
     resize_vocab: Own[bool] = False
     """Grow embedding and head to the tokenizer."""
     disable_activation_checkpoint: bool = False

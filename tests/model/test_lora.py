@@ -19,17 +19,26 @@ from jaxtrain.model.decoder import abstract
 from jaxtrain.model.factory import LanguageModel
 from jaxtrain.model.lora import (
     DEFAULT_TARGETS,
+    FORMER_MODULES,
     find_adapters,
     init_adapters,
     list_modules,
     start_magnitudes,
 )
 from jaxtrain.model.peft_folder import CONFIG, WEIGHTS, _named, checksum, list_parts
-from jaxtrain.model.quantized import dequantize, form_of
+from jaxtrain.model.quantized import dequantize, form_of, may_be_quantized
+from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.model import ModelConfig, PeftConfig
 from tests.model import tiny_models
-from tests.model.tiny_models import describe_model, hf_config, hf_model, on_one_device, torch
+from tests.model.tiny_models import (
+    describe_model,
+    hf_config,
+    hf_model,
+    on_one_device,
+    torch,
+    transformers,
+)
 from tests.runs import mesh_of
 
 peft = pytest.importorskip("peft")
@@ -41,17 +50,23 @@ def lora(**fields):
     return PeftConfig.model_validate({"peft_type": "Lora", **fields})
 
 
-FAMILIES = sorted({kind: name for name, (kind, _) in tiny_models.FAMILIES.items()}.values())
-"""One of each class of transformers."""
-QUICK = ("phi3", "gpt2", "gemma3-whole", "gemma4-small")
+FAMILIES = sorted(
+    {*{kind: name for name, (kind, _) in tiny_models.FAMILIES.items()}.values(), "gemma4"}
+)
+"""One of each class of transformers, and one with experts beside a feed-forward layer."""
+QUICK = ("phi3", "gpt2", "gemma3-whole", "gemma4-small", "qwen3-moe", "gpt-oss")
+OF_EACH_KIND = ("gpt2", "deepseek-v3", "qwen3-5-moe", "lfm2", "gemma4")
+EVERYWHERE = r".*\.(self_attn|linear_attn|attn|attention|conv)\..*(proj|attn|dense)"
 SPELLINGS = {
     "default": {},
     "all": {"target_modules": "all-linear"},
     "ALL": {"target_modules": "All-Linear"},
-    "names": {"target_modules": ["o_proj", "dense", "c_fc", "down_proj", "qkv_proj", "w2"]},
-    "regex": {
-        "target_modules": r".*\.(0|2)\.(self_attn|linear_attn|attn|attention|conv)\..*(proj|attn|dense)"
+    "names": {
+        "target_modules": ["o_proj", "dense", "c_fc", "down_proj", "qkv_proj", "w2", "gate"],
     },
+    "regex": {"target_modules": EVERYWHERE},
+    "regex of layers": {"target_modules": r".*\.(0|2)" + EVERYWHERE[2:]},
+    "regex of experts": {"target_modules": r".*\.(o_proj|w[123]|(gate|up|down)_proj|c_fc|dense)"},
     "latent": {
         "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"],
         "rank_pattern": {"kv_b_proj": 2},
@@ -73,12 +88,21 @@ SPELLINGS = {
         "use_rslora": True,
     },
     "saved": {"target_modules": "all-linear", "modules_to_save": ["mlp"]},
-}
+    "parameters": {
+        "target_parameters": ["experts.gate_up_proj", "2.mlp.experts.down_proj", "router.weight"],
+        "rank_pattern": {"gate_up_proj": 3},
+    },
+    "parameters and modules": {
+        "target_modules": ["o_proj"], "target_parameters": ["experts.down_proj", "gate.weight"],
+    },
+}  # fmt: skip
 
 
 def known_to(config, fields):
     """The fields with the names alone that are modules of this family: PEFT passes over others."""
-    names = {module.local_name for module in list_modules(config)}
+    names = {one.local_name for one in list_modules(config) if not one.is_parameter}
+    names |= FORMER_MODULES.get(config.family, {}).keys()
+    parameters = [one.name for one in list_modules(config) if one.is_parameter]
 
     def keep(value):
         if isinstance(value, dict):
@@ -87,7 +111,13 @@ def known_to(config, fields):
 
     targets = fields.get("target_modules")
     kept = {k: keep(v) if k in ("rank_pattern", "alpha_pattern") else v for k, v in fields.items()}
-    return kept | ({"target_modules": keep(targets)} if isinstance(targets, list) else {})
+    kept |= {"target_modules": keep(targets)} if isinstance(targets, list) else {}
+    if "target_parameters" in fields:
+        there = [
+            n for n in fields["target_parameters"] if any(p.endswith(f".{n}") for p in parameters)
+        ]
+        kept["target_parameters"] = there
+    return kept
 
 
 def without_vision(fields):
@@ -122,13 +152,17 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
             with pytest.raises(RecipeError, match="has no default for .*; write all-linear"):
                 find_adapters(lora(**fields), config)
             continue
-        if config.experts is not None and str(fields.get("target_modules")).lower() == "all-linear":
-            with pytest.raises(RecipeError, match="has experts and routers too, which get no"):
-                find_adapters(lora(**fields), config)
-            continue
-        if config.experts is not None and name not in ("names", "layers", "latent"):
-            continue  # PEFT rewrites these targets of a model with experts
         if name == "latent" and config.latent is None:
+            continue
+        if config.experts is not None and name == "saved":
+            continue  # experts stay frozen
+        if config.family in FORMER_MODULES and name == "default":
+            continue  # PEFT has none for what it converts
+        if name.startswith("parameters") and config.experts is None:
+            continue
+        if name == "regex of layers" and config.family in FORMER_MODULES:
+            with pytest.raises(RecipeError, match="does not fit model.layers.1.* PEFT extends it"):
+                find_adapters(lora(**fields), config)
             continue
         ours = find_adapters(lora(r=4, lora_alpha=6, **fields), config)
         if family.endswith("whole"):
@@ -136,7 +170,7 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
         theirs = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **fields)
         wrapped = peft.get_peft_model(hf_model(family), theirs)
         expected = {
-            path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+            name_in_peft(path, module): (module.r["default"], module.scaling["default"])
             for path, module in wrapped.named_modules()
             if isinstance(module, peft.tuners.lora.LoraLayer) and "vis" not in path
         }
@@ -145,6 +179,12 @@ def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, fami
         state = peft.get_peft_model_state_dict(wrapped)
         shapes = {k: tuple(v.shape) for k, v in state.items() if "vis" not in k}
         assert {k: part.shape for k, part in list_parts(ours, config).items()} == shapes, name
+
+
+def name_in_peft(path, module):
+    """Of a module with an adapter, or of the parameter that a wrapper of its module adapts."""
+    name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+    return f"{name}.{module.parameter_name}" if hasattr(module, "parameter_name") else name
 
 
 def language_model(folder, **fields):
@@ -182,11 +222,14 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     model = hf_model(family)
     model.save_pretrained(tmp_path / "base")
     is_tied = getattr(model.config, "tie_word_embeddings", False)
-    targets = describe_model(tmp_path / "base")[0]
-    last = sorted({module.local_name for module in list_modules(targets)})
+    described, _, _ = describe_model(tmp_path / "base")
+    every, former = list(list_modules(described)), FORMER_MODULES.get(described.family, {})
+    last = sorted({one.local_name for one in every if not one.is_parameter} - former.keys())
+    parameters = sorted({".".join(one.name.split(".")[-2:]) for one in every if one.is_parameter})
     fields = {
         "target_modules": last,
-        "rank_pattern": {last[0]: 2},
+        "target_parameters": None if use_dora else parameters,
+        "rank_pattern": {last[0]: 2} | ({} if use_dora or not parameters else {parameters[0]: 2}),
         "alpha_pattern": {last[-1]: 9},
         "modules_to_save": None if is_tied or family.endswith("whole") else ["norm"],
         "exclude_modules": r".*vis(ion|ual).*",
@@ -286,6 +329,43 @@ def test_the_magnitudes_of_dora_begin_as_those_of_peft(tmp_path, init):
     assert not np.asarray(ours[parts[vectors[0]].path])[1].any(), "layer 1 has no adapter"
 
 
+@pytest.mark.parametrize(
+    "family",
+    [f if f in OF_EACH_KIND else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
+def test_every_linear_module_but_head_and_routers_is_quantised_and_every_array_has_a_place(
+    tmp_path, family
+):
+    """And experts, which are none in transformers."""
+    model = hf_model(family)
+    model.config.save_pretrained(tmp_path)
+    config, _, _ = describe_model(tmp_path)
+    every = [module for module in list_modules(config) if may_be_quantized(module.path)]
+    assert all("experts" in module.name for module in every if module.is_parameter)
+    head, kinds = (
+        model.get_output_embeddings(),
+        (torch.nn.Linear, transformers.pytorch_utils.Conv1D),
+    )
+    expected = {
+        name for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and "vis" not in name
+        and not name.endswith((".router.proj", "multi_modal_projector"))
+    }  # fmt: skip
+    assert {module.name for module in every if not module.is_parameter} == expected
+
+    names = {module.local_name for module in every if not module.is_parameter}
+    names -= FORMER_MODULES.get(config.family, {}).keys()
+    adapters = find_adapters(lora(target_modules=sorted(names), use_dora=True), config).sites
+    quantized = {module.path: "nf4" for module in every}
+    shapes = abstract(config, ComputeConfig(), adapters=adapters, quantized=quantized).shapes
+    parameter_shardings(mesh_of(fsdp=2), shapes)
+    on_experts = [module.name for module in list_modules(config) if module.is_parameter]
+    if on_experts:
+        adapters = find_adapters(lora(target_modules=[], target_parameters=on_experts), config)
+        shapes = abstract(config, ComputeConfig(), adapters=adapters.sites).shapes
+        parameter_shardings(mesh_of(fsdp=2, expert=2), shapes)
+
+
 @pytest.mark.covers("model.peft_config.init_lora_weights")
 def test_adapters_begin_as_in_peft_and_the_same_whatever_else_has_one(tmp_path):
     hf_config("llama3").save_pretrained(tmp_path)
@@ -312,6 +392,18 @@ def test_adapters_begin_as_in_peft_and_the_same_whatever_else_has_one(tmp_path):
     assert not gaussian["b"].any()
     random, _ = first(r=16, target_modules=["q_proj"], init_lora_weights=False)
     np.testing.assert_allclose(random["b"].std(), (1 / 48) ** 0.5, rtol=0.05)
+
+    hf_config("mixtral").save_pretrained(tmp_path)
+    config, _, _ = describe_model(tmp_path)
+    fields = {"r": 16, "target_parameters": ["experts.down_proj"], "init_lora_weights": False}
+    found = find_adapters(lora(**fields), config)
+    shapes = abstract(config, ComputeConfig(), adapters=found.sites).shapes
+    made = init_adapters(found, shapes, seed=1)["layers"]["0"]["0"]["mlp"]["expert_down_lora"]
+    experts, inputs = 6, 48
+    for factor, fan_in in (("a", inputs), ("b", experts * 16)):
+        drawn = made["down_proj"][factor]
+        assert drawn.shape[1] == experts
+        np.testing.assert_allclose(drawn.std(), (3 * fan_in) ** -0.5, rtol=0.05)
 
 
 WRONG = {
@@ -344,6 +436,38 @@ WRONG = {
         {"modules_to_save": ["embed_tokens"]}, "model.embed_tokens is also the head of this model",
     ),
 }  # fmt: skip
+
+
+WRONG_OF_EXPERTS = {
+    "a parameter": (
+        {"target_parameters": ["experts.up_proj"]},
+        r"target_parameters: 'experts.up_proj' matches no parameter that gets an adapter; there are "
+        r"experts.down_proj, experts.gate_up_proj, gate.weight; did you mean",
+    ),
+    "dropout": (
+        {"target_modules": "all-linear", "lora_dropout": 0.1},
+        r"lora_dropout: is not possible on model.layers.3.mlp.gate.weight, a parameter",
+    ),
+    "DoRA": (
+        {"target_parameters": ["down_proj"], "use_dora": True}, "use_dora: is not possible on",
+    ),
+    "half a parameter": (
+        {"target_modules": ["q_proj", "up_proj"]},
+        "names one of gate_proj and up_proj, which PEFT adapts as one; name both or neither",
+    ),
+    "all of an expert": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}, "which stay frozen",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.covers("model.peft_config.target_parameters")
+@pytest.mark.parametrize("case", WRONG_OF_EXPERTS)
+def test_what_peft_cannot_do_to_experts_is_refused(tmp_path, case):
+    fields, message = WRONG_OF_EXPERTS[case]
+    hf_config("qwen3-moe").save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        find_adapters(lora(**fields), describe_model(tmp_path)[0])
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -26,7 +26,7 @@ from jaxtrain.model.export import to_hf_tensors
 from jaxtrain.model.rope import Rope
 from jaxtrain.model.tables import Layout
 from jaxtrain.optimizer import Groups
-from jaxtrain.optimizer.matrices import LAYOUTS
+from jaxtrain.optimizer.matrices import LAYOUTS, map_matrices
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import PARAMETERS, parameter_shardings
 from jaxtrain.recipe.mesh import MeshConfig
@@ -247,6 +247,17 @@ def test_an_optimizer_equals_its_reference_on_each_matrix(config, case):
         if off > TOLERANCE * moved:
             far[name] = off / moved
     assert not far
+
+
+@pytest.mark.parametrize(("parent", "experts"), [("down", ()), ("expert_down", (6,))])
+def test_a_factor_of_an_adapter_is_a_matrix_of_each_layer_and_expert(parent, experts):
+    shapes = {"a": (2, *experts, 5, 4), "b": (2, *experts, 4, 3)}
+    adapter = {name: np.zeros(shape) for name, shape in shapes.items()}
+    tree = {"layers": {"0": {"0": {"mlp": {f"{parent}_lora": {"down_proj": adapter}}}}}}
+    found = []
+    map_matrices(lambda layout, _: found.append((layout.rows, layout.columns)), tree)
+    rows = 1 + len(experts)
+    assert found == [((rows,), (rows + 1,))] * 2
 
 
 def test_every_matrix_that_has_a_place_has_a_layout():

@@ -144,6 +144,41 @@ def test_a_mesh_changes_no_number_of_a_model_with_experts(tmp_path, alone, mesh)
             assert leaf.addressable_shards[0].data.size * prod(mesh.values()) == leaf.size, name
 
 
+LORA = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+WIDE = {"moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 16}
+
+
+@pytest.mark.covers("model.peft_config.target_parameters")
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=pytest.mark.slow)])
+def test_adapters_on_experts_train_the_same_on_a_mesh_beside_a_frozen_base(tmp_path, quantization):
+    base = run_of(tmp_path / "base", config=WIDE).save_model(tmp_path / "weights")
+    how = {"name_or_path": str(base), "from_scratch": False, "peft_config": LORA}
+    model = {**how, "quantization": quantization, "remat": "full"}
+
+    def train(name, mesh):
+        devices = prod(mesh.values())
+        rows = 8 // (devices // mesh.get("tensor", 1))
+        changes = {"mesh": mesh, "model": model, "micro_batch_size": rows}
+        run = trainer(recipe(tmp_path / name, **changes, optimizer={"eps": 1e-4}), devices=devices)
+        before = host(run.state)
+        return before, losses(run, 3), host(run.state)
+
+    before, expected, after = train("alone", {})
+    assert expected[-1] < expected[0]
+    kept = [name for name in after if re.search(r"frozen.*expert_\w+(?<!_lora)'\]", name)]
+    assert len(kept) == (8 if quantization else 2)
+    moved = [name for name in after if re.search(r"params.*(expert_|router)\w*_lora.*'[ab]'", name)]
+    assert len(moved) == 6, "both factors of the router, gate_up and down"
+    assert all(np.any(after[name] != before[name]) for name in moved)
+    first, found, last = train("mesh", {"expert": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for name, array in last.items():
+        np.testing.assert_allclose(array, after[name], atol=2e-5, err_msg=name)
+        if name.startswith(".frozen"):
+            for other in (before, first, after):
+                np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_the_bias_of_a_choice_has_no_gradient_and_no_decay_and_keeps_its_bits(tmp_path, optimizer):
     how = {"type": optimizer, "lr": 0.1, "weight_decay": 0.5}

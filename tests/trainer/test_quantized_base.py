@@ -2,14 +2,16 @@
 
 import json
 from math import prod
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxtrain import SFTTrainer, get_config
+from jaxtrain import SFTTrainer, get_config, registry
 from jaxtrain.export import restore_weights
 from jaxtrain.generate import load_speaker
+from jaxtrain.metrics.writer import read_rows
 from jaxtrain.plan import device_bytes, plan
 from jaxtrain.recipe.errors import RecipeError
 from tests.runs import assert_same, first_batch, host, losses, model_folder, recipe, trainer
@@ -192,3 +194,29 @@ def test_plan_shows_the_smaller_state(tmp_path, base):
 def test_a_quantised_base_needs_adapters_and_weights(tmp_path, base, changes, message):
     with pytest.raises(RecipeError, match=message):
         get_config(written(tmp_path, base, model=changes))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_real_model_in_four_bits_learns_what_one_of_whole_weights_does(tmp_path, monkeypatch):
+    """The model and the chats of the quick start: after 50 steps the loss is within 2% of that of
+    LoRA, in training and on chats that were held out."""
+    recipes = Path(__file__).parents[2] / "recipes"
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for kind in ("nf4", "null"):
+        overrides = [
+            f"model.quantization={kind}", "train_iters=50", "data.max_length=128",
+            "micro_batch_size=2", "eval_at_start=false", "eval_interval=50", "max_eval_batches=8",
+            "eval_samples=null", "checkpoint=[]", f"run_dir={tmp_path / kind}",
+        ]  # fmt: skip
+        config = get_config(recipes / "quickstart-lora.yaml", overrides)
+        run = registry.find("trainer", config.type)(config, devices=jax.devices()[:1])
+        run.train()
+        rows = read_rows(tmp_path / kind / "train-log-metrics.jsonl")
+        trained = [row["loss"] for row in rows if "loss" in row]
+        held_out = next(row["eval/loss"] for row in reversed(rows) if "eval/loss" in row)
+        found[kind] = np.array([np.mean(trained[-10:]), held_out])
+        assert len(trained) == 50 and found[kind][0] < np.mean(trained[:5])
+    print(found)
+    np.testing.assert_allclose(found["nf4"], found["null"], rtol=0.02)
