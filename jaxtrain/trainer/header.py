@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 from jaxtrain import registry
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
+from jaxtrain.environment import find_bfloat16_unit
 from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.model.lora import partition, take_adapters
 from jaxtrain.model.quantized import may_be_quantized
+from jaxtrain.parallel.mesh import platform
 from jaxtrain.recipe.check import describe_batch, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
@@ -28,7 +30,7 @@ def collect_facts(
     experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
-        f"{model.compute.compute_dtype}, {_remat(model.compute)}",
+        f"{_arithmetic(run)}, {_remat(model.compute)}",
         **({"experts": _experts(experts, config.router_z_loss, is_ours)} if experts else {}),
         "kernels": model.attention,
         "optimizer": _optimizer(run),
@@ -63,6 +65,15 @@ def describe_devices(mesh: Mesh) -> str:
     axes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind}" + (f", mesh {axes}" if axes else "")
+
+
+def _arithmetic(run: Run) -> str:
+    """The dtype that the model is computed in, and what a processor multiplies bfloat16 with."""
+    dtype = run.model.compute.compute_dtype
+    if platform(run.mesh) != "cpu" or dtype != "bfloat16":
+        return dtype
+    unit = find_bfloat16_unit()
+    return f"bfloat16, multiplied by {unit or 'no unit of its own, in float32'}"
 
 
 def _remat(compute: ComputeConfig) -> str:
