@@ -1,6 +1,7 @@
 """Compares a full fine-tuning step of jaxtrain and transformers + torch, in turn on one machine.
 
     python benchmarks/cpu_step.py                        SmolLM2-135M shape, 2 x 512, float32, CPU
+    python benchmarks/cpu_step.py --dtype bf16           the same in bfloat16; autocast in torch
     python benchmarks/cpu_step.py --preset llama-1.2b    1.2B Llama shape, 4 x 4096, bfloat16, GPU
 
 Each side runs in its own process, started as a user would: `python -m jaxtrain recipe.yaml`, and a
@@ -45,6 +46,7 @@ COMMON = {
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 WARMUP_STEPS = 2
+DTYPES = {"float32": "float32", "bf16": "bfloat16"}
 
 
 def write_inputs(folder: Path, preset: dict, steps: int, peft: dict | None = None) -> Path:
@@ -127,21 +129,27 @@ def torch_steps(preset: dict, steps: int, peft: dict | None) -> list[float]:
     return seconds
 
 
-def run_jaxtrain(preset_name: str, steps: int, peft: dict | None) -> tuple[list[float], float]:
+def read_preset(args: argparse.Namespace) -> dict:
+    preset = PRESETS[args.preset]
+    return preset | {"dtype": DTYPES.get(args.dtype, preset["dtype"])}
+
+
+def run_jaxtrain(args: argparse.Namespace) -> tuple[list[float], float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = write_inputs(folder, PRESETS[preset_name], steps, peft)
+        preset = read_preset(args)
+        recipe = write_inputs(folder, preset, args.steps, args.peft)
         command = [sys.executable, "-m", "jaxtrain", str(recipe), f"run_dir={folder / 'run'}"]
-        on_cpu = PRESETS[preset_name]["device"] == "cpu"
-        peak = run(command, {"JAX_PLATFORMS": "cpu"} if on_cpu else {})
+        peak = run(command, {"JAX_PLATFORMS": "cpu"} if preset["device"] == "cpu" else {})
         rows = [json.loads(line) for line in (folder / "run/train-log-metrics.jsonl").open()]
         return [row["step_time"] for row in rows if "step_time" in row], peak
 
 
-def run_torch(preset_name: str, steps: int, peft: dict | None) -> tuple[list[float], float]:
+def run_torch(args: argparse.Namespace) -> tuple[list[float], float]:
     with tempfile.NamedTemporaryFile() as file:
-        options = ["--torch", file.name, "--preset", preset_name, "--steps", str(steps)]
-        options += ["--peft", json.dumps(peft)]
+        options = ["--torch", file.name, "--preset", args.preset, "--steps", str(args.steps)]
+        options += ["--dtype", args.dtype] if args.dtype else []
+        options += ["--peft", json.dumps(args.peft)]
         peak = run([sys.executable, __file__, *options], {})
         return json.loads(Path(file.name).read_text()), peak
 
@@ -165,13 +173,14 @@ def main(description: str | None = __doc__, peft: dict | None = None) -> None:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--dtype", choices=DTYPES, help="in place of the preset's")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peft", type=json.loads, default=peft, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    preset = PRESETS[args.preset]
+    preset = read_preset(args)
     if args.torch:
         args.torch.write_text(json.dumps(torch_steps(preset, args.steps, args.peft)))
         return
@@ -181,7 +190,7 @@ def main(description: str | None = __doc__, peft: dict | None = None) -> None:
     peaks: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(args.rounds):
         for name, side in sides.items():
-            seconds, peak = side(args.preset, args.steps, args.peft)
+            seconds, peak = side(args)
             rates[name].append(tokens / statistics.median(seconds[WARMUP_STEPS:]))
             peaks[name].append(peak)
             rate = f"{rates[name][-1]:10,.1f} tokens/s"
@@ -189,6 +198,7 @@ def main(description: str | None = __doc__, peft: dict | None = None) -> None:
     ratios = [a / b for a, b in zip(rates["jaxtrain"], rates["torch"], strict=True)]
     figures = {
         "preset": args.preset,
+        "dtype": preset["dtype"],
         "tokens_per_sec": {name: statistics.median(values) for name, values in rates.items()},
         "ratio": statistics.median(ratios),
         "peak_gb": {name: max(values) for name, values in peaks.items()},

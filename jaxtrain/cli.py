@@ -6,12 +6,14 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from jaxtrain.environment import describe, prepare_jax, set_flags
 from jaxtrain.explain import explain_error, raise_user_errors
 from jaxtrain.recipe.errors import UserError, did_you_mean, printable
 from jaxtrain.recipe.strangers import COMMANDS
@@ -20,6 +22,7 @@ from jaxtrain.signals import ended_by_signals, ignore_signals
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 YAML = (".yaml", ".yml")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+BEGAN = time.perf_counter()
 
 
 class _Commands(click.Group):
@@ -114,19 +117,17 @@ def train(
     for line in resolved.report.unheeded():
         click.echo(line)
 
+    prepare_jax()
     from jaxtrain import registry
-    from jaxtrain.assets import cache_folder
-
-    # Compiled programs are kept in the user's cache; jax reads the setting when it is imported.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     from jaxtrain.parallel.mesh import first_devices
 
     if python_profile != "disable":
         print_profile(python_profile)
     with raise_user_errors(config):
         cls = registry.find("trainer", config.type)
+        import_s = time.perf_counter() - BEGAN
         trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
-        trainer.allowed_changes = allowed
+        trainer.allowed_changes, trainer.console.spent_s["import"] = allowed, import_s
         trainer.train()
 
 
@@ -181,6 +182,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
 
     Reads no data and no weights.
     """
+    set_flags()
     if devices is not None:  # jax reads both when it is imported
         flag = f"--xla_force_host_platform_device_count={devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -261,6 +263,7 @@ def evaluate(
         names = tuple(filter(None, (name.strip() for name in lm_eval.split(","))))
         return run_tasks(config or recipe, checkpoint, out, names=names, **how)
     assert config is not None
+    prepare_jax()
     with raise_user_errors(config):
         from jaxtrain.evaluate import evaluate
 
@@ -279,6 +282,7 @@ def run_tasks(
 ) -> None:
     if not names:
         raise click.UsageError("--lm-eval names no task")
+    prepare_jax()
     from jaxtrain.evaluate import evaluate_tasks
 
     table, file = evaluate_tasks(source, checkpoint, out, names=names, **how)
@@ -348,6 +352,7 @@ def generate(
         raise click.UsageError("--system is for --prompt, with a chat template")
     if out and out.exists():
         raise click.UsageError(f"--out: {out} exists already; name a new file")
+    prepare_jax()
     from jaxtrain.generate import generate
 
     generate(source, prompt, system, file, out, batch_size, is_raw=raw, write=echo_text, **how)
@@ -359,6 +364,7 @@ def chat(source: str, system: str | None, **how: Any) -> None:
     """Talk with a model; /help lists what else a line may be."""
     import readline  # noqa: F401  lets `input` edit lines
 
+    prepare_jax()
     from jaxtrain.generate import chat
 
     chat(source, system, read=read_line, write=echo_text, **how)
@@ -404,6 +410,17 @@ def recipes(name: str | None, target: Path | None) -> None:
     else:
         for file in copy_recipe(name, target):
             click.echo(file)
+
+
+@cli.command()
+def env() -> None:
+    """Print what a run here would start with: versions, devices, flags of XLA."""
+    prepare_jax()
+    for name, fact in describe():
+        click.echo(f"{name:25} {fact}")
+    from jaxtrain.parallel.mesh import list_devices
+
+    click.echo(f"{'devices':25} {list_devices()}")
 
 
 @cli.command()

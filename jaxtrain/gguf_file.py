@@ -63,11 +63,19 @@ class _Reader:
         return value
 
     def read_text(self) -> str:
-        length = self.read_number("Q")
-        if self.at + length > len(self._data):
-            raise struct.error
-        self.at += length
-        return self._data[self.at - length : self.at].decode("utf-8")
+        return self.read_texts(1)[0]
+
+    def read_texts(self, count: int) -> list[str]:
+        """In one loop, since a vocabulary has a hundred thousand."""
+        data, at, unpack, texts = self._data, self.at, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            end = at + 8 + unpack(data, at)[0]
+            if end > len(data):
+                raise struct.error
+            texts.append(data[at + 8 : end].decode("utf-8"))
+            at = end
+        self.at = at
+        return texts
 
     def read_pair(self) -> tuple[str, Any]:
         return self.read_text(), self.read_value(self.read_number("I"))
@@ -89,4 +97,6 @@ class _Reader:
             layout = struct.Struct(f"<{count}{NUMBERS[kind]}")
             self.at += layout.size
             return list(layout.unpack_from(self._data, self.at - layout.size))
+        if kind == STRING:
+            return self.read_texts(count)
         return [self.read_value(kind) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,16 @@ def test_help_names_the_commands(tmp_path):
     assert done.returncode == 0 and "jaxtrain RECIPE [key=value ...]" in done.stdout
 
 
+def test_env_tells_versions_devices_and_the_flags_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    done = jaxtrain(tmp_path, "env")
+    assert done.returncode == 0, done.stderr
+    flags = re.search("(?m)^XLA_FLAGS +(.*)$", done.stdout)
+    assert flags and flags[1].count("latency_hiding_scheduler") == 1 and "=false" in flags[1]
+    assert re.search(r"(?m)^versions +jax \d", done.stdout)
+    assert re.search(r"(?m)^devices +1 x cpu$", done.stdout)
+
+
 @pytest.mark.parametrize("command", [[], ["data"]])
 def test_a_fault_of_the_data_tells_nothing_of_the_environment(tmp_path, monkeypatch, command):
     base = recipe(tmp_path, rows=4)
@@ -90,6 +101,7 @@ def test_a_run_ends_with_a_folder_of_results(tmp_path):
     for expected in (
         "parameters", "compiling train step for sequences of ", "step 3/3  loss ", "evaluation at step 3",
         "'Yes?' →", "tokens/s", "trained/s", "data wait", "ETA", "finished: 3 steps",
+        "; in all import ", "first step done after ",
     ):  # fmt: skip
         assert expected in done.stdout, expected
     run = tmp_path / "run"

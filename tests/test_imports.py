@@ -2,6 +2,7 @@
 their folder."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxtrain
+from tests.runs import environment, recipe
 
 PACKAGE = Path(jaxtrain.__file__).parent
 FLOORS = (
@@ -22,6 +24,7 @@ FLOORS = (
         "gguf_file",
         "files",
         "signals",
+        "environment",
     },
     {"kernels", "parallel"},
     {"tokenizer", "data", "model", "optimizer", "scheduler"},
@@ -158,15 +161,32 @@ def test_a_planted_violation_is_found(tmp_path, file, line, expected):
     assert found.startswith(f"jaxtrain/{file}:2: ") and expected in found
 
 
-def test_help_and_check_of_a_recipe_import_no_jax():
-    program = (
-        "import sys\n"
-        "from jaxtrain import cli\n"
-        "from jaxtrain.recipe.resolve import get_config\n"
-        "get_config({'model': {'name_or_path': 'm'}, 'data': {'sources': ['a/b']}})\n"
-        "print(sorted({'jax', 'numpy', 'transformers'} & set(sys.modules)))\n"
-    )
+COMMAND = """
+import sys
+from jaxtrain.cli import main
+try:
+    main()
+finally:
+    print(*sys.modules)
+"""
+SHIPPED = PACKAGE / "recipes"
+RUN = {"datasets", "pandas", "lm_eval"}  # grain, which makes the batches, imports orbax
+NOT_IMPORTED = {
+    "--help": {"jax", "numpy", "pydantic", "transformers", "torch"},
+    f"check {SHIPPED / 'qwen2.5-1.5b-sft.yaml'}": {"jax", "numpy", "transformers", "torch"},
+    f"check {SHIPPED / 'quickstart.yaml'}": RUN | {"grain", "orbax", "torch"},
+    "check recipe.yaml": RUN | {"grain", "orbax"},
+    "recipe.yaml train_iters=1": RUN,
+}
+"""What is typed → packages that it does without, of those that take long."""
+
+
+@pytest.mark.parametrize("typed", NOT_IMPORTED)
+def test_a_command_imports_what_it_uses(tmp_path, typed):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tmp_path, rows=8)))
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+        [sys.executable, "-c", COMMAND, *typed.split()],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not NOT_IMPORTED[typed] & {*done.stdout.splitlines()[-1].split()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.compatibility import refuse_changes
 from jaxtrain.checkpoint.engine import (
@@ -49,6 +48,8 @@ class OrbaxEngine(CheckpointEngine):
 
         Returns when the arrays are copied, so that the next step may overwrite them.
         """
+        from orbax.checkpoint import v1 as ocp  # a second of imports
+
         self.wait()
         step, state = model.step, model.state
         parts: dict[str, Any] = {WEIGHTS: _weights(state)}
@@ -157,6 +158,8 @@ class OrbaxEngine(CheckpointEngine):
         return [start]
 
     def _read(self, path: Path, model: Any) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
         if not path.is_dir():
             raise CheckpointError(f"resume_from: there is no {path}")
         try:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.conversation import Conversation, Message, stringify_arguments
 from jaxtrain.data.spans import (
@@ -169,6 +168,8 @@ class Renderer:
 def _render_template(messages: list[Message], arguments: dict[str, Any]) -> tuple[str, Any]:
     """Renders one at a time: transformers notes generation blocks in the template's only
     environment, and would mix in those of another thread."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     with _rendering, _limit_time():
         (text,), places = render_jinja_template([messages], **arguments)
     if len(text) > MAX_CHARACTERS:

@@ -24,6 +24,7 @@ from jaxtrain.kernels.axes import (
     context_parts,
     free_axis_sizes,
 )
+from jaxtrain.kernels.product import einsum
 
 HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
@@ -284,12 +285,8 @@ def scale_and_cap(raw: Array, scale: float, softcap: float | None) -> Array:
 
 
 def _logits(plan: Plan, head: Array, x_IbCD: Array) -> Array:
-    raw_IbCV = _dot(f"ibcd,{plan.head_layout}->ibcv", x_IbCD, head)
+    raw_IbCV = einsum(f"ibcd,{plan.head_layout.lower()}->ibcv", x_IbCD, head)
     return scale_and_cap(raw_IbCV, plan.scale, plan.softcap)
-
-
-def _dot(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec.lower(), x, y, preferred_element_type=jnp.float32)
 
 
 def _is_target(logits_IbCV: Array, y_IbC: Array) -> Array:
@@ -315,8 +312,8 @@ def _d_products(plan: Plan, logits_IbCV: Array, d_IbCV: Array) -> Array:
 def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_IbCV: Array):
     """Gradients of a chunk's hidden states, and of the head [I, D, V], one per shard."""
     d_IbCV = d_IbCV.astype(x_IbCD.dtype)
-    d_x_IbCD = _dot(f"ibcv,{plan.head_layout}->ibcd", d_IbCV, head)
-    d_head_IDV = _dot("ibcd,ibcv->idv", x_IbCD, d_IbCV)
+    d_x_IbCD = einsum(f"ibcv,{plan.head_layout.lower()}->ibcd", d_IbCV, head)
+    d_head_IDV = einsum("ibcd,ibcv->idv", x_IbCD, d_IbCV)
     d_head_IDV = plan.place(d_head_IDV, plan.axes, None, plan.vocabulary_axis)
     return d_x_IbCD.astype(x_IbCD.dtype), d_head_IDV
 

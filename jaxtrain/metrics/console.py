@@ -14,6 +14,10 @@ from jaxtrain.recipe.errors import printable
 from jaxtrain.recipe.load import Secrets
 from jaxtrain.recipe.secrets import hide_secrets
 
+TIMES = (
+    "import", "data", "weights", "compile", "step", "wait", "evaluation", "sample", "save", "other",
+)  # fmt: skip
+"""What a process spends its time on."""
 REDRAW_S = 0.25
 BAR_WIDTH = 40
 
@@ -22,7 +26,9 @@ class Console:
     """Writes to the terminal, if this process `prints`, and hides `secrets`."""
 
     def __init__(self, *, prints: bool = True, secrets: Secrets | None = None):
-        self._secrets = secrets or {}
+        self.spent_s: dict[str, float] = {}
+        """of `TIMES`, seconds of this process so far"""
+        self._secrets, self._began = secrets or {}, time.perf_counter()
         self._console = RichConsole(quiet=not prints, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._redraw_at = 0.0
@@ -44,16 +50,30 @@ class Console:
         self._console.print(Text(text))
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Shows what is being done and then how long it took."""
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """Shows what is being done and then how long it took, which counts as one of `TIMES`."""
         start = time.perf_counter()
-        if self._console.is_terminal and self._live is None:
-            with self._console.status(name):
+        with self.timing(what):
+            if self._console.is_terminal and self._live is None:
+                with self._console.status(name):
+                    yield
+            else:
                 yield
-        else:
-            yield
         seconds = time.perf_counter() - start
         self.line(f"{name}: {seconds:.1f} s" if seconds >= 0.05 else name)
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Counts the time of what is inside it, but for what is counted there already."""
+        began_s = self.elapsed_s - sum(self.spent_s.values())
+        yield
+        taken_s = self.elapsed_s - sum(self.spent_s.values()) - began_s
+        self.spent_s[what] = self.spent_s.get(what, 0.0) + taken_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the process began, as far as its imports were counted."""
+        return time.perf_counter() - self._began + self.spent_s.get("import", 0.0)
 
     def progress(self, row: dict[str, Any], total: int) -> None:
         """Prints the metrics row of a step, fitted to the terminal."""
@@ -102,6 +122,13 @@ def format_progress(row: dict[str, Any], total: int, width: int | None = None) -
             break
         parts = [part for part in parts if part[0] != rank]
     return "  ".join(text for _, text in parts)
+
+
+def format_times(spent_s: dict[str, float], elapsed_s: float) -> str:
+    """Where so many seconds went, without what took none of them."""
+    spent_s = {**spent_s, "other": elapsed_s - sum(spent_s.values())}
+    shown = ((name, spent_s.get(name, 0.0)) for name in TIMES)
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in shown if seconds >= 0.05)
 
 
 def format_duration(seconds: float) -> str:

@@ -31,7 +31,7 @@ class Meter:
         self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
         """Totals over all restarts."""
         self._since_row: dict[str, float] = defaultdict(float)
-        self._steps, self._training_s = 0, 0.0
+        self._steps, self._training_s, self._waited_s = 0, 0.0, 0.0
         self.restart()
 
     @classmethod
@@ -74,6 +74,7 @@ class Meter:
             self.seen[name] += type(self.seen[name])(metrics[name])
         self._steps += 1
         self._training_s += seconds
+        self._waited_s += self._data_s
         self.restart()
 
     def build_row(self, metrics: dict[str, float], *, steps_left: int) -> dict[str, Any]:
@@ -101,6 +102,11 @@ class Meter:
             "mem_peak": peak_memory_bytes(),
             "eta": self.eta_s(steps_left),
         }
+
+    @property
+    def spent_s(self) -> dict[str, float]:
+        """Seconds of this process that went into steps, and into waiting for their data."""
+        return {"step": self._training_s - self._waited_s, "wait": self._waited_s}
 
     def eta_s(self, steps_left: int) -> float:
         """Seconds that so many steps take, as long each as those of this process so far."""

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
 from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
+from jaxtrain.kernels.product import multiply
 from jaxtrain.model.config import (
     Activation,
     AdapterSite,
@@ -190,8 +191,7 @@ def _product(contract: int, x: Array, w: Array) -> Array:
 
 
 def _product_fwd(contract: int, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    dims = (_last(x, contract), tuple(range(contract)))
-    return lax.dot_general(x, w, (dims, ((), ()))), (x, w)
+    return multiply(x, w, _last(x, contract), tuple(range(contract))), (x, w)
 
 
 def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -208,7 +208,7 @@ def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[
         return dx, lax.dot_general(x, dy, ((lead, lead), ((), ())))
     x = x.reshape(-1, *x.shape[x.ndim - contract :])
     dy = dy.reshape(-1, *dy.shape[dy.ndim - outputs :])
-    sum_tokens = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    sum_tokens = lambda a, b: multiply(a, b, (0,), (0,))
     if outputs == 1 and dy.shape[1] <= min(MAX_THIN, prod(x.shape[1:]) // 8):
         # An adapter's: turned, it takes a third of the time on CPU. The barrier is there since XLA
         # would turn it back.
@@ -219,7 +219,7 @@ def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[
 
 def _product_dx(contract: int, w: Array, dy: Array) -> Array:
     to_outputs = tuple(range(contract, w.ndim))
-    return lax.dot_general(dy, w, ((_last(dy, len(to_outputs)), to_outputs), ((), ())))
+    return multiply(dy, w, _last(dy, len(to_outputs)), to_outputs)
 
 
 _product.defvjp(_product_fwd, _product_bwd)

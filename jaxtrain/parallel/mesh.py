@@ -1,5 +1,6 @@
 """The device mesh of a run."""
 
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -17,6 +18,12 @@ def first_devices(count: int) -> list[Any]:
     if len(devices) < count:
         raise RecipeError(f"--num_gpus {count}: there are only {len(devices)}")
     return devices[:count]
+
+
+def list_devices() -> str:
+    """How many of each kind there are."""
+    kinds = Counter(device.device_kind for device in jax.devices())
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:

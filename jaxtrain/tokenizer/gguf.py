@@ -5,14 +5,16 @@ unknown name is refused: a guess that is nearly right yields wrong ids on a few 
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.gguf_file import read_header
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
 REQUIRED = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
@@ -46,8 +48,10 @@ PRE_TOKENIZERS = {
 }  # fmt: skip
 
 
-def build_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def build_gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """Builds the tokenizer of a file with its chat template; RecipeError for an unknown kind."""
+    from transformers import PreTrainedTokenizerFast
+
     fields = read_header(path).metadata
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":

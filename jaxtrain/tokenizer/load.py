@@ -5,18 +5,20 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from huggingface_hub import is_offline_mode
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from tokenizers import AddedToken
 
 from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, show
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.registry import Factory
 from jaxtrain.tokenizer.gguf import build_gguf_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
@@ -42,7 +44,7 @@ class HFTokenizerFactory(TokenizerFactory):
         return load_tokenizer(self.config, self.model_path)
 
 
-def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: TokenizerConfig, model_path: Path) -> "PreTrainedTokenizerFast":
     """Loads the recipe's tokenizer, by default that of `model_path`.
 
     Extra tokens, and a pad token that it lacks, are added as special ones. The default pad token is
@@ -69,7 +71,7 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> PreTrainedToken
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Writes tokenizer.json, its config and the chat template for transformers to read."""
     try:
         tokenizer.save_pretrained(folder)
@@ -88,7 +90,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         )
 
 
-def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
+def _load_from_hugging_face(path: Path, name: str) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     if path.is_dir():
         tokenizer, why = _read(str(path), local_only=True)
         if tokenizer is None:
@@ -110,6 +114,9 @@ def _load_from_hugging_face(path: Path, name: str) -> PreTrainedTokenizerFast:
 
 def _read(name: str, *, local_only: bool) -> tuple[Any, str]:
     """Returns the tokenizer, or None and why it cannot be read."""
+    # Its descriptions of models import torch where it is installed, which takes seconds.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, local_files_only=local_only, trust_remote_code=False
@@ -136,6 +143,8 @@ def read_template(value: str) -> str:
 def check_syntax(template: str | Mapping[str, str] | None) -> None:
     """RecipeError for a chat template, or one of several by name, that is not Jinja; renders
     nothing."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     named = template if isinstance(template, Mapping) else {"": template or ""}
     for name, text in named.items():
         try:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtrain import registry
 from jaxtrain.data import TrainingData
 from jaxtrain.data.ledger import format_range
+from jaxtrain.environment import find_bfloat16_unit
 from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.model.lora import partition, take_adapters
 from jaxtrain.model.quantized import may_be_quantized
@@ -31,7 +32,7 @@ def collect_facts(
     experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
-        f"{model.compute.compute_dtype}{_loss_scale(run)}, {_remat(model.compute)}",
+        f"{_arithmetic(run)}{_loss_scale(run)}, {_remat(model.compute)}",
         **({"experts": _experts(experts, config.router_z_loss, is_ours)} if experts else {}),
         "kernels": model.attention,
         "optimizer": _optimizer(run),
@@ -88,6 +89,15 @@ def _host_memory(run: Run) -> str:
     named = " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
     is_same = named and platform(run.mesh) == "cpu"
     return f"{named}: without effect, on CPU it is that of the devices" if is_same else named
+
+
+def _arithmetic(run: Run) -> str:
+    """The dtype that the model is computed in, and what a processor multiplies bfloat16 with."""
+    dtype = run.model.compute.compute_dtype
+    if platform(run.mesh) != "cpu" or dtype != "bfloat16":
+        return dtype
+    unit = find_bfloat16_unit()
+    return f"bfloat16, multiplied by {unit or 'no unit of its own, in float32'}"
 
 
 def _remat(compute: ComputeConfig) -> str:

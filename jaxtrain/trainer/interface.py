@@ -212,7 +212,8 @@ class Interface:
         if self.mode == "process-data":
             return
         try:
-            self.checkpoints.wait()
+            with self.console.timing("save"):
+                self.checkpoints.wait()
         finally:
             self.report.close()
 

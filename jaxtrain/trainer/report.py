@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.metrics.console import Console, format_progress
+from jaxtrain.metrics.console import Console, format_progress, format_times
 from jaxtrain.metrics.log import log, screen
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.metrics.user_metrics import UserMetrics
@@ -49,6 +49,7 @@ class Report:
         self.last_loss = float("nan")
         self._held: tuple[int, float, dict[str, jax.Array]] | None = None
         self._phases = dict(NO_PHASES)
+        self._first_step_s: float | None = None
 
     def update(self, step: int, metrics: dict[str, jax.Array], *, epoch: float) -> None:
         """Take the metrics of a step that was just dispatched; report the one before it. `epoch` is
@@ -72,6 +73,7 @@ class Report:
         row = {"iter": step, "epoch": epoch, "lr": lr_scale * self.peak_lr, **values}
         self.last_loss = values["loss"]
         self.meter.count(values)
+        self._first_step_s = self._first_step_s or self.console.elapsed_s
         self.tell("on_train_metrics", metrics=row)
         has_row = requested or is_due(step, self.config.train_log_iter_interval)
         if has_row:
@@ -150,7 +152,7 @@ class Report:
         the next row has its seconds under `key`."""
         self.flush()
         began = time.perf_counter()
-        with self.console.phase(name):
+        with self.console.phase(name, key.removesuffix("_time")):
             yield
         self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - began
         self.meter.restart()
@@ -185,6 +187,13 @@ class Report:
         self.console.close()
         if remark := self.folder.close():
             self.console.line(remark)
+        if self._first_step_s is not None:
+            spent_s = self.console.spent_s | self.meter.spent_s
+            self.console.line(
+                f"first step done after {self._first_step_s:.1f} s; in all "
+                f"{format_times(spent_s, self.console.elapsed_s)}"
+            )
+            self._first_step_s = None
 
 
 def is_due(step: int, every: int) -> bool:

@@ -122,7 +122,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             lengths = (sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, epoch_sequences=1)
         else:
-            lengths = self._prepare_data(max_positions, view)
+            with self.console.timing("data"):
+                lengths = self._prepare_data(max_positions, view)
             self.horizon = Horizon.of(self.config, self.data.train)
         if mode == "process-data":
             self.console.line("\n".join(self.data.ledger.lines()))
@@ -140,13 +141,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
         meter = Meter.for_model(self.run.model, devices, global_batch=self.layout.global_batch)
         self.report = Report(
-            self.console,
-            self.run_folder,
-            meter,
-            peak_lr=self.run.peak_lr,
-            last_step=self.last_step,
-            tell=self.tell,
-        )
+            self.console, self.run_folder, meter,
+            peak_lr=self.run.peak_lr, last_step=self.last_step, tell=self.tell,
+        )  # fmt: skip
         placed, batch = self.run.shardings, self.layout.batch_shardings
         compiled = partial(Compiled, current_run=lambda: self.run, phase=self.report.phase)
         self.step = compiled(  # type: ignore[method-assign]
@@ -370,7 +367,8 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
 
         sets = {name: self._eval_batches(plan) for name, plan in plans.items()}
         unit, must_leave = self.config.loss_weighting, lambda: self.must_leave
-        metrics = evaluate_sets(loss_of, sets, unit=unit, must_leave=must_leave)
+        with self.console.timing("evaluation"):
+            metrics = evaluate_sets(loss_of, sets, unit=unit, must_leave=must_leave)
         if dataset is not None:
             self.tell("on_predict", metrics=metrics)
             return metrics
@@ -465,14 +463,15 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self.console.line(f"no checkpoint in {engine.directory}: starting fresh")
         given = self.given.get("model")
         how = "initializing" if self.config.model.from_scratch else "reading"
-        with self.console.phase(f"{'copying' if given is not None else how} the weights"):
+        how = "copying" if given is not None else how
+        with self.console.phase(f"{how} the weights", "weights"):
             self._state = self.run.first_state(self.run.first_params(given))
 
     def restore(self, engine: CheckpointEngine) -> None:
         """Take over the checkpoint that the engine loads, but for the parts that the recipe
         resets."""
         self._state = None  # its memory is needed
-        with self.console.phase(f"restoring from {engine.directory}"):
+        with self.console.phase(f"restoring from {engine.directory}", "weights"):
             given = self.given.get("model")
             self._state, saved, reset = self.checkpoints.restore(engine, self.run, given)
         data, schedule = self.data.train, (self.training_horizon, self.progress.schedule_start)

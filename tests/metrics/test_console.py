@@ -1,11 +1,13 @@
 """What a run prints fits the terminal."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as RichConsole
 
-from jaxtrain.metrics.console import Console, format_progress
+from jaxtrain.metrics import console as module
+from jaxtrain.metrics.console import Console, format_progress, format_times
 
 ROW = {
     "iter": 1234, "loss": 2.34567, "grad_norm": 12.345, "lr": 1.5e-5, "tokens_per_sec": 123456.0,
@@ -54,6 +56,24 @@ def test_the_bar_is_not_drawn_for_every_step():
         console.tick(step, 1000, 1.0)
     console.close()
     assert len(stream.getvalue()) < 2000
+
+
+def test_every_second_is_counted_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    console = Console(prints=False)
+    console.spent_s["import"] = 3.0
+    with console.timing("evaluation"):
+        now[0] += 2
+        with console.phase("compiling", "compile"):
+            now[0] += 5
+        now[0] += 1
+    now[0] += 4
+    assert console.spent_s == {"import": 3.0, "evaluation": 3.0, "compile": 5.0}
+    assert console.elapsed_s == 15
+    assert format_times(console.spent_s | {"step": 1.0, "wait": 0.01}, console.elapsed_s) == (
+        "import 3.0 s, compile 5.0 s, step 1.0 s, evaluation 3.0 s, other 3.0 s"
+    )
 
 
 def rendered(text: str, width: int) -> list[str]:

@@ -26,7 +26,7 @@ CHANGES = {  # the change; devices; the fact and what it says, before and after
     "mesh.fsdp": ({"mesh": {"fsdp": 2}}, 2, "devices", "1 x", "mesh fsdp 2"),
     "mesh.pipeline": ({"mesh": {"pipeline": 2}}, 2, "devices", "1 x", "mesh pipeline 2"),
     "mesh.tensor": ({"mesh": {"tensor": 2}}, 2, "devices", "1 x", "mesh tensor 2"),
-    "model.dtype": ({"model": {"dtype": "bf16"}}, 1, "model", "float32", "bfloat16"),
+    "model.dtype": ({"model": {"dtype": "bf16"}}, 1, "model", "float32", "bfloat16, multiplied by"),
     "model.remat": ({"model": {"remat": "dots"}}, 1, "model", "remat full", "remat dots"),
     "model.remat_every_nth_layer": (
         {"model": {"remat_every_nth_layer": 2}}, 1, "model", "remat full", "full of every 2 layers",

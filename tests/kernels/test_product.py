@@ -1,0 +1,110 @@
+"""Products of bfloat16: the same numbers in every form, and TPU and GPU run what was written."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxtrain.kernels.product import einsum, multiply
+from tests.runs import mesh_of
+
+PRODUCTS = {  # dimensions of x and y, and those that are contracted
+    "q, k and v": ((2, 24, 48), (48, 3, 5, 16), (2,), (0,)),
+    "back to the width": ((2, 24, 3, 4, 16), (3, 4, 16, 40), (2, 3, 4), (0, 1, 2)),
+    "gradient of the input": ((2, 24, 3, 5, 16), (48, 3, 5, 16), (2, 3, 4), (1, 2, 3)),
+    "gradient of a weight": ((48, 40), (48, 3, 5, 16), (0,), (0,)),
+    "of a joined weight": ((48, 3, 16), (48, 40), (0,), (0,)),
+    "thin": ((1, 7, 40), (40, 3), (2,), (0,)),
+    "one row": ((1, 1, 40), (40, 2, 33), (2,), (0,)),
+}
+SUMS = {
+    "logits": ("ibcd,dv->ibcv", (1, 2, 12, 40), (40, 65)),
+    "logits of a tied head": ("ibcd,vd->ibcv", (1, 2, 12, 40), (65, 40)),
+    "gradient of hidden states": ("ibcv,vd->ibcd", (1, 2, 12, 65), (65, 40)),
+    "gradient of the head": ("ibcd,ibcv->idv", (1, 2, 12, 40), (1, 2, 12, 65)),
+    "of the head by shards": ("ibcd,ibcv->idv", (2, 2, 12, 40), (2, 2, 12, 65)),
+}
+
+
+CPU, TWO = mesh_of(), mesh_of(data=2)
+
+
+def operands(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+
+def plain(x_dims, y_dims):
+    return partial(lax.dot_general, dimension_numbers=((x_dims, y_dims), ((), ())))
+
+
+def in_float64(product, *arrays):
+    with jax.enable_x64(True):
+        return np.asarray(product(*(np.asarray(a, np.float64) for a in arrays)))
+
+
+def compiled(function, *arrays, mesh=CPU):
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *arrays: function(*arrays)).lower(*arrays).compile()
+
+
+@pytest.mark.parametrize(("x", "y", "x_dims", "y_dims"), PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_is_rounded_once(x, y, x_dims, y_dims):
+    arrays, written = operands(x, y), plain(x_dims, y_dims)
+    exact = in_float64(written, *arrays)
+    program = compiled(partial(multiply, x_dims=x_dims, y_dims=y_dims), *arrays)
+    found = program(*arrays)
+    assert found.dtype == jnp.bfloat16 and found.shape == exact.shape
+    error = lambda a: np.abs(np.asarray(a, np.float64) - exact)
+    assert (error(found) <= 2.0**-8 * np.abs(exact) + 1e-4).all()
+    assert error(found).sum() <= error(jax.jit(written)(*arrays)).sum() * 1.001
+
+
+@pytest.mark.parametrize(("spec", "x", "y"), SUMS.values(), ids=SUMS)
+def test_a_sum_is_float32(spec, x, y):
+    arrays = operands(x, y)
+    exact = in_float64(partial(jnp.einsum, spec), *arrays)
+    found = compiled(partial(einsum, spec), *arrays)(*arrays)
+    assert found.dtype == jnp.float32 and found.shape == exact.shape
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
+
+
+def pairs():
+    """What is called and what it says, and the shapes of its operands."""
+    for x, y, x_dims, y_dims in PRODUCTS.values():
+        yield partial(multiply, x_dims=x_dims, y_dims=y_dims), plain(x_dims, y_dims), x, y
+    for spec, x, y in SUMS.values():
+        if x[0] == 1:
+            said = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+            yield partial(einsum, spec), said, x, y
+
+
+def lowered(function, *arrays, mesh):
+    is_abstract = isinstance(mesh, AbstractMesh)
+    with jax.sharding.use_abstract_mesh(mesh) if is_abstract else jax.set_mesh(mesh):
+        traced = jax.jit(lambda *arrays: function(*arrays)).trace(*arrays)
+        device = mesh.abstract_mesh.abstract_device
+        return traced.lower(lowering_platforms=(device.platform,)).as_text()
+
+
+def abstract(platform):
+    device = AbstractDevice(device_kind="one", num_cores=None, platform=platform)
+    return AbstractMesh((1,), ("data",), abstract_device=device)
+
+
+MESHES = {"tpu": abstract("tpu"), "cuda": abstract("cuda"), "cpu": CPU, "two": TWO}
+
+
+@pytest.mark.parametrize("place", MESHES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_only_bfloat16_on_one_cpu_is_another_program(place, dtype):
+    for called, said, *shapes in pairs():
+        arrays = [a.astype(dtype) for a in operands(*shapes)]
+        found, expected = (lowered(f, *arrays, mesh=MESHES[place]) for f in (called, said))
+        assert (found == expected) == (place != "cpu" or dtype == jnp.float32)
+        if place == "cpu" and dtype == jnp.bfloat16:
+            assert "contracting_dims = [1] x" in found
