@@ -34,13 +34,10 @@ def main(target: str, written: dict[str, Any]) -> None:
     sizes = {part: getattr(memory, f"host_{part}_size_in_bytes") for part in
              ("argument", "output", "alias", "temp")}  # fmt: skip
     print(json.dumps({
-        "state": device_bytes(shapes),
         "moments": device_bytes(shapes.opt_state) + host_bytes(shapes.opt_state),
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": max(memory.peak_memory_in_bytes, live + memory.temp_size_in_bytes),
-        "peak_by_compiler": memory.peak_memory_in_bytes,
+        # Not the compiler's own peak, which counts the host's memory too.
+        "peak": live + memory.temp_size_in_bytes,
         "host": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
-        "host_parts": sizes,
     }))  # fmt: skip
 
 

@@ -104,6 +104,8 @@ LAYER_INPUTS = 16 * 2048 * 1024 * 2  # bytes: layers, tokens, width, bfloat16
 @pytest.mark.parametrize("what", ["moments", "layer inputs"])
 def test_what_moves_to_the_host_leaves_the_devices(target, what):
     name, site = target
+    if name == "h200":
+        pytest.skip("jax knows no memory kinds of a GPU that is not there")
     changes = {
         "moments": {"deepspeed": OFFLOAD},
         "layer inputs": {"activation_checkpoint_cpu_offload": True},

@@ -403,10 +403,9 @@ class HFModelFactory(ModelFactory):
         offload_inputs = placement.offload_inputs and has_host_memory(
             layout.mesh, ["activation_checkpoint_cpu_offload"]
         )
+        dtype = config.dtype or ("float32" if on == "cpu" else "bfloat16")
         compute = ComputeConfig(
-            compute_dtype=placement.compute_dtype
-            or config.dtype
-            or ("float32" if on == "cpu" else "bfloat16"),
+            compute_dtype=placement.compute_dtype or dtype,
             attention=kernel,
             exchange=exchange,
             remat=config.remat_policy,

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxtrain.parallel.host_memory import has_host_memory
+from jaxtrain.parallel.host_memory import KIND, has_host_memory, move_to_host
 from jaxtrain.plan import host_bytes
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.trainer.pieces import update_in_pieces
-from jaxtrain.trainer.state import Moving, apply_if
+from jaxtrain.trainer.state import Moving, apply_if, is_finite
 from tests.optimizer.test_groups import build
 from tests.optimizer.test_optimizers import parameters
-from tests.runs import host, recipe, trainer
+from tests.runs import host, mesh_of, recipe, trainer
 
 FROZEN = [{"match": "gate_up", "freeze": True}, {"match": "qkv", "lr_scale": 0.5}]
 
@@ -35,17 +37,25 @@ def test_an_update_in_pieces_is_the_update(name, groups):
         trained = jax.tree.map(jnp.add, moving.trained, updates)
         return Moving(trained, opt_state, jax.tree.map(lambda a, p: a + p, moving.average, trained))
 
-    def run(apply, **how):
+    def run(apply, *, is_on_host=False, **how):
         trained = some.trained(params)
         moving = Moving(trained, optimizer.init(trained), jax.tree.map(jnp.zeros_like, trained))
+        places = jax.tree.map(lambda _: NamedSharding(mesh_of(data=1), P()), moving)
+        if is_on_host:
+            on_host = move_to_host(places.opt_state, moving.opt_state)
+            places = places._replace(opt_state=on_host)
+        step = jax.jit(lambda ok, *a: apply(ok, update, *a, **how), out_shardings=places)
+        moving = jax.device_put(moving, places)
         for ok in (True, False, True):
             gradients = jax.tree.map(lambda p: jnp.sin(3 * p), moving.trained)
-            moving = jax.jit(lambda ok, *a: apply(ok, update, *a, **how))(ok, moving, gradients)
+            moving = step(ok, moving, gradients)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moving.opt_state)}
+        assert (KIND in kinds) == is_on_host and is_finite(moving)
         return host(moving)
 
-    whole = run(apply_if)
-    cut = run(update_in_pieces, init=optimizer.init, is_separable=some.is_separable)
-    uncut = run(update_in_pieces, init=optimizer.init, is_separable=False)
+    whole, how = run(apply_if), {"init": optimizer.init, "is_separable": some.is_separable}
+    cut = run(update_in_pieces, is_on_host=True, **how)
+    uncut = run(update_in_pieces, **how | {"is_separable": False})
     assert some.is_separable and whole.keys() == cut.keys()
     for name, array in whole.items():
         np.testing.assert_allclose(cut[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
