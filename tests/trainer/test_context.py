@@ -142,10 +142,9 @@ def test_each_device_holds_its_part_of_every_sequence(tmp_path):
 
 @pytest.mark.covers("data.div_length")
 def test_lengths_are_multiples_of_what_the_devices_share(tmp_path):
-    data = {"max_length": 240, "div_length": 12, "pack_samples": False, "max_length_buckets": 3}
+    data = {"max_length": 240, "div_length": 20, "pack_samples": False}
     run = run_of(tmp_path, {"context": 4}, SMALL, {"data": data})
-    assert len(run.data.train.lengths) > 1
-    assert all(length % 24 == 0 for length in run.data.train.lengths)
+    assert all(length % 40 == 0 for length in run.data.train.lengths)
 
 
 def test_a_length_that_does_not_divide_is_named(tmp_path):
