@@ -286,7 +286,12 @@ class Specs(NamedTuple):
     keys: Callable[[int], pl.BlockSpec]
     rows: pl.BlockSpec
     places: tuple[TokenPositions, TokenPositions]
-    range: tuple[pl.BlockSpec, pl.BlockSpec]
+    range: tuple[pl.BlockSpec, ...]
+
+
+def _of_places(tokens: int, index: Callable[..., Any]) -> TokenPositions:
+    spec: Any = pl.BlockSpec((None, tokens), index)
+    return TokenPositions(spec, spec)
 
 
 def _query_specs(R: int, S: int, G: int) -> Specs:
@@ -296,8 +301,8 @@ def _query_specs(R: int, S: int, G: int) -> Specs:
         lambda size: pl.BlockSpec((None, S, None, size), lambda i, n, b: (b, 0, lax.div(n, G), 0)),
         pl.BlockSpec((None, None, R), lambda i, n, b: (b, n, i)),
         (
-            TokenPositions(*[pl.BlockSpec((None, R), lambda i, n, b: (b, i))] * 2),
-            TokenPositions(*[pl.BlockSpec((None, S), lambda i, n, b: (b, 0))] * 2),
+            _of_places(R, lambda i, n, b: (b, i)),
+            _of_places(S, lambda i, n, b: (b, 0)),
         ),
         (pl.BlockSpec((None, None), lambda i, n, b: (b, i)),) * 2,
     )
@@ -310,8 +315,8 @@ def _key_specs(C: int, T: int, G: int) -> Specs:
         lambda size: pl.BlockSpec((None, C, None, size), lambda j, k, b: (b, j, k, 0)),
         pl.BlockSpec((None, G, T), lambda j, k, b: (b, k, 0)),
         (
-            TokenPositions(*[pl.BlockSpec((None, T), lambda j, k, b: (b, 0))] * 2),
-            TokenPositions(*[pl.BlockSpec((None, C), lambda j, k, b: (b, j))] * 2),
+            _of_places(T, lambda j, k, b: (b, 0)),
+            _of_places(C, lambda j, k, b: (b, j)),
         ),
         (pl.BlockSpec((None, None), lambda j, k, b: (b, j)),) * 2,
     )
