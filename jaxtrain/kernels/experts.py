@@ -78,13 +78,13 @@ def mix_experts(
 
     rows = P(batch, CONTEXT_AXIS if context_parts(x_BTD.shape[1]) > 1 else None, None)
     # The spec of one that is None is of no tree, and fits it.
-    specs: Any = ExpertWeights(
+    specs: Any = (
         P(expert, None, None, tensor), P(expert, None, tensor), P(expert, tensor, None),
         P(expert, None, None), P(expert, None, None, tensor), P(expert, tensor, None), P(expert),
     )  # fmt: skip
     mapped = jax.shard_map(
         local,
-        in_specs=(specs, rows, rows, rows),
+        in_specs=(ExpertWeights(*specs), rows, rows, rows),
         out_specs=rows,
         axis_names=set(sizes),
         check_vma=False,

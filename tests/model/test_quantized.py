@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from jaxtrain.model.layers import _product, dense
 from jaxtrain.model.quantized import (
@@ -137,25 +136,3 @@ def test_a_product_is_that_of_the_whole_weight_which_nothing_keeps(kind, dtype):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=atol)
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= whole.size]
     assert all(leaf.dtype == jnp.int8 for leaf in kept), [leaf.dtype for leaf in kept]
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_loop_over_layers_keeps_nothing_that_is_as_large_as_a_weight(kind):
-    """Nor constants, which JAX computes once, before the loop, and keeps for all layers."""
-    form, layers = Form(kind, (128,), (3, 24)), 4
-    shapes = part_shapes(form, (layers,))
-    parts = {name: jnp.zeros(part.shape, part.dtype) for name, part in shapes.items()}
-
-    def loss(scales, x, parts):
-        @jax.checkpoint
-        def block(x, parts, scale):
-            weight = QuantizedWeight(form, ())
-            for name, part in parts.items():
-                getattr(weight, name)[...] = part
-            return x + scale * jnp.tanh(dense(x, weight).reshape(5, -1)[:, :1])
-
-        return lax.scan(lambda x, layer: (block(x, *layer), None), x, (parts, scales))[0].sum()
-
-    program = jax.make_jaxpr(jax.grad(loss))(jnp.ones(layers), jnp.ones((5, 128)), parts)
-    kept = [out.aval for eqn in program.eqns for out in eqn.outvars if out.aval.size >= 128 * 72]
-    assert not kept, kept
