@@ -4,6 +4,7 @@ All sequences of a step are padded to one of the plan's lengths, and each length
 of sequences, so that a run has no more shapes than lengths.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -107,9 +108,23 @@ class TokenBatchPlan(BatchPlan):
         return steps - epochs * self.steps_per_epoch
 
     def repeat(self, min_steps: int) -> "TokenBatchPlan":
-        passes = max(1, -(-min_steps // self.steps_per_epoch))
+        # Looking for them by the epochs' orders would take minutes where a set is small.
+        samples = self._epoch(0).sequences.reshape(-1, self.together)
+        lengths = np.searchsorted(self.lengths, self._sequence_lengths[samples].max(axis=1))
+        counts = np.bincount(lengths, minlength=len(self.lengths)).tolist()
+        sizes = (self.step_sizes // self.together).tolist()
+
+        def count_steps(passes: int) -> int:
+            steps = left = 0
+            for size, count in zip(sizes, counts, strict=True):
+                full, left = divmod(left + passes * count, size)
+                steps += full
+            return steps + (left > 0)
+
+        enough = range(1, 2 + max(min_steps, 0) * sizes[0] // len(lengths))
+        passes = 1 + bisect_left(enough, min_steps, key=count_steps)
         while (plan := replace(self, passes=passes)).steps_per_epoch < min_steps:
-            passes += 1  # fewer steps are short than in single passes
+            passes += 1  # passes that draw anew have other lengths
         return plan
 
     @property
