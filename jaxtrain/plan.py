@@ -21,7 +21,8 @@ def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tu
     shapes, sequence_tokens = run.state_shapes, run.model.spec.placement.sequence_tokens
     yield "devices", describe_devices(run.mesh)
     yield "model", f"{count_parameters(run)}, computed in {run.model.compute.compute_dtype}"
-    yield "batch", f"{layout.global_batch:,} sequences of {sequence_tokens:,} tokens per step"
+    sequences = layout.step_sequences(sequence_tokens)
+    yield "batch", f"{sequences:,} sequences of {sequence_tokens:,} tokens per step"
     parts = {"parameters": (shapes.params, shapes.frozen), "optimizer": shapes.opt_state}
     parts |= {"average": shapes.average} if shapes.average else {}
     held = ", ".join(f"{name} {format_bytes(device_bytes(part))}" for name, part in parts.items())

@@ -3,6 +3,7 @@ trained, what is masked, every special token. Needs no jax, no weights."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,8 @@ from rich.text import Text
 from jaxtrain.data.factory import build_data_factory, prepare_data
 from jaxtrain.data.ledger import SetCounts, SourceCounts, format_range
 from jaxtrain.data.plan import BatchPlan, BatchShape, TrainingData
-from jaxtrain.recipe.errors import printable
+from jaxtrain.data.stream import Stream
+from jaxtrain.recipe.errors import RecipeError, printable
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.registry import TrainerView
 
@@ -90,6 +92,10 @@ def show_data(
         config, tokenizer, max_positions=max_positions, trainer=TrainerView(here)
     )
     data = prepare_data(config, factory, batch_shape(config, devices))
+    if isinstance(data.train, Stream):
+        if batch is not None:
+            raise RecipeError("--batch: of data.streaming only the first block is shown; remove it")
+        data = replace(data, train=data.train.first_block.plan)
     console = Console(highlight=False, soft_wrap=True)
     for line in data.ledger.lines():
         console.print(
@@ -98,7 +104,7 @@ def show_data(
     in_colour = console.color_system is not None
     console.print()
     console.print(format_legend(in_colour=in_colour))
-    heading, pieces = _choose_pieces(data.train, batch)
+    heading, pieces = _choose_pieces(_plan_of(data), batch)
     console.print(Text(heading, "bold"))
     for piece in pieces:
         sample = _build_sample(data, tokenizer, piece, TERMINAL_TOKENS)
@@ -116,6 +122,11 @@ def batch_shape(config: TrainerConfig, devices: int | None) -> BatchShape:
     shards = config.mesh.shards(devices or math.prod(max(1, size) for _, size in config.mesh))
     sequences = config.micro_batch_size * config.data.SEQUENCES_PER_SAMPLE * shards
     return BatchShape(config.gradient_accumulation_steps, sequences)
+
+
+def _plan_of(data: TrainingData) -> BatchPlan:
+    assert isinstance(data.train, BatchPlan)
+    return data.train
 
 
 def _choose_pieces(plan: BatchPlan, step: int | None) -> tuple[str, list[int]]:
@@ -140,7 +151,7 @@ def _choose_pieces(plan: BatchPlan, step: int | None) -> tuple[str, list[int]]:
 
 
 def _build_sample(data: TrainingData, tokenizer: Any, piece: int, max_tokens: int) -> Sample:
-    plan = data.train
+    plan = _plan_of(data)
     _, starts, lengths, offsets = plan.packing
     sequence = int(np.searchsorted(offsets, piece, side="right")) - 1
     pieces = plan.pieces(sequence)
@@ -219,7 +230,8 @@ def render_page(data: TrainingData, shown: Iterable[Sample], *, title: str, head
     ledger = data.ledger
     warnings = [f'<p class="warning">{_escape(text)}</p>' for text in ledger.warnings]
     notes = [f"<p>{_escape(text)}</p>" for text in ledger.notes]
-    lengths = data.train.documents.sequence_lengths[np.unique(data.train.packing.documents)]
+    plan = _plan_of(data)
+    lengths = plan.documents.sequence_lengths[np.unique(plan.packing.documents)]
     return "\n".join([
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',

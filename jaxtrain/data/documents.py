@@ -126,9 +126,10 @@ def _map_array(path: Path, dtype: np.dtype | type) -> np.ndarray:
 class Tolerance:
     """How many faulty records may be skipped before a run stops."""
 
-    def __init__(self, allowed: int = 0):
+    def __init__(self, allowed: int = 0, count: int = 0):
+        """So many of them were skipped already."""
         self._allowed = allowed
-        self._count = 0
+        self._count = count
 
     def skip(self, message: str) -> None:
         """Counts a fault; `DataError` for one more than is allowed."""
@@ -157,14 +158,15 @@ def tokenise(
     source: int,
     tolerance: Tolerance,
     workers: int = 0,
+    shows_progress: bool = True,
 ) -> None:
     """Appends the documents of `records` and counts what became of each record.
 
     Raises `DataError` with the place of a faulty record that `tolerance` does not allow."""
-    label = f"tokenising {counts.label}"
+    label, hides = f"tokenising {counts.label}", None if shows_progress else True
     starts = range(0, len(records), BATCH_RECORDS)
     with (
-        tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar,
+        tqdm(total=len(records), desc=label, unit=" records", disable=hides, leave=False) as bar,
         # Left to a traceback, it would join its threads wherever the garbage collector runs.
         closing(_encode_batches(records, encoder, workers, counts)) as batches,
     ):

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from math import lcm
@@ -25,14 +26,16 @@ from jaxtrain.data.documents import (
     tokenise,
 )
 from jaxtrain.data.encode import Encoder, prepare_backend
-from jaxtrain.data.ledger import Ledger, SourceCounts, compute_percentiles
+from jaxtrain.data.ledger import Ledger, SourceCounts, compute_percentiles, describe_drops
 from jaxtrain.data.order import MIXTURE, Mixture, mix_sources, sample, split_by_content
-from jaxtrain.data.packing import PackingPlan, choose_lengths, join_plans, pack
+from jaxtrain.data.packing import PackingPlan, choose_lengths, halve_lengths, join_plans, pack
 from jaxtrain.data.plan import BatchPlan, BatchShape, Draw, TrainingData
 from jaxtrain.data.records import hash_records
 from jaxtrain.data.render import DATE
 from jaxtrain.data.source import DataSource, GivenSource, LoadedSource
-from jaxtrain.recipe.data import DataConfig
+from jaxtrain.data.stream import Stream
+from jaxtrain.data.token_batches import TokenBatchPlan
+from jaxtrain.recipe.data import DEFAULT_WINDOW, DataConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.resolve import parse_eval_sources
 from jaxtrain.recipe.trainer import TrainerConfig
@@ -88,6 +91,8 @@ def prepare_data(
         named: Any = eval_data if isinstance(eval_data, Mapping) else {"eval": eval_data}
         evals = {name: [GivenSource.from_records(records)] for name, records in named.items()}
     data = factory.prepare(train, evals, shape)
+    if not isinstance(data.train, BatchPlan):  # a stream has no epoch to repeat
+        return data
     repeated = data.train.repeat(recipe.min_iterations)
     return replace(data, train=replace(repeated, first_only=recipe.overfit_first_batch))
 
@@ -188,7 +193,7 @@ class DataFactory(registry.Factory, kind="data"):
             return (self.max_length,)
         return choose_lengths(
             sequence_lengths,
-            step_sequences=shape.step_sequences,
+            step_sequences=1 if self.config.batch_tokens else shape.step_sequences,
             multiple=lcm(self.length_multiple, shape.length_multiple),
             max_length=self.max_length,
             count=self.config.max_length_buckets,
@@ -220,7 +225,7 @@ class DataFactory(registry.Factory, kind="data"):
             of_source = documents.index["source"] == number
             count.lengths = compute_percentiles(documents.sequence_lengths[of_source])
         if not len(documents.index):
-            raise DataError(f"no record is left: {_describe_drops(counts)}")
+            raise DataError(f"no record is left: {describe_drops(counts)}")
         return documents, counts
 
     def load_or_process(self, loaded: Sequence[LoadedSource]) -> tuple[Documents, Ledger]:
@@ -277,7 +282,10 @@ class DataFactory(registry.Factory, kind="data"):
         documents, packing, shape, lengths, is_train, draws = dataset
         seed = self.config.seed if is_train else None
         together = self.config.SEQUENCES_PER_SAMPLE
-        return BatchPlan(documents, packing, shape, lengths, seed, together=together, draws=draws)
+        plan = partial(BatchPlan, documents, packing, shape, lengths, seed)
+        if self.config.batch_tokens:
+            plan = partial(TokenBatchPlan, *plan.args, batch_tokens=self.config.batch_tokens)
+        return plan(together=together, draws=draws)
 
     def evaluation(
         self, sources: Sequence[DataSource], shape: BatchShape, *, lengths: tuple[int, ...]
@@ -296,6 +304,8 @@ class DataFactory(registry.Factory, kind="data"):
         shape: BatchShape,
     ) -> TrainingData:
         """Turns records into batches; DataError when nothing is left to train on."""
+        if self.config.streaming:
+            return self._prepare_stream(sources, eval_sources, shape)
         loaded = self._load(sources)
         documents, ledger = self.load_or_process(loaded)
         chosen, held_out = self.split_data(documents)
@@ -329,6 +339,45 @@ class DataFactory(registry.Factory, kind="data"):
             ledger=Ledger(ledger.sources, counts, notes, warnings),
             threads=self.config.dl_num_workers,
         )
+
+    def _prepare_stream(
+        self,
+        sources: Sequence[DataSource],
+        eval_sources: Mapping[str, Sequence[DataSource]],
+        shape: BatchShape,
+    ) -> TrainingData:
+        """Reads the first block of training records, and prepares the evaluation sets."""
+        config, lengths = self.config, (self.max_length,)
+        if (multiple := self.length_multiple) is not None:
+            count = config.max_length_buckets
+            lengths = halve_lengths(multiple=multiple, max_length=self.max_length, count=count)
+
+        def make_plan(documents: Documents, chosen: np.ndarray) -> BatchPlan:
+            packing = self.plan_packing(documents, chosen, train=False)  # all of a block is kept
+            return self.create_dataloader(PackedSet(documents, packing, shape, lengths, True))
+
+        for source in sources:
+            source.data_factory = self
+        train = Stream(
+            sources, self.encoder, make_plan, shape=shape, lengths=lengths,
+            window=config.shuffle_window or DEFAULT_WINDOW, seed=config.seed,
+            tolerated=config.max_rows_with_errors,
+        )  # fmt: skip
+        self._check_extras("train", train.first_block.plan)
+        ledger, evals = Ledger(train.counts, (), tuple(train.describe())), {}
+        for name, named in eval_sources.items():
+            packed, counted = self._pack_eval(named, shape)
+            evals[name] = self.create_dataloader(packed._replace(lengths=lengths))
+            self._check_extras(name, evals[name])
+            ledger = ledger.merge(counted)
+        warnings = (
+            *(text for source in ledger.sources for text in source.warnings()),
+            *train.first_block.plan.documents.warnings(self.tokenizer.bos_token_id),
+        )
+        counts = tuple(plan.count(name) for name, plan in evals.items())
+        notes = (*self.remarks(), *ledger.notes)
+        ledger = Ledger(ledger.sources, counts, notes, warnings)
+        return TrainingData(train, evals, ledger, config.dl_num_workers)
 
     def _load(self, sources: Sequence[DataSource]) -> list[LoadedSource]:
         for source in sources:
@@ -400,11 +449,3 @@ def _describe_mixture(
 
 def _hash_text(text: str) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _describe_drops(counts: Sequence[SourceCounts]) -> str:
-    return "; ".join(
-        f"{count.label}: {count.rows} records read, "
-        + ", ".join(f"{number} dropped as {reason}" for reason, number in count.dropped.items())
-        for count in counts
-    )

@@ -1,10 +1,21 @@
 """Data sets of the hub, read through `datasets`, and folders that `datasets` saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.files import HASH_RECORDS, ArrowRecords, hash_table, open_files
-from jaxtrain.data.records import MappedRecords, Records, first_line, get_text, take_split
+from jaxtrain.data.records import (
+    MappedRecords,
+    NamedRecords,
+    Records,
+    drop_nulls,
+    first_line,
+    get_text,
+    take_split,
+)
 from jaxtrain.data.source import ConversationSource, find_data_files
 from jaxtrain.recipe.data import HFCausalDataSourceConfig, HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError, show
@@ -44,6 +55,8 @@ ROLES = {
     "lmsys/lmsys-chat-1m": _map_roles("conversation"),
 }  # fmt: skip
 """Role mappings of well-known data sets; a mapping in the recipe overrides them."""
+PART_RECORDS = 1000
+"""Records of a data set of the hub that a stream holds."""
 SAVED_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
@@ -93,14 +106,47 @@ class HuggingFaceSource(ConversationSource):
         mapping = SPLITS.get(config.name_or_path, {}) | config.split_mapping
         return mapping.get(name, name) + bracket + rest
 
-    def _download(self, config: HFDataSourceConfig) -> Any:
+    def parts(self, default_split: str, since: Any = None) -> Iterator[tuple[Any, Records]]:
+        """What is on the hub is not copied: each part is the next records."""
+        config, has_own_load = self.config, self.has_own_load(HuggingFaceSource.load)
+        if has_own_load or Path(config.name_or_path).exists():
+            yield from super().parts(default_split, since)
+            return
+        split = self._rename_split(config, config.split or default_split)
+        splits = self._download(config, streaming=True)
+        if split not in splits:
+            take_split(dict.fromkeys(splits, NamedRecords((), "")), split, self.label)  # says so
+        stream, first = splits[split], 0
+        if since:
+            first = since["first"]
+            stream.load_state_dict(since["state"])
+        records = iter(stream)
+        while True:
+            with self._report_errors():
+                part = [drop_nulls(record) for record in islice(records, PART_RECORDS)]
+            if not part:
+                return
+            label = f"{self.label}:{split} after record {first}"
+            yield since, self.adapt(NamedRecords(part, label))
+            first += len(part)
+            since = {"first": first, "state": stream.state_dict()}
+
+    def _download(self, config: HFDataSourceConfig, *, streaming: bool = False) -> Any:
         import datasets  # a second of imports, which local files do without
+
+        arguments: dict[str, Any] = {**ARGUMENTS.get(config.name_or_path, {}), **config.kwargs}
+        with self._report_errors():
+            return datasets.load_dataset(config.name_or_path, streaming=streaming, **arguments)
+
+    @contextmanager
+    def _report_errors(self) -> Iterator[None]:
+        """Reports what `datasets` and the network raise."""
         from datasets.config import HF_DATASETS_CACHE
         from datasets.exceptions import DatasetsError
 
-        arguments: dict[str, Any] = {**ARGUMENTS.get(config.name_or_path, {}), **config.kwargs}
+        config = self.config
         try:
-            return datasets.load_dataset(config.name_or_path, **arguments)
+            yield
         except (OSError, ValueError) as fault:  # not found, offline, no such config
             raise RecipeError(
                 f"data set {show(config.name_or_path)} is not a local file, and cannot be "
@@ -119,8 +165,8 @@ class HuggingFaceInstructSource(HuggingFaceSource):
     def role_mapping(self) -> dict[str, str]:
         return self.config.role_mapping or ROLES.get(self.config.name_or_path, {})
 
-    def read(self, default_split: str) -> Records:
-        records = super().read(default_split)
+    def adapt(self, records: Records) -> Records:
+        records = super().adapt(records)
         if self.config.name_or_path == ACE_MATH and not self.config.role_mapping:
             return MappedRecords(records, _append_answer)
         return records

@@ -190,6 +190,14 @@ def compute_percentiles(lengths: np.ndarray) -> tuple[int, ...]:
     return tuple(int(v) for v in np.percentile(lengths, PERCENTILES, method="higher"))
 
 
+def describe_drops(counts: Sequence[SourceCounts]) -> str:
+    return "; ".join(
+        f"{count.label}: {count.rows} records read, "
+        + ", ".join(f"{number} dropped as {reason}" for reason, number in count.dropped.items())
+        for count in counts
+    )
+
+
 def format_range(lengths: Sequence[int]) -> str:
     """Writes one length, or the first and the last of several."""
     return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))

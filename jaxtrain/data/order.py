@@ -79,7 +79,7 @@ def mix_sources(
         return Mixture(chosen, [])
     passes: dict[int, list[np.ndarray]] = {}
     drawn = []
-    for number, count in enumerate(_apportion(len(chosen), shares)):
+    for number, count in enumerate(apportion(len(chosen), shares)):
         own = chosen[sources[chosen] == number]
         if not len(own):
             raise DataError(f"source {number} has a weight, but none of its documents is left")
@@ -92,7 +92,7 @@ def mix_sources(
     return Mixture(np.concatenate(copies) if copies else chosen[:0], drawn)
 
 
-def _apportion(total: int, shares: Sequence[float]) -> list[int]:
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
     """Divides `total` by `shares`; the largest remainders get what rounding leaves."""
     exact = np.array(shares) / sum(shares) * total
     counts = np.floor(exact).astype(int)

@@ -141,6 +141,18 @@ def choose_lengths(
     return chosen[-1]
 
 
+def halve_lengths(*, multiple: int, max_length: int, count: int) -> tuple[int, ...]:
+    """Returns at most `count` rising lengths to pad sequences of unknown lengths to, each about
+    half of the next."""
+    lengths = (max_length,)
+    while len(lengths) < count:
+        half = -(-lengths[0] // (2 * multiple)) * multiple
+        if not MIN_PADDED_LENGTH <= half < lengths[0]:
+            break
+        lengths = (half, *lengths)
+    return lengths
+
+
 def pack(lengths: np.ndarray, capacity: int, rule: str, chosen: np.ndarray) -> PackingPlan:
     """Packs the documents numbered in `chosen` into sequences of at most `capacity` tokens;
     sequences, and the documents in each, keep the documents' order."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from jaxtrain.data.order import MIXTURE, hash_with_keys, permutation
 from jaxtrain.data.packing import PackingPlan
 
 EPOCH, FUSE = 2, 5  # keep these draws apart from other orders under the same seed
+ENDLESS = sys.maxsize
+"""Sequences of the one epoch of a stream."""
 
 
 class BatchShape(NamedTuple):
@@ -39,6 +41,12 @@ class BatchShape(NamedTuple):
     def step_sequences(self) -> int:
         return self.microbatches * self.sequences
 
+    def of_process(self, sequences: np.ndarray) -> np.ndarray:
+        """Returns this process's part of the sequences of a step [M, B], where B is `sequences` or
+        a multiple of it."""
+        parts = sequences.reshape(self.microbatches, self.sequences, -1)
+        return parts[:, self.process_sequences].reshape(self.microbatches, -1)
+
 
 class Origin(NamedTuple):
     """Where a document of a sequence was read."""
@@ -54,6 +62,29 @@ class Draw(NamedTuple):
     first: int
     count: int
     taken: int
+
+
+class TrainingBatches(Protocol):
+    """What training asks of its data: of a `BatchPlan` or a stream."""
+
+    @property
+    def shape(self) -> BatchShape: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def epoch_sequences(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @cached_property
+    def digest(self) -> str: ...
+
+    def steps_left(self, position: int) -> int: ...
+    def advance(self, position: int, steps: int = 1) -> int: ...
+    def count_uneven_steps(self, epochs: int) -> int: ...
+    def state_dict(self, position: int) -> dict[str, Any]: ...
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None: ...
+    def batches(self, position: int, steps: int | None, threads: int) -> Iterator[Batch]: ...
+    def report(self) -> list[str]: ...
 
 
 @lru_cache(maxsize=4)
@@ -137,6 +168,21 @@ class BatchPlan:
             found.update(np.ascontiguousarray(part, np.int64).tobytes())
         return found.hexdigest()[:16]
 
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """Returns what a checkpoint keeps beside the position; JSON data."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint kept."""
+
+    def report(self) -> list[str]:
+        """Returns lines on what was read since the start of the run."""
+        return []
+
+    def count_uneven_steps(self, epochs: int) -> int:
+        """Returns by how many steps so many epochs are longer than if each were like the first."""
+        return 0
+
     def repeat(self, min_steps: int) -> "BatchPlan":
         """Returns the plan with as many passes per epoch as fill so many steps."""
         filled = max(min_steps - 1, 0) * self.shape.step_sequences
@@ -145,9 +191,8 @@ class BatchPlan:
     def batch(self, position: int) -> Batch:
         """Returns this process's sequences of the step at a position: leaves
         [M, sequences of the process, T]."""
-        sequences = self.sequence_numbers(position)
-        length = int(self._choose_length(sequences.ravel()))
-        return self.fill_batch(sequences[:, self.shape.process_sequences], length)
+        sequences, length = self._find_step(position)
+        return self.fill_batch(self.shape.of_process(sequences), length)
 
     def batches(self, position: int, steps: int | None, threads: int) -> Iterator[Batch]:
         """Yields the batches of so many steps from a position on, without end when it is None.
@@ -155,7 +200,7 @@ class BatchPlan:
         # grain imports jax, which reading and checking data does without.
         import grain
 
-        numbers = grain.MapDataset.range(sys.maxsize if steps is None else steps)
+        numbers = grain.MapDataset.range(ENDLESS if steps is None else steps)
         found = numbers.map(lambda number: self.batch(self.advance(position, number)))
         # Batches are large and made much faster than they are used: two per thread are plenty.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -163,10 +208,15 @@ class BatchPlan:
 
     def sequence_numbers(self, position: int) -> np.ndarray:
         """Returns the sequences of the step at a position, int64 [M, B]; -1 is a filler."""
+        return self._find_step(position)[0]
+
+    def _find_step(self, position: int) -> tuple[np.ndarray, int]:
+        """Returns the sequences of the step at a position, and T."""
         epoch, place = divmod(0 if self.first_only else position, self.epoch_sequences)
         places = place // self.together + np.arange(self.shape.step_sequences // self.together)
         sequences = self._find_sequences(epoch, places)
-        return sequences.reshape(self.shape.microbatches, self.shape.sequences)
+        sequences = sequences.reshape(self.shape.microbatches, self.shape.sequences)
+        return sequences, int(self._choose_length(sequences.ravel()))
 
     def _find_sequences(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Returns the sequences at places of an epoch, int64 [places, together]; -1 after its
@@ -293,7 +343,7 @@ class BatchPlan:
 class TrainingData:
     """All batches of a run, for training and for each evaluation set."""
 
-    train: BatchPlan
+    train: TrainingBatches
     evals: Mapping[str, BatchPlan]
     """Name of the set → its batches; the one set of a plain list is `eval`."""
     ledger: Ledger

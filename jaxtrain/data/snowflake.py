@@ -19,6 +19,9 @@ from jaxtrain.data.source import DataSource
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.snowflake import SnowflakeSourceConfig
 
+DATA_FILES = ".*data_.*[.]parquet"
+"""Names of the files of a data set's version that hold its records."""
+
 
 class SnowflakeSource(DataSource):
     name = "snowflake"
@@ -26,14 +29,13 @@ class SnowflakeSource(DataSource):
 
     @property
     def label(self) -> str:
-        return self.config.name or self.config.table_name or "snowflake query"
+        config = self.config
+        return config.name or config.table_name or config.dataset_uri or "snowflake query"
 
     def load(self, config: SnowflakeSourceConfig, split: str) -> Records:
         session = _open_session()
         try:
-            frame = (
-                session.table(config.table_name) if config.table_name else session.sql(config.sql)
-            )
+            frame = _find_frame(session, config)
             frame = frame.limit(config.limit) if config.limit else frame
             records = _save_records(frame, self.label)
         except (Error, SnowparkClientException) as fault:
@@ -50,6 +52,14 @@ def _open_session() -> Any:
             f"no connection to Snowflake: {first_line(fault)}; write a default connection into the "
             f"package's connections.toml"
         ) from None
+
+
+def _find_frame(session: Any, config: SnowflakeSourceConfig) -> Any:
+    if config.table_name:
+        return session.table(config.table_name)
+    if config.dataset_uri:
+        return session.read.option("pattern", DATA_FILES).parquet(f"{config.dataset_uri}/")
+    return session.sql(config.sql)
 
 
 def _save_records(frame: Any, label: str) -> Records:

@@ -97,10 +97,23 @@ class DataSource(Factory, kind="data_source"):
         count = self.config.sample_count
         if self.config.sample_ratio is not None:
             count = max(1, round(self.config.sample_ratio * len(records)))
-        if count is None or count >= len(records):
-            return records
-        chosen = sample(len(records), count, SAMPLE, self.config.sample_seed)
-        return SelectedRecords(records, chosen)
+        if count is not None and count < len(records):
+            chosen = sample(len(records), count, SAMPLE, self.config.sample_seed)
+            records = SelectedRecords(records, chosen)
+        return self.adapt(records)
+
+    def adapt(self, records: Records) -> Records:
+        """Returns records as the recipe maps their columns."""
+        return records
+
+    def parts(self, default_split: str, since: Any = None) -> Iterator[tuple[Any, Records]]:
+        """Yields the records in parts, each opened when a stream comes to it, with what `since` has
+        to be to begin there again (JSON data; None is the first). Here all of them are one part."""
+        yield None, self.read(default_split)
+
+    def has_own_load(self, load: Any) -> bool:
+        """Whether a class or callback of the user stands in for a `load`."""
+        return type(self).load is not load or "load" in vars(self)
 
     def _name_records(self, records: Records | Sequence[dict[str, Any]]) -> Records:
         return records if isinstance(records, Records) else NamedRecords(records, self.label)
@@ -128,8 +141,7 @@ class ConversationSource(DataSource, abstract=True):
         """Returns role → column or `array.field.value`; empty leaves records as they are."""
         return self.config.role_mapping
 
-    def read(self, default_split: str) -> Records:
-        records = super().read(default_split)
+    def adapt(self, records: Records) -> Records:
         if not (mapping := self.role_mapping()):
             return records
         return MappedRecords(records, RoleMapper(mapping, self.config.content_key))
@@ -145,12 +157,25 @@ class _LocalSource(ConversationSource, abstract=True):
         return self.config.name or ", ".join(self.config.paths)
 
     def load(self, config: LocalDataSourceConfig, split: str) -> Records:
+        name = split.partition("[")[0]
+        records = self._open(config, find_data_files(config.paths, name))
+        return take_split({name: records}, split, self.label)
+
+    def _open(self, config: LocalDataSourceConfig, paths: Iterable[Path]) -> Records:
         kind = config.format if isinstance(config, AnyLocalDataSourceConfig) else self.name
         per_line = isinstance(config, TextDataSourceConfig) and config.per_line
-        name = split.partition("[")[0]
-        paths = find_data_files(config.paths, name)
         records = open_files(paths, kind, column=config.column, per_line=per_line)
-        return take_split({name: rename_columns(records, config.columns)}, split, self.label)
+        return rename_columns(records, config.columns)
+
+    def parts(self, default_split: str, since: Any = None) -> Iterator[tuple[Any, Records]]:
+        """Each file is a part."""
+        if self.has_own_load(_LocalSource.load):
+            yield from super().parts(default_split, since)
+            return
+        files = find_data_files(self.config.paths, self.config.split or default_split)
+        for number, path in enumerate(files):
+            if number >= (since or 0):
+                yield number, self.adapt(self._open(self.config, [path]))
 
 
 class JsonSource(_LocalSource):

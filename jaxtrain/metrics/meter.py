@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ class Meter:
         flops_per_pair: float,
         peak_flops: float | None,
         num_devices: int,
-        global_batch: int,
+        step_sequences: Callable[[int], int],
     ):
-        """`peak_flops` is that of one device; `global_batch` counts the sequences of a step."""
+        """`peak_flops` is that of one device; `step_sequences` is tokens of a sequence → sequences
+        of a step."""
         self.flops_per_token, self.flops_per_pair = flops_per_token, flops_per_pair
         self.peak_flops, self.num_devices = peak_flops, num_devices
-        self.global_batch = global_batch
+        self.step_sequences = step_sequences
         self.seen = {"rows": 0, "tokens": 0, "pairs": 0.0}
         """Totals over all restarts."""
         self._since_row: dict[str, float] = defaultdict(float)
@@ -35,7 +36,9 @@ class Meter:
         self.restart()
 
     @classmethod
-    def for_model(cls, model: Any, devices: Sequence[Any], *, global_batch: int) -> "Meter":
+    def for_model(
+        cls, model: Any, devices: Sequence[Any], *, step_sequences: Callable[[int], int]
+    ) -> "Meter":
         """Makes a meter of a language model, which has `plain_shapes`, `split` and
         `spec.config`, on devices."""
         config, shapes = model.spec.config, model.plain_shapes
@@ -47,7 +50,7 @@ class Meter:
             flops_per_pair=6.0 * config.num_heads * (config.query_size + config.value_size),
             peak_flops=find_peak_flops(devices[0].device_kind),
             num_devices=len(devices),
-            global_batch=global_batch,
+            step_sequences=step_sequences,
         )
 
     @property
@@ -84,7 +87,8 @@ class Meter:
         seconds, steps = since["seconds"], since["steps"]
         flops = self.flops_per_token * since["tokens"] + self.flops_per_pair * since["pairs"]
         tflops = flops / seconds / self.num_devices / 1e12
-        places = metrics["rows"] * metrics["seqlen"]
+        seqlen = metrics["seqlen"]
+        places = metrics["rows"] * seqlen
         return {
             # The device keeps working while the host waits for data, so both times are equal.
             "iter_time": seconds / steps,
@@ -96,7 +100,7 @@ class Meter:
             "tokens_per_sec": since["tokens"] / seconds,
             "trained_tokens_per_sec": since["trained_tokens"] / seconds,
             "tokens_seen": self.seen["tokens"],
-            "padding_ratio": 1 - metrics["tokens"] / (self.global_batch * metrics["seqlen"]),
+            "padding_ratio": 1 - metrics["tokens"] / (self.step_sequences(int(seqlen)) * seqlen),
             "packing_efficiency": metrics["tokens"] / places if places else None,
             "mfu": tflops * 1e12 / self.peak_flops if self.peak_flops else None,
             "mem_peak": peak_memory_bytes(),

@@ -31,6 +31,8 @@ class BatchLayout:
     microbatch_sequences: int
     sequences_per_sample: int = 1
     """Neighbouring sequences that belong together, such as those of a pair."""
+    batch_tokens: int = 0
+    """With it a microbatch has as many sequences as fit, not `microbatch_sequences`; 0 is off."""
 
     @classmethod
     def of(cls, config: TrainerConfig, mesh: Mesh) -> "BatchLayout":
@@ -50,7 +52,8 @@ class BatchLayout:
                 "remove it"
             )
         together = config.data.SEQUENCES_PER_SAMPLE
-        return cls(mesh, num_microbatches, computed // num_microbatches * together, together)
+        sequences, tokens = computed // num_microbatches * together, config.data.batch_tokens
+        return cls(mesh, num_microbatches, sequences, together, tokens)
 
     @property
     def stages(self) -> int:
@@ -61,6 +64,11 @@ class BatchLayout:
     def global_batch(self) -> int:
         """Sequences per step."""
         return self.num_microbatches * self.microbatch_sequences
+
+    def step_sequences(self, sequence_tokens: int) -> int:
+        """Sequences per step where they are padded to so many tokens."""
+        fitting = self.batch_tokens // (sequence_tokens * self.sequences_per_sample)
+        return self.global_batch * max(1, fitting)
 
     @property
     def sharding(self) -> NamedSharding:
@@ -105,17 +113,19 @@ class BatchLayout:
             refuse_uneven(length, self.mesh.shape["context"])
 
     def on_devices(self, batch: Batch) -> Batch:
-        """Global arrays of a host batch, whose sequences are `process_sequences`."""
+        """Global arrays of a host batch, whose sequences are `process_sequences`, or so many for
+        each of them."""
 
         def place(sharding: NamedSharding, a: Any) -> jax.Array:
             a = np.asarray(a)
+            times = a.shape[1] // len(self.process_sequences)
 
             def shard(index: Any) -> np.ndarray:
-                start, stop, _ = index[1].indices(self.microbatch_sequences)
-                first = np.searchsorted(self.process_sequences, start)
+                start, stop, _ = index[1].indices(times * self.microbatch_sequences)
+                first = times * np.searchsorted(self.process_sequences, start // times)
                 return a[:, first : first + stop - start, *index[2:]]
 
-            shape = (a.shape[0], self.microbatch_sequences, *a.shape[2:])
+            shape = (a.shape[0], times * self.microbatch_sequences, *a.shape[2:])
             return jax.make_array_from_callback(shape, sharding, shard)
 
         place_all = lambda sharding, part: jax.tree.map(partial(place, sharding), part)
@@ -123,7 +133,8 @@ class BatchLayout:
 
     def batch_shapes(self, sequence_tokens: int, extras: Extras = MappingProxyType({})) -> Batch:
         """Shapes and shardings of a batch, to compile without data."""
-        lead, placed = (self.num_microbatches, self.microbatch_sequences), self.batch_shardings
+        step, placed = self.step_sequences(sequence_tokens), self.batch_shardings
+        lead = (self.num_microbatches, step // self.num_microbatches)
 
         def shape(dtype: Any, *tail: int, sharding: Any = placed.rows) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*lead, *tail), dtype, sharding=sharding)

@@ -62,6 +62,8 @@ def find_facts(config: TrainerConfig, devices: int | None) -> Iterator[tuple[str
 def describe_batch(config: TrainerConfig, sizes: Mapping[int, int]) -> str:
     """Sequences per step; `sizes` are number of devices → batch size."""
     micro, pieces = config.micro_batch_size, config.gradient_accumulation_steps
+    if tokens := config.data.batch_tokens:
+        return f"at most {tokens:,} padded tokens x {pieces} per batch shard"
     (n, size), *others = sizes.items()
     what = "pair" if config.data.SEQUENCES_PER_SAMPLE == 2 else "sequence"
     counts = [f"{pluralize(size, what)} per step on {n}", *(f"{s:,} on {d}" for d, s in others)]

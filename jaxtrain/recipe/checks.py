@@ -242,6 +242,34 @@ def _microbatches_divide(config: TrainerConfig) -> Iterator[Fault]:
         yield Fault("pipeline.microbatches", f"{what}; use {nearest_divisors(pieces, rows)}")
 
 
+@_needs("data", "micro_batch_size", "deepspeed")
+def _tokens_fill_the_batch(config: TrainerConfig) -> Iterator[Fault]:
+    if not config.data.batch_tokens:
+        return
+    if config.micro_batch_size != 1:
+        what = f"excludes data.batch_tokens, found {config.micro_batch_size}; remove one"
+        yield Fault("micro_batch_size", what)
+    if config.deepspeed.train_batch_size is not None:
+        what = "excludes data.batch_tokens, whose steps have different sizes; remove it"
+        yield Fault("deepspeed.train_batch_size", what)
+
+
+@_needs("data", "train_iters", "epochs", "checkpoint")
+def _a_stream_has_steps_and_no_epochs(config: TrainerConfig) -> Iterator[Fault]:
+    if not config.data.streaming:
+        return
+    if not config.train_iters:
+        what = "must be > 0 with data.streaming: true, where nobody counts the records, found 0"
+        yield Fault("train_iters", what)
+    keys = ("epochs", "min_iterations", "overfit_first_batch", "eval_every_n_epochs")
+    written = [(key, getattr(config, key)) for key in keys]
+    saved = [(f"{k}.save_every_n_epochs", e.save_every_n_epochs) for k, e in _entries(config)]
+    for key, value in (*written, *saved):
+        if value:
+            what = "counts passes over the data, which data.streaming does not know"
+            yield Fault(key, f"{what}, found {show(value)}; remove it")
+
+
 @_needs("mesh", "data")
 def _rows_divide_over_context(config: TrainerConfig) -> Iterator[Fault]:
     length = config.data.max_length

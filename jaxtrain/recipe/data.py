@@ -17,7 +17,6 @@ from jaxtrain.recipe.section import (
     input_folders,
     mapped,
     no_effect,
-    not_supported,
     path_exists,
     walk,
 )
@@ -34,9 +33,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 REFUSED_ARGUMENTS = {
     "trust_remote_code": "code comes only from `code:`",
     "split": "write split beside kwargs",
-    "streaming": "records are looked up by number",
+    "streaming": "write data.streaming: true, which reads this source so",
 }
 """Arguments of `datasets.load_dataset` that a recipe may not pass."""
+ALL_FULL = "has no effect: all sequences have max_length tokens; write micro_batch_size instead"
+WITHOUT_A_NUMBER = "needs the number of records, which data.streaming does not know; remove one"
+DEFAULT_WINDOW = 10_000
+"""Records of a block of a stream, where the recipe names no number."""
 SPLIT_SUFFIX = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z0-9_.-]+(?:\[[^\[\]]*\])?)")
 
 
@@ -283,14 +286,16 @@ class DataConfig(TypedSection):
     cache_processed_data: Annotated[bool | None, _ALWAYS_CACHED] = None
     fail_on_missing_cache: bool = False
     """Stop when data is not prepared yet."""
-    streaming: Annotated[
-        Own[bool], not_supported("remove it: records are looked up in files, not kept in memory")
-    ] = False
-    """Read without preparing."""
-    batch_tokens: Annotated[
-        Own[int], not_supported("use pack_samples: true with micro_batch_size")
-    ] = Field(default=0, ge=0)
-    """Fill batches to this many tokens instead of `micro_batch_size` sequences; 0 is off."""
+    streaming: Own[bool] = False
+    """Read, encode and pack training records when they are needed, in blocks, instead of preparing
+    all of them; needs `train_iters`. Evaluation sets are prepared."""
+    shuffle_window: Own[int | None] = Field(default=None, ge=1)
+    """Records of a block of `streaming`, which are packed and shuffled together; 10,000 when left
+    out. With 1 their order is kept."""
+    batch_tokens: Own[int] = Field(default=0, ge=0)
+    """Padded tokens per batch shard and forward pass, to which batches of unpacked sequences are
+    filled instead of `micro_batch_size` sequences; 0 is off. A step has sequences of one of
+    `max_length_buckets` lengths, and as many of them as fit."""
     split_special_tokens: Own[bool] = False
     """Encode special tokens that records write out, such as `<|im_end|>` in a user's text, as plain
     text; otherwise they become the control tokens, and the counts say in how many documents."""
@@ -305,11 +310,13 @@ class DataConfig(TypedSection):
     """Keys of place and speed, which change no batch."""
     NOT_IN_DOCUMENTS: ClassVar[frozenset[str]] = CHANGES_NO_BATCH | {
         "sources", "eval_sources", "train_eval_split", "max_length", "seed", "batch_tokens",
-        "max_length_buckets", "streaming",
+        "max_length_buckets", "streaming", "shuffle_window",
     }  # fmt: skip
     """Keys that change no document: those, and what is planned from documents at every start."""
     default_source: ClassVar[str] = "huggingface"
     """Type of a source without a `type`."""
+    NEED_THE_WHOLE: ClassVar[tuple[str, ...]] = ()
+    """Keys that say something about all packed sequences of a set."""
     SEQUENCES_PER_SAMPLE: ClassVar[int] = 1
     """Sequences in a batch per unit of `micro_batch_size`."""
     UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {}
@@ -328,11 +335,35 @@ class DataConfig(TypedSection):
         if None in weights and any(weights):
             what = "has no weight, and another source has; write it for all or for none"
             yield f"sources.{weights.index(None)}", what
+        if 0 < self.batch_tokens < (self.max_length or 0) * self.SEQUENCES_PER_SAMPLE:
+            needed = f"at least {(self.max_length or 0) * self.SEQUENCES_PER_SAMPLE}"
+            what = f"{self.batch_tokens} may hold no sequence of max_length {self.max_length}"
+            yield "batch_tokens", f"{what}; write {needed}, or lower max_length"
+        yield from self._find_what_a_stream_cannot()
         for name, named in self.eval_sets.items():
             if not named:
                 yield f"eval_sources.{name}", "is empty; name at least one source"
             if any(isinstance(s, DataSourceConfig) and s.weight for s in named):
                 yield "eval_sources", "weight has no effect here; remove it"
+
+    def _find_what_a_stream_cannot(self) -> Iterator[tuple[str, str]]:
+        if not self.streaming:
+            if self.shuffle_window:
+                yield "shuffle_window", "needs streaming: true; otherwise all records are shuffled"
+            return
+        for key in ("batch_tokens", *self.NEED_THE_WHOLE):
+            if getattr(self, key):
+                yield key, "excludes streaming, which knows a block of the records only; remove one"
+        if self.train_eval_split[1]:
+            yield "train_eval_split", "excludes streaming; name the records under eval_sources"
+        for number, source in enumerate(self.sources):
+            if not isinstance(source, DataSourceConfig):
+                continue
+            for key in ("sample_ratio", "sample_count"):
+                if getattr(source, key):
+                    yield f"sources.{number}.{key}", WITHOUT_A_NUMBER
+            if "[" in source.split:
+                yield f"sources.{number}.split", WITHOUT_A_NUMBER
 
     @property
     def eval_sets(self) -> dict[str, tuple[Any, ...]]:
@@ -360,6 +391,7 @@ class SFTDataConfig(DataConfig):
         "fuse_positions_prob", "repeat_to_pack_max_length",
     }  # fmt: skip
     UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"column": "causal"}
+    NEED_THE_WHOLE: ClassVar[tuple[str, ...]] = ("drop_last", "repeat_to_pack_max_length")
     default_source: ClassVar[str] = "huggingface_instruct"
 
     div_length: int = Field(default=256, ge=1)
@@ -402,6 +434,8 @@ class SFTDataConfig(DataConfig):
                 yield key, "needs pack_samples: true"
         if self.always_max_length and self.packing != "best_fit":
             yield "packing", "has no effect with always_max_length; remove one"
+        if self.batch_tokens and (self.pack_samples or self.pad_to == "max_length"):
+            yield "batch_tokens", ALL_FULL
         for role in sorted({*self.loss_roles} - {*ROLES}):
             known = f"{did_you_mean(role, ROLES)} (known: {', '.join(ROLES)})"
             yield "loss_roles", f"unknown role {role!r}{known}"
@@ -435,6 +469,10 @@ class CausalDataConfig(DataConfig):
     """Text, joined with BOS and EOS and cut into sequences of exactly `max_length` tokens."""
 
     UNREAD_SOURCE_KEYS: ClassVar[Mapping[str, str]] = {"role_mapping": "sft", "content_key": "sft"}
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.batch_tokens:
+            yield "batch_tokens", ALL_FULL
 
     def idle(self) -> Iterator[tuple[str, str]]:
         yield "max_length_buckets", "all sequences have `max_length` tokens"

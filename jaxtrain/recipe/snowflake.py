@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jaxtrain.recipe.data import DataSourceConfig
 from jaxtrain.recipe.errors import show
-from jaxtrain.recipe.section import no_effect, not_supported
+from jaxtrain.recipe.section import no_effect
 
 DATASET_URI = re.compile(r"snow://dataset/[^/]+/versions/[^/]+")
 TABLE_NAME = re.compile(r'(?:[\w$"]+\.){0,2}[\w$"]+')
@@ -21,8 +21,8 @@ class SnowflakeSourceConfig(DataSourceConfig):
     """A query; its records are sorted, as a query has no order."""
     table_name: str | None = None
     """A table, `[[db.]schema.]table`, with all its columns."""
-    dataset_uri: Annotated[str | None, not_supported("use table_name or sql")] = None
-    """A data set, `snow://dataset/<name>/versions/<version>`."""
+    dataset_uri: str | None = None
+    """A version of a data set, `snow://dataset/<name>/versions/<version>`."""
     column_mapping: dict[str, str] = {}
     """Column → its new name."""
     column: str = "text"

@@ -127,6 +127,13 @@ def _optimizer(run: Run) -> str:
 
 def _batch(run: Run, data: TrainingData) -> str:
     layout, lengths = run.layout, data.train.lengths
+    if layout.batch_tokens:
+        shapes = ", ".join(f"{layout.step_sequences(n):,} x {n:,}" for n in lengths)
+        compiled = pluralize(len(lengths), "shape")
+        return (
+            f"{describe_batch(run.config, {})}: sequences x tokens of a step are {shapes}, "
+            f"compiled for {compiled}"
+        )
     size = layout.global_batch // layout.sequences_per_sample
     tokens = layout.global_batch * data.sequence_tokens
     most = "at most " if len(lengths) > 1 else ""
@@ -141,5 +148,6 @@ def _batch(run: Run, data: TrainingData) -> str:
 def _steps(run: Run, data: TrainingData, progress: Progress, horizon: Horizon) -> str:
     warmup = run.config.scheduler.warmup_updates(horizon.steps - progress.schedule_start)
     start = f", from step {progress.step}" if progress.step else ""
-    steps = describe_steps(run.config, horizon.steps, data.steps_per_epoch)
+    per_epoch = None if run.config.data.streaming else data.steps_per_epoch
+    steps = describe_steps(run.config, horizon.steps, per_epoch)
     return f"{steps}, warm-up {pluralize(warmup, 'step')}{start}"

@@ -160,6 +160,7 @@ class Interface:
         """What a checkpoint holds beside the arrays, as JSON data."""
         return {
             **self.progress.state_dict(),
+            **self.data.train.state_dict(self.progress.position),
             "epoch": self.epochs_done,
             "callbacks": self.callback_states,
             "report": self.report.state_dict(),

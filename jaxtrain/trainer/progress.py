@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxtrain.checkpoint.engine import SavePoint
-from jaxtrain.data import BatchPlan
+from jaxtrain.data.plan import ENDLESS, TrainingBatches
 from jaxtrain.recipe.trainer import TrainerConfig
 
 
@@ -31,7 +31,8 @@ class Horizon(NamedTuple):
     """end after so many steps of one process, 0 is never"""
 
     @classmethod
-    def of(cls, config: TrainerConfig, data: BatchPlan, more_steps: int = 0) -> "Horizon":
+    def of(cls, config: TrainerConfig, data: TrainingBatches, more_steps: int = 0) -> "Horizon":
+        more_steps += data.count_uneven_steps(config.passes or 0)
         steps = config.horizon(data.steps_per_epoch, more_steps)
         assert steps is not None
         limits = config.exit_iteration, config.exit_iteration_this_run
@@ -82,7 +83,9 @@ class Progress:
         return self.position > 0 and self.position % horizon.epoch_sequences == 0
 
     def skip_epoch(self, horizon: Horizon) -> None:
-        """Leave out what is left of the epoch."""
+        """Leave out what is left of the epoch, if it has an end."""
+        if horizon.epoch_sequences == ENDLESS:
+            return
         self.position = -(-self.position // horizon.epoch_sequences) * horizon.epoch_sequences
 
     def is_complete(self, horizon: Horizon) -> bool:
@@ -133,11 +136,12 @@ class Progress:
         }
 
     def load_state_dict(
-        self, saved: Mapping[str, Any], data: BatchPlan, *, reset: tuple[str, ...] = ()
+        self, saved: Mapping[str, Any], data: TrainingBatches, *, reset: tuple[str, ...] = ()
     ) -> None:
         """Resume from what a checkpoint kept, but for the parts that are reset."""
         self.step, self.position, self.more_steps = saved["step"], 0, 0
         if "data" not in reset:
+            data.load_state_dict(saved)
             # Earlier checkpoints count batches; an engine of the user's may keep the step alone.
             counted = data.advance(0, saved.get("position", self.step))
             self.position = saved.get("sequences", counted)

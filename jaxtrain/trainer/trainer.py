@@ -139,7 +139,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         )
         self.run_folder = RunFolder(self.config)
         self.stop = StopRequests(self.run_folder.output(config.kill_switch_path, "stop"))
-        meter = Meter.for_model(self.run.model, devices, global_batch=self.layout.global_batch)
+        meter = Meter.for_model(self.run.model, devices, step_sequences=self.layout.step_sequences)
         self.report = Report(
             self.console, self.run_folder, meter,
             peak_lr=self.run.peak_lr, last_step=self.last_step, tell=self.tell,
@@ -239,10 +239,13 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
                     if self.progress.is_stopping:
                         how = f"ended early, {self.progress.stop_reason}"
             runtime = time.perf_counter() - began
+            for line in self.data.train.report():
+                self.console.line(line)
             done = f"{pluralize(self.progress.step, 'step')} done, {format_duration(runtime)}"
             self.console.line(f"{how}: {done}, {self.run_folder.path}")
             metrics = self.report.summarize(runtime, steps=self.global_step_this_run, before=seen)
-            metrics |= {"epoch": self.epochs_done, "effective_batch_size": self.layout.global_batch}
+            size = self.layout.step_sequences(self.data.sequence_tokens)
+            metrics |= {"epoch": self.epochs_done, "effective_batch_size": size}
             metrics = {**self.progress.eval_metrics, **metrics}
             return TrainOutput(self.progress.step, self.report.last_loss, metrics)
 
@@ -414,8 +417,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             self.config, self.tokenizer, max_positions=max_positions, trainer=view
         )
         given = {name: self.given.get(name) for name in ("train_data", "eval_data")}
-        shape = self.batch_shape
-        self.data = prepare_data(self.config, self.data_factory, shape, **given)
+        self.data = prepare_data(self.config, self.data_factory, self.batch_shape, **given)
         self.layout.refuse_too_few(self.data.train_rows)
         return self.data.train.lengths
 

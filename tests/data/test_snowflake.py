@@ -121,6 +121,16 @@ def test_a_query_reaches_the_package(session):
         source(sql="select * from chats").read("train")
 
 
+@pytest.mark.covers("data.sources.*.dataset_uri")
+def test_a_version_of_a_data_set_reaches_the_package(session):
+    """As far as it goes without an account: its files are read by a server."""
+    uri = "snow://dataset/db.schema.chats/versions/v1"
+    assert faults(TABLE | {"table_name": None, "dataset_uri": uri}) == []
+    assert source(dataset_uri=uri).label == uri
+    with pytest.raises(NotImplementedError, match="semi structured PARQUET"):
+        source(dataset_uri=uri).read("train")
+
+
 def test_without_a_connection_the_run_says_where_to_write_one(session, tmp_path, monkeypatch):
     session.close()
     monkeypatch.setenv("SNOWFLAKE_HOME", str(tmp_path))

@@ -142,7 +142,8 @@ def test_rates_are_over_the_interval_and_per_device(monkeypatch):
     clock = iter([0.0, 1.0, 1.0, 2.0, 2.0, 8.0, 10.0, 10.0])
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: next(clock))
     meter = Meter(
-        flops_per_token=600.0, flops_per_pair=40.0, peak_flops=1e6, num_devices=2, global_batch=2
+        flops_per_token=600.0, flops_per_pair=40.0, peak_flops=1e6, num_devices=2,
+        step_sequences=lambda tokens: 2,
     )  # fmt: skip
     update = {"tokens": 16.0, "trained_tokens": 8.0, "pairs": 100.0, "rows": 2.0, "seqlen": 10.0}
     meter.count(update)
