@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.kernels.attention import Scoring, attention
+from jaxtrain.kernels.attention import Exchange, Scoring, attention
 from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec
 from jaxtrain.model.layers import (
     AttentionInputs,
@@ -81,7 +81,8 @@ class LatentAttention(nnx.Module):
         self.rotation = config.ropes.index((spec.rope, config.head_size))
         self.is_interleaved = spec.rope.interleaved
         self.scoring = Scoring(config.query_size**-0.5 * spec.rope.score_scale)
-        self.implementation, self.exchange = compute.attention, compute.exchange
+        self.implementation = compute.attention
+        self.exchange: Exchange | None = compute.exchange
 
     def __call__(
         self, x_BTD: Array, inputs: AttentionInputs, cache: LatentCache | None

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
+from jaxtrain.kernels.attention import Exchange, Scoring, TokenPositions, attention
 from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.product import multiply
@@ -347,7 +347,8 @@ class Attention(nnx.Module):
             config.attention_softcap,
             spec.window,
         )
-        self.implementation, self.exchange = compute.attention, compute.exchange
+        self.implementation = compute.attention
+        self.exchange: Exchange | None = compute.exchange
         self.kv_shape = K, H
 
     def __call__(

@@ -63,7 +63,8 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> "PreTrainedToke
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     check_syntax(tokenizer.chat_template)
     for token in filter(None, (*config.extra_tokens, config.pad_token)):
-        tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
+        added: Any = AddedToken(token, special=True, normalized=False)
+        tokenizer.add_tokens(added, special_tokens=True)
     if config.pad_token:
         tokenizer.pad_token = config.pad_token
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:

@@ -10,6 +10,7 @@ import jax
 from jaxtrain import registry
 from jaxtrain.checkpoint.engine import SavePoint, Snapshot
 from jaxtrain.data import BatchShape, TrainingData
+from jaxtrain.metrics.console import Console
 from jaxtrain.model.peft_folder import checksum
 from jaxtrain.model_folder import is_complete
 from jaxtrain.parallel.layout import BatchLayout, Extras
@@ -43,6 +44,7 @@ class Interface:
     report: Report
     run_folder: RunFolder
     stop: StopRequests
+    console: Console
     _callbacks: Callbacks
 
     # What is fixed.

@@ -65,8 +65,10 @@ def splash_block_backward(
     is_token_BT11 = (q_positions.segments != 0)[..., None, None]
     d_out_BTNH = jnp.where(is_token_BT11, d_out_BTNH, 0)
 
+    backward_of_kernel: Any = splash._splash_attention_bwd
+
     def backward(q, k, v, segments: SegmentIds, out, lse, d_out) -> Any:
-        return splash._splash_attention_bwd(
+        return backward_of_kernel(
             False, how["mask_value"], how["is_mqa"], how["block_sizes"], None,
             how["mask_function"], how["attn_logits_soft_cap"], interpret,
             (q, k, v, segments, None, out, lse, *masks), d_out,
