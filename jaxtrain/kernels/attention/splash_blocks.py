@@ -4,7 +4,7 @@ B batch, T tokens, N query heads, K key/value heads, H head size.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def splash_block_backward(
     is_token_BT11 = (q_positions.segments != 0)[..., None, None]
     d_out_BTNH = jnp.where(is_token_BT11, d_out_BTNH, 0)
 
-    backward_of_kernel: Any = splash._splash_attention_bwd
+    backward_of_kernel = cast(Any, splash._splash_attention_bwd)
 
     def backward(q, k, v, segments: SegmentIds, out, lse, d_out) -> Any:
         return backward_of_kernel(
