@@ -137,7 +137,13 @@ def without_vision(fields):
     "model.peft_config.use_rslora",
     "model.peft_config.modules_to_save",
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in {*QUICK, *OF_EACH_KIND, "mixtral"} else pytest.param(f, marks=pytest.mark.slow)
+        for f in FAMILIES
+    ],
+)
 def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, family):
     hf_config(family).save_pretrained(tmp_path)
     config, _, _ = describe_model(tmp_path)
@@ -270,8 +276,11 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
 @pytest.mark.parametrize(
     "family",
     [
-        "deepseek-v3", "gpt-oss",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3-5", "gemma4-small", "lfm2")),
+        "deepseek-v3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gpt-oss", "qwen3-5", "gemma4-small", "lfm2")
+        ),
     ],
 )  # fmt: skip
 def test_a_model_of_any_kind_of_layers_computes_with_quantised_weights(tmp_path, family):

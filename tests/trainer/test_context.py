@@ -156,6 +156,7 @@ def test_a_length_that_does_not_divide_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_prompts_are_answered_and_the_header_says_how_attention_goes(tmp_path, capsys):
     changes = {
         **EVALUATION, "eval_samples": {"prompts": ["Numbers?", "x"], "max_new_tokens": 5},
