@@ -3,6 +3,7 @@
 B batch, T tokens, N query heads, K key/value heads, H head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -65,10 +66,8 @@ def splash_block_backward(
     is_token_BT11 = (q_positions.segments != 0)[..., None, None]
     d_out_BTNH = jnp.where(is_token_BT11, d_out_BTNH, 0)
 
-    backward_of_kernel = cast(Any, splash._splash_attention_bwd)
-
     def backward(q, k, v, segments: SegmentIds, out, lse, d_out) -> Any:
-        return backward_of_kernel(
+        return splash._splash_attention_bwd(
             False, how["mask_value"], how["is_mqa"], how["block_sizes"], None,
             how["mask_function"], how["attn_logits_soft_cap"], interpret,
             (q, k, v, segments, None, out, lse, *masks), d_out,
@@ -76,7 +75,8 @@ def splash_block_backward(
 
     arrays = map(_heads_first, (_scale(q_BTNH, scoring), k_BTKH, v_BTKH))
     results = map(_heads_first, (out_BTNH, lse_BTN, d_out_BTNH))
-    found = jax.vmap(backward)(*arrays, _segments(q_positions, kv_positions), *results)
+    backward_of_batch = cast("Callable[..., Any]", jax.vmap(backward))
+    found = backward_of_batch(*arrays, _segments(q_positions, kv_positions), *results)
     d_q, d_k, d_v = (_tokens_first(d, T).astype(jnp.float32) for d in found)
     return d_q * scoring.scale, d_k, d_v
 
