@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.plan import device_bytes
-from tests.compile_ahead import topology
+from tests.compile_ahead import device_memory, topology
 from tests.runs import model_folder, recipe
 
 LLAMA_8B = {
@@ -37,18 +36,7 @@ def main(target: str, quantization: str | None) -> None:
     model_folder(folder / "model", **LLAMA_8B)
     devices = found.devices if target == "v5e" else found.devices[:1]
     run = SFTTrainer(get_config(written), "plan", devices=devices)
-    shapes = run.run.state_shapes
-    memory = run.step.lower(shapes, run.layout.batch_shapes(TOKENS)).compile().memory_analysis()
-    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    print(
-        json.dumps(
-            {
-                "state": device_bytes(shapes),
-                "temporaries": memory.temp_size_in_bytes,
-                "peak": max(memory.peak_memory_in_bytes, live + memory.temp_size_in_bytes),
-            }
-        )
-    )
+    print(json.dumps(device_memory(run, TOKENS)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from jaxtrain import SFTTrainer, get_config
+from jaxtrain.plan import device_bytes
 from tests.runs import model_folder, recipe
 
 H200 = """gpu_device_info {
@@ -59,6 +60,18 @@ def topology(target: str, tpu: str) -> Any:
     return topologies.get_topology_desc(
         platform="cuda", topology="1x1x8", target_config=GPUS[target]
     )
+
+
+def device_memory(run: SFTTrainer, tokens: int) -> dict[str, int]:
+    """Bytes of a device that the step takes, compiled for sequences of so many tokens."""
+    shapes = run.run.state_shapes
+    memory = run.step.lower(shapes, run.layout.batch_shapes(tokens)).compile().memory_analysis()
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "state": device_bytes(shapes),
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": max(memory.peak_memory_in_bytes, live + memory.temp_size_in_bytes),
+    }
 
 
 def main(target: str, mesh: dict[str, int]) -> None:

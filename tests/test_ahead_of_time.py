@@ -100,6 +100,15 @@ def test_adapters_of_an_8b_model_fit(target):
                 assert found["peak"] < 0.95 * CHIP_BYTES[chip]
 
 
+def test_one_sequence_of_half_a_million_tokens_fits_on_eight_gpus(target):
+    name, site = target
+    if name != "h200":
+        pytest.skip("memory of eight v5e is too small")
+    found = compile_with("compile_long.py", site, name, 2**19, chips=8)
+    print(found)
+    assert found["peak"] < 0.95 * CHIP_BYTES[name]
+
+
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 LAYER_INPUTS = 16 * 2048 * 1024 * 2  # bytes: layers, tokens, width, bfloat16
 """Of the model that compile_host_memory.py calls small, with one row on each of 8 devices."""

@@ -15,6 +15,13 @@ def free_axis_sizes() -> dict[str, int]:
     return {a: mesh.shape[a] for a, kind in kinds if kind is not AxisType.Manual}
 
 
+def batch_axes(sizes: dict[str, int], *others: str) -> tuple[str, ...]:
+    """The axes over which a batch is split inside a `shard_map` that is manual over all of `sizes`,
+    beside these others. Axes of size 1 join it: one that no input names costs a sum in the backward
+    pass."""
+    return tuple(a for a in sizes if a not in others and (a in BATCH_AXES or sizes[a] == 1))
+
+
 def context_parts(tokens: int) -> int:
     """Parts over the devices into which the current mesh cuts sequences of so many tokens; 1 where
     they do not divide, as tokens that are generated do not."""

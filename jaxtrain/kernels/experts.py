@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.axes import (
-    BATCH_AXES,
     CONTEXT_AXIS,
     TENSOR_AXIS,
+    batch_axes,
     context_parts,
     free_axis_sizes,
 )
@@ -60,8 +60,7 @@ def mix_experts(
     if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
         y_BTD = _mix(weights, x_BTD, choices_BTC, shares_BTC, activate)
         return y_BTD.astype(x_BTD.dtype)
-    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
-    batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
+    batch = batch_axes(sizes, TENSOR_AXIS)
     tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
     expert = EXPERT_AXIS if sizes.get(EXPERT_AXIS, 1) > 1 else None
 

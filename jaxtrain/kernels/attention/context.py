@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import attend, attend_backward, d_sinks
-from jaxtrain.kernels.axes import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.axes import CONTEXT_AXIS, TENSOR_AXIS, batch_axes, free_axis_sizes
 
 Exchange = Literal["all_to_all", "ring"]
 PyTree = Any
@@ -66,9 +66,7 @@ def attend_over_context(
 ) -> Array:
     """Self-attention; `kernel` attends among all tokens, `blocks` to those of another device."""
     sizes = free_axis_sizes()
-    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
-    own = (TENSOR_AXIS, CONTEXT_AXIS)
-    batch = tuple(a for a in sizes if a not in own and (a in BATCH_AXES or sizes[a] == 1))
+    batch = batch_axes(sizes, TENSOR_AXIS, CONTEXT_AXIS)
     tensor = TENSOR_AXIS if TENSOR_AXIS in sizes else None
     heads = PartitionSpec(batch, CONTEXT_AXIS, tensor, None)
     tokens = PartitionSpec(batch, CONTEXT_AXIS)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxtrain.kernels.attention.mask import TokenPositions
-from jaxtrain.kernels.axes import BATCH_AXES, TENSOR_AXIS, free_axis_sizes
+from jaxtrain.kernels.axes import TENSOR_AXIS, batch_axes, free_axis_sizes
 
 
 def map_over_devices(
@@ -32,8 +32,7 @@ def map_over_devices(
     if jax.sharding.get_abstract_mesh().size == 1 or not sizes:
         return local(*arguments)
 
-    # Axes of size 1 join the batch: an axis that no input names costs a sum in the backward pass.
-    batch = tuple(a for a in sizes if a != TENSOR_AXIS and (a in BATCH_AXES or sizes[a] == 1))
+    batch = batch_axes(sizes, TENSOR_AXIS)
     shards = prod(sizes[a] for a in batch)
     if q_BTNH.shape[0] % shards:
         raise NotImplementedError(

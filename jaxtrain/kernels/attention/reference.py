@@ -1,4 +1,4 @@
-"""Attention in plain jnp, one block of queries at a time; CPU and GPU use it.
+"""Attention in plain jnp, one block of queries at a time, for every platform.
 
 The forward pass saves its output and the log-sum-exp of each row of scores, from which the backward
 pass recomputes the scores, as in FlashAttention-2 (Dao, 2023, arXiv:2307.08691, section 3.1).

@@ -3,9 +3,9 @@
 B batch, T tokens, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,9 @@ def _local_attention(
     del kv_positions  # the same tokens
     (T, N), segments_BT = q_BTNH.shape[1:3], positions.segments
     fill = -T % LANES
-    kernel = _kernel(T + fill, N, scoring, interpret)
+    shape, window = (T + fill, T + fill), scoring.window
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
+    kernel = make_kernel(mask, N, scoring, interpret=interpret, saved_as="attention")
 
     def pad(x_BTNH: Array) -> Array:
         return jnp.pad(x_BTNH, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -91,24 +93,26 @@ def _local_attention(
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-def _kernel(T: int, N: int, scoring: Scoring, interpret: bool) -> Callable[..., Array]:
-    block = next(b for b in (LARGEST_BLOCK, 256, LANES) if T % b == 0)
-    shape, window = (T, T), scoring.window
-    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
-    kernel = make_splash_mha(
-        MultiHeadMask([mask] * N),
-        block_sizes=BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+def make_kernel(
+    mask: Any,
+    num_heads: int,
+    scoring: Scoring,
+    *,
+    interpret: bool,
+    saved_as: str | None = None,
+    returns_lse: bool = False,
+) -> Any:
+    """The kernel for heads of one mask [T, T]. Its result and log-sum-exp have the name `saved_as`
+    for a rematerialisation policy, or the latter is returned too."""
+    block = next(b for b in (LARGEST_BLOCK, 256, LANES) if mask.shape[0] % b == 0)
+    sizes = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
+    return make_splash_mha(
+        MultiHeadMask([mask] * num_heads),
+        block_sizes=BlockSizes(**dict.fromkeys(sizes, block)),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=scoring.softcap,
-        residual_checkpoint_name="attention",
         interpret=interpret,
+        residual_checkpoint_name=saved_as,
+        save_residuals=returns_lse,
     )
-    return cast(Callable[..., Array], kernel)  # residuals are not requested

@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
     CausalMask,
     FullMask,
-    MultiHeadMask,
     SegmentIds,
-    make_splash_mha,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
-from jaxtrain.kernels.attention.splash import LANES, LARGEST_BLOCK
+from jaxtrain.kernels.attention.splash import LANES, make_kernel
 
 NO_SEGMENT = -1  # of keys that fill a block
 
@@ -102,16 +99,6 @@ def _segments(q_positions: TokenPositions, kv_positions: TokenPositions) -> Segm
 
 
 def _kernel(T: int, N: int, scoring: Scoring, same_order: bool, interpret: bool) -> Any:
-    T += -T % LANES
-    block = next(b for b in (LARGEST_BLOCK, 256, LANES) if T % b == 0)
-    sizes = "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"
-    mask = CausalMask((T, T)) if same_order else FullMask((T, T))
-    return make_splash_mha(
-        MultiHeadMask([mask] * N),
-        block_sizes=BlockSizes(**dict.fromkeys(sizes, block)),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=scoring.softcap,
-        save_residuals=True,
-        interpret=interpret,
-    )
+    shape = (T + -T % LANES,) * 2
+    mask = CausalMask(shape) if same_order else FullMask(shape)
+    return make_kernel(mask, N, scoring, interpret=interpret, returns_lse=True)
