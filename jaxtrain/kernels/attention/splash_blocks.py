@@ -99,6 +99,7 @@ def _segments(q_positions: TokenPositions, kv_positions: TokenPositions) -> Segm
 
 
 def _kernel(T: int, N: int, scoring: Scoring, same_order: bool, interpret: bool) -> Any:
-    shape = (T + -T % LANES,) * 2
+    T += -T % LANES
+    shape = T, T
     mask = CausalMask(shape) if same_order else FullMask(shape)
     return make_kernel(mask, N, scoring, interpret=interpret, returns_lse=True)
