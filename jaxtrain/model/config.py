@@ -250,8 +250,9 @@ class ComputeConfig:
     """implementation of the attention kernel"""
     exchange: Literal["all_to_all", "ring"] | None = None
     """how attention goes over the `context` axis; None where nothing cuts sequences"""
-    remat: Literal["full", "dots", "none"] = "full"
-    """what is recomputed in the backward pass: layers, all but their matrix products, nothing"""
+    remat: Literal["full", "attention", "dots", "none"] = "full"
+    """what is recomputed in the backward pass: layers, all but their attention, all but their matrix
+    products, nothing"""
     remat_every: int = 1
     """applies `remat` to every n-th layer of a stack; the others save everything"""
     routing_replay: bool = False

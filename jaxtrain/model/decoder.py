@@ -93,9 +93,10 @@ def rematerialize(block: Callable, compute: ComputeConfig) -> Callable:
     """The same layer, of which the backward pass recomputes what `compute` says."""
     if compute.remat == "none":
         return block
-    policies, kept = jax.checkpoint_policies, ["routing"] if compute.routing_replay else []
-    if compute.remat == "dots":
-        kept += ["attention", PRODUCT]
+    policies = jax.checkpoint_policies
+    kept = {"full": [], "attention": ["attention"], "dots": ["attention", PRODUCT]}[compute.remat]
+    if compute.routing_replay:
+        kept.append("routing")
     policy = policies.save_only_these_names(*kept)
     if compute.offload_inputs:
         policy = policies.save_and_offload_only_these_names(

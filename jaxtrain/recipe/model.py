@@ -21,6 +21,8 @@ from jaxtrain.recipe.section import (
 
 TOKENIZE_KWARGS = ("add_special_tokens", "max_length", "split_special_tokens", "truncation")
 """Arguments of a tokenizer that a recipe may pass."""
+Remat = Literal["full", "attention", "dots", "none"]
+"""From the most that is computed again to nothing."""
 
 
 # Adapters, with the names of the PEFT package.
@@ -149,9 +151,10 @@ class ModelConfig(TypedSection):
     """Grow embedding and head to the tokenizer."""
     disable_activation_checkpoint: bool = False
     """Keep every activation for the backward pass; the same as `remat: none`."""
-    remat: Own[Literal["full", "dots", "none"] | None] = None
-    """What is kept for the backward pass: layer inputs only (`full`, the default), matrix products
-    too (`dots`), everything (`none`)."""
+    remat: Own[Remat | None] = None
+    """What is kept for the backward pass: layer inputs only (`full`, the default), outputs of
+    attention too, which is then computed once (`attention`), also those of all matrix products
+    (`dots`), everything (`none`)."""
     remat_every_nth_layer: Own[int] = Field(default=1, ge=1)
     """Rematerialise only every n-th layer; the others keep everything."""
 
@@ -170,7 +173,7 @@ class ModelConfig(TypedSection):
             yield "remat_every_nth_layer", f"{self.remat_every_nth_layer} {what}"
 
     @property
-    def remat_policy(self) -> Literal["full", "dots", "none"]:
+    def remat_policy(self) -> Remat:
         return self.remat or ("none" if self.disable_activation_checkpoint else "full")
 
 

@@ -180,7 +180,7 @@ KEYS = {
     ),
     "case of a word": (
         model(remat="Full"),
-        "model.remat: must be one of 'full', 'dots' or 'none', found 'Full'; did you mean `full`?",
+        "model.remat: must be one of 'full', 'attention', 'dots' or 'none', found 'Full'; did you mean `full`?",
     ),
 }
 TRAPS = {
