@@ -85,7 +85,7 @@ def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
     assert draw(1, top_p=1e-6) == draw(1, top_k=1) == draw(1, min_p=1.0) == greedy
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_sampled_tokens_follow_the_probabilities(qwen, temperature):
     graph, params = qwen
     batch = batch_of(np.array([PROMPTS[0]]))

@@ -18,12 +18,14 @@ FOCAL = Path(__file__).parents[2] / "recipes" / "focal.py"
 MESHES = [
     *(
         pytest.param(mesh, marks=pytest.mark.slow)
-        for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2})
+        for mesh in (
+            {"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2},
+            {"pipeline": 4, "fsdp": 2},  # six layers on four stages
+        )
     ),
     {"fsdp": 2, "tensor": 4},
     {"pipeline": 2, "data": 2, "tensor": 2},
-    {"pipeline": 4, "fsdp": 2},  # six layers on four stages
-]
+]  # fmt: skip
 
 
 def on_mesh(folder, mesh, config=None, **changes):
