@@ -147,10 +147,14 @@ def read_ropes(
 
 
 def check_sizes(ropes: Iterable[tuple[Rope | None, int]]) -> None:
-    """ValueError for a list of divisors that does not fit the pairs of a head, of this size."""
+    """ValueError for ropes that do not fit the rotated pairs of a head of this size."""
     for rope, head_size in ropes:
-        if rope is not None and isinstance(rope.scaling, LongRope):
-            pairs = len(range(0, int(head_size * rope.fraction), 2))
+        if rope is None:
+            continue
+        pairs = len(range(0, int(head_size * rope.fraction), 2))
+        if isinstance(rope.scaling, Dynamic) and pairs < 2:
+            raise ValueError(f"rope type dynamic needs 2 rotated pairs of a head, found {pairs}")
+        if isinstance(rope.scaling, LongRope):
             found = [len(rope.scaling.short_factors), len(rope.scaling.long_factors)]
             if found != [pairs, pairs]:
                 raise ValueError(
