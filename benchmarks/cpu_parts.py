@@ -26,7 +26,8 @@ from cpu_step import COMMON, DTYPES, PRESETS, write_inputs
 
 PRESET = PRESETS["smollm2-135m"]
 PARTS = ("layers forward", "layers backward", "head and loss", "AdamW")
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as the command line of jaxtrain has it
+OWN = {"jaxtrain": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "torch": {}}
+"""As the command line of jaxtrain has it."""
 
 
 def count_work() -> dict[str, float]:
@@ -67,9 +68,9 @@ def measure_jaxtrain(dtype: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         recipe = write_inputs(Path(name), PRESET | {"dtype": dtype}, steps=1)
         run = SFTTrainer(get_config(recipe), mode="plan").run
-    B, T = shape = PRESET["rows"], PRESET["tokens"]
+    shape = PRESET["rows"], PRESET["tokens"]
     tokens = np.random.default_rng(0).integers(0, 2000, shape, np.int32)
-    positions, ones = np.broadcast_to(np.arange(T, dtype=np.int32), shape), np.ones(shape, np.int32)
+    positions, ones = np.indices(shape, np.int32)[1], np.ones(shape, np.int32)
     batch = jax.device_put(Batch(tokens, positions, ones, ones.astype(np.float32), ones[:, 0]))
     with jax.set_mesh(run.mesh):
         params = run.first_params(None)
@@ -150,14 +151,12 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, rounds in found.items():
             command = [sys.executable, __file__, "--side", side, "--dtype", args.dtype]
-            own = {
-                "JAX_PLATFORMS": "cpu",
-                "GLIBC_TUNABLES": HUGE_PAGES if side == "jaxtrain" else "",
-            }
             done = subprocess.run(
                 [*command, "--calls", str(args.calls)],
-                env=os.environ | own, capture_output=True, text=True,
-            )  # fmt: skip
+                env=os.environ | {"JAX_PLATFORMS": "cpu"} | OWN[side],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
             rounds.append(json.loads(done.stdout.splitlines()[-1]))
