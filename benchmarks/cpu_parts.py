@@ -128,7 +128,11 @@ def measure_torch(dtype: str, rounds: int) -> dict[str, float]:
             loss = model.loss_function(logits, ids, vocab_size=logits.shape[-1])
         loss.backward()
 
-    calls = (forward, backward, head, optimizer.step)
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calls = (forward, backward, head, step)
     return measure(dict(zip(PARTS, calls, strict=True)), rounds)
 
 
