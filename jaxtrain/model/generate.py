@@ -1,7 +1,8 @@
 """Generates continuations of prompts with a cache: keys and values, or states.
 
 B prompts, P tokens of the longest, padded, N new tokens at most, S = P + N slots of the cache, C
-tokens of a chunk, D width, V vocabulary.
+tokens of a chunk, D width, V vocabulary. Programs depend on these numbers alone, and not on the
+length of a prompt, so that a conversation is compiled for as few lengths as P has.
 """
 
 import math
@@ -22,7 +23,7 @@ from jaxtrain.model.config import LayerGroup
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge, split
 
 MIN_PROMPT_TOKENS = 32
-"""Prompts are padded to this length or twice another, so that few lengths are compiled."""
+"""Prompts are padded to this length or twice another, up to the longest that may be."""
 
 
 class Sampling(NamedTuple):
@@ -106,30 +107,33 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     chunk_tokens: int = 1,
-    is_unrolled: bool = False,
+    max_length: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yields the new tokens of each prompt as they come, at most `chunk_tokens` at a time; none of
-    a prompt that has ended; `is_unrolled` computes with `unroll`, for the same tokens. ValueError
-    for an empty prompt or a setting that means nothing."""
+    a prompt that has ended, or beyond `max_length` tokens of the longest prompt and its reply.
+    ValueError for an empty prompt or a setting that means nothing."""
     sampling.check()
     if not prompts or not all(prompts) or min(max_new_tokens, chunk_tokens) < 1:
         raise ValueError(
             "generate needs prompts of at least one token and max_new_tokens >= 1, found prompts "
             f"of {[len(p) for p in prompts]} tokens and {max_new_tokens}"
         )
-    P = max(MIN_PROMPT_TOKENS, 1 << (max(map(len, prompts)) - 1).bit_length())
+    longest = max(map(len, prompts))
+    P, end, room = padded_length(longest), max_new_tokens, max_new_tokens
+    if max_length is not None:
+        if longest >= max_length:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room within {max_length}")
+        P, end, room = min(P, max_length), min(end, max_length - longest), min(room, max_length)
     tokens_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     key = jax.random.key(seed)
-    if is_unrolled:
-        graph, params = unroll(graph, params)
-    progress = _prefill(graph, sampling, max_new_tokens, params, tokens_BP, lengths_B, key)
+    progress = _prefill(graph, sampling, room, params, tokens_BP, lengths_B, key)
     has_ended = [False] * len(prompts)
-    for begin in range(0, max_new_tokens, chunk_tokens):
-        end = min(begin + chunk_tokens, max_new_tokens)
-        tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, P + end)
+    for begin in range(0, end, chunk_tokens):
+        until = P + min(begin + chunk_tokens, end)
+        tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, until)
         chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - P - begin].tolist()
         for row, tokens in enumerate(chunk):
             ends = [at for at, token in enumerate(tokens) if token in sampling.stop_tokens]
@@ -140,20 +144,25 @@ def stream(
             return
 
 
+def padded_length(tokens: int) -> int:
+    """Of prompts of so many tokens at most."""
+    return max(MIN_PROMPT_TOKENS, 1 << (tokens - 1).bit_length())
+
+
 def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
-    """The same decoder with the parameters of each layer in arrays of their own, which are copies.
+    """The same decoder with the parameters of each layer in arrays of their own, which are copies;
+    it generates the same tokens.
 
     On CPU a loop over stacked layers copies the weights and caches of each layer, which takes
     longer than the products of a single token.
     """
     decoder = merge(graph, params)
     config, blocks, specs = decoder.config, {}, {}
-    cut = jax.jit(lambda a, at: lax.dynamic_slice_in_dim(a, at, 1))
     for g, group in enumerate(config.groups):
         for m, spec in enumerate(group.layers):
             block_graph, stacked = split(decoder.layers[str(g)][str(m)])
             for at, number in enumerate(config.layer_numbers(g, m)):
-                one = jax.tree.map(lambda a, at=at: cut(a, at), stacked)
+                one = jax.tree.map(lambda a, at=at: _cut_layer(a, at), stacked)
                 blocks[str(number)], specs[number] = nnx.merge(block_graph, one), spec
     layers = tuple(spec for _, spec in sorted(specs.items()))
     decoder.config = replace(config, groups=(LayerGroup(layers, 1),))
@@ -161,18 +170,23 @@ def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
     return split(decoder)
 
 
+@jax.jit
+def _cut_layer(stacked: Array, at: Array) -> Array:
+    return lax.dynamic_slice_in_dim(stacked, at, 1)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
     graph: nnx.GraphDef,
     sampling: Sampling,
-    max_new_tokens: int,
+    room: int,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
     key: Array,
 ) -> Progress:
     model, (B, P) = merge(graph, params), tokens_BP.shape
-    slots_S = jnp.arange(P + max_new_tokens, dtype=jnp.int32)
+    slots_S = jnp.arange(P + room, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
     positions = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
     prompt_positions = TokenPositions(*(x[:, :P] for x in positions))
