@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +95,8 @@ def generate(
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt, its stop token included; `how` is that of `stream`."""
     room = {"max_new_tokens": max_new_tokens, "chunk_tokens": max_new_tokens}
-    (tokens,) = stream(graph, params, prompts, **room, **how)
-    return tokens
+    chunks = list(stream(graph, params, prompts, **room, **how))
+    return [[*chain(*row)] for row in zip(*chunks, strict=True)]
 
 
 def stream(
@@ -118,30 +119,42 @@ def stream(
             "generate needs prompts of at least one token and max_new_tokens >= 1, found prompts "
             f"of {[len(p) for p in prompts]} tokens and {max_new_tokens}"
         )
-    longest = max(map(len, prompts))
-    P, end, room = padded_length(longest), max_new_tokens, max_new_tokens
+    longest, left, room = max(map(len, prompts)), max_new_tokens, max_new_tokens
     if max_length is not None:
         if longest >= max_length:
             raise ValueError(f"a prompt of {longest} tokens leaves no room within {max_length}")
-        P, end, room = min(P, max_length), min(end, max_length - longest), min(room, max_length)
-    tokens_BP = np.zeros((len(prompts), P), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, : len(prompt)] = prompt
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    key = jax.random.key(seed)
-    progress = _prefill(graph, sampling, room, params, tokens_BP, lengths_B, key)
-    has_ended = [False] * len(prompts)
-    for begin in range(0, end, chunk_tokens):
-        until = P + min(begin + chunk_tokens, end)
+        left, room = min(left, max_length - longest), min(room, max_length)
+    texts, has_ended = [[*prompt] for prompt in prompts], [False] * len(prompts)
+    ropes = [rope for rope, _ in merge(graph, params).config.ropes]
+    limits = {rope.turns_after for rope in ropes if rope.turns_after}
+
+    def prefill() -> Progress:
+        P = padded_length(max(map(len, texts)))
+        tokens_BP = np.zeros((len(texts), min(P, max_length or P)), np.int32)
+        for row, text in enumerate(texts):
+            tokens_BP[row, : len(text)] = text
+        lengths_B, key = np.array([*map(len, texts)], np.int32), jax.random.key(seed)
+        return _prefill(graph, sampling, room, params, tokens_BP, lengths_B, key)
+
+    progress = prefill()
+    while left and not all(has_ended):
+        lengths = [len(text) for text, ended in zip(texts, has_ended, strict=True) if not ended]
+        turns = [most + 1 - size for most in limits for size in lengths if size <= most]
+        slot = int(progress.slot)
+        until = slot + min(chunk_tokens, left, *turns)
         tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, until)
-        chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - P - begin].tolist()
+        chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - slot].tolist()
         for row, tokens in enumerate(chunk):
             ends = [at for at, token in enumerate(tokens) if token in sampling.stop_tokens]
             chunk[row] = [] if has_ended[row] else tokens[: ends[0] + 1] if ends else tokens
             has_ended[row] |= bool(ends)
+            texts[row] += chunk[row]
         yield chunk
-        if all(has_ended):
-            return
+        left -= until - slot
+        if left and until - slot in turns:
+            # What is cached of a text that has become longer than its rope is that of another one.
+            kept = {"is_done_B": progress.is_done_B, "key": progress.key}
+            progress = prefill()._replace(**kept)
 
 
 def padded_length(tokens: int) -> int:

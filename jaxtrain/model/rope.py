@@ -99,6 +99,12 @@ class Rope:
     score_scale: float = 1.0
     """multiplies the scores of latent attention"""
 
+    @property
+    def turns_after(self) -> int | None:
+        """The length beyond which all tokens of a document have another rotation at once."""
+        is_long = isinstance(self.scaling, LongRope)
+        return self.scaling.original_max_positions if is_long else None
+
 
 class Rotation(NamedTuple):
     """Of every token, float32 [B, T, 1, 1, R]: all heads share it."""
