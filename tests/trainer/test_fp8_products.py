@@ -15,7 +15,7 @@ from tests.trainer.test_experts import EXPERTS
 STEPS = 20
 
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+SHAPE = {"hidden_size": 64, "intermediate_size": 256}
 
 
 def run_of(folder, precision="fp8", *, devices=1, shape=SHAPE, **changes):
@@ -43,10 +43,9 @@ def test_it_learns_as_in_whole_floats(tmp_path, alone):
     run, found = alone
     whole = run_of(tmp_path, None, micro_batch_size=4)
     expected = np.array(losses(whole, STEPS))
-    assert expected[-1] < 0.7 * expected[0]
+    assert expected[-1] < 0.85 * expected[0]
     off = np.abs(np.array(found) - expected)
-    print(off / expected)
-    assert 0 < off.max() < 0.03 * expected[0]
+    assert 0 < off.max() and (off < 0.01 * expected).all()
     assert "float32, matrices of layers in fp8 (emulated)" in run.header["model"]
     names = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
     assert marked(run) == {f"layers/0/0/{name}" for name in names} and not marked(whole)
@@ -57,6 +56,7 @@ def test_it_learns_as_in_whole_floats(tmp_path, alone):
     assert len([dot for dot in dots if "E5M2" in dot]) == 2 * len(names)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_scale(tmp_path, alone):
     run = run_of(tmp_path, micro_batch_size=2, mesh={"fsdp": 2, "tensor": 2}, devices=4)
     np.testing.assert_allclose(losses(run, 4), alone[1][:4], rtol=2e-3)
