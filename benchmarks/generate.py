@@ -44,16 +44,15 @@ def jaxtrain_side(folder: Path) -> Callable[[int], list[list[int]]]:
     import jax
 
     from jaxtrain.generate import load_speaker
+    from jaxtrain.model.generate import generate
 
     speaker = load_speaker(str(folder), is_raw=True)
 
-    def generate(batch: int) -> list[list[int]]:
+    def reply(batch: int) -> list[list[int]]:
         with jax.set_mesh(speaker.run.mesh):
-            return speaker.run.model.generate(
-                speaker.params, prompts_of(batch), max_new_tokens=NEW_TOKENS
-            )
+            return generate(*speaker.prepared, prompts_of(batch), max_new_tokens=NEW_TOKENS)
 
-    return generate
+    return reply
 
 
 def transformers_side(folder: Path) -> Callable[[int], list[list[int]]]:

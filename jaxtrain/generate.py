@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 from jaxtrain import registry
 from jaxtrain.data.render import encode_prompt, find_stop_tokens
 from jaxtrain.export import find_checkpoint, restore_weights
-from jaxtrain.model.generate import Sampling
+from jaxtrain.model.generate import Sampling, stream
 from jaxtrain.model.peft_folder import read_base_name
 from jaxtrain.recipe.errors import DataError, RecipeError, UserError, pluralize, show
 from jaxtrain.recipe.resolve import get_config
@@ -48,6 +49,12 @@ class Speaker:
     tokenizer: Any
     is_raw: bool = False
     """texts are continued as they are, without a chat template"""
+
+    @cached_property
+    def prepared(self) -> tuple[Any, Any]:
+        """The decoder that replies, and its parameters."""
+        with jax.set_mesh(self.run.mesh):
+            return self.run.model.prepare(self.params)
 
     def choose_options(
         self, *, max_new_tokens: int, stop: Sequence[str] = (), seed: int = 0, **given: float | None
@@ -92,12 +99,11 @@ class Speaker:
 
     def reply(self, prompts: Sequence[list[int]], options: Options) -> Iterator[list[str]]:
         """Yields the text of each reply so far, as it grows; whole in the end."""
-        model = self.run.model
-        room = model.spec.config.max_positions - max(map(len, prompts))
-        chunks = model.stream(
-            self.params,
+        chunks = stream(
+            *self.prepared,
             prompts,
-            max_new_tokens=min(options.max_new_tokens, room),
+            max_new_tokens=options.max_new_tokens,
+            max_length=self.run.model.spec.config.max_positions,
             sampling=options.sampling,
             seed=options.seed,
             chunk_tokens=1 if len(prompts) == 1 else CHUNK_TOKENS,

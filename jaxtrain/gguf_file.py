@@ -3,6 +3,7 @@ array of every token, takes seconds for a vocabulary."""
 
 import mmap
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """Reads a header; WeightError for a file that is not GGUF, or is cut off."""
+    facts = path.stat()
+    return _read_header(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # the model, its weights and its tokenizer are read one after the other
+def _read_header(path: Path, size: int, changed_ns: int) -> Header:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise WeightError(f"{path}: not a GGUF file")

@@ -253,8 +253,8 @@ class ComputeConfig:
     exchange: Literal["all_to_all", "ring"] | None = None
     """how attention goes over the `context` axis; None where nothing cuts sequences"""
     remat: Literal["full", "attention", "dots", "none"] = "full"
-    """what is recomputed in the backward pass: layers, all but their attention, all but their matrix
-    products, nothing"""
+    """what is recomputed in the backward pass: layers, all of them but attention, all but products
+    with matrices too, nothing"""
     remat_every: int = 1
     """applies `remat` to every n-th layer of a stack; the others save everything"""
     routing_replay: bool = False

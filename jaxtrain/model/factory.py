@@ -1,6 +1,6 @@
 """The model of a recipe: found, described, loaded onto a mesh, asked, exported."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from jaxtrain.model.context import find_exchange, refuse_context
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.families import BY_NAME
-from jaxtrain.model.generate import generate, stream
+from jaxtrain.model.generate import generate, unroll
 from jaxtrain.model.hf_config import (
     add_stop_tokens,
     read_config,
@@ -311,17 +311,12 @@ class LanguageModel:
 
     def generate(self, params: Params, prompts: Sequence[Sequence[int]], **how: Any) -> Any:
         """New tokens of each prompt; see `jaxtrain.model.generate`."""
-        return generate(self.graph, params, prompts, is_unrolled=_is_on_cpu(), **how)
+        return generate(*self.prepare(params), prompts, **how)
 
-    def stream(
-        self, params: Params, prompts: Sequence[Sequence[int]], **how: Any
-    ) -> Iterator[list[list[int]]]:
-        """New tokens of each prompt as they come; see `jaxtrain.model.generate.stream`."""
-        return stream(self.graph, params, prompts, is_unrolled=_is_on_cpu(), **how)
-
-
-def _is_on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    def prepare(self, params: Params) -> tuple[nnx.GraphDef, Params]:
+        """The decoder as this platform generates with it; on CPU with copies of the layers."""
+        on_cpu = jax.default_backend() == "cpu"
+        return unroll(self.graph, params) if on_cpu else (self.graph, params)
 
 
 def _shapes_by_name(params: Params) -> dict[str, str]:

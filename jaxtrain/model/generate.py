@@ -1,13 +1,15 @@
 """Generates continuations of prompts with a cache: keys and values, or states.
 
 B prompts, P tokens of the longest, padded, N new tokens at most, S = P + N slots of the cache, C
-tokens of a chunk, D width, V vocabulary.
+tokens of a chunk, D width, V vocabulary. Programs depend on these numbers alone, and not on the
+length of a prompt, so that a conversation is compiled for as few lengths as P has.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from jaxtrain.model.config import LayerGroup
 from jaxtrain.model.decoder import Caches, Decoder, Params, merge, split
 
 MIN_PROMPT_TOKENS = 32
-"""Prompts are padded to this length or twice another, so that few lengths are compiled."""
+"""Prompts are padded to this length or twice another, up to the longest that may be."""
 
 
 class Sampling(NamedTuple):
@@ -93,8 +95,8 @@ def generate(
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt, its stop token included; `how` is that of `stream`."""
     room = {"max_new_tokens": max_new_tokens, "chunk_tokens": max_new_tokens}
-    (tokens,) = stream(graph, params, prompts, **room, **how)
-    return tokens
+    chunks = list(stream(graph, params, prompts, **room, **how))
+    return [[*chain(*row)] for row in zip(*chunks, strict=True)]
 
 
 def stream(
@@ -106,54 +108,74 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     chunk_tokens: int = 1,
-    is_unrolled: bool = False,
+    max_length: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yields the new tokens of each prompt as they come, at most `chunk_tokens` at a time; none of
-    a prompt that has ended; `is_unrolled` computes with `unroll`, for the same tokens. ValueError
-    for an empty prompt or a setting that means nothing."""
+    a prompt that has ended, or beyond `max_length` tokens of the longest prompt and its reply.
+    ValueError for an empty prompt or a setting that means nothing."""
     sampling.check()
     if not prompts or not all(prompts) or min(max_new_tokens, chunk_tokens) < 1:
         raise ValueError(
             "generate needs prompts of at least one token and max_new_tokens >= 1, found prompts "
             f"of {[len(p) for p in prompts]} tokens and {max_new_tokens}"
         )
-    P = max(MIN_PROMPT_TOKENS, 1 << (max(map(len, prompts)) - 1).bit_length())
-    tokens_BP = np.zeros((len(prompts), P), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, : len(prompt)] = prompt
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    key = jax.random.key(seed)
-    if is_unrolled:
-        graph, params = unroll(graph, params)
-    progress = _prefill(graph, sampling, max_new_tokens, params, tokens_BP, lengths_B, key)
-    has_ended = [False] * len(prompts)
-    for begin in range(0, max_new_tokens, chunk_tokens):
-        end = min(begin + chunk_tokens, max_new_tokens)
-        tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, P + end)
-        chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - P - begin].tolist()
+    longest, left, room = max(map(len, prompts)), max_new_tokens, max_new_tokens
+    if max_length is not None:
+        if longest >= max_length:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room within {max_length}")
+        left, room = min(left, max_length - longest), min(room, max_length)
+    texts, has_ended = [[*prompt] for prompt in prompts], [False] * len(prompts)
+    ropes = [rope for rope, _ in merge(graph, params).config.ropes]
+    limits = {rope.turns_after for rope in ropes if rope.turns_after}
+
+    def prefill() -> Progress:
+        P = padded_length(max(map(len, texts)))
+        tokens_BP = np.zeros((len(texts), min(P, max_length or P)), np.int32)
+        for row, text in enumerate(texts):
+            tokens_BP[row, : len(text)] = text
+        lengths_B, key = np.array([*map(len, texts)], np.int32), jax.random.key(seed)
+        return _prefill(graph, sampling, room, params, tokens_BP, lengths_B, key)
+
+    progress = prefill()
+    while left and not all(has_ended):
+        lengths = [len(text) for text, ended in zip(texts, has_ended, strict=True) if not ended]
+        turns = [most + 1 - size for most in limits for size in lengths if size <= most]
+        slot = int(progress.slot)
+        until = slot + min(chunk_tokens, left, *turns)
+        tokens_BC, progress = _decode(graph, sampling, chunk_tokens, params, progress, until)
+        chunk = np.asarray(tokens_BC)[:, : int(progress.slot) - slot].tolist()
         for row, tokens in enumerate(chunk):
             ends = [at for at, token in enumerate(tokens) if token in sampling.stop_tokens]
             chunk[row] = [] if has_ended[row] else tokens[: ends[0] + 1] if ends else tokens
             has_ended[row] |= bool(ends)
+            texts[row] += chunk[row]
         yield chunk
-        if all(has_ended):
-            return
+        left -= until - slot
+        if left and until - slot in turns:
+            # What is cached of a text that has become longer than its rope is that of another one.
+            kept = {"is_done_B": progress.is_done_B, "key": progress.key}
+            progress = prefill()._replace(**kept)
+
+
+def padded_length(tokens: int) -> int:
+    """Of prompts of so many tokens at most."""
+    return max(MIN_PROMPT_TOKENS, 1 << (tokens - 1).bit_length())
 
 
 def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
-    """The same decoder with the parameters of each layer in arrays of their own, which are copies.
+    """The same decoder with the parameters of each layer in arrays of their own, which are copies;
+    it generates the same tokens.
 
     On CPU a loop over stacked layers copies the weights and caches of each layer, which takes
     longer than the products of a single token.
     """
     decoder = merge(graph, params)
     config, blocks, specs = decoder.config, {}, {}
-    cut = jax.jit(lambda a, at: lax.dynamic_slice_in_dim(a, at, 1))
     for g, group in enumerate(config.groups):
         for m, spec in enumerate(group.layers):
             block_graph, stacked = split(decoder.layers[str(g)][str(m)])
             for at, number in enumerate(config.layer_numbers(g, m)):
-                one = jax.tree.map(lambda a, at=at: cut(a, at), stacked)
+                one = jax.tree.map(lambda a, at=at: _cut_layer(a, at), stacked)
                 blocks[str(number)], specs[number] = nnx.merge(block_graph, one), spec
     layers = tuple(spec for _, spec in sorted(specs.items()))
     decoder.config = replace(config, groups=(LayerGroup(layers, 1),))
@@ -161,18 +183,23 @@ def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
     return split(decoder)
 
 
+@jax.jit
+def _cut_layer(stacked: Array, at: Array) -> Array:
+    return lax.dynamic_slice_in_dim(stacked, at, 1)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
     graph: nnx.GraphDef,
     sampling: Sampling,
-    max_new_tokens: int,
+    room: int,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
     key: Array,
 ) -> Progress:
     model, (B, P) = merge(graph, params), tokens_BP.shape
-    slots_S = jnp.arange(P + max_new_tokens, dtype=jnp.int32)
+    slots_S = jnp.arange(P + room, dtype=jnp.int32)
     segments_BS = (slots_S < lengths_B[:, None]).astype(jnp.int32)
     positions = TokenPositions(segments_BS, jnp.broadcast_to(slots_S, segments_BS.shape))
     prompt_positions = TokenPositions(*(x[:, :P] for x in positions))

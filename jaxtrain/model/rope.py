@@ -99,6 +99,12 @@ class Rope:
     score_scale: float = 1.0
     """multiplies the scores of latent attention"""
 
+    @property
+    def turns_after(self) -> int | None:
+        """The length beyond which all tokens of a document have another rotation at once."""
+        is_long = isinstance(self.scaling, LongRope)
+        return self.scaling.original_max_positions if is_long else None
+
 
 class Rotation(NamedTuple):
     """Of every token, float32 [B, T, 1, 1, R]: all heads share it."""
@@ -147,10 +153,14 @@ def read_ropes(
 
 
 def check_sizes(ropes: Iterable[tuple[Rope | None, int]]) -> None:
-    """ValueError for a list of divisors that does not fit the pairs of a head, of this size."""
+    """ValueError for ropes that do not fit the rotated pairs of a head of this size."""
     for rope, head_size in ropes:
-        if rope is not None and isinstance(rope.scaling, LongRope):
-            pairs = len(range(0, int(head_size * rope.fraction), 2))
+        if rope is None:
+            continue
+        pairs = len(range(0, int(head_size * rope.fraction), 2))
+        if isinstance(rope.scaling, Dynamic) and pairs < 2:
+            raise ValueError(f"rope type dynamic needs 2 rotated pairs of a head, found {pairs}")
+        if isinstance(rope.scaling, LongRope):
             found = [len(rope.scaling.short_factors), len(rope.scaling.long_factors)]
             if found != [pairs, pairs]:
                 raise ValueError(

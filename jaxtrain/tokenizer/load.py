@@ -15,6 +15,7 @@ from jaxtrain import assets
 from jaxtrain.recipe.errors import RecipeError, show
 from jaxtrain.recipe.model import TokenizerConfig
 from jaxtrain.registry import Factory
+from jaxtrain.tokenizer.choice import recall_class, remember_class
 from jaxtrain.tokenizer.gguf import build_gguf_tokenizer
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ class HFTokenizerFactory(TokenizerFactory):
     name = "huggingface"
 
     def create_tokenizer(self) -> Any:
-        return load_tokenizer(self.config, self.model_path)
+        return load_tokenizer(self.config, self.model_path, remembers=True)
 
 
-def load_tokenizer(config: TokenizerConfig, model_path: Path) -> "PreTrainedTokenizerFast":
-    """Loads the recipe's tokenizer, by default that of `model_path`.
+def load_tokenizer(
+    config: TokenizerConfig, model_path: Path, *, remembers: bool = False
+) -> "PreTrainedTokenizerFast":
+    """Loads the recipe's tokenizer, by default that of `model_path`; `remembers` in the cache what
+    makes the next time faster.
 
     Extra tokens, and a pad token that it lacks, are added as special ones. The default pad token is
     EOS: padding is known by position, so EOS stays trainable."""
@@ -56,7 +60,7 @@ def load_tokenizer(config: TokenizerConfig, model_path: Path) -> "PreTrainedToke
             raise RecipeError(f"tokenizer: no file {path}")
         tokenizer = build_gguf_tokenizer(path)
     else:
-        tokenizer = _load_from_hugging_face(path, named or str(model_path))
+        tokenizer = _load_from_hugging_face(path, named or str(model_path), remembers)
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     if isinstance(tokenizer.chat_template, str):  # a file's byte order mark would be trained
@@ -91,20 +95,23 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         )
 
 
-def _load_from_hugging_face(path: Path, name: str) -> "PreTrainedTokenizerFast":
+def _load_from_hugging_face(path: Path, name: str, remembers: bool) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     if path.is_dir():
-        tokenizer, why = _read(str(path), local_only=True)
+        known = recall_class(path)
+        tokenizer, why = _read(str(path), known, local_only=True)
         if tokenizer is None:
             files = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "no file"
             why = f": {why}" if (path / "tokenizer.json").is_file() else ""
             raise RecipeError(f"tokenizer: {path} has no readable tokenizer, found {files}{why}")
+        if remembers and known is None:
+            remember_class(path, type(tokenizer))
     else:
         # The cache comes first, so that a run that has its files never waits for the hub.
-        tokenizer, _ = _read(name, local_only=True)
+        tokenizer, _ = _read(name, None, local_only=True)
         if tokenizer is None and not is_offline_mode():
-            tokenizer, _ = _read(name, local_only=False)
+            tokenizer, _ = _read(name, None, local_only=False)
         if tokenizer is None:
             where = "the hub's cache (offline)" if is_offline_mode() else "the hub"
             raise RecipeError(f"tokenizer {show(name)} is neither a folder nor in {where}")
@@ -113,13 +120,13 @@ def _load_from_hugging_face(path: Path, name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _read(name: str, *, local_only: bool) -> tuple[Any, str]:
-    """Returns the tokenizer, or None and why it cannot be read."""
-    # Its descriptions of models import torch where it is installed, which takes seconds.
-    from transformers import AutoTokenizer
-
+def _read(name: str, known: Any, *, local_only: bool) -> tuple[Any, str]:
+    """Returns the tokenizer, of a class that is known or chosen, or None and why it cannot be
+    read."""
+    if known is None:
+        from transformers import AutoTokenizer as known
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = known.from_pretrained(
             name, local_files_only=local_only, trust_remote_code=False
         )
     except Exception as fault:  # both libraries raise whatever a partial or damaged file makes them

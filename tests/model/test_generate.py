@@ -1,5 +1,7 @@
 """Generation through the cache against transformers, and against the decoder without a cache."""
 
+from contextlib import contextmanager
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from model_rows import batch_of
 from tiny_models import FAMILIES, hf_model, load_model, save_model, torch, transformers
 
 from jaxtrain.model.decoder import merge
-from jaxtrain.model.generate import Sampling, filter_logits, generate, stream
+from jaxtrain.model.generate import Sampling, filter_logits, generate, stream, unroll
 
 PROMPTS = [[5, 17, 40], [7], [33, 9, 81, 12, 60, 4, 77, 51, 20]]
 
@@ -58,10 +60,67 @@ def test_unrolled_layers_generate_the_same_and_each_in_its_turn(tmp_path):
     config, _, model, params = load_model(tmp_path)
     assert len(config.groups) > 1
     looped, unrolled = (
-        generate(model.graph, params, PROMPTS, max_new_tokens=14, is_unrolled=is_unrolled)
-        for is_unrolled in (False, True)
+        generate(*decoder, PROMPTS, max_new_tokens=14)
+        for decoder in ((model.graph, params), unroll(model.graph, params))
     )
     assert unrolled == looped
+
+
+TALKED = 60
+"""Tokens that a conversation may have; no length to which prompts are padded otherwise."""
+GROWING = ("smollm3",)
+"""Its rope depends on a document's length, so that one pass over the whole tells nothing."""
+QUICK = ("qwen2-alternating", "qwen3-5", "gpt2", "phi3")
+"""Windows, states, learnt positions, a rope that is another one for long texts."""
+
+
+@contextmanager
+def compilations():
+    """A list that gets the names of what is compiled meanwhile."""
+    found = []
+
+    def note(event, seconds, fun_name="", **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+        if name not in GROWING
+    ],
+)
+def test_a_conversation_compiles_two_lengths_and_has_the_tokens_of_no_padding(name, tmp_path):
+    """Each turn goes on from all tokens of those before, up to the most that may be; a second
+    conversation of other lengths compiles nothing."""
+    _, _, model, params = load_model(save_model(name, tmp_path))
+    how = {"max_new_tokens": 6, "max_length": TALKED}
+
+    def talk(seed):
+        rng, tokens, said = np.random.default_rng(seed), [], []
+        while len(tokens) < TALKED - 4:
+            tokens += rng.integers(3, 60, rng.integers(1, 5)).tolist()
+            reply = [chunk[0] for chunk in stream(model.graph, params, [tokens], **how)]
+            assert [len(chunk) for chunk in reply] == [1] * min(6, TALKED - len(tokens))
+            said += range(len(tokens), len(tokens) + len(reply))
+            tokens += [token for (token,) in reply]
+        return np.array(tokens), np.array(said)
+
+    with compilations() as compiled:
+        tokens, said = talk(0)
+    assert compiled.count("jit(_prefill)") == compiled.count("jit(_decode)") == 2
+    with compilations() as compiled:
+        assert len(set(talk(1)[1]) ^ set(said)) > 0
+    assert not compiled
+    logits = jax.jit(lambda params: merge(model.graph, params)(batch_of(tokens[None]))[0])(params)
+    before = np.asarray(logits)[said - 1]
+    np.testing.assert_allclose(before[range(len(said)), tokens[said]], before.max(-1), atol=1e-4)
 
 
 def test_generation_ends_with_the_end_token(qwen):
@@ -85,7 +144,7 @@ def test_sampling_follows_the_seed_and_a_small_top_p_is_greedy(qwen):
     assert draw(1, top_p=1e-6) == draw(1, top_k=1) == draw(1, min_p=1.0) == greedy
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_sampled_tokens_follow_the_probabilities(qwen, temperature):
     graph, params = qwen
     batch = batch_of(np.array([PROMPTS[0]]))

@@ -204,6 +204,16 @@ def test_the_metadata_is_what_the_gguf_package_reads(tmp_path):
     assert read_header(path).metadata == expected
 
 
+def test_a_header_is_that_of_the_file_as_it_is_now(tmp_path):
+    path = gguf_file(tmp_path / "a.gguf", pre="smollm")
+    assert read_header(path) is read_header(path), "read once at a start"
+    gguf_file(path, pre="qwen2")
+    assert read_header(path).metadata["tokenizer.ggml.pre"] == "qwen2"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_header(path)
+
+
 @pytest.mark.covers("tokenizer.extra_tokens")
 def test_extra_tokens_are_special_and_whole(folder, tmp_path):
     tokenizer = load(folder, extra_tokens=["<tool>", "<|im_end|>"], pad_token="<pad>")

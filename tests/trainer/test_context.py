@@ -80,7 +80,7 @@ TABLE = {
     "a loss of one's own": ({"context": 4}, ONE_KEY, {"type": "focal"}, "ring"),
     "a pipeline": ({"pipeline": 2, "context": 2, "data": 2}, SMALL, {}, "all-to-all"),
 }  # fmt: skip
-QUICK = ("two", "ring", "adapters")
+QUICK = ("two", "ring")
 
 
 def run_of(folder, mesh, config, changes):

@@ -179,7 +179,10 @@ def test_adapters_on_experts_train_the_same_on_a_mesh_beside_a_frozen_base(tmp_p
                 np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in ("muon", "adafactor"))],
+)
 def test_the_bias_of_a_choice_has_no_gradient_and_no_decay_and_keeps_its_bits(tmp_path, optimizer):
     how = {"type": optimizer, "lr": 0.1, "weight_decay": 0.5}
     model = {"param_dtype": "bfloat16"}

@@ -104,7 +104,7 @@ def overflowing(folder, bad, *, devices=1, steps=5, fp16=None, **changes):
     ("devices", "changes"),
     [
         (1, {"gradient_accumulation_steps": 2}),
-        (2, {"mesh": {"pipeline": 2}, "micro_batch_size": 2}),
+        pytest.param(2, {"mesh": {"pipeline": 2}, "micro_batch_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["accumulation", "pipeline"],
 )

@@ -74,7 +74,7 @@ def test_linear_weights_of_layers_take_four_or_eight_bits_and_nothing_else_does(
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "model"),
     [
-        ({}, 2, {"remat": "dots"}),
+        pytest.param({}, 2, {"remat": "dots"}, marks=pytest.mark.slow),
         ({"fsdp": 2, "tensor": 2}, 1, {}),
         ({"data": 2, "pipeline": 2}, 1, {"remat": "none"}),
     ],
@@ -103,7 +103,7 @@ def test_a_mesh_that_would_cut_a_block_is_refused(tmp_path):
         trainer(written(tmp_path, base, mesh={"tensor": 4}), devices=4)
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_step_holds_one_layer_whole_at_most(tmp_path, remat):
     """With more layers its temporaries grow by what these keep for the backward pass, and by far less
     than whole weights or a copy of those in four bits would take."""

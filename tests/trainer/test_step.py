@@ -113,7 +113,11 @@ def test_the_norm_is_of_the_mean_gradient_and_before_clipping(tmp_path):
     np.testing.assert_allclose(metrics["grad_norm"], squares**0.5 / float(loss.weight), rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [0, 0.1, 1e3], ids=["off", "below the norm", "above it"])
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param(0, marks=pytest.mark.slow), 0.1, 1e3],
+    ids=["off", "below the norm", "above it"],
+)
 def test_an_update_is_of_the_mean_gradient_clipped_to_the_norm(tmp_path, limit):
     """Steps of plain SGD in a warmup, the first of which changes nothing."""
     changes = {

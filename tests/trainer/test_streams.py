@@ -26,7 +26,7 @@ def unbroken(tmp_path_factory):
     return folder, host(run.state)
 
 
-@pytest.mark.parametrize("stop", [4, 8])
+@pytest.mark.parametrize("stop", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path, unbroken, stop, capsys):
     folder, state = unbroken
     trainer(written(tmp_path, exit_iteration=stop)).train()

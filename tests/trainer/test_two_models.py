@@ -87,7 +87,11 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("mesh", "rows", "accumulation"),
-    [({}, 2, 4), ({"data": 2, "fsdp": 2}, 1, 2), ({"pipeline": 2}, 2, 4)],
+    [
+        pytest.param({}, 2, 4, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2}, 1, 2),
+        ({"pipeline": 2}, 2, 4),
+    ],
     ids=["one device", "data and fsdp", "pipeline"],
 )
 def test_it_trains_the_same_on_every_mesh(tmp_path, alone, mesh, rows, accumulation):
