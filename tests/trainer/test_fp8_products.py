@@ -27,7 +27,7 @@ def run_of(folder, precision="fp8", *, devices=1, shape=SHAPE, **changes):
 
 def marked(run):
     """Paths of the weights that are multiplied in eight-bit floats."""
-    module = nnx.eval_shape(lambda: merge(run.run.model.graph, run.run.model.shapes))
+    module = nnx.eval_shape(lambda: merge(run.run.model.graph, run.run.model.all_shapes))
     found = nnx.iter_graph(module)
     return {"/".join(map(str, path)) for path, node in found if isinstance(node, Fp8Weight)}
 
