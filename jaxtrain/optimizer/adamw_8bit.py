@@ -8,7 +8,7 @@ layer.
 
 Where bitsandbytes cuts a tensor of a layer by inputs of one output and then goes on with the next,
 a block here lies along the side of a matrix that `fsdp` does not cut, within one entry of the other
-side. So a mesh of `data` and `fsdp` needs no communication for it, and no mesh changes a number.
+side. So `data` and `fsdp` need no communication for it, and no mesh changes a block.
 """
 
 import re
