@@ -25,7 +25,9 @@ def recall_class(folder: Path) -> Any:
     except (OSError, UnicodeDecodeError, RecipeError):
         return None
     found = getattr(transformers, name, None)
-    is_tokenizer = isinstance(found, type) and issubclass(found, transformers.TokenizersBackend)
+    is_tokenizer = isinstance(found, type) and issubclass(
+        found, transformers.PreTrainedTokenizerFast
+    )
     return found if is_tokenizer else None
 
 
