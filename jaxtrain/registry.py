@@ -72,7 +72,7 @@ BUILT_IN: dict[str, dict[str, Entry]] = {
         "lion": Entry("optimizer:LionFactory", "optimizer:LionConfig"),
         "muon": Entry("optimizer:MuonFactory", "optimizer:MuonConfig"),
         "sgd": Entry("optimizer:SGDFactory", "optimizer:SGDConfig"),
-        "adamw_8bit": Entry("", "optimizer:AdamWConfig"),
+        "adamw_8bit": Entry("optimizer:AdamW8bitFactory", "optimizer:AdamW8bitConfig"),
     },
     "scheduler": {
         "huggingface": Entry("scheduler:HFSchedulerFactory", "scheduler:HFSchedulerConfig"),

@@ -100,6 +100,21 @@ def test_adapters_of_an_8b_model_fit(target):
                 assert found["peak"] < 0.95 * CHIP_BYTES[chip]
 
 
+def test_products_in_fp8_reach_the_units_of_a_gpu_that_has_them(target):
+    """Four of a layer forward, their recomputation but for the last, and two gradients of each."""
+    name, site = target
+    if name == "h200":
+        found = compile_with("compile_fp8.py", site, name, None, chips=8)
+        assert found["cublas"].count("__cublas$lt$matmul$f8") == found["triton"] == 15
+        assert len(found["cublas"]) == 18, "three of the head"
+    for chip, kind in {"v5e": {"v5e": "TPU v5 lite"}, "h200": {"a100": "NVIDIA A100"}}[
+        name
+    ].items():
+        found = compile_with("compile_fp8.py", site, chip, None, chips=8)
+        assert found["refused"].startswith("model.matmul_precision: fp8 needs")
+        assert kind in found["refused"]
+
+
 def test_one_sequence_of_half_a_million_tokens_fits_on_eight_gpus(target):
     name, site = target
     if name != "h200":

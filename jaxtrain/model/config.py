@@ -246,6 +246,8 @@ class ComputeConfig:
     """How a decoder is computed; changes no result beyond rounding."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    matmul: Literal["fp8"] | None = None
+    """what matrices of layers are multiplied in, where it is not the compute dtype"""
     attention: str = "reference"
     """implementation of the attention kernel"""
     exchange: Literal["all_to_all", "ring"] | None = None

@@ -60,8 +60,10 @@ from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
     PRODUCT,
+    WHOLE_PRODUCTS,
     AttentionInputs,
     Cache,
+    Fp8Weight,
     Initializer,
     LayerInputs,
     Output,
@@ -73,6 +75,7 @@ from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.host_memory import KIND
+from jaxtrain.parallel.matrices import MATRICES
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -145,9 +148,18 @@ class Decoder(nnx.Module):
             module = reduce(getattr, parents, self)
             shape = getattr(module, name)[...].shape
             setattr(module, name, QuantizedWeight(*form_of(kind, path, shape)))
+        if compute.matmul == "fp8":
+            self._multiply_in_fp8()
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
+
+    def _multiply_in_fp8(self) -> None:
+        for path, weight in list(nnx.iter_graph(self.layers)):
+            *parents, name = map(str, path or [""])
+            place = "/".join((*parents[2:], name))
+            if place in MATRICES and name not in WHOLE_PRODUCTS and isinstance(weight, nnx.Param):
+                setattr(reduce(getattr, parents, self.layers), name, Fp8Weight(weight[...]))
 
     def __call__(self, batch: Batch) -> Array:
         """Logits of each next token, float32 [B, T, V]: those at t predict token t + 1."""

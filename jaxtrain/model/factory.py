@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from jaxtrain.kernels.attention import RING_BLOCKS, Device, Wanted, choose
+from jaxtrain.kernels.fp8 import fp8_fault
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
 from jaxtrain.model.context import find_exchange, refuse_context
@@ -395,12 +396,17 @@ class HFModelFactory(ModelFactory):
                 f"mesh.pipeline: {layout.stages} cannot split a model whose layers have inputs of "
                 "their own (hidden_size_per_layer_input); use mesh.fsdp"
             )
+        kind = layout.mesh.devices.flat[0].device_kind
+        fault = config.matmul_precision and fp8_fault(on, kind, compute_capability(layout.mesh))
+        if fault:
+            raise RecipeError(f"model.matmul_precision: {fault}")
         offload_inputs = placement.offload_inputs and has_host_memory(
             layout.mesh, ["activation_checkpoint_cpu_offload"]
         )
         dtype = config.dtype or ("float32" if on == "cpu" else "bfloat16")
         compute = ComputeConfig(
             compute_dtype=placement.compute_dtype or dtype,
+            matmul=config.matmul_precision,
             attention=kernel,
             exchange=exchange,
             remat=config.remat_policy,

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtrain.kernels.attention import Exchange, Scoring, TokenPositions, attention
 from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
+from jaxtrain.kernels.fp8 import fp8_product
 from jaxtrain.kernels.product import multiply
 from jaxtrain.model.config import (
     Activation,
@@ -39,7 +40,17 @@ from jaxtrain.model.rope import Rotation, rotate
 from jaxtrain.model.routing import Routing, choose_experts
 from jaxtrain.parallel.matrices import MATRICES, Matrix, place_of
 
+
+class Fp8Weight(nnx.Param):
+    """One whose products are of eight-bit floats."""
+
+
 Weight = nnx.Param | QuantizedWeight
+WHOLE_PRODUCTS = {
+    "router", "expert_gate_up", "expert_down", "shared_gate", "in_strength", "in_decay",
+}  # fmt: skip
+"""Names of the matrices of layers whose products are not: those of experts, and small ones that
+decide about whole tokens or heads."""
 MAX_THIN = 64  # outputs of a product whose gradient is computed turned
 PRODUCT = "product"
 """Name for a rematerialisation policy of what a product with a weight gives."""
@@ -97,6 +108,8 @@ def dense(
     """
     if isinstance(w, QuantizedWeight):
         y: Array = _quantized_product(contract, w.form, x, w.parts)
+    elif isinstance(w, Fp8Weight):
+        y = fp8_product(contract, x, w[...].astype(x.dtype))
     else:
         y = _product(contract, x, w[...].astype(x.dtype))
     updates = [] if adapters is None else [a(x, y, w, noise_BT) for a in adapters.values()]

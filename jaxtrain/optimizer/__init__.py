@@ -1,6 +1,7 @@
 """Optimizers: optax transformations built from the `optimizer` section."""
 
 from jaxtrain.optimizer.adafactor import AdafactorFactory as AdafactorFactory
+from jaxtrain.optimizer.adamw_8bit import AdamW8bitFactory as AdamW8bitFactory
 from jaxtrain.optimizer.groups import Groups as Groups
 from jaxtrain.optimizer.moments import with_moments as with_moments
 from jaxtrain.optimizer.muon import MuonFactory as MuonFactory

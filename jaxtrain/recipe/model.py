@@ -131,6 +131,10 @@ class ModelConfig(TypedSection):
     too. With float16 the loss is scaled (`deepspeed.fp16`)."""
     param_dtype: Own[WideDType] = "float32"
     """Dtype of the trained weights."""
+    matmul_precision: Own[Literal["fp8"] | None] = None
+    """`fp8` multiplies with the matrices of layers in eight-bit floats, each operand scaled by its
+    largest entry: e4m3, and e5m2 for gradients. Embedding, head, routers and experts stay in
+    `dtype`. For GPUs of compute capability 8.9 and TPU7x, or newer; CPUs emulate it."""
     save_name: Annotated[str | None, no_effect("nothing reads it, upstream neither")] = None
     attn_implementation: Annotated[
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "pallas", "reference"],
@@ -161,6 +165,8 @@ class ModelConfig(TypedSection):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.quantization and self.peft_config is None:
             yield "quantization", "keeps weights that nothing trains; add peft_config"
+        if self.quantization and self.matmul_precision:
+            yield "matmul_precision", "is not for weights that quantization keeps; remove one"
         if self.quantization and self.from_scratch:
             yield "quantization", "rounds weights that are read, and from_scratch reads none"
         if self.disable_activation_checkpoint and self.remat not in (None, "none"):

@@ -62,6 +62,16 @@ class AdamWConfig(OptimizerConfig):
     """Added to the root of the second moment."""
 
 
+class AdamW8bitConfig(AdamWConfig):
+    """Adamw with moments of eight bits in blocks of 256, as bitsandbytes has them; in float32 those
+    of embeddings, and of parameters with fewer than 4096 entries a layer."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.state_dtype != "float32":
+            found = f"{self.state_dtype} contradicts eight bits"
+            yield "state_dtype", f"{found}; remove it, or take the optimizer `adamw`"
+
+
 class AdafactorConfig(OptimizerConfig):
     """Adam with a factored second moment and no first one."""
 

@@ -93,8 +93,11 @@ def _host_memory(run: Run) -> str:
 
 def _arithmetic(run: Run) -> str:
     """The dtype that the model is computed in, and what a processor multiplies bfloat16 with."""
-    dtype = run.model.compute.compute_dtype
-    if platform(run.mesh) != "cpu" or dtype != "bfloat16":
+    dtype, is_on_cpu = run.model.compute.compute_dtype, platform(run.mesh) == "cpu"
+    if run.model.compute.matmul:
+        others = ", not those of experts" if run.model.spec.config.experts else ""
+        return f"{dtype}, matrices of layers in fp8{' (emulated)' * is_on_cpu}{others}"
+    if not is_on_cpu or dtype != "bfloat16":
         return dtype
     unit = find_bfloat16_unit()
     return f"bfloat16, multiplied by {unit or 'no unit of its own, in float32'}"

@@ -1,10 +1,11 @@
-"""An update of parameters and moments one piece at a time, for moments in the host's memory: no
-more than a layer of them is on a device at once."""
+"""An update of parameters and moments one piece at a time, for moments in the host's memory or in
+eight bits: no more than a layer of them is on a device at once, or in float32."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxtrain.parallel.host_memory import fetch, is_moved_to_host, put_like
@@ -14,10 +15,14 @@ LAYERS = "layers"
 
 
 def choose_apply_if(
-    shardings: PyTree, optimizer: optax.GradientTransformation, is_separable: bool
+    moments: PyTree, optimizer: optax.GradientTransformation, is_separable: bool
 ) -> Callable[..., Moving]:
-    """How an update is applied where it is to be, for moments with these shardings."""
-    if not is_moved_to_host(shardings):
+    """How an update is applied where it is to be, for moments with these shapes and shardings."""
+    leaves = jax.tree.leaves(moments)
+    is_rounded = any(leaf.dtype == jnp.uint8 for leaf in leaves)
+    # One layer after the other is not for stages, which have different ones.
+    by_layer = is_rounded and is_separable and leaves[0].sharding.mesh.shape["pipeline"] == 1
+    if not by_layer and not is_moved_to_host([leaf.sharding for leaf in leaves]):
         return apply_if
     return partial(update_in_pieces, init=optimizer.init, is_separable=is_separable)
 

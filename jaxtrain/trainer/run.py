@@ -140,7 +140,9 @@ class Run:
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
             scaling=self.scaling,
-            apply_if=choose_apply_if(self.shardings.opt_state, self.optimizer, self.is_separable),
+            apply_if=choose_apply_if(
+                self.state_shapes.opt_state, self.optimizer, self.is_separable
+            ),
             sequences_per_sample=self.layout.sequences_per_sample,
         )
 

@@ -86,11 +86,16 @@ def optimizer_shardings(
     }
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # A moment ends in its parameter's path; a factored one has another shape, and is small.
+        # A moment has its parameter's path at the end, or before the name of a part of it.
         parts = path_name(path).split("/")
-        ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        shape, sharding = next((by_name[end] for end in ends if end in by_name), (None, replicated))
-        return sharding if shape == leaf.shape else replicated
+        names = ("/".join(parts[i:j]) for j in (len(parts), len(parts) - 1) for i in range(j))
+        shape, sharding = next((by_name[name] for name in names if name in by_name), ((), None))
+        if sharding is None or len(shape) != leaf.ndim:
+            return replicated
+        # One with fewer entries along a dimension may not divide as the parameter does.
+        shards = map(int.__floordiv__, shape, sharding.shard_shape(shape))
+        spec = zip(sharding.spec, shards, leaf.shape, strict=False)
+        return NamedSharding(mesh, P(*(axes if size % n == 0 else None for axes, n, size in spec)))
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
 

@@ -104,7 +104,7 @@ def test_parameters_are_counted_by_what_happens_to_them():
 
 
 @pytest.mark.covers("optimizer.state_dtype")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adamw_8bit"])
 @pytest.mark.parametrize("params", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_moments_have_the_dtype_that_is_said(name, params, dtype):

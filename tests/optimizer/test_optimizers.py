@@ -13,7 +13,7 @@ from jaxtrain.recipe.mesh import MeshConfig
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.state import optimizer_shardings
 
-NAMES = ["adamw", "adafactor", "lion", "muon", "sgd"]
+NAMES = ["adamw", "adafactor", "lion", "muon", "sgd", "adamw_8bit"]
 RATES = {"sgd": 0.3, "adafactor": 0.05}
 
 

@@ -242,11 +242,6 @@ BOOKS = {"type": "ProjectGutenbergSFT", "name_or_path": "a/b"}
     ("change", "key", "what"),
     [
         ({"type": "dpo"}, "type", "'dpo' is not supported yet; supported: sft, causal"),
-        (
-            {"optimizer": {"type": "adamw_8bit"}},
-            "optimizer.type",
-            "'adamw_8bit' is not supported yet; supported: adamw, adafactor, lion, muon, sgd",
-        ),
         ({"data": {"sources": [BOOKS]}}, "data.sources.0.type", "'ProjectGutenbergSFT' is not"),
         (
             {"data": {"sources": ["a/b"], "eval_sources": [BOOKS]}, "eval_interval": 1},
