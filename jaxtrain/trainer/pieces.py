@@ -1,5 +1,5 @@
-"""An update of parameters and moments one piece at a time, for moments in the host's memory: no
-more than a layer of them is on a device at once."""
+"""An update of parameters and moments one piece at a time, for those in the host's memory: no more
+than a layer of them is on a device at once."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,16 +8,16 @@ import jax
 import optax
 
 from jaxtrain.parallel.host_memory import fetch, is_moved_to_host, put_like
-from jaxtrain.trainer.state import Moving, PyTree, Update, apply_if
+from jaxtrain.trainer.state import Moving, PyTree, TrainState, Update, apply_if
 
 LAYERS = "layers"
 
 
 def choose_apply_if(
-    shardings: PyTree, optimizer: optax.GradientTransformation, is_separable: bool
+    shardings: TrainState, optimizer: optax.GradientTransformation, is_separable: bool
 ) -> Callable[..., Moving]:
-    """How an update is applied where it is to be, for moments with these shardings."""
-    if not is_moved_to_host(shardings):
+    """How an update is applied where it is to be, for a state with these shardings."""
+    if not is_moved_to_host((shardings.params, shardings.opt_state)):
         return apply_if
     return partial(update_in_pieces, init=optimizer.init, is_separable=is_separable)
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.parallel import host_memory
 from jaxtrain.parallel.host_memory import KIND, has_host_memory, move_to_host
 from jaxtrain.plan import host_bytes
 from jaxtrain.recipe.errors import RecipeError
@@ -17,7 +18,7 @@ from jaxtrain.trainer.pieces import update_in_pieces
 from jaxtrain.trainer.state import Moving, apply_if, is_finite
 from tests.optimizer.test_groups import build
 from tests.optimizer.test_optimizers import parameters
-from tests.runs import host, mesh_of, recipe, trainer
+from tests.runs import host, loss_and_gradients, losses, mesh_of, recipe, trainer
 
 FROZEN = [{"match": "gate_up", "freeze": True}, {"match": "qkv", "lr_scale": 0.5}]
 
@@ -100,3 +101,66 @@ def test_devices_without_such_a_memory_are_refused():
     assert has_host_memory(mesh("gpu", "device", "pinned_host"), ["a.b"])
     with pytest.raises(RecipeError, match="a.b: X9 has no memory of kind pinned_host, only device"):
         has_host_memory(mesh("gpu", "device"), ["a.b"])
+
+
+ZERO_3 = {"zero_optimization": {"stage": 3}}
+PARAMS = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+ALL = {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "cpu_offload": True}}
+PEFT = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear", "use_dora": True}
+MERGED = {"type": "huggingface", "output_dir": "out", "save_every_n_steps": 9, "adapter": "both"}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.covers("deepspeed.zero_optimization.offload_param.device")
+@pytest.mark.covers("deepspeed.zero_optimization.cpu_offload_param")
+@pytest.mark.parametrize(
+    ("zero", "changes", "place"),
+    [
+        (PARAMS, {"mesh": MESH, "gradient_accumulation_steps": 2}, ".params"),
+        (ALL, {"mesh": {"fsdp": 2}, "ema": {"decay": 0.5}, **INPUTS}, ".params"),
+        (
+            PARAMS,
+            {"mesh": {"fsdp": 2}, "model": {"peft_config": PEFT}, "checkpoint": [MERGED]},
+            ".frozen['base']",
+        ),
+    ],
+)
+def test_what_waits_in_the_host_s_memory_changes_no_number(
+    tmp_path, monkeypatch, zero, changes, place
+):
+    """On CPU, which has a memory kind of that name; all that computes with it has to fetch it."""
+    devices, found = np.prod([*changes["mesh"].values()]), {}
+    for name, deepspeed in (("plain", ZERO_3), ("moved", zero)):
+        written = recipe(
+            tmp_path / name, deepspeed=deepspeed, micro_batch_size=2,
+            **{**changes, "data": {"train_eval_split": [0.9, 0.1]}, "eval_interval": 2},
+        )  # fmt: skip
+        if name == "moved":
+            monkeypatch.setattr(host_memory, "PLATFORMS_IN_HOST_MEMORY", set())
+        run = trainer(written, devices=int(devices))
+        kinds = {path: kind for path, kind in kinds_of(run.state).items() if kind == KIND}
+        gradients = host(loss_and_gradients(run))
+        found[name] = gradients, losses(run, 3), host(run.state), run.evaluate(), reply(run)
+        assert kinds == {path: k for path, k in kinds_of(run.state).items() if k == KIND}
+        run.save_model(tmp_path / "export")  # which compares what it reads back
+    assert all("layers" in path for path in kinds if path.startswith(place))
+    assert any(path.startswith(place) and "'qkv'" in path for path in kinds)
+    assert not any("embedding" in path for path in kinds if path.startswith(place))
+    assert "without effect" not in run.header["host memory"]
+    plain, moved = found.values()
+    for name, array in plain[0].items():
+        np.testing.assert_array_equal(moved[0][name], array, err_msg=name)
+    assert moved[1] == plain[1]
+    for name, array in plain[2].items():  # an update by layers is rounded by other fusions
+        np.testing.assert_allclose(moved[2][name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert moved[3] == pytest.approx(plain[3], rel=1e-6) and moved[4] == plain[4]
+
+
+def kinds_of(state):
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): leaf.sharding.memory_kind for path, leaf in leaves}
+
+
+def reply(run):
+    with jax.set_mesh(run.mesh):
+        return run.run.model.generate(run.run.eval_params(run.state), [[1, 2, 3]], max_new_tokens=4)
