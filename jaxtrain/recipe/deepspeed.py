@@ -147,7 +147,7 @@ class ZeroConfig(_keys("zero_optimization")):
     ] = None
     offload_param: Annotated[
         OffloadConfig | None,
-        mapped("placement of the layers' matrices, with adapters of the base; without effect on CPU"),
+        mapped("placement of layers' matrices, with adapters of the base; without effect on CPU"),
     ] = None
     cpu_offload: Annotated[bool | None, mapped("offload_optimizer.device: cpu")] = None
     cpu_offload_param: Annotated[bool | None, mapped("offload_param.device: cpu")] = None

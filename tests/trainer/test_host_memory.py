@@ -64,6 +64,10 @@ def test_an_update_in_pieces_is_the_update(name, groups):
 
 
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+ZERO_3 = {"zero_optimization": {"stage": 3}}
+PARAMS = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+ALL = {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "cpu_offload": True}}
+PEFT = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear", "use_dora": True}
 OLDER = {"zero_optimization": {"stage": 2, "cpu_offload": True}}
 INPUTS = {"activation_checkpoint_cpu_offload": True}
 
@@ -75,6 +79,8 @@ INPUTS = {"activation_checkpoint_cpu_offload": True}
     [
         ({"deepspeed": OFFLOAD}, "moments"),
         ({"deepspeed": OLDER}, "moments"),
+        ({"deepspeed": PARAMS}, "matrices of layers"),
+        ({"deepspeed": PARAMS, "model": {"peft_config": PEFT}}, "matrices of layers of the base"),
         (INPUTS, "layer inputs"),
         (INPUTS | {"deepspeed": OFFLOAD}, "moments and layer inputs"),
         (INPUTS | {"model": {"remat": "none"}}, None),
@@ -103,10 +109,6 @@ def test_devices_without_such_a_memory_are_refused():
         has_host_memory(mesh("gpu", "device"), ["a.b"])
 
 
-ZERO_3 = {"zero_optimization": {"stage": 3}}
-PARAMS = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
-ALL = {"zero_optimization": {"stage": 3, "cpu_offload_param": True, "cpu_offload": True}}
-PEFT = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear", "use_dora": True}
 MERGED = {"type": "huggingface", "output_dir": "out", "save_every_n_steps": 9, "adapter": "both"}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -143,17 +145,18 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(
         found[name] = gradients, losses(run, 3), host(run.state), run.evaluate(), reply(run)
         assert kinds == {path: k for path, k in kinds_of(run.state).items() if k == KIND}
         run.save_model(tmp_path / "export")  # which compares what it reads back
-    assert all("layers" in path for path in kinds if path.startswith(place))
-    assert any(path.startswith(place) and "'qkv'" in path for path in kinds)
-    assert not any("embedding" in path for path in kinds if path.startswith(place))
+    moved = [path for path in kinds if path.startswith(place)]
+    assert any("'qkv'" in path for path in moved) and all("layers" in path for path in moved)
+    assert not any("embedding" in path or "norm" in path for path in moved)
     assert "without effect" not in run.header["host memory"]
-    plain, moved = found.values()
-    for name, array in plain[0].items():
-        np.testing.assert_array_equal(moved[0][name], array, err_msg=name)
-    assert moved[1] == plain[1]
-    for name, array in plain[2].items():  # an update by layers is rounded by other fusions
-        np.testing.assert_allclose(moved[2][name], array, rtol=1e-5, atol=1e-7, err_msg=name)
-    assert moved[3] == pytest.approx(plain[3], rel=1e-6) and moved[4] == plain[4]
+    (gradients, losses_of_steps, state, *outputs), other = found.values()
+    for name, array in gradients.items():
+        np.testing.assert_array_equal(other[0][name], array, err_msg=name)
+    assert other[1] == losses_of_steps
+    for name, array in state.items():  # an update by layers is rounded by other fusions
+        np.testing.assert_allclose(other[2][name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+    (scores, answer), (other_scores, other_answer) = outputs, other[3:]
+    assert other_scores == pytest.approx(scores, rel=1e-6) and other_answer == answer
 
 
 def kinds_of(state):
