@@ -36,7 +36,6 @@ def main(target: str, written: dict[str, Any]) -> None:
              ("argument", "output", "alias", "temp")}  # fmt: skip
     print(json.dumps({
         "moments": device_bytes(shapes.opt_state) + host_bytes(shapes.opt_state),
-        "params": device_bytes(shapes.params) + host_bytes(shapes.params),
         "state": device_bytes(shapes),
         "state on host": host_bytes(shapes),
         "temporaries": memory.temp_size_in_bytes,

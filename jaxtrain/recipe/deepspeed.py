@@ -149,6 +149,8 @@ class ZeroConfig(_keys("zero_optimization")):
         OffloadConfig | None,
         mapped("placement of layers' matrices, with adapters of the base; without effect on CPU"),
     ] = None
+    """Where the weights of a layer are until it is computed, forward, backward and in the update;
+    `cpu` needs `stage: 3` and every layer recomputed."""
     cpu_offload: Annotated[bool | None, mapped("offload_optimizer.device: cpu")] = None
     cpu_offload_param: Annotated[bool | None, mapped("offload_param.device: cpu")] = None
     zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
