@@ -126,6 +126,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
             ".frozen['base']",
         ),
     ],
+    ids=("mesh", "moments", "adapters"),
 )
 def test_what_waits_in_the_host_s_memory_changes_no_number(
     tmp_path, monkeypatch, zero, changes, place
