@@ -84,7 +84,7 @@ class Run:
         params, base = self.model.split(params)
         fetched = fetch(params)
         opt_state = self.optimizer.init(self.groups.trained(fetched))
-        frozen, average = self.init_frozen(fetched), self.average.start(fetched)
+        frozen, average = self.init_frozen(fetched), self.average.start(params)
         frozen = frozen | ({BASE: base} if base else {})
         scale = self.scaling.start()
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average, scale)
