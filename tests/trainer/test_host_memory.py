@@ -109,7 +109,7 @@ def test_devices_without_such_a_memory_are_refused():
         has_host_memory(mesh("gpu", "device"), ["a.b"])
 
 
-MERGED = {"type": "huggingface", "output_dir": "out", "save_every_n_steps": 9, "adapter": "both"}
+MERGED = {"type": "huggingface", "output_dir": "{run_dir}/out", "adapter": "both"}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -149,7 +149,8 @@ def test_what_waits_in_the_host_s_memory_changes_no_number(
         kinds = {path: kind for path, kind in kinds_of(run.state).items() if kind == KIND}
         found[name] = losses(run, 3), host(run.state), run.evaluate(), reply(run)
         assert kinds == {path: k for path, k in kinds_of(run.state).items() if k == KIND}
-        run.save_model(tmp_path / "export")  # which compares what it reads back
+        # Which compares what it reads back; of adapters, merged too.
+        run.save_model(tmp_path / name / "run" / "out" / "export")
     moved = [path for path in kinds if path.startswith(place)]
     assert any("'qkv'" in path for path in moved) and all("layers" in path for path in moved)
     assert not any("embedding" in path or "norm" in path for path in moved)
