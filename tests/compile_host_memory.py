@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.plan import device_bytes, host_bytes
+from jaxtrain.plan import device_bytes
 from tests.compile_adapters import LLAMA_8B
 from tests.compile_ahead import topology
 from tests.runs import model_folder, recipe
@@ -35,7 +35,8 @@ def main(target: str, written: dict[str, Any]) -> None:
     sizes = {part: getattr(memory, f"host_{part}_size_in_bytes") for part in
              ("argument", "output", "alias", "temp")}  # fmt: skip
     print(json.dumps({
-        "moments": device_bytes(shapes.opt_state) + host_bytes(shapes.opt_state),
+        "state": device_bytes(shapes),
+        "temporaries": memory.temp_size_in_bytes,
         # Not the compiler's own peak, which counts the host's memory too.
         "peak": live + memory.temp_size_in_bytes,
         "host": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],

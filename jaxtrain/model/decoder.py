@@ -74,7 +74,7 @@ from jaxtrain.model.layers import (
 from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
-from jaxtrain.parallel.host_memory import KIND
+from jaxtrain.parallel.host_memory import KIND, fetch
 from jaxtrain.parallel.matrices import MATRICES
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
@@ -388,7 +388,8 @@ def run_group(
 
             def block(x_BTD, params, cache, graph=block_graph, inputs=seen):
                 x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-                return nnx.merge(graph, params)(x_BTD, inputs, cache)
+                # Here, since copies that are made outside would be kept for the backward pass.
+                return nnx.merge(graph, fetch(params))(x_BTD, inputs, cache)
 
             block = rematerialize(block, compute) if (before + m) % every == 0 else block
             out = block(x_BTD, block_params, caches and caches[name])

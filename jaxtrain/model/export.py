@@ -35,6 +35,7 @@ from jaxtrain.model.weights import (
     unread_names,
 )
 from jaxtrain.model_folder import is_complete
+from jaxtrain.parallel.host_memory import fetch, is_on_host
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, WeightError
 
@@ -117,8 +118,22 @@ def to_hf_tensors(
 
 def _make_tensor(parts: list[tuple[Piece, jax.Array]], dtype: str) -> np.ndarray:
     """Copies one tensor to the host in `dtype`; only its own layer leaves the devices."""
-    rows = [piece.to_theirs(np.asarray(leaf[piece.place].astype(dtype))) for piece, leaf in parts]
+    rows = [piece.to_theirs(np.asarray(_take(leaf, piece.place, dtype))) for piece, leaf in parts]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _take(leaf: jax.Array, place: tuple[slice, ...], dtype: str) -> jax.Array:
+    """A part of a parameter, on the devices."""
+    if is_on_host(leaf):
+        layers, *place_in_layers = place
+        leaf = _fetch_layers(layers.stop - layers.start, leaf, layers.start)
+        place = (slice(None), *place_in_layers)
+    return leaf[place].astype(dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _fetch_layers(count: int, leaf: jax.Array, first: jax.Array) -> jax.Array:
+    return fetch(jax.lax.dynamic_slice_in_dim(leaf, first, count))
 
 
 def config_to_export(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -194,12 +209,13 @@ def _compare_bits(dtype: str, ours: Params, theirs: Params) -> Params:
     """Whether each parameter is equal bit for bit: NaN equals NaN, 0 does not equal -0."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(dtype).itemsize]
     as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return jax.tree.map(lambda a, b: (as_bits(a.astype(dtype)) == as_bits(b)).all(), ours, theirs)
+    compare = lambda a, b: (as_bits(a.astype(dtype)) == as_bits(b)).all()
+    return jax.tree.map(compare, fetch(ours), fetch(theirs))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _logits(graph: nnx.GraphDef, dtype: str, params: Params) -> jax.Array:
-    model = merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    model = merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), fetch(params)))
     positions_BT = jnp.arange(TOKENS, dtype=jnp.int32)[None]
     tokens_BT = positions_BT * 7919 % model.config.vocab_size
     ones_BT = jnp.ones_like(positions_BT)

@@ -27,6 +27,7 @@ from jaxtrain.model.families import BY_NAME, Family
 from jaxtrain.model.quantized import is_part
 from jaxtrain.model.tables import name_in_file, stored_dtype
 from jaxtrain.model.weights import Piece, pieces
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import Fault, RecipeError, did_you_mean, show
@@ -554,7 +555,7 @@ def start_magnitudes(lora: Lora, graph: nnx.GraphDef, params: Params) -> Params:
         stack, weights = decoder.split(reduce(getattr, parents, model))
 
         def of_layer(weights: Params, stack: nnx.GraphDef = stack, name: str = name) -> Params:
-            layer = nnx.merge(stack, weights)
+            layer = nnx.merge(stack, fetch(weights))
             weight, adapters = getattr(layer, name), getattr(layer, f"{name}_lora")
             lengths = lambda a: jnp.where(a.scale[...] > 0, a.column_lengths(weight), 0)
             return {module: {"magnitude": lengths(a)} for module, a in adapters.items()}
@@ -577,7 +578,7 @@ def merge_weights(lora: Lora, params: Params, dtype: str) -> Params:
             if isinstance(part, dict):
                 found[name] = merge(part, where)
                 continue
-            weight = part.astype(jnp.float32)
+            weight = fetch(part).astype(jnp.float32)
             for site in lora.sites.get(where, ()):
                 adapter = tree[f"{name}_lora"][site.name]
                 a, b = (adapter[factor].astype(jnp.float32) for factor in ("a", "b"))

@@ -39,6 +39,7 @@ from jaxtrain.model.tensor_file import (
 )
 from jaxtrain.model.weights import Piece, pieces
 from jaxtrain.model_folder import read_json
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.recipe.errors import CheckpointError, Fault, RecipeError, WeightError, show
 from jaxtrain.recipe.messages import explain
@@ -314,7 +315,7 @@ def checksum(base: Params) -> str:
 
 @jax.jit
 def _sums(weights: Params) -> Params:
-    return jax.tree.map(_sum_bits, weights)
+    return jax.tree.map(_sum_bits, fetch(weights))
 
 
 def _sum_bits(a: Array) -> Array:

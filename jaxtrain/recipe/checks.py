@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtrain import registry
 from jaxtrain.recipe.checkpoint import PREFIX, CheckpointConfig
+from jaxtrain.recipe.deepspeed import OFFLOAD_PARAM
 from jaxtrain.recipe.errors import Fault, nearest_divisors, nearest_multiples, show
 from jaxtrain.recipe.guards import EVAL_METRICS, metric_direction
 from jaxtrain.recipe.logger import LEVELS
@@ -268,6 +269,19 @@ def _a_stream_has_steps_and_no_epochs(config: TrainerConfig) -> Iterator[Fault]:
         if value:
             what = "counts passes over the data, which data.streaming does not know"
             yield Fault(key, f"{what}, found {show(value)}; remove it")
+
+
+@_needs("deepspeed", "mesh", "model")
+def _parameters_are_copied_by_layer(config: TrainerConfig) -> Iterator[Fault]:
+    if not config.deepspeed.offloads_params:
+        return
+    model, stages = config.model, config.mesh.pipeline
+    if stages > 1:
+        what = f"excludes mesh.pipeline, whose stages keep their layers, found {stages}"
+        yield Fault(OFFLOAD_PARAM, f"{what}; use mesh.fsdp")
+    if model.remat_policy == "none" or model.remat_every_nth_layer > 1:
+        what = "needs every layer recomputed: one that is not keeps its weights on the devices"
+        yield Fault(OFFLOAD_PARAM, f"{what}; write model.remat: full, remat_every_nth_layer: 1")
 
 
 @_needs("mesh", "data")

@@ -112,11 +112,11 @@ def _keys(section: str) -> Any:
     return create_model(f"{section}Keys", __base__=DeepSpeedSection, __module__=__name__, **fields)
 
 
-_STAGE_3 = "use zero_optimization.stage: 3 on more devices"
 _SHARDS_IN_A_GROUP = "use `mesh.fsdp` to shard inside a group"
 
 
 OFFLOAD_OPTIMIZER = "deepspeed.zero_optimization.offload_optimizer.device"
+OFFLOAD_PARAM = "deepspeed.zero_optimization.offload_param.device"
 Device = Literal["none", "cpu", "nvme"]
 
 
@@ -128,13 +128,7 @@ class OffloadConfig(_keys("zero_optimization.offload_param")):
     nvme_path: Annotated[Any, refused_when_on("is not supported: use `device: cpu`")] = None
 
 
-class ParamOffloadConfig(OffloadConfig):
-    """Where parameters are stored."""
-
-    device: Annotated[Device | None, not_supported(_STAGE_3, "none")] = None
-    """Where it is: with the device's other arrays (`none`), in host memory, or on a disk."""
-
-
+_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _STAGES = {
     0: "parameters, gradients and optimizer state are copied to every device of `mesh.data`",
     1: "optimizer state and master weights are sharded over `mesh.data`, gathered once per step",
@@ -151,19 +145,32 @@ class ZeroConfig(_keys("zero_optimization")):
     offload_optimizer: Annotated[
         OffloadConfig | None, mapped("placement of the moments; without effect on CPU")
     ] = None
-    offload_param: Annotated[ParamOffloadConfig | None, mapped("placement of parameters")] = None
-    cpu_offload: Annotated[bool | None, mapped("offload_optimizer.device: cpu")] = None
-    cpu_offload_param: Annotated[
-        bool | None, mapped("offload_param.device: cpu"), not_supported(_STAGE_3)
+    offload_param: Annotated[
+        OffloadConfig | None,
+        mapped("placement of layers' matrices, with adapters of the base; without effect on CPU"),
     ] = None
+    """Where the weights of a layer are until it is computed, forward, backward and in the update;
+    `cpu` needs `stage: 3` and every layer recomputed."""
+    cpu_offload: Annotated[bool | None, mapped("offload_optimizer.device: cpu")] = None
+    cpu_offload_param: Annotated[bool | None, mapped("offload_param.device: cpu")] = None
     zero_hpz_partition_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, 1)] = None
     mics_shard_size: Annotated[Any, refused_when_on(_SHARDS_IN_A_GROUP, None, -1)] = None
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        device = self.offload_optimizer and self.offload_optimizer.device
-        if self.cpu_offload is not None and device and self.cpu_offload != (device == "cpu"):
-            found = str(self.cpu_offload).lower()
-            yield "cpu_offload", f"{found} contradicts offload_optimizer.device {device!r}"
+        for older, newer in _OFFLOADS.items():
+            wanted, offload = getattr(self, older), getattr(self, newer)
+            device = offload and offload.device
+            if wanted is not None and device and wanted != (device == "cpu"):
+                found = str(wanted).lower()
+                yield older, f"{found} contradicts {newer}.device {device!r}"
+        if self.offloads("cpu_offload_param") and self.stage != 3:
+            key = "cpu_offload_param" if self.cpu_offload_param else "offload_param.device"
+            yield key, f"needs stage: 3, which gathers parameters per layer, found {self.stage}"
+
+    def offloads(self, older: Literal["cpu_offload", "cpu_offload_param"]) -> bool:
+        """Whether a part of the state is in the host's memory, named by its older key."""
+        offload = getattr(self, _OFFLOADS[older])
+        return bool(getattr(self, older)) or (offload is not None and offload.device == "cpu")
 
 
 class EnabledConfig(_keys("bf16")):
@@ -278,9 +285,12 @@ class DeepSpeedConfig(_keys("")):
     @property
     def offloads_optimizer(self) -> bool:
         """Whether moments are in the host's memory."""
-        zero = self.zero_optimization or ZeroConfig()
-        offload = zero.offload_optimizer
-        return bool(zero.cpu_offload) or (offload is not None and offload.device == "cpu")
+        return (self.zero_optimization or ZeroConfig()).offloads("cpu_offload")
+
+    @property
+    def offloads_params(self) -> bool:
+        """Whether parameters are in the host's memory."""
+        return (self.zero_optimization or ZeroConfig()).offloads("cpu_offload_param")
 
     @property
     def autocast_dtype(self) -> Literal["bfloat16", "float16"] | None:

@@ -215,10 +215,14 @@ def carry_over(config: TrainerConfig, faulty: Collection[str] = ()) -> Carried:
 
 def drop_carried(config: TrainerConfig) -> TrainerConfig:
     """`config` with each setting in one place, so that its dump can be changed and run again."""
-    offload = OffloadConfig(device="cpu") if config.deepspeed.offloads_optimizer else None
+    on_host = lambda is_moved: OffloadConfig(device="cpu") if is_moved else None
     block = DeepSpeedConfig(
         train_batch_size=config.deepspeed.train_batch_size,
-        zero_optimization=ZeroConfig(stage=config.deepspeed.zero_stage, offload_optimizer=offload),
+        zero_optimization=ZeroConfig(
+            stage=config.deepspeed.zero_stage,
+            offload_optimizer=on_host(config.deepspeed.offloads_optimizer),
+            offload_param=on_host(config.deepspeed.offloads_params),
+        ),
         fp16=config.loss_scaling,
         torch_autocast=config.deepspeed.torch_autocast if config.deepspeed.autocast_dtype else None,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.recipe.guards import EmaConfig
 from jaxtrain.trainer.state import PyTree, TrainState
 
@@ -18,7 +19,7 @@ class Average:
         """The average before the first step, float32: a copy, since both are donated."""
         if self.config is None:
             return {}
-        return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), fetch(params))
 
     def update(self, average: PyTree, params: PyTree, step: jax.Array) -> PyTree:
         """The average after step `step`, counted from 0, has made `params`."""

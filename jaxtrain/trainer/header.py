@@ -13,6 +13,7 @@ from jaxtrain.environment import find_bfloat16_unit
 from jaxtrain.model.config import ComputeConfig, Experts
 from jaxtrain.model.lora import partition, take_adapters
 from jaxtrain.model.quantized import may_be_quantized
+from jaxtrain.parallel.host_memory import is_in_host_memory, is_moved_to_host
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import ZERO_AXES
 from jaxtrain.recipe.check import describe_batch, describe_steps
@@ -81,14 +82,18 @@ def _loss_scale(run: Run) -> str:
 def _host_memory(run: Run) -> str:
     """What the recipe asks to keep there; empty for nothing."""
     config, remat = run.config, run.model.compute.remat
-    moments = "moments" + ("" if run.is_separable else ", copied to the devices all at once")
+    base = "" if run.model.adapters is None else " of the base"
     wanted = {
-        moments: config.deepspeed.offloads_optimizer,
+        f"matrices of layers{base}": config.deepspeed.offloads_params,
+        "moments": config.deepspeed.offloads_optimizer,
         "layer inputs": config.activation_checkpoint_cpu_offload and remat != "none",
     }
     named = " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
-    is_same = named and platform(run.mesh) == "cpu"
-    return f"{named}: without effect, on CPU it is that of the devices" if is_same else named
+    if named and is_in_host_memory(run.mesh):
+        return f"{named}: without effect, on CPU it is that of the devices"
+    updated = run.shardings.params, run.shardings.opt_state
+    is_whole = is_moved_to_host(updated) and not run.is_separable
+    return named + (", copied to the devices all at once for the update" if is_whole else "")
 
 
 def _arithmetic(run: Run) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.trainer.callbacks import Callback
 from jaxtrain.trainer.report import is_due
@@ -28,7 +29,7 @@ class WeightNormLogger(Callback):
 
     def __init__(self, pattern: str = ""):
         compiled = re.compile(pattern)
-        self._norms = jax.jit(lambda params: _norms("weight_norm", params, compiled))
+        self._norms = jax.jit(lambda params: _norms("weight_norm", fetch(params), compiled))
 
     def on_optimizer_step(self, state: Any, params: PyTree) -> None:
         if is_due(state.global_step, state.logging_steps):

@@ -1,5 +1,5 @@
-"""An update of parameters and moments one piece at a time, for moments in the host's memory or in
-eight bits: no more than a layer of them is on a device at once, or in float32."""
+"""An update of parameters and moments one piece at a time, for those in the host's memory and for
+moments in eight bits: no more than a layer of them is on a device at once, or in float32."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.parallel.host_memory import fetch, is_moved_to_host, put_like
-from jaxtrain.trainer.state import Moving, PyTree, Update, apply_if
+from jaxtrain.trainer.state import Moving, PyTree, TrainState, Update, apply_if
 
 LAYERS = "layers"
 
 
 def choose_apply_if(
-    moments: PyTree, optimizer: optax.GradientTransformation, is_separable: bool
+    shapes: TrainState, optimizer: optax.GradientTransformation, is_separable: bool
 ) -> Callable[..., Moving]:
-    """How an update is applied where it is to be, for moments with these shapes and shardings."""
-    leaves = jax.tree.leaves(moments)
+    """How an update is applied where it is to be, for a state with these shapes and shardings."""
+    leaves = jax.tree.leaves((shapes.params, shapes.opt_state))
     is_rounded = any(leaf.dtype == jnp.uint8 for leaf in leaves)
     # One layer after the other is not for stages, which have different ones.
     by_layer = is_rounded and is_separable and leaves[0].sharding.mesh.shape["pipeline"] == 1

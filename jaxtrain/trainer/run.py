@@ -18,6 +18,7 @@ from jaxtrain.model.factory import Placement
 from jaxtrain.model.lora import join
 from jaxtrain.model.routing import refuse_idle_experts
 from jaxtrain.optimizer import Groups, with_moments
+from jaxtrain.parallel.host_memory import fetch
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.sharding import parameter_shardings
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig
@@ -81,8 +82,9 @@ class Run:
 
     def _first_state(self, params: PyTree) -> TrainState:
         params, base = self.model.split(params)
-        opt_state = self.optimizer.init(self.groups.trained(params))
-        frozen, average = self.init_frozen(params), self.average.start(params)
+        fetched = fetch(params)
+        opt_state = self.optimizer.init(self.groups.trained(fetched))
+        frozen, average = self.init_frozen(fetched), self.average.start(params)
         frozen = frozen | ({BASE: base} if base else {})
         scale = self.scaling.start()
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average, scale)
@@ -136,13 +138,11 @@ class Run:
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             count=partial(count_tokens, windows=self.model.windows),
-            compute_shardings=place(over_data=stage == 3),
+            compute_shardings=self.shardings.params if stage == 3 else place(over_data=False),
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
             scaling=self.scaling,
-            apply_if=choose_apply_if(
-                self.state_shapes.opt_state, self.optimizer, self.is_separable
-            ),
+            apply_if=choose_apply_if(self.state_shapes, self.optimizer, self.is_separable),
             sequences_per_sample=self.layout.sequences_per_sample,
         )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.batch import Batch
+from jaxtrain.parallel.host_memory import call_on_devices
 from jaxtrain.trainer.loss import Loss, check_loss, compute_means
 from jaxtrain.trainer.loss_scale import Scaling, lift_factor
 from jaxtrain.trainer.microbatches import sum_over_microbatches
@@ -160,7 +161,8 @@ def grads(
 
         differentiate = jax.value_and_grad(total, has_aux=True)
         (_, (loss, factor)), gradients = differentiate(spec.select_trained(params))
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / factor, gradients)
+        in_float32 = lambda g: g.astype(jnp.float32) / factor
+        gradients = jax.tree.map(in_float32, call_on_devices(gradients))
         # Said here, since the compiler may else gather the gradients of all shards on every device.
         gradients = jax.lax.with_sharding_constraint(gradients, spec.grad_shardings)
         return loss, spec.objective.on_gradients(gradients)

@@ -143,6 +143,18 @@ ACCEPTED = {
             "activation_checkpointing": {"cpu_checkpointing": True},
         }
     },
+    "offload of parameters": SMALL
+    | {
+        "deepspeed": {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "cpu", "pin_memory": True, "buffer_count": 5},
+                "offload_optimizer": {"device": "cpu"},
+            }
+        },
+    },
+    "offload of parameters by its older name": SMALL
+    | {"deepspeed": {"zero_optimization": {"stage": 3, "cpu_offload_param": True}}},
     "inputs of layers that nothing recomputes": SMALL
     | {
         "model": {**CHAT, "disable_activation_checkpoint": True},
@@ -207,17 +219,9 @@ REFUSED = {
         SMALL | {"model": {**CHAT, "peft_config": {"peft_type": "IA3"}}},
         {"model.peft_config.peft_type"},
     ),
-    "offload of parameters": (
+    "offload of parameters that are copied": (
         SMALL
-        | {
-            "deepspeed": {
-                "zero_optimization": {
-                    "stage": 3,
-                    "offload_param": {"device": "cpu"},
-                    "offload_optimizer": {"device": "cpu"},
-                }
-            }
-        },
+        | {"deepspeed": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}},
         {"deepspeed.zero_optimization.offload_param.device"},
     ),
     "offload to disk": (

@@ -93,6 +93,11 @@ def test_a_refused_recipe_says_why_by_key(name):
             False,
         ),
         (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "cpu_offload_param": True}}},
+            "deepspeed.offloads_params",
+            True,
+        ),
+        (
             {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}},
             "activation_checkpoint_cpu_offload",
             True,

@@ -40,6 +40,9 @@ def zero(**keys):
     return {"deepspeed": {"zero_optimization": keys}}
 
 
+PARAMS_ON_HOST = zero(stage=3, offload_param={"device": "cpu"})
+
+
 def schedule(name, **keys):
     return {"scheduler": {"name": name, "scheduler_specific_kwargs": keys}}
 
@@ -609,6 +612,27 @@ SECTIONS = {
         zero(offload_optimizer={"device": "none"}, cpu_offload=True),
         "deepspeed.zero_optimization.cpu_offload: true contradicts offload_optimizer.device 'none'",
     ),
+    "parameters and none": (
+        zero(stage=3, offload_param={"device": "none"}, cpu_offload_param=True),
+        "deepspeed.zero_optimization.cpu_offload_param: true contradicts offload_param.device "
+        "'none'",
+    ),
+    "parameters of another stage": (
+        zero(stage=2, offload_param={"device": "cpu"}),
+        "deepspeed.zero_optimization.offload_param.device: needs stage: 3, which gathers "
+        "parameters per layer, found 2",
+    ),
+    "parameters of stages": (
+        PARAMS_ON_HOST | {"mesh": {"pipeline": 2}},
+        "deepspeed.zero_optimization.offload_param.device: excludes mesh.pipeline, whose stages "
+        "keep their layers, found 2; use mesh.fsdp",
+    ),
+    "parameters that nothing copies again": (
+        PARAMS_ON_HOST | model(remat_every_nth_layer=2),
+        "deepspeed.zero_optimization.offload_param.device: needs every layer recomputed: one that "
+        "is not keeps its weights on the devices; write model.remat: full, "
+        "remat_every_nth_layer: 1",
+    ),
     "groups of devices": (
         zero(zero_hpz_partition_size=8),
         "deepspeed.zero_optimization.zero_hpz_partition_size: use `mesh.fsdp` to shard inside a "
@@ -738,7 +762,7 @@ def test_a_fault_hides_no_other_fault_of_its_section():
     """Of a section, of the checks across keys, and of what is not built; but not what only the
     first one brings about."""
     block = {"amp": {"enabled": True}, "train_micro_batch_size_per_gpu": 8}
-    offload = {"stage": 9, "zero_hpz_partition_size": 8, "offload_param": {"device": "cpu"}}
+    offload = {"stage": 9, "zero_hpz_partition_size": 8, "offload_param": {"device": "nvme"}}
     data = {"sources": ["a/b"], "max_lenght": 9, "train_eval_split": [2, 3], "pack_samples": "ja"}
     recipe = BASE | {
         "data": data | {"drop_last": True},

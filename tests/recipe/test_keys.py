@@ -220,7 +220,7 @@ EXAMPLES = {
     "pipeline.schedule": ("1f1b", "'1f1b'"),
     "pipeline.split": ([1, 2], "(1, 2)"),
     "deepspeed.zero_optimization.offload_optimizer.device": ("nvme", "'nvme'"),
-    "deepspeed.zero_optimization.offload_param.device": ("cpu", "'cpu'"),
+    "deepspeed.zero_optimization.offload_param.device": ("nvme", "'nvme'"),
     "deepspeed.data_types.grad_accum_dtype": ("bf16", "'bf16'"),
 }
 """Key → a value that is refused, and what the message shows of it, where that is not true."""
