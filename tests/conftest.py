@@ -4,9 +4,11 @@ All of it is set before jax is imported.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -54,6 +56,21 @@ _use_an_empty_data_cache()
 settings.register_profile("quick", deadline=None)
 settings.load_profile("quick")
 settings.register_profile("full", deadline=None)  # tests/fuzz.py
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: without this the garbage collector looks at all of it again
+    and again, which takes a sixth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Those of a file are of little use to the next, and would take gigabytes in the end."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

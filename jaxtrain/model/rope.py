@@ -102,8 +102,8 @@ class Rope:
     @property
     def turns_after(self) -> int | None:
         """The length beyond which all tokens of a document have another rotation at once."""
-        is_long = isinstance(self.scaling, LongRope)
-        return self.scaling.original_max_positions if is_long else None
+        scaling = self.scaling
+        return scaling.original_max_positions if isinstance(scaling, LongRope) else None
 
 
 class Rotation(NamedTuple):
