@@ -10,3 +10,7 @@ from jaxtrain.optimizer.optimizers import LionFactory as LionFactory
 from jaxtrain.optimizer.optimizers import OptimizerFactory as OptimizerFactory
 from jaxtrain.optimizer.optimizers import SGDFactory as SGDFactory
 from jaxtrain.optimizer.optimizers import decay_mask as decay_mask
+
+AnyOptimizerFactory = (
+    AdamWFactory | AdafactorFactory | LionFactory | MuonFactory | SGDFactory | AdamW8bitFactory
+)

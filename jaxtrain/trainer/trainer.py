@@ -29,7 +29,7 @@ from jaxtrain.metrics.console import Console, format_duration
 from jaxtrain.metrics.log import log
 from jaxtrain.metrics.meter import Meter
 from jaxtrain.model import HFModelFactory
-from jaxtrain.optimizer import AdafactorFactory, AdamWFactory, LionFactory, MuonFactory, SGDFactory
+from jaxtrain.optimizer import AnyOptimizerFactory
 from jaxtrain.parallel.layout import BatchLayout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipe.dump import to_dict
@@ -79,7 +79,7 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
     model_factory: HFModelFactory
     tokenizer_factory: HFTokenizerFactory
     data_factory: SFTDataFactory
-    optimizer_factory: AdamWFactory | AdafactorFactory | LionFactory | MuonFactory | SGDFactory
+    optimizer_factory: AnyOptimizerFactory
     scheduler_factory: HFSchedulerFactory | WSDSchedulerFactory
     checkpoint_engine: OrbaxEngine | HFCheckpointEngine
 
