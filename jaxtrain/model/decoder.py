@@ -73,6 +73,7 @@ from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.host_memory import KIND
+from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -147,6 +148,10 @@ class Decoder(nnx.Module):
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
+        for path, weight in nnx.iter_graph(self):
+            matrix = MATRICES.get(place_of("/".join(map(str, path))))
+            if matrix is not None and isinstance(weight, nnx.Param):
+                weight.set_metadata(places=matrix.places)
 
     def __call__(self, batch: Batch) -> Array:
         """Logits of each next token, float32 [B, T, V]: those at t predict token t + 1."""

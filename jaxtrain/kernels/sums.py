@@ -1,0 +1,118 @@
+"""Sums over devices of which each gets a part, in float32: no device has the whole sum.
+
+Said by hand, since XLA makes the whole sum on every device and cuts it then: on CPU always, and on
+TPU for as many devices as 256.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.kernels.axes import (
+    CONTEXT_AXIS,
+    TENSOR_AXIS,
+    batch_parts,
+    context_parts,
+    free_axis_sizes,
+)
+
+Places = tuple[str | None, ...]
+"""For each dimension of a sum SHARED, for one of them, or TENSOR_AXIS where that splits it."""
+SHARED = "shared"
+
+SHARE_AXES = ("fsdp", "data", CONTEXT_AXIS)
+"""Those that may split a dimension of a parameter, in their order."""
+MAX_SCATTER = 16
+"""Devices over which XLA scatters a sum on TPU in one go."""
+
+
+def sum_parts(parts_I: Array, axes: tuple[str, ...], places: Places) -> Array:
+    """The sum over the first dimension, which these axes split to one entry a device. A device gets
+    its share of dimension SHARED of the sum, as far as the axes divide it."""
+    sizes = parts_I.shape[1:]
+    return _map(lambda part_1: part_1[0], axes, [P(axes, *_split(places))], sizes, places)(parts_I)
+
+
+def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
+    """The float32 sum over tokens of products of inputs and outputs, [B, T, ...] each, of which a
+    device gets its share of dimension SHARED; None where no device shares tokens with another."""
+    axes, _ = batch_parts(x.shape[0])
+    tokens = (CONTEXT_AXIS,) if context_parts(x.shape[1]) > 1 else ()
+    if not (axes or tokens):
+        return None
+    num_rows = (x.ndim + dy.ndim - len(places)) // 2
+    rows, num_inputs = tuple(range(num_rows)), x.ndim - num_rows
+    inputs, outputs = places[:num_inputs], places[num_inputs:]
+
+    def of_part(x: Array, dy: Array) -> Array:
+        return lax.dot_general(
+            x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    lead = axes, tokens, *(None,) * (num_rows - 2)
+    specs = [P(*lead, *_split(part)) for part in (inputs, outputs)]
+    sizes = *x.shape[num_rows:], *dy.shape[num_rows:]
+    return _map(of_part, (*axes, *tokens), specs, sizes, places)(x, dy)
+
+
+def _split(places: Places) -> tuple[str | None, ...]:
+    """The axis that splits each dimension before the sum."""
+    is_split = free_axis_sizes().get(TENSOR_AXIS, 1) > 1
+    return tuple(TENSOR_AXIS if place == TENSOR_AXIS and is_split else None for place in places)
+
+
+def _map(
+    make_part: Callable[..., Array],
+    axes: tuple[str, ...],
+    specs: list[P],
+    shape: tuple[int, ...],
+    places: Places,
+) -> Callable[..., Array]:
+    """The sum over the devices of these axes of what each makes."""
+    dim, split = places.index(SHARED), _split(places)
+    shared, rest = _share(axes, shape[dim])
+
+    def summed(*arguments: Array) -> Array:
+        part = make_part(*arguments)
+        for axis in shared:
+            for groups in _groups(jax.sharding.get_abstract_mesh().shape[axis]):
+                part = lax.psum_scatter(
+                    part, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
+                )
+        return lax.psum(part, rest) if rest else part
+
+    return jax.shard_map(
+        summed,
+        # The tensor axis too, over which XLA would else gather what it scatters.
+        axis_names={*axes, *filter(None, split)},
+        in_specs=tuple(specs),
+        out_specs=P(*split[:dim], shared, *split[dim + 1 :]),
+        check_vma=False,
+    )
+
+
+def _share(axes: tuple[str, ...], size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of these axes those that split a dimension of this size, and the others."""
+    sizes, shared = free_axis_sizes(), []
+    for axis in SHARE_AXES:
+        if axis in axes and size % sizes[axis] == 0:
+            shared.append(axis)
+            size //= sizes[axis]
+    return tuple(shared), tuple(axis for axis in axes if axis not in shared)
+
+
+def _groups(size: int) -> Iterator[list[list[int]] | None]:
+    """Devices that scatter sums among them, one way after the other; None for all of an axis."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    is_tpu = device is not None and device.platform == "tpu"
+    near = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    if not is_tpu or size <= MAX_SCATTER or near == 1:
+        yield None
+        return
+    far = size // near
+    yield [[i * near + j for i in range(far)] for j in range(near)]
+    yield [[i * near + j for j in range(near)] for i in range(far)]
