@@ -336,10 +336,10 @@ def _measure(plan: Plan, tiles: Array, x_NIbCD: Array, y_NIbC: Array) -> Scores:
         top, lse = jnp.maximum(sums.top_IbC, new.top_IbC), jnp.logaddexp(sums.lse_IbC, new.lse_IbC)
         return Scores(top, lse, sums.target_IbC + new.target_IbC, sums.sum_IbC + new.sum_IbC), None
 
-    scores = of_tile(0, tiles[0])
     if plan.tiles == 1:
-        return scores
-    return lax.scan(step, scores, (jnp.arange(1, plan.tiles), tiles[1:]))[0]
+        return of_tile(0, tiles[0])
+    low, zero = jnp.full(y_NIbC.shape, -jnp.inf), jnp.zeros(y_NIbC.shape)
+    return lax.scan(step, Scores(low, low, zero, zero), (jnp.arange(plan.tiles), tiles))[0]
 
 
 def _pull(
@@ -370,7 +370,7 @@ def _pull(
         d_hidden, d_head_DV = of_tile(0, tiles[0])
         d_heads = d_head_DV[None]
     else:
-        start = jnp.zeros_like(x_NIbCD, jnp.float32)
+        start = plan.place(jnp.zeros_like(x_NIbCD, jnp.float32), None, plan.axes)
         d_hidden, d_heads = lax.scan(step, start, (jnp.arange(plan.tiles), tiles))
     return _join_chunks(plan, d_hidden).astype(x_NIbCD.dtype), _join_tiles(plan, d_heads)
 

@@ -45,18 +45,24 @@ def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
     if not (axes or tokens):
         return None
     num_rows = (x.ndim + dy.ndim - len(places)) // 2
-    rows, num_inputs = tuple(range(num_rows)), x.ndim - num_rows
+    num_inputs = x.ndim - num_rows
     inputs, outputs = places[:num_inputs], places[num_inputs:]
 
     def of_part(x: Array, dy: Array) -> Array:
-        return lax.dot_general(
-            x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
-        )
+        x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
+        return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     lead = axes, tokens, *(None,) * (num_rows - 2)
     specs = [P(*lead, *_split(part)) for part in (inputs, outputs)]
     sizes = *x.shape[num_rows:], *dy.shape[num_rows:]
     return _map(of_part, (*axes, *tokens), specs, sizes, places)(x, dy)
+
+
+def gather_shares(w: Array, places: Places) -> Array:
+    """A weight of which every device has all that the tensor axis leaves it. Said by hand, since
+    XLA may else gather it once for each product with it."""
+    is_shared = any(free_axis_sizes().get(axis, 1) > 1 for axis in SHARE_AXES)
+    return lax.with_sharding_constraint(w, P(*_split(places))) if is_shared else w
 
 
 def _split(places: Places) -> tuple[str | None, ...]:

@@ -26,7 +26,7 @@ from jaxtrain.kernels.attention import Exchange, Scoring, TokenPositions, attent
 from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.product import multiply
-from jaxtrain.kernels.sums import Places, weight_gradient
+from jaxtrain.kernels.sums import Places, gather_shares, weight_gradient
 from jaxtrain.model.config import (
     Activation,
     AdapterSite,
@@ -195,7 +195,8 @@ def _product(contract: int, places: Places | None, x: Array, w: Array) -> Array:
 def _product_fwd(
     contract: int, places: Places | None, x: Array, w: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x, w, _last(x, contract), tuple(range(contract))), (x, w)
+    whole = w if places is None else gather_shares(w, places)
+    return multiply(x, whole, _last(x, contract), tuple(range(contract))), (x, w)
 
 
 def _product_bwd(
@@ -207,7 +208,8 @@ def _product_bwd(
     which the compiler first transposes dy.
     """
     x, w = saved
-    dx, outputs = _product_dx(contract, w, dy), w.ndim - contract
+    whole = w if places is None else gather_shares(w, places)
+    dx, outputs = _product_dx(contract, whole, dy), w.ndim - contract
     if places is not None and (dw := weight_gradient(x, dy, places)) is not None:
         return dx, dw.astype(w.dtype)
     lead = tuple(range(x.ndim - contract))
