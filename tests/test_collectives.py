@@ -20,13 +20,23 @@ SCATTERS = 4 * L + 1
 # Sums over the tensor axis: after attention and after the MLP, of which the backward pass computes
 # one again; of the gradients before both, and before the head; of the rows of the embedding.
 TENSOR_SUMS = 5 * L + 2
+# A stage computes its layers, of which one is padding, in two ticks, once more for the backward pass
+# of a tick and once more for that of a layer; what is embedded is gathered over the stages.
+RUNS = 2 * -(-L // 2)
 MESHES = {
     "fsdp": ({"fsdp": 8}, {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0}),
     "tensor": (
         {"fsdp": 4, "tensor": 2},
         {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": TENSOR_SUMS},
     ),
+    "pipeline": (
+        {"pipeline": 2, "fsdp": 4},
+        {"all-gather": 3 * 4 * RUNS + 2, "reduce-scatter": 4 * RUNS + 1},
+    ),
 }
+CASES = [
+    case if case != "pipeline" else pytest.param(case, marks=pytest.mark.slow) for case in MESHES
+]
 
 
 @pytest.fixture
@@ -39,7 +49,7 @@ def no_cache():
     jax.config.update(key, before)
 
 
-@pytest.mark.parametrize("case", MESHES)
+@pytest.mark.parametrize("case", CASES)
 def test_a_step_moves_what_it_takes(case, capfd, no_cache):
     mesh, expected = MESHES[case]
     compiled = compile_step(jax.devices(), {"mesh": mesh})

@@ -27,7 +27,7 @@ SHARED = "shared"
 SHARE_AXES = ("fsdp", "data", CONTEXT_AXIS)
 """Those that may split a dimension of a parameter, in their order."""
 MAX_SCATTER = 16
-"""Devices over which XLA scatters a sum on TPU in one go."""
+"""Devices over which XLA scatters a sum on TPU in one step."""
 
 
 def sum_parts(parts_I: Array, axes: tuple[str, ...], places: Places) -> Array:
@@ -81,11 +81,14 @@ def _map(
     """The sum over the devices of these axes of what each makes."""
     dim, split = places.index(SHARED), _split(places)
     shared, rest = _share(axes, shape[dim])
+    mesh = jax.sharding.get_abstract_mesh()
+    is_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
 
     def summed(*arguments: Array) -> Array:
         part = make_part(*arguments)
         for axis in shared:
-            for groups in _groups(jax.sharding.get_abstract_mesh().shape[axis]):
+            size = mesh.shape[axis]
+            for groups in scatter_groups(size, MAX_SCATTER if is_tpu else size):
                 part = lax.psum_scatter(
                     part, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
                 )
@@ -111,12 +114,11 @@ def _share(axes: tuple[str, ...], size: int) -> tuple[tuple[str, ...], tuple[str
     return tuple(shared), tuple(axis for axis in axes if axis not in shared)
 
 
-def _groups(size: int) -> Iterator[list[list[int]] | None]:
-    """Devices that scatter sums among them, one way after the other; None for all of an axis."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    is_tpu = device is not None and device.platform == "tpu"
+def scatter_groups(size: int, most: int) -> Iterator[list[list[int]] | None]:
+    """Devices of an axis that scatter a sum among them, None for all, in one step; in two where
+    they are more than `most` and their number is not prime."""
     near = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
-    if not is_tpu or size <= MAX_SCATTER or near == 1:
+    if size <= most or near == 1:
         yield None
         return
     far = size // near

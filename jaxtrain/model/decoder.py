@@ -48,7 +48,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions, to_ring_order, to_row_order
-from jaxtrain.kernels.axes import context_parts
+from jaxtrain.kernels.axes import TENSOR_AXIS, context_parts
 from jaxtrain.kernels.cross_entropy import (
     NLL,
     HeadLayout,
@@ -56,6 +56,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
+from jaxtrain.kernels.sums import SHARED
 from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
@@ -151,7 +152,8 @@ class Decoder(nnx.Module):
         for path, weight in nnx.iter_graph(self):
             matrix = MATRICES.get(place_of("/".join(map(str, path))))
             if matrix is not None and isinstance(weight, nnx.Param):
-                weight.set_metadata(places=matrix.places)
+                name = lambda axis: SHARED if axis == "embed" else axis and TENSOR_AXIS
+                weight.set_metadata(places=tuple(map(name, matrix.inputs + matrix.outputs)))
 
     def __call__(self, batch: Batch) -> Array:
         """Logits of each next token, float32 [B, T, V]: those at t predict token t + 1."""

@@ -13,9 +13,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxtrain.kernels.axes import TENSOR_AXIS
-from jaxtrain.kernels.sums import SHARED, Places
-
 Axes = tuple[str | None, ...]
 """The logical axis of each dimension."""
 
@@ -28,12 +25,6 @@ class Matrix(NamedTuple):
     @property
     def axes(self) -> Axes:
         return (*self.lead, *self.inputs, *self.outputs)
-
-    @property
-    def places(self) -> Places:
-        """Of inputs and outputs, as sums.py has them."""
-        name = lambda axis: SHARED if axis == "embed" else axis and TENSOR_AXIS
-        return tuple(map(name, (*self.inputs, *self.outputs)))
 
 
 def _matrix(text: str, *lead: str | None) -> Matrix:
