@@ -71,7 +71,7 @@ def find_collectives(text: str) -> list[Collective]:
                 arrays = re.findall(r"(\w+)\[([\d,]*)\]", made[1])
                 if "-start(" in line and made[2] != "all-reduce":
                     arrays = arrays[len(arrays) // 2 :]  # after the operands
-                found[made[1] + channel[0] if channel else line] = [
+                found[f"{channel[0]} {arrays}" if channel else line] = [
                     Collective(
                         made[2], dtype, tuple(int(n) for n in sizes.split(",") if n),
                         label[1] if label else "", times,

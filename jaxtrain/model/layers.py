@@ -211,7 +211,8 @@ def _product_bwd(
     whole = w if places is None else gather_shares(w, places)
     dx, outputs = _product_dx(contract, whole, dy), w.ndim - contract
     if places is not None and (dw := weight_gradient(x, dy, places)) is not None:
-        return dx, dw.astype(w.dtype)
+        # The barrier keeps the sum in float32.
+        return dx, lax.optimization_barrier(dw).astype(w.dtype)
     lead = tuple(range(x.ndim - contract))
     if free_axis_sizes().get(CONTEXT_AXIS, 1) > 1:
         # B and T, both cut, make no dimension that is.
