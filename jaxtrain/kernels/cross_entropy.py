@@ -27,7 +27,7 @@ from jaxtrain.kernels.axes import (
     free_axis_sizes,
 )
 from jaxtrain.kernels.product import einsum
-from jaxtrain.kernels.sums import SHARED, sum_parts
+from jaxtrain.kernels.sums import SHARED, Axes, sum_parts
 
 HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
@@ -68,6 +68,8 @@ class Plan(NamedTuple):
     parts: int
     """of each sequence, among these"""
     vocabulary_axis: str | None
+    shared: Axes
+    """over which devices share the gradient of the head"""
     vocabulary: int
     splits: int
     """of the vocabulary over its axis"""
@@ -105,17 +107,20 @@ def weighted_nll(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
     tiles: int | None = None,
+    shared: Axes = SHARED,
 ) -> NLL:
     """Weighted sum of the losses of targets[b, t] given hidden[b, t].
 
     The forward pass computes the gradients of hidden and head too, which saves one product in four.
     Only `total` is differentiated; weights are constants. A token of weight 0 adds nothing, not
     even a NaN. Logits are those of `scale_and_cap`. `chunk_tokens` counts tokens of each sequence,
-    `tiles` the parts of a device's vocabulary, which they divide.
+    `tiles` the parts of a device's vocabulary, which they divide; devices of the axes `shared` get
+    parts of the gradient of the head.
     """
     plan = _make_plan(
         hidden_BTD, head, head_layout, chunk_tokens, tiles, scale, softcap, z_loss, label_smoothing
     )
+    plan = plan._replace(shared=shared)
     plan = plan._replace(lift=HALF_LIFT if hidden_BTD.dtype == jnp.float16 else 1.0)
     return _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
 
@@ -198,13 +203,15 @@ def token_log_probs(
     softcap: float | None = None,
     chunk_tokens: int | None = None,
     tiles: int | None = None,
+    shared: Axes = SHARED,
 ) -> Array:
     """Log-probability of targets[b, t] given hidden[b, t], float32 [B, T].
 
     The backward pass recomputes the logits, which are those of `scale_and_cap`. A token whose
-    gradient is 0 adds nothing, not even a NaN. `chunk_tokens` and `tiles` as in `weighted_nll`.
+    gradient is 0 adds nothing, not even a NaN. Other arguments are those of `weighted_nll`.
     """
     plan = _make_plan(hidden_BTD, head, head_layout, chunk_tokens, tiles, scale, softcap)
+    plan = plan._replace(shared=shared)
     return _log_probs(plan, hidden_BTD, head, targets_BT)
 
 
@@ -277,6 +284,7 @@ def _make_plan(
         shards=shards * parts,
         parts=parts,
         vocabulary_axis=TENSOR_AXIS if splits > 1 else None,
+        shared=SHARED,
         vocabulary=V,
         splits=splits,
         tiles=tiles,
@@ -407,7 +415,7 @@ def _head_sums(plan: Plan, x_NIbCD: Array) -> Array:
 
 def _sum_shards(plan: Plan, sums_IDV: Array) -> Array:
     """[D, V], of which every device gets some of D."""
-    places = SHARED, plan.vocabulary_axis
+    places = plan.shared, plan.vocabulary_axis
     return sum_parts(sums_IDV, plan.axes, places) if plan.axes else sums_IDV[0]
 
 

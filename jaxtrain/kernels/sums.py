@@ -20,26 +20,27 @@ from jaxtrain.kernels.axes import (
     free_axis_sizes,
 )
 
-Places = tuple[str | None, ...]
-"""For each dimension of a sum SHARED, for one of them, or TENSOR_AXIS where that splits it."""
-SHARED = "shared"
-
-SHARE_AXES = ("fsdp", "data", CONTEXT_AXIS)
-"""Those that may split a dimension of a parameter, in their order."""
+Axes = tuple[str, ...]
+Places = tuple[Axes | str | None, ...]
+"""For each dimension of a sum TENSOR_AXIS, where that splits it; for one of them the axes over
+which devices share the sum."""
+SHARED: Axes = ("fsdp",)
+SHARED_BY_ALL: Axes = ("fsdp", "data", CONTEXT_AXIS)
+"""With a ZeRO stage that splits gradients, in its order."""
 MAX_SCATTER = 16
 """Devices over which XLA scatters a sum on TPU in one step."""
 
 
-def sum_parts(parts_I: Array, axes: tuple[str, ...], places: Places) -> Array:
+def sum_parts(parts_I: Array, axes: Axes, places: Places) -> Array:
     """The sum over the first dimension, which these axes split to one entry a device. A device gets
-    its share of dimension SHARED of the sum, as far as the axes divide it."""
+    its share of the sum, as far as the axes divide it."""
     sizes = parts_I.shape[1:]
     return _map(lambda part_1: part_1[0], axes, [P(axes, *_split(places))], sizes, places)(parts_I)
 
 
 def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
     """The float32 sum over tokens of products of inputs and outputs, [B, T, ...] each, of which a
-    device gets its share of dimension SHARED; None where no device shares tokens with another."""
+    device gets its share; None where no device shares tokens with another."""
     axes, _ = batch_parts(x.shape[0])
     tokens = (CONTEXT_AXIS,) if context_parts(x.shape[1]) > 1 else ()
     if not (axes or tokens):
@@ -61,7 +62,7 @@ def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
 def gather_shares(w: Array, places: Places) -> Array:
     """A weight of which every device has all that the tensor axis leaves it. Said by hand, since
     XLA may else gather it once for each product with it."""
-    is_shared = any(free_axis_sizes().get(axis, 1) > 1 for axis in SHARE_AXES)
+    is_shared = any(free_axis_sizes().get(axis, 1) > 1 for axis in SHARED_BY_ALL)
     return lax.with_sharding_constraint(w, P(*_split(places))) if is_shared else w
 
 
@@ -73,14 +74,19 @@ def _split(places: Places) -> tuple[str | None, ...]:
 
 def _map(
     make_part: Callable[..., Array],
-    axes: tuple[str, ...],
+    axes: Axes,
     specs: list[P],
     shape: tuple[int, ...],
     places: Places,
 ) -> Callable[..., Array]:
     """The sum over the devices of these axes of what each makes."""
-    dim, split = places.index(SHARED), _split(places)
-    shared, rest = _share(axes, shape[dim])
+    dim, split = next(i for i, at in enumerate(places) if isinstance(at, tuple)), _split(places)
+    shared, size = [], shape[dim]
+    for axis in places[dim] or ():
+        if axis in axes and size % free_axis_sizes()[axis] == 0:
+            shared.append(axis)
+            size //= free_axis_sizes()[axis]
+    rest = tuple(axis for axis in axes if axis not in shared)
     mesh = jax.sharding.get_abstract_mesh()
     is_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
 
@@ -99,19 +105,9 @@ def _map(
         # The tensor axis too, over which XLA would else gather what it scatters.
         axis_names={*axes, *filter(None, split)},
         in_specs=tuple(specs),
-        out_specs=P(*split[:dim], shared, *split[dim + 1 :]),
+        out_specs=P(*split[:dim], tuple(shared), *split[dim + 1 :]),
         check_vma=False,
     )
-
-
-def _share(axes: tuple[str, ...], size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of these axes those that split a dimension of this size, and the others."""
-    sizes, shared = free_axis_sizes(), []
-    for axis in SHARE_AXES:
-        if axis in axes and size % sizes[axis] == 0:
-            shared.append(axis)
-            size //= sizes[axis]
-    return tuple(shared), tuple(axis for axis in axes if axis not in shared)
 
 
 def scatter_groups(size: int, most: int) -> Iterator[list[list[int]] | None]:

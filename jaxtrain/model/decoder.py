@@ -56,7 +56,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.kernels.sums import SHARED
+from jaxtrain.kernels.sums import SHARED, SHARED_BY_ALL, Axes
 from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
@@ -152,8 +152,13 @@ class Decoder(nnx.Module):
         for path, weight in nnx.iter_graph(self):
             matrix = MATRICES.get(place_of("/".join(map(str, path))))
             if matrix is not None and isinstance(weight, nnx.Param):
-                name = lambda axis: SHARED if axis == "embed" else axis and TENSOR_AXIS
+                name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
                 weight.set_metadata(places=tuple(map(name, matrix.inputs + matrix.outputs)))
+
+    @property
+    def _shared(self) -> Axes:
+        """Axes whose devices share gradients."""
+        return SHARED_BY_ALL if self.compute.splits_gradients else SHARED
 
     def __call__(self, batch: Batch) -> Array:
         """Logits of each next token, float32 [B, T, V]: those at t predict token t + 1."""
@@ -200,6 +205,7 @@ class Decoder(nnx.Module):
             head_layout=self.head_layout,
             scale=self.config.logit_scale,
             softcap=self.config.logit_softcap,
+            shared=self._shared,
         )
         # Position t - 1 predicts token t; the roll puts the last at t = 0, which no token predicts.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
@@ -229,6 +235,7 @@ class Decoder(nnx.Module):
             softcap=self.config.logit_softcap,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
+            shared=self._shared,
         )
 
     # The parts of a forward pass, for pipelines and for generation.

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.kernels.sums import SHARED, scatter_groups, weight_gradient
+from jaxtrain.kernels.sums import SHARED_BY_ALL, scatter_groups, weight_gradient
 from tests.runs import mesh_of
 
 
@@ -48,8 +48,8 @@ def test_a_sum_is_scattered_in_one_step_or_in_two(most):
 def test_a_weight_gradient_is_the_sum_over_all_tokens(sizes, width, shared):
     x, dy = draw(8, 16, width), draw(8, 16, 2, 6)
     with jax.set_mesh(mesh_of(**sizes)):
-        found = jax.jit(partial(weight_gradient, places=(SHARED, None, "tensor")))(x, dy)
-        turned = jax.jit(partial(weight_gradient, places=(None, "tensor", SHARED)))(dy, x)
+        found = jax.jit(partial(weight_gradient, places=(SHARED_BY_ALL, None, "tensor")))(x, dy)
+        turned = jax.jit(partial(weight_gradient, places=(None, "tensor", SHARED_BY_ALL)))(dy, x)
     expected = np.einsum("btd,btuf->duf", x, dy)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     np.testing.assert_allclose(turned, expected.transpose(1, 2, 0), atol=1e-4)
@@ -63,5 +63,5 @@ def test_bfloat16_is_summed_in_float32():
     x, dy = jnp.ones((8, 512, 8), jnp.bfloat16), jnp.ones((8, 512, 1), jnp.bfloat16)
     x = x.at[0, 0].set(3)
     with jax.set_mesh(mesh_of(fsdp=8)):
-        found = jax.jit(partial(weight_gradient, places=(SHARED, None)))(x, dy)
+        found = jax.jit(partial(weight_gradient, places=(SHARED_BY_ALL, None)))(x, dy)
     assert found.dtype == jnp.float32 and np.all(np.asarray(found) == 8 * 512 + 2)
