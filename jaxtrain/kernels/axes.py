@@ -27,3 +27,13 @@ def context_parts(tokens: int) -> int:
     they do not divide, as tokens that are generated do not."""
     parts = free_axis_sizes().get(CONTEXT_AXIS, 1)
     return 1 if tokens % (2 * parts) else parts
+
+
+def batch_parts(sequences: int) -> tuple[tuple[str, ...], int]:
+    """The axes that split a batch of so many sequences, and into how many parts."""
+    sizes, axes, parts = free_axis_sizes(), (), 1
+    for axis in BATCH_AXES:
+        size = sizes.get(axis, 1)
+        if size > 1 and sequences % (parts * size) == 0:
+            axes, parts = (*axes, axis), parts * size
+    return axes, parts

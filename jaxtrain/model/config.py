@@ -263,6 +263,8 @@ class ComputeConfig:
     """inputs of recomputed layers are in the host's memory until then"""
     tiled_mlp: bool = False
     """feed-forward layers process as many tokens at a time as the model is wide"""
+    splits_gradients: bool = False
+    """devices that hold the same parameters have parts of their gradients"""
     stages: int = 1
     """parts of the stack over the `pipeline` axis"""
     microbatches: int = 1

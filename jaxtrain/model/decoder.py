@@ -48,7 +48,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions, to_ring_order, to_row_order
-from jaxtrain.kernels.axes import context_parts
+from jaxtrain.kernels.axes import TENSOR_AXIS, context_parts
 from jaxtrain.kernels.cross_entropy import (
     NLL,
     HeadLayout,
@@ -56,6 +56,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
+from jaxtrain.kernels.sums import SHARED, SHARED_BY_ALL, Axes
 from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
@@ -75,7 +76,7 @@ from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.host_memory import KIND, fetch
-from jaxtrain.parallel.matrices import MATRICES
+from jaxtrain.parallel.matrices import MATRICES, place_of
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -153,6 +154,16 @@ class Decoder(nnx.Module):
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
+        for path, weight in nnx.iter_graph(self):
+            matrix = MATRICES.get(place_of("/".join(map(str, path))))
+            if matrix is not None and isinstance(weight, nnx.Param):
+                name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
+                weight.set_metadata(places=tuple(map(name, matrix.inputs + matrix.outputs)))
+
+    @property
+    def _shared(self) -> Axes:
+        """Axes whose devices share gradients."""
+        return SHARED_BY_ALL if self.compute.splits_gradients else SHARED
 
     def _multiply_in_fp8(self) -> None:
         for path, weight in list(nnx.iter_graph(self.layers)):
@@ -206,6 +217,7 @@ class Decoder(nnx.Module):
             head_layout=self.head_layout,
             scale=self.config.logit_scale,
             softcap=self.config.logit_softcap,
+            shared=self._shared,
         )
         # Position t - 1 predicts token t; the roll puts the last at t = 0, which no token predicts.
         return jnp.where(_is_predicted(batch.segments), jnp.roll(logps_BT, 1, axis=1), 0.0)
@@ -235,6 +247,7 @@ class Decoder(nnx.Module):
             softcap=self.config.logit_softcap,
             z_loss=z_loss,
             label_smoothing=label_smoothing,
+            shared=self._shared,
         )
 
     # The parts of a forward pass, for pipelines and for generation.

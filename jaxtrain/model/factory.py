@@ -79,6 +79,8 @@ class Placement(NamedTuple):
     """in place of the one of the model's section"""
     offload_inputs: bool = False
     """layer inputs wait for the backward pass in the host's memory"""
+    splits_gradients: bool = False
+    """devices that hold the same parameters have parts of their gradients"""
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,7 @@ class HFModelFactory(ModelFactory):
             tiled_mlp=placement.tiled_mlp,
             routing_replay=placement.routing_replay,
             offload_inputs=offload_inputs,
+            splits_gradients=placement.splits_gradients,
             stages=layout.stages,
             microbatches=layout.num_microbatches,
         )

@@ -27,6 +27,7 @@ from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.fp8 import fp8_product
 from jaxtrain.kernels.product import multiply
+from jaxtrain.kernels.sums import Places, gather_shares, weight_gradient
 from jaxtrain.model.config import (
     Activation,
     AdapterSite,
@@ -111,7 +112,7 @@ def dense(
     elif isinstance(w, Fp8Weight):
         y = fp8_product(contract, x, w[...].astype(x.dtype))
     else:
-        y = _product(contract, x, w[...].astype(x.dtype))
+        y = _product(contract, getattr(w, "places", None), x, w[...].astype(x.dtype))
     updates = [] if adapters is None else [a(x, y, w, noise_BT) for a in adapters.values()]
     y = sum(updates, y if bias is None else y + bias[...].astype(y.dtype))
     # With all that is added to it: the updates need not be kept for the backward pass too.
@@ -148,11 +149,11 @@ class Adapter(nnx.Module):
             x = drop_out(x, noise_BT ^ self.salt[...], self.dropout)
             if base is not None:
                 # What is dropped is dropped from W too; the whole weight is not kept.
-                again = lambda x: _product(num_inputs, x, self._part(read_weight(w, x.dtype)))
+                again = lambda x: _product(num_inputs, None, x, self._part(read_weight(w, x.dtype)))
                 base = jax.checkpoint(again)(x)
         low = dense(x, self.a[...], contract=num_inputs)
         b = self.b[...].astype(x.dtype)
-        update: Array = _product(1, low * self.scale[...].astype(x.dtype), b)
+        update: Array = _product(1, None, low * self.scale[...].astype(x.dtype), b)
         if self.magnitude is not None and base is not None:
             lengths = jnp.where(self.scale[...] > 0, self.column_lengths(w), 1)
             stretch = jnp.where(self.scale[...] > 0, self.magnitude[...] / lengths, 1)
@@ -198,23 +199,33 @@ def pad_joined(y: Array, begin: int, size: int) -> Array:
     return jnp.pad(y, [(0, 0)] * (y.ndim - 2) + [(begin, end), (0, 0)])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(contract: int, x: Array, w: Array) -> Array:
-    return _product_fwd(contract, x, w)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(contract: int, places: Places | None, x: Array, w: Array) -> Array:
+    """`places` says how devices split w, if they do."""
+    return _product_fwd(contract, places, x, w)[0]
 
 
-def _product_fwd(contract: int, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x, w, _last(x, contract), tuple(range(contract))), (x, w)
+def _product_fwd(
+    contract: int, places: Places | None, x: Array, w: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    whole = w if places is None else gather_shares(w, places)
+    return multiply(x, whole, _last(x, contract), tuple(range(contract))), (x, w)
 
 
-def _product_bwd(contract: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _product_bwd(
+    contract: int, places: Places | None, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     """The gradients of autodiff, with dw in the layout of w: saves a twentieth of a step on CPU.
 
     Autodiff computes dw transposed and turns it, and contracts B and T as two dimensions, for
     which the compiler first transposes dy.
     """
     x, w = saved
-    dx, outputs = _product_dx(contract, w, dy), w.ndim - contract
+    whole = w if places is None else gather_shares(w, places)
+    dx, outputs = _product_dx(contract, whole, dy), w.ndim - contract
+    if places is not None and (dw := weight_gradient(x, dy, places)) is not None:
+        # The barrier keeps the sum in float32.
+        return dx, lax.optimization_barrier(dw).astype(w.dtype)
     lead = tuple(range(x.ndim - contract))
     if free_axis_sizes().get(CONTEXT_AXIS, 1) > 1:
         # B and T, both cut, make no dimension that is.
@@ -241,11 +252,11 @@ _product.defvjp(_product_fwd, _product_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _quantized_product(contract: int, form: Form, x: Array, parts: dict[str, Array]) -> Array:
     """The same with a frozen weight, which is made whole here and again in the backward pass."""
-    return _product_fwd(contract, x, dequantize(form, parts, x.dtype))[0]
+    return _product_fwd(contract, None, x, dequantize(form, parts, x.dtype))[0]
 
 
 def _quantized_product_fwd(contract: int, form: Form, x: Array, parts: dict[str, Array]):
-    y, _ = _product_fwd(contract, x, dequantize(form, parts, x.dtype))
+    y, _ = _product_fwd(contract, None, x, dequantize(form, parts, x.dtype))
     return y, parts
 
 

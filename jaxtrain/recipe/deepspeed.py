@@ -20,7 +20,7 @@ _HAS_NO_COUNTERPART = no_effect("belongs to DeepSpeed's engine")
 _CHANGES_RESULT = refused_when_on("is not supported: it would change the result")
 KEYS: dict[str, dict[Any, str]] = {
     "": {
-        no_effect("collectives carry the array's dtype"): """
+        no_effect("collectives carry the array's dtype, but gradients are summed in fp32"): """
             communication_data_type seq_parallel_communication_data_type
             seq_parallel_comm_data_type""",
         no_effect("gradients are summed in fp32 and divided once"): """

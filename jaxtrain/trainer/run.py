@@ -166,6 +166,7 @@ def build(
     placement = Placement(
         layout, max(sequence_lengths), config.tiled_mlp_compute, config.enable_routing_replay,
         config.deepspeed.autocast_dtype, config.activation_checkpoint_cpu_offload,
+        config.deepspeed.zero_stage >= 2,
     )  # fmt: skip
     language_model = model.factory.create_model(replace(model.spec, placement=placement))
     shapes = language_model.shapes

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.kernels import cross_entropy
 from jaxtrain.kernels.cross_entropy import token_log_probs, weighted_nll
 from tests.runs import mesh_of
 
@@ -299,3 +300,37 @@ def test_float16_keeps_gradients_that_are_small_before_they_are_scaled():
     for half, full in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
         error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
         assert error < 2e-3
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("layout", ["DV", "VD"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "tensor": 4}], ids=str)
+def test_tiles_of_the_vocabulary_change_nothing_and_no_device_has_the_head(form, layout, sizes):
+    inputs = problem(layout=layout)
+    settings = {"head_layout": layout, "chunk_tokens": 4}
+    settings |= OPTIONS["capped"] if form == "sum" else {"scale": 0.7, "softcap": 3.0}
+    alone = jax.jit(partial(FORMS[form][0], settings))(*inputs)
+    settings |= {"tiles": 5}
+    near(jax.jit(partial(FORMS[form][0], settings))(*inputs), alone, 2e-6)
+    with jax.set_mesh(mesh_of(**sizes)):
+        compiled, inputs = compiled_on(mesh_of(**sizes), form, settings, inputs, layout)
+        near(compiled(*inputs), alone, 2e-6)
+    if "fsdp" in sizes:
+        assert re.search(
+            rf"f32\[.*(?:{D},{V // 5}|{V // 5},{D})\]\S* all-gather", compiled.as_text()
+        )
+        assert not re.search(rf"f32\[(1,)?(?:{D},{V}|{V},{D})\]", compiled.as_text())
+
+
+def test_a_head_is_tiled_where_it_is_too_large_to_be_whole_on_every_device(monkeypatch):
+    """By the number of its products: the tiles of a loss compute one more of four."""
+    inputs = problem()
+    total = lambda hidden, head: weighted_nll(hidden, head, *inputs[2:]).total
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        assert products(jax.grad(total, (0, 1)), *inputs[:2]) == 3
+        monkeypatch.setattr(cross_entropy, "WHOLE_BYTES", 6 * D * V - 1)
+        monkeypatch.setattr(cross_entropy, "TILE_BYTES", 4 * D * V // 3)
+        monkeypatch.setattr(cross_entropy, "MIN_TILE", 8)
+        assert products(jax.grad(lambda *x: total(*x), (0, 1)), *inputs[:2]) == 4
+    assert products(jax.grad(lambda *x: total(*x) * 1, (0, 1)), *inputs[:2]) == 3

@@ -1,0 +1,122 @@
+"""Sums over devices of which each gets a part, in float32: no device has the whole sum.
+
+Said by hand, since XLA makes the whole sum on every device and cuts it then: on CPU always, and on
+TPU for as many devices as 256.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.kernels.axes import (
+    CONTEXT_AXIS,
+    TENSOR_AXIS,
+    batch_parts,
+    context_parts,
+    free_axis_sizes,
+)
+
+Axes = tuple[str, ...]
+Places = tuple[Axes | str | None, ...]
+"""For each dimension of a sum TENSOR_AXIS, where that splits it; for one of them the axes over
+which devices share the sum."""
+SHARED: Axes = ("fsdp",)
+SHARED_BY_ALL: Axes = ("fsdp", "data", CONTEXT_AXIS)
+"""With a ZeRO stage that splits gradients, in its order."""
+MAX_SCATTER = 16
+"""Devices over which XLA scatters a sum on TPU in one step."""
+
+
+def sum_parts(parts_I: Array, axes: Axes, places: Places) -> Array:
+    """The sum over the first dimension, which these axes split to one entry a device. A device gets
+    its share of the sum, as far as the axes divide it."""
+    sizes = parts_I.shape[1:]
+    return _map(lambda part_1: part_1[0], axes, [P(axes, *_split(places))], sizes, places)(parts_I)
+
+
+def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
+    """The float32 sum over tokens of products of inputs and outputs, [B, T, ...] each, of which a
+    device gets its share; None where no device shares tokens with another."""
+    axes, _ = batch_parts(x.shape[0])
+    tokens = (CONTEXT_AXIS,) if context_parts(x.shape[1]) > 1 else ()
+    if not (axes or tokens):
+        return None
+    num_rows = (x.ndim + dy.ndim - len(places)) // 2
+    num_inputs = x.ndim - num_rows
+    inputs, outputs = places[:num_inputs], places[num_inputs:]
+
+    def of_part(x: Array, dy: Array) -> Array:
+        x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
+        return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    lead = axes, tokens, *(None,) * (num_rows - 2)
+    specs = [P(*lead, *_split(part)) for part in (inputs, outputs)]
+    sizes = *x.shape[num_rows:], *dy.shape[num_rows:]
+    return _map(of_part, (*axes, *tokens), specs, sizes, places)(x, dy)
+
+
+def gather_shares(w: Array, places: Places) -> Array:
+    """A weight of which every device has all that the tensor axis leaves it. Said by hand, since
+    XLA may else gather it once for each product with it."""
+    is_shared = any(free_axis_sizes().get(axis, 1) > 1 for axis in SHARED_BY_ALL)
+    return lax.with_sharding_constraint(w, P(*_split(places))) if is_shared else w
+
+
+def _split(places: Places) -> tuple[str | None, ...]:
+    """The axis that splits each dimension before the sum."""
+    is_split = free_axis_sizes().get(TENSOR_AXIS, 1) > 1
+    return tuple(TENSOR_AXIS if place == TENSOR_AXIS and is_split else None for place in places)
+
+
+def _map(
+    make_part: Callable[..., Array],
+    axes: Axes,
+    specs: list[P],
+    shape: tuple[int, ...],
+    places: Places,
+) -> Callable[..., Array]:
+    """The sum over the devices of these axes of what each makes."""
+    dim, split = next(i for i, at in enumerate(places) if isinstance(at, tuple)), _split(places)
+    shared, size = [], shape[dim]
+    for axis in places[dim] or ():
+        if axis in axes and size % free_axis_sizes()[axis] == 0:
+            shared.append(axis)
+            size //= free_axis_sizes()[axis]
+    rest = tuple(axis for axis in axes if axis not in shared)
+    mesh = jax.sharding.get_abstract_mesh()
+    is_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+
+    def summed(*arguments: Array) -> Array:
+        part = make_part(*arguments)
+        for axis in shared:
+            size = mesh.shape[axis]
+            for groups in scatter_groups(size, MAX_SCATTER if is_tpu else size):
+                part = lax.psum_scatter(
+                    part, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
+                )
+        return lax.psum(part, rest) if rest else part
+
+    return jax.shard_map(
+        summed,
+        # The tensor axis too, over which XLA would else gather what it scatters.
+        axis_names={*axes, *filter(None, split)},
+        in_specs=tuple(specs),
+        out_specs=P(*split[:dim], tuple(shared), *split[dim + 1 :]),
+        check_vma=False,
+    )
+
+
+def scatter_groups(size: int, most: int) -> Iterator[list[list[int]] | None]:
+    """Devices of an axis that scatter a sum among them, None for all, in one step; in two where
+    they are more than `most` and their number is not prime."""
+    near = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    if size <= most or near == 1:
+        yield None
+        return
+    far = size // near
+    yield [[i * near + j for i in range(far)] for j in range(near)]
+    yield [[i * near + j for j in range(near)] for i in range(far)]

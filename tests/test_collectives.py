@@ -1,0 +1,61 @@
+"""What the devices of a mesh tell each other in a step is what it takes, counted by hand, for a model
+of L layers of four matrices each."""
+
+from collections import Counter
+from math import prod
+
+import jax
+import pytest
+
+from tests.compile_collectives import TINY, compile_step, find_collectives
+
+L = TINY["num_hidden_layers"]
+LARGE = 500  # entries, fewer than a device has of any matrix
+GATHERS = 2 * 4 * L + 1
+"""Of each matrix of a layer in the forward pass and again in the backward pass; of the head once."""
+SCATTERS = 4 * L + 1
+"""Of the gradient of each."""
+
+
+# Sums over the tensor axis: after attention and after the MLP, of which the backward pass computes
+# one again; of the gradients before both, and before the head; of the rows of the embedding.
+TENSOR_SUMS = 5 * L + 2
+# A stage computes its layers, of which one is padding, in two ticks, once more for the backward pass
+# of a tick and once more for that of a layer; what is embedded is gathered over the stages.
+RUNS = 2 * -(-L // 2)
+MESHES = {
+    "fsdp": ({"fsdp": 8}, {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0}),
+    "tensor": (
+        {"fsdp": 4, "tensor": 2},
+        {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": TENSOR_SUMS},
+    ),
+    "pipeline": (
+        {"pipeline": 2, "fsdp": 4},
+        {"all-gather": 3 * 4 * RUNS + 2, "reduce-scatter": 4 * RUNS + 1},
+    ),
+}
+CASES = [
+    case if case != "pipeline" else pytest.param(case, marks=pytest.mark.slow) for case in MESHES
+]
+
+
+@pytest.fixture
+def no_cache():
+    """What is compiled is not kept, with which the compiler would have nothing to say."""
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 1e9)
+    yield
+    jax.config.update(key, before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_moves_what_it_takes(case, capfd, no_cache):
+    mesh, expected = MESHES[case]
+    compiled = compile_step(jax.devices(), {"mesh": mesh})
+    assert "full rematerialization" not in capfd.readouterr().err
+    counts = Counter()
+    for one in find_collectives(compiled.as_text()):
+        if one.dtype == "f32" and prod(one.sizes) >= LARGE:
+            counts[one.kind] += one.times
+    assert {kind: counts[kind] for kind in expected} == expected, counts
