@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.parallel.host_memory import fetch, is_moved_to_host, put_like
-from jaxtrain.trainer.state import Moving, PyTree, TrainState, Update, apply_if
+from jaxtrain.trainer.state import Moving, PyTree, Update, apply_if
 
 LAYERS = "layers"
 
 
 def choose_apply_if(
-    shapes: TrainState, optimizer: optax.GradientTransformation, is_separable: bool
+    shapes: PyTree, optimizer: optax.GradientTransformation, is_separable: bool
 ) -> Callable[..., Moving]:
-    """How an update is applied where it is to be, for a state with these shapes and shardings."""
-    leaves = jax.tree.leaves((shapes.params, shapes.opt_state))
+    """How an update is applied where it is to be, to what has these shapes and shardings."""
+    leaves = jax.tree.leaves(shapes)
     is_rounded = any(leaf.dtype == jnp.uint8 for leaf in leaves)
     # One layer after the other is not for stages, which have different ones.
     by_layer = is_rounded and is_separable and leaves[0].sharding.mesh.shape["pipeline"] == 1

@@ -128,6 +128,7 @@ class Run:
         """What the pure step needs."""
         stage, groups = self.config.deepspeed.zero_stage, self.groups
         place = partial(parameter_shardings, self.mesh, self.model.shapes)
+        updated = self.state_shapes.params, self.state_shapes.opt_state
         return StepSpec(
             objective=objective,
             optimizer=self.optimizer,
@@ -142,7 +143,7 @@ class Run:
             grad_shardings=groups.trained(place(over_data=stage >= 2)),
             whole_batch=self.layout.stages > 1,
             scaling=self.scaling,
-            apply_if=choose_apply_if(self.state_shapes, self.optimizer, self.is_separable),
+            apply_if=choose_apply_if(updated, self.optimizer, self.is_separable),
             sequences_per_sample=self.layout.sequences_per_sample,
         )
 
