@@ -82,9 +82,8 @@ class Run:
 
     def _first_state(self, params: PyTree) -> TrainState:
         params, base = self.model.split(params)
-        fetched = fetch(params)
-        opt_state = self.optimizer.init(self.groups.trained(fetched))
-        frozen, average = self.init_frozen(fetched), self.average.start(params)
+        opt_state = self.optimizer.init(self.groups.trained(fetch(params)))
+        frozen, average = self.init_frozen(fetch(params)), self.average.start(params)
         frozen = frozen | ({BASE: base} if base else {})
         scale = self.scaling.start()
         return TrainState(jax.numpy.int32(0), params, frozen, opt_state, average, scale)
