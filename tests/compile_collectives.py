@@ -28,7 +28,11 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 64, "tie_word_embeddings": False,
 }  # fmt: skip
-MODELS = {"tiny": (TINY, 64), "8b": (LLAMA_8B, 4096)}
+LLAMA_1B = {
+    **LLAMA_8B, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS = {"tiny": (TINY, 64), "1b": (LLAMA_1B, 4096), "8b": (LLAMA_8B, 4096)}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 

@@ -18,6 +18,7 @@ class Device:
     """What a mesh needs to know of a device that is not here."""
 
     platform: str
+    device_kind: str = "one of them"
     id: int = 0
     process_index: int = 0
 
