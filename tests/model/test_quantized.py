@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.model.layers import _product, dense
+from jaxtrain.model.layers import dense
 from jaxtrain.model.quantized import (
     BLOCK,
     GROUP,
@@ -128,7 +128,7 @@ def test_a_product_is_that_of_the_whole_weight_which_nothing_keeps(kind, dtype):
     x = jax.random.normal(jax.random.key(0), (2, 5, *inputs), dtype)
     whole = dequantize(form, parts, dtype)
     y, back = jax.vjp(lambda x: dense(x, weight, contract=3), x)
-    expected, back_whole = jax.vjp(lambda x: _product(3, x, whole), x)
+    expected, back_whole = jax.vjp(lambda x: dense(x, whole, contract=3), x)
     unit = {jnp.float32: 5e-7, jnp.bfloat16: 2e-3}[dtype]
     for found, wanted in ((y, expected), (back(y)[0], back_whole(y)[0])):
         found, wanted = (np.asarray(a, np.float32) for a in (found, wanted))
