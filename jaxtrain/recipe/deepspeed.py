@@ -147,7 +147,7 @@ class ZeroConfig(_keys("zero_optimization")):
     ] = None
     offload_param: Annotated[
         OffloadConfig | None,
-        mapped("placement of layers' matrices, with adapters of the base; without effect on CPU"),
+        mapped("placement of layers' matrices (the base's, with adapters); without effect on CPU"),
     ] = None
     """Where the weights of a layer are until it is computed, forward, backward and in the update;
     `cpu` needs `stage: 3` and every layer recomputed."""
