@@ -68,13 +68,13 @@ class Plan(NamedTuple):
     parts: int
     """of each sequence, among these"""
     vocabulary_axis: str | None
-    shared: Axes
-    """over which devices share the gradient of the head"""
     vocabulary: int
     splits: int
     """of the vocabulary over its axis"""
     tiles: int
     """of each of these"""
+    shared: Axes = SHARED
+    """over which devices share the gradient of the head"""
     lift: float = 1.0
     """factor on what is saved for the backward pass, which takes it out again"""
 
@@ -120,8 +120,8 @@ def weighted_nll(
     plan = _make_plan(
         hidden_BTD, head, head_layout, chunk_tokens, tiles, scale, softcap, z_loss, label_smoothing
     )
-    plan = plan._replace(shared=shared)
-    plan = plan._replace(lift=HALF_LIFT if hidden_BTD.dtype == jnp.float16 else 1.0)
+    lift = HALF_LIFT if hidden_BTD.dtype == jnp.float16 else 1.0
+    plan = plan._replace(shared=shared, lift=lift)
     return _weighted_nll(plan, hidden_BTD, head, targets_BT, weights_BT.astype(jnp.float32))
 
 
@@ -284,7 +284,6 @@ def _make_plan(
         shards=shards * parts,
         parts=parts,
         vocabulary_axis=TENSOR_AXIS if splits > 1 else None,
-        shared=SHARED,
         vocabulary=V,
         splits=splits,
         tiles=tiles,

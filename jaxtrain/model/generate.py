@@ -136,8 +136,12 @@ def stream(
         lengths_B, key = np.array([*map(len, texts)], np.int32), jax.random.key(seed)
         return _prefill(graph, sampling, room, params, tokens_BP, lengths_B, key)
 
-    progress = prefill()
+    progress, outgrows = prefill(), False
     while left and not all(has_ended):
+        if outgrows:
+            # What is cached of a text that has become longer than its rope is that of another one.
+            kept = {"is_done_B": progress.is_done_B, "key": progress.key}
+            progress = prefill()._replace(**kept)
         lengths = [len(text) for text, ended in zip(texts, has_ended, strict=True) if not ended]
         turns = [most + 1 - size for most in limits for size in lengths if size <= most]
         slot = int(progress.slot)
@@ -151,10 +155,7 @@ def stream(
             texts[row] += chunk[row]
         yield chunk
         left -= until - slot
-        if left and until - slot in turns:
-            # What is cached of a text that has become longer than its rope is that of another one.
-            kept = {"is_done_B": progress.is_done_B, "key": progress.key}
-            progress = prefill()._replace(**kept)
+        outgrows = until - slot in turns
 
 
 def padded_length(tokens: int) -> int:
