@@ -4,11 +4,13 @@ XLA on CPU uses a processor's unit for bfloat16 (AMX, AVX512-BF16) only where ro
 multiplied with another, into float32; it converts the operands of all other products to float32.
 """
 
+from functools import partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Dims = tuple[int, ...]
@@ -32,6 +34,26 @@ def einsum(spec: str, x: Array, y: Array) -> Array:
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
     x_dims, y_dims = (tuple(map(names.index, common)) for names in (x_names, y_names))
     return _multiply_matrices(x, y, x_dims, y_dims).reshape([sizes[name] for name in result])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def keep(x: Array, name: str) -> Array:
+    """x, which a rematerialisation policy knows by this name."""
+    return mark(x, name)
+
+
+keep.defvjp(lambda x, name: (mark(x, name), None), lambda name, _, dy: (dy,))
+
+
+def mark(x: Array, name: str) -> Array:
+    """The same in a function whose gradient is given, as none goes through.
+
+    On CPU bfloat16 is kept as integers: a loop over layers would convert the stack of what all of
+    them keep to float32 and back, in each of its turns."""
+    if not _is_for_unit(x):
+        return checkpoint_name(x, name)
+    bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _is_for_unit(x: Array) -> bool:

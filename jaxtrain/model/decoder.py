@@ -450,10 +450,9 @@ def _first_written(
     found = {}
     for block in members.values():
         if key := block.spec.writes_keys:
-            sizes = block.config.of_layer(block.spec)
             B, S = inputs.kv_positions.segments.shape
-            shape = B, sizes.num_kv_heads, S, sizes.head_size
-            found[key] = Cache(*jnp.zeros((2, *shape), x_BTD.dtype))
+            empty = block.token_mixer.empty_cache(1, B, S, x_BTD.dtype)
+            found[key] = jax.tree.map(partial(jnp.squeeze, axis=0), empty)
     return {**found, **{key: kept for key, kept in (inputs.shared or {}).items() if key in found}}
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxtrain.kernels.product import einsum, multiply
+from jaxtrain.kernels.product import einsum, keep, multiply
 from tests.runs import mesh_of
 
 PRODUCTS = {  # dimensions of x and y, and those that are contracted
@@ -108,3 +109,31 @@ def test_only_bfloat16_on_one_cpu_is_another_program(place, dtype):
         assert (found == expected) == (place != "cpu" or dtype == jnp.float32)
         if place == "cpu" and dtype == jnp.bfloat16:
             assert "contracting_dims = [1] x" in found
+
+
+def gradient(x, w, *, keep):
+    """Of a loop over layers that keep their products."""
+    policy = jax.checkpoint_policies.save_only_these_names("product")
+
+    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def layer(x, w):
+        return jnp.sin(keep(multiply(x, w, (1,), (0,)), "product"))[:, : x.shape[1]]
+
+    return jax.grad(lambda w: lax.scan(lambda x, w: (layer(x, w), None), x, w)[0].sum())(w)
+
+
+@pytest.mark.parametrize("mesh", [CPU, TWO], ids=["one device", "two"])
+def test_what_is_kept_of_bfloat16_has_the_gradient_of_what_is_not(mesh):
+    arrays = operands((24, 40), (5, 40, 56))
+    found, expected = (
+        compiled(partial(gradient, keep=keep), *arrays, mesh=mesh)(*arrays)
+        for keep in (keep, checkpoint_name)
+    )
+    np.testing.assert_array_equal(np.float32(found), np.float32(expected))
+    assert np.abs(np.float32(found)).max() > 1
+
+
+def test_a_loop_on_cpu_does_not_convert_the_stack_of_what_layers_keep():
+    arrays, stack = operands((24, 40), (5, 40, 56)), "f32[5,24,56]"
+    assert stack not in compiled(partial(gradient, keep=keep), *arrays).as_text()
+    assert stack in compiled(partial(gradient, keep=checkpoint_name), *arrays).as_text()

@@ -15,7 +15,7 @@ from jaxtrain.batch import Batch
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.model.config import ComputeConfig, DecoderConfig, LayerSpec, Norm, group_layers
 from jaxtrain.model.decoder import Decoder, Model, abstract, init_params, merge, run_group, split
-from jaxtrain.model.layers import AttentionInputs, normalize
+from jaxtrain.model.layers import ACTIVATIONS, AttentionInputs, activate, normalize
 from jaxtrain.model.rope import Llama3, Rope
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import parameter_shardings
@@ -242,6 +242,31 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     _, exact = outputs(build()[0].graph, params)
     np.testing.assert_allclose(logits, exact, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_computed_in_float32_and_has_the_gradient_of_autodiff(activation, rows):
+    rng = np.random.default_rng(0)
+    wide, dy = (3 * rng.normal(size=(5, *size)) for size in ((rows, 17), (17,)))
+    act = ACTIVATIONS[activation]
+    plain = lambda wide: act(wide[:, 0]) * (wide[:, 1] if rows > 1 else 1)
+
+    def both(function, wide, dy):
+        y, pull = jax.vjp(function, wide)
+        return y, *pull(dy)
+
+    with jax.enable_x64(True):
+        expected = both(plain, jnp.asarray(wide), jnp.asarray(dy))
+    found = both(partial(activate, activation), jnp.float32(wide), jnp.float32(dy))
+    for value, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
+
+    wide, dy = jnp.bfloat16(wide), jnp.bfloat16(dy)
+    in_float32 = both(plain, jnp.float32(wide), jnp.float32(dy))
+    for value, exact in zip(both(partial(activate, activation), wide, dy), in_float32, strict=True):
+        assert value.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(value), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_norms_are_computed_in_float32():

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions, visible_keys
+from jaxtrain.kernels.product import mark
 
 BLOCK = 128  # tokens; on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores than needed
@@ -35,7 +36,7 @@ def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_pos
     same_order = q_BTNH.shape[1] == k_BSKH.shape[1]
     out_BTNH, lse_BTN = attend(scoring, *inputs, same_order=same_order)
     # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
-    out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "attention")
+    out_BTNH = mark(out_BTNH.astype(q_BTNH.dtype), "attention")
     lse_BTN = checkpoint_name(lse_BTN, "attention")
     return out_BTNH, (*inputs, out_BTNH, lse_BTN)
 
@@ -157,12 +158,12 @@ def attend_backward(
 def _backward_block(scoring: Scoring, keys, queries):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
     k_BKSH, v_BKSH, kv_positions = keys
-    queries, kv_positions, zero = _tie(queries, kv_positions, 0.0)
+    queries, kv_positions, lowest = _tie(queries, kv_positions, -jnp.inf)
     q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = queries
     visible_BSR = visible_keys(row_positions, kv_positions, scoring.window).swapaxes(1, 2)
     scores_BKSR = _scores(scoring, _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH))
-    p_BKSR = jnp.exp(scores_BKSR - lse_BKR1.swapaxes(2, 3))
-    p_BKSR = jnp.where(visible_BSR[:, None], p_BKSR, zero)
+    logs_BKSR = scores_BKSR - lse_BKR1.swapaxes(2, 3)
+    p_BKSR = jnp.exp(jnp.where(visible_BSR[:, None], logs_BKSR, lowest))
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR.astype(d_out_BKRH.dtype), d_out_BKRH)
     d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
     d_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scoring.scale
