@@ -1,6 +1,7 @@
 """`jaxtrain export`: a checkpoint as a folder that `transformers` loads; prepares no data and reads
 the weights of the checkpoint alone."""
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ def find_checkpoint(source: Path) -> Path:
     if not (source / "recipe.yaml").is_file():
         raise CheckpointError(f"{source} is neither a run folder nor a checkpoint `global_step_N`")
     entries = get_config(source / "recipe.yaml", runs_here=False).checkpoint
-    engines = [OrbaxEngine(entry) for entry in entries if isinstance(entry, OrbaxConfig)]
-    saved = [engine for engine in engines if engine.steps()]
-    if not saved:
-        raise CheckpointError(f"the run in {source} has saved no full state")
-    newest = max(saved, key=lambda engine: engine.steps()[-1])
-    return newest.path(newest.steps()[-1])
+    engines = [registry.find("checkpoint", entry.type)(entry) for entry in entries]
+    saved = [(step, engine) for engine in engines if (step := engine.latest()) is not None]
+    latest = [engine.path(step) for step, engine in sorted(saved, key=itemgetter(0))]
+    states = [path for path in latest if read_metadata(path)]
+    if states:
+        return states[-1]
+    hint = f"; it has exported {latest[-1]}" if latest else ""
+    raise CheckpointError(f"the run in {source} has saved no full state{hint}")

@@ -84,5 +84,8 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         cli(["export", str(tmp_path / "run"), "--to", str(tmp_path)], standalone_mode=False)
     for step in run.checkpoint_engines[0].steps():
         (tmp_path / "state" / f"global_step_{step}").rename(tmp_path / f"moved {step}")
-    with pytest.raises(CheckpointError, match="has saved no full state"):
+    exported = re.escape(str(tmp_path / "out" / "global_step_2"))
+    with pytest.raises(
+        CheckpointError, match=f"has saved no full state; it has exported {exported}$"
+    ):
         find_checkpoint(tmp_path / "run")
