@@ -399,13 +399,11 @@ def run_group(
                 shared={**(inputs.shared or {}), **written}, own_BTI=None if own is None else own[m]
             )
 
-            def block(x_BTD, params, cache, graph=block_graph, inputs=seen):
-                x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-                # Here, since copies that are made outside would be kept for the backward pass.
-                return nnx.merge(graph, fetch(params))(x_BTD, inputs, cache)
-
-            block = rematerialize(block, compute) if (before + m) % every == 0 else block
-            out = block(x_BTD, block_params, caches and caches[name])
+            if caches is None:
+                policy = compute if (before + m) % every == 0 else None
+                out = _run_layer(block_graph, block_params, x_BTD, seen, policy)
+            else:
+                out = _run_with_cache(block_graph, block_params, x_BTD, seen, caches[name])
             x_BTD, new_caches[name] = out.x_BTD, out.cache
             if key := members[name].spec.writes_keys:
                 written = {**written, key: out.cache}
@@ -441,6 +439,31 @@ def run_group(
     carry, routings = lax.scan(run_period, carry, jax.tree.map(cut, scanned))
     carry, routing = run_period(carry, jax.tree.map(lambda a: a[num_repeats - rest :], scanned))
     return Output(carry[0], None, add_routings([sum_layers(routings), routing]), carry[1])
+
+
+def _run_layer(
+    graph: nnx.GraphDef,
+    params: Params,
+    x_BTD: Array,
+    inputs: AttentionInputs,
+    policy: ComputeConfig | None,
+) -> Output:
+    """Runs a layer whose backward pass recomputes what `policy` says."""
+
+    def run(x_BTD: Array, params: Params) -> Output:
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+        # Here, since copies that are made outside would be kept for the backward pass.
+        return nnx.merge(graph, fetch(params))(x_BTD, inputs, None)
+
+    return (run if policy is None else rematerialize(run, policy))(x_BTD, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_with_cache(
+    graph: nnx.GraphDef, params: Params, x_BTD: Array, inputs: AttentionInputs, cache: Any
+) -> Output:
+    """Runs a layer, which is traced once for all that are like it."""
+    return nnx.merge(graph, fetch(params))(x_BTD, inputs, cache)
 
 
 def _first_written(

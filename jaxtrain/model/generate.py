@@ -175,8 +175,8 @@ def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
     for g, group in enumerate(config.groups):
         for m, spec in enumerate(group.layers):
             block_graph, stacked = split(decoder.layers[str(g)][str(m)])
-            for at, number in enumerate(config.layer_numbers(g, m)):
-                one = jax.tree.map(lambda a, at=at: _cut_layer(a, at), stacked)
+            numbers = config.layer_numbers(g, m)
+            for number, one in zip(numbers, _cut_layers(stacked, len(numbers)), strict=True):
                 blocks[str(number)], specs[number] = nnx.merge(block_graph, one), spec
     layers = tuple(spec for _, spec in sorted(specs.items()))
     decoder.config = replace(config, groups=(LayerGroup(layers, 1),))
@@ -184,9 +184,9 @@ def unroll(graph: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
     return split(decoder)
 
 
-@jax.jit
-def _cut_layer(stacked: Array, at: Array) -> Array:
-    return lax.dynamic_slice_in_dim(stacked, at, 1)
+@partial(jax.jit, static_argnums=1)
+def _cut_layers(stacked: Params, count: int) -> list[Params]:
+    return [jax.tree.map(lambda a, at=at: a[at : at + 1], stacked) for at in range(count)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
