@@ -49,7 +49,21 @@ A100 = """gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA A100-SXM4-80GB"
 """
-GPUS = {"a100": A100, "l4": L4, "h200": H200}
+B200 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: 148 fpus_per_core: 128 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 8000000000000 l2_cache_size: 132644864 clock_rate_ghz: 1.965
+  device_memory_size: 192000000000 cuda_compute_capability { major: 10 minor: 0 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA B200"
+"""
+GPUS = {"a100": A100, "l4": L4, "h200": H200, "b200": B200}
+TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+"""Target → a topology with some of its chips."""
 KERNELS = {"splash": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
 TOKENS = 512
 

@@ -1,5 +1,5 @@
-"""Compile attention, forward and backward, on rows of 8192 tokens for a named target; prints the bytes
-of temporaries of each case as JSON."""
+"""Compile attention, forward and backward, on rows of 8192 tokens for a named target; prints for each
+case, as JSON, the bytes of temporaries and the kernels that the lowered program holds."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.attention import Scoring, TokenPositions, attention
-from tests.compile_ahead import topology
+from tests.compile_ahead import GPUS, KERNELS, TPUS, topology
 
 T, N, K = 8192, 16, 4
 CASES = {
@@ -29,12 +29,13 @@ CASES = {
 
 
 def main(target: str) -> None:
-    mesh = Mesh(np.array(topology(target, "v5e:2x4").devices[:1]), "data", (AxisType.Auto,))
+    devices = topology(target, TPUS.get(target, "")).devices[:1]
+    mesh = Mesh(np.array(devices), "data", (AxisType.Auto,))
     here = NamedSharding(mesh, P())
     on_device = partial(jax.ShapeDtypeStruct, sharding=here)
     found = {}
     for case, (H, dtype, rule) in CASES.items():
-        if target == "v5e" and H % 64:
+        if target in TPUS and H % 64:
             continue
         q, kv = on_device((1, T, N, H), dtype), on_device((1, T, K, H), dtype)
         places = TokenPositions(*[on_device((1, T), jnp.int32)] * 2)
@@ -43,7 +44,7 @@ def main(target: str) -> None:
         def pull(q, k, v, sinks, places, d_out, rule=rule, H=H):
             attend = partial(
                 attention, q_positions=places, kv_positions=places,
-                implementation="splash" if target == "v5e" else "triton",
+                implementation="triton" if target in GPUS else "splash",
                 scoring=Scoring(H**-0.5, **rule),
             )  # fmt: skip
             run = lambda q, k, v, sinks: attend(q, k, v, sinks_N=sinks)
@@ -52,7 +53,13 @@ def main(target: str) -> None:
 
         with jax.set_mesh(mesh):
             lowered = jax.jit(pull).lower(q, kv, kv, sinks, places, q)
-            found[case] = lowered.compile().memory_analysis().temp_size_in_bytes
+            text = lowered.as_text()
+            found[case] = {
+                "temporaries": lowered.compile().memory_analysis().temp_size_in_bytes,
+                "kernels": {
+                    name: text.count(call) for name, call in KERNELS.items() if call in text
+                },
+            }
     print(json.dumps(found))
 
 

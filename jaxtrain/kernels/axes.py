@@ -1,4 +1,4 @@
-"""The mesh axes that kernels use; this folder imports nothing else from the package."""
+"""The mesh axes and the platform of kernels; this folder imports nothing else from the package."""
 
 import jax
 from jax.sharding import AxisType
@@ -6,6 +6,12 @@ from jax.sharding import AxisType
 BATCH_AXES = ("data", "fsdp", "expert")
 TENSOR_AXIS = "tensor"
 CONTEXT_AXIS = "context"
+
+
+def current_platform() -> str | None:
+    """That of the devices of the current mesh, here or not, as jax calls it; None without them."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
 
 
 def free_axis_sizes() -> dict[str, int]:

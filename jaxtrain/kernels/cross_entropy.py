@@ -24,6 +24,7 @@ from jaxtrain.kernels.axes import (
     TENSOR_AXIS,
     batch_parts,
     context_parts,
+    current_platform,
     free_axis_sizes,
 )
 from jaxtrain.kernels.product import einsum
@@ -33,7 +34,8 @@ HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
 
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
-MAX_TOKENS = 1024  # of a chunk on one device; more are no faster
+MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on CPU and GPU
+ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
 MIN_TILE = 512  # tokens of the vocabulary
@@ -260,6 +262,7 @@ def _make_plan(
             f"{head_layout!r}; the other layout is {'VD' if head_layout == 'DV' else 'DV'!r}"
         )
     sizes, parts = free_axis_sizes(), context_parts(T)
+    part_tokens = T // parts
     axes, shards = batch_parts(B)
     splits = sizes.get(TENSOR_AXIS, 1)
     splits = splits if V % splits == 0 else 1
@@ -267,10 +270,12 @@ def _make_plan(
         tiles = _count_tiles(D, V // splits) if shards * parts > 1 else 1
     if chunk_tokens is None:
         # With D tokens the logits take as much memory as the float32 gradient of the head.
-        tokens = max(D, MIN_BYTES // (4 * V // splits))
-        tokens = tokens if tiles > 1 else min(MAX_TOKENS, tokens)
+        tokens, all_tokens = max(D, MIN_BYTES // (4 * V // splits)), B // shards * part_tokens
+        if tiles == 1:
+            fits = 4 * all_tokens * V // splits <= ONE_CHUNK_BYTES
+            is_whole = fits and current_platform() == "tpu"
+            tokens = all_tokens if is_whole else min(MAX_TOKENS, tokens)
         chunk_tokens = max(1, tokens // (B // shards))
-    part_tokens = T // parts
     chunks = -(-part_tokens // chunk_tokens)
     return Plan(
         head_layout=head_layout,

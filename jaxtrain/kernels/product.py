@@ -13,6 +13,8 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxtrain.kernels.axes import current_platform
+
 Dims = tuple[int, ...]
 
 
@@ -58,9 +60,7 @@ def mark(x: Array, name: str) -> Array:
 
 def _is_for_unit(x: Array) -> bool:
     """Whether this is a product of bfloat16 on one CPU, by the mesh of the context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    is_on_cpu = device is not None and device.platform == "cpu" and mesh.size == 1
+    is_on_cpu = current_platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
     return is_on_cpu and x.dtype == jnp.bfloat16
 
 

@@ -17,6 +17,7 @@ from jaxtrain.kernels.axes import (
     TENSOR_AXIS,
     batch_parts,
     context_parts,
+    current_platform,
     free_axis_sizes,
 )
 
@@ -88,7 +89,7 @@ def _map(
             size //= free_axis_sizes()[axis]
     rest = tuple(axis for axis in axes if axis not in shared)
     mesh = jax.sharding.get_abstract_mesh()
-    is_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    is_tpu = current_platform() == "tpu"
 
     def summed(*arguments: Array) -> Array:
         part = make_part(*arguments)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels import cross_entropy
@@ -195,6 +195,19 @@ def test_all_logits_are_never_held():
     text = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head).compile().as_text()
     sizes = [np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) < B * 64 * V / 2  # the hidden states alone are B * 64 * V / 2.5
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "chunks"), [("tpu", 4096, 1), ("tpu", 8192, 8), ("gpu", 4096, 4)]
+)
+def test_a_tpu_takes_all_tokens_at_once_where_their_logits_are_few(platform, tokens, chunks):
+    shaped = jax.ShapeDtypeStruct
+    hidden, head = shaped((1, tokens, 2048), jnp.bfloat16), shaped((2048, 128256), jnp.float32)
+    targets, weights = (shaped((1, tokens), dtype) for dtype in (jnp.int32, jnp.float32))
+    device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.make_jaxpr(weighted_nll)(hidden, head, targets, weights)
+    assert re.findall(r"\blength=(\d+)", str(traced)) == [str(chunks)]
 
 
 def test_a_head_in_the_wrong_layout_is_an_error():

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import jax
 import pytest
 
 from tests.runs import recipe, trainer
@@ -24,6 +25,14 @@ def updates_in(folder):
     return count
 
 
+def calls_in_xplane(folder):
+    """Calls of the step in the file that XProf reads, where the other is for Perfetto."""
+    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = (event for plane in planes for line in plane.lines for event in line.events)
+    return sum(event.name == "PjitFunction(step)" for event in events)
+
+
 @pytest.mark.covers("profile.start_step", "profile.num_steps")
 @pytest.mark.parametrize(
     ("window", "traced"),
@@ -32,6 +41,7 @@ def updates_in(folder):
 def test_a_trace_has_its_updates(tmp_path, window, traced):
     trainer(recipe(tmp_path, profile=window)).train()
     assert updates_in(tmp_path / "run" / "profile") == traced
+    assert calls_in_xplane(tmp_path / "run" / "profile") >= traced
 
 
 @pytest.mark.covers("profile.dir")
