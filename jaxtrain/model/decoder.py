@@ -76,7 +76,7 @@ from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.host_memory import KIND, fetch
-from jaxtrain.parallel.matrices import MATRICES, place_of
+from jaxtrain.parallel.matrices import MATRICES, axes_of_product
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -154,11 +154,11 @@ class Decoder(nnx.Module):
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
+        name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
         for path, weight in nnx.iter_graph(self):
-            matrix = MATRICES.get(place_of("/".join(map(str, path))))
-            if matrix is not None and isinstance(weight, nnx.Param):
-                name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
-                weight.set_metadata(places=tuple(map(name, matrix.inputs + matrix.outputs)))
+            axes = axes_of_product("/".join(map(str, path)))
+            if axes is not None and isinstance(weight, nnx.Param):
+                weight.set_metadata(places=tuple(map(name, axes)))
 
     @property
     def _shared(self) -> Axes:
