@@ -24,6 +24,7 @@ TENSOR_SUMS = 5 * L + 2
 # A stage computes its layers, of which one is padding, in two ticks, once more for the backward pass
 # of a tick and once more for that of a layer; what is embedded is gathered over the stages.
 RUNS = 2 * -(-L // 2)
+ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
 MESHES = {
     "fsdp": (
         {"mesh": {"fsdp": 8}},
@@ -36,6 +37,17 @@ MESHES = {
     "tensor": (
         {"mesh": {"fsdp": 4, "tensor": 2}},
         {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": TENSOR_SUMS},
+    ),
+    # A table of embeddings is gathered and summed as a matrix is; each sum is over two axes. Queries,
+    # keys, values and what attention makes of them go to the devices of their heads, in four parts.
+    "context": (
+        {"mesh": {"context": 4, "fsdp": 2}, "tokens": 512, "tiled_mlp_compute": True, **ZERO_3},
+        {
+            "all-gather": GATHERS + 1,
+            "reduce-scatter": 2 * (SCATTERS + 1),
+            "all-reduce": 0,
+            "all-to-all": 3 * 4 * L * 4,
+        },
     ),
     "pipeline": (
         {"mesh": {"pipeline": 2, "fsdp": 4}},

@@ -44,20 +44,23 @@ def sum_parts(parts_I: Array, axes: Axes, places: Places) -> Array:
 def map_with_copies(
     layer: Callable[[Any, Array], Array],
     weights: Sequence[tuple[Array, Places] | None],
-    x_BTD: Array,
+    x: Array,
+    *,
+    dtype: DTypeLike,
 ) -> Array:
-    """`layer(weights, x)` of each device's own tokens. The devices sum their gradients of the
-    weights once, however often the layer uses these."""
-    axes, tokens = _token_axes(x_BTD)
+    """`layer(weights, x)` of each device's own tokens, x [B, T, ...]; the weights are float32, of
+    numbers in this dtype. The devices sum their gradients of the weights once, however often the
+    layer uses these."""
+    axes, tokens = _token_axes(x)
     if not (axes or tokens):
-        return layer([w and w[0] for w in weights], x_BTD)
-    rows, shared = P(axes, tokens, None), (*axes, *tokens)
-    copies = [w and _copy(shared, w[1], x_BTD.dtype, w[0]) for w in weights]
-    local = lambda copies, x_BTD: layer(jax.tree.map(lambda w_1: w_1[0], copies), x_BTD)
+        return layer([w and w[0] for w in weights], x)
+    rows, shared = P(axes, tokens), (*axes, *tokens)
+    copies = [w and _copy(shared, w[1], dtype, w[0]) for w in weights]
+    local = lambda copies, x: layer(jax.tree.map(lambda w_1: w_1[0], copies), x)
     return jax.shard_map(
         local,
         in_specs=(P(shared), rows), out_specs=rows, axis_names={*shared}, check_vma=False,
-    )(copies, x_BTD)  # fmt: skip
+    )(copies, x)  # fmt: skip
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

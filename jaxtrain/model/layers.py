@@ -511,6 +511,7 @@ class MLP(nnx.Module):
             lambda weights, x_BTD: run_mlp(weights, (x_BTD, None)),
             [None if w is None else (w[...], _places(w)) for w in weights],
             x_BTD,
+            dtype=x_BTD.dtype,
         )
 
 
