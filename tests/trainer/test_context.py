@@ -73,8 +73,12 @@ TABLE = {
         {"gradient_accumulation_steps": 2, "model": {"remat": "dots"}, **EVALUATION}, "ring",
     ),
     "tiles and padding": (
-        {"context": 4, "data": 2}, SMALL,
-        {"tiled_mlp_compute": True, "data": {"pack_samples": False, "div_length": 8}}, "all-to-all",
+        {"context": 2, "fsdp": 2, "tensor": 2}, SMALL | {"mlp_bias": True},
+        {
+            "tiled_mlp_compute": True,
+            "data": {"pack_samples": False, "pad_to": "max_length", "max_length": 256},
+        },
+        "all-to-all",
     ),
     "adapters in the ring of eight": ({"context": 8}, SMALL | FOUR_HEADS, LORA | EVALUATION, "ring"),
     "zero 3": (
