@@ -20,7 +20,7 @@ SMALL = {"num_hidden_layers": 2}
 ONE_KEY = SMALL | {"num_key_value_heads": 1}
 ALL_KEYS = SMALL | {"num_key_value_heads": 8}
 FOUR_HEADS = {"num_attention_heads": 4}
-SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
 WINDOWS = SMALL | {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 20,
 }  # fmt: skip
