@@ -493,16 +493,15 @@ class MLP(nnx.Module):
             gate_up, gate_up_bias, down, down_bias = weights
             x_BtD, noise_Bt = inputs
             wide = dense(x_BtD, gate_up, gate_up_bias, self.gate_up_lora, noise_Bt)
-            act = activate(self.activation, wide)
+            act: Any = activate(self.activation, wide)
             return dense(act, down, down_bias, self.down_lora, noise_Bt)
 
-        weights = self.gate_up, self.gate_up_bias, self.down, self.down_bias
+        weights: Any = self.gate_up, self.gate_up_bias, self.down, self.down_bias
         tokens = x_BTD.shape[1] // context_parts(x_BTD.shape[1])
-        if self.tile_tokens is None or tokens <= self.tile_tokens:
+        tile_tokens = self.tile_tokens or tokens
+        if tokens <= tile_tokens:
             return mlp(weights, (x_BTD, noise_BT))
-        run_mlp = lambda weights, inputs: run_in_tiles(
-            partial(mlp, weights), inputs, self.tile_tokens
-        )
+        run_mlp = lambda weights, inputs: run_in_tiles(partial(mlp, weights), inputs, tile_tokens)
         is_plain = type(self.gate_up) is type(self.down) is nnx.Param
         if not is_plain or self.gate_up_lora is not None or self.down_lora is not None:
             return run_mlp(weights, (x_BTD, noise_BT))
