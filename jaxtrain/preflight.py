@@ -44,7 +44,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.data.render import Renderer
     from jaxtrain.model import HFModelFactory, decoder
     from jaxtrain.model.config import ComputeConfig
-    from jaxtrain.model.context import refuse_context
+    from jaxtrain.model.context import refuse_context, refuse_length
     from jaxtrain.model.routing import refuse_idle_experts
     from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
@@ -81,6 +81,7 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
         length = 0
         with collecting():
             length = sequence_limit(config.data, spec.config.max_positions)
+            refuse_length(spec.config, length)
         shapes = decoder.abstract(spec.config, ComputeConfig()).shapes
         with collecting():
             sizes = config.mesh.sizes(next(iter(find_batch_sizes(config, devices))))

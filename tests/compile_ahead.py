@@ -68,23 +68,30 @@ KERNELS = {"splash": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}
 TOKENS = 512
 
 
-def topology(target: str, tpu: str) -> Any:
+def topology(target: str, tpu: str, gpu: str = "1x1x8") -> Any:
+    """`gpu` counts partitions, hosts and the GPUs of each."""
     if target not in GPUS:
         return topologies.get_topology_desc(platform="tpu", topology_name=tpu)
-    return topologies.get_topology_desc(
-        platform="cuda", topology="1x1x8", target_config=GPUS[target]
-    )
+    return topologies.get_topology_desc(platform="cuda", topology=gpu, target_config=GPUS[target])
 
 
 def device_memory(run: SFTTrainer, tokens: int) -> dict[str, int]:
-    """Bytes of a device that the step takes, compiled for sequences of so many tokens."""
+    """Bytes that the step takes of a device, and of the host for it, compiled for sequences of so
+    many tokens."""
     shapes = run.run.state_shapes
     memory = run.step.lower(shapes, run.layout.batch_shapes(tokens)).compile().memory_analysis()
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    argument, output, alias, temporaries = (
+        getattr(memory, f"host_{part}_size_in_bytes")
+        for part in ("argument", "output", "alias", "temp")
+    )
+    host, peak = argument + output - alias + temporaries, live + memory.temp_size_in_bytes
     return {
         "state": device_bytes(shapes),
         "temporaries": memory.temp_size_in_bytes,
-        "peak": max(memory.peak_memory_in_bytes, live + memory.temp_size_in_bytes),
+        # The compiler's own peak counts the host's memory too.
+        "peak": peak if host else max(peak, memory.peak_memory_in_bytes),
+        "host": host,
     }
 
 

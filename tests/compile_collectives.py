@@ -4,7 +4,8 @@ device, by kind and dtype with the largest alone, and the bytes of a device.
     python tests/compile_collectives.py v5e '{"size": "8b", "chips": "v5e:16x16", "mesh": {"fsdp": 256}}'
 
 The environment is that of `compile_with` in test_ahead_of_time.py; `cpu` has the devices that there
-are. Other keys are those of the recipe; `text` names a file for the compiled program.
+are. Other keys are those of the recipe, but for `tokens` of a sequence; `text` names a file for the
+compiled program.
 """
 
 import json
@@ -103,19 +104,20 @@ def count_trips(bodies: dict[str, list[str]], line: str) -> int:
     return int(ends[-1]) if len(ends) == 1 else 1
 
 
-def compile_step(devices: Any, written: dict[str, Any]) -> Any:
+def lower_step(devices: Any, written: dict[str, Any]) -> Any:
     folder = Path(tempfile.mkdtemp())
     config, tokens = MODELS[written.pop("size", "tiny")]
+    tokens = written.pop("tokens", tokens)
     written = recipe(folder, data={"max_length": tokens}, **{"micro_batch_size": 1, **written})
     model_folder(folder / "model", **config)
     run = SFTTrainer(get_config(written), "plan", devices=devices)
-    return run.step.lower(run.run.state_shapes, run.layout.batch_shapes(tokens)).compile()
+    return run.step.lower(run.run.state_shapes, run.layout.batch_shapes(tokens))
 
 
 def main(target: str, written: dict[str, Any]) -> None:
     chips, file = written.pop("chips", "v5e:2x4"), written.pop("text", None)
     devices = jax.devices() if target == "cpu" else topology(target, chips).devices
-    compiled = compile_step(devices, written)
+    compiled = lower_step(devices, written).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if file:
         Path(file).write_text(text)

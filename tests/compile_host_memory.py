@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import SFTTrainer, get_config
-from jaxtrain.plan import device_bytes
 from tests.compile_adapters import LLAMA_8B
-from tests.compile_ahead import topology
+from tests.compile_ahead import device_memory, topology
 from tests.runs import model_folder, recipe
 
 SMALL = {
@@ -19,7 +18,10 @@ SMALL = {
     "max_position_embeddings": 2048,
 }  # fmt: skip
 DEEP = {**SMALL, "num_hidden_layers": 128}
-MODELS = {"small": (SMALL, 2048), "deep": (DEEP, 2048), "8b": (LLAMA_8B, 4096)}
+HALF = {**LLAMA_8B, "num_hidden_layers": 16}
+MODELS = {
+    "small": (SMALL, 2048), "deep": (DEEP, 2048), "8b": (LLAMA_8B, 4096), "half": (HALF, 4096),
+}  # fmt: skip
 
 
 def main(target: str, written: dict[str, Any]) -> None:
@@ -28,19 +30,7 @@ def main(target: str, written: dict[str, Any]) -> None:
     written = recipe(folder, data={"max_length": tokens}, mesh={"fsdp": 8}, **written)
     model_folder(folder / "model", **config)
     run = SFTTrainer(get_config(written), "plan", devices=topology(target, "v5e:2x4").devices)
-    shapes, batch = run.run.state_shapes, run.layout.batch_shapes(tokens)
-    compiled = run.step.lower(shapes, batch).compile()
-    memory = compiled.memory_analysis()
-    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sizes = {part: getattr(memory, f"host_{part}_size_in_bytes") for part in
-             ("argument", "output", "alias", "temp")}  # fmt: skip
-    print(json.dumps({
-        "state": device_bytes(shapes),
-        "temporaries": memory.temp_size_in_bytes,
-        # Not the compiler's own peak, which counts the host's memory too.
-        "peak": live + memory.temp_size_in_bytes,
-        "host": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
-    }))  # fmt: skip
+    print(json.dumps(device_memory(run, tokens)))
 
 
 if __name__ == "__main__":

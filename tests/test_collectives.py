@@ -1,13 +1,14 @@
 """What the devices of a mesh tell each other in a step is what it takes, counted by hand, for a model
 of L layers of four matrices each."""
 
+import re
 from collections import Counter
 from math import prod
 
 import jax
 import pytest
 
-from tests.compile_collectives import TINY, compile_step, find_collectives
+from tests.compile_collectives import TINY, find_collectives, lower_step
 
 L = TINY["num_hidden_layers"]
 LARGE = 500  # entries, fewer than a device has of any matrix
@@ -23,14 +24,33 @@ TENSOR_SUMS = 5 * L + 2
 # A stage computes its layers, of which one is padding, in two ticks, once more for the backward pass
 # of a tick and once more for that of a layer; what is embedded is gathered over the stages.
 RUNS = 2 * -(-L // 2)
+ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
 MESHES = {
-    "fsdp": ({"fsdp": 8}, {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0}),
+    "fsdp": (
+        {"mesh": {"fsdp": 8}},
+        {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0},
+    ),
+    "tiles": (
+        {"mesh": {"fsdp": 8}, "tokens": 512, "tiled_mlp_compute": True},
+        {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0},
+    ),
     "tensor": (
-        {"fsdp": 4, "tensor": 2},
+        {"mesh": {"fsdp": 4, "tensor": 2}},
         {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": TENSOR_SUMS},
     ),
+    # A table of embeddings is gathered and summed as a matrix is; each sum is over two axes. Queries,
+    # keys, values and what attention makes of them go to the devices of their heads, in four parts.
+    "context": (
+        {"mesh": {"context": 4, "fsdp": 2}, "tokens": 512, "tiled_mlp_compute": True, **ZERO_3},
+        {
+            "all-gather": GATHERS + 1,
+            "reduce-scatter": 2 * (SCATTERS + 1),
+            "all-reduce": 0,
+            "all-to-all": 3 * 4 * L * 4,
+        },
+    ),
     "pipeline": (
-        {"pipeline": 2, "fsdp": 4},
+        {"mesh": {"pipeline": 2, "fsdp": 4}},
         {"all-gather": 3 * 4 * RUNS + 2, "reduce-scatter": 4 * RUNS + 1},
     ),
 }
@@ -51,11 +71,28 @@ def no_cache():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_moves_what_it_takes(case, capfd, no_cache):
-    mesh, expected = MESHES[case]
-    compiled = compile_step(jax.devices(), {"mesh": mesh})
+    written, expected = MESHES[case]
+    compiled = lower_step(jax.devices(), dict(written)).compile()
     assert "full rematerialization" not in capfd.readouterr().err
     counts = Counter()
     for one in find_collectives(compiled.as_text()):
         if one.dtype == "f32" and prod(one.sizes) >= LARGE:
             counts[one.kind] += one.times
     assert {kind: counts[kind] for kind in expected} == expected, counts
+
+
+def test_gradients_of_adapters_are_summed_in_float32():
+    """Said in the program, since XLA on CPU computes any sum so. Of q, k, v, gate and up the first
+    factors are shared as their inputs are, of out and down the second; of the others all is
+    everywhere, and of v there is one beside the layers' norms."""
+    peft = {"peft_type": "Lora", "r": 4, "target_modules": "all-linear"}
+    model = {"peft_config": peft, "dtype": "bf16"}
+    text = lower_step(jax.devices(), {"mesh": {"fsdp": 8}, "model": model}).as_text()
+    found = {
+        kind: re.findall(rf'"stablehlo.{kind}"(?s:.*?)\) : \(tensor<([^>]*)>', text)
+        for kind in ("reduce_scatter", "all_reduce")
+    }
+    assert {kind: len(shapes) for kind, shapes in found.items()} == {
+        "reduce_scatter": 5 + 2, "all_reduce": 2 + 5,
+    }  # fmt: skip
+    assert all(shape.endswith("f32") for shapes in found.values() for shape in shapes), found

@@ -80,6 +80,14 @@ def positions_that_do_not_divide(folder, base):
     base["mesh"] = {"context": 4}
 
 
+def positions_in_a_table(folder, base):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 384}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **sizes, **no_dropout}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    base["data"]["max_length"] = 999
+
+
 def convolutions_over_context(folder, base):
     model_folder(
         folder / "model", architectures=["Lfm2ForCausalLM"], model_type="lfm2", norm_eps=1e-5,
@@ -102,7 +110,10 @@ REFUSED = {
     "template syntax": (broken_template, "tokenizer.chat_template: line 2: "),
     "the model's template": (broken_template_of_the_model, "tokenizer.chat_template: line 1: "),
     "samples": (samples_without_a_template, "the tokenizer has no chat template"),
-    "max_length": (change("data", {"max_length": 999}), "999 is longer than the 256 positions"),
+    "max_length": (
+        positions_in_a_table,
+        "data.max_length: 999 is longer than the 256 positions that gpt2 has in a table",
+    ),
     "vocabulary": (change("tokenizer", {"extra_tokens": ["<x>"]}), "model.resize_vocab: true"),
     "heads": (change("mesh", {"tensor": 3}), "mesh.tensor: 3 does not divide 4 key/value heads"),
     "context": (
@@ -115,9 +126,9 @@ REFUSED = {
         "write 1, and use mesh.fsdp or mesh.tensor",
     ),
     "ring in a pipeline": (
-        change("mesh", {"context": 8, "pipeline": 2}),
-        "mesh.pipeline: 2 excludes attention in a ring over context 8, since context 8 does not "
-        "divide 4 heads; use mesh.fsdp, or a mesh.context that divides the heads",
+        change("mesh", {"context": 16, "pipeline": 2}),
+        "mesh.pipeline: 2 excludes attention in a ring over context 16, since context 16 does not "
+        "divide 8 heads; use mesh.fsdp, or a mesh.context that divides the heads",
     ),
     "data": (change("data", {"sources": ["gone.jsonl"]}), "no file or folder 'gone.jsonl'"),
     "pattern": (change("data", {"sources": ["gone/*.csv"]}), "no file matches 'gone/*.csv'"),
@@ -144,12 +155,13 @@ def test_what_local_files_refute_is_refused(tmp_path, case):
 
 def test_check_refuses_all_at_once_with_exit_code_two_and_other_commands_do_not_ask(tmp_path):
     base = recipe(tmp_path, rows=4)
-    base["data"] |= {"sources": ["gone.jsonl"], "max_length": 999}
+    base["data"] |= {"sources": ["gone.jsonl"]}
+    base["tokenizer"] = {"extra_tokens": ["<x>"]}
     file = written(tmp_path, base)
     done = jaxtrain(tmp_path, "check", file)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"{file}:6: data.sources.0.path: no file or folder 'gone.jsonl'" in done.stderr
-    assert "data.max_length: 999 is longer" in done.stderr
+    assert "model.resize_vocab: true" in done.stderr
     assert done.stderr.rstrip().endswith("2 errors in recipe.yaml; nothing was started")
     assert resolve(file).faults == ()
 

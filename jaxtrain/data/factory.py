@@ -47,16 +47,11 @@ COUNTS_FILE = "counts.json"
 
 
 def sequence_limit(config: DataConfig, max_positions: int | None) -> int:
-    """Returns the tokens of a sequence, of which the model has `max_positions` at most; RecipeError
-    where neither names a length, or the recipe a longer one."""
+    """Returns the tokens of a sequence, as many as the model's positions where the recipe names no
+    number; RecipeError where neither does."""
     length = config.max_length or max_positions
     if length is None:
         raise RecipeError("data.max_length: is required, since the model's config names no length")
-    if max_positions is not None and length > max_positions:
-        raise RecipeError(
-            f"data.max_length: {length} is longer than the {max_positions} positions of the "
-            "model; write at most that"
-        )
     return length
 
 

@@ -5,12 +5,15 @@ TPU for as many devices as 256.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxtrain.kernels.axes import (
     CONTEXT_AXIS,
@@ -23,8 +26,8 @@ from jaxtrain.kernels.axes import (
 
 Axes = tuple[str, ...]
 Places = tuple[Axes | str | None, ...]
-"""For each dimension of a sum TENSOR_AXIS, where that splits it; for one of them the axes over
-which devices share the sum."""
+"""For each dimension of a sum TENSOR_AXIS, where that splits it; for one of them, if any, the axes
+over which devices share the sum, which else all of them get."""
 SHARED: Axes = ("fsdp",)
 SHARED_BY_ALL: Axes = ("fsdp", "data", CONTEXT_AXIS)
 """With a ZeRO stage that splits gradients, in its order."""
@@ -39,11 +42,61 @@ def sum_parts(parts_I: Array, axes: Axes, places: Places) -> Array:
     return _map(lambda part_1: part_1[0], axes, [P(axes, *_split(places))], sizes, places)(parts_I)
 
 
+def map_with_copies(
+    layer: Callable[[Any, Array], Array],
+    weights: Sequence[tuple[Array, Places] | None],
+    x: Array,
+    *,
+    dtype: DTypeLike,
+) -> Array:
+    """`layer(weights, x)` of each device's own tokens, x [B, T, ...]; the weights are float32, of
+    numbers in this dtype. The devices sum their gradients of the weights once, however often the
+    layer uses these."""
+    axes, tokens = _token_axes(x)
+    if not (axes or tokens):
+        return layer([w and w[0] for w in weights], x)
+    rows, shared = P(axes, tokens), (*axes, *tokens)
+    copies = [w and _copy(shared, w[1], dtype, w[0]) for w in weights]
+    local = lambda copies, x: layer(jax.tree.map(lambda w_1: w_1[0], copies), x)
+    return jax.shard_map(
+        local,
+        in_specs=(P(shared), rows), out_specs=rows, axis_names={*shared}, check_vma=False,
+    )(copies, x)  # fmt: skip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _copy(axes: Axes, places: Places, dtype: DTypeLike, w: Array) -> Array:
+    """A copy for each device of these axes, [I, ...]. It is gathered in this dtype and float32
+    then, in which its gradients are added up."""
+    whole = gather_shares(w.astype(dtype), places).astype(jnp.float32)
+    parts = math.prod(free_axis_sizes()[axis] for axis in axes)
+    copies = jnp.broadcast_to(whole, (parts, *whole.shape))
+    return lax.with_sharding_constraint(copies, P(axes, *_split(places)))
+
+
+def _copy_fwd(axes: Axes, places: Places, dtype: DTypeLike, w: Array) -> tuple[Array, Array]:
+    return _copy(axes, places, dtype, w), jnp.zeros((), w.dtype)
+
+
+def _copy_bwd(
+    axes: Axes, places: Places, dtype: DTypeLike, like: Array, d_copies: Array
+) -> tuple[Array]:
+    # The barrier keeps the sum in float32.
+    return (lax.optimization_barrier(sum_parts(d_copies, axes, places)).astype(like.dtype),)
+
+
+_copy.defvjp(_copy_fwd, _copy_bwd)
+
+
+def _token_axes(x: Array) -> tuple[Axes, Axes]:
+    """The axes over which devices share the sequences of x [B, T, ...], and their tokens."""
+    return batch_parts(x.shape[0])[0], (CONTEXT_AXIS,) if context_parts(x.shape[1]) > 1 else ()
+
+
 def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
     """The float32 sum over tokens of products of inputs and outputs, [B, T, ...] each, of which a
     device gets its share; None where no device shares tokens with another."""
-    axes, _ = batch_parts(x.shape[0])
-    tokens = (CONTEXT_AXIS,) if context_parts(x.shape[1]) > 1 else ()
+    axes, tokens = _token_axes(x)
     if not (axes or tokens):
         return None
     num_rows = (x.ndim + dy.ndim - len(places)) // 2
@@ -81,9 +134,9 @@ def _map(
     places: Places,
 ) -> Callable[..., Array]:
     """The sum over the devices of these axes of what each makes."""
-    dim, split = next(i for i, at in enumerate(places) if isinstance(at, tuple)), _split(places)
-    shared, size = [], shape[dim]
-    for axis in places[dim] or ():
+    dim = next((i for i, at in enumerate(places) if isinstance(at, tuple)), 0)
+    split, shared, size = _split(places), [], shape[dim]
+    for axis in places[dim] if isinstance(places[dim], tuple) else ():
         if axis in axes and size % free_axis_sizes()[axis] == 0:
             shared.append(axis)
             size //= free_axis_sizes()[axis]
@@ -106,7 +159,7 @@ def _map(
         # The tensor axis too, over which XLA would else gather what it scatters.
         axis_names={*axes, *filter(None, split)},
         in_specs=tuple(specs),
-        out_specs=P(*split[:dim], tuple(shared), *split[dim + 1 :]),
+        out_specs=P(*split[:dim], tuple(shared) or split[dim], *split[dim + 1 :]),
         check_vma=False,
     )
 

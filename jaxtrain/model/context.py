@@ -1,4 +1,4 @@
-"""What a mesh that cuts sequences over its `context` axis asks of a decoder."""
+"""What long sequences ask of a decoder, and a mesh that cuts them over its `context` axis."""
 
 from collections.abc import Mapping
 
@@ -22,6 +22,16 @@ def find_exchange(config: DecoderConfig, *, context: int, tensor: int) -> tuple[
     if exchange == "ring" and any(spec.window for spec in config.layer_kinds):
         why += " (layers with a window in plain jnp)"
     return exchange, why
+
+
+def refuse_length(config: DecoderConfig, tokens: int) -> None:
+    """RecipeError for sequences with more tokens than a table of positions has rows. Rotations are
+    computed for any."""
+    if config.learned_positions and tokens > config.max_positions:
+        raise RecipeError(
+            f"data.max_length: {tokens} is longer than the {config.max_positions} positions that "
+            f"{config.family} has in a table; write at most that"
+        )
 
 
 def refuse_context(config: DecoderConfig, sizes: Mapping[str, int]) -> None:

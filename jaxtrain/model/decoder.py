@@ -56,7 +56,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
-from jaxtrain.kernels.sums import SHARED, SHARED_BY_ALL, Axes
+from jaxtrain.kernels.sums import SHARED, SHARED_BY_ALL, Axes, map_with_copies
 from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
 from jaxtrain.model.layers import (
@@ -76,7 +76,7 @@ from jaxtrain.model.quantized import Kind, QuantizedWeight, form_of
 from jaxtrain.model.rope import rotation
 from jaxtrain.model.routing import Routing, add_routings
 from jaxtrain.parallel.host_memory import KIND, fetch
-from jaxtrain.parallel.matrices import MATRICES, place_of
+from jaxtrain.parallel.matrices import MATRICES, axes_of_product
 from jaxtrain.parallel.pipeline import gpipe, pad_stack
 from jaxtrain.parallel.sharding import constrain
 
@@ -154,11 +154,11 @@ class Decoder(nnx.Module):
         self.norm = init.norm(config.width)
         self.norm_bias = init.zeros(config.width) if config.norm.has_bias else None
         self.head = None if config.tied else init.normal(config.width, config.vocab_size)
+        name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
         for path, weight in nnx.iter_graph(self):
-            matrix = MATRICES.get(place_of("/".join(map(str, path))))
-            if matrix is not None and isinstance(weight, nnx.Param):
-                name = lambda axis: self._shared if axis == "embed" else axis and TENSOR_AXIS
-                weight.set_metadata(places=tuple(map(name, matrix.inputs + matrix.outputs)))
+            axes = axes_of_product("/".join(map(str, path)))
+            if axes is not None and isinstance(weight, nnx.Param):
+                weight.set_metadata(places=tuple(map(name, axes)))
 
     @property
     def _shared(self) -> Axes:
@@ -259,19 +259,20 @@ class Decoder(nnx.Module):
         return AttentionInputs(q_positions, kv_positions, rotations, slot)
 
     def embed_tokens(self, tokens_BT: Array, positions_BT: Array) -> Array:
-        x_BTD = self._look_up(self.embed.embedding, tokens_BT, "vocab")
+        x_BTD = self._look_up(self.embed.embedding, tokens_BT, TENSOR_AXIS)
         if self.config.learned_positions:
             x_BTD += self._look_up(self.embed.positions, positions_BT, None)
         x_BTD = x_BTD.astype(self.compute.compute_dtype) * self.config.embedding_scale
         return constrain(x_BTD, "batch", "tokens", None)
 
     def _look_up(self, table: nnx.Param, index_BT: Array, rows: str | None) -> Array:
-        rows_XD = table[...]
-        if context_parts(index_BT.shape[1]) > 1:
-            # Its gradient is summed before a ZeRO stage cuts it, which would else gather what all
-            # tokens give to it.
-            rows_XD = constrain(rows_XD, rows, "embed")
-        return look_up(rows_XD, index_BT)
+        """`rows` is the axis that splits those of the table."""
+        if context_parts(index_BT.shape[1]) == 1:
+            return look_up(table[...], index_BT)
+        # The table goes to the tokens, of which a device has many, and not these to its parts.
+        dtype = "float32" if self.config.learned_positions else self.compute.compute_dtype
+        look = lambda weights, index_BT: look_up(weights[0], index_BT)
+        return map_with_copies(look, [(table[...], (rows, self._shared))], index_BT, dtype=dtype)
 
     def run_layers(
         self, tokens_BT: Array, inputs: AttentionInputs, caches: Caches | None = None

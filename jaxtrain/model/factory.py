@@ -14,7 +14,7 @@ from jaxtrain.kernels.attention import RING_BLOCKS, Device, Wanted, choose
 from jaxtrain.kernels.fp8 import fp8_fault
 from jaxtrain.model import decoder
 from jaxtrain.model.config import ComputeConfig, DecoderConfig
-from jaxtrain.model.context import find_exchange, refuse_context
+from jaxtrain.model.context import find_exchange, refuse_context, refuse_length
 from jaxtrain.model.decoder import Decoder, Params
 from jaxtrain.model.export import replace_folder, save_pretrained
 from jaxtrain.model.families import BY_NAME
@@ -378,6 +378,7 @@ class HFModelFactory(ModelFactory):
             raise RecipeError(f"model.attn_implementation: {error}") from None
         kernel, how = attention
         context, tensor = (layout.mesh.shape[axis] for axis in ("context", "tensor"))
+        refuse_length(spec.config, placement.sequence_tokens)
         refuse_context(spec.config, layout.mesh.shape)
         exchange = None
         if context > 1:

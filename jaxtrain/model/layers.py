@@ -26,7 +26,7 @@ from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.fp8 import fp8_product
 from jaxtrain.kernels.product import keep, multiply
-from jaxtrain.kernels.sums import Places, gather_shares, weight_gradient
+from jaxtrain.kernels.sums import Places, gather_shares, map_with_copies, weight_gradient
 from jaxtrain.model.config import (
     Activation,
     AdapterSite,
@@ -114,7 +114,10 @@ def dense(
     else:
         y = _product(contract, getattr(w, "places", None), x, w[...].astype(x.dtype))
     updates = [] if adapters is None else [a(x, y, w, noise_BT) for a in adapters.values()]
-    y = sum(updates, y if bias is None else y + bias[...].astype(y.dtype))
+    if bias is not None:
+        # As many as there are tokens before they are rounded: its gradient is summed in float32.
+        y += jnp.broadcast_to(bias[...].astype(jnp.float32), y.shape).astype(y.dtype)
+    y = sum(updates, y)
     # With all that is added to it: the updates need not be kept for the backward pass too.
     return keep(y, PRODUCT)
 
@@ -151,9 +154,9 @@ class Adapter(nnx.Module):
                 # What is dropped is dropped from W too; the whole weight is not kept.
                 again = lambda x: _product(num_inputs, None, x, self._part(read_weight(w, x.dtype)))
                 base = jax.checkpoint(again)(x)
-        low = dense(x, self.a[...], contract=num_inputs)
-        b = self.b[...].astype(x.dtype)
-        update: Array = _product(1, None, low * self.scale[...].astype(x.dtype), b)
+        low = dense(x, self.a, contract=num_inputs) * self.scale[...].astype(x.dtype)
+        places = getattr(self.b, "places", None)
+        update: Array = _product(1, places, low, self.b[...].astype(x.dtype))
         if self.magnitude is not None and base is not None:
             lengths = jnp.where(self.scale[...] > 0, self.column_lengths(w), 1)
             stretch = jnp.where(self.scale[...] > 0, self.magnitude[...] / lengths, 1)
@@ -486,16 +489,34 @@ class MLP(nnx.Module):
         self.tile_tokens = D if compute.tiled_mlp else None
 
     def __call__(self, x_BTD: Array, noise_BT: Array | None = None) -> Array:
-        def mlp(inputs: tuple[Array, Array | None]) -> Array:
+        def mlp(weights: Sequence[Any], inputs: tuple[Array, Array | None]) -> Array:
+            gate_up, gate_up_bias, down, down_bias = weights
             x_BtD, noise_Bt = inputs
-            wide = dense(x_BtD, self.gate_up, self.gate_up_bias, self.gate_up_lora, noise_Bt)
-            return dense(
-                activate(self.activation, wide), self.down, self.down_bias, self.down_lora, noise_Bt
-            )
+            wide = dense(x_BtD, gate_up, gate_up_bias, self.gate_up_lora, noise_Bt)
+            act: Any = activate(self.activation, wide)
+            return dense(act, down, down_bias, self.down_lora, noise_Bt)
 
-        if self.tile_tokens is None:
-            return mlp((x_BTD, noise_BT))
-        return run_in_tiles(mlp, (x_BTD, noise_BT), self.tile_tokens)
+        weights: Any = self.gate_up, self.gate_up_bias, self.down, self.down_bias
+        tokens = x_BTD.shape[1] // context_parts(x_BTD.shape[1])
+        tile_tokens = self.tile_tokens or tokens
+        if tokens <= tile_tokens:
+            return mlp(weights, (x_BTD, noise_BT))
+        run_mlp = lambda weights, inputs: run_in_tiles(partial(mlp, weights), inputs, tile_tokens)
+        is_plain = type(self.gate_up) is type(self.down) is nnx.Param
+        if not is_plain or self.gate_up_lora is not None or self.down_lora is not None:
+            return run_mlp(weights, (x_BTD, noise_BT))
+        # A tile at a time, their gradients would be summed over the devices for each tile.
+        return map_with_copies(
+            lambda weights, x_BTD: run_mlp(weights, (x_BTD, None)),
+            [None if w is None else (w[...], _places(w)) for w in weights],
+            x_BTD,
+            dtype=x_BTD.dtype,
+        )
+
+
+def _places(w: nnx.Param) -> Places:
+    """That of a bias is whole on every device."""
+    return getattr(w, "places", (None,) * w[...].ndim)
 
 
 def run_in_tiles(layer: Callable[[Any], Array], inputs: Any, tile_tokens: int) -> Array:

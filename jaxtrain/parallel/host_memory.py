@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import path_name
@@ -36,7 +36,7 @@ def has_host_memory(mesh: Mesh, wanted_by: Iterable[str]) -> bool:
     if is_in_host_memory(mesh):
         return False
     kinds = {memory.kind for memory in device.addressable_memories()}
-    if KIND not in kinds:
+    if kinds and KIND not in kinds:  # a GPU that a plan is for has none
         what = f"{device.device_kind} has no memory of kind {KIND}, only {', '.join(sorted(kinds))}"
         raise RecipeError([Fault(key, f"{what}; remove it") for key in wanted_by])
     return True
@@ -44,8 +44,16 @@ def has_host_memory(mesh: Mesh, wanted_by: Iterable[str]) -> bool:
 
 def move_to_host(shardings: Any, shapes: Any) -> Any:
     """The shardings, with all arrays but scalars in the host's memory."""
-    move = lambda sharding, shape: sharding.with_memory_kind(KIND) if shape.ndim else sharding
+    move = lambda sharding, shape: _in_host_memory(sharding) if shape.ndim else sharding
     return jax.tree.map(move, shardings, shapes)
+
+
+def _in_host_memory(sharding: NamedSharding) -> NamedSharding:
+    moved = sharding.with_memory_kind(KIND)
+    if moved.memory_kind == KIND:
+        return moved
+    # Of devices that list no memories jax drops the kind, but not of a mesh without devices.
+    return NamedSharding(sharding.mesh.abstract_mesh, sharding.spec, memory_kind=KIND)
 
 
 def move_matrices_to_host(shardings: Any, shapes: Any) -> Any:
@@ -54,7 +62,7 @@ def move_matrices_to_host(shardings: Any, shapes: Any) -> Any:
 
     def move(path: tuple[Any, ...], sharding: Any, shape: Any) -> Any:
         is_matrix = path_name(path).startswith("layers/") and shape.ndim > 2
-        return sharding.with_memory_kind(KIND) if is_matrix else sharding
+        return _in_host_memory(sharding) if is_matrix else sharding
 
     return jax.tree_util.tree_map_with_path(move, shardings, shapes)
 

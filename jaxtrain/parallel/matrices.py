@@ -77,6 +77,16 @@ def place_of(path: str) -> str:
     return re.sub(r"^layers/\d+/\d+/", "", path)
 
 
+def axes_of_product(path: str) -> Axes | None:
+    """The axes of inputs and outputs of a matrix, or of a factor of an adapter beside one."""
+    place, _, factor = place_of(path).partition("_lora/")
+    if (matrix := MATRICES.get(place)) is None:
+        return None
+    inputs, outputs = matrix.inputs, matrix.outputs
+    axes = {"": inputs + outputs, "a": (*inputs, None), "b": (None, *outputs)}
+    return axes.get(factor.rpartition("/")[2])
+
+
 def axes_of_matrices() -> Iterator[tuple[str, Axes]]:
     """A regular expression of the path of each array, and its axes, none where it ends."""
     for place, matrix in MATRICES.items():

@@ -41,6 +41,7 @@ def collect_facts(
         **({"host memory": host} if (host := _host_memory(run)) else {}),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
+        **_positions(data.sequence_tokens, model.spec.config.max_positions),
         "steps": _steps(run, data, progress, horizon),
         "run": str(folder),
     }
@@ -151,6 +152,12 @@ def _batch(run: Run, data: TrainingData) -> str:
         f"{describe_batch(run.config, {run.mesh.size: size})}; {format_range(lengths)} tokens per "
         f"sequence, {most}{tokens:,} per step{cut}{compiled}"
     )
+
+
+def _positions(sequence_tokens: int, max_positions: int) -> dict[str, str]:
+    if sequence_tokens <= max_positions:
+        return {}
+    return {"positions": f"up to {sequence_tokens:,}, of which the model names {max_positions:,}"}
 
 
 def _steps(run: Run, data: TrainingData, progress: Progress, horizon: Horizon) -> str:

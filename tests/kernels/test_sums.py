@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.sums import SHARED_BY_ALL, scatter_groups, weight_gradient
+from jaxtrain.model.layers import dense
 from tests.runs import mesh_of
 
 
@@ -65,3 +66,17 @@ def test_bfloat16_is_summed_in_float32():
     with jax.set_mesh(mesh_of(fsdp=8)):
         found = jax.jit(partial(weight_gradient, places=(SHARED_BY_ALL, None)))(x, dy)
     assert found.dtype == jnp.float32 and np.all(np.asarray(found) == 8 * 512 + 2)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """Of what each device has, 1 + 1/256, bfloat16 would leave 1."""
+    x, w = jnp.zeros((8, 2, 4), jnp.bfloat16), jnp.zeros((4, 3))
+    dy = jnp.ones((8, 2, 3), jnp.bfloat16).at[:, 1].set(2.0**-8)
+
+    @jax.jit
+    def pull(x, dy):
+        return jax.vjp(lambda bias: dense(x, w, bias), jnp.zeros(3))[1](dy)[0]
+
+    with jax.set_mesh(mesh := mesh_of(fsdp=8)):
+        x, dy = jax.device_put((x, dy), jax.NamedSharding(mesh, P("fsdp")))
+        np.testing.assert_array_equal(pull(x, dy), 8 + 2.0**-5)

@@ -8,6 +8,40 @@ STATE = {"type": "deepspeed", "output_dir": "state", "save_every_n_steps": 100, 
 EXPORT = {"type": "huggingface", "output_dir": "out", "save_end_of_training": True}
 SMALL = {"model": CHAT, "data": ULTRACHAT, "checkpoint": [EXPORT]}
 
+
+def long_sequences(name_or_path: str, *, devices: int, tokens: int) -> dict:
+    """One sequence a step, which all devices share; in the host's memory is what can be there."""
+    return {
+        "type": "sft",
+        "micro_batch_size": 1,
+        "min_iterations": 10,
+        "exit_iteration": 10,
+        "train_log_iter_interval": 1,
+        "sequence_parallel_size": devices,
+        "activation_checkpoint_cpu_offload": True,
+        "tiled_mlp_compute": True,
+        "model": {
+            "type": "liger",
+            "name_or_path": name_or_path,
+            "attn_implementation": "flash_attention_2",
+        },
+        "data": {
+            **ULTRACHAT,
+            "cache_dir": "cache",
+            "dl_num_workers": 1,
+            "pack_samples": True,
+            "max_length": tokens,
+        },
+        "optimizer": {"type": "cpu_adam", "learning_rate": 1e-5},
+        "deepspeed": {
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+            "seq_parallel_communication_data_type": "bf16",
+        },
+        "logger": {"level": "WARNING", "output_dir": "logs", "print_output_ranks": [0, 1]},
+        "wandb": {"enable": False, "project": "long", "name": "one-sequence"},
+    }
+
+
 ACCEPTED = {
     "causal": {**SMALL, "type": "causal", "data": {"sources": ["allenai/c4"]}},
     "sft": {
@@ -170,6 +204,8 @@ ACCEPTED = {
         f"sequence parallel {n}": SMALL | {"sequence_parallel_size": n}
         for n in (1, 2, 4, 8, 16, 32, 64)
     },
+    "long sequences on a node": long_sequences(CHAT["name_or_path"], devices=8, tokens=524_288),
+    "long sequences on eight nodes": long_sequences("Qwen/Qwen3-32B", devices=64, tokens=1_048_576),
     "expert parallel": SMALL
     | {"expert_parallel_size": 8, "arctic_moe": True, "enable_routing_replay": True},
     "ranks": SMALL | {"logger": {"print_output_ranks": [0, 1, 2, 3, 4, 5, 6, 7]}},

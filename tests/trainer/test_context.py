@@ -19,6 +19,8 @@ FOCAL = Path(__file__).parents[2] / "recipes" / "focal.py"
 SMALL = {"num_hidden_layers": 2}
 ONE_KEY = SMALL | {"num_key_value_heads": 1}
 ALL_KEYS = SMALL | {"num_key_value_heads": 8}
+FOUR_HEADS = {"num_attention_heads": 4}
+SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
 WINDOWS = SMALL | {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 20,
 }  # fmt: skip
@@ -45,39 +47,45 @@ EVALUATION = {"data": {"train_eval_split": [0.8, 0.2]}, "eval_interval": 100}
 TABLE = {
     # The way of attention is that of the last column.
     "two": ({"context": 2, "data": 2}, SMALL, EVALUATION, "all-to-all"),
-    "ring": ({"context": 4}, SMALL | {"num_key_value_heads": 2}, EVALUATION, "ring"),
-    "adapters": ({"context": 2, "tensor": 2}, SMALL | {"num_key_value_heads": 2}, LORA, "ring"),
+    "ring": ({"context": 4}, SMALL | SIX_HEADS, EVALUATION, "ring"),
+    "adapters": ({"context": 2, "tensor": 2}, SMALL | SIX_HEADS, LORA, "ring"),
     "four": ({"context": 4, "fsdp": 2}, SMALL, EVALUATION, "all-to-all"),
     "eight": ({"context": 8}, ALL_KEYS, {}, "all-to-all"),
-    "eight in a ring": ({"context": 8}, SMALL, EVALUATION, "ring"),
+    "eight in a ring": ({"context": 8}, SMALL | FOUR_HEADS, EVALUATION, "ring"),
     "tensor": ({"context": 2, "tensor": 2, "data": 2}, SMALL, {}, "all-to-all"),
-    "tensor in a ring": ({"context": 2, "tensor": 4}, SMALL, {}, "ring"),
+    "tensor in a ring": ({"context": 2, "tensor": 4}, SMALL | FOUR_HEADS, {}, "ring"),
     "fsdp": ({"context": 2, "fsdp": 4}, SMALL, {}, "all-to-all"),
-    "one key": ({"context": 2, "fsdp": 2, "data": 2}, ONE_KEY, {}, "ring"),
+    "one key": ({"context": 2, "fsdp": 2, "data": 2}, ONE_KEY, {}, "2 copies of key/value heads"),
+    "a key for two": ({"context": 4, "tensor": 2}, SMALL, LORA, "2 copies of key/value heads"),
+    "a key for all": ({"context": 8}, ONE_KEY, EVALUATION, "8 copies of key/value heads"),
     "windows": ({"context": 4, "data": 2}, WINDOWS, EVALUATION, "all-to-all"),
-    "windows in a ring": ({"context": 8}, WINDOWS, EVALUATION, "ring"),
+    "windows in a ring": ({"context": 8}, WINDOWS | FOUR_HEADS, EVALUATION, "ring"),
     "capped": ({"context": 2, "fsdp": 2}, CAPPED, {}, "all-to-all"),
-    "capped in a ring": ({"context": 8}, CAPPED, {}, "ring"),
+    "capped in a ring": ({"context": 8}, CAPPED | FOUR_HEADS, {}, "ring"),
     "sinks": ({"context": 2, "expert": 2, "tensor": 2}, SINKS, {}, "all-to-all"),
-    "sinks in a ring": ({"context": 4, "expert": 2}, SINKS | {"num_key_value_heads": 2}, {}, "ring"),
+    "sinks in a ring": ({"context": 4, "expert": 2}, SINKS | SIX_HEADS, {}, "ring"),
     "latent": ({"context": 4, "fsdp": 2}, LATENT, {}, "all-to-all"),
     "accumulation": (
         {"context": 4, "fsdp": 2}, SMALL, {"gradient_accumulation_steps": 4}, "all-to-all",
     ),
     "accumulation in a ring": (
-        {"context": 8}, SMALL,
+        {"context": 8}, SMALL | FOUR_HEADS,
         {"gradient_accumulation_steps": 2, "model": {"remat": "dots"}, **EVALUATION}, "ring",
     ),
     "tiles and padding": (
-        {"context": 4, "data": 2}, SMALL,
-        {"tiled_mlp_compute": True, "data": {"pack_samples": False, "div_length": 8}}, "all-to-all",
+        {"context": 2, "fsdp": 2, "tensor": 2}, SMALL | {"mlp_bias": True},
+        {
+            "tiled_mlp_compute": True,
+            "data": {"pack_samples": False, "pad_to": "max_length", "max_length": 256},
+        },
+        "all-to-all",
     ),
-    "adapters in the ring of eight": ({"context": 8}, SMALL, LORA | EVALUATION, "ring"),
+    "adapters in the ring of eight": ({"context": 8}, SMALL | FOUR_HEADS, LORA | EVALUATION, "ring"),
     "zero 3": (
         {"context": 2, "data": 4}, SMALL,
         {"deepspeed": {"zero_optimization": {"stage": 3}}}, "all-to-all",
     ),
-    "a loss of one's own": ({"context": 4}, ONE_KEY, {"type": "focal"}, "ring"),
+    "a loss of one's own": ({"context": 4}, SMALL | SIX_HEADS, {"type": "focal"}, "ring"),
     "a pipeline": ({"pipeline": 2, "context": 2, "data": 2}, SMALL, {}, "all-to-all"),
 }  # fmt: skip
 QUICK = ("two", "ring")
@@ -172,6 +180,21 @@ def test_prompts_are_answered_and_the_header_says_how_attention_goes(tmp_path, c
     assert answers[0] == answers[1] and len(answers[0]) == 2
     assert "all-to-all of heads and tokens over context 2" in headers[1]
     assert "context" not in headers[0]
+
+
+def test_a_sequence_may_be_longer_than_the_model_names(tmp_path):
+    """As sequences over many devices are, but not where positions are rows of a table."""
+    written = recipe(tmp_path, data={"max_length": 512}, train_iters=2)
+    run = trainer(written)
+    assert run.header["positions"] == "up to 512, of which the model names 256"
+    assert np.isfinite(losses(run, 2)).all()
+    assert "positions" not in trainer(recipe(tmp_path)).header
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 384}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **sizes, **dropout}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="512 is longer than the 256 positions that gpt2 has"):
+        trainer(written)
 
 
 def test_a_plan_says_what_a_part_of_each_sequence_takes(tmp_path):

@@ -105,6 +105,7 @@ def test_devices_without_such_a_memory_are_refused():
 
     assert not has_host_memory(mesh("cpu", "device", "pinned_host"), ["a.b"])
     assert has_host_memory(mesh("gpu", "device", "pinned_host"), ["a.b"])
+    assert has_host_memory(mesh("gpu"), ["a.b"])  # one that is not there lists none
     with pytest.raises(RecipeError, match="a.b: X9 has no memory of kind pinned_host, only device"):
         has_host_memory(mesh("gpu", "device"), ["a.b"])
 

@@ -1,7 +1,8 @@
 """Attention of sequences whose tokens are cut over the `context` axis of a mesh, in two ways.
 
 All-to-all (Jacobs et al., 2023, arXiv:2309.14509): each device gets all tokens of some heads, and
-any kernel attends among these. It needs heads that divide over the axis.
+any kernel attends among these. It needs query heads that divide over the axis. Key/value heads that
+do not are copied for each device with queries that read them.
 
 Ring (Liu et al., 2023, arXiv:2310.01889): keys and values pass from device to device, each of which
 attends to them with its own queries and merges what it gets by the log-sum-exp. A causal mask
@@ -13,6 +14,7 @@ B batch, T tokens of a device, P = T / 2 of a piece, N query heads, K key/value 
 C devices of the axis.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -45,12 +47,21 @@ def choose_exchange(
     heads: Iterable[tuple[int, int]], *, parts: int, tensor: int
 ) -> tuple[Exchange, str]:
     """The way for layers with these query and key/value heads, and a sentence for the log."""
-    uneven = [n for pair in heads for n in pair if n % (parts * tensor)]
+    heads = list(heads)
+    uneven = [num_heads for num_heads, _ in heads if num_heads % (parts * tensor)]
     if not uneven:
-        return "all_to_all", f"all-to-all of heads and tokens over context {parts}"
+        copies = max(_count_copies(num_kv_heads, parts * tensor) for _, num_kv_heads in heads)
+        copied = f", {copies} copies of key/value heads" if copies > 1 else ""
+        return "all_to_all", f"all-to-all of heads and tokens over context {parts}{copied}"
     cut = f"context {parts}" + (f" x tensor {tensor}" if tensor > 1 else "")
     why = f"since {cut} does not divide {min(uneven)} heads"
     return "ring", f"in a ring over context {parts}, {why}"
+
+
+def _count_copies(num_kv_heads: int, parts: int) -> int:
+    """Of each key/value head, so that they divide over so many devices. It divides the number of
+    query heads to each, if query heads divide."""
+    return parts // math.gcd(num_kv_heads, parts)
 
 
 def attend_over_context(
@@ -88,6 +99,10 @@ def _all_to_all(
     kernel: Callable[..., Array], scoring: Scoring, q_BTNH, k_BTKH, v_BTKH, positions, sinks_N
 ) -> Array:
     exchange = partial(lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True)
+    if (copies := _count_copies(k_BTKH.shape[2], lax.axis_size(CONTEXT_AXIS))) > 1:
+        # In float32, in which the gradients of the copies are summed.
+        copy = lambda x: jnp.repeat(x.astype(jnp.float32), copies, axis=2).astype(x.dtype)
+        k_BTKH, v_BTKH = copy(k_BTKH), copy(v_BTKH)
     q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q_BTNH, k_BTKH, v_BTKH))
     gather = partial(lax.all_gather, axis_name=CONTEXT_AXIS, axis=1, tiled=True)
     positions = TokenPositions(*map(gather, positions))
