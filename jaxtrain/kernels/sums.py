@@ -136,7 +136,8 @@ def _map(
     """The sum over the devices of these axes of what each makes."""
     dim = next((i for i, at in enumerate(places) if isinstance(at, tuple)), 0)
     split, shared, size = _split(places), [], shape[dim]
-    for axis in places[dim] if isinstance(places[dim], tuple) else ():
+    at = places[dim]
+    for axis in at if isinstance(at, tuple) else ():
         if axis in axes and size % free_axis_sizes()[axis] == 0:
             shared.append(axis)
             size //= free_axis_sizes()[axis]
