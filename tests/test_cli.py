@@ -166,7 +166,6 @@ def change(key, value):
     return lambda folder, written: written.update({key: value})
 
 
-TOO_LONG = {"sources": ["rows.jsonl"], "max_length": 9999}
 LONG_WARMUP = {"type": "wsd", "num_warmup_steps": 3, "num_decay_steps": 9}
 BAD = {
     "broken json": (broken_row, 3, "rows.jsonl:4"),
@@ -180,7 +179,6 @@ BAD = {
     "mesh": (change("mesh", {"data": 2}), 2, "mesh: data 2 does not fit 1 device"),
     "tensor": (change("mesh", {"tensor": 3, "data": 1}), 2, "mesh: tensor 3 does not fit 1 device"),
     "unknown key": (change("epoch", 3), 2, "did you mean `epochs`?"),
-    "max_length": (change("data", TOO_LONG), 2, "the 256 positions"),
     "wsd": (change("scheduler", LONG_WARMUP), 2, "longer than"),
 }  # fmt: skip
 
