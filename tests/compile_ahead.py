@@ -13,55 +13,45 @@ from jaxtrain import SFTTrainer, get_config
 from jaxtrain.plan import device_bytes
 from tests.runs import model_folder, recipe
 
-H200 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  core_count: 132 fpus_per_core: 128 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+GPU = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  core_count: {cores} fpus_per_core: {fpus} shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_optin}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H200"
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
+  device_memory_size: {memory} cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "NVIDIA {name}"
 """
-L4 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
-  core_count: 58 fpus_per_core: 128 shared_memory_per_block: 49152
-  shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 300000000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04
-  device_memory_size: 24000000000 cuda_compute_capability { major: 8 minor: 9 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA L4"
-"""
-A100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  core_count: 108 fpus_per_core: 64 shared_memory_per_block: 49152
-  shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
-  device_memory_size: 85000000000 cuda_compute_capability { major: 8 minor: 0 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA A100-SXM4-80GB"
-"""
-B200 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  core_count: 148 fpus_per_core: 128 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 8000000000000 l2_cache_size: 132644864 clock_rate_ghz: 1.965
-  device_memory_size: 192000000000 cuda_compute_capability { major: 10 minor: 0 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA B200"
-"""
-GPUS = {"a100": A100, "l4": L4, "h200": H200, "b200": B200}
+
+
+def describe_gpu(shared_kib: int, **facts: Any) -> str:
+    """What the compiler asks of a GPU; `shared_kib` of a multiprocessor, of which a block may have
+    all but one."""
+    shared = shared_kib * 1024
+    return GPU.format(shared=shared, shared_optin=shared - 1024, **facts)
+
+
+GPUS = {
+    "a100": describe_gpu(
+        164, name="A100-SXM4-80GB", capability=(8, 0), cores=108, fpus=64, threads=2048,
+        l2=41943040, clock=1.41, bandwidth=2039 * 10**9, memory=85 * 10**9,
+    ),
+    "l4": describe_gpu(
+        100, name="L4", capability=(8, 9), cores=58, fpus=128, threads=1536,
+        l2=50331648, clock=2.04, bandwidth=300 * 10**9, memory=24 * 10**9,
+    ),
+    "h200": describe_gpu(
+        228, name="H200", capability=(9, 0), cores=132, fpus=128, threads=2048,
+        l2=52428800, clock=1.98, bandwidth=4800 * 10**9, memory=150 * 10**9,
+    ),
+    "b200": describe_gpu(
+        228, name="B200", capability=(10, 0), cores=148, fpus=128, threads=2048,
+        l2=132644864, clock=1.965, bandwidth=8000 * 10**9, memory=192 * 10**9,
+    ),
+}  # fmt: skip
 TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 """Target → a topology with some of its chips."""
 KERNELS = {"splash": "tpu_custom_call", "triton": "__gpu$xla.gpu.triton"}

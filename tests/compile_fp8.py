@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from jaxtrain import SFTTrainer, get_config
 from jaxtrain.recipe.errors import RecipeError
-from tests.compile_ahead import H200, TOKENS, topology
+from tests.compile_ahead import GPUS, TOKENS, topology
 from tests.runs import model_folder, recipe
 
 # Without them the compiler takes CUDA for too old.
@@ -32,7 +32,7 @@ def main(target: str, _: None) -> None:
         except RecipeError as error:
             print(json.dumps({"refused": str(error)}))
         return
-    device = H200.replace("device_memory_size", f"{VERSIONS} device_memory_size")
+    device = GPUS["h200"].replace("device_memory_size", f"{VERSIONS} device_memory_size")
     found = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=device)
     run = SFTTrainer(get_config(written), "plan", devices=found.devices)
     lowered = run.step.lower(run.run.state_shapes, run.layout.batch_shapes(TOKENS))

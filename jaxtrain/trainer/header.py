@@ -157,7 +157,8 @@ def _batch(run: Run, data: TrainingData) -> str:
 def _positions(sequence_tokens: int, max_positions: int) -> dict[str, str]:
     if sequence_tokens <= max_positions:
         return {}
-    return {"positions": f"up to {sequence_tokens:,}, of which the model names {max_positions:,}"}
+    why = f"sequences are longer than the {max_positions:,} that the model's config names"
+    return {"positions": f"up to {sequence_tokens:,}: {why}"}
 
 
 def _steps(run: Run, data: TrainingData, progress: Progress, horizon: Horizon) -> str:

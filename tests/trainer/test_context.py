@@ -186,7 +186,8 @@ def test_a_sequence_may_be_longer_than_the_model_names(tmp_path):
     """As sequences over many devices are, but not where positions are rows of a table."""
     written = recipe(tmp_path, data={"max_length": 512}, train_iters=2)
     run = trainer(written)
-    assert run.header["positions"] == "up to 512, of which the model names 256"
+    longer = "sequences are longer than the 256 that the model's config names"
+    assert run.header["positions"] == f"up to 512: {longer}"
     assert np.isfinite(losses(run, 2)).all()
     assert "positions" not in trainer(recipe(tmp_path)).header
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 384}

@@ -80,7 +80,7 @@ def attend(
 
 def _forward_block(scoring: Scoring, sinks_KR1, keys, queries):
     k_BKSH, v_BKSH, kv_positions = keys
-    queries, kv_positions, lowest = _tie(queries, kv_positions, -jnp.inf)
+    queries, kv_positions, lowest = _tie(queries, kv_positions)
     q_BKRH, row_positions = queries
     visible_BRS = visible_keys(row_positions, kv_positions, scoring.window)
     scores_BKRS = _scores(scoring, _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH))
@@ -158,7 +158,7 @@ def attend_backward(
 def _backward_block(scoring: Scoring, keys, queries):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
     k_BKSH, v_BKSH, kv_positions = keys
-    queries, kv_positions, lowest = _tie(queries, kv_positions, -jnp.inf)
+    queries, kv_positions, lowest = _tie(queries, kv_positions)
     q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = queries
     visible_BSR = visible_keys(row_positions, kv_positions, scoring.window).swapaxes(1, 2)
     scores_BKSR = _scores(scoring, _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH))
@@ -175,10 +175,11 @@ def _backward_block(scoring: Scoring, keys, queries):
     return d_q_BKRH, d_k_BKSH, d_v_BKSH
 
 
-def _tie(queries, kv_positions: TokenPositions, constant: float):
-    """The same values. A scan moves what depends on segments or on constants alone out of its loop,
-    and keeps it for all blocks and layers: dense masks. What is tied to queries stays."""
-    return lax.optimization_barrier((queries, kv_positions, jnp.float32(constant)))
+def _tie(queries, kv_positions: TokenPositions):
+    """The same values, and the score of what is hidden. A scan moves what depends on segments or on
+    constants alone out of its loop, and keeps it for all blocks and layers: dense masks. What is
+    tied to queries stays."""
+    return lax.optimization_barrier((queries, kv_positions, jnp.float32(-jnp.inf)))
 
 
 def _scores(scoring: Scoring, products: Array) -> Array:
