@@ -265,8 +265,13 @@ def test_a_folder_of_peft_is_read_and_written_bit_for_bit_with_its_logits(
     assert {k: v.tobytes() for k, v in written.items()} == {k: v.tobytes() for k, v in read.items()}
     kind = type(hf_model(family))
     load = lambda folder: kind.from_pretrained(folder, attn_implementation="eager").eval()
-    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out").eval()
-    np.testing.assert_array_equal(torch_logits(again), expected)
+    # Loaded alike: sums of torch depend on where in memory a tensor begins.
+    again, given = (
+        torch_logits(peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / folder))
+        for folder in ("out", "adapter")
+    )
+    np.testing.assert_array_equal(again, given)
+    np.testing.assert_allclose(again, expected, atol=1e-6 * largest)
     merged = torch_logits(load(tmp_path / "out" / "merged"))
     np.testing.assert_allclose(merged, expected, atol=1e-5 * largest)
     plain = torch_logits(load(tmp_path / "base"))
