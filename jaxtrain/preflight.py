@@ -4,7 +4,6 @@ minute, found by the run's own functions. Opens no device; fetches and writes no
 Imports of jax and transformers stand inside, for recipes whose model is on the hub.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from jaxtrain import registry
 from jaxtrain.assets import cache_folder, find_cached, is_asset
+from jaxtrain.files import why_unwritable
 from jaxtrain.recipe.check import find_batch_sizes, list_files
 from jaxtrain.recipe.data import FORMATS, HFDataSourceConfig, LocalDataSourceConfig, file_format
 from jaxtrain.recipe.errors import Fault, RecipeError, show
@@ -46,7 +46,6 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.model.config import ComputeConfig
     from jaxtrain.model.context import refuse_context, refuse_length
     from jaxtrain.model.routing import refuse_idle_experts
-    from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
     from jaxtrain.tokenizer.load import check_syntax, load_tokenizer, read_template
 
@@ -60,9 +59,13 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             faults.extend(error.faults)
 
     model, tokenizer, spec = config.model, config.tokenizer, None
+    factory = HFModelFactory(model)
     if registry.is_built_in("model", model.type) and is_here(model.name_or_path):
         with collecting():
-            spec = HFModelFactory(model).create_config()
+            spec = factory.describe()
+        with collecting():
+            if spec is not None:
+                factory.with_adapters(spec)
     if registry.is_built_in("tokenizer", tokenizer.type):
         with collecting():
             if tokenizer.name_or_path and is_here(tokenizer.name_or_path):
@@ -92,9 +95,8 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             parameter_shardings(AbstractMesh((*sizes.values(),), (*sizes,)), shapes)
         with collecting():
             refuse_idle_experts(config, spec.config)
-        if not model.from_scratch:
-            with collecting():
-                open_tensors(spec.path, spec.config, shapes, spec.stored_tokens)
+        with collecting():
+            factory.check_weights(spec)
     return faults
 
 
@@ -140,14 +142,8 @@ def find_unwritable(config: TrainerConfig) -> Iterator[Fault]:
         folder = entry.output_dir.replace("{run_dir}", str(config.output_path(None, "")))
         if entry.enabled and "://" not in folder:
             outputs.append((f"checkpoint.{i}.output_dir", expand_user(folder)))
-    refused: set[tuple[str, Path]] = set()
+    refused: set[tuple[str, str]] = set()
     for key, path in outputs:
-        place = path = path.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        why = "" if os.access(place, os.W_OK) else "cannot be written to"
-        if place != path and not place.is_dir():
-            why = "is a file, where a folder is needed"
-        if why and (key, place) not in refused:
-            refused.add((key, place))
-            yield Fault(key, f"{path}: {place} {why}")
+        if (why := why_unwritable(path)) and (key, why) not in refused:
+            refused.add((key, why))
+            yield Fault(key, f"{path.absolute()}: {why}")

@@ -198,8 +198,13 @@ def test_a_dtype_that_is_not_read_is_named(folder):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("architectures", ["GPTJForCausalLM"], "use one of LlamaForCausalLM, Mistral"),
-        ("architectures", "Gemma9ForCausalLM", "did you mean `Gemma"),
+        (
+            "architectures",
+            ["BertModel"],
+            "found 'BertModel'; `jaxtrain models` lists what there is",
+        ),
+        ("architectures", "Gemma9ForCausalLM", "the nearest family is Gemma"),
+        ("architectures", ["Qwen2VLForConditionalGeneration"], "is Qwen2ForCausalLM; `jaxtrain"),
         ("architectures", 3, "unsupported architecture, found 3"),
         ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
         ("is_causal", False, "must be true, found false"),
