@@ -273,9 +273,10 @@ def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expe
     assert f"config.json: {name}: " in line and expected in line
 
 
-def test_all_wrong_fields_come_together():
+@pytest.mark.parametrize("wrong", [{"head_dim": 5}, {"hidden_act": "mish"}, {"rope_theta": -1.0}])
+def test_all_wrong_fields_come_together(wrong):
     with pytest.raises(RecipeError) as error:
-        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, "head_dim": 5})
+        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, **wrong})
     assert len(faults(error)) == 3
 
 
