@@ -7,21 +7,17 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from jaxtrain.environment import describe, prepare_jax, set_flags
 from jaxtrain.explain import explain_error, raise_user_errors
-from jaxtrain.recipe.errors import RecipeError, UserError, did_you_mean, printable
+from jaxtrain.recipe.errors import UserError, did_you_mean, printable
 from jaxtrain.recipe.strangers import COMMANDS
 from jaxtrain.signals import ended_by_signals, ignore_signals
-
-if TYPE_CHECKING:
-    from jaxtrain.recipe.resolve import Resolved
 
 COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": "red"}
 YAML = (".yaml", ".yml")
@@ -141,6 +137,7 @@ def train(
     prepare_jax()
     from jaxtrain import registry
     from jaxtrain.parallel.mesh import first_devices
+    from jaxtrain.preflight import all_faults_at_once
 
     if python_profile != "disable":
         print_profile(python_profile)
@@ -151,21 +148,6 @@ def train(
             trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes, trainer.console.spent_s["import"] = allowed, import_s
         trainer.train()
-
-
-@contextmanager
-def all_faults_at_once(resolved: "Resolved", num_gpus: int | None) -> Iterator[None]:
-    """Adds to the faults that end a start those that it would have met later, as `check` does."""
-    try:
-        yield
-    except RecipeError as error:
-        import jax
-
-        from jaxtrain.preflight import find_faults
-
-        more = find_faults(resolved.require_config(), num_gpus or len(jax.devices()))
-        found = dict.fromkeys([*error.faults, *more])
-        raise resolved.with_faults(found).error from None
 
 
 @_of_recipe

@@ -78,16 +78,16 @@ def discard(path: Path) -> None:
 def claim_folders(
     folders: Mapping[str, Path], *, say: Callable[[str], None], on_lost: Callable[[str], None]
 ) -> Iterator[None]:
-    """Creates the folders, recipe key → folder, and keeps other processes out of them; removes at
-    the end those that stayed empty, as when the weights cannot be read.
+    """Creates the folders, recipe key → folder, and keeps other processes out of them; removes
+    those that are empty when it fails, as when the weights cannot be read.
 
     RecipeError for one that cannot be written, or that a live process is writing. `on_lost` is
     called with the reason, in another thread, when a lock was taken over, as after a long sleep of
     this machine.
     """
     with ExitStack() as locks:
-        # Undone last, when the locks are released.
-        locks.callback(_remove_empty, [place for path in folders.values() for place in _new(path)])
+        new = [place for path in folders.values() for place in _new(path)]
+        locks.push(lambda fault, *_: _remove_empty(new) if fault else None)  # without their locks
         for folder, key in {path.resolve(): key for key, path in folders.items()}.items():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def claim_folders(
 
 def _new(folder: Path) -> list[Path]:
     """The folder and those around it that are not there yet."""
-    return [place for place in (folder, *folder.parents) if not place.exists()]
+    return [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -16,6 +16,7 @@ from jaxtrain.recipe.check import find_batch_sizes, list_files
 from jaxtrain.recipe.data import FORMATS, HFDataSourceConfig, LocalDataSourceConfig, file_format
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.mesh import refuse_uneven
+from jaxtrain.recipe.resolve import Resolved
 from jaxtrain.recipe.section import expand_user, is_path, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -28,6 +29,20 @@ def find_faults(config: TrainerConfig, devices: int | None = None) -> Iterator[F
         yield from find_model_faults(config, devices)
     yield from find_missing_data(config)
     yield from find_unwritable(config)
+
+
+@contextmanager
+def all_faults_at_once(resolved: Resolved, devices: int | None) -> Iterator[None]:
+    """Adds to the faults that end a start those that it would have met later, as `check` does."""
+    try:
+        yield
+    except RecipeError as error:
+        import jax
+
+        more = [*find_faults(resolved.require_config(), devices or len(jax.devices()))]
+        known = {fault.what for fault in more}
+        own = [fault for fault in error.faults if fault.what not in known]
+        raise resolved.with_faults([*own, *more]).error from None
 
 
 def is_here(name: str) -> bool:
@@ -130,7 +145,7 @@ def why_no_data(written: str) -> str | None:
             return f"folder {path} holds no data file; known are {', '.join(FORMATS)}"
     elif not path_exists(written) and ("\0" in written or not glob(str(path), recursive=True)):
         is_pattern = set("*?[") & set(written)
-        return f"no file {'matches' if is_pattern else 'or folder'} {show(written)}"
+        return f"no file {'matches' if is_pattern else 'or folder'} {written!r}"
     return None
 
 

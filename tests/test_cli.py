@@ -216,8 +216,8 @@ def test_a_start_names_what_it_would_have_met_later_too(tmp_path, failing):
     code, said = failing(file, "--num_gpus", 1)
     assert code == 2
     for part in (
-        "recipe.yaml:14: model.peft_config.target_modules: 'q_porj' matches no module",
-        "recipe.yaml:14: model.peft_config.target_modules: 'v_poj' matches no module",
+        "recipe.yaml:13: model.peft_config.target_modules: 'q_porj' matches no module",
+        "recipe.yaml:13: model.peft_config.target_modules: 'v_poj' matches no module",
         "model.resize_vocab: the tokenizer has 384 tokens and the embedding room for 300",
         "tensor model.norm.weight must have shape [32] by config.json, found [3]",
         "tensor model.embed_tokens.weight [300, 32] is missing",
