@@ -55,6 +55,23 @@ def _checked_launcher(ctx: click.Context, param: click.Parameter, value: str | N
     return value
 
 
+class _NewPath(click.Path):
+    """A file or folder that can be made, and is not there; known before a model is read."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if path.exists():
+            self.fail(f"{path} exists already; name a new one", param, ctx)
+        from jaxtrain.files import why_unwritable
+
+        if why := why_unwritable(path):
+            self.fail(f"{path}: {why}", param, ctx)
+        return path
+
+
 def _on_devices(command: Any) -> Any:
     """The flags of DeepSpeed's launcher that mean something here."""
     launcher = click.option(
@@ -120,13 +137,15 @@ def train(
     prepare_jax()
     from jaxtrain import registry
     from jaxtrain.parallel.mesh import first_devices
+    from jaxtrain.preflight import all_faults_at_once
 
     if python_profile != "disable":
         print_profile(python_profile)
     with raise_user_errors(config):
         cls = registry.find("trainer", config.type)
         import_s = time.perf_counter() - BEGAN
-        trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
+        with all_faults_at_once(resolved, num_gpus):
+            trainer = cls(config, devices=first_devices(num_gpus) if num_gpus else None)
         trainer.allowed_changes, trainer.console.spent_s["import"] = allowed, import_s
         trainer.train()
 
@@ -198,7 +217,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], devices: int | None) -> None:
 
 @cli.command()
 @click.argument("source", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="The new folder.")
+@click.option("--to", required=True, type=_NewPath(), help="The new folder.")
 def export(source: Path, to: Path) -> None:
     """Write the newest checkpoint of a run, or one checkpoint, as a folder that transformers
     loads."""
@@ -214,10 +233,8 @@ def export(source: Path, to: Path) -> None:
     help="Weights of a checkpoint, or of the newest one of a run; else those of the recipe.",
 )  # fmt: skip
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the metrics here, as JSON.",
-)
+    "--out", type=_NewPath(), help="Write the metrics here, as JSON."
+)  # fmt: skip
 @click.option(
     "--lm-eval", metavar="TASKS",
     help="Run these tasks of lm-evaluation-harness instead, with commas between them. RECIPE may "
@@ -249,8 +266,6 @@ def evaluate(
     how = {name: value for name, value in how.items() if value is not None}
     if how and lm_eval is None:
         raise click.UsageError(f"--{next(iter(how)).replace('_', '-')} is for --lm-eval")
-    if out and out.exists():
-        raise click.UsageError(f"--out: {out} exists already; name a new file")
     config = None
     is_model = recipe.suffix == ".gguf" or not (recipe.is_file() or recipe.suffix in YAML)
     if lm_eval is None or not is_model:
@@ -271,6 +286,7 @@ def evaluate(
     if out:
         from jaxtrain.files import write_atomically
 
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(metrics, indent=2) + "\n", must_be_new=True)
 
 
@@ -291,23 +307,35 @@ def run_tasks(
         click.echo(f"written to {file}")
 
 
+class _Text(click.ParamType):
+    """Text that is not empty."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value or self.fail("must be text, found ''", param, ctx)
+
+
 def _of_speaker(command: Any) -> Any:
     """A command that lets a model reply."""
     options = (
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=512,
                      show_default=True, help="Maximum length of a reply."),
-        click.option("--temperature", type=float,
+        click.option("--temperature", type=click.FloatRange(min=0),
                      help="0 takes the likeliest token each time."),
-        click.option("--top-k", type=int, help="Sample among so many of the likeliest tokens."),
-        click.option("--top-p", type=float,
+        click.option("--top-k", type=click.IntRange(min=0),
+                     help="Sample among so many of the likeliest tokens."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
                      help="Sample among the likeliest tokens that have this probability together."),
-        click.option("--min-p", type=float, help="Sample among tokens at least so likely as this "
-                     "fraction of the likeliest."),
-        click.option("--repetition-penalty", type=float,
+        click.option("--min-p", type=click.FloatRange(0, 1),
+                     help="Sample among tokens at least so likely as this fraction of the "
+                     "likeliest."),
+        click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True),
                      help="Above 1, makes tokens that are there already less likely."),
-        click.option("--stop", multiple=True, metavar="TEXT",
-                     help="End a reply before this text; may be repeated."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling."),
+        click.option("--stop", multiple=True, metavar="TEXT", type=_Text(),
+                     help="End a reply before this text or special token; may be repeated."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+                     help="Of the sampling."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
         click.argument("source", metavar="RUN|CHECKPOINT|MODEL"),
     )  # fmt: skip
@@ -317,15 +345,16 @@ def _of_speaker(command: Any) -> Any:
 
 
 @_of_speaker
-@click.option("--prompt", multiple=True, help="A user's message; may be repeated.")
+@click.option(
+    "--prompt", multiple=True, type=_Text(), help="A user's message; may be repeated."
+)  # fmt: skip
 @click.option("--system", help="The system message before each --prompt.")
 @click.option(
     "--file", type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="JSON Lines with `messages` or `prompt`; prints each record with its reply.",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the records of --file here.",
+    "--out", type=_NewPath(), help="Write the records of --file here."
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--raw", is_flag=True, help="Continue a text as it is, without a chat template.")
@@ -350,8 +379,6 @@ def generate(
         raise click.UsageError("--out is for the records of --file")
     if system and (file or raw):
         raise click.UsageError("--system is for --prompt, with a chat template")
-    if out and out.exists():
-        raise click.UsageError(f"--out: {out} exists already; name a new file")
     prepare_jax()
     from jaxtrain.generate import generate
 

@@ -27,7 +27,7 @@ def evaluate(
     """
     devices = first_devices(num_devices) if num_devices else None
     with registry.find("trainer", config.type)(config, devices=devices) as trainer:
-        if checkpoint is not None:
+        if checkpoint is not None and trainer.data.evals:
             trainer.allowed_changes = tuple(trainer.compatibility)  # nothing is trained
             trainer.load_checkpoint(find_checkpoint(checkpoint.absolute()))
         return trainer.evaluate()
@@ -45,10 +45,12 @@ def evaluate_tasks(
     if find_spec("lm_eval") is None:
         need = "--lm-eval needs the package lm-eval; run pip install 'jaxtrain[lm-eval]'"
         raise RecipeError(need)
-    from jaxtrain.harness import Tasks, run_tasks
+    from jaxtrain.harness import Tasks, find_tasks, run_tasks
 
+    wanted = Tasks(**tasks)
+    found = find_tasks(wanted)
     speaker, origin = _load(source, checkpoint)
-    table, results = run_tasks(speaker, Tasks(**tasks))
+    table, results = run_tasks(speaker, wanted, found)
     if out is None and origin.is_dir():
         now = datetime.now().strftime("%Y%m%d-%H%M%S")
         beside = {"recipe.yaml": origin, "metadata.json": origin.parent}
@@ -56,6 +58,7 @@ def evaluate_tasks(
         out = folder and folder / f"lm-eval-{now}.json"
     if out is not None:
         text = json.dumps({"model": str(origin), **results}, indent=2, default=str) + "\n"
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, text, must_be_new=True)
     return table, out
 

@@ -9,10 +9,11 @@ from jaxtrain import registry
 from jaxtrain.checkpoint import OrbaxEngine
 from jaxtrain.checkpoint.compatibility import Identity
 from jaxtrain.checkpoint.engine import read_metadata
+from jaxtrain.model_folder import name_inside
 from jaxtrain.recipe.checkpoint import HFCheckpointConfig, OrbaxConfig
 from jaxtrain.recipe.deepspeed import DeepSpeedConfig
 from jaxtrain.recipe.dump import to_dict
-from jaxtrain.recipe.errors import CheckpointError
+from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from jaxtrain.recipe.mesh import MeshConfig, PipelineConfig
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.checkpoints import restore_state
@@ -29,11 +30,10 @@ def export(source: Path, to: Path) -> Path:
     """Write the checkpoint at `source`, or the newest one of the run at `source`, to the folder
     `to`; returns the checkpoint.
 
-    CheckpointError if there is none, if it is damaged, or if the export reads back as another.
+    RecipeError if there is none, CheckpointError if it is damaged or the export reads back as
+    another.
     """
     checkpoint = find_checkpoint(source.absolute())
-    if to.exists():
-        raise CheckpointError(f"--to: {to} exists already; name a new folder")
     trainer, state = restore_weights(checkpoint)
     to = to.absolute()
     trainer.run.export(state, to, HFCheckpointConfig(output_dir=str(to.parent)), trainer.tokenizer)
@@ -63,7 +63,8 @@ def find_checkpoint(source: Path) -> Path:
     if read_metadata(source):
         return source
     if not (source / "recipe.yaml").is_file():
-        raise CheckpointError(f"{source} is neither a run folder nor a checkpoint `global_step_N`")
+        why = "is neither a run folder, with recipe.yaml, nor full state, with metadata.json"
+        raise RecipeError(f"{source}: {why}{name_inside(source, 'metadata.json')}")
     entries = get_config(source / "recipe.yaml", runs_here=False).checkpoint
     engines = [registry.find("checkpoint", entry.type)(entry) for entry in entries]
     saved = [(step, engine) for engine in engines if (step := engine.latest()) is not None]

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -78,13 +78,16 @@ def discard(path: Path) -> None:
 def claim_folders(
     folders: Mapping[str, Path], *, say: Callable[[str], None], on_lost: Callable[[str], None]
 ) -> Iterator[None]:
-    """Creates the folders, recipe key → folder, and keeps other processes out of them.
+    """Creates the folders, recipe key → folder, and keeps other processes out of them; removes
+    those that are empty when it fails, as when the weights cannot be read.
 
     RecipeError for one that cannot be written, or that a live process is writing. `on_lost` is
     called with the reason, in another thread, when a lock was taken over, as after a long sleep of
     this machine.
     """
     with ExitStack() as locks:
+        new = [place for path in folders.values() for place in _new(path)]
+        locks.push(lambda fault, *_: _remove_empty(new) if fault else None)  # without their locks
         for folder, key in {path.resolve(): key for key, path in folders.items()}.items():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,27 @@ def claim_folders(
                     f"{key}: {folder} cannot be written ({error.strerror}); name another folder"
                 ) from error
         yield
+
+
+def _new(folder: Path) -> list[Path]:
+    """The folder and those around it that are not there yet."""
+    return [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # holds something, or is not there
+            folder.rmdir()
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Why this file or folder cannot be made or written to; None where it can."""
+    place = path = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if place != path and not place.is_dir():
+        return f"{place} is a file, where a folder is needed"
+    return None if os.access(place, os.W_OK) else f"{place} cannot be written to"
 
 
 def _lock(

@@ -2,11 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from jaxtrain import registry
 from jaxtrain.data.render import encode_prompt, find_stop_tokens
 from jaxtrain.export import find_checkpoint, restore_weights
 from jaxtrain.model.generate import Sampling, stream
-from jaxtrain.model.peft_folder import read_base_name
-from jaxtrain.recipe.errors import DataError, RecipeError, UserError, pluralize, show
+from jaxtrain.model.peft_folder import CONFIG, read_base_name
+from jaxtrain.model_folder import name_inside
+from jaxtrain.recipe.errors import DataError, RecipeError, pluralize, show
 from jaxtrain.recipe.resolve import get_config
 from jaxtrain.trainer.run import Run
 
@@ -26,8 +27,14 @@ CHUNK_TOKENS = 8
 MIN_ROOM = 16
 """Tokens that a prompt has to leave of the model's positions."""
 FROM_FOLDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+DESCRIPTIONS = ("config.json", CONFIG)
+"""Of which a folder of a model or of PEFT has one."""
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for the first bytes of a character."""
+MAX_FAULTS = 20
+"""Lines of a message about prompts."""
+Asked = tuple[str | list[dict[str, Any]], Any]
+"""A text or a conversation, and the tools that it offers."""
 
 
 class Options(NamedTuple):
@@ -59,28 +66,30 @@ class Speaker:
     def choose_options(
         self, *, max_new_tokens: int, stop: Sequence[str] = (), seed: int = 0, **given: float | None
     ) -> Options:
-        """Sampling as given, else as the model's generation_config.json has it; UserError for what
-        means nothing."""
+        """Sampling as given, else as the model's generation_config.json has it; RecipeError for
+        what means nothing. A `stop` that is a special token, which no text shows, ends a reply
+        too."""
         described = self.run.model.spec.generation_config or {}
         drawn = described if described.get("do_sample") else {}
         settings = {name: drawn[name] for name in FROM_FOLDER if drawn.get(name) is not None}
         settings |= {name: value for name, value in given.items() if value is not None}
         if drawn and "temperature" not in settings:
             settings["temperature"] = 1.0
-        if "" in stop:
-            raise UserError("--stop: must be text, found ''")
-        sampling = Sampling(**settings, stop_tokens=self._stop_tokens(described))
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {token.content: number for number, token in added if token.special}
+        stop_tokens = self._stop_tokens(described).union(special[t] for t in stop if t in special)
+        sampling = Sampling(**settings, stop_tokens=tuple(sorted(stop_tokens)))
         try:
             sampling.check()
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise RecipeError(str(error)) from None
         return Options(sampling, max_new_tokens, tuple(stop), seed)
 
-    def _stop_tokens(self, described: dict[str, Any]) -> tuple[int, ...]:
+    def _stop_tokens(self, described: dict[str, Any]) -> set[int]:
         listed = described.get("eos_token_id")
         known = listed if isinstance(listed, list) else [] if listed is None else [listed]
         ends = [self.tokenizer.eos_token_id] if self.is_raw else find_stop_tokens(self.tokenizer)
-        return tuple(sorted({*known, *(token for token in ends if token is not None)}))
+        return {*known, *(token for token in ends if token is not None)}
 
     def encode(self, prompt: str | list[dict[str, Any]], tools: Any = None) -> list[int]:
         """The tokens of a text, or of a conversation up to its next reply; DataError when they
@@ -165,16 +174,24 @@ def generate(
 ) -> None:
     """Writes the reply to each prompt as it comes, or each record of `file` with its reply as JSON,
     to the new file `out` if it is named. `how` is what `Speaker.choose_options` takes."""
-    records = read_prompts(file, is_raw=is_raw) if file else []
+    records = read_prompts(file, is_raw=is_raw) if file else {}
     speaker = load_speaker(source, is_raw=is_raw)
     options = speaker.choose_options(**how)
-    for text in prompts:
-        prompt = speaker.encode(text if is_raw else [*system_turn(system), _user_turn(text)])
+    first = [] if is_raw else system_turn(system)
+    said = {
+        f"--prompt {n}": (text if is_raw else [*first, _user_turn(text)], None)
+        for n, text in enumerate(prompts, start=1)
+    }
+    for prompt in encode_all(speaker, said):
         for piece in stream_reply(speaker, prompt, options):
             write(piece)
         write("\n")
+    asked = {place: _find_prompt(record, is_raw) for place, record in records.items()}
+    encoded = encode_all(speaker, asked)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("x", encoding="utf-8") if out else nullcontext() as target:
-        for record in reply_to_records(speaker, records, options, batch_size):
+        for record in reply_to_records(speaker, records.values(), encoded, options, batch_size):
             # On a terminal, control characters stay what JSON makes of them.
             line = json.dumps(record, ensure_ascii=target is None) + "\n"
             write(line) if target is None else target.write(line)
@@ -204,6 +221,9 @@ def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
     if is_run:
         trainer, state = restore_weights(find_checkpoint(folder))
         params = trainer.run.eval_params(state)
+    elif folder.is_dir() and not any((folder / name).is_file() for name in DESCRIPTIONS):
+        inside = name_inside(folder, *DESCRIPTIONS, "metadata.json")
+        raise RecipeError(f"{source}: has no {' or '.join(DESCRIPTIONS)}, and is no run{inside}")
     else:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = {"name_or_path": source, "param_dtype": dtype}
@@ -213,16 +233,18 @@ def load_speaker(source: str, *, is_raw: bool = False) -> Speaker:
         trainer = registry.find("trainer", "sft")(get_config(recipe, runs_here=False), "plan")
         params = trainer.run.first_params(None)
     if not (trainer.tokenizer.chat_template or is_raw):
-        raise RecipeError(f"{source}: has no chat template; --raw continues a text as it is")
+        how = "`jaxtrain generate --raw` continues a text as it is"
+        raise RecipeError(f"{source}: has no chat template; {how}")
     return Speaker(trainer.run, params, trainer.tokenizer, is_raw)
 
 
 # A file of prompts.
 
 
-def read_prompts(file: Path, *, is_raw: bool) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; DataError names the line of one that asks nothing."""
-    records = []
+def read_prompts(file: Path, *, is_raw: bool) -> dict[str, dict[str, Any]]:
+    """The records of a JSON Lines file by their places, `file:line`; DataError names those that ask
+    nothing."""
+    records, faults = {}, []
     # Not `splitlines`, which ends a line at separators that JSON text may hold.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -232,15 +254,42 @@ def read_prompts(file: Path, *, is_raw: bool) -> list[dict[str, Any]]:
             _find_prompt(record, is_raw)
         except (ValueError, DataError) as fault:
             what = str(fault) if isinstance(fault, DataError) else f"not JSON: {fault}"
-            raise DataError(f"{file}:{number}: {what}") from None
-        records.append(record)
+            faults.append(f"{file}:{number}: {what}")
+            continue
+        records[f"{file}:{number}"] = record
+    _raise_all(faults)
     if not records:
         raise DataError(f"{file}: holds no prompt")
     return records
 
 
-def _find_prompt(record: Any, is_raw: bool) -> str | list[dict[str, Any]]:
-    """The text to continue, or the conversation to reply to."""
+def encode_all(speaker: Speaker, asked: Mapping[str, Asked]) -> list[list[int]]:
+    """The tokens of prompts, by their places; DataError names all that leave no room for a reply,
+    before there is one."""
+    found, faults = [], []
+    for place, prompt in asked.items():
+        try:
+            found.append(speaker.encode(*prompt))
+        except DataError as fault:
+            faults.append(f"{place}: {fault}")
+    _raise_all(faults)
+    return found
+
+
+def _raise_all(faults: list[str]) -> None:
+    if len(faults) > MAX_FAULTS:
+        faults[MAX_FAULTS:] = [f"and {len(faults) - MAX_FAULTS:,} more"]
+    if faults:
+        raise DataError("\n".join(faults))
+
+
+def _find_prompt(record: Any, is_raw: bool) -> Asked:
+    """The text to continue, or the conversation to reply to, and its tools."""
+    prompt = _find_text_or_turns(record, is_raw)
+    return prompt, None if is_raw else record.get("tools")
+
+
+def _find_text_or_turns(record: Any, is_raw: bool) -> str | list[dict[str, Any]]:
     if not isinstance(record, dict):
         raise DataError(f"must be a map, found {show(record)}")
     for name in ("text", "prompt") if is_raw else ("messages", "prompt"):
@@ -263,17 +312,22 @@ def _find_prompt(record: Any, is_raw: bool) -> str | list[dict[str, Any]]:
 
 
 def reply_to_records(
-    speaker: Speaker, records: Sequence[dict[str, Any]], options: Options, batch_size: int
+    speaker: Speaker,
+    records: Iterable[dict[str, Any]],
+    encoded: Iterable[list[int]],
+    options: Options,
+    batch_size: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yields each record with its reply, as a recipe reads it: as the last turn of `messages`, or
-    at the end of `text`; its other columns stay."""
-    left = iter(enumerate(records))
-    while batch := list(islice(left, batch_size)):
-        asked = [_find_prompt(record, speaker.is_raw) for _, record in batch]
-        tools = [None if speaker.is_raw else record.get("tools") for _, record in batch]
-        prompts = [speaker.encode(*pair) for pair in zip(asked, tools, strict=True)]
-        *_, replies = speaker.reply(prompts, options._replace(seed=options.seed + batch[0][0]))
-        for (_, record), prompt, reply in zip(batch, asked, replies, strict=True):
+    """Yields each record, of which the prompt is encoded, with its reply, as a recipe reads it: as
+    the last turn of `messages`, or at the end of `text`; its other columns stay."""
+    left = zip(records, encoded, strict=True)
+    for start in count(step=batch_size):
+        if not (batch := list(islice(left, batch_size))):
+            break
+        prompts = [tokens for _, tokens in batch]
+        *_, replies = speaker.reply(prompts, options._replace(seed=options.seed + start))
+        for (record, _), reply in zip(batch, replies, strict=True):
+            prompt, _ = _find_prompt(record, speaker.is_raw)
             kept = {k: v for k, v in record.items() if k not in ("prompt", "system")}
             if isinstance(prompt, str):
                 yield kept | {"text": prompt + reply}
@@ -314,9 +368,10 @@ def converse(
         if command in ("/reset", "/system"):
             messages = []
             system = rest if command == "/system" else system
-            write("begun anew\n")
+            write(f"new conversation{', with this system message' if system else ''}\n")
         elif command.startswith("/"):
-            write(f"{HELP}\n")
+            unknown = "" if command == "/help" else f"no command {command}; "
+            write(f"{unknown}{HELP}\n")
         elif line.strip():
             asked = [*messages, _user_turn(line)]
             reply = _answer(speaker, [*system_turn(system), *asked], options, write)

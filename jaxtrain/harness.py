@@ -25,7 +25,7 @@ from jaxtrain.generate import FROM_FOLDER, Speaker
 from jaxtrain.model.generate import GREEDY
 from jaxtrain.model.scoring import score_targets
 from jaxtrain.parallel.mesh import num_batch_shards
-from jaxtrain.recipe.errors import UserError, did_you_mean, show
+from jaxtrain.recipe.errors import RecipeError, UserError, did_you_mean, show
 
 MAX_NEW_TOKENS = 256  # of a reply where its task does not say
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -50,26 +50,35 @@ class Tasks(NamedTuple):
     batch_size: int = 8
 
 
-def run_tasks(speaker: Speaker, tasks: Tasks) -> tuple[str, dict[str, Any]]:
-    """The results as a table, and as data; UserError for unknown tasks, and for what a task asks of
-    replies and cannot have."""
+class FoundTasks(NamedTuple):
+    manager: TaskManager
+    names: list[str]
+
+
+def find_tasks(tasks: Tasks) -> FoundTasks:
+    """RecipeError names every unknown task."""
     manager = TaskManager(include_path=str(tasks.include_path) if tasks.include_path else None)
-    names = _find_names(tasks.names, manager.all_tasks)
+    return FoundTasks(manager, _find_names(tasks.names, manager.all_tasks))
+
+
+def run_tasks(speaker: Speaker, tasks: Tasks, found: FoundTasks) -> tuple[str, dict[str, Any]]:
+    """The results as a table, and as data; UserError for what a task asks of replies and cannot
+    have."""
     # Its processes would be forks of this one, whose threads of jax they would lack.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     evaluate: Any = simple_evaluate  # whose decorators hide its parameters
-    found = evaluate(
+    results = evaluate(
         model=HarnessModel(speaker, tasks.batch_size),
-        tasks=names,
-        task_manager=manager,
+        tasks=found.names,
+        task_manager=found.manager,
         num_fewshot=tasks.num_fewshot,
         limit=tasks.limit,
         bootstrap_iters=RESAMPLED,
         log_samples=False,
     )
-    parts = [column for column in ("results", "groups") if found.get(column)]
-    table = "\n".join(make_table(found, column) for column in parts)
-    return table, {name: found[name] for name in KEPT if name in found}
+    parts = [column for column in ("results", "groups") if results.get(column)]
+    table = "\n".join(make_table(results, column) for column in parts)
+    return table, {name: results[name] for name in KEPT if name in results}
 
 
 def _find_names(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -80,7 +89,7 @@ def _find_names(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
         if not found:
             faults.append(f"--lm-eval: no task is called {show(name)}{did_you_mean(name, known)}")
     if faults:
-        raise UserError("\n".join(faults))
+        raise RecipeError("\n".join(faults))
     return list(dict.fromkeys(names))
 
 

@@ -117,7 +117,8 @@ def _is_inside(path: PurePath) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON map; RecipeError when the file is missing or something else."""
     if not file.is_file():
-        raise RecipeError(f"{file}: no such file; a model folder must have it")
+        inside = name_inside(file.parent, file.name)
+        raise RecipeError(f"{file}: no such file; a model folder must have it{inside}")
     try:
         value = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
@@ -125,6 +126,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"{file}: must hold a map, found {show(value)}")
     return value
+
+
+def name_inside(folder: Path, *names: str) -> str:
+    """`; did you mean …?` with the newest folder in this one that has such a file, or nothing."""
+    found = [file for name in names for file in folder.glob(f"*/{name}")]
+    found.sort(key=lambda file: file.stat().st_mtime)
+    return f"; did you mean `{found[-1].parent}`?" if found else ""
 
 
 def _name_error(what: str) -> RecipeError:

@@ -9,6 +9,7 @@ import jax
 
 from jaxtrain import registry
 from jaxtrain.parallel.host_memory import is_moved_to_host
+from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.trainer import TrainerConfig
 from jaxtrain.trainer.header import count_parameters, describe_devices
 
@@ -22,7 +23,7 @@ def plan(config: TrainerConfig, devices: list[Any] | None = None) -> Iterator[tu
     yield "devices", describe_devices(run.mesh)
     yield "model", f"{count_parameters(run)}, computed in {run.model.compute.compute_dtype}"
     sequences = layout.step_sequences(sequence_tokens)
-    yield "batch", f"{sequences:,} sequences of {sequence_tokens:,} tokens per step"
+    yield "batch", f"{pluralize(sequences, 'sequence')} of {sequence_tokens:,} tokens per step"
     parts = {"parameters": (shapes.params, shapes.frozen), "optimizer": shapes.opt_state}
     parts |= {"average": shapes.average} if shapes.average else {}
     held = ", ".join(f"{name} {format_bytes(device_bytes(part))}" for name, part in parts.items())

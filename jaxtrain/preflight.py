@@ -4,7 +4,6 @@ minute, found by the run's own functions. Opens no device; fetches and writes no
 Imports of jax and transformers stand inside, for recipes whose model is on the hub.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -12,10 +11,12 @@ from pathlib import Path
 
 from jaxtrain import registry
 from jaxtrain.assets import cache_folder, find_cached, is_asset
+from jaxtrain.files import why_unwritable
 from jaxtrain.recipe.check import find_batch_sizes, list_files
 from jaxtrain.recipe.data import FORMATS, HFDataSourceConfig, LocalDataSourceConfig, file_format
 from jaxtrain.recipe.errors import Fault, RecipeError, show
 from jaxtrain.recipe.mesh import refuse_uneven
+from jaxtrain.recipe.resolve import Resolved
 from jaxtrain.recipe.section import expand_user, is_path, path_exists
 from jaxtrain.recipe.trainer import TrainerConfig
 
@@ -28,6 +29,20 @@ def find_faults(config: TrainerConfig, devices: int | None = None) -> Iterator[F
         yield from find_model_faults(config, devices)
     yield from find_missing_data(config)
     yield from find_unwritable(config)
+
+
+@contextmanager
+def all_faults_at_once(resolved: Resolved, devices: int | None) -> Iterator[None]:
+    """Adds to the faults that end a start those that it would have met later, as `check` does."""
+    try:
+        yield
+    except RecipeError as error:
+        import jax
+
+        more = [*find_faults(resolved.require_config(), devices or len(jax.devices()))]
+        known = {fault.what for fault in more}
+        own = [fault for fault in error.faults if fault.what not in known]
+        raise resolved.with_faults([*own, *more]).error from None
 
 
 def is_here(name: str) -> bool:
@@ -46,7 +61,6 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
     from jaxtrain.model.config import ComputeConfig
     from jaxtrain.model.context import refuse_context, refuse_length
     from jaxtrain.model.routing import refuse_idle_experts
-    from jaxtrain.model.weights import open_tensors
     from jaxtrain.parallel.sharding import parameter_shardings
     from jaxtrain.tokenizer.load import check_syntax, load_tokenizer, read_template
 
@@ -60,9 +74,13 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             faults.extend(error.faults)
 
     model, tokenizer, spec = config.model, config.tokenizer, None
+    factory = HFModelFactory(model)
     if registry.is_built_in("model", model.type) and is_here(model.name_or_path):
         with collecting():
-            spec = HFModelFactory(model).create_config()
+            spec = factory.describe()
+        with collecting():
+            if spec is not None:
+                factory.with_adapters(spec)
     if registry.is_built_in("tokenizer", tokenizer.type):
         with collecting():
             if tokenizer.name_or_path and is_here(tokenizer.name_or_path):
@@ -92,9 +110,8 @@ def find_model_faults(config: TrainerConfig, devices: int | None) -> list[Fault]
             parameter_shardings(AbstractMesh((*sizes.values(),), (*sizes,)), shapes)
         with collecting():
             refuse_idle_experts(config, spec.config)
-        if not model.from_scratch:
-            with collecting():
-                open_tensors(spec.path, spec.config, shapes, spec.stored_tokens)
+        with collecting():
+            factory.check_weights(spec)
     return faults
 
 
@@ -128,7 +145,7 @@ def why_no_data(written: str) -> str | None:
             return f"folder {path} holds no data file; known are {', '.join(FORMATS)}"
     elif not path_exists(written) and ("\0" in written or not glob(str(path), recursive=True)):
         is_pattern = set("*?[") & set(written)
-        return f"no file {'matches' if is_pattern else 'or folder'} {show(written)}"
+        return f"no file {'matches' if is_pattern else 'or folder'} {written!r}"
     return None
 
 
@@ -140,14 +157,8 @@ def find_unwritable(config: TrainerConfig) -> Iterator[Fault]:
         folder = entry.output_dir.replace("{run_dir}", str(config.output_path(None, "")))
         if entry.enabled and "://" not in folder:
             outputs.append((f"checkpoint.{i}.output_dir", expand_user(folder)))
-    refused: set[tuple[str, Path]] = set()
+    refused: set[tuple[str, str]] = set()
     for key, path in outputs:
-        place = path = path.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        why = "" if os.access(place, os.W_OK) else "cannot be written to"
-        if place != path and not place.is_dir():
-            why = "is a file, where a folder is needed"
-        if why and (key, place) not in refused:
-            refused.add((key, place))
-            yield Fault(key, f"{path}: {place} {why}")
+        if (why := why_unwritable(path)) and (key, why) not in refused:
+            refused.add((key, why))
+            yield Fault(key, f"{path.absolute()}: {why}")

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from jaxtrain.cli import cli, main
-from jaxtrain.model.families import FAMILIES
+from jaxtrain.model.families import BY_NAME, FAMILIES
+from jaxtrain.model.listing import describe_family
 from jaxtrain.signals import SIGNALS
 from tests.runs import conversations, environment, model_folder, recipe
 
@@ -173,7 +176,7 @@ BAD = {
     "nothing trained": (nothing_trained, 3, "no assistant text to train on"),
     "no template": (no_template, 2, "tokenizer.chat_template"),
     "missing data": (change("data", {"sources": ["nowhere.jsonl"]}), 2, "nowhere.jsonl"),
-    "architecture": (other_architecture, 2, "use one of LlamaForCausalLM"),
+    "architecture": (other_architecture, 2, "unsupported architecture, found 'BertModel'"),
     "no weights": (no_weights, 2, "model.safetensors"),
     "asset": (wrong_asset, 2, "nothing"),
     "mesh": (change("mesh", {"data": 2}), 2, "mesh: data 2 does not fit 1 device"),
@@ -200,7 +203,28 @@ def test_bad_input_is_one_line_with_its_exit_code_and_nothing_is_written(
     after = {
         name: stamp for name, stamp in files(tmp_path).items() if not name.startswith("cache/")
     }
-    assert after == before
+    assert after == before and not (tmp_path / "run").exists()
+
+
+def test_a_start_names_what_it_would_have_met_later_too(tmp_path, failing):
+    peft = {"peft_type": "lora", "target_modules": ["q_porj", "v_poj"]}
+    base = recipe(tmp_path, rows=4, model={"from_scratch": False, "peft_config": peft})
+    model_folder(tmp_path / "model", vocab_size=300)
+    weights = {"model.norm.weight": np.zeros(3, np.float32)}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    file = written(tmp_path, base)
+    code, said = failing(file, "--num_gpus", 1)
+    assert code == 2
+    for part in (
+        "recipe.yaml:13: model.peft_config.target_modules: 'q_porj' matches no module",
+        "recipe.yaml:13: model.peft_config.target_modules: 'v_poj' matches no module",
+        "model.resize_vocab: the tokenizer has 384 tokens and the embedding room for 300",
+        "tensor model.norm.weight must have shape [32] by config.json, found [3]",
+        "tensor model.embed_tokens.weight [300, 32] is missing",
+        "errors in recipe.yaml; nothing was started",
+    ):
+        assert part in said, said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,11 +276,14 @@ def test_exit_codes_of_a_clean_check_and_of_a_loss_that_is_not_finite(tmp_path):
 
 def test_models_lists_every_family_and_says_what_one_takes(tmp_path):
     done = jaxtrain(tmp_path, "models")
-    families = [line.split()[0] for line in done.stdout.splitlines()[1:-3]]
-    assert families == [family.name for family in FAMILIES]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-4]] == [family.name for family in FAMILIES]
+    lines += [line for family in BY_NAME for line in describe_family(family)]
+    assert max(map(len, lines)) <= 80
     one = jaxtrain(tmp_path, "models", "phi3").stdout
     assert "linear        qkv_proj, o_proj, gate_up_proj, down_proj" in one
     assert "only with     resid_pdrop: 0" in one
     wrong = jaxtrain(tmp_path, "models", "phi33")
     assert wrong.returncode == 2
-    assert wrong.stderr == "no family is called 'phi33'; did you mean `phi3`?\n"
+    assert wrong.stderr.startswith("no family is called 'phi33'; did you mean `phi3`?; `jaxtrain")
+    assert [*describe_family("phi3")] == [*describe_family("Phi3ForCausalLM")] == one.splitlines()

@@ -1,8 +1,10 @@
 """`jaxtrain generate` and `jaxtrain chat` on a run, a checkpoint and an export of a short training."""
 
 import json
+import re
 import shutil
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from jaxtrain import get_config
 from jaxtrain.cli import cli
 from jaxtrain.generate import Reply, converse, load_speaker, read_prompts, stream_reply
-from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, UserError, printable
+from jaxtrain.recipe.errors import CheckpointError, DataError, RecipeError, printable
 from tests.runs import recipe, trainer
 from tests.tiny import tiny_tokenizer
 
@@ -123,9 +125,10 @@ FAULTS = {
 @pytest.mark.parametrize("line", FAULTS)
 def test_a_record_that_asks_nothing_is_named_before_a_model_is_read(tmp_path, line):
     file = tmp_path / "prompts.jsonl"
-    written = '{"prompt": "a\u2028b"}\n' + line + "\n"  # JSON text may hold separators
+    written = '{"prompt": "a\u2028b"}\n' + line + "\n3\n"  # JSON text may hold separators
     file.write_text(written, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(DataError, match=rf"prompts\.jsonl:2: .*{FAULTS[line]}"):
+    both = rf"prompts\.jsonl:2: .*{FAULTS[line]}.*\n.*prompts\.jsonl:3: must be a map, found 3$"
+    with pytest.raises(DataError, match=both):
         run_cli("generate", tmp_path / "none", "--file", file)
     file.write_text("\n")
     with pytest.raises(DataError, match="holds no prompt"):
@@ -133,13 +136,25 @@ def test_a_record_that_asks_nothing_is_named_before_a_model_is_read(tmp_path, li
 
 
 def test_what_cannot_be_asked_is_named(trained, tmp_path):
-    out = trained / "out" / "global_step_8"
+    out, ok = trained / "out" / "global_step_8", tmp_path / "prompts.jsonl"
+    ok.write_text('{"prompt": "x"}\n')
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"prompt": "x"}\n' + json.dumps({"prompt": "yes " * 400}))
+    one_by_one = ("--out", tmp_path / "new", "--batch-size", 1)
     for words, error, message in (
         ((tmp_path / "none", "--prompt", "x"), RecipeError, "no such folder or file"),
-        ((trained / "state", "--prompt", "x"), RecipeError, "config.json"),
-        ((out, "--prompt", "x", "--stop", ""), UserError, "--stop: must be text"),
-        ((out, "--prompt", "x", "--temperature", "-1"), UserError, "found temperature -1.0"),
-        ((out, "--prompt", "yes " * 400), DataError, "the model has 256 positions"),
+        (
+            (trained / "state", "--prompt", "x"),
+            RecipeError,
+            "has no config.json .* did you mean `.*state/global_step_8`",
+        ),
+        ((out, "--prompt", "x", "--temperature", "nan"), RecipeError, "found temperature nan"),
+        (
+            (out, "--prompt", "x", *("--prompt", "yes " * 400) * 2),
+            DataError,
+            "--prompt 2: a prompt of .* the model has 256 positions(.|\n)*--prompt 3: a prompt of",
+        ),
+        ((out, "--file", long, *one_by_one), DataError, "long.jsonl:2: a prompt of"),
     ):
         with pytest.raises(error, match=message):
             run_cli("generate", *words)
@@ -147,9 +162,21 @@ def test_what_cannot_be_asked_is_named(trained, tmp_path):
         ((out,), "one of --prompt and --file"),
         ((out, "--prompt", "x", "--out", tmp_path / "new"), "--out is for the records"),
         ((out, "--prompt", "x", "--raw", "--system", "y"), "--system is for --prompt"),
+        ((out, "--prompt", ""), "'--prompt': must be text, found ''"),
+        ((out, "--prompt", "x", "--stop", ""), "'--stop': must be text, found ''"),
+        (
+            (out, "--prompt", "x", "--temperature", "-1"),
+            "'--temperature': -1.0 is not in the range",
+        ),
+        ((out, "--prompt", "x", "--top-p", "2"), "'--top-p': 2.0 is not in the range"),
+        ((out, "--prompt", "x", "--seed", 2**64), "'--seed': .* is not in the range"),
+        ((out, "--file", ok, "--out", ok), "prompts.jsonl exists already; name a new one"),
+        ((out, "--file", ok, "--out", ok / "x"), "is a file, where a folder is needed"),
     ):
-        with pytest.raises(Exception, match=message):
+        with pytest.raises(click.UsageError) as fault:
             run_cli("generate", *words)
+        assert re.search(message, fault.value.format_message())
+    assert not (tmp_path / "new").exists()
     run = tmp_path / "empty"
     run.mkdir()
     (run / "recipe.yaml").write_bytes((trained / "run" / "recipe.yaml").read_bytes())
@@ -166,7 +193,7 @@ def test_a_model_without_a_chat_template_continues_texts_alone(trained, tmp_path
     for file in (trained / "out" / "global_step_8").iterdir():
         if file.name != "chat_template.jinja":
             (bare / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(RecipeError, match="has no chat template; --raw continues"):
+    with pytest.raises(RecipeError, match="has no chat template; `jaxtrain generate --raw` cont"):
         load_speaker(str(bare))
     assert load_speaker(str(bare), is_raw=True).encode("yes")
 
@@ -183,7 +210,7 @@ def test_a_folder_says_how_it_is_sampled_and_a_flag_goes_before(trained, tmp_pat
     assert found[:5] == (1.0, 1.0, 0, 0.7, 0.1) and {3, 5} < set(found.stop_tokens)
     assert sampling(written, temperature=0.0).temperature == 0
     assert sampling(written | {"do_sample": False, "temperature": 0.6}).temperature == 0
-    with pytest.raises(UserError, match="sampling needs numbers, found"):
+    with pytest.raises(RecipeError, match="sampling needs numbers, found"):
         sampling(written | {"top_p": "much"})
 
 
@@ -192,6 +219,12 @@ def test_a_reply_ends_before_a_stop_text(speaker):
     stop = whole[4:7]
     assert whole.index(stop) == 4
     assert greedy(speaker, ASKED, stop=["nowhere", stop]) == whole[:4]
+
+
+def test_a_stop_that_is_a_special_token_ends_a_reply_though_no_text_shows_it(speaker):
+    token = speaker.tokenizer.convert_tokens_to_ids("[INST]")
+    found = [speaker.choose_options(max_new_tokens=1, stop=stop) for stop in ([], ["[INST]"])]
+    assert [token in options.sampling.stop_tokens for options in found] == [False, True]
 
 
 TOKENIZER = tiny_tokenizer()
@@ -231,7 +264,8 @@ def test_a_conversation_is_kept_begun_anew_and_goes_on_after_what_does_not_fit(s
     assert len({first, second, third, fourth}) == 4
     places = [text.index(first), text.index(second), text.rindex(fourth)]
     assert places == sorted(places) and text.count(" tokens/s]") == 5
-    assert text.count("begun anew") == 2 and text.count("/reset, /help") == 2
+    assert text.count("new conversation") == 2 and text.count("/reset, /help") == 2
+    assert "new conversation, with this system message" in text and "no command /" in text
     assert "the model has 256 positions" in text and next(lines) == "never"
     assert (
         speaker.run.config.data

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import click
 import jax
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from jaxtrain.cli import cli
 from jaxtrain.export import find_checkpoint
 from jaxtrain.plan import device_bytes
-from jaxtrain.recipe.errors import CheckpointError
+from jaxtrain.recipe.errors import CheckpointError, RecipeError
 from tests.runs import environment, recipe, trainer
 
 
@@ -78,9 +79,10 @@ def test_an_export_is_what_the_run_would_have_exported(tmp_path, ema, capsys):
 
 def test_what_cannot_be_exported_is_named(tmp_path):
     run = trained(tmp_path)
-    with pytest.raises(CheckpointError, match="is neither a run folder nor a checkpoint"):
-        find_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="exists already; name a new folder"):
+    for folder, near in ((tmp_path, ""), (tmp_path / "state", ".*did you mean `.*/global_step_2`")):
+        with pytest.raises(RecipeError, match=f"is neither a run folder, with recipe.yaml{near}"):
+            find_checkpoint(folder)
+    with pytest.raises(click.UsageError, match="exists already; name a new one"):
         cli(["export", str(tmp_path / "run"), "--to", str(tmp_path)], standalone_mode=False)
     for step in run.checkpoint_engines[0].steps():
         (tmp_path / "state" / f"global_step_{step}").rename(tmp_path / f"moved {step}")

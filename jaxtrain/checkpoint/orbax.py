@@ -250,10 +250,11 @@ def _refuse_other_shapes(path: Path, shapes: dict[str, str], wanted: Any) -> Non
     }
     differing = sorted(k for k in asked.keys() | saved.keys() if asked.get(k) != saved.get(k))
     if differing:
-        key = differing[0]
+        of_optimizer = f"['{OPTIMIZER}']"
+        key = next((key for key in differing if not key.startswith(of_optimizer)), differing[0])
         raise CheckpointError(
-            f"{path} does not fit the recipe's model: {len(differing)} arrays differ, first {key}: "
-            f"saved {saved.get(key, 'nothing')}, wanted {asked.get(key, 'nothing')}"
+            f"{path} does not fit the recipe's model: {len(differing)} arrays differ, such as "
+            f"{key}: saved {saved.get(key, 'nothing')}, wanted {asked.get(key, 'nothing')}"
         )
 
 

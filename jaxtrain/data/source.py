@@ -228,7 +228,8 @@ def find_data_files(paths: Sequence[str], split: str) -> Iterator[Path]:
             files = {str(file).removeprefix(root): file for file in matches}
         if not files:
             is_pattern = set("*?[") & set(written)
-            raise RecipeError(f"no file {'matches' if is_pattern else 'or folder'} {written}")
+            what = f"no file {'matches' if is_pattern else 'or folder'} {written!r}"
+            raise RecipeError(what)
         yield from (files[name] for name in select_split(files, split, written))
 
 

@@ -47,7 +47,7 @@ from jaxtrain.model.peft_folder import (
     write_adapter,
 )
 from jaxtrain.model.quantized import Kind, may_be_quantized
-from jaxtrain.model.weights import load_params
+from jaxtrain.model.weights import load_params, open_tensors
 from jaxtrain.model_folder import locate
 from jaxtrain.parallel.host_memory import has_host_memory
 from jaxtrain.parallel.layout import BatchLayout
@@ -337,6 +337,9 @@ class ModelFactory(Factory, kind="model"):
         """What the model is: read from its config, no weights."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_config()")
 
+    def check_weights(self, model_config: ModelSpec) -> None:
+        """Raises for weights that cannot be read, where that is seen without reading them."""
+
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """The model as `model_config.placement` computes it, without arrays."""
         raise NotImplementedError(f"{type(self).__qualname__} defines no create_model(config)")
@@ -348,16 +351,30 @@ class HFModelFactory(ModelFactory):
     name = "huggingface"
 
     def create_config(self) -> ModelSpec:
+        return self.with_adapters(self.describe())
+
+    def describe(self) -> ModelSpec:
+        """The model without adapters."""
         path = locate(self.config.name_or_path, with_weights=not self.config.from_scratch)
         config, hf = read_config(path, self.config)
-        spec = ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+        return ModelSpec(config, hf, path, generation_config=read_generation_config(path))
+
+    def with_adapters(self, spec: ModelSpec) -> ModelSpec:
+        """RecipeError for adapters that this model cannot have."""
         if self.config.peft_config is None:
             return spec
         peft = read_peft_config(self.config.peft_config)
-        adapters = find_adapters(peft, config)
+        adapters = find_adapters(peft, spec.config)
         if peft.path:
-            open_adapter(expand_user(peft.path), adapters, config)
+            open_adapter(expand_user(peft.path), adapters, spec.config)
         return replace(spec, adapters=adapters)
+
+    def check_weights(self, model_config: ModelSpec) -> None:
+        """WeightError for a folder or file whose tensors are not those of its config."""
+        if not self.config.from_scratch:
+            spec = model_config
+            shapes = decoder.abstract(spec.config, ComputeConfig()).shapes
+            open_tensors(spec.path, spec.config, shapes, spec.stored_tokens)
 
     def create_model(self, model_config: ModelSpec) -> LanguageModel:
         """RecipeError for what the mesh cannot compute."""

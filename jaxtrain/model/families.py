@@ -698,7 +698,7 @@ FAMILIES: Sequence[Family] = (
         traits=lambda hf: _experts(hf, "intermediate_size", is_normalized=True),
         aliases={"num_local_experts": "num_experts"},
         ropes={"*": {"rope_theta": 1_000_000.0}},
-        tensors={**tables.LLAMA, **tables.MIXTRAL},
+        tensors={**tables.ALL_EXPERTS, **tables.MIXTRAL},
         **_IN_ONE,
     ),
     Family(
@@ -716,7 +716,7 @@ FAMILIES: Sequence[Family] = (
         },
         aliases={"num_local_experts": "num_experts"},
         ignored=("sliding_window",),
-        tensors={**tables.LLAMA, **tables.OLMO, **tables.EXPERTS},
+        tensors={**tables.ALL_EXPERTS, **tables.OLMO, **tables.EXPERTS},
         **_IN_ONE,
     ),
     Family(
@@ -797,7 +797,7 @@ FAMILIES: Sequence[Family] = (
         aliases={"num_local_experts": "num_experts"},
         ignored=("hidden_act",),
         ropes={"*": {"rope_theta": 150_000.0}},
-        tensors={**tables.LLAMA, **tables.GPT_OSS},
+        tensors={**tables.ALL_EXPERTS, **tables.GPT_OSS},
         quantizations=("mxfp4",),
     ),
     GEMMA3,

@@ -1,6 +1,7 @@
 """Reads the configs of a model's folder or GGUF file; config.json becomes a DecoderConfig."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +216,19 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
                     f"{show(named)}, whose model_type is {show(family.name)}"
                 )
             return family
-    known = [family.architecture for family in FAMILIES]
+    field = "architectures" if named else "model_type"
     raise RecipeError(
-        f"{where}: architectures: unsupported architecture, found {show(named or kind)}; use one "
-        f"of {', '.join(known)}{did_you_mean(str(named or kind), known)}"
+        f"{where}: {field}: unsupported architecture, found {show(named or kind)}"
+        f"{_nearest_family(str(named or kind))}; `jaxtrain models` lists what there is"
     )
+
+
+def _nearest_family(name: str) -> str:
+    """The families of a similar name, by what stands before `For…`."""
+    stem = lambda name: name.partition("For")[0].lower().replace("_", "")
+    near = get_close_matches(stem(name), {stem(f.architecture) for f in FAMILIES}, n=1)
+    found = [f.architecture for f in FAMILIES if stem(f.architecture) in near]
+    return f"; the nearest family is {' or '.join(found)}" if found else ""
 
 
 def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -227,7 +236,8 @@ def decoder_config(hf: Mapping[str, Any], where: str = "config.json") -> Decoder
     family = family_of(hf, where)
     written = text_fields(hf, family)
     hf = _in_names_of_llama(written, family)
-    faults = _number_faults(hf) or _field_faults(hf, family)
+    numbers = _number_faults(hf)
+    faults = _unsupported_fields(hf, family) | (numbers or _size_faults(hf, family))
     layers, ropes = [], {}
     rope_field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     try:
@@ -332,8 +342,7 @@ def _check_stop_tokens(config: Mapping[str, Any]) -> str | None:
     return f"must be the number of a token or a list of them, found {show(found)}"
 
 
-def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
-    """Unsupported values, and sizes that do not fit together."""
+def _unsupported_fields(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
     faults = {}
     for field, values in family.only.items():
         if field in hf and hf[field] not in values and not _is_read(field, hf[field], family):
@@ -343,6 +352,12 @@ def _field_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
                 faults[field] += "; save its weights in bfloat16 first"
             if "drop" in field:
                 faults[field] += f"; write model.hf_config_kwargs.{field}: 0 to train without"
+    return faults
+
+
+def _size_faults(hf: Mapping[str, Any], family: Family) -> dict[str, str]:
+    """Sizes that do not fit together, among valid numbers."""
+    faults = {}
     heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
     if kv_heads is not None and heads % kv_heads:
         faults["num_key_value_heads"] = f"must divide the {heads} attention heads, found {kv_heads}"

@@ -207,6 +207,8 @@ GPT_NEOX: Table = {
 }
 
 ROUTER: Table = {"mlp/router": tensors(".mlp.gate.weight: E D -> D E")}
+ALL_EXPERTS: Table = {k: v for k, v in LLAMA.items() if not k.startswith("mlp/")}
+"""Of models with experts in every layer: none has an MLP."""
 EXPERTS: Table = {
     **ROUTER,
     "mlp/expert_gate_up": tensors(

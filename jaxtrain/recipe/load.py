@@ -178,6 +178,8 @@ def read(file: Path) -> Recipe:
     try:
         if not file.is_file():
             why = "is a folder, not a recipe file" if file.is_dir() else "recipe not found"
+            if (file / "recipe.yaml").is_file():
+                why += f"; did you mean `{file / 'recipe.yaml'}`?"
         elif (size := file.stat().st_size) > MAX_BYTES:
             why = f"{size} bytes; a recipe has at most {MAX_BYTES}"
         else:

@@ -1,13 +1,16 @@
 """The recipes that come with the package."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from textwrap import fill
 
 from jaxtrain.recipe.errors import RecipeError, did_you_mean
 from jaxtrain.recipe.schema import HEADER, json_schema
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+COLUMNS = 80
 SCHEMA = HEADER.rpartition("=")[2]
 
 
@@ -16,11 +19,11 @@ def list_names() -> list[str]:
 
 
 def format_list() -> str:
-    """A line per recipe, with its first comment."""
+    """Every recipe with the first clause of its comment."""
     width = max(map(len, list_names()))
-    return "\n".join(
-        f"{name:{width}}  {_first_comment(read_recipe(name))}" for name in list_names()
-    )
+    lines = (f"{name:{width}}  {_first_clause(read_recipe(name))}" for name in list_names())
+    indent = " " * (width + 2)
+    return "\n".join(fill(line, COLUMNS, subsequent_indent=indent) for line in lines)
 
 
 def read_recipe(name: str) -> str:
@@ -52,6 +55,6 @@ def copy_recipe(name: str, target: Path) -> list[Path]:
     return files
 
 
-def _first_comment(recipe: str) -> str:
+def _first_clause(recipe: str) -> str:
     lines = (line for line in recipe.splitlines() if line.startswith("#") and line != HEADER)
-    return next(lines, "").lstrip("# ")
+    return re.split(r"[.:;](?: |$)", " ".join(line.lstrip("# ") for line in lines))[0]

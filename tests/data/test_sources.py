@@ -347,10 +347,10 @@ def test_broken_binary_files(tmp_path):
 def test_what_the_recipe_names_and_is_not_there(tmp_path):
     assert failure(JsonSource, tmp_path / "a.json") == (
         RecipeError,
-        f"no file or folder {tmp_path}/a.json",
+        f"no file or folder '{tmp_path}/a.json'",
     )
     pattern = f"{tmp_path}/*.jsonl"
-    assert failure(JsonLinesSource, pattern) == (RecipeError, f"no file matches {pattern}")
+    assert failure(JsonLinesSource, pattern) == (RecipeError, f"no file matches {pattern!r}")
     message = failure(LocalSource, tmp_path)[1]
     assert message.startswith(f"folder {tmp_path} holds no data file; known are .json")
     path = write(tmp_path / "a.dat", "x")

@@ -17,6 +17,8 @@ from jaxtrain.model import HFModelFactory
 from jaxtrain.model.config import ComputeConfig
 from jaxtrain.model.decoder import abstract
 from jaxtrain.model.factory import LanguageModel
+from jaxtrain.model.families import BY_NAME
+from jaxtrain.model.listing import linear_modules
 from jaxtrain.model.lora import (
     DEFAULT_TARGETS,
     FORMER_MODULES,
@@ -128,6 +130,13 @@ def without_vision(fields):
     return fields | {"exclude_modules": "|".join(filter(None, [r".*vision.*", excluded]))}
 
 
+OPTIONAL = {
+    "q_proj", "q_a_proj", "q_b_proj", "proj", "per_layer_input_gate", "per_layer_projection",
+    "per_layer_model_projection",
+}  # fmt: skip
+"""Modules that a config of their family may lack: low ranks of queries, experts, layer inputs."""
+
+
 @pytest.mark.covers(
     "model.peft_config.target_modules",
     "model.peft_config.exclude_modules",
@@ -147,6 +156,10 @@ def without_vision(fields):
 def test_the_modules_ranks_and_scales_are_those_that_peft_selects(tmp_path, family):
     hf_config(family).save_pretrained(tmp_path)
     config, _, _ = describe_model(tmp_path)
+    names = {m.local_name for m in list_modules(config) if not m.is_parameter}
+    listed = {*linear_modules(BY_NAME[config.family])}
+    assert names - FORMER_MODULES.get(config.family, {}).keys() <= listed
+    assert listed - names <= OPTIONAL
     for name, fields in SPELLINGS.items():
         fields = known_to(config, fields)
         if name == "saved" and config.family == "granitemoehybrid":

@@ -198,8 +198,13 @@ def test_a_dtype_that_is_not_read_is_named(folder):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("architectures", ["GPTJForCausalLM"], "use one of LlamaForCausalLM, Mistral"),
-        ("architectures", "Gemma9ForCausalLM", "did you mean `Gemma"),
+        (
+            "architectures",
+            ["BertModel"],
+            "found 'BertModel'; `jaxtrain models` lists what there is",
+        ),
+        ("architectures", "Gemma9ForCausalLM", "the nearest family is Gemma"),
+        ("architectures", ["Qwen2VLForConditionalGeneration"], "is Qwen2ForCausalLM; `jaxtrain"),
         ("architectures", 3, "unsupported architecture, found 3"),
         ("model_type", "mistral", "'mistral' contradicts architectures, 'LlamaForCausalLM'"),
         ("is_causal", False, "must be true, found false"),
@@ -268,9 +273,10 @@ def test_a_field_that_is_not_built_in_is_named_with_its_value(field, value, expe
     assert f"config.json: {name}: " in line and expected in line
 
 
-def test_all_wrong_fields_come_together():
+@pytest.mark.parametrize("wrong", [{"head_dim": 5}, {"hidden_act": "mish"}, {"rope_theta": -1.0}])
+def test_all_wrong_fields_come_together(wrong):
     with pytest.raises(RecipeError) as error:
-        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, "head_dim": 5})
+        decoder_config({**CONFIG, "attention_dropout": 0.5, "is_causal": False, **wrong})
     assert len(faults(error)) == 3
 
 

@@ -173,6 +173,18 @@ def test_claimed_folders_may_be_one_by_two_names(tmp_path):
         assert (tmp_path / "folder" / ".lock").exists()
 
 
+def test_new_folders_that_a_fault_leaves_empty_are_removed(tmp_path):
+    (tmp_path / "old").mkdir()
+    names = ("old", "new/state", "new/export", "kept/run", "kept/state")
+    folders = {name: tmp_path / name for name in names}
+    with pytest.raises(RecipeError), claim_folders(folders, say=print, on_lost=print):
+        (tmp_path / "kept" / "run" / "recipe.yaml").touch()
+        raise RecipeError("cannot be read")
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")} == {
+        "old", "kept", "kept/run", "kept/run/recipe.yaml"
+    }  # fmt: skip
+
+
 def test_weights_that_a_finite_loss_made_infinite_are_not_saved(tmp_path):
     class Overflow(Callback):
         def on_step_end(self, args, state, control):
