@@ -29,7 +29,8 @@ def main(target: str, written: dict[str, Any]) -> None:
     config, tokens = MODELS[written.pop("size")]
     written = recipe(folder, data={"max_length": tokens}, mesh={"fsdp": 8}, **written)
     model_folder(folder / "model", **config)
-    run = SFTTrainer(get_config(written), "plan", devices=topology(target, "v5e:2x4").devices)
+    chips = "v5p:2x2x2" if target == "v5p" else "v5e:2x4"
+    run = SFTTrainer(get_config(written), "plan", devices=topology(target, chips).devices)
     print(json.dumps(device_memory(run, tokens)))
 
 

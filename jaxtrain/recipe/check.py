@@ -92,6 +92,13 @@ def describe_warmup(config: TrainerConfig) -> str:
     return f"{scheduler.warmup_updates(1_000) / 10:g}% of the steps"
 
 
+def describe_excess(tokens: int, positions: int | None) -> list[str]:
+    """What to say of sequences with more tokens than the positions that the model names."""
+    if positions is None or tokens <= positions:
+        return []
+    return [f"longer than the {positions:,} positions that the model's config names"]
+
+
 # Facts that only a run knows better.
 
 
@@ -105,14 +112,23 @@ def describe_model(config: TrainerConfig) -> str:
 
 def describe_length(config: TrainerConfig) -> str:
     """Maximum length of a sequence."""
-    if config.data.max_length is not None:
-        return f"at most {config.data.max_length:,} tokens"
-    file = Path(config.model.name_or_path) / "config.json"
+    length, positions = config.data.max_length, find_positions(config)
+    if length is not None:
+        return ", ".join([f"at most {length:,} tokens", *describe_excess(length, positions)])
+    if positions is not None:
+        return f"at most {positions:,} tokens, the model's positions"
+    return "at most as many tokens as the model has positions; see data.max_length"
+
+
+def find_positions(config: TrainerConfig) -> int | None:
+    """Positions that the model's config names, if it is in a folder here."""
+    file, key = Path(config.model.name_or_path) / "config.json", "max_position_embeddings"
     try:
-        fields = json.loads(file.read_text()) | config.model.hf_config_kwargs
-        return f"at most {fields['max_position_embeddings']:,} tokens, the model's positions"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "at most as many tokens as the model has positions; see data.max_length"
+        fields = json.loads(file.read_text())
+        found = {**fields.get("text_config", {}), **fields, **config.model.hf_config_kwargs}
+        return int(found[key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def find_batch_sizes(config: TrainerConfig, devices: int | None) -> dict[int, int]:

@@ -16,7 +16,7 @@ from jaxtrain.model.quantized import may_be_quantized
 from jaxtrain.parallel.host_memory import is_in_host_memory, is_moved_to_host
 from jaxtrain.parallel.mesh import platform
 from jaxtrain.parallel.sharding import ZERO_AXES
-from jaxtrain.recipe.check import describe_batch, describe_steps
+from jaxtrain.recipe.check import describe_batch, describe_excess, describe_steps
 from jaxtrain.recipe.errors import pluralize
 from jaxtrain.recipe.mesh import AXES
 from jaxtrain.trainer.progress import Horizon, Progress
@@ -30,6 +30,7 @@ def collect_facts(
     config, model, mesh = run.config, run.model, run.mesh
     is_split = any(mesh.shape[axis] > 1 for axis in ZERO_AXES)
     stage = config.deepspeed.zero_stage if is_split else 0
+    excess = describe_excess(data.sequence_tokens, model.spec.config.max_positions)
     experts, is_ours = model.spec.config.experts, registry.is_built_in("trainer", config.type)
     return {
         "model": f"{config.model.name_or_path.split('#')[0]}, {count_parameters(run)}, "
@@ -41,7 +42,7 @@ def collect_facts(
         **({"host memory": host} if (host := _host_memory(run)) else {}),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
-        **_positions(data.sequence_tokens, model.spec.config.max_positions),
+        **{"positions": f"up to {data.sequence_tokens:,}, {what}" for what in excess},
         "steps": _steps(run, data, progress, horizon),
         "run": str(folder),
     }
@@ -152,13 +153,6 @@ def _batch(run: Run, data: TrainingData) -> str:
         f"{describe_batch(run.config, {run.mesh.size: size})}; {format_range(lengths)} tokens per "
         f"sequence, {most}{tokens:,} per step{cut}{compiled}"
     )
-
-
-def _positions(sequence_tokens: int, max_positions: int) -> dict[str, str]:
-    if sequence_tokens <= max_positions:
-        return {}
-    why = f"sequences are longer than the {max_positions:,} that the model's config names"
-    return {"positions": f"up to {sequence_tokens:,}: {why}"}
 
 
 def _steps(run: Run, data: TrainingData, progress: Progress, horizon: Horizon) -> str:

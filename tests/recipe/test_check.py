@@ -210,6 +210,12 @@ def test_the_length_of_rows_comes_from_a_local_model(tmp_path):
         "eval_interval": 0,
     }
     assert "sequences  at most 512 tokens, the model's positions" in describe(resolve(recipe))
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 1536}}')
+    recipe["data"]["max_length"] = 2048
+    longer = "longer than the 1,536 positions that the model's config names"
+    assert f"sequences  at most 2,048 tokens, {longer}" in describe(resolve(recipe)).splitlines()
+    recipe["data"]["max_length"] = 1536
+    assert "sequences  at most 1,536 tokens" in describe(resolve(recipe)).splitlines()
 
 
 @pytest.mark.covers("data.sources.*.type")

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtrain import registry
 from jaxtrain.plan import plan
+from jaxtrain.recipe.check import find_facts
 from jaxtrain.recipe.code import run_user_code
 from jaxtrain.recipe.errors import RecipeError
 from jaxtrain.recipe.resolve import get_config
@@ -186,8 +187,9 @@ def test_a_sequence_may_be_longer_than_the_model_names(tmp_path):
     """As sequences over many devices are, but not where positions are rows of a table."""
     written = recipe(tmp_path, data={"max_length": 512}, train_iters=2)
     run = trainer(written)
-    longer = "sequences are longer than the 256 that the model's config names"
-    assert run.header["positions"] == f"up to 512: {longer}"
+    longer = "longer than the 256 positions that the model's config names"
+    assert run.header["positions"] == f"up to 512, {longer}"
+    assert ("sequences", f"at most 512 tokens, {longer}") in find_facts(run.config, 1)
     assert np.isfinite(losses(run, 2)).all()
     assert "positions" not in trainer(recipe(tmp_path)).header
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 384}
