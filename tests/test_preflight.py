@@ -128,7 +128,7 @@ REFUSED = {
     "ring in a pipeline": (
         change("mesh", {"context": 16, "pipeline": 2}),
         "mesh.pipeline: 2 excludes attention in a ring over context 16, since context 16 does not "
-        "divide 8 heads; use mesh.fsdp, or a mesh.context that divides the heads",
+        "divide 8 heads; use mesh.fsdp, or for mesh.context one of [1, 2, 4, 8]",
     ),
     "data": (change("data", {"sources": ["gone.jsonl"]}), "no file or folder 'gone.jsonl'"),
     "pattern": (change("data", {"sources": ["gone/*.csv"]}), "no file matches 'gone/*.csv'"),

@@ -1,6 +1,7 @@
 """What long sequences ask of a decoder, and a mesh that cuts them over its `context` axis."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from jaxtrain.kernels.attention import Exchange, choose_exchange
 from jaxtrain.model.config import DecoderConfig
@@ -45,9 +46,11 @@ def refuse_context(config: DecoderConfig, sizes: Mapping[str, int]) -> None:
             f"{' and '.join(sorted(found))}, which {config.family} has; write 1, and use mesh.fsdp "
             "or mesh.tensor"
         )
-    exchange, why = find_exchange(config, context=context, tensor=sizes["tensor"])
+    find = partial(find_exchange, config, tensor=sizes["tensor"])
+    exchange, why = find(context=context)
     if exchange == "ring" and sizes["pipeline"] > 1:
+        legal = [n for n in range(1, context) if find(context=n)[0] == "all_to_all"]
         raise RecipeError(
-            f"mesh.pipeline: {sizes['pipeline']} excludes attention {why}; use mesh.fsdp, or a "
-            "mesh.context that divides the heads"
+            f"mesh.pipeline: {sizes['pipeline']} excludes attention {why}; use mesh.fsdp, or for "
+            f"mesh.context one of {legal}"
         )
