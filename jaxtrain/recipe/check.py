@@ -92,11 +92,12 @@ def describe_warmup(config: TrainerConfig) -> str:
     return f"{scheduler.warmup_updates(1_000) / 10:g}% of the steps"
 
 
-def describe_excess(tokens: int, positions: int | None) -> list[str]:
-    """What to say of sequences with more tokens than the positions that the model names."""
+def describe_excess(tokens: int, positions: int | None) -> str:
+    """Follows the length of sequences that have more tokens than the model names positions; empty
+    for others."""
     if positions is None or tokens <= positions:
-        return []
-    return [f"longer than the {positions:,} positions that the model's config names"]
+        return ""
+    return f", longer than the {positions:,} positions that the model's config names"
 
 
 # Facts that only a run knows better.
@@ -114,7 +115,7 @@ def describe_length(config: TrainerConfig) -> str:
     """Maximum length of a sequence."""
     length, positions = config.data.max_length, find_positions(config)
     if length is not None:
-        return ", ".join([f"at most {length:,} tokens", *describe_excess(length, positions)])
+        return f"at most {length:,} tokens{describe_excess(length, positions)}"
     if positions is not None:
         return f"at most {positions:,} tokens, the model's positions"
     return "at most as many tokens as the model has positions; see data.max_length"

@@ -42,7 +42,7 @@ def collect_facts(
         **({"host memory": host} if (host := _host_memory(run)) else {}),
         "data": "\n".join(data.ledger.lines()),
         "batch": _batch(run, data),
-        **{"positions": f"up to {data.sequence_tokens:,}, {what}" for what in excess},
+        **({"positions": f"up to {data.sequence_tokens:,}{excess}"} if excess else {}),
         "steps": _steps(run, data, progress, horizon),
         "run": str(folder),
     }
