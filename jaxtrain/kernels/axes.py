@@ -14,6 +14,13 @@ def current_platform() -> str | None:
     return None if device is None else device.platform
 
 
+def has_capability(capability: str | None, oldest: float) -> bool:
+    """Whether a GPU of this compute capability, if it is known, is of NVIDIA and as new as that."""
+    return capability is None or (
+        capability.replace(".", "", 1).isdigit() and float(capability) >= oldest
+    )
+
+
 def free_axis_sizes() -> dict[str, int]:
     """Sizes of the current mesh's axes that no enclosing `shard_map` has made manual."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxtrain.kernels.axes import has_capability
+
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 LARGEST = {E4M3: 8, E5M2: 15}
 """The exponent of the power of two that the largest entry is brought below."""
@@ -24,10 +26,9 @@ Dims = tuple[int, ...]
 
 def fp8_fault(platform: str, kind: str, capability: str | None) -> str | None:
     """Why a device is no faster with these; None where it is, or only emulates it, as CPUs do."""
-    is_number = capability is not None and capability.replace(".", "", 1).isdigit()
     has_units = {
         "cpu": True,
-        "gpu": capability is None or (is_number and float(capability) >= OLDEST_CAPABILITY),
+        "gpu": has_capability(capability, OLDEST_CAPABILITY),
         "tpu": not kind.startswith("TPU v"),  # v6e takes as long for them as for bfloat16
     }
     if has_units.get(platform, False):

@@ -9,8 +9,13 @@ from jax import Array
 from jaxtrain.kernels.attention.context import REFERENCE, Blocks, Exchange, attend_over_context
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
-from jaxtrain.kernels.attention.splash import LANES, splash_attention, splash_fault
-from jaxtrain.kernels.attention.splash_blocks import splash_block, splash_block_backward
+from jaxtrain.kernels.attention.splash import (
+    LANES,
+    splash_attention,
+    splash_block,
+    splash_block_backward,
+    splash_fault,
+)
 from jaxtrain.kernels.attention.triton import triton_attention, triton_fault
 from jaxtrain.kernels.axes import context_parts
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxtrain.kernels.attention.each_device import map_over_devices
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions, expand, is_visible
+from jaxtrain.kernels.axes import has_capability
 
 LOG2_E = log2(e)
 NO_SCORE = -1e30  # finite, so that the difference of two is no NaN
@@ -73,10 +74,7 @@ def triton_fault(head_sizes: Sequence[int], capability: str | None = None) -> st
     """Why the kernels do not support these sizes of heads, or a device, if so."""
     if max(head_sizes) > LARGEST_HEAD:
         return f"the Triton kernel has heads of at most {LARGEST_HEAD}, found {max(head_sizes)}"
-    if capability is None:
-        return None
-    number = capability.replace(".", "", 1)
-    if not number.isdigit() or float(capability) < OLDEST_CAPABILITY:
+    if not has_capability(capability, OLDEST_CAPABILITY):
         return (
             f"the Triton kernel needs an NVIDIA GPU of compute capability {OLDEST_CAPABILITY} or "
             f"newer, found {capability!r}"
