@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.compile_ahead import topology
-from tests.compile_collectives import BYTES, compile_step
+from tests.compile_collectives import BYTES, lower_step
 
 PARTS = {
     "kernels/attention/": "attention", "kernels/cross_entropy": "loss",
@@ -261,7 +261,7 @@ def dot_flops(op: Op, ops: dict[str, Op]) -> int:
 
 def main(target: str, written: dict[str, Any]) -> None:
     chips, file = written.pop("chips", "v5e:2x4"), written.pop("text", None)
-    compiled = compile_step(topology(target, chips).devices, written)
+    compiled = lower_step(topology(target, chips).devices, written).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if file:
         Path(file).write_text(text)

@@ -5,6 +5,7 @@ import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,12 @@ def test_a_planted_violation_is_found(tmp_path, file, line, expected):
     bad.write_text(f"import os\n{line}\n")
     (found,) = violations(tmp_path / "jaxtrain")
     assert found.startswith(f"jaxtrain/{file}:2: ") and expected in found
+
+
+def test_the_programs_that_compile_ahead_of_time_can_be_imported():
+    """They are run by hand and by slow tests alone."""
+    for file in Path(__file__).parent.glob("compile_*.py"):
+        import_module(f"tests.{file.stem}")
 
 
 COMMAND = """
