@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxtrain.data import CausalDataFactory as CausalDataFactory
     from jaxtrain.data import DataFactory as DataFactory
     from jaxtrain.data import DataSource as DataSource
-    from jaxtrain.data import DPODataFactory as DPODataFactory
     from jaxtrain.data import SFTDataFactory as SFTDataFactory
+    from jaxtrain.data.preference import DPODataFactory as DPODataFactory
     from jaxtrain.model import HFModelFactory as HFModelFactory
     from jaxtrain.model import ModelFactory as ModelFactory
     from jaxtrain.optimizer import OptimizerFactory as OptimizerFactory
@@ -51,9 +51,10 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _HOME = {
     "batch": "Batch",
     "checkpoint": "CheckpointEngine HFCheckpointEngine DSCheckpointEngine=OrbaxEngine",
-    "data": "CausalDataFactory DPODataFactory DataFactory DataSource SFTDataFactory "
+    "data": "CausalDataFactory DataFactory DataSource SFTDataFactory "
     "HFDataSource=HuggingFaceSource HFDataSourceCausal=HuggingFaceCausalSource "
     "HFDataSourceInstruct=HuggingFaceInstructSource",
+    "data.preference": "DPODataFactory",
     "metrics.log": "logger=log",
     "model": "HFModelFactory LigerModelFactory=HFModelFactory ModelFactory",
     "optimizer": "OptimizerFactory FusedAdamOptimizerFactory=AdamWFactory",

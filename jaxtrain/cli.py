@@ -1,6 +1,7 @@
 """The command line. Imports of what a command needs stand inside it, so that `--help` answers at
 once."""
 
+import gc
 import json
 import os
 import platform
@@ -23,6 +24,9 @@ COLOURS = {"same": "green", "mapped": "cyan", "no effect": "yellow", "refused": 
 YAML = (".yaml", ".yml")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 BEGAN = time.perf_counter()
+GC_THRESHOLD = 50_000
+"""New objects after which Python looks for garbage. What is imported stays: to look through it
+again and again, after 700 as by default, takes a second of a start."""
 
 
 class _Commands(click.Group):
@@ -517,6 +521,7 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the command line; a fault of the user is one line and an exit code, no traceback."""
     debug = "--debug" in sys.argv
+    gc.set_threshold(GC_THRESHOLD)
     try:
         try:
             cli(standalone_mode=False)

@@ -7,8 +7,6 @@ from jaxtrain.data.ledger import Ledger as Ledger
 from jaxtrain.data.plan import BatchPlan as BatchPlan
 from jaxtrain.data.plan import BatchShape as BatchShape
 from jaxtrain.data.plan import TrainingData as TrainingData
-from jaxtrain.data.preference import DPODataFactory as DPODataFactory
-from jaxtrain.data.preference import KTODataFactory as KTODataFactory
 from jaxtrain.data.records import Records as Records
 from jaxtrain.data.sft import SFTDataFactory as SFTDataFactory
 from jaxtrain.data.source import ArrowSource as ArrowSource

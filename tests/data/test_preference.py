@@ -5,14 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from jaxtrain.data import (
-    BatchShape,
+from jaxtrain.data import BatchShape, HuggingFaceSource, TrainingData
+from jaxtrain.data.preference import (
     DPODataFactory,
-    HuggingFaceSource,
     KTODataFactory,
-    TrainingData,
+    PreferenceEncoder,
+    read_judged,
+    read_pair,
 )
-from jaxtrain.data.preference import PreferenceEncoder, read_judged, read_pair
 from jaxtrain.recipe.data import HFDataSourceConfig
 from jaxtrain.recipe.errors import DataError, RecipeError
 from jaxtrain.recipe.objectives import JudgedDataConfig, PreferenceDataConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import Loss, SFTTrainer
-from jaxtrain.data import DPODataFactory
+from jaxtrain.data.preference import DPODataFactory
 from jaxtrain.plan import plan
 from jaxtrain.recipe.errors import DataError
 from jaxtrain.recipe.resolve import get_config
