@@ -37,7 +37,6 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
     "transformers",
-    "grain",
 )
 
 
