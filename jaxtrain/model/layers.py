@@ -22,7 +22,12 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.kernels.attention import Exchange, Scoring, TokenPositions, attention
-from jaxtrain.kernels.axes import CONTEXT_AXIS, context_parts, free_axis_sizes
+from jaxtrain.kernels.axes import (
+    CONTEXT_AXIS,
+    context_parts,
+    current_platform,
+    free_axis_sizes,
+)
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.fp8 import fp8_product
 from jaxtrain.kernels.product import keep, multiply
@@ -291,15 +296,25 @@ ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
 }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(activation: Activation, wide: Array) -> Array:
     """act(gate) * up of [..., 2, F], or act(up) of [..., 1, F]: in float32, rounded once."""
+    # XLA for GPU would write a float32 array of a gate between forward and backward pass.
+    is_on_gpu = current_platform() in ("gpu", "cuda", "rocm")
+    return (_activate if is_on_gpu else _activate_at_once)(activation, wide)
+
+
+def _activate(activation: Activation, wide: Array) -> Array:
     gate, *up = _rows(wide)
     return reduce(jnp.multiply, up, ACTIVATIONS[activation](gate)).astype(wide.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activate_at_once(activation: Activation, wide: Array) -> Array:
+    return _activate(activation, wide)
+
+
 def _activate_fwd(activation: Activation, wide: Array) -> tuple[Array, Array]:
-    return activate(activation, wide), wide
+    return _activate(activation, wide), wide
 
 
 def _activate_bwd(activation: Activation, wide: Array, dy: Array) -> tuple[Array]:
@@ -312,7 +327,7 @@ def _activate_bwd(activation: Activation, wide: Array, dy: Array) -> tuple[Array
     return (jnp.stack(rows, -2).astype(wide.dtype),)
 
 
-activate.defvjp(_activate_fwd, _activate_bwd)
+_activate_at_once.defvjp(_activate_fwd, _activate_bwd)
 
 
 def _rows(wide: Array) -> list[Array]:

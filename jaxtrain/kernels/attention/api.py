@@ -18,7 +18,7 @@ def _pallas(place: str, /, *arguments: Any, **named: Any) -> Any:
     return resolve_name(f"{__package__}.{place}")(*arguments, **named)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference_attention,
     "splash": partial(_pallas, "splash:splash_attention", interpret=False),
     "splash_interpret": partial(_pallas, "splash:splash_attention", interpret=True),
