@@ -8,9 +8,7 @@ M microbatches of a step, B sequences of a microbatch over all shards, T tokens 
 
 import hashlib
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -199,9 +197,14 @@ class BatchPlan:
     def batches(self, position: int, steps: int | None, threads: int) -> Iterator[Batch]:
         """Yields the batches of so many steps from a position on, without end when it is None.
         `threads` make them ahead, 0 makes each when needed."""
-        numbers = range(ENDLESS if steps is None else steps)
-        make = lambda number: self.batch(self.advance(position, number))
-        return map_ahead(make, numbers, threads) if threads else map(make, numbers)
+        # grain imports jax, which reading and checking data does without.
+        import grain
+
+        numbers = grain.MapDataset.range(ENDLESS if steps is None else steps)
+        found = numbers.map(lambda number: self.batch(self.advance(position, number)))
+        # Batches are large and made much faster than they are used: two per thread are plenty.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(found.to_iter_dataset(options))
 
     def sequence_numbers(self, position: int) -> np.ndarray:
         """Returns the sequences of the step at a position, int64 [M, B]; -1 is a filler."""
@@ -334,23 +337,6 @@ class BatchPlan:
             fill=self.fill,
             steps=self.steps_per_epoch,
         )
-
-
-def map_ahead(
-    make: Callable[[int], Batch], numbers: Iterable[int], threads: int
-) -> Iterator[Batch]:
-    """`map` in threads, ahead of what is taken. Batches are large, and made much faster than they
-    are used: two per thread are plenty."""
-    pool, waiting = ThreadPoolExecutor(threads, "batches"), deque[Future[Batch]]()
-    try:
-        for number in numbers:
-            waiting.append(pool.submit(make, number))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, eq=False)

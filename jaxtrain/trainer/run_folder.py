@@ -37,6 +37,7 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
     "transformers",
+    "grain",
 )
 
 
