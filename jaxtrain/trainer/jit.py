@@ -1,7 +1,6 @@
 """Pure functions, jitted under the mesh of a run."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,7 +27,6 @@ class Compiled:
         self._options = options
         self._run: Run | None = None
         self._known: set[tuple[int, ...]] = set()
-        self._ahead: list[Future[None]] = []
 
     def _jit(self, run: Run) -> Any:
         """The jitted function; a new one, traced anew, when the run has another schedule."""
@@ -48,22 +46,9 @@ class Compiled:
                 return jitted(*args)
             name = f"compiling {self.name} for sequences of {shape[-1]:,} tokens"
             with self.phase(name, key="compile_time"):
-                wait(self._ahead)
                 result = jitted(*args)
         self._known.add(shape)
         return result
-
-    def compile_ahead(self, *shapes: Any) -> None:
-        """Compiles for arguments that are only shapes, in a thread; a first call waits for it."""
-        run = self.current_run()
-        jitted = self._jit(run)
-
-        def compile_() -> None:
-            with jax.set_mesh(run.mesh):
-                jitted.lower(*shapes).compile()
-
-        # jax keeps the program for a call of these shapes. What fails here fails there again.
-        self._ahead = [ThreadPoolExecutor(1, "compile").submit(compile_)]
 
     def lower(self, *shapes: Any) -> Any:
         """The lowered program for arguments that are only shapes."""

@@ -229,10 +229,6 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
             with claim:
                 if self.config.kill_switch_path is None:
                     self.stop.clear_file()
-                if len(lengths := self.data.train.lengths) == 1:  # else the first is not known
-                    batch = self.layout.batch_shapes(*lengths, self.data_extras)
-                    shapes = self.run.state_shapes, batch
-                    self.step.compile_ahead(*shapes)  # type: ignore[attr-defined]
                 self.start()
                 self.progress.first_step = self.progress.step
                 seen = dict(self.report.meter.seen)

@@ -48,7 +48,7 @@ PLACES = {
     "claiming": "jaxtrain.files:_lock",
     "reading weights": "jaxtrain.trainer.run:Run:first_params",
     "opening": "jaxtrain.trainer.run_folder:RunFolder:open",
-    "compiling": "jaxtrain.trainer.jit:wait",
+    "compiling": "jaxtrain.trainer.jit:Compiled:_jit",
     "stepping": "jaxtrain.trainer.trainer:Trainer:_count_step",
     "evaluating": "jaxtrain.trainer.trainer:Trainer:evaluate",
     "saving": "jaxtrain.checkpoint.orbax:OrbaxEngine:save",

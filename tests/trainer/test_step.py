@@ -1,7 +1,6 @@
 """The step is pure, and how rows are cut changes nothing."""
 
 import copy
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +41,6 @@ def test_step_and_loss_are_pure_and_compile_once(tmp_path):
     for batch in run.data.train_batches(0, 6):
         one, _ = run.step(one, run.layout.on_devices(batch))
     assert (run.step.num_compilations, run.loss.num_compilations) == (1, 1)
-
-
-def test_the_step_is_compiled_while_weights_are_read(tmp_path):
-    class Traced(SFTTrainer):
-        name = "traced"
-
-        def loss_fn(self, model, batch, key):
-            threads.add(threading.current_thread().name)
-            return super().loss_fn(model, batch, key)
-
-    threads = set()
-    run = trainer(recipe(tmp_path, train_iters=2), cls=Traced)
-    run.train()
-    assert threads == {"compile_0"} and run.step.num_compilations == 1
 
 
 def test_a_batch_without_trained_tokens_changes_nothing_but_the_count(tmp_path):
