@@ -17,9 +17,11 @@ class FoundModel(NamedTuple):
     """with its chat template"""
 
 
-def find_model(config: TrainerConfig, given: Given | None = None, view: Any = None) -> FoundModel:
-    """Read the model's config and the tokenizer; `view` is the trainer as factories see it."""
-    given = given or {}
+def find_model(
+    config: TrainerConfig, given: Given, view: Any, *, reads_weights: bool
+) -> FoundModel:
+    """Read the model's config and the tokenizer; `view` is the trainer as factories see it. Weights
+    that are read later are looked at now, before data is prepared, which takes long."""
     factory = registry.find("model", config.model.type)(config.model, trainer=view)
     spec = factory.create_config()
     ready = (given.get("tokenizer"), given.get("processing_class"))
@@ -30,4 +32,7 @@ def find_model(config: TrainerConfig, given: Given | None = None, view: Any = No
     if config.eval_samples is not None and not tokenizer.chat_template:
         raise RecipeError("eval_samples: needs tokenizer.chat_template, which the tokenizer lacks")
     num_tokens = 1 + max(tokenizer.get_vocab().values())
-    return FoundModel(factory, spec.with_room(num_tokens, config.model), tokenizer)
+    spec = spec.with_room(num_tokens, config.model)
+    if reads_weights and given.get("model") is None:
+        factory.check_weights(spec)
+    return FoundModel(factory, spec, tokenizer)

@@ -115,11 +115,9 @@ class Trainer(Interface, registry.Registered, kind="trainer"):
         view = registry.TrainerView(self)
         devices = given.get("devices") or jax.devices()
         self.layout = BatchLayout.of(self.config, make_mesh(self.config.mesh, devices))
-        found = find_model(self.config, given, view)
+        found = find_model(self.config, given, view, reads_weights=mode == "train")
         self.model_factory, self.tokenizer = found.factory, found.tokenizer  # type: ignore[assignment]
         max_positions = found.spec.config.max_positions
-        if mode == "train" and given.get("model") is None:
-            found.factory.check_weights(found.spec)  # before data is prepared, which takes long
         if mode == "plan":
             lengths = (sequence_limit(self.config.data, max_positions),)
             self.horizon = Horizon(steps=self.config.horizon(None) or 1, epoch_sequences=1)
