@@ -2,35 +2,33 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pkgutil import resolve_name
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jax import Array
 
 from jaxtrain.kernels.attention.context import REFERENCE, Blocks, Exchange, attend_over_context
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions
 from jaxtrain.kernels.attention.reference import reference_attention
+from jaxtrain.kernels.attention.splash import (
+    LANES,
+    splash_attention,
+    splash_block,
+    splash_block_backward,
+    splash_fault,
+)
+from jaxtrain.kernels.attention.triton import triton_attention, triton_fault
 from jaxtrain.kernels.axes import context_parts
 
-
-def _pallas(place: str, /, *arguments: Any, **named: Any) -> Any:
-    """Calls a function of a Pallas kernel's file. To import Pallas takes a seventh of a second."""
-    return resolve_name(f"{__package__}.{place}")(*arguments, **named)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+IMPLEMENTATIONS = {
     "reference": reference_attention,
-    "splash": partial(_pallas, "splash:splash_attention", interpret=False),
-    "splash_interpret": partial(_pallas, "splash:splash_attention", interpret=True),
-    "triton": partial(_pallas, "triton:triton_attention", interpret=False),
-    "triton_interpret": partial(_pallas, "triton:triton_attention", interpret=True),
+    "splash": partial(splash_attention, interpret=False),
+    "splash_interpret": partial(splash_attention, interpret=True),
+    "triton": partial(triton_attention, interpret=False),
+    "triton_interpret": partial(triton_attention, interpret=True),
 }
 RING_BLOCKS = {
-    name: Blocks(
-        partial(_pallas, "splash:splash_block", interpret=is_interpreted),
-        partial(_pallas, "splash:splash_block_backward", interpret=is_interpreted),
-    )
-    for name, is_interpreted in (("splash", False), ("splash_interpret", True))
+    name: Blocks(partial(splash_block, interpret=i), partial(splash_block_backward, interpret=i))
+    for name, i in (("splash", False), ("splash_interpret", True))
 }
 """Implementation → what a ring attends with; windows, and the others, have those of `reference`."""
 Wanted = Literal["auto", "pallas", "reference"]
@@ -95,13 +93,13 @@ class Kernel(NamedTuple):
 # The first that supports a device and the heads is chosen.
 KERNELS = (
     Kernel(
-        "splash", ["tpu"], "splash, the Pallas kernel for TPU", 128,
-        lambda device, head_sizes: _pallas("splash:splash_fault", head_sizes),
+        "splash", ["tpu"], "splash, the Pallas kernel for TPU", LANES,
+        lambda device, head_sizes: splash_fault(head_sizes),
     ),
     Kernel(
         "triton", ["gpu", "cuda", "rocm"],
         "the Pallas kernel for NVIDIA, through Triton, not measured on a GPU yet", 1,
-        lambda device, head_sizes: _pallas("triton:triton_fault", head_sizes, device.capability),
+        lambda device, head_sizes: triton_fault(head_sizes, device.capability),
     ),
 )  # fmt: skip
 
