@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh
 from model_rows import batch_of, random_tokens
 
 from jaxtrain.batch import Batch
@@ -267,6 +268,14 @@ def test_an_activation_is_computed_in_float32_and_has_the_gradient_of_autodiff(a
     for value, exact in zip(both(partial(activate, activation), wide, dy), in_float32, strict=True):
         assert value.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(value), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "is_at_once"), [("cpu", True), ("tpu", True), ("gpu", False)])
+def test_an_activation_on_gpu_leaves_its_gradient_to_autodiff(platform, is_at_once):
+    device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.make_jaxpr(partial(activate, "silu"))(jnp.ones((5, 2, 17)))
+    assert ("custom_vjp_call" in str(traced)) == is_at_once
 
 
 def test_norms_are_computed_in_float32():
