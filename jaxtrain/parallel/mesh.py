@@ -29,9 +29,8 @@ def list_devices() -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """A mesh of all six axes, each `Auto`: the compiler shards what the rules leave open."""
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    shape, kinds = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
 
 
 def num_batch_shards(mesh: Mesh) -> int:

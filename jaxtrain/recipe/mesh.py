@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from jaxtrain.recipe.errors import RecipeError, nearest_multiples, pluralize
 from jaxtrain.recipe.section import Section, not_supported
 
-AXES = ("data", "fsdp", "pipeline", "context", "expert", "tensor")
-"""Mesh axes, outermost first."""
+AXES = ("pipeline", "data", "fsdp", "context", "expert", "tensor")
+"""Mesh axes, outermost first. Stages of a pipeline send least; and jaxlib 0.12 ends the process
+where a nested `shard_map` has an axis before that of the one around it."""
 BATCH_AXES = ("data", "fsdp", "expert")
 """The axes over which the sequences of a batch are split."""
 
