@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxtrain.recipe.errors import RecipeError
-from jaxtrain.recipe.mesh import AXES, BATCH_AXES, MeshConfig
+from jaxtrain.recipe.mesh import BATCH_AXES, MeshConfig
 
 
 def first_devices(count: int) -> list[Any]:
@@ -29,8 +29,8 @@ def list_devices() -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """A mesh of all six axes, each `Auto`: the compiler shards what the rules leave open."""
     sizes = config.sizes(len(devices))
-    shape, kinds = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices)
 
 
 def num_batch_shards(mesh: Mesh) -> int:

@@ -49,9 +49,11 @@ class MeshConfig(Section):
             yield "", "only one axis may be -1"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Size of each axis on `num_devices`; RecipeError if their product is another number."""
-        known = math.prod(size for _, size in self if size != -1)
-        sizes = {axis: num_devices // known if size == -1 else size for axis, size in self}
+        """Size of each axis on `num_devices`, outermost first; RecipeError if their product is
+        another number."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        sizes = {axis: num_devices // known if n == -1 else n for axis, n in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
             written = " x ".join(f"{a} {s}" for a, s in self if s not in (1, -1)) or "1"
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
