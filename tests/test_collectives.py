@@ -30,6 +30,11 @@ MESHES = {
         {"mesh": {"fsdp": 8}},
         {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0},
     ),
+    # Each sum is over two axes; the update makes the parts of six parameters, which all get then.
+    "data": (
+        {"mesh": {"data": 4, "fsdp": 2}},
+        {"all-gather": GATHERS + 6, "reduce-scatter": 2 * SCATTERS, "all-reduce": 0},
+    ),
     "tiles": (
         {"mesh": {"fsdp": 8}, "tokens": 512, "tiled_mlp_compute": True},
         {"all-gather": GATHERS, "reduce-scatter": SCATTERS, "all-reduce": 0},
@@ -73,7 +78,9 @@ def no_cache():
 def test_a_step_moves_what_it_takes(case, capfd, no_cache):
     written, expected = MESHES[case]
     compiled = lower_step(jax.devices(), dict(written)).compile()
-    assert "full rematerialization" not in capfd.readouterr().err
+    # Of what it weighs and does not choose, jax 0.12's compiler warns by a parameter that it fakes.
+    said = [line for line in capfd.readouterr().err.splitlines() if "%fake_parameter" not in line]
+    assert "full rematerialization" not in "".join(said)
     counts = Counter()
     for one in find_collectives(compiled.as_text()):
         if one.dtype == "f32" and prod(one.sizes) >= LARGE:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -145,15 +146,22 @@ def _map(
     mesh = jax.sharding.get_abstract_mesh()
     is_tpu = current_platform() == "tpu"
 
+    def lay(part: Array, *order: int) -> Array:
+        """Gate and up lie apart in memory where they are multiplied on TPU, beside each other where
+        they are stored. XLA would turn the stack of all layers, with a copy of it, at the end."""
+        is_pair = is_tpu and len(shape) == 3 and shape[1] == 2
+        return with_layout_constraint(part, Layout(order)) if is_pair else part
+
     def summed(*arguments: Array) -> Array:
-        part = make_part(*arguments)
+        part = lay(make_part(*arguments), 1, 0, 2)
         for axis in shared:
             size = mesh.shape[axis]
             for groups in scatter_groups(size, MAX_SCATTER if is_tpu else size):
                 part = lax.psum_scatter(
                     part, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
                 )
-        return lax.psum(part, rest) if rest else part
+        part = lax.psum(part, rest) if rest else part
+        return lay(lay(part, 1, 0, 2), 0, 1, 2)
 
     return jax.shard_map(
         summed,

@@ -268,7 +268,8 @@ class Decoder(nnx.Module):
     def _look_up(self, table: nnx.Param, index_BT: Array, rows: str | None) -> Array:
         """`rows` is the axis that splits those of the table."""
         if context_parts(index_BT.shape[1]) == 1:
-            return look_up(table[...], index_BT)
+            # First on the devices of the table's parts, as the gradient comes back to these.
+            return constrain(look_up(table[...], index_BT), "rows", "tokens", "embed")
         # The table goes to the tokens, of which a device has many, and not these to its parts.
         dtype = "float32" if self.config.learned_positions else self.compute.compute_dtype
         look = lambda weights, index_BT: look_up(weights[0], index_BT)

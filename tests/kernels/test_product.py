@@ -136,4 +136,5 @@ def test_what_is_kept_of_bfloat16_has_the_gradient_of_what_is_not(mesh):
 def test_a_loop_on_cpu_does_not_convert_the_stack_of_what_layers_keep():
     arrays, stack = operands((24, 40), (5, 40, 56)), "f32[5,24,56]"
     assert stack not in compiled(partial(gradient, keep=keep), *arrays).as_text()
-    assert stack in compiled(partial(gradient, keep=checkpoint_name), *arrays).as_text()
+    if jax.__version_info__ < (0, 12):  # whose compiler does so no longer
+        assert stack in compiled(partial(gradient, keep=checkpoint_name), *arrays).as_text()
