@@ -17,8 +17,7 @@ SMALL = {
     "num_key_value_heads": 8, "num_hidden_layers": 16, "vocab_size": 2048,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-HALF = {**LLAMA_8B, "num_hidden_layers": 16}
-MODELS = {"small": (SMALL, 2048), "8b": (LLAMA_8B, 4096), "half": (HALF, 4096)}
+MODELS = {"small": (SMALL, 2048), "8b": (LLAMA_8B, 4096)}
 
 
 def main(target: str, written: dict[str, Any]) -> None:
