@@ -4,7 +4,8 @@ The forward pass saves its output and the log-sum-exp of each row of scores, fro
 pass recomputes the scores, as in FlashAttention-2 (Dao, 2023, arXiv:2307.08691, section 3.1).
 
 B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K query heads per
-key/value head, H head size, C tokens per block of queries, R = G * C rows per block.
+key/value head, H head size, C tokens per block of queries, R = G * C rows per block. They are one
+dimension in products alone: for each score, XLA on CPU would divide to find the token of its row.
 """
 
 from collections.abc import Iterator
@@ -58,43 +59,45 @@ def attend(
     T, N = q_BTNH.shape[1:3]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
-    blocks = _query_rows(q_BTNH, K, C), _row_positions(q_positions, N // K, C)
+    blocks = _query_rows(q_BTNH, K, C), _block_positions(q_positions, C)
     keys = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), kv_positions
-    sinks_KR1 = None
+    sinks_KG11 = None
     if sinks_N is not None:
-        sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, N // K), C, 1)[..., None]
+        sinks_KG11 = sinks_N.astype(jnp.float32).reshape(K, N // K, 1, 1)
 
     outs, lses = [], []
     for band in _bands(T, S, C, scoring.window, same_order):
 
         def forward(block, num_keys=band.num_keys):
             first_key, queries = block
-            return _forward_block(scoring, sinks_KR1, _read(keys, first_key, num_keys), queries)
+            return _forward_block(scoring, sinks_KG11, _read(keys, first_key, num_keys), queries)
 
         out, lse = lax.map(forward, (band.first_keys, _slice_blocks(blocks, band.blocks)))
         outs.append(out)
         lses.append(lse)
-    out_BTNH = _from_query_rows(jnp.concatenate(outs), T, N)
-    return out_BTNH, _from_query_rows(jnp.concatenate(lses), T, N)[..., 0]
+    lse_BTN = _from_blocks(jnp.concatenate(lses)[..., None], T)[..., 0]
+    return _from_blocks(jnp.concatenate(outs), T), lse_BTN
 
 
-def _forward_block(scoring: Scoring, sinks_KR1, keys, queries):
+def _forward_block(scoring: Scoring, sinks_KG11, keys, queries):
     k_BKSH, v_BKSH, kv_positions = keys
     queries, kv_positions, lowest = _tie(queries, kv_positions)
-    q_BKRH, row_positions = queries
-    visible_BRS = visible_keys(row_positions, kv_positions, scoring.window)
-    scores_BKRS = _scores(scoring, _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH))
-    scores_BKRS = jnp.where(visible_BRS[:, None], scores_BKRS, lowest)
-    top_BKR1 = scores_BKRS.max(-1, keepdims=True)
+    q_BKRH, positions = queries
+    visible_BCS = visible_keys(positions, kv_positions, scoring.window)
+    products_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH)
+    scores_BKGCS = _scores(scoring, _split_rows(products_BKRS, 2, positions))
+    scores_BKGCS = jnp.where(visible_BCS[:, None, None], scores_BKGCS, lowest)
+    top_BKGC1 = scores_BKGCS.max(-1, keepdims=True)
     # The maximum of a row without visible keys is -inf, and -inf - -inf is NaN.
-    top_BKR1 = jnp.where(top_BKR1 == -jnp.inf, 0.0, top_BKR1)
-    top_BKR1 = top_BKR1 if sinks_KR1 is None else jnp.maximum(top_BKR1, sinks_KR1)
-    p_BKRS = jnp.exp(scores_BKRS - top_BKR1)
-    total_BKR1 = p_BKRS.sum(-1, keepdims=True)
-    total_BKR1 += 0.0 if sinks_KR1 is None else jnp.exp(sinks_KR1 - top_BKR1)
-    out_BKRH = _dot("bkrs,bksh->bkrh", p_BKRS.astype(v_BKSH.dtype), v_BKSH)
-    out_BKRH /= jnp.where(total_BKR1 == 0, 1.0, total_BKR1)
-    return out_BKRH, top_BKR1 + jnp.log(total_BKR1)
+    top_BKGC1 = jnp.where(top_BKGC1 == -jnp.inf, 0.0, top_BKGC1)
+    top_BKGC1 = top_BKGC1 if sinks_KG11 is None else jnp.maximum(top_BKGC1, sinks_KG11)
+    p_BKGCS = jnp.exp(scores_BKGCS - top_BKGC1)
+    total_BKGC1 = p_BKGCS.sum(-1, keepdims=True)
+    total_BKGC1 += 0.0 if sinks_KG11 is None else jnp.exp(sinks_KG11 - top_BKGC1)
+    p_BKRS = p_BKGCS.astype(v_BKSH.dtype).reshape(products_BKRS.shape)
+    out_BKGCH = _split_rows(_dot("bkrs,bksh->bkrh", p_BKRS, v_BKSH), 2, positions)
+    out_BKGCH /= jnp.where(total_BKGC1 == 0, 1.0, total_BKGC1)
+    return out_BKGCH, (top_BKGC1 + jnp.log(total_BKGC1))[..., 0]
 
 
 def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
@@ -123,17 +126,17 @@ def attend_backward(
     """The gradients of q, k and v, float32. The saved result and log-sum-exp may be over more keys
     than these."""
     q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, _, out_BTNH, lse_BTN = saved
-    T, N = q_BTNH.shape[1:3]
+    T = q_BTNH.shape[1]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
     # The row sums of dP * P equal those of dO * O, which need no scores.
     delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, out_BTNH)
     blocks = (
         _query_rows(q_BTNH, K, C),
-        _row_positions(q_positions, N // K, C),
+        _block_positions(q_positions, C),
         _query_rows(d_out_BTNH, K, C),
-        _query_rows(lse_BTN[..., None], K, C),
-        _query_rows(delta_BTN[..., None], K, C),
+        _blocks(lse_BTN, K, C),
+        _blocks(delta_BTN, K, C),
     )
     keys = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), kv_positions
     d_kv = [jnp.zeros(x.shape, jnp.float32) for x in keys[:2]]
@@ -151,7 +154,7 @@ def attend_backward(
         d_kv, d_q = lax.scan(add, d_kv, (band.first_keys, _slice_blocks(blocks, band.blocks)))
         d_qs.append(d_q)
     d_k_BKSH, d_v_BKSH = d_kv
-    d_q_BTNH = _from_query_rows(jnp.concatenate(d_qs), T, N)
+    d_q_BTNH = _from_blocks(jnp.concatenate(d_qs), T)
     return d_q_BTNH, d_k_BKSH.swapaxes(1, 2), d_v_BKSH.swapaxes(1, 2)
 
 
@@ -159,20 +162,22 @@ def _backward_block(scoring: Scoring, keys, queries):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
     k_BKSH, v_BKSH, kv_positions = keys
     queries, kv_positions, lowest = _tie(queries, kv_positions)
-    q_BKRH, row_positions, d_out_BKRH, lse_BKR1, delta_BKR1 = queries
-    visible_BSR = visible_keys(row_positions, kv_positions, scoring.window).swapaxes(1, 2)
-    scores_BKSR = _scores(scoring, _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH))
-    logs_BKSR = scores_BKSR - lse_BKR1.swapaxes(2, 3)
-    p_BKSR = jnp.exp(jnp.where(visible_BSR[:, None], logs_BKSR, lowest))
-    d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR.astype(d_out_BKRH.dtype), d_out_BKRH)
-    d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
-    d_BKSR = p_BKSR * (d_p_BKSR - delta_BKR1.swapaxes(2, 3)) * scoring.scale
+    q_BKRH, positions, d_out_BKRH, lse_BKGC, delta_BKGC = queries
+    visible_BSC = visible_keys(positions, kv_positions, scoring.window).swapaxes(1, 2)
+    products_BKSR = _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH)
+    scores_BKSGC = _scores(scoring, _split_rows(products_BKSR, 3, positions))
+    logs_BKSGC = scores_BKSGC - lse_BKGC[:, :, None]
+    p_BKSGC = jnp.exp(jnp.where(visible_BSC[:, None, :, None], logs_BKSGC, lowest))
+    p_BKSR = p_BKSGC.astype(d_out_BKRH.dtype).reshape(products_BKSR.shape)
+    d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR, d_out_BKRH)
+    d_p_BKSGC = _split_rows(_dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH), 3, positions)
+    d_BKSGC = p_BKSGC * (d_p_BKSGC - delta_BKGC[:, :, None]) * scoring.scale
     if scoring.softcap is not None:
-        d_BKSR *= 1 - jnp.square(scores_BKSR / scoring.softcap)
-    d_BKSR = d_BKSR.astype(q_BKRH.dtype)
+        d_BKSGC *= 1 - jnp.square(scores_BKSGC / scoring.softcap)
+    d_BKSR = d_BKSGC.astype(q_BKRH.dtype).reshape(products_BKSR.shape)
     d_q_BKRH = _dot("bksr,bksh->bkrh", d_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
-    return d_q_BKRH, d_k_BKSH, d_v_BKSH
+    return _split_rows(d_q_BKRH, 2, positions), d_k_BKSH, d_v_BKSH
 
 
 def _tie(queries, kv_positions: TokenPositions):
@@ -237,23 +242,33 @@ def _slice_blocks(blocks, band: slice):
     return jax.tree.map(lambda x: x[band], blocks)
 
 
-def _query_rows(x_BTNH, K: int, C: int) -> Array:
-    """[blocks, B, K, G * C, H]: heads that share their keys become rows of one product."""
-    B, T, N, H = x_BTNH.shape
+def _blocks(x_BTN: Array, K: int, C: int) -> Array:
+    """[blocks, B, K, G, C, ...] of [B, T, N, ...]; the last block is filled with padding."""
+    B, T, N, *rest = x_BTN.shape
     blocks = -(-T // C)
-    x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, blocks * C - T), (0, 0), (0, 0)))
-    x = x_BTNH.reshape(B, blocks, C, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(blocks, B, K, N // K * C, H)
+    x = jnp.pad(x_BTN, ((0, 0), (0, blocks * C - T), *((0, 0),) * (x_BTN.ndim - 2)))
+    x = x.reshape(B, blocks, C, K, N // K, *rest)
+    return x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
 
 
-def _from_query_rows(x, T: int, N: int) -> Array:
-    blocks, B, K, R, H = x.shape
-    G = N // K
-    x = x.reshape(blocks, B, K, G, R // G, H).transpose(1, 0, 4, 2, 3, 5)
-    return x.reshape(B, blocks * R // G, N, H)[:, :T]
+def _from_blocks(x: Array, T: int) -> Array:
+    """[B, T, N, H] of [blocks, B, K, G, C, H]."""
+    blocks, B, K, G, C, H = x.shape
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, blocks * C, K * G, H)[:, :T]
 
 
-def _row_positions(positions: TokenPositions, G: int, C: int) -> TokenPositions:
-    """Positions of each block's rows, [blocks, B, G * C]; the last block is filled with padding."""
-    heads = (jnp.broadcast_to(x[:, :, None, None], (*x.shape, G, 1)) for x in positions)
-    return TokenPositions(*(_query_rows(x, 1, C)[:, :, 0, :, 0] for x in heads))
+def _query_rows(x_BTNH: Array, K: int, C: int) -> Array:
+    """[blocks, B, K, R, H]: heads that share their keys become rows of one product."""
+    x = _blocks(x_BTNH, K, C)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _split_rows(x: Array, axis: int, positions: TokenPositions) -> Array:
+    """G and C in place of the rows of a block with these positions."""
+    C = positions.positions.shape[1]
+    return x.reshape(*x.shape[:axis], -1, C, *x.shape[axis + 1 :])
+
+
+def _block_positions(positions: TokenPositions, C: int) -> TokenPositions:
+    """[blocks, B, C] of [B, T]."""
+    return TokenPositions(*(_blocks(x[..., None], 1, C)[:, :, 0, 0] for x in positions))
