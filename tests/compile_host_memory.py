@@ -17,7 +17,8 @@ SMALL = {
     "num_key_value_heads": 8, "num_hidden_layers": 16, "vocab_size": 2048,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-MODELS = {"small": (SMALL, 2048), "8b": (LLAMA_8B, 4096)}
+DEEP = {**SMALL, "num_hidden_layers": 128}
+MODELS = {"small": (SMALL, 2048), "deep": (DEEP, 2048), "8b": (LLAMA_8B, 4096)}
 
 
 def main(target: str, written: dict[str, Any]) -> None:

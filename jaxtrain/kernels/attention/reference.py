@@ -75,17 +75,17 @@ def attend(
         out, lse = lax.map(forward, (band.first_keys, _slice_blocks(blocks, band.blocks)))
         outs.append(out)
         lses.append(lse)
-    lse_BTN = _from_blocks(jnp.concatenate(lses)[..., None], T)[..., 0]
-    return _from_blocks(jnp.concatenate(outs), T), lse_BTN
+    return _from_blocks(jnp.concatenate(outs), T), _from_blocks(jnp.concatenate(lses), T)[..., 0]
 
 
 def _forward_block(scoring: Scoring, sinks_KG11, keys, queries):
     k_BKSH, v_BKSH, kv_positions = keys
     queries, kv_positions, lowest = _tie(queries, kv_positions)
     q_BKRH, positions = queries
+    C = positions.segments.shape[1]
     visible_BCS = visible_keys(positions, kv_positions, scoring.window)
     products_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKSH)
-    scores_BKGCS = _scores(scoring, _split_rows(products_BKRS, 2, positions))
+    scores_BKGCS = _scores(scoring, _split_rows(products_BKRS, 2, C))
     scores_BKGCS = jnp.where(visible_BCS[:, None, None], scores_BKGCS, lowest)
     top_BKGC1 = scores_BKGCS.max(-1, keepdims=True)
     # The maximum of a row without visible keys is -inf, and -inf - -inf is NaN.
@@ -95,9 +95,9 @@ def _forward_block(scoring: Scoring, sinks_KG11, keys, queries):
     total_BKGC1 = p_BKGCS.sum(-1, keepdims=True)
     total_BKGC1 += 0.0 if sinks_KG11 is None else jnp.exp(sinks_KG11 - top_BKGC1)
     p_BKRS = p_BKGCS.astype(v_BKSH.dtype).reshape(products_BKRS.shape)
-    out_BKGCH = _split_rows(_dot("bkrs,bksh->bkrh", p_BKRS, v_BKSH), 2, positions)
+    out_BKGCH = _split_rows(_dot("bkrs,bksh->bkrh", p_BKRS, v_BKSH), 2, C)
     out_BKGCH /= jnp.where(total_BKGC1 == 0, 1.0, total_BKGC1)
-    return out_BKGCH, (top_BKGC1 + jnp.log(total_BKGC1))[..., 0]
+    return out_BKGCH, top_BKGC1 + jnp.log(total_BKGC1)
 
 
 def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
@@ -163,21 +163,22 @@ def _backward_block(scoring: Scoring, keys, queries):
     k_BKSH, v_BKSH, kv_positions = keys
     queries, kv_positions, lowest = _tie(queries, kv_positions)
     q_BKRH, positions, d_out_BKRH, lse_BKGC, delta_BKGC = queries
+    C = positions.segments.shape[1]
     visible_BSC = visible_keys(positions, kv_positions, scoring.window).swapaxes(1, 2)
     products_BKSR = _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH)
-    scores_BKSGC = _scores(scoring, _split_rows(products_BKSR, 3, positions))
+    scores_BKSGC = _scores(scoring, _split_rows(products_BKSR, 3, C))
     logs_BKSGC = scores_BKSGC - lse_BKGC[:, :, None]
     p_BKSGC = jnp.exp(jnp.where(visible_BSC[:, None, :, None], logs_BKSGC, lowest))
     p_BKSR = p_BKSGC.astype(d_out_BKRH.dtype).reshape(products_BKSR.shape)
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR, d_out_BKRH)
-    d_p_BKSGC = _split_rows(_dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH), 3, positions)
+    d_p_BKSGC = _split_rows(_dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH), 3, C)
     d_BKSGC = p_BKSGC * (d_p_BKSGC - delta_BKGC[:, :, None]) * scoring.scale
     if scoring.softcap is not None:
         d_BKSGC *= 1 - jnp.square(scores_BKSGC / scoring.softcap)
     d_BKSR = d_BKSGC.astype(q_BKRH.dtype).reshape(products_BKSR.shape)
     d_q_BKRH = _dot("bksr,bksh->bkrh", d_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
-    return _split_rows(d_q_BKRH, 2, positions), d_k_BKSH, d_v_BKSH
+    return _split_rows(d_q_BKRH, 2, C), d_k_BKSH, d_v_BKSH
 
 
 def _tie(queries, kv_positions: TokenPositions):
@@ -263,9 +264,8 @@ def _query_rows(x_BTNH: Array, K: int, C: int) -> Array:
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
-def _split_rows(x: Array, axis: int, positions: TokenPositions) -> Array:
-    """G and C in place of the rows of a block with these positions."""
-    C = positions.positions.shape[1]
+def _split_rows(x: Array, axis: int, C: int) -> Array:
+    """G and C in place of R, which is this dimension."""
     return x.reshape(*x.shape[:axis], -1, C, *x.shape[axis + 1 :])
 
 
