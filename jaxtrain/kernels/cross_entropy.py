@@ -39,6 +39,7 @@ ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need 
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
 MIN_TILE = 512  # tokens of the vocabulary
+SUM_BLOCK = 4096  # tokens of the vocabulary
 HALF_LIFT = 2.0**10
 """Factor on gradients of logits in float16, where a share of a large vocabulary would be 0."""
 
@@ -329,10 +330,29 @@ def _is_target(plan: Plan, logits_IbCV: Array, y_IbC: Array, tile: Array | int) 
 
 def _score(plan: Plan, logits_IbCV: Array, y_IbC: Array, tile: Array | int = 0) -> Scores:
     top_IbC = logits_IbCV.max(-1)
-    lse_IbC = top_IbC + jnp.log(jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1))
-    is_target_IbCV = _is_target(plan, logits_IbCV, y_IbC, tile)
-    target_IbC = jnp.where(is_target_IbCV, logits_IbCV, 0).sum(-1)
-    return Scores(top_IbC, lse_IbC, target_IbC, logits_IbCV.sum(-1))
+    if current_platform() == "cpu" and plan.tiles == 1 and plan.vocabulary_axis is None:
+        exp_IbC = _sum_exp(logits_IbCV, top_IbC)
+        target_IbC1 = jnp.take_along_axis(logits_IbCV, y_IbC[..., None], -1, mode="clip")
+        target_IbC = target_IbC1[..., 0]
+    else:
+        exp_IbC = jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1)
+        is_target_IbCV = _is_target(plan, logits_IbCV, y_IbC, tile)
+        target_IbC = jnp.where(is_target_IbCV, logits_IbCV, 0).sum(-1)
+    return Scores(top_IbC, top_IbC + jnp.log(exp_IbC), target_IbC, logits_IbCV.sum(-1))
+
+
+def _sum_exp(logits_IbCV: Array, top_IbC: Array) -> Array:
+    """Sum of exp(logits - top) over the vocabulary, a block of it at a time: of a plain sum XLA on
+    CPU keeps the exponentials, in memory that it asks of the system for every chunk."""
+    exp = lambda logits: jnp.exp(logits - top_IbC[..., None])
+    V = logits_IbCV.shape[-1]
+    W = min(SUM_BLOCK, V)
+
+    def add(i, sums_IbCW):
+        return sums_IbCW + exp(lax.dynamic_slice_in_dim(logits_IbCV, i * W, W, -1))
+
+    sums_IbCW = lax.fori_loop(0, V // W, add, jnp.zeros((*top_IbC.shape, W)))
+    return sums_IbCW.sum(-1) + exp(logits_IbCV[..., V // W * W :]).sum(-1)
 
 
 def _measure(plan: Plan, tiles: Array, x_NIbCD: Array, y_NIbC: Array) -> Scores:

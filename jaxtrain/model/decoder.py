@@ -56,6 +56,7 @@ from jaxtrain.kernels.cross_entropy import (
     token_log_probs,
     weighted_nll,
 )
+from jaxtrain.kernels.product import from_bits, to_bits
 from jaxtrain.kernels.sums import SHARED, SHARED_BY_ALL, Axes, map_with_copies
 from jaxtrain.model.block import Block
 from jaxtrain.model.config import AdapterSite, ComputeConfig, DecoderConfig
@@ -452,12 +453,12 @@ def _run_layer(
 ) -> Output:
     """Runs a layer whose backward pass recomputes what `policy` says."""
 
-    def run(x_BTD: Array, params: Params) -> Output:
-        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+    def run(x_BTD: Array, bits_BTD: Array | None, params: Params) -> Output:
+        x_BTD = checkpoint_name(from_bits(x_BTD, bits_BTD), LAYER_INPUT)
         # Here, since copies that are made outside would be kept for the backward pass.
         return nnx.merge(graph, fetch(params))(x_BTD, inputs, None)
 
-    return (run if policy is None else rematerialize(run, policy))(x_BTD, params)
+    return (run if policy is None else rematerialize(run, policy))(x_BTD, to_bits(x_BTD), params)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtrain.kernels.attention import TokenPositions
 from jaxtrain.kernels.axes import current_platform
+from jaxtrain.kernels.product import is_for_unit
 from jaxtrain.recipe.errors import show
 
 MAX_FLOAT = 3e38  # in float32; an integer of JSON may even be too large for a float of Python
@@ -354,7 +355,7 @@ def document_lengths(tokens: TokenPositions) -> jax.Array:
 
 def rotate(x: jax.Array, rotation: Rotation, *, interleaved: bool) -> jax.Array:
     """Rotates the first 2 R channels of x [B, T, K, G, H] by its positions."""
-    if current_platform() == "tpu" and x.dtype == jnp.bfloat16:
+    if (current_platform() == "tpu" and x.dtype == jnp.bfloat16) or is_for_unit(x):
         return rotate_by_product(interleaved, x, rotation.cos, rotation.sin)
     turned, rest = jnp.split(x, [2 * rotation.cos.shape[-1]], axis=-1)
     turned = turned.astype(jnp.float32)
@@ -372,7 +373,8 @@ def rotate_by_product(interleaved: bool, x: jax.Array, cos: jax.Array, sin: jax.
     """`rotate`, with each channel's partner fetched by an exact product with 0, 1 and -1.
 
     The channels of a head are one row of a TPU's vector unit: to cut rows in two and to join them
-    takes the compiled layer of a Llama as long as its product for queries, keys and values.
+    takes the compiled layer of a Llama as long as its product for queries, keys and values. XLA on
+    CPU would join them in one loop with what comes before, by a branch for each channel.
     """
     (H,), R = x.shape[-1:], cos.shape[-1]
     first = 2 * np.arange(R) if interleaved else np.arange(R)

@@ -109,6 +109,15 @@ def test_value_and_gradients_equal_the_definition(form, options, layout):
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block", [8, 16, 39, 40, 4096])
+def test_exponentials_are_summed_in_blocks_on_cpu(form, block, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "SUM_BLOCK", block)
+    with jax.set_mesh(mesh_of()):
+        check(form, OPTIONS["both"] if form == "sum" else {}, problem(), chunk_tokens=4)
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, None), (1, 1), (7, 7), (9, 2), (9, None)])
 def test_any_number_of_tokens_and_chunks(form, tokens, chunk):
     check(form, {}, problem(tokens=tokens), chunk_tokens=chunk)

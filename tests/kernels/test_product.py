@@ -1,5 +1,6 @@
-"""Products of bfloat16: the same numbers in every form, and TPU and GPU run what was written."""
+"""Products on CPU: the same numbers in every form, and TPU and GPU run what was written."""
 
+import re
 from functools import partial
 
 import jax
@@ -10,7 +11,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxtrain.kernels.product import einsum, keep, multiply
+from jaxtrain.kernels.product import (
+    einsum,
+    from_bits,
+    keep,
+    multiply,
+    multiply_transposed,
+    to_bits,
+)
 from tests.runs import mesh_of
 
 PRODUCTS = {  # dimensions of x and y, and those that are contracted
@@ -31,6 +39,7 @@ SUMS = {
 }
 
 
+TRANSPOSED = "...sr,...sh->...rh", (2, 3, 24, 40), (2, 3, 24, 16)
 CPU, TWO = mesh_of(), mesh_of(data=2)
 
 
@@ -65,11 +74,14 @@ def test_a_product_is_rounded_once(x, y, x_dims, y_dims):
     assert error(found).sum() <= error(jax.jit(written)(*arrays)).sum() * 1.001
 
 
-@pytest.mark.parametrize(("spec", "x", "y"), SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize(
+    ("spec", "x", "y"), [*SUMS.values(), TRANSPOSED], ids=[*SUMS, "gradient of queries"]
+)
 def test_a_sum_is_float32(spec, x, y):
     arrays = operands(x, y)
     exact = in_float64(partial(jnp.einsum, spec), *arrays)
-    found = compiled(partial(einsum, spec), *arrays)(*arrays)
+    called = multiply_transposed if spec == TRANSPOSED[0] else partial(einsum, spec)
+    found = compiled(called, *arrays)(*arrays)
     assert found.dtype == jnp.float32 and found.shape == exact.shape
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
 
@@ -82,6 +94,11 @@ def pairs():
         if x[0] == 1:
             said = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
             yield partial(einsum, spec), said, x, y
+    yield multiply_transposed, turned, *TRANSPOSED[1:]
+
+
+def turned(x, y):
+    return jnp.matmul(x.swapaxes(-1, -2), y, preferred_element_type=jnp.float32)
 
 
 def lowered(function, *arrays, mesh):
@@ -101,14 +118,35 @@ MESHES = {"tpu": abstract("tpu"), "cuda": abstract("cuda"), "cpu": CPU, "two": T
 
 
 @pytest.mark.parametrize("place", MESHES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_only_bfloat16_on_one_cpu_is_another_program(place, dtype):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float16])
+def test_only_one_cpu_runs_another_program(place, dtype):
     for called, said, *shapes in pairs():
         arrays = [a.astype(dtype) for a in operands(*shapes)]
         found, expected = (lowered(f, *arrays, mesh=MESHES[place]) for f in (called, said))
-        assert (found == expected) == (place != "cpu" or dtype == jnp.float32)
-        if place == "cpu" and dtype == jnp.bfloat16:
-            assert "contracting_dims = [1] x" in found
+        is_multiply = getattr(called, "func", None) is multiply
+        if place != "cpu" or dtype == jnp.float16 or (dtype == jnp.float32 and not is_multiply):
+            assert found == expected
+        elif dtype == jnp.bfloat16:
+            assert found != expected and re.search(r"contracting_dims = \[[13]\] x", found)
+        else:
+            assert re.search(r"contracting_dims = \[[01]\] x \[[01]\]", found)
+
+
+def test_float32_weights_are_not_turned_in_memory_on_cpu():
+    dy, w = (a.astype(jnp.float32) for a in operands((64, 2, 96), (5, 48, 2, 96)))
+
+    def through_layers(multiply):
+        to_input = lambda dy, w: (
+            jnp.pad(multiply(dy, w, (1, 2), (1, 2)), ((0, 0), (0, 144))),
+            None,
+        )
+        step = lambda dy, w: (to_input(dy, w)[0].reshape(dy.shape), None)
+        return lambda dy, w: lax.scan(step, dy, w)[0]
+
+    text = compiled(through_layers(multiply), dy, w).as_text()
+    as_written = lambda x, y, *dims: plain(*dims)(x, y)
+    assert "f32[192,48]" not in text
+    assert "f32[192,48]" in compiled(through_layers(as_written), dy, w).as_text()
 
 
 def gradient(x, w, *, keep):
@@ -138,3 +176,30 @@ def test_a_loop_on_cpu_does_not_convert_the_stack_of_what_layers_keep():
     assert stack not in compiled(partial(gradient, keep=keep), *arrays).as_text()
     if jax.__version_info__ < (0, 12):  # whose compiler does so no longer
         assert stack in compiled(partial(gradient, keep=checkpoint_name), *arrays).as_text()
+
+
+def gradient_by_inputs(x, w, *, read):
+    """Of a loop over layers that keep their inputs."""
+    layer = jax.checkpoint(
+        lambda x, bits, w: jnp.sin(multiply(read(x, bits), w, (1,), (0,))), prevent_cse=False
+    )
+    step = lambda x, w: (layer(x, to_bits(x), w), None)
+    return jax.grad(lambda x, w: lax.scan(step, x, w)[0].sum(), (0, 1))(x, w)
+
+
+@pytest.mark.parametrize("mesh", [CPU, TWO], ids=["one device", "two"])
+def test_an_input_that_is_kept_as_bits_has_its_gradient(mesh):
+    arrays, stack = operands((24, 40), (5, 40, 40)), "f32[5,24,40]"
+    plainly = partial(gradient_by_inputs, read=lambda x, bits: x)
+    programs = [
+        compiled(f, *arrays, mesh=mesh)
+        for f in (partial(gradient_by_inputs, read=from_bits), plainly)
+    ]
+    found, expected = (program(*arrays) for program in programs)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+        assert np.abs(np.float32(a)).max() > 1
+    if mesh is CPU:
+        assert stack not in programs[0].as_text()
+        if jax.__version_info__ < (0, 12):
+            assert stack in programs[1].as_text()

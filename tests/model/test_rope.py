@@ -1,4 +1,4 @@
-"""Rotation in the form that TPUs compute fastest is rotation."""
+"""Rotation by a product is rotation."""
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,18 @@ def test_a_rotation_by_a_product_and_its_gradient(R, interleaved):
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "is_product"),
-    [("tpu", jnp.bfloat16, True), ("tpu", jnp.float32, False), ("gpu", jnp.bfloat16, False)],
+    [
+        ("tpu", jnp.bfloat16, True),
+        ("tpu", jnp.float32, False),
+        ("cpu", jnp.bfloat16, True),
+        ("cpu", jnp.float32, False),
+        ("gpu", jnp.bfloat16, False),
+    ],
 )
-def test_only_a_tpu_rotates_by_a_product(platform, dtype, is_product):
+def test_tpu_and_cpu_rotate_bfloat16_by_a_product(platform, dtype, is_product):
     x, _, rotation = case(H // 2)
     device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
-    mesh = AbstractMesh((), (), abstract_device=device)
+    mesh = AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(lambda x: rotate(x, rotation, interleaved=False))(x.astype(dtype))
     assert ("dot_general" in str(traced)) == is_product

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.kernels.attention.mask import Scoring, TokenPositions, visible_keys
-from jaxtrain.kernels.product import mark
+from jaxtrain.kernels.product import mark, multiply_transposed
 
 BLOCK = 128  # tokens; on CPU 64 is as fast, 256 a third slower
 MAX_BANDS = 8  # bounds program size and compile time, for an eighth more scores than needed
@@ -176,7 +176,7 @@ def _backward_block(scoring: Scoring, keys, queries):
     if scoring.softcap is not None:
         d_BKSGC *= 1 - jnp.square(scores_BKSGC / scoring.softcap)
     d_BKSR = d_BKSGC.astype(q_BKRH.dtype).reshape(products_BKSR.shape)
-    d_q_BKRH = _dot("bksr,bksh->bkrh", d_BKSR, k_BKSH)
+    d_q_BKRH = multiply_transposed(d_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
     return _split_rows(d_q_BKRH, 2, C), d_k_BKSH, d_v_BKSH
 
