@@ -86,6 +86,18 @@ def test_a_sum_is_float32(spec, x, y):
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("turn", [False, True])
+def test_queries_get_their_gradient_from_the_unit(turn):
+    """However the result is used: XLA would convert the operands, or refuse the product."""
+    spec, *shapes = TRANSPOSED
+    arrays = operands(*shapes)
+    used = lambda x: x.swapaxes(-1, -2) if turn else x
+    program = compiled(lambda x, y: used(multiply_transposed(x, y)), *arrays)
+    exact = used(in_float64(partial(jnp.einsum, spec), *arrays))
+    np.testing.assert_allclose(program(*arrays), exact, rtol=1e-5, atol=1e-4)
+    assert not re.search(r"f32\[2,3,24,(40|16)\]", program.as_text())
+
+
 def pairs():
     """What is called and what it says, and the shapes of its operands."""
     for x, y, x_dims, y_dims in PRODUCTS.values():
