@@ -43,12 +43,12 @@ def einsum(spec: str, x: Array, y: Array) -> Array:
 def multiply_transposed(x: Array, y: Array) -> Array:
     """The product of matrices over the rows of both, float32 [..., R, H] of [..., S, R] and
     [..., S, H]; y is the smaller one."""
-    into32 = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    into32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
     if not is_for_unit(x):
-        return into32(x.swapaxes(-1, -2), y)
+        return into32("...sr,...sh->...rh", x, y)
     # Both are fixed in memory: XLA would swap the operands, to a form that it does not have.
     fix = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))
-    return fix(into32(fix(y.swapaxes(-1, -2)), x)).swapaxes(-1, -2)
+    return fix(into32("...hs,...sr->...hr", fix(y.swapaxes(-1, -2)), x)).swapaxes(-1, -2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -106,11 +106,9 @@ def pairs():
         if x[0] == 1:
             said = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
             yield partial(einsum, spec), said, x, y
-    yield multiply_transposed, turned, *TRANSPOSED[1:]
-
-
-def turned(x, y):
-    return jnp.matmul(x.swapaxes(-1, -2), y, preferred_element_type=jnp.float32)
+    spec, x, y = TRANSPOSED
+    said = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    yield multiply_transposed, said, x, y
 
 
 def lowered(function, *arrays, mesh):

@@ -44,8 +44,9 @@ def test_a_rotation_by_a_product_and_its_gradient(R, interleaved):
 )
 def test_tpu_and_cpu_rotate_bfloat16_by_a_product(platform, dtype, is_product):
     x, _, rotation = case(H // 2)
+    x = x.astype(dtype)
     device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
     mesh = AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.make_jaxpr(lambda x: rotate(x, rotation, interleaved=False))(x.astype(dtype))
+        traced = jax.make_jaxpr(lambda x: rotate(x, rotation, interleaved=False))(x)
     assert ("dot_general" in str(traced)) == is_product
