@@ -6,12 +6,16 @@ compiler would otherwise reduce the whole head gradient once per chunk. A head t
 be whole on every device, beside its gradient, is gathered a tile of the vocabulary at a time: once
 for the losses and once more for the gradients.
 
-I shards of batch and tokens, B batch (b per shard), T tokens, C tokens per chunk, D width, V
-vocabulary, or a tile of it, N chunks.
+Tokens of weight 0, as those of a prompt are, come last in their shard. Chunks that hold nothing
+else on any device are not computed.
+
+B batch, T tokens, D width, V vocabulary, or a tile of it; I shards of batch and tokens, S tokens of
+a shard, N chunks, C tokens of a chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +38,9 @@ HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
 
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
-MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on CPU and GPU
+MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on GPU
+CPU_TOKENS = 256  # of a chunk of long logits; fewer are slower, of more some have no weight
+CHUNK_MULTIPLE = 128  # tokens, of which products take whole blocks
 ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
@@ -64,6 +70,7 @@ class Plan(NamedTuple):
     z_loss: float
     label_smoothing: float
     chunk_tokens: int
+    shard_tokens: int
     part_tokens: int
     """of each part of a sequence"""
     axes: tuple[str, ...]
@@ -81,6 +88,10 @@ class Plan(NamedTuple):
     lift: float = 1.0
     """factor on what is saved for the backward pass, which takes it out again"""
 
+    @property
+    def chunks(self) -> int:
+        return -(-self.shard_tokens // self.chunk_tokens)
+
     def place(self, x: Array, *spec) -> Array:
         """Constrains the sharding of x, if anything is split."""
         is_split = self.axes or self.vocabulary_axis
@@ -90,11 +101,20 @@ class Plan(NamedTuple):
 class Scores(NamedTuple):
     """What the loss of a token derives from its logits, or from those of a tile."""
 
-    top_IbC: Array
-    lse_IbC: Array
-    target_IbC: Array
+    top_IC: Array
+    lse_IC: Array
+    target_IC: Array
     """the target's logit"""
-    sum_IbC: Array
+    sum_IC: Array
+
+
+class Order(NamedTuple):
+    """Of the tokens of each shard, those with a weight first."""
+
+    take_IS: Array
+    """places of the tokens in their shard"""
+    chunks: Array
+    """int32 []: how many the shards need"""
 
 
 def weighted_nll(
@@ -116,7 +136,7 @@ def weighted_nll(
 
     The forward pass computes the gradients of hidden and head too, which saves one product in four.
     Only `total` is differentiated; weights are constants. A token of weight 0 adds nothing, not
-    even a NaN. Logits are those of `scale_and_cap`. `chunk_tokens` counts tokens of each sequence,
+    even a NaN. Logits are those of `scale_and_cap`. `chunk_tokens` counts tokens of a device,
     `tiles` the parts of a device's vocabulary, which they divide; devices of the axes `shared` get
     parts of the gradient of the head.
     """
@@ -140,29 +160,30 @@ def _weighted_nll_fwd(
     plan: Plan, hidden_BTD: Array, head: Array, targets_BT: Array, weights_BT: Array
 ):
     like = jnp.zeros((), head.dtype)
-    x_NIbCD, y_NIbC, w_NIbC = _split_chunks(plan, hidden_BTD, targets_BT, weights_BT)
-    x_NIbCD = _zero_unweighted(x_NIbCD, w_NIbC)
+    order = _put_weighted_first(plan, weights_BT)
+    x_NICD, y_NIC, w_NIC = _split_chunks(plan, order, hidden_BTD, targets_BT, weights_BT)
+    x_NICD = _zero_unweighted(x_NICD, w_NIC)
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
     if plan.tiles > 1:
-        scores = _measure(plan, tiles, x_NIbCD, y_NIbC)
-        gradients = _pull(plan, tiles, x_NIbCD, y_NIbC, scores.lse_IbC, w_NIbC)
-        nll = _sum_nll(plan, scores, w_NIbC)
+        scores = _measure(plan, tiles, order, x_NICD, y_NIC)
+        gradients = _pull(plan, tiles, order, x_NICD, y_NIC, scores.lse_IC, w_NIC)
+        nll = _sum_nll(plan, scores, w_NIC)
         return NLL(*(x.sum() for x in nll)), (*gradients, like)
     prepared = _gather(plan, tiles[0])
 
     def step(sums, chunk):
-        x_IbCD, y_IbC, w_IbC = chunk
-        logits_IbCV = _logits(plan, prepared, x_IbCD)
-        scores = _score(plan, logits_IbCV, y_IbC)
-        d_IbCV = _d_products(plan, logits_IbCV, y_IbC, scores.lse_IbC, w_IbC)
-        d_hidden, d_head = _product_gradients(plan, prepared, x_IbCD, d_IbCV)
-        nll = _sum_nll(plan, scores, w_IbC)
-        return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden.astype(x_IbCD.dtype)
+        x_ICD, y_IC, w_IC = chunk
+        logits_ICV = _logits(plan, prepared, x_ICD)
+        scores = _score(plan, logits_ICV, y_IC)
+        d_ICV = _d_products(plan, logits_ICV, y_IC, scores.lse_IC, w_IC)
+        d_hidden, d_head = _product_gradients(plan, prepared, x_ICD, d_ICV)
+        nll = _sum_nll(plan, scores, w_IC)
+        return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden.astype(x_ICD.dtype)
 
-    sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, x_NIbCD)
-    (nll, d_head), d_hidden = lax.scan(step, sums, (x_NIbCD, y_NIbC, w_NIbC))
+    sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, x_NICD)
+    (nll, d_head), d_hidden = _scan(plan, order, step, sums, (x_NICD, y_NIC, w_NIC))
     d_head = _join_tiles(plan, _sum_shards(plan, d_head)[None])
-    return NLL(*(x.sum() for x in nll)), (_join_chunks(plan, d_hidden), d_head, like)
+    return NLL(*(x.sum() for x in nll)), (_join_chunks(plan, order, d_hidden), d_head, like)
 
 
 def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
@@ -175,25 +196,25 @@ def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
 _weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
 
 
-def _sum_nll(plan: Plan, scores: Scores, w_IbC: Array) -> NLL:
+def _sum_nll(plan: Plan, scores: Scores, w_IC: Array) -> NLL:
     """Sums of chunks, float32 [..., I]."""
     smoothing = plan.label_smoothing
-    loss_IbC = scores.lse_IbC - (1 - smoothing) * scores.target_IbC
+    loss_IC = scores.lse_IC - (1 - smoothing) * scores.target_IC
     if smoothing:
-        loss_IbC -= smoothing / plan.vocabulary * scores.sum_IbC
-    z_IbC = plan.z_loss * scores.lse_IbC**2
-    correct_IbC = scores.target_IbC == scores.top_IbC
-    return NLL(*(jnp.sum(w_IbC * x, (-2, -1)) for x in (loss_IbC + z_IbC, z_IbC, correct_IbC)))
+        loss_IC -= smoothing / plan.vocabulary * scores.sum_IC
+    z_IC = plan.z_loss * scores.lse_IC**2
+    correct_IC = scores.target_IC == scores.top_IC
+    return NLL(*(jnp.sum(w_IC * x, -1) for x in (loss_IC + z_IC, z_IC, correct_IC)))
 
 
 def _d_total(
-    plan: Plan, logits_IbCV: Array, is_target_IbCV: Array, lse_IbC: Array, w_IbC: Array
+    plan: Plan, logits_ICV: Array, is_target_ICV: Array, lse_IC: Array, w_IC: Array
 ) -> Array:
-    """Gradient of a chunk's total with respect to its logits, float32 [I, b, C, V]."""
-    smoothing, w_IbC1, lse_IbC1 = plan.label_smoothing, w_IbC[..., None], lse_IbC[..., None]
-    d_IbCV = jnp.exp(logits_IbCV - lse_IbC1) * w_IbC1 * (1 + 2 * plan.z_loss * lse_IbC1)
-    d_IbCV -= jnp.where(is_target_IbCV, (1 - smoothing) * w_IbC1, 0)
-    return d_IbCV - smoothing / plan.vocabulary * w_IbC1 if smoothing else d_IbCV
+    """Gradient of a chunk's total with respect to its logits, float32 [I, C, V]."""
+    smoothing, w_IC1, lse_IC1 = plan.label_smoothing, w_IC[..., None], lse_IC[..., None]
+    d_ICV = jnp.exp(logits_ICV - lse_IC1) * w_IC1 * (1 + 2 * plan.z_loss * lse_IC1)
+    d_ICV -= jnp.where(is_target_ICV, (1 - smoothing) * w_IC1, 0)
+    return d_ICV - smoothing / plan.vocabulary * w_IC1 if smoothing else d_ICV
 
 
 def token_log_probs(
@@ -225,19 +246,20 @@ def _log_probs(plan: Plan, hidden_BTD, head, targets_BT) -> Array:
 
 def _log_probs_fwd(plan: Plan, hidden_BTD, head, targets_BT):
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
-    scores = _measure(plan, tiles, *_split_chunks(plan, hidden_BTD, targets_BT))
-    lse_BT = _join_chunks(plan, scores.lse_IbC)
-    log_probs_BT = _join_chunks(plan, scores.target_IbC - scores.lse_IbC)
+    scores = _measure(plan, tiles, None, *_split_chunks(plan, None, hidden_BTD, targets_BT))
+    lse_BT = _join_chunks(plan, None, scores.lse_IC)
+    log_probs_BT = _join_chunks(plan, None, scores.target_IC - scores.lse_IC)
     return log_probs_BT, (hidden_BTD, head, targets_BT, lse_BT)
 
 
 def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
     hidden_BTD, head, targets_BT, lse_BT = saved
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
-    x, y, lse, g = _split_chunks(plan, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
+    order = _put_weighted_first(plan, d_log_probs_BT)
+    x, y, lse, g = _split_chunks(plan, order, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
     # A log-probability is the negative of a loss of weight 1.
     x, lse = _zero_unweighted(x, g), jnp.where(g != 0, lse, 0)
-    d_hidden_BTD, d_head = _pull(plan, tiles, x, y, lse, -g)
+    d_hidden_BTD, d_head = _pull(plan, tiles, order, x, y, lse, -g)
     return d_hidden_BTD, d_head.astype(head.dtype), None
 
 
@@ -269,22 +291,17 @@ def _make_plan(
     splits = splits if V % splits == 0 else 1
     if tiles is None:
         tiles = _count_tiles(D, V // splits) if shards * parts > 1 else 1
+    shard_tokens = B // shards * part_tokens
     if chunk_tokens is None:
-        # With D tokens the logits take as much memory as the float32 gradient of the head.
-        tokens, all_tokens = max(D, MIN_BYTES // (4 * V // splits)), B // shards * part_tokens
-        if tiles == 1:
-            fits = 4 * all_tokens * V // splits <= ONE_CHUNK_BYTES
-            is_whole = fits and current_platform() == "tpu"
-            tokens = all_tokens if is_whole else min(MAX_TOKENS, tokens)
-        chunk_tokens = max(1, tokens // (B // shards))
-    chunks = -(-part_tokens // chunk_tokens)
+        chunk_tokens = _choose_chunk(shard_tokens, D, V // splits, is_tiled=tiles > 1)
     return Plan(
         head_layout=head_layout,
         scale=scale,
         softcap=softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
-        chunk_tokens=-(-part_tokens // chunks),  # equal ones, so that little padding fills the last
+        chunk_tokens=min(chunk_tokens, shard_tokens),
+        shard_tokens=shard_tokens,
         part_tokens=part_tokens,
         axes=(*axes, CONTEXT_AXIS) if parts > 1 else axes,
         shards=shards * parts,
@@ -296,6 +313,18 @@ def _make_plan(
     )
 
 
+def _choose_chunk(shard_tokens: int, D: int, V: int, *, is_tiled: bool) -> int:
+    platform = current_platform()
+    # With D tokens the logits take as much memory as the float32 gradient of the head.
+    tokens = max(CPU_TOKENS if platform == "cpu" else D, MIN_BYTES // (4 * V))
+    if not is_tiled:
+        if platform == "tpu" and 4 * shard_tokens * V <= ONE_CHUNK_BYTES:
+            return shard_tokens
+        tokens = min(tokens, MAX_TOKENS)
+    chunks = -(-shard_tokens // tokens)  # equal ones, so that little padding fills the last
+    return -(-shard_tokens // chunks // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+
+
 def _count_tiles(D: int, V: int) -> int:
     if 6 * D * V <= WHOLE_BYTES:
         return 1
@@ -303,9 +332,9 @@ def _count_tiles(D: int, V: int) -> int:
     return next((n for n in counts if 4 * D * V // n <= TILE_BYTES), counts[-1])
 
 
-def _zero_unweighted(x_IbCD: Array, w_IbC: Array) -> Array:
+def _zero_unweighted(x_ICD: Array, w_IC: Array) -> Array:
     # 0 * NaN is NaN, so a weight alone does not keep a bad row out of the head's gradient.
-    return jnp.where(w_IbC[..., None] != 0, x_IbCD, 0)
+    return jnp.where(w_IC[..., None] != 0, x_ICD, 0)
 
 
 def scale_and_cap(raw: Array, scale: float, softcap: float | None) -> Array:
@@ -314,84 +343,90 @@ def scale_and_cap(raw: Array, scale: float, softcap: float | None) -> Array:
     return scaled if softcap is None else softcap * jnp.tanh(scaled / softcap)
 
 
-def _logits(plan: Plan, head: Array, x_IbCD: Array) -> Array:
-    raw_IbCV = einsum(f"ibcd,{plan.head_layout.lower()}->ibcv", x_IbCD, head)
-    return scale_and_cap(raw_IbCV, plan.scale, plan.softcap)
+def _logits(plan: Plan, head: Array, x_ICD: Array) -> Array:
+    raw_ICV = einsum(f"icd,{plan.head_layout.lower()}->icv", x_ICD, head)
+    return scale_and_cap(raw_ICV, plan.scale, plan.softcap)
 
 
-def _is_target(plan: Plan, logits_IbCV: Array, y_IbC: Array, tile: Array | int) -> Array:
+def _is_target(plan: Plan, logits_ICV: Array, y_IC: Array, tile: Array | int) -> Array:
     """By comparison: indexing would gather a vocabulary that is split."""
-    token_IbCV = lax.broadcasted_iota(jnp.int32, logits_IbCV.shape, 3)
+    token_ICV = lax.broadcasted_iota(jnp.int32, logits_ICV.shape, 2)
     if plan.tiles > 1:
         size = plan.vocabulary // plan.splits // plan.tiles
-        token_IbCV += (token_IbCV // size * (plan.tiles - 1) + tile) * size
-    return token_IbCV == y_IbC[..., None]
+        token_ICV += (token_ICV // size * (plan.tiles - 1) + tile) * size
+    return token_ICV == y_IC[..., None]
 
 
-def _score(plan: Plan, logits_IbCV: Array, y_IbC: Array, tile: Array | int = 0) -> Scores:
-    top_IbC = logits_IbCV.max(-1)
+def _score(plan: Plan, logits_ICV: Array, y_IC: Array, tile: Array | int = 0) -> Scores:
+    top_IC = logits_ICV.max(-1)
     if current_platform() == "cpu" and plan.tiles == 1 and plan.vocabulary_axis is None:
-        exp_IbC = _sum_exp(logits_IbCV, top_IbC)
-        target_IbC1 = jnp.take_along_axis(logits_IbCV, y_IbC[..., None], -1, mode="clip")
-        target_IbC = target_IbC1[..., 0]
+        exp_IC = _sum_exp(logits_ICV, top_IC)
+        target_IC1 = jnp.take_along_axis(logits_ICV, y_IC[..., None], -1, mode="clip")
+        target_IC = target_IC1[..., 0]
     else:
-        exp_IbC = jnp.exp(logits_IbCV - top_IbC[..., None]).sum(-1)
-        is_target_IbCV = _is_target(plan, logits_IbCV, y_IbC, tile)
-        target_IbC = jnp.where(is_target_IbCV, logits_IbCV, 0).sum(-1)
-    return Scores(top_IbC, top_IbC + jnp.log(exp_IbC), target_IbC, logits_IbCV.sum(-1))
+        exp_IC = jnp.exp(logits_ICV - top_IC[..., None]).sum(-1)
+        is_target_ICV = _is_target(plan, logits_ICV, y_IC, tile)
+        target_IC = jnp.where(is_target_ICV, logits_ICV, 0).sum(-1)
+    return Scores(top_IC, top_IC + jnp.log(exp_IC), target_IC, logits_ICV.sum(-1))
 
 
-def _sum_exp(logits_IbCV: Array, top_IbC: Array) -> Array:
+def _sum_exp(logits_ICV: Array, top_IC: Array) -> Array:
     """Sum of exp(logits - top) over the vocabulary, a block of it at a time: of a plain sum XLA on
     CPU keeps the exponentials, in memory that it asks of the system for every chunk."""
-    exp = lambda logits: jnp.exp(logits - top_IbC[..., None])
-    V = logits_IbCV.shape[-1]
+    exp = lambda logits: jnp.exp(logits - top_IC[..., None])
+    V = logits_ICV.shape[-1]
     W = min(SUM_BLOCK, V)
 
-    def add(i, sums_IbCW):
-        return sums_IbCW + exp(lax.dynamic_slice_in_dim(logits_IbCV, i * W, W, -1))
+    def add(i, sums_ICW):
+        return sums_ICW + exp(lax.dynamic_slice_in_dim(logits_ICV, i * W, W, -1))
 
-    sums_IbCW = lax.fori_loop(0, V // W, add, jnp.zeros((*top_IbC.shape, W)))
-    return sums_IbCW.sum(-1) + exp(logits_IbCV[..., V // W * W :]).sum(-1)
+    sums_ICW = lax.fori_loop(0, V // W, add, jnp.zeros((*top_IC.shape, W)))
+    return sums_ICW.sum(-1) + exp(logits_ICV[..., V // W * W :]).sum(-1)
 
 
-def _measure(plan: Plan, tiles: Array, x_NIbCD: Array, y_NIbC: Array) -> Scores:
+def _measure(plan: Plan, tiles: Array, order: Order | None, x_NICD: Array, y_NIC: Array) -> Scores:
     """Of all chunks."""
 
     def of_tile(tile: Array | int, head: Array) -> Scores:
         head = _gather(plan, head)
         score = lambda x, y: _score(plan, _logits(plan, head, x), y, tile)
-        return lax.map(lambda chunk: score(*chunk), (x_NIbCD, y_NIbC))
+        return _scan(plan, order, lambda _, xy: (None, score(*xy)), None, (x_NICD, y_NIC))[1]
 
     def step(sums: Scores, numbered) -> tuple[Scores, None]:
         new = of_tile(*numbered)
-        top, lse = jnp.maximum(sums.top_IbC, new.top_IbC), jnp.logaddexp(sums.lse_IbC, new.lse_IbC)
-        return Scores(top, lse, sums.target_IbC + new.target_IbC, sums.sum_IbC + new.sum_IbC), None
+        top, lse = jnp.maximum(sums.top_IC, new.top_IC), jnp.logaddexp(sums.lse_IC, new.lse_IC)
+        return Scores(top, lse, sums.target_IC + new.target_IC, sums.sum_IC + new.sum_IC), None
 
     if plan.tiles == 1:
         return of_tile(0, tiles[0])
-    low, zero = jnp.full(y_NIbC.shape, -jnp.inf), jnp.zeros(y_NIbC.shape)
+    low, zero = jnp.full(y_NIC.shape, -jnp.inf), jnp.zeros(y_NIC.shape)
     return lax.scan(step, Scores(low, low, zero, zero), (jnp.arange(plan.tiles), tiles))[0]
 
 
 def _pull(
-    plan: Plan, tiles: Array, x_NIbCD: Array, y_NIbC: Array, lse_NIbC: Array, w_NIbC: Array
+    plan: Plan,
+    tiles: Array,
+    order: Order | None,
+    x_NICD: Array,
+    y_NIC: Array,
+    lse_NIC: Array,
+    w_NIC: Array,
 ) -> tuple[Array, Array]:
     """Gradients of hidden states and head for the total loss."""
-    dtype = x_NIbCD.dtype if plan.tiles == 1 else jnp.float32  # they are summed over the tiles
+    dtype = x_NICD.dtype if plan.tiles == 1 else jnp.float32  # they are summed over the tiles
 
     def of_tile(tile: Array | int, head: Array) -> tuple[Array, Array]:
         head = _gather(plan, head)
 
         def step(d_head_sum, chunk):
-            x_IbCD, y_IbC, lse_IbC, w_IbC = chunk
-            logits_IbCV = _logits(plan, head, x_IbCD)
-            d_IbCV = _d_products(plan, logits_IbCV, y_IbC, lse_IbC, w_IbC, tile)
-            d_hidden, d_head = _product_gradients(plan, head, x_IbCD, d_IbCV)
+            x_ICD, y_IC, lse_IC, w_IC = chunk
+            logits_ICV = _logits(plan, head, x_ICD)
+            d_ICV = _d_products(plan, logits_ICV, y_IC, lse_IC, w_IC, tile)
+            d_hidden, d_head = _product_gradients(plan, head, x_ICD, d_ICV)
             return d_head_sum + d_head, d_hidden.astype(dtype)
 
-        chunks = x_NIbCD, y_NIbC, lse_NIbC, w_NIbC
-        d_head_IDV, d_hidden = lax.scan(step, _head_sums(plan, x_NIbCD), chunks)
+        chunks = x_NICD, y_NIC, lse_NIC, w_NIC
+        d_head_IDV, d_hidden = _scan(plan, order, step, _head_sums(plan, x_NICD), chunks)
         return d_hidden, _sum_shards(plan, d_head_IDV)
 
     def step(d_hidden_sum, numbered):
@@ -402,38 +437,38 @@ def _pull(
         d_hidden, d_head_DV = of_tile(0, tiles[0])
         d_heads = d_head_DV[None]
     else:
-        start = plan.place(jnp.zeros_like(x_NIbCD, jnp.float32), None, plan.axes)
+        start = plan.place(jnp.zeros_like(x_NICD, jnp.float32), None, plan.axes)
         d_hidden, d_heads = lax.scan(step, start, (jnp.arange(plan.tiles), tiles))
-    return _join_chunks(plan, d_hidden).astype(x_NIbCD.dtype), _join_tiles(plan, d_heads)
+    return _join_chunks(plan, order, d_hidden).astype(x_NICD.dtype), _join_tiles(plan, d_heads)
 
 
 def _d_products(
     plan: Plan,
-    logits_IbCV: Array,
-    y_IbC: Array,
-    lse_IbC: Array,
-    w_IbC: Array,
+    logits_ICV: Array,
+    y_IC: Array,
+    lse_IC: Array,
+    w_IC: Array,
     tile: Array | int = 0,
 ) -> Array:
     """Gradient of a chunk's total with respect to its products of hidden states and head."""
-    is_target_IbCV = _is_target(plan, logits_IbCV, y_IbC, tile)
-    d_IbCV = _d_total(plan, logits_IbCV, is_target_IbCV, lse_IbC, w_IbC)
+    is_target_ICV = _is_target(plan, logits_ICV, y_IC, tile)
+    d_ICV = _d_total(plan, logits_ICV, is_target_ICV, lse_IC, w_IC)
     if plan.softcap is not None:
-        d_IbCV = d_IbCV * (1 - jnp.square(logits_IbCV / plan.softcap))
-    return d_IbCV * (plan.scale * plan.lift)
+        d_ICV = d_ICV * (1 - jnp.square(logits_ICV / plan.softcap))
+    return d_ICV * (plan.scale * plan.lift)
 
 
-def _product_gradients(plan: Plan, head: Array, x_IbCD: Array, d_IbCV: Array):
+def _product_gradients(plan: Plan, head: Array, x_ICD: Array, d_ICV: Array):
     """float32 gradients of a chunk's hidden states, and of the head [I, D, V], one per shard."""
-    d_IbCV = d_IbCV.astype(x_IbCD.dtype)
-    d_x_IbCD = einsum(f"ibcv,{plan.head_layout.lower()}->ibcd", d_IbCV, head)
-    d_head_IDV = einsum("ibcd,ibcv->idv", x_IbCD, d_IbCV)
+    d_ICV = d_ICV.astype(x_ICD.dtype)
+    d_x_ICD = einsum(f"icv,{plan.head_layout.lower()}->icd", d_ICV, head)
+    d_head_IDV = einsum("icd,icv->idv", x_ICD, d_ICV)
     d_head_IDV = plan.place(d_head_IDV, plan.axes, None, plan.vocabulary_axis)
-    return d_x_IbCD, d_head_IDV
+    return d_x_ICD, d_head_IDV
 
 
-def _head_sums(plan: Plan, x_NIbCD: Array) -> Array:
-    sums_IDV = jnp.zeros((plan.shards, x_NIbCD.shape[-1], plan.vocabulary // plan.tiles))
+def _head_sums(plan: Plan, x_NICD: Array) -> Array:
+    sums_IDV = jnp.zeros((plan.shards, x_NICD.shape[-1], plan.vocabulary // plan.tiles))
     return plan.place(sums_IDV, plan.axes, None, plan.vocabulary_axis)
 
 
@@ -470,28 +505,70 @@ def _gather(plan: Plan, tile: Array) -> Array:
     return plan.place(tile, *axes)
 
 
-def _split_chunks(plan: Plan, *xs_BT: Array) -> tuple[Array, ...]:
-    """Splits each into [chunks, I, b, C, ...]; the last is filled with 0, which has no effect."""
+def _put_weighted_first(plan: Plan, w_BT: Array) -> Order | None:
+    """None where one chunk has them all."""
+    if plan.chunks == 1:
+        return None
+    is_last_IS = _split_shards(plan, w_BT) == 0
+    needed = (~is_last_IS).sum(-1).max()
+    chunks = -(-needed // plan.chunk_tokens)
+    return Order(jnp.argsort(is_last_IS), chunks)
 
-    t, C = plan.part_tokens, plan.chunk_tokens
-    chunks = -(-t // C)
+
+def _scan(
+    plan: Plan, order: Order | None, step: Callable, start: Any, xs_N: Any
+) -> tuple[Any, Any]:
+    """`lax.scan` over the chunks that are needed; of others it returns 0."""
+    if order is None:
+        return lax.scan(step, start, xs_N)
+    at = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), xs_N)
+    empty = lambda y: plan.place(jnp.zeros((plan.chunks, *y.shape), y.dtype), None, plan.axes)
+    ys_N = jax.tree.map(empty, jax.eval_shape(lambda: step(start, at(0))[1]))
+
+    def turn(state):
+        i, carry, ys_N = state
+        carry, y = step(carry, at(i))
+        put = lambda ys_N, y: lax.dynamic_update_index_in_dim(ys_N, y, i, 0)
+        return i + 1, carry, jax.tree.map(put, ys_N, y)
+
+    # The second bound says to readers of a compiled program how many there may be.
+    is_needed = lambda state: (state[0] < order.chunks) & (state[0] < plan.chunks)
+    return lax.while_loop(is_needed, turn, (0, start, ys_N))[1:]
+
+
+def _split_chunks(plan: Plan, order: Order | None, *xs_BT: Array) -> tuple[Array, ...]:
+    """Splits each into [N, I, C, ...]; the last is filled with 0, which has no effect."""
+    S, C = plan.shard_tokens, plan.chunk_tokens
 
     def split(x: Array) -> Array:
+        x = _split_shards(plan, x)
+        if order is not None:
+            x = _take(x, order.take_IS)
         rest = x.shape[2:]
-        # Parts of tokens go with the parts of the batch, [I, b, t, ...].
-        x = x.reshape(plan.shards // plan.parts, -1, plan.parts, t, *rest).swapaxes(1, 2)
-        x = x.reshape(plan.shards, -1, t, *rest)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * C - t), *((0, 0) for _ in rest)))
-        x = jnp.moveaxis(x.reshape(*x.shape[:2], chunks, C, *rest), 2, 0)
+        x = jnp.pad(x, ((0, 0), (0, plan.chunks * C - S), *((0, 0) for _ in rest)))
+        x = jnp.moveaxis(x.reshape(plan.shards, plan.chunks, C, *rest), 1, 0)
         return plan.place(x, None, plan.axes, *((None,) * (x.ndim - 2)))
 
     return tuple(split(x) for x in xs_BT)
 
 
-def _join_chunks(plan: Plan, x: Array) -> Array:
+def _join_chunks(plan: Plan, order: Order | None, x_NIC: Array) -> Array:
     """The inverse of `_split_chunks`."""
-    chunks, shards, batch, tokens, *rest = x.shape
-    x = jnp.moveaxis(x, 0, 2).reshape(shards, batch, chunks * tokens, *rest)
-    x = x[:, :, : plan.part_tokens]
-    x = x.reshape(shards // plan.parts, plan.parts, batch, plan.part_tokens, *rest).swapaxes(1, 2)
-    return x.reshape(-1, plan.parts * plan.part_tokens, *rest)
+    N, I, C, *rest = x_NIC.shape
+    x_IS = jnp.moveaxis(x_NIC, 0, 1).reshape(I, N * C, *rest)[:, : plan.shard_tokens]
+    if order is not None:
+        x_IS = _take(x_IS, jnp.argsort(order.take_IS))
+    t = plan.part_tokens
+    x = x_IS.reshape(I // plan.parts, plan.parts, -1, t, *rest).swapaxes(1, 2)
+    return x.reshape(-1, plan.parts * t, *rest)
+
+
+def _split_shards(plan: Plan, x_BT: Array) -> Array:
+    """[I, S, ...]: parts of tokens go with the parts of the batch."""
+    t, rest = plan.part_tokens, x_BT.shape[2:]
+    x = x_BT.reshape(plan.shards // plan.parts, -1, plan.parts, t, *rest).swapaxes(1, 2)
+    return plan.place(x.reshape(plan.shards, plan.shard_tokens, *rest), plan.axes)
+
+
+def _take(x_IS: Array, places_IS: Array) -> Array:
+    return jax.vmap(lambda x_S, places_S: x_S[places_S])(x_IS, places_IS)

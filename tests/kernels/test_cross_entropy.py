@@ -146,6 +146,31 @@ def test_a_float32_head_under_bfloat16_hidden_gets_a_float32_gradient(form, layo
     assert d_head.dtype == jnp.float32
 
 
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tiles", [1, 5])
+@pytest.mark.parametrize("sizes", [{}, {"data": 4}, {"context": 4, "data": 2}], ids=str)
+@pytest.mark.parametrize("weighted", [0, 1, 4, 5, 88])
+def test_chunks_without_weight_are_not_computed(form, tiles, sizes, weighted, monkeypatch):
+    inputs = problem(tokens=24 if "context" in sizes else T)
+    count = np.arange(inputs[3].size).reshape(inputs[3].shape)
+    weights = np.where(count < weighted, np.float32(1), 0)
+    data, context = sizes.get("data", 1), sizes.get("context", 1)
+    of_shards = weights.reshape(data, -1, context, weights.shape[1] // context).sum((1, 3))
+    computed = []
+    original = cross_entropy._d_products
+
+    def counted(*args):
+        jax.debug.callback(lambda: computed.append(1))
+        return original(*args)
+
+    monkeypatch.setattr(cross_entropy, "_d_products", counted)
+    with jax.set_mesh(mesh_of(**sizes)):
+        check(form, {}, (*inputs[:3], jnp.asarray(weights)), chunk_tokens=4, tiles=tiles)
+        jax.effects_barrier()
+    assert len(computed) == tiles * -(-of_shards.max() // 4)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_row_of_weight_0_does_not_leak(bad):
     hidden, head, targets, weights = problem()
@@ -212,10 +237,10 @@ def test_all_logits_are_never_held():
 def test_a_tpu_takes_all_tokens_at_once_where_their_logits_are_few(platform, tokens, chunks):
     shaped = jax.ShapeDtypeStruct
     hidden, head = shaped((1, tokens, 2048), jnp.bfloat16), shaped((2048, 128256), jnp.float32)
-    targets, weights = (shaped((1, tokens), dtype) for dtype in (jnp.int32, jnp.float32))
+    targets = shaped((1, tokens), jnp.int32)
     device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        traced = jax.make_jaxpr(weighted_nll)(hidden, head, targets, weights)
+        traced = jax.make_jaxpr(token_log_probs)(hidden, head, targets)
     assert re.findall(r"\blength=(\d+)", str(traced)) == [str(chunks)]
 
 
