@@ -38,8 +38,7 @@ HeadLayout = Literal["DV", "VD"]
 """Order of the head's dimensions; 'VD' is that of a tied embedding."""
 
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
-MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on GPU
-CPU_TOKENS = 256  # of a chunk of long logits; fewer are slower, of more some have no weight
+MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on CPU and GPU
 CHUNK_MULTIPLE = 128  # tokens, of which products take whole blocks
 ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
@@ -314,11 +313,10 @@ def _make_plan(
 
 
 def _choose_chunk(shard_tokens: int, D: int, V: int, *, is_tiled: bool) -> int:
-    platform = current_platform()
     # With D tokens the logits take as much memory as the float32 gradient of the head.
-    tokens = max(CPU_TOKENS if platform == "cpu" else D, MIN_BYTES // (4 * V))
+    tokens = max(D, MIN_BYTES // (4 * V))
     if not is_tiled:
-        if platform == "tpu" and 4 * shard_tokens * V <= ONE_CHUNK_BYTES:
+        if current_platform() == "tpu" and 4 * shard_tokens * V <= ONE_CHUNK_BYTES:
             return shard_tokens
         tokens = min(tokens, MAX_TOKENS)
     chunks = -(-shard_tokens // tokens)  # equal ones, so that little padding fills the last
