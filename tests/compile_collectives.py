@@ -100,7 +100,10 @@ def count_trips(bodies: dict[str, list[str]], line: str) -> int:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     assert condition
-    ends = re.findall(r"constant\((\d+)\)", "\n".join(bodies[condition[1]]))
+    lines = [*bodies[condition[1]]]
+    for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(lines)):
+        lines += bodies[called]
+    ends = re.findall(r"constant\((\d+)\)", "\n".join(lines))
     return int(ends[-1]) if len(ends) == 1 else 1
 
 

@@ -243,10 +243,13 @@ def find_costs(text: str) -> Iterator[Cost]:
 
 
 def count_turns(loop: Op, computations: dict[str, Computation]) -> int:
+    """As many as there may be: a loop that can end early names the most in its condition."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    ops = computations[condition[1]].ops.values() if condition else ()
+    ops = [*computations[condition[1]].ops.values()] if condition else []
+    for fusion in [op for op in ops if op.kind == "fusion"]:
+        ops += computations[re.findall(r"calls=%?([\w.\-]+)", fusion.rest)[0]].ops.values()
     ends = [int(op.rest) for op in ops if op.kind == "constant" and op.rest.isdigit()]
     return ends[0] if len(ends) == 1 else 1
 

@@ -58,6 +58,7 @@ def compile_with(program, site, name, argument, *, chips):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
         "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{site}",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"v5litepod-{chips}",
