@@ -47,8 +47,7 @@ def multiply_transposed(x: Array, y: Array) -> Array:
     if not is_for_unit(x):
         return into32("...sr,...sh->...rh", x, y)
     # Both are fixed in memory: XLA would swap the operands, to a form that it does not have.
-    fix = lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim))))
-    return fix(into32("...hs,...sr->...hr", fix(y.swapaxes(-1, -2)), x)).swapaxes(-1, -2)
+    return _fix(into32("...hs,...sr->...hr", _fix(y.swapaxes(-1, -2)), x)).swapaxes(-1, -2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -98,8 +97,9 @@ def _multiply_matrices(x: Array, y: Array, x_dims: Dims, y_dims: Dims) -> Array:
     """As `multiply`, in float32."""
     rows, matrix = _as_matrix(x, x_dims), _as_matrix(y, y_dims)
     over = 0 if 0 in x_dims else 1
-    if over == 0 and is_for_unit(x):  # in memory too, since XLA would else turn it back
-        rows, over = with_layout_constraint(rows.T, Layout((0, 1))), 1
+    if over == 0 and is_for_unit(x):
+        # In memory, since XLA would else turn it back; and once it is made, not while it is.
+        rows, over = _fix(_fix(rows).T), 1
     dims = ((over,), (0 if 0 in y_dims else 1,))
     product = lax.dot_general(rows, matrix, (dims, ((), ())), preferred_element_type=jnp.float32)
     kept = lambda a, dims: [size for dim, size in enumerate(a.shape) if dim not in dims]
@@ -109,3 +109,8 @@ def _multiply_matrices(x: Array, y: Array, x_dims: Dims, y_dims: Dims) -> Array:
 def _as_matrix(a: Array, dims: Dims) -> Array:
     size = prod(a.shape[dim] for dim in dims)
     return a.reshape(size, -1) if 0 in dims else a.reshape(-1, size)
+
+
+def _fix(a: Array) -> Array:
+    """The same, laid in memory in the order of its dimensions."""
+    return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
