@@ -6,11 +6,11 @@ compiler would otherwise reduce the whole head gradient once per chunk. A head t
 be whole on every device, beside its gradient, is gathered a tile of the vocabulary at a time: once
 for the losses and once more for the gradients.
 
-Tokens of weight 0, as those of a prompt are, come last in their shard. Chunks that hold nothing
-else on any device are not computed.
+Tokens of weight 0, as those of a prompt are, come last in their shard and are not computed: whole
+chunks of the others come first, then parts of a chunk, and the rest is left out.
 
 B batch, T tokens, D width, V vocabulary, or a tile of it; I shards of batch and tokens, S tokens of
-a shard, N chunks, C tokens of a chunk.
+a shard and what fills its last chunk, C tokens of a chunk, or of a part of one.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,7 @@ CHUNK_MULTIPLE = 128  # tokens, of which products take whole blocks
 ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
+LAST_PARTS = 4  # of a chunk, which are computed as far as they are needed
 MIN_TILE = 512  # tokens of the vocabulary
 SUM_BLOCK = 4096  # tokens of the vocabulary; 512 to 8192 are as fast
 HALF_LIFT = 2.0**10
@@ -112,8 +113,8 @@ class Order(NamedTuple):
 
     take_IS: Array
     """places of the tokens in their shard"""
-    chunks: Array
-    """int32 []: how many the shards need"""
+    needed: Array
+    """int32 []: the most tokens with a weight that a shard has"""
 
 
 def weighted_nll(
@@ -160,13 +161,13 @@ def _weighted_nll_fwd(
 ):
     like = jnp.zeros((), head.dtype)
     order = _put_weighted_first(plan, weights_BT)
-    x_NICD, y_NIC, w_NIC = _split_chunks(plan, order, hidden_BTD, targets_BT, weights_BT)
-    x_NICD = _zero_unweighted(x_NICD, w_NIC)
+    x_ISD, y_IS, w_IS = _split(plan, order, hidden_BTD, targets_BT, weights_BT)
+    x_ISD = _zero_unweighted(x_ISD, w_IS)
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
     if plan.tiles > 1:
-        scores = _measure(plan, tiles, order, x_NICD, y_NIC)
-        gradients = _pull(plan, tiles, order, x_NICD, y_NIC, scores.lse_IC, w_NIC)
-        nll = _sum_nll(plan, scores, w_NIC)
+        scores = _measure(plan, tiles, order, x_ISD, y_IS)
+        gradients = _pull(plan, tiles, order, x_ISD, y_IS, scores.lse_IC, w_IS)
+        nll = _sum_nll(plan, scores, w_IS)
         return NLL(*(x.sum() for x in nll)), (*gradients, like)
     prepared = _gather(plan, tiles[0])
 
@@ -179,10 +180,10 @@ def _weighted_nll_fwd(
         nll = _sum_nll(plan, scores, w_IC)
         return jax.tree.map(jnp.add, sums, (nll, d_head)), d_hidden.astype(x_ICD.dtype)
 
-    sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, x_NICD)
-    (nll, d_head), d_hidden = _scan(plan, order, step, sums, (x_NICD, y_NIC, w_NIC))
+    sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, x_ISD)
+    (nll, d_head), d_hidden = _scan(plan, order, step, sums, (x_ISD, y_IS, w_IS))
     d_head = _join_tiles(plan, _sum_shards(plan, d_head)[None])
-    return NLL(*(x.sum() for x in nll)), (_join_chunks(plan, order, d_hidden), d_head, like)
+    return NLL(*(x.sum() for x in nll)), (_join(plan, order, d_hidden), d_head, like)
 
 
 def _weighted_nll_bwd(plan: Plan, saved, d_nll: NLL):
@@ -245,9 +246,9 @@ def _log_probs(plan: Plan, hidden_BTD, head, targets_BT) -> Array:
 
 def _log_probs_fwd(plan: Plan, hidden_BTD, head, targets_BT):
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
-    scores = _measure(plan, tiles, None, *_split_chunks(plan, None, hidden_BTD, targets_BT))
-    lse_BT = _join_chunks(plan, None, scores.lse_IC)
-    log_probs_BT = _join_chunks(plan, None, scores.target_IC - scores.lse_IC)
+    scores = _measure(plan, tiles, None, *_split(plan, None, hidden_BTD, targets_BT))
+    lse_BT = _join(plan, None, scores.lse_IC)
+    log_probs_BT = _join(plan, None, scores.target_IC - scores.lse_IC)
     return log_probs_BT, (hidden_BTD, head, targets_BT, lse_BT)
 
 
@@ -255,7 +256,7 @@ def _log_probs_bwd(plan: Plan, saved, d_log_probs_BT):
     hidden_BTD, head, targets_BT, lse_BT = saved
     tiles = _tile_head(plan, head, hidden_BTD.dtype)
     order = _put_weighted_first(plan, d_log_probs_BT)
-    x, y, lse, g = _split_chunks(plan, order, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
+    x, y, lse, g = _split(plan, order, hidden_BTD, targets_BT, lse_BT, d_log_probs_BT)
     # A log-probability is the negative of a loss of weight 1.
     x, lse = _zero_unweighted(x, g), jnp.where(g != 0, lse, 0)
     d_hidden_BTD, d_head = _pull(plan, tiles, order, x, y, lse, -g)
@@ -382,13 +383,13 @@ def _sum_exp(logits_ICV: Array, top_IC: Array) -> Array:
     return sums_ICW.sum(-1) + exp(logits_ICV[..., V // W * W :]).sum(-1)
 
 
-def _measure(plan: Plan, tiles: Array, order: Order | None, x_NICD: Array, y_NIC: Array) -> Scores:
+def _measure(plan: Plan, tiles: Array, order: Order | None, x_ISD: Array, y_IS: Array) -> Scores:
     """Of all chunks."""
 
     def of_tile(tile: Array | int, head: Array) -> Scores:
         head = _gather(plan, head)
         score = lambda x, y: _score(plan, _logits(plan, head, x), y, tile)
-        return _scan(plan, order, lambda _, xy: (None, score(*xy)), None, (x_NICD, y_NIC))[1]
+        return _scan(plan, order, lambda _, xy: (None, score(*xy)), None, (x_ISD, y_IS))[1]
 
     def step(sums: Scores, numbered) -> tuple[Scores, None]:
         new = of_tile(*numbered)
@@ -397,7 +398,7 @@ def _measure(plan: Plan, tiles: Array, order: Order | None, x_NICD: Array, y_NIC
 
     if plan.tiles == 1:
         return of_tile(0, tiles[0])
-    low, zero = jnp.full(y_NIC.shape, -jnp.inf), jnp.zeros(y_NIC.shape)
+    low, zero = jnp.full(y_IS.shape, -jnp.inf), jnp.zeros(y_IS.shape)
     return lax.scan(step, Scores(low, low, zero, zero), (jnp.arange(plan.tiles), tiles))[0]
 
 
@@ -405,13 +406,13 @@ def _pull(
     plan: Plan,
     tiles: Array,
     order: Order | None,
-    x_NICD: Array,
-    y_NIC: Array,
-    lse_NIC: Array,
-    w_NIC: Array,
+    x_ISD: Array,
+    y_IS: Array,
+    lse_IS: Array,
+    w_IS: Array,
 ) -> tuple[Array, Array]:
     """Gradients of hidden states and head for the total loss."""
-    dtype = x_NICD.dtype if plan.tiles == 1 else jnp.float32  # they are summed over the tiles
+    dtype = x_ISD.dtype if plan.tiles == 1 else jnp.float32  # they are summed over the tiles
 
     def of_tile(tile: Array | int, head: Array) -> tuple[Array, Array]:
         head = _gather(plan, head)
@@ -423,8 +424,8 @@ def _pull(
             d_hidden, d_head = _product_gradients(plan, head, x_ICD, d_ICV)
             return d_head_sum + d_head, d_hidden.astype(dtype)
 
-        chunks = x_NICD, y_NIC, lse_NIC, w_NIC
-        d_head_IDV, d_hidden = _scan(plan, order, step, _head_sums(plan, x_NICD), chunks)
+        chunks = x_ISD, y_IS, lse_IS, w_IS
+        d_head_IDV, d_hidden = _scan(plan, order, step, _head_sums(plan, x_ISD), chunks)
         return d_hidden, _sum_shards(plan, d_head_IDV)
 
     def step(d_hidden_sum, numbered):
@@ -435,9 +436,9 @@ def _pull(
         d_hidden, d_head_DV = of_tile(0, tiles[0])
         d_heads = d_head_DV[None]
     else:
-        start = plan.place(jnp.zeros_like(x_NICD, jnp.float32), None, plan.axes)
+        start = plan.place(jnp.zeros_like(x_ISD, jnp.float32), plan.axes)
         d_hidden, d_heads = lax.scan(step, start, (jnp.arange(plan.tiles), tiles))
-    return _join_chunks(plan, order, d_hidden).astype(x_NICD.dtype), _join_tiles(plan, d_heads)
+    return _join(plan, order, d_hidden).astype(x_ISD.dtype), _join_tiles(plan, d_heads)
 
 
 def _d_products(
@@ -465,8 +466,8 @@ def _product_gradients(plan: Plan, head: Array, x_ICD: Array, d_ICV: Array):
     return d_x_ICD, d_head_IDV
 
 
-def _head_sums(plan: Plan, x_NICD: Array) -> Array:
-    sums_IDV = jnp.zeros((plan.shards, x_NICD.shape[-1], plan.vocabulary // plan.tiles))
+def _head_sums(plan: Plan, x_ISD: Array) -> Array:
+    sums_IDV = jnp.zeros((plan.shards, x_ISD.shape[-1], plan.vocabulary // plan.tiles))
     return plan.place(sums_IDV, plan.axes, None, plan.vocabulary_axis)
 
 
@@ -508,61 +509,69 @@ def _put_weighted_first(plan: Plan, w_BT: Array) -> Order | None:
     if plan.chunks == 1:
         return None
     is_last_IS = _split_shards(plan, w_BT) == 0
-    needed = (~is_last_IS).sum(-1).max()
-    chunks = -(-needed // plan.chunk_tokens)
-    return Order(jnp.argsort(is_last_IS), chunks)
+    return Order(jnp.argsort(is_last_IS), (~is_last_IS).sum(-1).max())
 
 
 def _scan(
-    plan: Plan, order: Order | None, step: Callable, start: Any, xs_N: Any
+    plan: Plan, order: Order | None, step: Callable, start: Any, xs_IS: Any
 ) -> tuple[Any, Any]:
-    """`lax.scan` over the chunks that are needed; of others it returns 0."""
-    if order is None:
-        return lax.scan(step, start, xs_N)
-    at = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), xs_N)
-    empty = lambda y: plan.place(jnp.zeros((plan.chunks, *y.shape), y.dtype), None, plan.axes)
-    ys_N = jax.tree.map(empty, jax.eval_shape(lambda: step(start, at(0))[1]))
+    """As `lax.scan` over chunks of tokens; of those that are not needed it returns 0."""
+    C = plan.chunk_tokens
+    part = C // LAST_PARTS if C % LAST_PARTS == 0 else C
 
-    def turn(state):
-        i, carry, ys_N = state
-        carry, y = step(carry, at(i))
-        put = lambda ys_N, y: lax.dynamic_update_index_in_dim(ys_N, y, i, 0)
-        return i + 1, carry, jax.tree.map(put, ys_N, y)
+    def take(first: Array | int, size: int):
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), xs_IS)
 
-    # The second bound says to readers of a compiled program how many there may be.
-    is_needed = lambda state: (state[0] < order.chunks) & (state[0] < plan.chunks)
-    return lax.while_loop(is_needed, turn, (0, start, ys_N))[1:]
+    def run(carry, ys_IS, size: int, first: Array | int, count: Array | int, most: int):
+        def turn(state):
+            i, carry, ys_IS = state
+            at = first + i * size
+            carry, y = step(carry, take(at, size))
+            put = lambda ys_IS, y: lax.dynamic_update_slice_in_dim(ys_IS, y, at, 1)
+            return i + 1, carry, jax.tree.map(put, ys_IS, y)
+
+        # The second bound says to readers of a compiled program how many there may be.
+        is_needed = lambda state: (state[0] < count) & (state[0] < most)
+        return lax.while_loop(is_needed, turn, (0, carry, ys_IS))[1:]
+
+    if plan.chunks == 1:
+        return step(start, xs_IS)
+    shapes = jax.eval_shape(lambda: step(start, take(0, C))[1])
+    S = plan.chunks * C
+    empty = lambda y: plan.place(jnp.zeros((y.shape[0], S, *y.shape[2:]), y.dtype), plan.axes)
+    needed = plan.shard_tokens if order is None else order.needed
+    whole = (needed + part - 1) // C
+    state = run(start, jax.tree.map(empty, shapes), C, 0, whole, plan.chunks)
+    parts = -(-(needed - whole * C) // part)
+    return run(*state, part, whole * C, parts, LAST_PARTS - 1)
 
 
-def _split_chunks(plan: Plan, order: Order | None, *xs_BT: Array) -> tuple[Array, ...]:
-    """Splits each into [N, I, C, ...]; the last is filled with 0, which has no effect."""
-    S, C = plan.shard_tokens, plan.chunk_tokens
+def _split(plan: Plan, order: Order | None, *xs_BT: Array) -> tuple[Array, ...]:
+    """Splits each into [I, S, ...], in this order; 0 fills the last chunk, which has no effect."""
 
     def split(x: Array) -> Array:
         x = _split_shards(plan, x)
         if order is not None:
             x = _take(x, order.take_IS)
-        rest = x.shape[2:]
-        x = jnp.pad(x, ((0, 0), (0, plan.chunks * C - S), *((0, 0) for _ in rest)))
-        x = jnp.moveaxis(x.reshape(plan.shards, plan.chunks, C, *rest), 1, 0)
-        return plan.place(x, None, plan.axes, *((None,) * (x.ndim - 2)))
+        fill = plan.chunks * plan.chunk_tokens - plan.shard_tokens
+        x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0) for _ in x.shape[2:])))
+        return plan.place(x, plan.axes, *((None,) * (x.ndim - 1)))
 
     return tuple(split(x) for x in xs_BT)
 
 
-def _join_chunks(plan: Plan, order: Order | None, x_NIC: Array) -> Array:
-    """The inverse of `_split_chunks`."""
-    N, I, C, *rest = x_NIC.shape
-    x_IS = jnp.moveaxis(x_NIC, 0, 1).reshape(I, N * C, *rest)[:, : plan.shard_tokens]
+def _join(plan: Plan, order: Order | None, x_IS: Array) -> Array:
+    """The inverse of `_split`."""
+    x_IS = x_IS[:, : plan.shard_tokens]
     if order is not None:
         x_IS = _take(x_IS, jnp.argsort(order.take_IS))
-    t = plan.part_tokens
-    x = x_IS.reshape(I // plan.parts, plan.parts, -1, t, *rest).swapaxes(1, 2)
+    t, rest = plan.part_tokens, x_IS.shape[2:]
+    x = x_IS.reshape(plan.shards // plan.parts, plan.parts, -1, t, *rest).swapaxes(1, 2)
     return x.reshape(-1, plan.parts * t, *rest)
 
 
 def _split_shards(plan: Plan, x_BT: Array) -> Array:
-    """[I, S, ...]: parts of tokens go with the parts of the batch."""
+    """[I, S, ...] without a filled chunk: parts of tokens go with the parts of the batch."""
     t, rest = plan.part_tokens, x_BT.shape[2:]
     x = x_BT.reshape(plan.shards // plan.parts, -1, plan.parts, t, *rest).swapaxes(1, 2)
     return plan.place(x.reshape(plan.shards, plan.shard_tokens, *rest), plan.axes)
