@@ -40,10 +40,10 @@ HeadLayout = Literal["DV", "VD"]
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
 MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on CPU and GPU
 CHUNK_MULTIPLE = 128  # tokens, of which products take whole blocks
+LAST_PARTS = 4  # of a chunk, if they divide it
 ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
-LAST_PARTS = 4  # of a chunk, which are computed as far as they are needed
 MIN_TILE = 512  # tokens of the vocabulary
 SUM_BLOCK = 4096  # tokens of the vocabulary; 512 to 8192 are as fast
 HALF_LIFT = 2.0**10
@@ -515,7 +515,7 @@ def _put_weighted_first(plan: Plan, w_BT: Array) -> Order | None:
 def _scan(
     plan: Plan, order: Order | None, step: Callable, start: Any, xs_IS: Any
 ) -> tuple[Any, Any]:
-    """As `lax.scan` over chunks of tokens; of those that are not needed it returns 0."""
+    """As `lax.scan` over chunks of tokens, and parts of one; of what is not needed it returns 0."""
     C = plan.chunk_tokens
     part = C // LAST_PARTS if C % LAST_PARTS == 0 else C
 
@@ -540,7 +540,7 @@ def _scan(
     S = plan.chunks * C
     empty = lambda y: plan.place(jnp.zeros((y.shape[0], S, *y.shape[2:]), y.dtype), plan.axes)
     needed = plan.shard_tokens if order is None else order.needed
-    whole = (needed + part - 1) // C
+    whole = (needed + part - 1) // C  # all parts of one are one
     state = run(start, jax.tree.map(empty, shapes), C, 0, whole, plan.chunks)
     parts = -(-(needed - whole * C) // part)
     return run(*state, part, whole * C, parts, LAST_PARTS - 1)
@@ -555,7 +555,7 @@ def _split(plan: Plan, order: Order | None, *xs_BT: Array) -> tuple[Array, ...]:
             x = _take(x, order.take_IS)
         fill = plan.chunks * plan.chunk_tokens - plan.shard_tokens
         x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0) for _ in x.shape[2:])))
-        return plan.place(x, plan.axes, *((None,) * (x.ndim - 1)))
+        return plan.place(x, plan.axes)
 
     return tuple(split(x) for x in xs_BT)
 
