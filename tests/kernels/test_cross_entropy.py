@@ -173,21 +173,23 @@ def test_chunks_without_weight_are_not_computed(form, tiles, sizes, weighted, mo
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_row_of_weight_0_does_not_leak(bad):
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_bad_row_of_weight_0_does_not_leak(bad, chunk):
     hidden, head, targets, weights = problem()
-    clean = sum_form(weighted_nll, {"chunk_tokens": 4}, hidden, head, targets, weights)
+    clean = sum_form(weighted_nll, {"chunk_tokens": chunk}, hidden, head, targets, weights)
     dirty = jnp.where(weights[..., None] == 0, bad, hidden)
-    found = sum_form(weighted_nll, {"chunk_tokens": 4}, dirty, head, targets, weights)
+    found = sum_form(weighted_nll, {"chunk_tokens": chunk}, dirty, head, targets, weights)
     near(found, clean, 0.0)
     assert not np.any(found[1][weights == 0])
 
 
-def test_a_bad_row_without_gradient_does_not_leak_through_log_probs():
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_bad_row_without_gradient_does_not_leak_through_log_probs(chunk):
     hidden, head, targets, weights = problem()
     dirty = jnp.where(weights[..., None] == 0, jnp.nan, hidden)
 
     def total(hidden, head):
-        log_probs = token_log_probs(hidden, head, targets, chunk_tokens=4)
+        log_probs = token_log_probs(hidden, head, targets, chunk_tokens=chunk)
         return jnp.sum(jnp.where(weights != 0, log_probs, 0))
 
     near(jax.grad(total, (0, 1))(dirty, head), jax.grad(total, (0, 1))(hidden, head), 0.0)
