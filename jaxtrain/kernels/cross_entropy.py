@@ -516,6 +516,8 @@ def _scan(
     plan: Plan, order: Order | None, step: Callable, start: Any, xs_IS: Any
 ) -> tuple[Any, Any]:
     """As `lax.scan` over chunks of tokens, and parts of one; of what is not needed it returns 0."""
+    if plan.chunks == 1:
+        return step(start, xs_IS)
     C = plan.chunk_tokens
     part = C // LAST_PARTS if C % LAST_PARTS == 0 else C
 
@@ -534,8 +536,6 @@ def _scan(
         is_needed = lambda state: (state[0] < count) & (state[0] < most)
         return lax.while_loop(is_needed, turn, (0, carry, ys_IS))[1:]
 
-    if plan.chunks == 1:
-        return step(start, xs_IS)
     shapes = jax.eval_shape(lambda: step(start, take(0, C))[1])
     S = plan.chunks * C
     empty = lambda y: plan.place(jnp.zeros((y.shape[0], S, *y.shape[2:]), y.dtype), plan.axes)

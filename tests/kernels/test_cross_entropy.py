@@ -241,10 +241,12 @@ def test_all_logits_are_never_held():
 def test_a_tpu_takes_all_tokens_at_once_where_their_logits_are_few(platform, tokens, chunks):
     shaped = jax.ShapeDtypeStruct
     hidden, head = shaped((1, tokens, 2048), jnp.bfloat16), shaped((2048, 128256), jnp.float32)
+    targets, weights = (shaped((1, tokens), dtype) for dtype in (jnp.int32, jnp.float32))
     device = AbstractDevice(device_kind="of a test", num_cores=None, platform=platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        plan = cross_entropy._make_plan(hidden, head, "DV", None, None, 1.0, None)
-    assert plan.chunks == chunks
+        traced = jax.make_jaxpr(weighted_nll)(hidden, head, targets, weights)
+    rows = {int(rows) for rows in re.findall(r"\bf32\[1,(\d+),128256\]", str(traced))}
+    assert max(rows - {2048}) == tokens // chunks  # the head's gradient has as many as the width
 
 
 def test_a_head_in_the_wrong_layout_is_an_error():
