@@ -4,8 +4,9 @@ The forward pass saves its output and the log-sum-exp of each row of scores, fro
 pass recomputes the scores, as in FlashAttention-2 (Dao, 2023, arXiv:2307.08691, section 3.1).
 
 B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K query heads per
-key/value head, H head size, C tokens per block of queries, R = G * C rows per block. They are one
-dimension in products alone: for each score, XLA on CPU would divide to find the token of its row.
+key/value head, H head size, C tokens per block of queries, R = G * C rows per block. G and C are
+one dimension where nothing differs along C alone: for each score, XLA on CPU would divide to find
+the token of its row.
 """
 
 from collections.abc import Iterator
@@ -38,8 +39,9 @@ def _attention_fwd(scoring: Scoring, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_pos
     out_BTNH, lse_BTN = attend(scoring, *inputs, same_order=same_order)
     # Named, so that a rematerialisation policy can save these two and skip a second forward pass.
     out_BTNH = mark(out_BTNH.astype(q_BTNH.dtype), "attention")
-    lse_BTN = checkpoint_name(lse_BTN, "attention")
-    return out_BTNH, (*inputs, out_BTNH, lse_BTN)
+    # Tokens last, as the backward pass reads them on CPU: one behind the other.
+    lse_BNT = checkpoint_name(lse_BTN.swapaxes(1, 2), "attention")
+    return out_BTNH, (*inputs, out_BTNH, lse_BNT)
 
 
 def attend(
@@ -101,6 +103,8 @@ def _forward_block(scoring: Scoring, sinks_KG11, keys, queries):
 
 
 def _attention_bwd(scoring: Scoring, saved, d_out_BTNH):
+    *others, lse_BNT = saved
+    saved = *others, lse_BNT.swapaxes(1, 2)
     same_order = saved[0].shape[1] == saved[1].shape[1]
     d_qkv = attend_backward(scoring, saved, d_out_BTNH, same_order=same_order)
     d_q, d_k, d_v = (d.astype(x.dtype) for d, x in zip(d_qkv, saved, strict=False))
@@ -129,14 +133,14 @@ def attend_backward(
     T = q_BTNH.shape[1]
     S, K = k_BSKH.shape[1:3]
     C = _block_tokens(T)
-    # The row sums of dP * P equal those of dO * O, which need no scores.
-    delta_BTN = _dot("btnh,btnh->btn", d_out_BTNH, out_BTNH)
+    d_out = _query_rows(d_out_BTNH, K, C)
     blocks = (
         _query_rows(q_BTNH, K, C),
         _block_positions(q_positions, C),
-        _query_rows(d_out_BTNH, K, C),
+        d_out,
         _blocks(lse_BTN, K, C),
-        _blocks(delta_BTN, K, C),
+        # The row sums of dP * P equal those of dO * O, which need no scores.
+        _dot("xbkrh,xbkrh->xbkr", d_out, _query_rows(out_BTNH, K, C)),
     )
     keys = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), kv_positions
     d_kv = [jnp.zeros(x.shape, jnp.float32) for x in keys[:2]]
@@ -162,7 +166,7 @@ def _backward_block(scoring: Scoring, keys, queries):
     """Gradients of one block. Keys first: one of five products is transposed, not two."""
     k_BKSH, v_BKSH, kv_positions = keys
     queries, kv_positions, lowest = _tie(queries, kv_positions)
-    q_BKRH, positions, d_out_BKRH, lse_BKGC, delta_BKGC = queries
+    q_BKRH, positions, d_out_BKRH, lse_BKGC, delta_BKR = queries
     C = positions.segments.shape[1]
     visible_BSC = visible_keys(positions, kv_positions, scoring.window).swapaxes(1, 2)
     products_BKSR = _dot("bksh,bkrh->bksr", k_BKSH, q_BKRH)
@@ -171,11 +175,12 @@ def _backward_block(scoring: Scoring, keys, queries):
     p_BKSGC = jnp.exp(jnp.where(visible_BSC[:, None, :, None], logs_BKSGC, lowest))
     p_BKSR = p_BKSGC.astype(d_out_BKRH.dtype).reshape(products_BKSR.shape)
     d_v_BKSH = _dot("bksr,bkrh->bksh", p_BKSR, d_out_BKRH)
-    d_p_BKSGC = _split_rows(_dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH), 3, C)
-    d_BKSGC = p_BKSGC * (d_p_BKSGC - delta_BKGC[:, :, None]) * scoring.scale
+    d_p_BKSR = _dot("bksh,bkrh->bksr", v_BKSH, d_out_BKRH)
+    rows = lambda x_BKSGC: x_BKSGC.reshape(products_BKSR.shape)
+    d_BKSR = rows(p_BKSGC) * (d_p_BKSR - delta_BKR[:, :, None]) * scoring.scale
     if scoring.softcap is not None:
-        d_BKSGC *= 1 - jnp.square(scores_BKSGC / scoring.softcap)
-    d_BKSR = d_BKSGC.astype(q_BKRH.dtype).reshape(products_BKSR.shape)
+        d_BKSR *= 1 - jnp.square(rows(scores_BKSGC) / scoring.softcap)
+    d_BKSR = d_BKSR.astype(q_BKRH.dtype)
     d_q_BKRH = multiply_transposed(d_BKSR, k_BKSH)
     d_k_BKSH = _dot("bksr,bkrh->bksh", d_BKSR, q_BKRH)
     return _split_rows(d_q_BKRH, 2, C), d_k_BKSH, d_v_BKSH
