@@ -431,6 +431,7 @@ class Attention(nnx.Module):
         if self.is_gated:  # each query is followed by its gate
             q_BTKGH, gate_BTKGH = q_BTKGH[..., ::2, :], q_BTKGH[..., 1::2, :]
         q_BTKGH = self._rotate(normalize(self.norm, q_BTKGH, self.q_norm), inputs, is_query=True)
+        q_BTKGH = self._keep(q_BTKGH)
         if self.reads_keys is None:
             keys = self._keys(kv, inputs)
         else:
@@ -465,10 +466,16 @@ class Attention(nnx.Module):
     def _keys(self, kv: Array, inputs: AttentionInputs) -> Cache:
         """The keys and values of these tokens, from their products [B, T, K, 1 or 2, H]."""
         k_BTK1H, v_BTK1H = kv[..., :1, :], kv[..., -1:, :]
-        k_BTK1H = self._rotate(normalize(self.norm, k_BTK1H, self.k_norm), inputs)
+        k_BTK1H = self._keep(self._rotate(normalize(self.norm, k_BTK1H, self.k_norm), inputs))
         if self.v_norm:
             v_BTK1H = standardize(self.norm, v_BTK1H).astype(v_BTK1H.dtype)
+        v_BTK1H = self._keep(v_BTK1H)
         return Cache(k_BTK1H[..., 0, :].transpose(0, 2, 3, 1), v_BTK1H[..., 0, :].swapaxes(1, 2))
+
+    def _keep(self, x: Array) -> Array:
+        """Keeps x in place of the product that it is made of, so that x is not rotated again. The
+        backward pass of a norm or of a gate reads the product itself."""
+        return x if self.q_norm is not None or self.is_gated else keep(x, PRODUCT)
 
     def _rotate(self, x: Array, inputs: AttentionInputs, *, is_query: bool = False) -> Array:
         if self.rope is None or self.rotation is None:
