@@ -106,6 +106,9 @@ def weight_gradient(x: Array, dy: Array, places: Places) -> Array | None:
 
     def of_part(x: Array, dy: Array) -> Array:
         x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
+        if current_platform() == "cpu":
+            # As XLA would do, unless it swaps the two, to a form in bfloat16 that it does not have.
+            x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
         return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     lead = axes, tokens, *(None,) * (num_rows - 2)

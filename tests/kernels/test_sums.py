@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AbstractDevice
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.sums import SHARED_BY_ALL, scatter_groups, weight_gradient
@@ -63,9 +64,14 @@ def test_bfloat16_is_summed_in_float32():
     """Over all devices and tokens: a bfloat16 sum of so many ones would stop at 256."""
     x, dy = jnp.ones((8, 512, 8), jnp.bfloat16), jnp.ones((8, 512, 1), jnp.bfloat16)
     x = x.at[0, 0].set(3)
-    with jax.set_mesh(mesh_of(fsdp=8)):
-        found = jax.jit(partial(weight_gradient, places=(SHARED_BY_ALL, None)))(x, dy)
+    gradient = jax.jit(partial(weight_gradient, places=(SHARED_BY_ALL, None)))
+    with jax.set_mesh(mesh := mesh_of(fsdp=8)):
+        found = gradient(x, dy)
     assert found.dtype == jnp.float32 and np.all(np.asarray(found) == 8 * 512 + 2)
+    tpu = AbstractDevice(device_kind="one", num_cores=None, platform="tpu")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=tpu)):
+        said = str(jax.make_jaxpr(gradient)(x, dy))  # where operands stay in bfloat16
+    assert "preferred_element_type=float32" in said
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():

@@ -84,6 +84,17 @@ def test_a_mesh_changes_no_number(tmp_path, alone, mesh, kind):
     assert found[-1] < 0.9 * found[0]  # it trains
 
 
+def test_bfloat16_trains_on_a_mesh_of_cpus(tmp_path):
+    def train(mesh):
+        folder = tmp_path / "-".join(mesh)
+        folder.mkdir(exist_ok=True)
+        return losses(on_mesh(folder, mesh, model={"dtype": "bfloat16"}), 3)
+
+    alone = train({})
+    for mesh in ({"data": 2}, {"fsdp": 2, "tensor": 2}, {"pipeline": 2, "data": 2}):
+        np.testing.assert_allclose(train(mesh), alone, atol=1e-2, err_msg=str(mesh))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LIKE_OTHERS])
 def test_a_mesh_changes_no_number_of_a_family(tmp_path, name):
