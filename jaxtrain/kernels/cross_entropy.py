@@ -540,7 +540,7 @@ def _scan(
     S = plan.chunks * C
     empty = lambda y: plan.place(jnp.zeros((y.shape[0], S, *y.shape[2:]), y.dtype), plan.axes)
     needed = plan.shard_tokens if order is None else order.needed
-    whole = (needed + part - 1) // C  # all parts of one are one
+    whole = (needed + part - 1) // C  # one of which all parts are needed is run at once
     state = run(start, jax.tree.map(empty, shapes), C, 0, whole, plan.chunks)
     parts = -(-(needed - whole * C) // part)
     return run(*state, part, whole * C, parts, LAST_PARTS - 1)
