@@ -7,7 +7,7 @@ be whole on every device, beside its gradient, is gathered a tile of the vocabul
 for the losses and once more for the gradients.
 
 Tokens of weight 0, as those of a prompt are, come last in their shard and are not computed: whole
-chunks of the others come first, then parts of a chunk, and the rest is left out.
+chunks of the others come first, then a half and a quarter of one, and the rest is left out.
 
 B batch, T tokens, D width, V vocabulary, or a tile of it; I shards of batch and tokens, S tokens of
 a shard and what fills its last chunk, C tokens of a chunk, or of a part of one.
@@ -40,7 +40,7 @@ HeadLayout = Literal["DV", "VD"]
 MIN_BYTES = 64 * 2**20  # of a chunk's logits, which need not be smaller
 MAX_TOKENS = 1024  # of a chunk on one device; more are no faster on CPU and GPU
 CHUNK_MULTIPLE = 128  # tokens, of which products take whole blocks
-LAST_PARTS = 4  # of a chunk, if they divide it
+LAST_PARTS = 4  # of a chunk, if they divide it: a power of 2
 ONE_CHUNK_BYTES = 2 * 2**30  # of the logits of all tokens of a TPU, which need no sum over chunks
 WHOLE_BYTES = 2 * 2**30  # of a head in 16 bits and its gradient on a device; a larger one is tiled
 TILE_BYTES = 128 * 2**20  # of a tile's gradient
@@ -519,7 +519,6 @@ def _scan(
     if plan.chunks == 1:
         return step(start, xs_IS)
     C = plan.chunk_tokens
-    part = C // LAST_PARTS if C % LAST_PARTS == 0 else C
 
     def take(first: Array | int, size: int):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), xs_IS)
@@ -539,11 +538,15 @@ def _scan(
     shapes = jax.eval_shape(lambda: step(start, take(0, C))[1])
     S = plan.chunks * C
     empty = lambda y: plan.place(jnp.zeros((y.shape[0], S, *y.shape[2:]), y.dtype), plan.axes)
-    needed = plan.shard_tokens if order is None else order.needed
-    whole = (needed + part - 1) // C  # one of which all parts are needed is run at once
-    state = run(start, jax.tree.map(empty, shapes), C, 0, whole, plan.chunks)
-    parts = -(-(needed - whole * C) // part)
-    return run(*state, part, whole * C, parts, LAST_PARTS - 1)
+    state = start, jax.tree.map(empty, shapes)
+    size, part = C, C // LAST_PARTS if C % LAST_PARTS == 0 else C
+    first, most = 0, plan.chunks
+    end = -(-(plan.shard_tokens if order is None else order.needed) // part) * part
+    while size >= part:
+        count = (end - first) // size
+        state = run(*state, size, first, count, most)
+        first, size, most = first + count * size, size // 2, 1
+    return state
 
 
 def _split(plan: Plan, order: Order | None, *xs_BT: Array) -> tuple[Array, ...]:

@@ -30,7 +30,7 @@ from jaxtrain.kernels.axes import (
 )
 from jaxtrain.kernels.experts import ExpertWeights, mix_experts
 from jaxtrain.kernels.fp8 import fp8_product
-from jaxtrain.kernels.product import keep, multiply
+from jaxtrain.kernels.product import is_for_unit, keep, mark, multiply
 from jaxtrain.kernels.sums import Places, gather_shares, map_with_copies, weight_gradient
 from jaxtrain.model.config import (
     Activation,
@@ -300,38 +300,45 @@ def activate(activation: Activation, wide: Array) -> Array:
     """act(gate) * up of [..., 2, F], or act(up) of [..., 1, F]: in float32, rounded once."""
     # XLA for GPU would write a float32 array of a gate between forward and backward pass.
     is_on_gpu = current_platform() in ("gpu", "cuda", "rocm")
-    return (_activate if is_on_gpu else _activate_at_once)(activation, wide)
+    return _activate(activation, _rows(wide)) if is_on_gpu else _activate_at_once(activation, wide)
 
 
-def _activate(activation: Activation, wide: Array) -> Array:
-    gate, *up = _rows(wide)
-    return reduce(jnp.multiply, up, ACTIVATIONS[activation](gate)).astype(wide.dtype)
+def _activate(activation: Activation, rows: Sequence[Array]) -> Array:
+    gate, *up = _to_float32(rows)
+    return reduce(jnp.multiply, up, ACTIVATIONS[activation](gate)).astype(rows[0].dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _activate_at_once(activation: Activation, wide: Array) -> Array:
-    return _activate(activation, wide)
+    return _activate(activation, _rows(wide))
 
 
-def _activate_fwd(activation: Activation, wide: Array) -> tuple[Array, Array]:
-    return _activate(activation, wide), wide
+def _activate_fwd(activation: Activation, wide: Array) -> tuple[Array, list[Array]]:
+    rows = _rows(wide)
+    if is_for_unit(wide):  # kept apart in place of the product, which the backward pass would cut
+        rows = [mark(row, PRODUCT) for row in rows]
+    return _activate(activation, rows), rows
 
 
-def _activate_bwd(activation: Activation, wide: Array, dy: Array) -> tuple[Array]:
+def _activate_bwd(activation: Activation, rows: list[Array], dy: Array) -> tuple[Array]:
     """Of both rows at once, where autodiff adds two padded arrays and rounds each step: less than
     half the time in bfloat16 on CPU."""
-    gate, *up = _rows(wide)
+    gate, *up = _to_float32(rows)
     act, pull = jax.vjp(ACTIVATIONS[activation], gate)
     dy = dy.astype(jnp.float32)
-    rows = [*pull(reduce(jnp.multiply, up, dy)), *(act * dy for _ in up)]
-    return (jnp.stack(rows, -2).astype(wide.dtype),)
+    d_rows = [*pull(reduce(jnp.multiply, up, dy)), *(act * dy for _ in up)]
+    return (jnp.stack(d_rows, -2).astype(rows[0].dtype),)
 
 
 _activate_at_once.defvjp(_activate_fwd, _activate_bwd)
 
 
 def _rows(wide: Array) -> list[Array]:
-    return [wide[..., row, :].astype(jnp.float32) for row in range(wide.shape[-2])]
+    return [wide[..., row, :] for row in range(wide.shape[-2])]
+
+
+def _to_float32(rows: Sequence[Array]) -> list[Array]:
+    return [row.astype(jnp.float32) for row in rows]
 
 
 def normalize(
