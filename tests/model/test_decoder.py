@@ -235,6 +235,19 @@ def test_what_is_kept_is_not_computed_again(dtype):
     assert full > attention > dots == none
 
 
+def test_gate_and_up_are_kept_apart_in_place_of_their_product():
+    """In bfloat16 on one CPU: the backward pass would cut the product in each layer."""
+    batch, _ = packed_rows(9, 1, 11)
+    config = dataclasses.replace(CONFIG, groups=group_layers((LayerSpec(rope=ROPE),) * 2))
+    model = abstract(config, ComputeConfig(remat="dots", compute_dtype="bfloat16"))
+    loss = lambda p: merge(model.graph, p).hidden(batch).sum()
+    with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+        text = str(jax.make_jaxpr(jax.grad(loss))(model.shapes))
+    B, T = batch.tokens.shape
+    stack, wide = f"u16[2,{B},{T},", f"{config.ffn_width}]"
+    assert f"{stack}{wide}" in text and f"{stack}2,{wide}" not in text
+
+
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     batch, _ = packed_rows(9, 1, 11)
     params = build()[1]
