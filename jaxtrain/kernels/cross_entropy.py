@@ -482,6 +482,8 @@ def _head_sums(plan: Plan, x_ISD: Array) -> Array:
 
 
 def _add_to_head(sums_IDV: Array, d_IDV: Array) -> Array:
+    if sums_IDV.shape == d_IDV.shape:
+        return sums_IDV + d_IDV
     V = d_IDV.shape[-1]
     return lax.dynamic_update_slice_in_dim(sums_IDV, sums_IDV[..., :V] + d_IDV, 0, axis=-1)
 
@@ -557,6 +559,7 @@ def _scan(
     state = start, jax.tree.map(empty, shapes)
     size, part = C, C // LAST_PARTS if C % LAST_PARTS == 0 else C
     first, most = 0, plan.chunks
+    # In whole parts, so that a chunk of which all are needed is run at once.
     end = -(-(plan.shard_tokens if order is None else order.needed) // part) * part
     while size >= part:
         count = (end - first) // size
