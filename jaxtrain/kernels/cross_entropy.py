@@ -182,9 +182,9 @@ def _weighted_nll_fwd(
         scores = _score(plan, logits_ICV, y_IC)
         d_ICV = _d_products(plan, logits_ICV, y_IC, scores.lse_IC, w_IC)
         d_hidden, d_head = _product_gradients(plan, prepared, x_ICD, d_ICV)
-        nll = _sum_nll(plan, scores, w_IC)
-        nll = jax.tree.map(jnp.add, sums[0], nll)
-        return (nll, _add_to_head(sums[1], d_head)), d_hidden.astype(x_ICD.dtype)
+        nll_sum, d_head_sum = sums
+        nll_sum = jax.tree.map(jnp.add, nll_sum, _sum_nll(plan, scores, w_IC))
+        return (nll_sum, _add_to_head(d_head_sum, d_head)), d_hidden.astype(x_ICD.dtype)
 
     sums = NLL(*jnp.zeros((3, plan.shards))), _head_sums(plan, x_ISD)
     (nll, d_head), d_hidden = _scan(plan, order, step, sums, (x_ISD, y_IS, w_IS))
@@ -482,6 +482,7 @@ def _head_sums(plan: Plan, x_ISD: Array) -> Array:
 
 
 def _add_to_head(sums_IDV: Array, d_IDV: Array) -> Array:
+    """Adds to sums whose rows may be filled."""
     if sums_IDV.shape == d_IDV.shape:
         return sums_IDV + d_IDV
     V = d_IDV.shape[-1]
